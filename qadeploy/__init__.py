@@ -1,0 +1,9 @@
+"""qadeploy: extractive question answering, from triplets to a service."""
+
+from __future__ import annotations
+
+from qadeploy.records import Answer, Example
+from qadeploy.runtime.answerer import Answerer
+
+__all__ = ["Answer", "Answerer", "Example", "__version__"]
+__version__ = "0.1.0"

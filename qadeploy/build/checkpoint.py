@@ -1,0 +1,148 @@
+"""A Hugging Face checkpoint folder as a model: loading, the encoder it needs, its stored settings.
+
+A checkpoint folder is what ``save_pretrained`` writes, with ``qadeploy.json`` (settings) beside it
+where qadeploy trained it. Any other question-answering checkpoint loads with default settings.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from qadeploy.errors import CheckpointError, InputError
+from qadeploy.qa.settings import QaSettings
+from qadeploy.qa.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig
+
+SETTINGS_FILE = "qadeploy.json"
+_UNLIMITED = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A loaded model (float32, eval mode), its tokenizer (for saving), encoder and settings.
+
+    ``new_head`` is true where the checkpoint is a bare encoder whose answer head is still random.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    encoder: Encoder
+    settings: QaSettings
+    new_head: bool
+
+
+def base_model_path() -> Path:
+    """The folder of the base model that qadeploy ships, in the installed package or the checkout.
+
+    Raises CheckpointError where neither has it.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "models" / "minilm-l6-qa", package.parent / "models" / "minilm-l6-qa"):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise CheckpointError("the base model models/minilm-l6-qa is not in this installation: give --base PATH")
+
+
+def load_checkpoint(name: str | Path, **overrides: Any) -> Checkpoint:
+    """Loads a checkpoint folder or a hub name. ``overrides`` change the model's configuration.
+
+    Raises CheckpointError: no such model (offline or not), no fast tokenizer, a damaged file;
+    InputError: stored settings that make no sense.
+    """
+    name = str(name)
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{name}: no config.json in it: this is not a checkpoint folder")
+    transformers_logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(name)
+        for key, value in overrides.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+        model, loading = AutoModelForQuestionAnswering.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
+        raise CheckpointError(_explain(name, folder, error)) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise CheckpointError(f"{name}: has no fast tokenizer (tokenizer.json), which offsets need")
+    broken = [k for k in loading["missing_keys"] if not k.startswith(("qa_outputs", "classifier"))]
+    if broken and folder.is_dir() and not _is_bare(folder):
+        raise CheckpointError(f"{name}: the weights lack {', '.join(broken[:3])}: the file does not fit config.json")
+    model.eval()
+    encoder = Encoder(tokenizer.backend_tokenizer, encoder_config(model, tokenizer))
+    return Checkpoint(
+        name, model, tokenizer, encoder, _settings(folder, encoder.config.position_limit), bool(loading["missing_keys"])
+    )
+
+
+def _is_bare(folder: Path) -> bool:
+    architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    return not any("QuestionAnswering" in a for a in architectures)
+
+
+def _explain(name: str, folder: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if folder.is_dir():
+        return f"{name}: the checkpoint cannot be loaded: {reason}"
+    return (
+        f"{name}: no such folder, and no model of that name could be loaded from the hub "
+        f"(offline? misspelt?). Give a checkpoint folder, or download it where there is a network. ({reason})"
+    )
+
+
+def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
+    """What the encoder must know, read off the model's forward, its configuration and its tokenizer."""
+    takes = "token_type_ids" in inspect.signature(model.forward).parameters
+    kinds = int(getattr(model.config, "type_vocab_size", 2) or 0)
+    # The weights, not the tokenizer's advice, say how long an input may be.
+    limit = int(tokenizer.model_max_length) if tokenizer.model_max_length < _UNLIMITED else _UNLIMITED
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa's kind counts positions from pad_token_id + 1, so that many are not usable.
+        limit = positions - ((model.config.pad_token_id or 0) + 1 if _offset_positions(model) else 0)
+    return EncoderConfig(
+        segments=kinds if takes and kinds > 1 else 0,
+        context_first=tokenizer.padding_side == "left",
+        null_token_id=tokenizer.cls_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        position_limit=limit,
+    )
+
+
+def _offset_positions(model: Any) -> bool:
+    embeddings = getattr(model.base_model, "embeddings", None)
+    return bool(getattr(embeddings, "padding_idx", None)) and hasattr(embeddings, "position_embeddings")
+
+
+def _settings(folder: Path, limit: int) -> QaSettings:
+    path = folder / SETTINGS_FILE
+    if path.is_file():
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not valid JSON: {error}") from error
+        return QaSettings.from_dict(values, str(path))
+    seq = min(DEFAULT_MAX_SEQ_LEN, limit)
+    return QaSettings(max_seq_len=seq, doc_stride=min(QaSettings().doc_stride, seq // 3))
+
+
+def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) -> None:
+    """Writes weights (safetensors), config, tokenizer and settings into ``folder``."""
+    tokenizer = checkpoint.tokenizer
+    # What lies in the file is what others load: no truncation or padding left over from the base model.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.model_max_length = checkpoint.encoder.config.position_limit
+    checkpoint.model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")

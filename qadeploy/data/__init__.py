@@ -1,0 +1,1 @@
+"""Readers, checks and splits: from files in many shapes to validated examples."""

@@ -1,0 +1,92 @@
+"""Every error that qadeploy raises on purpose.
+
+QadeployError
+├── InputError                what the user gave cannot be used            (exit code 2)
+│   ├── DataError             a data file: names the file, row and field
+│   ├── QuestionTooLongError  the question leaves no room for the context
+│   └── StrideError           doc_stride leaves windows no way forward
+└── FailureError              the input was fine, the work did not succeed (exit code 1)
+    ├── BundleError           a bundle is incomplete, damaged or unsafe
+    ├── CheckpointError       a run or checkpoint folder cannot be loaded
+    ├── DeviceError           the device asked for is not to be had
+    ├── GateError             an exported model lost more than it may
+    ├── LogitsError           a model returned NaN or infinite logits
+    └── MissingExtraError     an optional package is not installed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class QadeployError(Exception):
+    """Base class: ``str(error)`` is one message a user can act on."""
+
+    exit_code = 1
+
+
+class InputError(QadeployError):
+    """What the user gave cannot be used: a path, an option, a text."""
+
+    exit_code = 2
+
+
+class DataError(InputError):
+    """Rows of a data file that cannot be used.
+
+    ``problems`` holds one line a row (``FILE: row 4, field answer: ...``), all of them;
+    the message shows the first ``SHOWN`` and counts the rest.
+    """
+
+    SHOWN = 20
+
+    def __init__(self, problems: Sequence[str], fix: str = "") -> None:
+        self.problems = tuple(problems)
+        lines = list(self.problems[: self.SHOWN])
+        if len(self.problems) > self.SHOWN:
+            lines.append(f"... and {len(self.problems) - self.SHOWN} more rows with problems")
+        if fix:
+            lines.append(fix)
+        super().__init__("\n".join(lines))
+
+
+class QuestionTooLongError(InputError):
+    """The question and the special tokens fill ``max_seq_len``: no token of context fits."""
+
+
+class StrideError(InputError):
+    """``doc_stride`` is at least the room left for context, so windows would not move forward."""
+
+
+class FailureError(QadeployError):
+    """The input was fine, but the work did not succeed."""
+
+
+class BundleError(FailureError):
+    """A bundle is incomplete, damaged, of an unknown version, or unsafe to load."""
+
+
+class CheckpointError(FailureError):
+    """A run or checkpoint folder cannot be loaded as a question-answering model."""
+
+
+class DeviceError(FailureError):
+    """The device asked for is not to be had; the message says what is missing."""
+
+
+class GateError(FailureError):
+    """An exported or quantized model differs from its source by more than allowed."""
+
+
+class LogitsError(FailureError):
+    """A model returned NaN or infinite logits, so no answer can be trusted."""
+
+
+class MissingExtraError(FailureError):
+    """An optional package is not installed; the message gives the pip line."""
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package}, which is not installed: "
+            f"pip install 'qadeploy[{extra}]'"
+        )

@@ -1,0 +1,1 @@
+"""Text to token windows, logits to spans, predictions to scores. Needs numpy and tokenizers only."""

@@ -1,0 +1,280 @@
+"""Text to token windows: the one encoder, used for training and for serving.
+
+The question and the context are tokenised apart, without truncation or padding, and numpy cuts the
+windows. So a context tokenised once serves many questions, any ``max_seq_len`` and ``doc_stride``
+can be used from any thread, and the windows are those of a Hugging Face fast tokenizer called with
+``return_overflowing_tokens=True, stride=doc_stride, truncation="only_second"`` (tests hold the two
+against each other). ``doc_stride`` is therefore the OVERLAP of neighbouring windows, in tokens.
+
+Models whose tokenizer pads on the left (XLNet's kind) take the context first and the question last,
+as in transformers' question-answering example; their windows equal ``truncation="only_first"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from qadeploy.errors import InputError, QuestionTooLongError, StrideError
+from qadeploy.records import IntArray, Window
+
+DEFAULT_MAX_SEQ_LEN = 384
+DEFAULT_DOC_STRIDE = 128
+_PROBES = ("a", "the", "1", ".", "\u4e00")
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderConfig:
+    """What the encoder must know beside ``tokenizer.json``; stored in checkpoints and bundles.
+
+    ``segments`` is the number of token types the model's forward takes, 0 where it takes none;
+    ``context_first`` swaps the pair; ``null_token_id`` is the token that stands for "no answer"
+    (CLS); ``pad_token_id`` fills batches; ``position_limit`` is the longest input in tokens.
+    """
+
+    segments: int
+    context_first: bool
+    null_token_id: int | None
+    pad_token_id: int
+    position_limit: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON values."""
+        return asdict(self)
+
+
+class EncodedText:
+    """A text tokenised once, without special tokens: immutable, and shared by threads and questions."""
+
+    def __init__(self, text: str, encoding: Encoding) -> None:
+        self.text = text
+        self._encoding = encoding
+        self.ids: IntArray = np.asarray(encoding.ids, dtype=np.int64)
+        self.offsets: IntArray = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def tokens(self) -> list[str]:
+        """The tokens as the vocabulary writes them."""
+        return list(self._encoding.tokens)
+
+    @cached_property
+    def spoken(self) -> IntArray:
+        """``[code points + 1]``: how many non-space code points stand before each position."""
+        blank = np.fromiter((c.isspace() for c in self.text), dtype=bool, count=len(self.text))
+        return np.concatenate(([0], np.cumsum(~blank))).astype(np.int64)
+
+    @cached_property
+    def blank(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """``[tokens]``: true where a token covers no visible text, so that no span may start or end on it."""
+        return np.asarray(self.spoken[self.offsets[:, 1]] <= self.spoken[self.offsets[:, 0]])
+
+    @cached_property
+    def words(self) -> IntArray:
+        """``[tokens, 2]``: code points of the whole (pre-tokenised) word around each token."""
+        words = self.offsets.copy()
+        ids = np.asarray([-1 if w is None else w for w in self._encoding.word_ids], dtype=np.int64)
+        if not len(ids):
+            return words
+        first = np.flatnonzero(np.concatenate(([True], (ids[1:] != ids[:-1]) | (ids[1:] < 0))))
+        last = np.concatenate((first[1:], [len(ids)])) - 1
+        counts = last - first + 1
+        words[:, 0] = np.repeat(self.offsets[first, 0], counts)
+        words[:, 1] = np.repeat(self.offsets[last, 1], counts)
+        return words
+
+    def visible(self, start: int, end: int) -> tuple[int, int]:
+        """``text[start:end]`` without white space at its borders, as code points."""
+        while start < end and self.text[start].isspace():
+            start += 1
+        while end > start and self.text[end - 1].isspace():
+            end -= 1
+        return start, end
+
+    def tokens_of(self, start: int, end: int) -> tuple[int, int] | None:
+        """First and last token (inclusive) that touch ``text[start:end]``, or None where none does."""
+        touching = np.flatnonzero((self.offsets[:, 1] > start) & (self.offsets[:, 0] < end) & ~self.blank)
+        return (int(touching[0]), int(touching[-1])) if len(touching) else None
+
+
+class Encoder:
+    """Turns questions and contexts into windows. Safe to share between threads.
+
+    Raises InputError where the tokenizer's pair template is not question and context with special
+    tokens around them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: EncoderConfig) -> None:
+        self.config = config
+        # A copy: a tokenizer file may have truncation and padding baked in, and ours must have neither.
+        self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._read_template()
+
+    @classmethod
+    def from_file(cls, path: str | Path, config: EncoderConfig) -> Encoder:
+        """Reads ``tokenizer.json``. Raises InputError where it cannot be read."""
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust binding raises bare Exception
+            raise InputError(f"{path}: not a tokenizer file that can be read: {error}") from error
+        return cls(tokenizer, config)
+
+    def _read_template(self) -> None:
+        """Learns the special tokens before, between and after the pair from one probe pair."""
+        probe = next((p for p in _PROBES if len(self._raw(p))), None)
+        if probe is None:
+            raise InputError("the tokenizer turns every probe text into nothing: is its vocabulary empty?")
+        piece = self._raw(probe)
+        size = len(piece)
+        pair = self._tokenizer.encode(probe, probe)
+        ids = np.asarray(pair.ids, dtype=np.int64)
+        types = np.asarray(pair.type_ids, dtype=np.int64)
+        part = np.asarray([-1 if s is None else s for s in pair.sequence_ids])
+        first, second = np.flatnonzero(part == 0), np.flatnonzero(part == 1)
+        if len(first) != size or len(second) != size or first[-1] >= second[0]:
+            raise InputError("the tokenizer does not build (question, context) pairs: it needs a pair template")
+        a, b, c, d = first[0], first[-1] + 1, second[0], second[-1] + 1
+        top = max(self.config.segments - 1, 0)
+        types = np.minimum(types, top)  # a model with one token type takes zeros only
+        self._before, self._between, self._after = ids[:a], ids[b:c], ids[d:]
+        self._special_types = (types[:a], types[b:c], types[d:])
+        self._part_types = (int(types[a]), int(types[c]))
+        self.special_tokens = len(ids) - 2 * size
+
+    def _raw(self, text: str) -> EncodedText:
+        return EncodedText(text, self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode(self, text: str) -> EncodedText:
+        """Tokenises one question or context. Raises InputError on text that is not valid Unicode."""
+        try:
+            return self._raw(text)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InputError(
+                "the text holds a lone surrogate, which no tokenizer can read: "
+                "decode it from its original bytes, or drop it with text.encode('utf-8', 'ignore').decode()"
+            ) from error
+
+    def encode_many(self, texts: Sequence[str]) -> list[EncodedText]:
+        """Tokenises many texts on all cores, in order. Raises InputError like ``encode``."""
+        try:
+            encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError):
+            return [self.encode(text) for text in texts]  # names the text at fault
+        return [EncodedText(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def room(self, question: EncodedText, max_seq_len: int) -> int:
+        """Context tokens that fit beside the question. Raises QuestionTooLongError, InputError."""
+        if max_seq_len > self.config.position_limit:
+            raise InputError(
+                f"max_seq_len {max_seq_len} is more than the model's limit of "
+                f"{self.config.position_limit} tokens: use at most that"
+            )
+        room = max_seq_len - len(question) - self.special_tokens
+        if room < 1:
+            raise QuestionTooLongError(
+                f"the question has {len(question)} tokens and leaves no room for the context in "
+                f"max_seq_len {max_seq_len}: shorten the question or raise max_seq_len"
+            )
+        return room
+
+    def windows(
+        self,
+        question: EncodedText,
+        context: EncodedText,
+        *,
+        max_seq_len: int = DEFAULT_MAX_SEQ_LEN,
+        doc_stride: int = DEFAULT_DOC_STRIDE,
+    ) -> list[Window]:
+        """All windows of one question over one context, in order.
+
+        ``max_seq_len`` is the longest window, ``doc_stride`` the overlap of neighbours, both in
+        tokens. A context that fits is one window, an empty context (no tokens) too.
+        Raises QuestionTooLongError, StrideError and InputError (limits that make no sense).
+        """
+        if doc_stride < 0:
+            raise InputError(f"doc_stride {doc_stride} is negative: it is the overlap of windows in tokens")
+        room = self.room(question, max_seq_len)
+        total = len(context)
+        if total > room and doc_stride >= room:
+            raise StrideError(
+                f"doc_stride {doc_stride} is not below the {room} context tokens that a window holds beside "
+                f"this question (max_seq_len {max_seq_len}): lower doc_stride or raise max_seq_len"
+            )
+        result = []
+        begin = 0
+        while True:
+            end = min(begin + room, total)
+            result.append(self._window(question, context, begin, end))
+            if end == total:
+                return result
+            begin += room - doc_stride
+
+    def _window(self, question: EncodedText, context: EncodedText, begin: int, end: int) -> Window:
+        piece = context.ids[begin:end]
+        first, second = (piece, question.ids) if self.config.context_first else (question.ids, piece)
+        input_ids = np.concatenate((self._before, first, self._between, second, self._after))
+        token_type_ids = None
+        if self.config.segments:
+            before, between, after = self._special_types
+            token_type_ids = np.concatenate(
+                (
+                    before,
+                    np.full(len(first), self._part_types[0], dtype=np.int64),
+                    between,
+                    np.full(len(second), self._part_types[1], dtype=np.int64),
+                    after,
+                )
+            )
+        context_begin = len(self._before)
+        if not self.config.context_first:
+            context_begin += len(question) + len(self._between)
+        return Window(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            context_begin=context_begin,
+            context_length=end - begin,
+            context_offset=begin,
+            null_index=self._null_index(len(input_ids)),
+        )
+
+    def _null_index(self, length: int) -> int:
+        null = self.config.null_token_id
+        if null in self._before.tolist():
+            return self._before.tolist().index(null)
+        if null in self._after.tolist():
+            return length - len(self._after) + self._after.tolist().index(null)
+        return 0
+
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary writes it."""
+        return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
+
+
+def pad_batch(windows: Sequence[Window], pad_token_id: int) -> dict[str, IntArray]:
+    """Model inputs ``[windows, longest]``, padded on the right: ids, attention_mask, token_type_ids.
+
+    ``token_type_ids`` is there exactly where the windows have it.
+    """
+    shape = (len(windows), max(len(w) for w in windows))
+    ids = np.full(shape, pad_token_id, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    types = np.zeros(shape, dtype=np.int64)
+    for row, window in enumerate(windows):
+        ids[row, : len(window)] = window.input_ids
+        mask[row, : len(window)] = 1
+        if window.token_type_ids is not None:
+            types[row, : len(window)] = window.token_type_ids
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if windows[0].token_type_ids is not None:
+        batch["token_type_ids"] = types
+    return batch

@@ -1,0 +1,1 @@
+"""Bundles to answers through ONNX Runtime: no torch, no transformers."""
