@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig
+from qadeploy.qa.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, pad_batch
+from qadeploy.records import FloatArray, Window
+from qadeploy.runtime.answerer import Answerer
 
 SETTINGS_FILE = "qadeploy.json"
 _UNLIMITED = 100_000
@@ -146,3 +149,42 @@ def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) 
     checkpoint.model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     (folder / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+class TorchModel:
+    """A PyTorch model as a function from windows to logits, in padded batches of like length.
+
+    Runs on the device that the model is on, in float32: the reference that exports are held against.
+    """
+
+    BATCH = 16
+
+    def __init__(self, model: Any, pad_token_id: int) -> None:
+        self.model = model
+        self.pad_token_id = pad_token_id
+
+    def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+        """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
+        order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
+        logits: dict[int, tuple[FloatArray, FloatArray]] = {}
+        for begin in range(0, len(order), self.BATCH):
+            rows = order[begin : begin + self.BATCH]
+            logits.update(zip(rows, self.run_batch([windows[i] for i in rows]), strict=True))
+        return [logits[i] for i in range(len(windows))]
+
+    def run_batch(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+        """Like ``run``, as one padded batch; the padding's logits are cut off."""
+        batch = {
+            name: torch.from_numpy(values).to(self.model.device)
+            for name, values in pad_batch(windows, self.pad_token_id).items()
+        }
+        with torch.inference_mode():
+            output = self.model(**batch)
+        starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
+        return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
+
+
+def torch_answerer(checkpoint: Checkpoint) -> Answerer:
+    """The checkpoint as an answerer: the same encoder and decoder, PyTorch in between."""
+    model = TorchModel(checkpoint.model, checkpoint.encoder.config.pad_token_id)
+    return Answerer(checkpoint.encoder, checkpoint.settings, model)

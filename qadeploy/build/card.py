@@ -1,0 +1,42 @@
+"""The model card of a bundle, filled from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def bundle_card(name: str, manifest: Mapping[str, Any]) -> str:
+    """Markdown: what the model is, how to use it, what was measured."""
+    settings, measured, parity = manifest["settings"], manifest["measured"], manifest["parity"]
+    lines = [
+        f"# {name}",
+        "",
+        f"An extractive question-answering model ({manifest['precision']}, ONNX), exported by qadeploy from "
+        f"`{manifest['source']['checkpoint']}`.",
+        "",
+        "```python",
+        "from qadeploy import Answerer",
+        "",
+        f'answerer = Answerer.load("{name}")',
+        'answerer.answer(question="...", context="...", top_k=3)',
+        "```",
+        "",
+        f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}; answers have at most "
+        f"{settings['max_answer_len']} tokens.",
+        "",
+    ]
+    if measured:
+        low, high = measured["f1_interval"]
+        lines += [
+            f"Measured on {measured['data']} ({measured['total']} questions): EM {measured['exact_match']:.1f}, "
+            f"F1 {measured['f1']:.1f} (95 % interval {low:.1f} to {high:.1f}); "
+            f"change of F1 against PyTorch {measured['f1_change']:+.2f}.",
+            "",
+        ]
+    lines += [
+        f"Logits against PyTorch on {parity['windows']} real windows of {parity['shortest']} to {parity['longest']} tokens: "
+        f"at most {parity['max_abs_diff']:.1e} apart.",
+        "",
+    ]
+    return "\n".join(lines)

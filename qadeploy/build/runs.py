@@ -1,0 +1,82 @@
+"""Run folders: finding them, and the data that a run held out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qadeploy.data.readers import read
+from qadeploy.data.splits import carve_by_passage
+from qadeploy.errors import CheckpointError, InputError
+from qadeploy.records import Example
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A checkpoint folder, and the record of the run that made it (None for any other checkpoint)."""
+
+    name: str
+    checkpoint: Path
+    record: dict[str, Any] | None
+
+
+def find_run(path: str | Path | None) -> Run:
+    """A run folder, a checkpoint folder, or (None) the newest finished run under ``runs/``.
+
+    Raises InputError where there is nothing of the kind, CheckpointError where a run is not finished.
+    """
+    if path is None:
+        runs = Path("runs")
+        found = [p for p in runs.iterdir() if (p / RUN_FILE).is_file()] if runs.is_dir() else []
+        if not found:
+            raise InputError("runs: holds no finished run yet: run qadeploy train first, or name a run")
+        path = max(found, key=lambda p: (p / RUN_FILE).stat().st_mtime_ns)
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder: give a run or a checkpoint folder")
+    if (folder / RUN_FILE).is_file():
+        checkpoint = folder / "checkpoint"
+        if not (checkpoint / "config.json").is_file():
+            raise CheckpointError(f"{folder}: the run has no checkpoint: it was not finished or was moved; train again")
+        try:
+            record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{folder / RUN_FILE}: not valid JSON: {error}") from error
+        return Run(folder.name, checkpoint, record)
+    if (folder / "config.json").is_file():
+        name = folder.parent.name if folder.name == "checkpoint" else folder.name
+        parent = folder.parent / RUN_FILE
+        if folder.name == "checkpoint" and parent.is_file():
+            return Run(name, folder, json.loads(parent.read_text(encoding="utf-8")))
+        return Run(name, folder, None)
+    raise CheckpointError(f"{folder}: neither a finished run (run.json) nor a checkpoint (config.json)")
+
+
+def held_out(run: Run, eval_data: str | None) -> tuple[str, tuple[Example, ...]]:
+    """Where the held-out examples come from, and the examples: never those that the run trained on.
+
+    ``eval_data`` if given, else the run's own evaluation data, the fixed validation split of its data,
+    or its dev part, carved again from the same data by the same seed. Raises InputError where
+    none of them can be had, or the data changed since the run.
+    """
+    if eval_data is not None:
+        data = read(eval_data)
+        return eval_data, data.part("validation") or data.examples
+    if run.record is None:
+        raise InputError(f"{run.checkpoint}: it is not known what this checkpoint was trained on: give --eval-data FILE")
+    options = run.record["options"]
+    source = options["eval_data"] or options["data"]
+    try:
+        data = read(source, on_ambiguous=options["on_ambiguous"])
+    except InputError as error:
+        raise InputError(f"the run's data cannot be read: {error}\nGive --eval-data FILE") from error
+    validation = data.part("validation")
+    if options["eval_data"] or validation:
+        return source, validation or data.examples
+    rest = tuple(e for e in data.examples if e.split != "validation")
+    _, dev = carve_by_passage(rest, options["dev_fraction"], options["seed"])
+    return f"{source} (dev part)", dev

@@ -1,0 +1,54 @@
+"""Timing variants against each other: interleaved rounds, medians and spread, ratios within a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds a round of one variant: median, least and most, and the ratio to the first variant.
+
+    ``speedup`` is the median over rounds of (first variant's seconds / this one's) in the same round,
+    ``speedup_range`` its least and most: above 1 is faster.
+    """
+
+    median: float
+    least: float
+    most: float
+    speedup: float
+    speedup_range: tuple[float, float]
+
+
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Runs every variant once a round, after one warm-up round that is not counted.
+
+    The order turns with the rounds, so that no variant always runs after the same neighbour.
+    """
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        variants[name]()
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            started = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - started)
+    first = np.asarray(seconds[names[0]])
+    result = {}
+    for name in names:
+        own = np.asarray(seconds[name])
+        ratio = first / own
+        result[name] = Timing(
+            float(np.median(own)),
+            float(own.min()),
+            float(own.max()),
+            float(np.median(ratio)),
+            (float(ratio.min()), float(ratio.max())),
+        )
+    return result
