@@ -87,6 +87,5 @@ class MissingExtraError(FailureError):
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
         super().__init__(
-            f"{purpose} needs the package {package}, which is not installed: "
-            f"pip install 'qadeploy[{extra}]'"
+            f"{purpose} needs the package {package}, which is not installed: pip install 'qadeploy[{extra}]'"
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qadeploy.build.checkpoint import Checkpoint, load_checkpoint, torch_answerer
-from qadeploy.build.runs import Run
+from qadeploy.build.runs import Run, dev_part
 from qadeploy.evaluate import evaluate
 from qadeploy.qa.metrics import Scores, bootstrap_interval
 from qadeploy.records import Example
@@ -22,12 +22,17 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Reference:
-    """The PyTorch model that exports are held against, and the held-out questions to do it on."""
+    """The PyTorch model that exports are held against, and the held-out questions to do it on.
+
+    ``dev`` are the questions that may choose between variants (empty where the run is not known);
+    ``examples`` judge the one chosen.
+    """
 
     run: Run
     checkpoint: Checkpoint
     source: str
     examples: tuple[Example, ...]
+    dev: tuple[Example, ...]
     answerer: Answerer
     scores: Scores
     timed: tuple[tuple[str, str], ...] = field(repr=False)
@@ -45,7 +50,7 @@ def make_reference(run: Run, source: str, examples: Sequence[Example]) -> Refere
     step = max(1, len(examples) // _TIMED_QUESTIONS)
     timed = tuple((e.question, e.context) for e in examples[::step][:_TIMED_QUESTIONS])
     scores = evaluate(answerer, examples).scores
-    return Reference(run, checkpoint, source, tuple(examples), answerer, scores, timed)
+    return Reference(run, checkpoint, source, tuple(examples), dev_part(run), answerer, scores, timed)
 
 
 def make_answerer(reference: Reference, model: bytes, session: dict[str, Any]) -> Answerer:
@@ -70,7 +75,9 @@ def measure(reference: Reference, answerer: Answerer) -> dict[str, Any]:
     """
     scores = evaluate(answerer, reference.examples).scores
     difference = scores.rows_f1 - reference.scores.rows_f1
-    timings = interleave({"pytorch": _asker(reference.answerer, reference), "this": _asker(answerer, reference)}, _ROUNDS)
+    timings = interleave(
+        {"pytorch": _asker(reference.answerer, reference), "this": _asker(answerer, reference)}, _ROUNDS
+    )
     asked = len(reference.timed)
     own, torch = timings["this"], timings["pytorch"]
     return {
@@ -97,7 +104,9 @@ def _asker(answerer: Answerer, reference: Reference) -> Callable[[], object]:
 
 def table(reference: Reference, pytorch_bytes: int, manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     """The lines of the closing table: variant, size, EM, F1, ms per question, ratio to PyTorch."""
-    lines = [f"{'variant':<24} {'size':>8} {'EM':>6} {'F1':>6} {'F1 change (95 %)':>22} {'ms/question':>12} {'x PyTorch':>10}"]
+    lines = [
+        f"{'variant':<24} {'size':>8} {'EM':>6} {'F1':>6} {'F1 change (95 %)':>22} {'ms/question':>12} {'x PyTorch':>10}"
+    ]
     own = manifests[0][1]["measured"]["pytorch"] if manifests else {"ms_per_question": float("nan")}
     lines.append(
         f"{'pytorch fp32':<24} {pytorch_bytes / 1e6:>5.1f} MB {reference.scores.exact_match:>6.1f} "

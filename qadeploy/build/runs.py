@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadeploy.data.readers import read
+from qadeploy.data.readers import hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.records import Example
@@ -67,16 +67,34 @@ def held_out(run: Run, eval_data: str | None) -> tuple[str, tuple[Example, ...]]
         data = read(eval_data)
         return eval_data, data.part("validation") or data.examples
     if run.record is None:
-        raise InputError(f"{run.checkpoint}: it is not known what this checkpoint was trained on: give --eval-data FILE")
+        raise InputError(
+            f"{run.checkpoint}: it is not known what this checkpoint was trained on: give --eval-data FILE"
+        )
     options = run.record["options"]
     source = options["eval_data"] or options["data"]
     try:
         data = read(source, on_ambiguous=options["on_ambiguous"])
     except InputError as error:
         raise InputError(f"the run's data cannot be read: {error}\nGive --eval-data FILE") from error
+    if source == options["data"] and hash_examples(data.examples) != run.record["data_sha256"]:
+        raise InputError(
+            f"{source}: is not what the run was trained on (its content changed), so what it held out is "
+            "not known any more: give --eval-data FILE, or train again"
+        )
     validation = data.part("validation")
     if options["eval_data"] or validation:
         return source, validation or data.examples
+    return f"{source} (dev part)", dev_part(run)
+
+
+def dev_part(run: Run) -> tuple[Example, ...]:
+    """The dev part of the run's data, carved again by the same seed; empty where it is not to be had."""
+    if run.record is None:
+        return ()
+    options = run.record["options"]
+    try:
+        data = read(options["data"], on_ambiguous=options["on_ambiguous"])
+    except InputError:
+        return ()
     rest = tuple(e for e in data.examples if e.split != "validation")
-    _, dev = carve_by_passage(rest, options["dev_fraction"], options["seed"])
-    return f"{source} (dev part)", dev
+    return carve_by_passage(rest, options["dev_fraction"], options["seed"])[1]

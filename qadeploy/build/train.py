@@ -9,7 +9,6 @@ its ``"status": "complete"`` marks a finished run), ``metrics.json``, ``curves.p
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -37,7 +36,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from qadeploy.build.checkpoint import Checkpoint, base_model_path, load_checkpoint, save_checkpoint
 from qadeploy.build.curves import draw_curves, terminal_chart
 from qadeploy.build.features import NO_LABEL, Feature, FeatureSet, collate_labels, make_features
-from qadeploy.data.readers import DataSet, OnAmbiguous, read
+from qadeploy.data.readers import DataSet, OnAmbiguous, hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import FailureError, InputError
 from qadeploy.files import hash_file, write_json
@@ -114,7 +113,10 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
 
     example = train_part[0]
     say(f"1 raw data       {len(data.examples)} questions on {_passages(data.examples)} passages from {data.source}")
-    for count, what in ((data.skipped, "ambiguous rows skipped"), (data.first_taken, "answers taken at their first place")):
+    for count, what in (
+        (data.skipped, "ambiguous rows skipped"),
+        (data.first_taken, "answers taken at their first place"),
+    ):
         if count:
             say(f"                 {count} {what}")
     say(f"                 e.g. {_clip(example.question)} -> {_clip(_gold(example))}")
@@ -122,11 +124,15 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
         f"2 preprocessing  train {len(train_part)}, dev {len(dev_part)} (carved by passage, chooses the epoch)"
         + (f", held out {len(eval_part)} (only reported)" if eval_part else "")
     )
-    where = f"answer at code points {example.answers[0].start}-{example.answers[0].end}" if example.answers else "no answer"
+    where = (
+        f"answer at code points {example.answers[0].start}-{example.answers[0].end}" if example.answers else "no answer"
+    )
     say(f"                 e.g. {where} of {len(example.context)}")
     train_set = make_features(train_part, checkpoint.encoder, settings, options.data)
     dev_set = make_features(dev_part, checkpoint.encoder, settings, options.data)
-    eval_set = make_features(eval_part, checkpoint.encoder, settings, options.eval_data or options.data) if eval_part else None
+    eval_set = (
+        make_features(eval_part, checkpoint.encoder, settings, options.eval_data or options.data) if eval_part else None
+    )
     say(
         f"3 features       train {len(train_set)} windows ({train_set.with_answer} with an answer), dev {len(dev_set)}; "
         f"at most {settings.max_seq_len} tokens, overlap {settings.doc_stride}"
@@ -272,6 +278,7 @@ class SpanTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The loss of a batch, and with ``return_outputs`` its logits."""
         labels = ("start_positions", "end_positions", "answer_mask")
         outputs = model(**{k: v for k, v in inputs.items() if k not in labels})
         mask = inputs["answer_mask"]
@@ -566,13 +573,3 @@ def _record(
 def _base_hash(name: str) -> str | None:
     weights = Path(name) / "model.safetensors"
     return hash_file(weights) if weights.is_file() else None
-
-
-def hash_examples(examples: Sequence[Example]) -> str:
-    """SHA-256 over the examples' content, whatever file format they came in."""
-    from hashlib import sha256
-
-    digest = sha256()
-    for example in examples:
-        digest.update(json.dumps(asdict(example), sort_keys=True, ensure_ascii=False).encode())
-    return digest.hexdigest()

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -43,19 +45,26 @@ class DataSet:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row as it was read: ``number`` counts from 1; ``split`` where the carrier itself tells it."""
+    """A row as it was read: ``number`` counts from 1; ``split`` where the carrier itself tells it.
+
+    ``problem`` says why the carrier could not read the row's fields.
+    """
 
     number: int
     fields: dict[str, Any]
     split: str = ""
+    problem: str = ""
 
 
-def read(source: str, *, on_ambiguous: OnAmbiguous = "error", token: str | None = None) -> DataSet:
+def read(
+    source: str, *, on_ambiguous: OnAmbiguous = "error", token: str | None = None, annotated: bool = True
+) -> DataSet:
     """Reads ``handbook``, a file, or ``hub:NAME[:SPLIT]``.
 
     ``on_ambiguous`` says what happens to a triplet without ``answer_start`` whose answer occurs
     several times (as a substring): an error that counts them, the first occurrence, or the row is
-    skipped and counted. Raises DataError (rows), InputError (files), MissingExtraError.
+    skipped and counted. With ``annotated=False`` answers are neither needed nor looked at (questions
+    to be answered, not to learn from). Raises DataError (rows), InputError (files), MissingExtraError.
     """
     if on_ambiguous not in get_args(OnAmbiguous):
         raise InputError(f"on_ambiguous is {on_ambiguous!r}: choose one of {', '.join(get_args(OnAmbiguous))}")
@@ -65,34 +74,46 @@ def read(source: str, *, on_ambiguous: OnAmbiguous = "error", token: str | None 
         rows = _file_rows(HANDBOOK, source)
     else:
         rows = _file_rows(Path(source), source)
-    return _collect(source, rows, on_ambiguous)
+    return _collect(source, rows, on_ambiguous, annotated)
+
+
+def hash_examples(examples: Iterable[Example]) -> str:
+    """SHA-256 over the examples' content, whatever file format they came in."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(asdict(example), sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- carriers
 
 
 def _file_rows(path: Path, name: str) -> list[_Row]:
-    if not path.exists():
+    if not os.path.exists(path):  # false for a name too long, where Path.exists raises
         raise InputError(f"{name}: no such file. Give a JSON, JSONL, CSV or parquet file, 'handbook' or 'hub:NAME'")
     if path.is_dir():
         raise InputError(f"{name}: this is a folder, a file is needed (JSON, JSONL, CSV or parquet)")
+    empty = InputError(f"{name}: the file is empty; it needs at least one row with context, question and answer")
     if path.stat().st_size == 0:
-        raise InputError(f"{name}: the file is empty; it needs at least one row with context, question and answer")
+        raise empty
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet_rows(path, name)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        # Bytes, because reading text turns the \r\n inside a quoted CSV field into \n and moves the offsets.
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{name}: not UTF-8 text (byte {error.start}): save it as UTF-8, e.g. iconv -f latin1 -t utf-8"
         ) from error
     except OSError as error:
         raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise empty
     if suffix == ".csv":
         return _csv_rows(text, name)
     if suffix in {".jsonl", ".ndjson"}:
-        return _jsonl_rows(text, name)
+        return _jsonl_rows(text)
     if suffix == ".json":
         return _json_rows(text, name)
     raise InputError(f"{name}: unknown ending {suffix!r}: use .json, .jsonl, .csv or .parquet")
@@ -101,10 +122,12 @@ def _file_rows(path: Path, name: str) -> list[_Row]:
 def _json_rows(text: str, name: str) -> list[_Row]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and "\n" in text.strip():
-            return _jsonl_rows(text, name)  # one object a line under a .json name
-        raise InputError(f"{name}: line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            first = text[: error.pos]
+            if "\n" in first[len(first.rstrip()) :] and "\n" not in first.strip():
+                return _jsonl_rows(text)  # one object a line under a .json name
+        raise InputError(f"{name}: {_json_problem(error)}") from error
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
         if value and isinstance(value[0], dict) and "paragraphs" in value[0]:
@@ -113,32 +136,35 @@ def _json_rows(text: str, name: str) -> list[_Row]:
         value = [value]
     if not isinstance(value, list):
         raise InputError(f"{name}: JSON of type {_type(value)}: a list of rows or SQuAD's {{'data': [...]}} is needed")
-    return _objects(value, name)
+    return _objects(value)
 
 
-def _objects(values: list[Any], name: str) -> list[_Row]:
-    bad = [
-        f"{name}: row {n}: is {_type(v)}, an object with context, question and answer is needed"
-        for n, v in enumerate(values, 1)
-        if not isinstance(v, dict)
-    ]
-    if bad:
-        raise DataError(bad)
-    return [_Row(n, v) for n, v in enumerate(values, 1)]
+def _json_problem(error: ValueError | RecursionError, before: int = 0) -> str:
+    """Where and why a text is no JSON; ``before`` lines of its file stand before it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {before + error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+    return f"from line {before + 1}: not valid JSON: {_one_line(error)}"  # too deep, or a number too long
 
 
-def _jsonl_rows(text: str, name: str) -> list[_Row]:
-    values: list[Any] = []
-    bad = []
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for number, (line_number, line) in enumerate(lines, 1):
+def _objects(values: list[Any]) -> list[_Row]:
+    return [_object(n, v) for n, v in enumerate(values, 1)]
+
+
+def _object(number: int, value: Any) -> _Row:
+    if isinstance(value, dict):
+        return _Row(number, value)
+    return _Row(number, {}, problem=f"is {_type(value)}, an object with context, question and answer is needed")
+
+
+def _jsonl_rows(text: str) -> list[_Row]:
+    rows = []
+    lines = [(n, line) for n, line in enumerate(text.split("\n")) if line.strip()]
+    for number, (before, line) in enumerate(lines, 1):
         try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            bad.append(f"{name}: row {number} (line {line_number}): not valid JSON: {error.msg}")
-    if bad:
-        raise DataError(bad)
-    return _objects(values, name)
+            rows.append(_object(number, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            rows.append(_Row(number, {}, problem=_json_problem(error, before)))
+    return rows
 
 
 def _nested_rows(articles: list[Any], name: str) -> Iterator[_Row]:
@@ -160,21 +186,20 @@ def _csv_rows(text: str, name: str) -> list[_Row]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[_Row] = []
-    bad: list[str] = []
     try:
         header = next(reader)
         for number, values in enumerate((v for v in reader if v), 1):
             if len(values) != len(header):
-                bad.append(f"{name}: row {number}: {len(values)} fields, the header has {len(header)}: quote the commas")
+                problem = f"{len(values)} fields, the header has {len(header)}: quote the commas"
+                rows.append(_Row(number, {}, problem=problem))
+                continue
             fields: dict[str, Any] = dict(zip(header, values, strict=False))
             for key in ("answers", "answer_start"):
                 if key in fields:
                     fields[key] = _literal(fields[key])
             rows.append(_Row(number, fields))
-    except (csv.Error, StopIteration) as error:
+    except csv.Error as error:
         raise InputError(f"{name}: line {reader.line_num}: not valid CSV: {error}") from error
-    if bad:
-        raise DataError(bad)
     return rows
 
 
@@ -185,7 +210,7 @@ def _literal(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
     return text
 
@@ -197,10 +222,10 @@ def _parquet_rows(path: Path, name: str) -> list[_Row]:
     except ImportError as error:
         raise MissingExtraError("reading parquet", "pyarrow", "parquet") from error
     try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        values = parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name}: not a parquet file that can be read: {_one_line(error)}") from error
-    return [_Row(n, fields) for n, fields in enumerate(table.to_pylist(), 1)]
+    return _objects(values)
 
 
 def _hub_rows(source: str, token: str | None) -> list[_Row]:
@@ -227,12 +252,12 @@ def _hub_rows(source: str, token: str | None) -> list[_Row]:
 # ---------------------------------------------------------------- rows to examples
 
 
-class _Problem(Exception):
+class _ProblemError(Exception):
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"field {field}: {message}")
 
 
-class _Ambiguous(_Problem):
+class _AmbiguousError(_ProblemError):
     def __init__(self, field: str, text: str, count: int) -> None:
         super().__init__(
             field,
@@ -241,27 +266,33 @@ class _Ambiguous(_Problem):
         )
 
 
-def _collect(source: str, rows: Iterable[_Row], on_ambiguous: OnAmbiguous) -> DataSet:
+def _collect(source: str, rows: Iterable[_Row], on_ambiguous: OnAmbiguous, annotated: bool) -> DataSet:
     examples: list[Example] = []
     problems: list[str] = []
     skipped = first_taken = 0
     seen: dict[str, int] = {}
     for row in rows:
+        if row.problem:
+            problems.append(f"{source}: row {row.number}: {row.problem}")
+            continue
         try:
-            example, guessed = _example(row, on_ambiguous)
+            example, guessed = _example(row, on_ambiguous, annotated)
             first_taken += guessed
             if example.id in seen:
-                if "id" in row.fields:
-                    raise _Problem("id", f"{_quote(example.id)} is also the id of row {seen[example.id]}: ids are unique")
-                example = _example(_Row(row.number, {**row.fields, "id": f"row-{row.number}"}), on_ambiguous)[0]
+                if row.fields.get("id") is not None:
+                    raise _ProblemError(
+                        "id", f"{_quote(example.id)} is also the id of row {seen[example.id]}: ids are unique"
+                    )
+                while example.id in seen:
+                    example = replace(example, id=f"{example.id}-2")
             seen[example.id] = row.number
             examples.append(example)
-        except _Ambiguous as problem:
+        except _AmbiguousError as problem:
             if on_ambiguous == "skip":
                 skipped += 1
             else:
                 problems.append(f"{source}: row {row.number}, {problem}")
-        except _Problem as problem:
+        except _ProblemError as problem:
             problems.append(f"{source}: row {row.number}, {problem}")
     if problems:
         raise DataError(problems)
@@ -270,7 +301,7 @@ def _collect(source: str, rows: Iterable[_Row], on_ambiguous: OnAmbiguous) -> Da
     return DataSet(source, tuple(examples), skipped, first_taken)
 
 
-def _example(row: _Row, on_ambiguous: OnAmbiguous) -> tuple[Example, bool]:
+def _example(row: _Row, on_ambiguous: OnAmbiguous, annotated: bool) -> tuple[Example, bool]:
     fields = row.fields
     for field in ("context", "question"):
         _text(fields, field)
@@ -280,7 +311,7 @@ def _example(row: _Row, on_ambiguous: OnAmbiguous) -> tuple[Example, bool]:
         split = _SPLITS.get(fields["split"], "")
     answers: tuple[Annotation, ...]
     guessed = False
-    if fields.get("is_impossible") is True:
+    if not annotated or fields.get("is_impossible") is True:
         answers = ()
     elif "answers" in fields:
         answers = _annotations(fields["answers"], context)
@@ -292,10 +323,11 @@ def _example(row: _Row, on_ambiguous: OnAmbiguous) -> tuple[Example, bool]:
             found, guessed = _find(_text(fields, "answer"), context, on_ambiguous)
             answers = (found,)
     else:
-        raise _Problem("answer", f"is missing; the fields found are {_names(fields)}")
+        raise _ProblemError("answer", f"is missing; the fields found are {_names(fields)}")
     identity = fields.get("id")
     if identity is not None and not isinstance(identity, str | int):
-        raise _Problem("id", f"is {_type(identity)}, text is needed")
+        raise _ProblemError("id", f"is {_type(identity)}, text is needed")
+    _encodable(str(identity), "id")
     return Example(
         id=f"row-{row.number}" if identity is None else str(identity),
         question=question,
@@ -307,66 +339,81 @@ def _example(row: _Row, on_ambiguous: OnAmbiguous) -> tuple[Example, bool]:
 
 def _text(fields: dict[str, Any], field: str) -> str:
     if field not in fields:
-        raise _Problem(field, f"is missing; the fields found are {_names(fields)}")
+        raise _ProblemError(field, f"is missing; the fields found are {_names(fields)}")
     value = fields[field]
     if not isinstance(value, str):
-        raise _Problem(field, f"is {_type(value)}, text is needed")
+        raise _ProblemError(field, f"is {_type(value)}, text is needed")
     if not value.strip():
-        raise _Problem(field, "is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _Problem(field, f"holds a lone surrogate at code point {error.start}: not valid Unicode") from error
+        raise _ProblemError(field, "is empty")
+    _encodable(value, field)
     return value
+
+
+def _encodable(text: str, field: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _ProblemError(field, f"holds a lone surrogate at code point {error.start}: not valid Unicode") from error
 
 
 def _annotations(value: Any, context: str) -> tuple[Annotation, ...]:
     if isinstance(value, dict):
         texts, starts = value.get("text"), value.get("answer_start")
         if not isinstance(texts, list) or not isinstance(starts, list):
-            raise _Problem("answers", "needs the lists 'text' and 'answer_start'")
+            raise _ProblemError("answers", "needs the lists 'text' and 'answer_start'")
         if len(texts) != len(starts):
-            raise _Problem("answers", f"has {len(texts)} texts and {len(starts)} answer_starts: one start a text")
+            raise _ProblemError("answers", f"has {len(texts)} texts and {len(starts)} answer_starts: one start a text")
         pairs = list(zip(texts, starts, strict=True))
     elif isinstance(value, list) and all(isinstance(v, dict) for v in value):
         pairs = [(v.get("text"), v.get("answer_start")) for v in value]
     else:
-        raise _Problem("answers", f"is {_type(value)}, {{'text': [...], 'answer_start': [...]}} is needed")
+        raise _ProblemError("answers", f"is {_type(value)}, {{'text': [...], 'answer_start': [...]}} is needed")
     found = []
     for text, start in pairs:
         if not isinstance(text, str) or not text.strip():
-            raise _Problem("answers.text", "is empty" if isinstance(text, str) else f"is {_type(text)}, text is needed")
+            raise _ProblemError(
+                "answers.text", "is empty" if isinstance(text, str) else f"is {_type(text)}, text is needed"
+            )
         found.append(_annotation(text, start, context, "answers.answer_start"))
     return tuple(found)
 
 
 def _annotation(text: str, start: Any, context: str, field: str) -> Annotation:
     if isinstance(start, bool) or not isinstance(start, int):
-        raise _Problem(field, f"is {_type(start)}, a whole number is needed")
+        raise _ProblemError(field, f"is {_type(start)}, a whole number is needed")
     there = context[start : start + len(text)] if start >= 0 else ""
     if there != text:
-        raise _Problem(field, f"{start} does not match: the context has {_quote(there)} there, the answer is {_quote(text)}")
+        raise _ProblemError(
+            field, f"{start} does not match: the context has {_quote(there)} there, the answer is {_quote(text)}"
+        )
     return Annotation(text, start)
 
 
 def _find(text: str, context: str, on_ambiguous: OnAmbiguous) -> tuple[Annotation, bool]:
     first = context.find(text)
     if first < 0:
-        raise _Problem("answer", f"{_quote(text)} does not occur in the context: it must be copied from it letter by letter")
+        raise _ProblemError(
+            "answer", f"{_quote(text)} does not occur in the context: it must be copied from it letter by letter"
+        )
     count, at = 1, context.find(text, first + 1)
     while at >= 0:
         count, at = count + 1, context.find(text, at + 1)
     if count > 1 and on_ambiguous != "first":
-        raise _Ambiguous("answer", text, count)
+        raise _AmbiguousError("answer", text, count)
     return Annotation(text, first), count > 1
 
 
 def _quote(text: str) -> str:
-    return json.dumps(text if len(text) <= 60 else text[:57] + "...", ensure_ascii=False)
+    return _printable(json.dumps(text if len(text) <= 60 else text[:57] + "...", ensure_ascii=False))
 
 
 def _names(fields: dict[str, Any]) -> str:
-    return ", ".join(str(name) for name in fields) or "none"
+    return _printable(", ".join(str(name) for name in fields)) or "none"
+
+
+def _printable(text: str) -> str:
+    """The text on one line: line separators, lone surrogates and the like as escapes."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 def _type(value: Any) -> str:

@@ -100,8 +100,11 @@ class EncodedText:
         return start, end
 
     def tokens_of(self, start: int, end: int) -> tuple[int, int] | None:
-        """First and last token (inclusive) that touch ``text[start:end]``, or None where none does."""
-        touching = np.flatnonzero((self.offsets[:, 1] > start) & (self.offsets[:, 0] < end) & ~self.blank)
+        """First and last token (inclusive) that hold visible text of ``text[start:end]``, or None where none does."""
+        # Sentencepiece's tokens hold the space before a word: touching that space alone does not count.
+        last = np.minimum(self.offsets[:, 1], end)
+        first = np.minimum(np.maximum(self.offsets[:, 0], start), last)
+        touching = np.flatnonzero(self.spoken[last] > self.spoken[first])
         return (int(touching[0]), int(touching[-1])) if len(touching) else None
 
 
@@ -248,11 +251,12 @@ class Encoder:
         )
 
     def _null_index(self, length: int) -> int:
+        before, after = self._before.tolist(), self._after.tolist()
         null = self.config.null_token_id
-        if null in self._before.tolist():
-            return self._before.tolist().index(null)
-        if null in self._after.tolist():
-            return length - len(self._after) + self._after.tolist().index(null)
+        if null in before:
+            return int(before.index(null))
+        if null in after:
+            return length - len(after) + int(after.index(null))
         return 0
 
     def token_text(self, token_id: int) -> str:

@@ -72,7 +72,9 @@ class Answerer:
     ``max_seq_len``, ``doc_stride`` (tokens), ``align_to_words``, ``allow_no_answer``.
     """
 
-    def __init__(self, encoder: Encoder, settings: QaSettings, model: LogitsModel, bundle: Bundle | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, settings: QaSettings, model: LogitsModel, bundle: Bundle | None = None
+    ) -> None:
         self.encoder = encoder
         self.settings = settings
         self.model = model

@@ -174,7 +174,9 @@ class OnnxModel:
         except (DeviceError, BundleError):
             raise
         except Exception as error:  # the binding raises one class a status code, all of them bare
-            raise BundleError(f"model.onnx: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
+            raise BundleError(
+                f"model.onnx: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}"
+            ) from error
 
 
 def _providers(device: str) -> list[Any]:

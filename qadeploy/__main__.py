@@ -1,0 +1,8 @@
+"""``python -m qadeploy`` is the command ``qadeploy``."""
+
+from __future__ import annotations
+
+from qadeploy.cli import main
+
+if __name__ == "__main__":
+    main()

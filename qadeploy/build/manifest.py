@@ -1,0 +1,80 @@
+"""What every exported bundle gets: parity, measurements, tokenizer, card, manifest, seal."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qadeploy.build.card import bundle_card
+from qadeploy.build.parity import measure_parity, require_parity
+from qadeploy.build.report import Reference, choose_session, make_answerer, measure
+from qadeploy.bundle import CARD, MODEL, TOKENIZER, seal
+from qadeploy.files import hash_file
+from qadeploy.runtime.session import OnnxModel
+
+_VERSIONED = ("qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+
+
+def finish_bundle(
+    reference: Reference, work: Path, name: str, *, precision: str, made: dict[str, Any], exact: bool
+) -> dict[str, Any]:
+    """Measures the model in ``work``, adds tokenizer, card and manifest; returns the manifest's content.
+
+    ``exact`` holds the logits to PyTorch's within the fp32 tolerance, else raises GateError.
+    """
+    checkpoint = reference.checkpoint
+    model = (work / MODEL).read_bytes()
+    pad = checkpoint.encoder.config.pad_token_id
+    parity = measure_parity(checkpoint, OnnxModel(lambda: model, device="cpu", pad_token_id=pad), reference.examples)
+    if exact:
+        require_parity(parity, name)
+    session = choose_session(reference, model)
+    onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=pad, options=session)
+    (work / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
+    config = checkpoint.model.config
+    manifest: dict[str, Any] = {
+        "name": name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "precision": precision,
+        "made": made,
+        "architecture": {
+            "model_type": config.model_type,
+            "layers": getattr(config, "num_hidden_layers", None),
+            "heads": getattr(config, "num_attention_heads", None),
+            "hidden": getattr(config, "hidden_size", None),
+            "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
+        },
+        "encoder": checkpoint.encoder.config.to_dict(),
+        "settings": checkpoint.settings.to_dict(),
+        "null_threshold": None,
+        "session": session,
+        "inputs": list(onnx.inputs),
+        "outputs": ["start_logits", "end_logits"],
+        "parity": parity.to_dict(),
+        "measured": measure(reference, make_answerer(reference, model, session)),
+        "source": {
+            "checkpoint": str(reference.run.checkpoint),
+            "checkpoint_sha256": _weights_hash(reference.run.checkpoint),
+            "run": reference.run.record
+            and {k: reference.run.record[k] for k in ("options", "seed", "data_sha256", "base")},
+        },
+        "versions": {"python": platform.python_version(), **{n: _version(n) for n in _VERSIONED}},
+    }
+    (work / CARD).write_text(bundle_card(name, manifest), encoding="utf-8")
+    seal(work, manifest)
+    return manifest
+
+
+def _weights_hash(checkpoint: Path) -> str | None:
+    weights = checkpoint / "model.safetensors"
+    return hash_file(weights) if weights.is_file() else None
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,454 @@
+"""The command line: parse, call one function, print. Heavy imports stand inside the command bodies.
+
+Results go to stdout, remarks and progress to stderr; with ``--json`` stdout is one JSON object.
+Exit codes: 0 well, 1 the work failed, 2 what the user gave cannot be used.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import click
+
+from qadeploy import __version__
+from qadeploy.errors import InputError, MissingExtraError, QadeployError
+
+_TRAIN_PACKAGES = frozenset({"torch", "transformers", "optimum", "onnx", "datasets", "accelerate", "matplotlib"})
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _Command(click.Command):
+    """A command with ``--json`` and ``--debug``, whose errors are one clear message."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            click.Option(
+                ["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, remarks on stderr."
+            ),
+            click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."),
+        ]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = "--debug" in sys.argv[1:]
+        try:
+            return super().invoke(ctx)
+        except QadeployError as error:
+            if debug:
+                raise
+            _fail(str(error), error.exit_code)
+        except (click.exceptions.Exit, click.Abort, click.ClickException):
+            raise
+        except ImportError as error:
+            package = (error.name or "").partition(".")[0]
+            if debug or package not in _TRAIN_PACKAGES:
+                raise
+            _fail(str(MissingExtraError(f"qadeploy {ctx.info_name}", package, "train")), 1)
+        except OSError as error:
+            if debug:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1)
+        except MemoryError:
+            if debug:
+                raise
+            _fail("the machine ran out of memory: lower --batch-size or --max-seq-len", 1)
+        return None
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+def _command(group: click.Group, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:
+    def wrap(function: Callable[..., Any]) -> click.Command:
+        epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in example.strip().splitlines())
+        return group.command(cls=_Command, epilog=epilog)(function)
+
+    return wrap
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="qadeploy")
+def main() -> None:
+    """Extractive question answering, from (context, question, answer) triplets to a service.
+
+    The road: train -> export --quantize -> ask, answer, bench.
+    """
+
+
+def _note(message: str) -> None:
+    click.echo(message, err=True)
+
+
+def _print(as_json: bool, value: dict[str, Any], text: Sequence[str]) -> None:
+    if as_json:
+        click.echo(json.dumps(value, ensure_ascii=False))
+    else:
+        for line in text:
+            click.echo(line)
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    return lambda message: click.echo(message, err=as_json)
+
+
+def _device_option(function: _Function) -> _Function:
+    option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+    return option(function)
+
+
+_ambiguous_option = click.option(
+    "--on-ambiguous",
+    type=click.Choice(["error", "first", "skip"]),
+    default="error",
+    show_default=True,
+    help="What to do with an answer that occurs several times in its context and has no answer_start.",
+)
+
+
+# ---------------------------------------------------------------- train
+
+
+@_command(
+    main,
+    example="""
+qadeploy train
+qadeploy train --data faq.jsonl --out runs/faq
+qadeploy train --data hub:squad --base bert-base-uncased --epochs 2 --out runs/squad
+""",
+)
+@click.option(
+    "--data", default="handbook", show_default=True, help="handbook, a JSON/JSONL/CSV/parquet file, or hub:NAME."
+)
+@click.option("--base", help="Checkpoint folder or hub name to start from.  [default: the base model that ships]")
+@click.option("--out", help="Run folder.  [default: runs/NAME after the data]")
+@click.option("--eval-data", help="Held-out data, only reported on.  [default: the data's own validation split]")
+@click.option(
+    "--dev-fraction", default=0.1, show_default=True, help="Share of training questions that chooses the epoch."
+)
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs at most.  [default: by the amount of data]")
+@click.option("--learning-rate", type=float, help="Peak learning rate.  [default: by the amount of data]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Windows a step.  [default: by the amount of data]")
+@click.option("--weight-decay", default=0.01, show_default=True, help="AdamW's weight decay.")
+@click.option("--warmup-ratio", default=0.06, show_default=True, help="Share of steps over which the rate rises.")
+@click.option(
+    "--patience", default=2, show_default=True, type=click.IntRange(min=1), help="Epochs without a better dev F1."
+)
+@click.option("--seed", default=13, show_default=True, help="Seed of the split, the order and the dropout.")
+@click.option("--max-seq-len", type=click.IntRange(min=16), help="Longest window in tokens.  [default: the base's]")
+@click.option("--doc-stride", type=click.IntRange(min=0), help="Overlap of windows in tokens.  [default: the base's]")
+@click.option("--attention-dropout", default=0.0, show_default=True, help="0 allows PyTorch's fused attention.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
+@click.option("--token", help="Token for the hub, for private data sets.")
+@click.option("--progress/--no-progress", default=None, help="Show a progress bar.  [default: on a terminal]")
+@_ambiguous_option
+def train(as_json: bool, progress: bool | None, out: str | None, **options: Any) -> None:
+    """Fine-tune a question-answering model and keep its best epoch."""
+    from qadeploy.build.train import TrainOptions
+    from qadeploy.build.train import train as run
+
+    name = Path(options["data"].removeprefix("hub:").replace(":", "-")).stem
+    chosen = TrainOptions(out=out or f"runs/{name}", **options)
+    shown = sys.stderr.isatty() if progress is None else progress
+    result = run(chosen, _say(as_json), progress=shown)
+    if as_json:
+        click.echo(json.dumps({"run": str(result.folder), **result.metrics}, ensure_ascii=False))
+
+
+# ---------------------------------------------------------------- export
+
+
+@_command(
+    main,
+    example="""
+qadeploy export --quantize
+qadeploy export runs/faq --quantize --max-f1-drop 0.3
+qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
+""",
+)
+@click.argument("run", required=False)
+@click.option("--out", help="Bundle folder.  [default: bundles/NAME after the run]")
+@click.option("--quantize", is_flag=True, help="Also write NAME-int8, if it keeps its F1.")
+@click.option(
+    "--optimize/--no-optimize", default=True, show_default=True, help="Also write NAME-fused, the optimised graph."
+)
+@click.option("--eval-data", help="Held-out questions to judge on.  [default: those that the run held out]")
+@click.option("--max-f1-drop", default=0.5, show_default=True, help="Points of F1 that int8 may lose.")
+def export(
+    as_json: bool,
+    run: str | None,
+    out: str | None,
+    quantize: bool,
+    optimize: bool,
+    eval_data: str | None,
+    max_f1_drop: float,
+) -> None:
+    """Export RUN (a run or checkpoint folder, default the newest run) to ONNX bundles, with proof."""
+    from qadeploy.build import export as export_step
+    from qadeploy.build import optimize as optimize_step
+    from qadeploy.build import quantize as quantize_step
+    from qadeploy.build.report import make_reference, table
+    from qadeploy.build.runs import find_run, held_out
+    from qadeploy.bundle import check_place
+    from qadeploy.errors import FailureError, GateError
+
+    say = _say(as_json)
+    found = find_run(run)
+    place = Path(out or f"bundles/{found.name}")
+    fused_place, int8_place = (place.with_name(place.name + end) for end in ("-fused", "-int8"))
+    for folder in (place, fused_place, int8_place):
+        check_place(folder)
+    source, examples = held_out(found, eval_data)
+    say(f"exporting {found.checkpoint}, judged on {len(examples)} questions of {source}")
+    reference = make_reference(found, source, examples)
+    bundles = [export_step.export(reference, place)]
+    say(f"{place}: logits within {bundles[0].manifest['parity']['max_abs_diff']:.1e} of PyTorch")
+    if optimize:
+        try:
+            bundles.append(optimize_step.optimize(reference, bundles[0], fused_place))
+            say(f"{fused_place}: {optimize_step.fusion_line(bundles[-1])}")
+        except GateError:
+            raise
+        except FailureError as error:
+            say(f"no optimised graph: {error}")
+    if quantize:
+        bundles.append(quantize_step.quantize(reference, bundles[0], int8_place, max_f1_drop))
+        made = bundles[-1].manifest["made"]
+        say(f"{int8_place}: recipe {made['recipe']}")
+    rows = [(bundle.name, bundle.manifest) for bundle in bundles]
+    size = 4 * bundles[0].manifest["architecture"]["parameters"]
+    lines = table(reference, size, rows)
+    value = {"bundles": {str(b.folder): b.manifest for b in bundles}}
+    _print(as_json, value, ["", *lines])
+
+
+# ---------------------------------------------------------------- evaluate, ask, answer
+
+
+def _predictor(path: str, device: str, threads: int | None = None) -> Any:
+    """An answerer for a bundle, or for a run or checkpoint through PyTorch."""
+    from qadeploy.bundle import MANIFEST
+
+    if (Path(path) / MANIFEST).exists():
+        from qadeploy import Answerer
+
+        return Answerer.load(path, device=device, threads=threads)
+    from qadeploy.build.runs import find_run
+
+    run = find_run(path)
+    from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
+
+    return torch_answerer(load_checkpoint(run.checkpoint))
+
+
+def _examples(source: str, split: str, on_ambiguous: Any, annotated: bool = True) -> tuple[Any, ...]:
+    """Examples of a source; ``auto`` takes the validation split where the data has one."""
+    from qadeploy.data.readers import read
+
+    data = read(source, on_ambiguous=on_ambiguous, annotated=annotated)
+    for count, what in (
+        (data.skipped, "ambiguous rows skipped"),
+        (data.first_taken, "answers taken at their first place"),
+    ):
+        if count:
+            _note(f"{source}: {count} {what}")
+    if split == "all":
+        return data.examples
+    part = data.part("validation" if split == "auto" else split)
+    if split == "auto":
+        if part and len(part) < len(data.examples):
+            _note(
+                f"{source}: scoring the {len(part)} questions of its validation split (--split all for the others too)"
+            )
+        return part or data.examples
+    if not part:
+        raise InputError(f"{source}: no row has the split {split!r}")
+    return part
+
+
+@_command(
+    main,
+    example="""
+qadeploy evaluate bundles/handbook-int8 --data handbook
+qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json --json
+""",
+)
+@click.argument("model")
+@click.option("--data", required=True, help="Annotated questions: anything that train reads.")
+@click.option("--split", type=click.Choice(["auto", "all", "train", "validation"]), default="auto", show_default=True)
+@click.option("--predictions", type=click.Path(dir_okay=False), help="Write SQuAD's predictions format ({id: text}).")
+@_device_option
+@_ambiguous_option
+def evaluate(
+    as_json: bool, model: str, data: str, split: str, predictions: str | None, device: str, on_ambiguous: str
+) -> None:
+    """Score MODEL (a run, a bundle or a checkpoint folder) on annotated questions."""
+    from qadeploy.evaluate import evaluate as score_all
+    from qadeploy.files import write_json
+
+    examples = _examples(data, split, on_ambiguous)
+    predictor = _predictor(model, device)
+    with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
+        evaluation = score_all(predictor, examples, lambda: bar.update(1))
+    if predictions:
+        write_json(Path(predictions), evaluation.predictions(examples))
+    value = {"model": model, "data": data, **evaluation.scores.to_dict()}
+    names = {"exact_match": "exact match", "f1": "F1", "accuracy": "accuracy (exact span)"}
+    text = [f"{model} on {len(examples)} questions of {data} (percent, 95 % bootstrap interval)"]
+    for key, name in names.items():
+        low, high = cast(list[float], value[f"{key}_interval"])
+        text.append(f"  {name:<22} {value[key]:6.2f}  ({low:.2f} to {high:.2f})")
+    _print(as_json, value, text)
+
+
+@_command(
+    main,
+    example="""
+qadeploy ask bundles/handbook --question "When did it sail?" --context "It sailed at dawn."
+qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @notes.txt --top-k 3 --trace
+""",
+)
+@click.argument("bundle")
+@click.option("--question", required=True, help="The question.")
+@click.option("--context", required=True, help="The text to find the answer in, or @FILE.")
+@click.option("--top-k", default=3, show_default=True, help="How many answers.")
+@click.option("--max-answer-len", type=int, help="Longest answer in tokens.  [default: the bundle's]")
+@click.option("--max-seq-len", type=int, help="Longest window in tokens.  [default: the bundle's]")
+@click.option("--doc-stride", type=int, help="Overlap of windows in tokens.  [default: the bundle's]")
+@click.option("--align-to-words", is_flag=True, help="Widen answers to whole words.")
+@click.option("--allow-no-answer", is_flag=True, help="Let 'no answer' compete.")
+@click.option("--trace", "show_trace", is_flag=True, help="Show the encoding, the forward pass and the span selection.")
+@_device_option
+def ask(as_json: bool, bundle: str, question: str, context: str, show_trace: bool, device: str, **options: Any) -> None:
+    """Answer one question from one context with BUNDLE (a run or checkpoint folder works too)."""
+    from qadeploy.runtime.answerer import Options, to_answers
+    from qadeploy.runtime.trace import trace, trace_dict, trace_lines
+
+    text = _context(context)
+    answerer = _predictor(bundle, device)
+    chosen = Options(**options)
+    answers = answerer.answer(question, text, **options)
+    value: dict[str, Any] = {"question": question, "answers": [a.to_dict() for a in answers]}
+    lines: list[str] = []
+    if show_trace:
+        reading, candidates = trace(answerer, question, text, chosen)
+        answers = to_answers(reading, chosen)
+        value["trace"] = trace_dict(reading, candidates)
+        lines += [*trace_lines(answerer, reading, candidates), ""]
+    for rank, answer in enumerate(answers, 1):
+        shown = answer.text if answer.text else "(no answer in this text)"
+        lines.append(f"{rank}. {shown}   score {answer.score:.4f}, code points {answer.start}-{answer.end}")
+    _print(as_json, value, lines or ["no answer: the context has no token that could be one"])
+
+
+def _context(value: str) -> str:
+    if not value.startswith("@"):
+        return value
+    path = Path(value[1:])
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"--context {value}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--context {value}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"--context {value}: cannot be read: {error.strerror}") from error
+
+
+@_command(
+    main,
+    example="""
+qadeploy answer bundles/handbook-int8 --input questions.jsonl --output answers.jsonl
+qadeploy answer bundles/handbook-int8 --input questions.parquet --output answers
+""",
+)
+@click.argument("bundle")
+@click.option("--input", "source", required=True, help="Rows with context and question: anything that train reads.")
+@click.option(
+    "--output", required=True, type=click.Path(), help="A name in .jsonl is one file, another a folder of parquet."
+)
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@_device_option
+def answer(as_json: bool, bundle: str, source: str, output: str, threads: int | None, device: str) -> None:
+    """Answer every question of a file with BUNDLE, one row a question, in order."""
+    from qadeploy import Answerer
+    from qadeploy.batch import answer_file, check_output
+
+    check_output(Path(output))
+    examples = _examples(source, "all", "error", annotated=False)
+    answerer = Answerer.load(bundle, device=device, threads=threads)
+    with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
+        rows = answer_file(answerer, examples, Path(output), lambda: bar.update(1))
+    _print(as_json, {"rows": rows, "output": output}, [f"{output}: {rows} answers"])
+
+
+# ---------------------------------------------------------------- bench, doctor
+
+
+@_command(
+    main,
+    example="""
+qadeploy bench
+qadeploy bench bundles/faq-int8 --data held_out.jsonl --against pipeline --out results
+""",
+)
+@click.argument("bundle", required=False)
+@click.option("--data", help="Annotated questions.  [default: those that the bundle's run held out]")
+@click.option("--against", default="pipeline,optimum", show_default=True, help="Peers, by commas; empty for none.")
+@click.option("--questions", default=200, show_default=True, help="Questions at most, drawn evenly.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Interleaved rounds.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the bundle.  [default: all]")
+@click.option(
+    "--checkpoint", type=click.Path(), help="The PyTorch checkpoint for the peers.  [default: the bundle's source]"
+)
+@click.option("--out", type=click.Path(file_okay=False), help="Folder for bench.json.")
+@_device_option
+def bench(
+    as_json: bool,
+    bundle: str | None,
+    data: str | None,
+    against: str,
+    questions: int,
+    rounds: int,
+    threads: int | None,
+    checkpoint: str | None,
+    out: str | None,
+    device: str,
+) -> None:
+    """Measure BUNDLE (default: the newest) against other tools on the same questions, answers scored."""
+    from qadeploy import Answerer
+    from qadeploy.bench import measure
+    from qadeploy.bench.peers import parse_peers
+    from qadeploy.bench.workload import draw
+    from qadeploy.build.runs import find_run, held_out
+    from qadeploy.bundle import newest_bundle
+
+    peers = parse_peers(against)
+    answerer = Answerer.load(bundle or newest_bundle(), device=device, threads=threads)
+    assert answerer.bundle is not None  # noqa: S101 - load gives one
+    source = Path(checkpoint or answerer.bundle.manifest["source"]["checkpoint"])
+    if data is None:
+        name, examples = held_out(find_run(source), None)
+    else:
+        name, examples = data, _examples(data, "auto", "error")
+    workload = draw(name, examples, questions)
+    report = measure.bench(answerer, source, workload, peers, rounds, _note)
+    text = measure.lines(report)
+    if out:
+        text.append(f"written: {measure.write(report, Path(out))}")
+    _print(as_json, report, text)
+
+
+@_command(main, example="qadeploy doctor")
+def doctor(as_json: bool) -> None:
+    """Show what this installation can do, and what stands in the way."""
+    from qadeploy.doctor import diagnose, lines
+
+    report = diagnose()
+    _print(as_json, report, lines(report))

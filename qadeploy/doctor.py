@@ -1,0 +1,107 @@
+"""What this installation can do: packages, providers, conflicts, the base model."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qadeploy.runtime.session import usable_cpus
+
+_PACKAGES = {
+    "runtime": ("numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
+    "train": ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "datasets", "accelerate", "pyarrow"),
+}
+_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions, CPU, providers, and ``problems``: one line each, with what to do. Imports no torch."""
+    packages = {name: _version(name) for names in _PACKAGES.values() for name in names}
+    report: dict[str, Any] = {
+        "qadeploy": _version("qadeploy"),
+        "python": platform.python_version(),
+        "cpu": {"model": _cpu_model(), "usable": usable_cpus(), "features": _cpu_features()},
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "packages": packages,
+        "nvidia_driver": _driver(),
+        "providers": [],
+    }
+    problems = []
+    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
+        problems.append(
+            "onnxruntime and onnxruntime-gpu are both installed and break each other: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then install the one you want"
+        )
+    if find_spec("onnxruntime") is None:
+        problems.append("onnxruntime is not installed, so nothing can be answered: pip install 'qadeploy[cpu]'")
+    else:
+        import onnxruntime
+
+        report["providers"] = onnxruntime.get_available_providers()
+        if report["nvidia_driver"] and "CUDAExecutionProvider" not in report["providers"]:
+            problems.append(
+                "an NVIDIA driver answers, but onnxruntime is a CPU build: pip install 'qadeploy[gpu]' instead"
+            )
+    missing = [name for name in _PACKAGES["train"] if not packages[name]]
+    if missing:
+        problems.append(
+            f"train and export need {', '.join(missing)}: pip install 'qadeploy[train]' (answering does not)"
+        )
+    report["problems"] = problems
+    return report
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    cpu = report["cpu"]
+    result = [
+        f"qadeploy {report['qadeploy']}, Python {report['python']}",
+        f"CPU: {cpu['model']}, {cpu['usable']} usable, {', '.join(cpu['features']) or 'no known vector features'}; "
+        f"{report['memory_gib']} GiB of memory",
+        f"NVIDIA driver: {report['nvidia_driver'] or 'none'}; ONNX Runtime providers: {', '.join(report['providers']) or 'none'}",
+        "packages: " + ", ".join(f"{name} {found or '-'}" for name, found in report["packages"].items()),
+    ]
+    result += [f"PROBLEM: {problem}" for problem in report["problems"]] or ["no problems found"]
+    return result
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _cpu_model() -> str:
+    names = [line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cpu_features() -> list[str]:
+    found = set(_cpuinfo().split())
+    return [flag for flag in _FLAGS if flag in found]
+
+
+def _driver() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return "; ".join(done.stdout.split("\n")[:8]).strip("; ") if done.returncode == 0 else None

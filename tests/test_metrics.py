@@ -1,0 +1,203 @@
+"""The scores against values worked out by hand and a second statement of SQuAD's rules."""
+
+from __future__ import annotations
+
+import string
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qadeploy.qa.metrics import Scores, bootstrap_interval, exact_match, f1, normalize, score
+from qadeploy.records import Annotation, Answer, Example
+from tests.tokenizers_for_tests import thorough
+
+# SQuAD's rules once more, on plain texts.
+
+
+def plain_tokens(text: str) -> list[str]:
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    runs = ("".join(run) for _, run in groupby(kept, key=str.isalnum))
+    return "".join(" " if run in ("a", "an", "the") else run for run in runs).split()
+
+
+def plain_f1(prediction: str, gold: str) -> float:
+    left, right = plain_tokens(prediction), plain_tokens(gold)
+    rest = list(right)
+    for token in left:
+        if token in rest:
+            rest.remove(token)
+    shared = len(right) - len(rest)
+    return 2 * shared / (len(left) + len(right)) if shared else 0.0
+
+
+def official_v1(prediction: str, golds: list[str]) -> tuple[float, float]:
+    """v1.1: the best over the golds; nothing shared is 0, even where both are empty."""
+    same = any(plain_tokens(prediction) == plain_tokens(gold) for gold in golds)
+    return float(same), max(plain_f1(prediction, gold) for gold in golds)
+
+
+def official_v2(prediction: str, golds: list[str]) -> tuple[float, float]:
+    """v2.0: golds without a token are dropped; none left means no answer, which only no answer matches."""
+    golds = [gold for gold in golds if plain_tokens(gold)]
+    if not golds or not plain_tokens(prediction):
+        both = float(not golds and not plain_tokens(prediction))
+        return both, both
+    return official_v1(prediction, golds)
+
+
+def ask(prediction: str, *golds: str) -> tuple[float, float]:
+    """Exact match and F1 of one question, 0 to 1."""
+    example = Example("1", "?", "", tuple(Annotation(gold, 0) for gold in golds))
+    scores = score([example], [Answer(prediction, 0, len(prediction), 1.0)])
+    return float(scores.rows_exact_match[0]), float(scores.rows_f1[0])
+
+
+# fmt: off
+WORDS = (
+    "the", "The", "a", "An.", "'an'", "¿a?", "the—", "theatre", "cat", "Cat", "cats,",
+    "a-b", "U.S.", "3.5", "£5", "été", "É", "_", "...", "—", "東京",
+)
+# fmt: on
+ANSWERS = st.one_of(
+    st.lists(
+        st.sampled_from(WORDS),
+        max_size=6,
+    ).map(" ".join),
+    st.text(max_size=12),
+)
+
+
+@thorough
+@given(prediction=ANSWERS, golds=st.lists(ANSWERS, max_size=3))
+def test_score_equals_the_rules_of_v2(prediction, golds):
+    assert ask(prediction, *golds) == pytest.approx(official_v2(prediction, golds))
+
+
+@thorough
+@given(prediction=ANSWERS, golds=st.lists(ANSWERS.filter(plain_tokens), min_size=1, max_size=3))
+def test_score_equals_the_rules_of_v1_where_every_gold_has_a_token(prediction, golds):
+    assert ask(prediction, *golds) == pytest.approx(official_v1(prediction, golds))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Cat\tsat,\n on an A-frame!", "cat sat on aframe"),
+        ("a.b.c. the", "abc"),  # punctuation goes before articles, and leaves no space
+        ("theatre another bathe", "theatre another bathe"),
+        ("THE THE a", ""),
+        ("l'été — “the” Straße", "lété — “ ” straße"),  # only ASCII punctuation goes
+        ("$3.50\u00a0a\u3000kilo", "350 kilo"),
+        ("under_score", "underscore"),
+        ("", ""),
+    ],
+)
+def test_normalize(text, expected):
+    assert normalize(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "em", "overlap"),
+    [
+        ("The Eiffel Tower.", "eiffel tower", 1, 1),
+        ("Eiffel Tower in Paris", "the Eiffel Tower", 0, 2 / 3),  # precision 2/4, recall 2/2
+        ("Saint Bernadette Soubirous of Lourdes", "Bernadette", 0, 1 / 3),  # 1/5, 1/1
+        ("cat cat cat", "cat cat dog", 0, 2 / 3),  # each token counts as often as both sides have it
+        ("dog cat", "cat dog", 0, 1),
+        ("red", "blue", 0, 0),
+        ("", "blue", 0, 0),
+        ("blue", "", 0, 0),
+        ("", "", 1, 1),
+        ("the", "...", 1, 1),  # nothing is left of either
+    ],
+)
+def test_exact_match_and_f1_by_hand(prediction, gold, em, overlap):
+    assert exact_match(prediction, gold) == em
+    assert f1(prediction, gold) == pytest.approx(overlap)
+
+
+@thorough
+@given(a=ANSWERS, b=ANSWERS)
+def test_f1_is_symmetric_and_one_for_an_exact_match(a, b):
+    assert f1(a, b) == f1(b, a)
+    assert 0 <= f1(a, b) <= 1
+    assert f1(a, a) == exact_match(a, a) == 1
+    assert exact_match(a, b) <= f1(a, b)
+
+
+def test_score_by_hand():
+    def example(*answers: tuple[str, int]) -> Example:
+        return Example("1", "?", "", tuple(Annotation(*answer) for answer in answers))
+
+    examples = [
+        example(("in Paris", 10), ("Paris", 13)),  # the best gold counts
+        example(("Paris", 13)),  # the right text at another place is no exact span
+        example(("the Seine", 0)),
+        example(),
+        example(),
+        example(("the", 0)),  # normalises to nothing: wants no answer
+        example(("the", 0), ("Seine", 4)),  # here the article is no gold
+        example(("Lyon", 3)),
+    ]
+    predictions = [
+        Answer("Paris", 13, 18, 0.9),
+        Answer("Paris", 40, 45, 0.9),
+        Answer("Seine river", 4, 15, 0.9),
+        Answer("", 0, 0, 0.9),
+        Answer("Paris", 13, 18, 0.9),
+        Answer("", 0, 0, 0.9),
+        Answer("", 0, 0, 0.9),
+        Answer("", 0, 0, 0.9),
+    ]
+    scores = score(examples, predictions)
+    assert scores.rows_exact_match.tolist() == [1, 1, 0, 1, 0, 1, 0, 0]
+    assert scores.rows_f1.tolist() == pytest.approx([1, 1, 2 / 3, 1, 0, 1, 0, 0])
+    assert scores.rows_accuracy.tolist() == [1, 0, 0, 1, 0, 0, 0, 0]
+    assert (scores.total, scores.exact_match, scores.accuracy) == (8, 50, 25)
+    assert scores.f1 == pytest.approx(100 * (4 + 2 / 3) / 8)
+    plain = scores.to_dict()
+    assert {k: plain[k] for k in ("exact_match", "accuracy", "total")} == {
+        "exact_match": 50,
+        "accuracy": 25,
+        "total": 8,
+    }
+    assert plain["f1_interval"] == list(bootstrap_interval(scores.rows_f1))
+
+
+def test_score_wants_one_prediction_a_question():
+    with pytest.raises(ValueError):
+        score([Example("1", "?", "")], [])
+
+
+def test_no_questions_score_zero():
+    assert set(map(str, score([], []).to_dict().values())) == {"0", "0.0", "[0.0, 0.0]"}
+
+
+ROWS = st.lists(st.floats(0, 1, width=16), min_size=1, max_size=60).map(np.array)
+
+
+@thorough
+@given(rows=ROWS)
+def test_the_interval_contains_the_mean_and_is_the_same_each_time(rows):
+    low, high = bootstrap_interval(rows, samples=250)
+    assert low - 1e-9 <= Scores(rows, rows, rows).f1 <= high + 1e-9
+    assert 0 <= low <= high <= 100
+    assert bootstrap_interval(rows, samples=250) == (low, high)
+    narrow = bootstrap_interval(rows, samples=250, level=0.5)
+    assert low <= narrow[0] <= narrow[1] <= high
+
+
+def test_the_interval_has_the_width_of_theory_and_shrinks_with_n():
+    for n in (100, 400, 1600):
+        rows = np.arange(n) % 2.0  # mean one half, standard deviation one half
+        low, high = bootstrap_interval(rows)
+        assert high - low == pytest.approx(2 * 1.96 * 50 / n**0.5, rel=0.1)
+        assert (low + high) / 2 == pytest.approx(50, abs=1.5)
+
+
+def test_another_seed_is_another_sample():
+    rows = np.linspace(0, 1, 50)
+    assert bootstrap_interval(rows, seed=1) != bootstrap_interval(rows, seed=2)

@@ -1,0 +1,650 @@
+"""Every carrier and shape the readers take, and every complaint they make."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qadeploy.data.readers import read
+from qadeploy.errors import DataError, InputError, MissingExtraError
+from qadeploy.records import Annotation, Example
+
+SEED = {"context": "The sky is blue.", "question": "What color is the sky?", "answer": "blue"}
+BLUE = (Annotation("blue", 11),)
+FLAT = {
+    "id": "q1",
+    "context": SEED["context"],
+    "question": SEED["question"],
+    "answers": {"text": ["blue", "is blue"], "answer_start": [11, 8]},
+}
+FLAT_ANSWERS = (Annotation("blue", 11), Annotation("is blue", 8))
+NESTED = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "Sky",
+            "paragraphs": [
+                {
+                    "context": SEED["context"],
+                    "qas": [
+                        {
+                            "id": "q1",
+                            "question": SEED["question"],
+                            "answers": [{"text": "blue", "answer_start": 11}, {"text": "is blue", "answer_start": 8}],
+                        },
+                        {
+                            "id": "q2",
+                            "question": "How high is it?",
+                            "is_impossible": True,
+                            "answers": [],
+                            "plausible_answers": [{"text": "sky", "answer_start": 4}],
+                        },
+                    ],
+                }
+            ],
+        },
+        {
+            "title": "Sea",
+            "paragraphs": [
+                {
+                    "context": "The sea is green.",
+                    "qas": [
+                        {
+                            "id": "q3",
+                            "question": "What is green?",
+                            "is_impossible": False,
+                            "answers": [{"text": "sea", "answer_start": 4}],
+                        }
+                    ],
+                }
+            ],
+        },
+    ],
+}
+
+
+def jsonl(*rows: object) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def csv_text(*rows: dict[str, object]) -> str:
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def put(folder: Path, name: str, content: str | bytes) -> str:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
+    return str(path)
+
+
+def put_parquet(folder: Path, rows: list[dict[str, object]], name: str = "data.parquet") -> str:
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
+    return str(folder / name)
+
+
+def problems(source: str) -> list[str]:
+    """The problems of a file, each one line that starts ``FILE: row N``, without that file name."""
+    with pytest.raises(DataError) as caught:
+        read(source)
+    for line in caught.value.problems:
+        assert re.match(re.escape(source) + r": row [1-9]\d*(, field [\w.]+)?: \S", line)
+        assert len(line.splitlines()) == 1
+        line.encode("utf-8")  # can be printed
+    return [line.removeprefix(source + ": ") for line in caught.value.problems]
+
+
+def problem(source: str) -> str:
+    (line,) = problems(source)
+    return line
+
+
+# ---------------------------------------------------------------- carriers and shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.json", json.dumps([SEED])),
+        ("object.json", json.dumps(SEED)),
+        ("data.json", json.dumps({"version": 1, "data": [SEED]})),
+        ("pretty.json", json.dumps([SEED], indent=2)),
+        ("bom.json", "\ufeff" + json.dumps([SEED])),
+        ("rows.jsonl", jsonl(SEED)),
+        ("rows.JSONL", "\n\n" + jsonl(SEED).replace("\n", "\r\n") + "  \n"),
+        ("rows.ndjson", jsonl(SEED).rstrip("\n")),
+        ("rows.csv", csv_text(SEED)),
+        ("bom.csv", "\ufeff" + csv_text(SEED)),
+        ("blank.csv", csv_text(SEED).replace("\r\n", "\n\n")),
+        ("start.jsonl", jsonl({**SEED, "answer_start": 11})),
+        ("start.csv", csv_text({**SEED, "answer_start": 11})),
+        ("nostart.csv", csv_text({**SEED, "answer_start": ""})),
+        ("nostart.jsonl", jsonl({**SEED, "answer_start": None})),
+    ],
+)
+def test_the_seed_triplet_in_every_text_carrier(tmp_path, name, content):
+    data = read(put(tmp_path, name, content))
+    assert data.examples == (Example("row-1", SEED["question"], SEED["context"], BLUE),)
+    assert data.source == str(tmp_path / name)
+    assert (data.skipped, data.first_taken) == (0, 0)
+
+
+@pytest.mark.parametrize("start", [None, 11])
+def test_the_seed_triplet_in_parquet(tmp_path, start):
+    row = SEED if start is None else {**SEED, "answer_start": start}
+    assert read(put_parquet(tmp_path, [row])).examples == (Example("row-1", SEED["question"], SEED["context"], BLUE),)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.json", json.dumps([FLAT, {**FLAT, "id": "q2"}])),
+        ("data.json", json.dumps({"data": [FLAT, {**FLAT, "id": "q2"}]})),
+        ("rows.jsonl", jsonl(FLAT, {**FLAT, "id": "q2"})),
+        ("lines.json", jsonl(FLAT, {**FLAT, "id": "q2"})),
+        ("json.csv", csv_text(*({**FLAT, "id": i, "answers": json.dumps(FLAT["answers"])} for i in ("q1", "q2")))),
+        ("python.csv", csv_text(*({**FLAT, "id": i, "answers": repr(FLAT["answers"])} for i in ("q1", "q2")))),
+    ],
+)
+def test_flat_rows_with_an_answers_dict(tmp_path, name, content):
+    first, second = read(put(tmp_path, name, content)).examples
+    assert first == Example("q1", SEED["question"], SEED["context"], FLAT_ANSWERS)
+    assert second.id == "q2"
+
+
+def test_flat_rows_in_parquet(tmp_path):
+    none = {**FLAT, "id": "q2", "answers": {"text": [], "answer_start": []}}
+    first, second = read(put_parquet(tmp_path, [FLAT, none])).examples
+    assert first == Example("q1", SEED["question"], SEED["context"], FLAT_ANSWERS)
+    assert second.answers == ()
+
+
+def test_squad_v2_nesting_keeps_order_and_reads_impossible_as_no_answer(tmp_path):
+    one, two, three = read(put(tmp_path, "squad.json", json.dumps(NESTED))).examples
+    assert one == Example("q1", SEED["question"], SEED["context"], FLAT_ANSWERS)
+    assert two == Example("q2", "How high is it?", SEED["context"], ())
+    assert three == Example("q3", "What is green?", "The sea is green.", (Annotation("sea", 4),))
+
+
+def test_squad_v1_nesting(tmp_path):
+    old = json.loads(json.dumps(NESTED["data"][0]))
+    old["paragraphs"][0]["qas"].pop()
+    (example,) = read(put(tmp_path, "squad.json", json.dumps({"version": "1.1", "data": [old]}))).examples
+    assert example.answers == FLAT_ANSWERS
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_csv_keeps_the_line_ends_inside_quotes(tmp_path, line_end):
+    context = f"First{line_end}{line_end}line, second line."
+    row = {"context": context, "question": f"Which{line_end}line?", "answer": "second", "answer_start": 0}
+    row["answer_start"] = context.index("second")
+    (example,) = read(put(tmp_path, "rows.csv", csv_text(row))).examples
+    assert (example.context, example.question) == (context, f"Which{line_end}line?")
+    assert example.answers == (Annotation("second", context.index("second")),)
+
+
+@pytest.mark.parametrize("before", ["😀😀 ", "e\u0301 ", "日本 ", "\U0001f468\u200d\U0001f469 "])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_offsets_count_code_points(tmp_path, before, ascii_only):
+    start = len(before) + len("The sky is ")
+    row = {**SEED, "context": before + SEED["context"], "answer_start": start}
+    text = json.dumps([row], ensure_ascii=ascii_only)  # the ASCII form writes an emoji as a pair of surrogates
+    (example,) = read(put(tmp_path, "rows.json", text)).examples
+    assert example.answers == (Annotation("blue", start),)
+    assert example.context[start : example.answers[0].end] == "blue"
+
+
+@pytest.mark.parametrize(
+    ("stored", "split"),
+    [("train", "train"), ("validation", "validation"), ("dev", "validation"), ("test", "validation"), ("other", "")],
+)
+def test_a_split_field_fixes_the_side(tmp_path, stored, split):
+    data = read(put(tmp_path, "rows.jsonl", jsonl({**SEED, "split": stored}, SEED)))
+    assert [e.split for e in data.examples] == [split, ""]
+    assert data.part(split or "train") == (data.examples[:1] if split else ())
+
+
+def test_a_number_as_id_becomes_text(tmp_path):
+    assert read(put(tmp_path, "rows.jsonl", jsonl({**SEED, "id": 7}))).examples[0].id == "7"
+
+
+def test_the_handbook_is_a_name_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = read("handbook")
+    assert data.source == "handbook"
+    assert len(data.part("train")) + len(data.part("validation")) == len(data.examples)
+
+
+# ---------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the datasets library: notes the calls, serves two splits or the one asked for."""
+    calls = []
+    parts = {"train": [FLAT, {**FLAT, "id": "q2"}], "validation": [{**FLAT, "id": "q3"}], "extra": [{**SEED}]}
+
+    def load_dataset(name, *, split=None, token=None):
+        calls.append((name, split, token))
+        if name == "gone":
+            raise RuntimeError("Dataset 'gone' is\nnot there")
+        return parts[split] if split else parts
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return calls
+
+
+def test_a_whole_hub_data_set_brings_its_splits(hub):
+    data = read("hub:user/set", token="secret")  # noqa: S106
+    assert hub == [("user/set", None, "secret")]
+    assert [(e.id, e.split) for e in data.examples] == [
+        ("q1", "train"),
+        ("q2", "train"),
+        ("q3", "validation"),
+        ("row-4", "train"),
+    ]
+    assert data.examples[0].answers == FLAT_ANSWERS
+
+
+def test_one_split_of_a_hub_data_set_is_not_bound_to_a_side(hub):
+    data = read("hub:user/set:validation")
+    assert hub == [("user/set", "validation", None)]
+    assert [(e.id, e.split) for e in data.examples] == [("q3", "")]
+
+
+def test_a_failing_hub_is_one_line_that_says_what_to_do(hub):
+    with pytest.raises(InputError) as caught:
+        read("hub:gone")
+    message = str(caught.value)
+    assert message.startswith("hub:gone: the data set cannot be loaded from the hub: Dataset 'gone' is not there. ")
+    assert "download it once and give the file" in message
+    assert "\n" not in message
+
+
+def test_without_a_network_the_real_library_ends_in_one_clear_error(tmp_path):
+    code = """
+from qadeploy.data.readers import read
+from qadeploy.errors import InputError
+try:
+    read("hub:rajpurkar/squad")
+except InputError as error:
+    print("InputError:", error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("InputError: hub:rajpurkar/squad: the data set cannot be loaded from the hub: ")
+    assert line.endswith("Check the name and the network, or download it once and give the file")
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "extra"),
+    [("datasets", "hub:user/set", "train"), ("pyarrow", "data.parquet", "parquet")],
+)
+def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, module, source, extra):
+    monkeypatch.chdir(tmp_path)
+    put_parquet(tmp_path, [SEED])
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=re.escape(f"pip install 'qadeploy[{extra}]'")):
+        read(source)
+
+
+# ---------------------------------------------------------------- files that cannot be used
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.json", "", "the file is empty; it needs at least one row"),
+        ("empty.parquet", b"", "the file is empty; it needs at least one row"),
+        ("bom.csv", "\ufeff", "the file is empty; it needs at least one row"),
+        ("blank.jsonl", "\n \n", "the file is empty; it needs at least one row"),
+        ("rows.txt", "x", "unknown ending '.txt': use .json, .jsonl, .csv or .parquet"),
+        ("rows", "x", "unknown ending ''"),
+        ("latin.csv", csv_text({**SEED, "context": "The café is blue."}).encode("latin-1"), "not UTF-8 text (byte 32)"),
+        ("utf16.json", json.dumps([SEED]).encode("utf-16"), "not UTF-8 text (byte 0)"),
+        ("wrong.json", '[{"context": "a",\n  "question": }]', "line 2, column 15: not valid JSON: Expecting value"),
+        ("after.json", json.dumps([SEED], indent=1) + "\n]", "line 8, column 1: not valid JSON: Extra data"),
+        ("line.json", json.dumps(SEED) + " x", "column 88: not valid JSON: Extra data"),
+        ("deep.json", "[" * 100_000, "not valid JSON: "),
+        ("huge.json", "9" * 5000, "not valid JSON: "),
+        ("text.json", '"blue"', "JSON of type text: a list of rows or SQuAD's {'data': [...]} is needed"),
+        ("number.json", "7.5", "JSON of type a number"),
+        ("null.json", "null", "JSON of type null"),
+        ("none.json", "[]", "holds no rows that can be used"),
+        ("nodata.json", '{"version": "v2.0", "data": []}', "holds no rows that can be used"),
+        ("header.csv", "context,question,answer\n", "holds no rows that can be used"),
+        ("open.csv", 'context,question,answer\n"a,b,c\n', "line 2: not valid CSV: unexpected end of data"),
+        ("quote.csv", 'context,question,answer\n"a"b,b,c\n', "line 2: not valid CSV: "),
+        ("wrong.parquet", b"PAR1 but no table PAR1", "not a parquet file that can be read: "),
+    ],
+)
+def test_a_file_that_cannot_be_used(tmp_path, name, content, message):
+    source = put(tmp_path, name, content)
+    with pytest.raises(InputError) as caught:
+        read(source)
+    assert type(caught.value) is InputError
+    assert str(caught.value).startswith(source + ": ")
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("cut", [0.1, 0.5, 0.95])
+def test_a_truncated_parquet_file(tmp_path, cut):
+    source = put_parquet(tmp_path, [{**SEED, "n": n} for n in range(50)])
+    whole = Path(source).read_bytes()
+    Path(source).write_bytes(whole[: int(len(whole) * cut)])
+    with pytest.raises(InputError, match="not a parquet file that can be read"):
+        read(source)
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path):
+    text = pyarrow.StringArray.from_buffers(
+        1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")
+    )  # offsets 0 and 1, then the one wrong byte
+    parquet.write_table(pyarrow.table({"context": text}), tmp_path / "data.parquet")
+    with pytest.raises(InputError, match="not a parquet file that can be read"):
+        read(str(tmp_path / "data.parquet"))
+
+
+@pytest.mark.parametrize("source", ["absent.json", "x" * 300, '{"context": "\n"}', "a\0b"])
+def test_a_missing_file(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"no such file\. Give a JSON, JSONL, CSV or parquet file"):
+        read(source)
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(InputError, match="this is a folder, a file is needed"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"title": "x", "paragraphs": [{"qas": [{}]}]}, "not SQuAD's nesting after question 4: KeyError('context')"),
+        ({"title": "x", "paragraphs": [{"context": "c"}]}, "not SQuAD's nesting after question 3: KeyError('qas')"),
+        ({"title": "x"}, "not SQuAD's nesting after question 3: KeyError('paragraphs')"),
+        ({"paragraphs": None}, "not SQuAD's nesting after question 3: TypeError"),
+        ("x", "not SQuAD's nesting after question 3: TypeError"),
+    ],
+)
+def test_broken_nesting(tmp_path, broken, message):
+    source = put(tmp_path, "squad.json", json.dumps({"data": [*NESTED["data"], broken]}))
+    with pytest.raises(InputError) as caught:
+        read(source)
+    assert message in str(caught.value)
+
+
+def test_on_ambiguous_takes_three_values():
+    with pytest.raises(InputError, match=r"on_ambiguous is 'last': choose one of error, first, skip"):
+        read("handbook", on_ambiguous="last")
+
+
+# ---------------------------------------------------------------- rows that cannot be used
+
+ANSWERS = "{'text': [...], 'answer_start': [...]} is needed"
+
+
+def without(field: str, row: dict[str, object] = SEED) -> dict[str, object]:
+    return {name: value for name, value in row.items() if name != field}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (without("context"), "field context: is missing; the fields found are question, answer"),
+        (without("question"), "field question: is missing; the fields found are context, answer"),
+        (without("answer"), "field answer: is missing; the fields found are context, question"),
+        ({}, "field context: is missing; the fields found are none"),
+        ({"a\nb\u2028\ud800": 1}, r"field context: is missing; the fields found are a\nb\u2028\ud800"),
+        *(
+            ({**SEED, field: value}, f"field {field}: is {kind}, text is needed")
+            for field in SEED
+            for value, kind in ((7, "a number"), (None, "null"), (["x"], "a list"), ({}, "an object"))
+        ),
+        ({**SEED, "context": True}, "field context: is a boolean, text is needed"),
+        *(({**SEED, field: value}, f"field {field}: is empty") for field in SEED for value in ("", " \t\n\u00a0")),
+        *(
+            ({**SEED, field: "ab\ud800"}, f"field {field}: holds a lone surrogate at code point 2: not valid Unicode")
+            for field in SEED
+        ),
+        ({**SEED, "id": "\udfff"}, "field id: holds a lone surrogate at code point 0: not valid Unicode"),
+        ({**SEED, "id": ["x"]}, "field id: is a list, text is needed"),
+        ({**SEED, "answer": "Blue"}, 'field answer: "Blue" does not occur in the context: it must be copied from it'),
+        ({**SEED, "answer": "a\nb\u2028"}, r'field answer: "a\nb\u2028" does not occur in the context'),
+        ({**SEED, "answer": "x" * 99}, f'field answer: "{"x" * 57}..." does not occur'),
+        (
+            {**SEED, "answer_start": 10},
+            'field answer_start: 10 does not match: the context has " blu" there, the answer is "blue"',
+        ),
+        ({**SEED, "answer_start": -5}, 'field answer_start: -5 does not match: the context has "" there'),
+        ({**SEED, "answer_start": 16}, 'field answer_start: 16 does not match: the context has "" there'),
+        ({**SEED, "answer_start": 10**30}, "field answer_start: 1000000000000000000000000000000 does not match"),
+        *(
+            ({**SEED, "answer_start": value}, f"field answer_start: is {kind}, a whole number is needed")
+            for value, kind in (("11", "text"), (11.0, "a number"), (True, "a boolean"), ([11], "a list"))
+        ),
+        ({**FLAT, "answers": None}, f"field answers: is null, {ANSWERS}"),
+        ({**FLAT, "answers": "blue"}, f"field answers: is text, {ANSWERS}"),
+        ({**FLAT, "answers": ["blue"]}, f"field answers: is a list, {ANSWERS}"),
+        ({**FLAT, "answers": {"text": ["blue"]}}, "field answers: needs the lists 'text' and 'answer_start'"),
+        (
+            {**FLAT, "answers": {"text": "blue", "answer_start": 11}},
+            "field answers: needs the lists 'text' and 'answer_start'",
+        ),
+        (
+            {**FLAT, "answers": {"text": ["blue", "sky"], "answer_start": [11]}},
+            "field answers: has 2 texts and 1 answer_starts: one start a text",
+        ),
+        (
+            {**FLAT, "answers": {"text": ["blue", "sky"], "answer_start": [11, 3]}},
+            'field answers.answer_start: 3 does not match: the context has " sk" there, the answer is "sky"',
+        ),
+        (
+            {**FLAT, "answers": {"text": ["blue"], "answer_start": ["11"]}},
+            "field answers.answer_start: is text, a whole number is needed",
+        ),
+        ({**FLAT, "answers": {"text": [""], "answer_start": [0]}}, "field answers.text: is empty"),
+        ({**FLAT, "answers": {"text": [None], "answer_start": [0]}}, "field answers.text: is null, text is needed"),
+        ({**FLAT, "answers": [{"answer_start": 11}]}, "field answers.text: is null, text is needed"),
+        (
+            {**FLAT, "answers": [{"text": "blue"}]},
+            "field answers.answer_start: is null, a whole number is needed",
+        ),
+        (
+            {**FLAT, "answers": [{"text": "\ud800lue", "answer_start": 11}]},
+            r'the context has "blue" there, the answer is "\ud800lue"',
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_used(tmp_path, row, message):
+    line = problem(put(tmp_path, "rows.json", json.dumps([SEED, row])))
+    assert line.startswith("row 2, field ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("answers", "{'text': ['blue']", f"field answers: is text, {ANSWERS}"),
+        ("answers", "{[]: 1}", f"field answers: is text, {ANSWERS}"),
+        ("answers", "", f"field answers: is null, {ANSWERS}"),
+        ("answer_start", "eleven", "field answer_start: is text, a whole number is needed"),
+        ("answer_start", "11.0", "field answer_start: is a number, a whole number is needed"),
+        ("answer_start", "12", 'field answer_start: 12 does not match: the context has "lue." there'),
+    ],
+)
+def test_a_csv_cell_that_cannot_be_used(tmp_path, field, value, message):
+    line = problem(put(tmp_path, "rows.csv", csv_text({**SEED, field: value})))
+    assert line.startswith(f"row 1, {message}")
+
+
+@pytest.mark.parametrize(("count", "cells"), [(4, "a,b,c,d"), (2, "a,b")])
+def test_a_csv_row_with_another_number_of_fields(tmp_path, count, cells):
+    source = put(tmp_path, "rows.csv", csv_text(SEED, SEED) + cells + "\r\n\r\nx,y,z\r\n")
+    assert [re.sub(" does not.*", "", line) for line in problems(source)] == [
+        f"row 3: {count} fields, the header has 3: quote the commas",
+        'row 4, field answer: "z"',
+    ]
+
+
+def test_rows_that_are_no_objects_stand_beside_the_other_problems(tmp_path):
+    rows = [SEED, 7, {**SEED, "answer": "red"}, None, [SEED], "x"]
+    needed = "an object with context, question and answer is needed"
+    expected = [
+        f"row 2: is a number, {needed}",
+        'row 3, field answer: "red" does not occur in the context: it must be copied from it letter by letter',
+        f"row 4: is null, {needed}",
+        f"row 5: is a list, {needed}",
+        f"row 6: is text, {needed}",
+    ]
+    assert problems(put(tmp_path, "rows.json", json.dumps(rows))) == expected
+    assert problems(put(tmp_path, "rows.jsonl", jsonl(*rows))) == expected
+
+
+def test_jsonl_lines_that_are_no_json_stand_beside_the_other_problems(tmp_path):
+    lines = [jsonl(SEED), "\n", '{"context": "a",\n', "[" * 100_000 + "\n", jsonl(without("answer")), "9" * 5000]
+    found = problems(put(tmp_path, "rows.jsonl", "".join(lines)))
+    assert found[0].startswith("row 2: line 3, column 17: not valid JSON: Expecting property name")
+    assert found[1].startswith("row 3: from line 4: not valid JSON: ")
+    assert found[2] == "row 4, field answer: is missing; the fields found are context, question"
+    assert found[3].startswith("row 5: from line 6: not valid JSON: ")
+    assert len(found) == 4
+
+
+def test_nested_rows_are_counted_by_question(tmp_path):
+    broken = json.loads(json.dumps(NESTED))
+    broken["data"][1]["paragraphs"][0]["qas"][0]["answers"][0]["answer_start"] = 5
+    source = put(tmp_path, "squad.json", json.dumps(broken))
+    assert problem(source).startswith("row 3, field answers.answer_start: 5 does not match")
+
+
+def test_rows_of_a_hub_data_set_are_counted_over_its_splits(hub, monkeypatch):
+    parts = {"train": [SEED], "test": [SEED, without("context")]}
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *_, **__: parts)
+    assert problem("hub:user/set").startswith("row 3, field context: is missing")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [({"id": "a"}, {"id": "a"}, "a"), ({"id": 7}, {"id": "7"}, "7"), ({"id": "row-3"}, {}, "row-3")],
+)
+def test_ids_are_unique(tmp_path, first, second, named):
+    source = put(tmp_path, "rows.jsonl", jsonl({**SEED, **first}, SEED, {**SEED, **second}))
+    assert problem(source) == f'row 3, field id: "{named}" is also the id of row 1: ids are unique'
+
+
+@pytest.mark.parametrize(
+    ("context", "answer", "count"), [("blue or blue?", "blue", 2), ("banana", "ana", 2), ("aaaa", "aa", 3)]
+)
+def test_an_ambiguous_answer(tmp_path, context, answer, count):
+    source = put(tmp_path, "rows.jsonl", jsonl({**SEED, "context": context, "answer": answer}, SEED))
+    assert problem(source) == (
+        f'row 1, field answer: "{answer}" occurs {count} times in the context: '
+        "add answer_start, or choose with --on-ambiguous first|skip"
+    )
+    skipped = read(source, on_ambiguous="skip")
+    assert ([e.id for e in skipped.examples], skipped.skipped, skipped.first_taken) == (["row-2"], 1, 0)
+    first = read(source, on_ambiguous="first")
+    assert first.examples[0].answers == (Annotation(answer, context.index(answer)),)
+    assert (len(first.examples), first.skipped, first.first_taken) == (2, 0, 1)
+
+
+def test_answer_start_ends_the_ambiguity(tmp_path):
+    row = {**SEED, "context": "blue or blue?", "answer_start": 8}
+    data = read(put(tmp_path, "rows.jsonl", jsonl(row)))
+    assert (data.examples[0].answers, data.first_taken) == ((Annotation("blue", 8),), 0)
+
+
+def test_skipping_drops_nothing_but_the_ambiguous(tmp_path):
+    twice = {**SEED, "context": "blue or blue?"}
+    with pytest.raises(DataError) as caught:
+        read(put(tmp_path, "rows.jsonl", jsonl(twice, {**SEED, "answer": "red"})), on_ambiguous="skip")
+    assert len(caught.value.problems) == 1
+    with pytest.raises(InputError, match="holds no rows that can be used"):
+        read(put(tmp_path, "only.jsonl", jsonl(twice)), on_ambiguous="skip")
+
+
+def test_all_problems_are_kept_and_the_first_twenty_shown(tmp_path):
+    good_and_bad = [row for _ in range(23) for row in (SEED, {**SEED, "answer": "red"})]
+    source = put(tmp_path, "rows.jsonl", jsonl(*good_and_bad))
+    with pytest.raises(DataError) as caught:
+        read(source)
+    assert [int(re.search(r"row (\d+)", line)[1]) for line in caught.value.problems] == list(range(2, 47, 2))
+    shown = str(caught.value).splitlines()
+    assert shown[:20] == list(caught.value.problems[:20])
+    assert shown[20:] == ["... and 3 more rows with problems"]
+
+
+# ---------------------------------------------------------------- any valid example, there and back
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+VISIBLE = st.tuples(TEXT, st.sampled_from("aé😀\u4e00"), TEXT).map("".join)
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> list[Example]:
+    found = []
+    for number in range(draw(st.integers(1, 4))):
+        context, answers = draw(TEXT), []
+        for _ in range(draw(st.integers(0, 2))):
+            text = draw(VISIBLE)
+            answers.append(Annotation(text, len(context)))
+            context += text + draw(TEXT)
+        found.append(Example(f"id-{number}", draw(VISIBLE), context + draw(VISIBLE), tuple(answers)))
+    return found
+
+
+def flat(example: Example) -> dict[str, object]:
+    texts, starts = [a.text for a in example.answers], [a.start for a in example.answers]
+    answers = {"text": texts, "answer_start": starts}
+    return {"id": example.id, "question": example.question, "context": example.context, "answers": answers}
+
+
+def nested(example: Example) -> dict[str, object]:
+    answers = [{"text": a.text, "answer_start": a.start} for a in example.answers]
+    qa = {"id": example.id, "question": example.question, "answers": answers}
+    return {"title": "", "paragraphs": [{"context": example.context, "qas": [qa]}]}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(wanted=examples())
+def test_any_valid_example_comes_back_equal(tmp_path, wanted):
+    rows = [flat(e) for e in wanted]
+    with_json = csv_text(*({**row, "answers": json.dumps(row["answers"])} for row in rows))
+    with_python = csv_text(*({**row, "answers": repr(row["answers"])} for row in rows))
+    sources = [
+        put(tmp_path, "rows.jsonl", jsonl(*rows)),
+        put(tmp_path, "rows.json", json.dumps(rows)),
+        put(tmp_path, "squad.json", json.dumps({"data": [nested(e) for e in wanted]})),
+        put(tmp_path, "json.csv", with_json),
+        put(tmp_path, "python.csv", with_python),
+        put_parquet(tmp_path, rows),
+    ]
+    for source in sources:
+        assert read(source).examples == tuple(wanted), source

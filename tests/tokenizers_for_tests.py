@@ -1,0 +1,190 @@
+"""Small tokenizers of five families, trained when first asked for, and the texts to try them on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from qadeploy.qa.windows import Encoder, EncoderConfig
+
+CORPUS = (
+    "The library opens at nine and closes at half past six.",
+    "Who wrote the report on the river, and when was it published?",
+    "In 1969 the crew of three flew 384,400 km to the Moon.",
+    "A kettle boils one litre of water in about four minutes.",
+    "The museum's oldest map, drawn by hand, shows only two bridges.",
+    "Which of the two bridges was rebuilt after the flood of 1931?",
+    "She paid $12.50 for the ticket (return, second class).",
+    "Write to info@example.org, or call +44 20 7946 0000.",
+    "The tokens of a long context are cut into overlapping windows.",
+    "Every answer is a span of the text: it has a start and an end.",
+    "État d'âme, été, naïveté : le café était déjà fermé à Orléans.",
+    "Où se trouve la bibliothèque où l'élève a oublié son œuvre ?",
+    "Größere Straßen führen über die Brücke nach München.",
+    "El niño pequeño soñó con una cigüeña en la montaña.",
+    "Zażółć gęślą jaźń; Łódź leży w środku Polski.",
+    "Příliš žluťoučký kůň úpěl ďábelské ódy.",
+    "Τι ώρα ανοίγει το μουσείο στην Αθήνα;",
+    "Сколько стоит билет до Москвы? Поезд уходит в полдень.",
+    "We landed 🚀 and cheered 🎉🎉, then slept 😴.",
+    "The family 👨‍👩‍👧‍👦 waved 👋🏽 at the flag 🇫🇷 on the tower.",
+    "図書館は九時に開き、六時に閉まります。",
+    "東京は日本の首都です。人口は約千四百万人です。",
+    "北京是中国的首都,故宫在城市的中心。",
+    "谁写了这本书?书在桌子上。",
+    "서울은 대한민국의 수도이며 한강이 흐른다.",
+    "تفتح المكتبة في الساعة التاسعة صباحا.",
+    "أين تقع مدينة القاهرة؟ تقع على نهر النيل.",
+    "الكِتَابُ عَلَى الطَّاوِلَةِ.",
+    "पुस्तकालय सुबह नौ बजे खुलता है।",
+    "दिल्ली भारत की राजधानी है और यमुना के किनारे बसी है।",
+    "क्या किताब मेज़ पर रखी है?",
+    "The word 'fiancée' and the number ½ stand beside ﬁve ligatures.",
+)
+
+# Enough examples to meet the odd cases, few enough for every commit.
+thorough = settings(max_examples=40, deadline=None)
+
+_ODD = (" ", "\n\n", "\t", "\u00a0", "\u3000", "\u200d", "\u0301", "\x00", "\x1f", "[SEP]", "</s>", "<sep>", "▁", "##s")
+_PIECES = st.one_of(
+    st.sampled_from([word for sentence in CORPUS for word in sentence.split()]),
+    st.text(max_size=8),
+    st.sampled_from(_ODD),
+)
+
+
+def texts(max_pieces: int = 30, min_pieces: int = 0) -> st.SearchStrategy[str]:
+    """Words of the corpus among odd white space, special tokens and any Unicode that can be encoded."""
+    pieces = st.lists(_PIECES, min_size=min_pieces, max_size=max_pieces)
+    return st.builds(str.join, st.sampled_from(("", " ", "  ")), pieces)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of tokenizer, with the values a checkpoint of that kind has in its config."""
+
+    tokenizer: Tokenizer
+    reference: PreTrainedTokenizerFast
+    config: EncoderConfig
+    encoder: Encoder
+
+
+def _trained(
+    tokenizer: Tokenizer, trainer: trainers.Trainer, processor: Callable[[Tokenizer], processors.PostProcessor]
+) -> Tokenizer:
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processor(tokenizer)
+    return tokenizer
+
+
+def _template(single: str, pair: str, *special: str) -> Callable[[Tokenizer], processors.PostProcessor]:
+    return lambda tokenizer: processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(token, tokenizer.token_to_id(token)) for token in special]
+    )
+
+
+def _wordpiece() -> Tokenizer:
+    """BERT's."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    template = _template("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", "[CLS]", "[SEP]")
+    return _trained(tokenizer, trainer, template)
+
+
+def _byte_level() -> Tokenizer:
+    """RoBERTa's: two separators between question and context, offsets trimmed to the words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    return _trained(
+        tokenizer,
+        trainer,
+        lambda t: processors.RobertaProcessing(
+            sep=("</s>", t.token_to_id("</s>")),
+            cls=("<s>", t.token_to_id("<s>")),
+            trim_offsets=True,
+            add_prefix_space=False,
+        ),
+    )
+
+
+def _unigram(
+    normalizer: normalizers.Normalizer,
+    special: list[str],
+    template: Callable[[Tokenizer], processors.PostProcessor],
+) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizer, normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=special, unk_token="<unk>", show_progress=False)
+    return _trained(tokenizer, trainer, template)
+
+
+def _xlm_r() -> Tokenizer:
+    template = _template("<s> $A </s>", "<s> $A </s> </s> $B </s>", "<s>", "</s>")
+    return _unigram(normalizers.NFKC(), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], template)
+
+
+def _albert() -> Tokenizer:
+    plain = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
+    template = _template("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", "[CLS]", "[SEP]")
+    return _unigram(plain, ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"], template)
+
+
+def _xlnet() -> Tokenizer:
+    template = _template("$A <sep> <cls>:2", "$A <sep> $B:1 <sep>:1 <cls>:2", "<sep>", "<cls>")
+    return _unigram(normalizers.NFKC(), ["<unk>", "<cls>", "<sep>", "<pad>", "<mask>"], template)
+
+
+# How to train it, segments, context first, CLS, PAD.
+_KINDS: dict[str, tuple[Callable[[], Tokenizer], int, bool, str, str]] = {
+    "bert": (_wordpiece, 2, False, "[CLS]", "[PAD]"),
+    "roberta": (_byte_level, 0, False, "<s>", "<pad>"),
+    "xlm-r": (_xlm_r, 1, False, "<s>", "<pad>"),
+    "albert": (_albert, 2, False, "[CLS]", "<pad>"),
+    "xlnet": (_xlnet, 3, True, "<cls>", "<pad>"),
+}
+NAMES = tuple(_KINDS)
+
+
+@cache
+def family(name: str) -> Family:
+    """The trained tokenizer, transformers' wrapper around a copy of it, and our encoder."""
+    train, segments, context_first, null, pad = _KINDS[name]
+    tokenizer = train()
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
+        padding_side="left" if context_first else "right",
+        pad_token=pad,
+        cls_token=null,
+    )
+    config = EncoderConfig(
+        segments=segments,
+        context_first=context_first,
+        null_token_id=tokenizer.token_to_id(null),
+        pad_token_id=tokenizer.token_to_id(pad),
+        position_limit=512,
+    )
+    return Family(tokenizer, reference, config, Encoder(tokenizer, config))
+
+
+def encoder(name: str) -> Encoder:
+    """The encoder of one family."""
+    return family(name).encoder
