@@ -326,8 +326,8 @@ def _run(
     )
     if len(train_set.examples) < FEW_EXAMPLES:
         say(
-            f"                 few examples ({len(train_set.examples)}): lower learning rate, and training stops after "
-            f"{options.patience} epochs without a better dev F1"
+            f"                 few examples ({len(train_set.examples)}): a low learning rate unless you give one, and training stops "
+            f"after {options.patience} epochs without a better dev F1"
         )
     arguments = TrainingArguments(
         output_dir=str(work / "checkpoints"),
