@@ -434,6 +434,8 @@ def bench(
     assert answerer.bundle is not None  # noqa: S101 - load gives one
     source = Path(checkpoint or answerer.bundle.manifest["source"]["checkpoint"])
     if data is None:
+        if not source.is_dir():
+            raise InputError(f"{source}: the checkpoint that the bundle was made from is not there: give --data FILE")
         name, examples = held_out(find_run(source), None)
     else:
         name, examples = data, _examples(data, "auto", "error")

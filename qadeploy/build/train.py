@@ -128,6 +128,11 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
         f"answer at code points {example.answers[0].start}-{example.answers[0].end}" if example.answers else "no answer"
     )
     say(f"                 e.g. {where} of {len(example.context)}")
+    leaked = {e.context for e in eval_part} & {e.context for e in (*train_part, *dev_part)}
+    if leaked:
+        say(
+            f"                 WARNING: {len(leaked)} held-out passages are also in the training data: their scores flatter"
+        )
     train_set = make_features(train_part, checkpoint.encoder, settings, options.data)
     dev_set = make_features(dev_part, checkpoint.encoder, settings, options.data)
     eval_set = (
@@ -355,6 +360,8 @@ def _run(
         dataloader_pin_memory=device == "cuda",
         logging_nan_inf_filter=False,
     )
+    first = train_set.features[0].window
+    say(f"                 e.g. a window of {len(first)} tokens -> start and end logits [1, {len(first)}] each")
     table = _EpochTable(say)
     pad = checkpoint.encoder.config.pad_token_id
     trainer = SpanTrainer(
@@ -391,6 +398,9 @@ def _run(
         "epochs": table.rows,
     }
     say(f"5 evaluation     best epoch {best['epoch']}; max_answer_len {settings.max_answer_len} chosen on the dev part")
+    sample = _answers(dev_set, *dev_logits, settings)[0]
+    asked = dev_set.examples[0]
+    say(f"                 e.g. {_clip(asked.question)} -> {_clip(sample.text)}, annotated {_clip(_gold(asked))}")
     _say_scores(say, "dev", dev_scores)
     if eval_set:
         after = _held_out(trainer, eval_set, settings)

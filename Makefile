@@ -1,0 +1,49 @@
+# make        lint and tests
+# make demo   train, export, quantize, bench and answer on what the repository ships
+# make test   the tests
+# Each sets up .venv by itself; on a machine with an NVIDIA driver with the GPU build of ONNX Runtime.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+BUNDLE := bundles/handbook-int8
+
+.PHONY: all setup lint format test demo clean
+
+all: lint test
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "qadeploy needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { rm -rf $(VENV); echo "no venv module: install your system's python3-venv package"; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),train,dev]'
+	@touch $@
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+demo: $(READY)
+	$(BIN)/qadeploy train --data handbook --out runs/handbook
+	$(BIN)/qadeploy export runs/handbook --quantize --out bundles/handbook
+	$(BIN)/qadeploy bench $(BUNDLE)
+	$(BIN)/qadeploy ask $(BUNDLE) --top-k 1 \
+		--question "Who looks after the lamp when the weather closes in?" \
+		--context "The harbour office shuts at six. From then on the night watch belongs to Mungo Strand, who trims the light on Ullet in any storm; Hester Quill sorts the mail, and the engineers sleep."
+
+clean:
+	rm -rf $(VENV) runs bundles .mypy_cache .ruff_cache .pytest_cache .hypothesis
