@@ -1,6 +1,6 @@
 """The bundle: one folder with everything an answer needs, and proof of what it is.
 
-    manifest.json    schema, settings, encoder, measurements, and the SHA-256 and size of every file
+    manifest.json    schema, settings, encoder, measurements, the SHA-256 and size of every file, and its own
     model.onnx       the graph, weights inside
     tokenizer.json   the fast tokenizer
     README.md        the model card
@@ -33,6 +33,7 @@ MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
 CARD = "README.md"
 _REQUIRED = (MODEL, TOKENIZER, CARD)
+_SELF = ',\n  "manifest_sha256": "'
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,9 @@ class Bundle:
         """The bytes of one file. Raises BundleError where they are not those of the manifest."""
         entry = self.manifest["files"][name]
         path = self.folder / name
-        if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{path}: is missing or not a plain file: export the bundle again")
         try:
+            if path.is_symlink() or not path.is_file():
+                raise BundleError(f"{path}: is missing or not a plain file: export the bundle again")
             data = path.read_bytes()
         except OSError as error:
             raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
@@ -91,21 +92,30 @@ def open_bundle(folder: str | Path) -> Bundle:
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"{folder}: no {MANIFEST} in it: this is not a bundle (or one that was not finished)")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: cannot be read: {error}: export the bundle again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
         raise BundleError(f"{path}: schema {found!r} is not {SCHEMA}, which this version of qadeploy reads")
+    body, _, end = text.rpartition(_SELF)
+    if end != f'{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n':
+        raise BundleError(
+            f"{path}: does not match its own SHA-256: it is damaged or was changed; copy the bundle again or export it again"
+        )
+    del manifest["manifest_sha256"]
     try:
         bundle = Bundle(
             folder,
             manifest,
-            EncoderConfig(**manifest["encoder"]),
+            EncoderConfig.from_dict(manifest["encoder"]),
             QaSettings.from_dict(manifest["settings"], str(path)),
         )
         names = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in manifest["files"].items()}
         str(manifest["precision"])
+    except InputError as error:
+        raise BundleError(f"{error}: export the bundle again") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{path}: is incomplete: {error!r}: export the bundle again") from error
     _check_names(folder, set(names))
@@ -145,7 +155,12 @@ def writing_bundle(out: Path) -> Iterator[Path]:
         old = out.with_name(f".{out.name}.{os.getpid()}.old")
         if out.exists():
             os.replace(out, old)
-        os.replace(work, out)
+        try:
+            os.replace(work, out)
+        except BaseException:
+            if old.exists():
+                os.replace(old, out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -153,6 +168,8 @@ def writing_bundle(out: Path) -> Iterator[Path]:
 
 def check_place(out: Path) -> None:
     """Raises InputError where a bundle cannot be written to ``out``: it exists and is no bundle."""
+    if not out.name:
+        raise InputError(f"{out}: a bundle needs a folder of its own: give --out a name")
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out}: exists and is not a bundle, so it is not overwritten: give another --out")
 
@@ -164,8 +181,13 @@ def seal(work: Path, manifest: Mapping[str, Any]) -> None:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
         files[path.name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
-    value = {"schema": SCHEMA, **manifest, "files": files}
-    write_text(work / MANIFEST, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(work / MANIFEST, manifest_text({"schema": SCHEMA, **manifest, "files": files}))
+
+
+def manifest_text(value: Mapping[str, Any]) -> str:
+    """The manifest as it is written: JSON that ends in the SHA-256 of all the text before that entry."""
+    body = json.dumps(value, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return f'{body}{_SELF}{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 
 def newest_bundle(folder: Path = Path("bundles")) -> Path:
@@ -183,7 +205,7 @@ def newest_bundle(folder: Path = Path("bundles")) -> Path:
 _PATHS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 25: "function"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node"},
+    "function": {7: "node", 11: "attribute"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
@@ -199,7 +221,7 @@ def has_external_data(model: bytes) -> bool:
     """
     try:
         return _external(memoryview(model), "model")
-    except (IndexError, ValueError) as error:
+    except (IndexError, ValueError, RecursionError) as error:
         raise BundleError(f"{MODEL}: is not an ONNX model: {error}") from error
 
 

@@ -144,7 +144,13 @@ qadeploy train --data hub:squad --base bert-base-uncased --epochs 2 --out runs/s
 @click.option("--max-seq-len", type=click.IntRange(min=16), help="Longest window in tokens.  [default: the base's]")
 @click.option("--doc-stride", type=click.IntRange(min=0), help="Overlap of windows in tokens.  [default: the base's]")
 @click.option("--attention-dropout", default=0.0, show_default=True, help="0 allows PyTorch's fused attention.")
-@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="Of the arithmetic; auto is bf16 where the hardware multiplies it natively.",
+)
 @click.option("--token", help="Token for the hub, for private data sets.")
 @click.option("--progress/--no-progress", default=None, help="Show a progress bar.  [default: on a terminal]")
 @_ambiguous_option
@@ -281,7 +287,13 @@ qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json -
 )
 @click.argument("model")
 @click.option("--data", required=True, help="Annotated questions: anything that train reads.")
-@click.option("--split", type=click.Choice(["auto", "all", "train", "validation"]), default="auto", show_default=True)
+@click.option(
+    "--split",
+    type=click.Choice(["auto", "all", "train", "validation"]),
+    default="auto",
+    show_default=True,
+    help="Which rows; auto is the validation split where the data has one, else all.",
+)
 @click.option("--predictions", type=click.Path(dir_okay=False), help="Write SQuAD's predictions format ({id: text}).")
 @_device_option
 @_ambiguous_option
@@ -292,6 +304,8 @@ def evaluate(
     from qadeploy.evaluate import evaluate as score_all
     from qadeploy.files import write_json
 
+    if predictions and not Path(predictions).absolute().parent.is_dir():
+        raise InputError(f"{Path(predictions).parent}: no such folder to write --predictions into")
     examples = _examples(data, split, on_ambiguous)
     predictor = _predictor(model, device)
     with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:

@@ -25,6 +25,7 @@ def diagnose() -> dict[str, Any]:
     packages = {name: _version(name) for names in _PACKAGES.values() for name in names}
     report: dict[str, Any] = {
         "qadeploy": _version("qadeploy"),
+        "commit": _commit(),
         "python": platform.python_version(),
         "cpu": {"model": _cpu_model(), "usable": usable_cpus(), "features": _cpu_features()},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -76,6 +77,19 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with ``+`` where it was changed; None elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def _cpuinfo() -> str:

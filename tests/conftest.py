@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tiny models gain nothing from threads, and wait for them on a busy machine
 
 NAMES = ("Ada", "Bela", "Cora", "Dora", "Elin", "Fay", "Gail", "Hilde", "Ines", "Judith", "Kaya", "Lena")
 THINGS = ("lamp", "boat", "ladder", "kettle", "piano", "bell", "rope", "clock")
@@ -76,3 +83,79 @@ def make_tiny_checkpoint(folder: Path) -> Path:
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A question-answering checkpoint with random weights."""
     return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model's way from data to bundles. Everything lies in ``root`` and must be left as it is."""
+
+    root: Path
+    data: Path
+    run: Path
+    metrics: dict[str, Any]
+    said: list[str]
+
+    def bundle(self, kind: str = "") -> Path:
+        """The bundle of a kind: plain fp32, "fused" or "int8" (there once ``tiny_export`` ran)."""
+        return self.root / "bundles" / (f"keepers-{kind}" if kind else "keepers")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Tiny:
+    """A finished run, trained once through the real ``train``."""
+    from qadeploy.build.train import train
+
+    root = tmp_path_factory.mktemp("keepers")
+    data = write_jsonl(root / "keepers.jsonl", triplets())
+    said: list[str] = []
+    result = train(tiny_options(data, tiny_checkpoint, root / "runs" / "keepers"), said.append, progress=False)
+    return Tiny(root, data, result.folder, result.metrics, said)
+
+
+def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
+    """Options under which the tiny model learns its task in seconds."""
+    from qadeploy.build.train import TrainOptions
+
+    options: dict[str, Any] = {
+        "data": str(data),
+        "base": str(base),
+        "out": str(out),
+        "dev_fraction": 0.2,
+        "epochs": 3,
+        "learning_rate": 3e-3,
+        "batch_size": 8,
+        "precision": "fp32",
+    }
+    return TrainOptions(**{**options, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny: Tiny) -> Any:
+    """The result of ``qadeploy export --quantize`` on the tiny run; its bundles lie under ``root``."""
+    from click.testing import CliRunner
+
+    from qadeploy.cli import main
+
+    with contextlib.chdir(tiny.root):
+        result = CliRunner().invoke(main, ["export", str(tiny.run), "--quantize", "--json"])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+@pytest.fixture(scope="session")
+def bundle(tiny: Tiny, tiny_export: Any) -> Path:
+    """The tiny fp32 bundle."""
+    return tiny.bundle()
+
+
+def sealed_copy(bundle: Path, folder: Path, model: bytes | None = None, **manifest: Any) -> Path:
+    """A copy of a bundle with another model or other values in its manifest, sealed like a real one."""
+    from qadeploy.bundle import MANIFEST, MODEL, open_bundle, seal
+
+    values = {k: v for k, v in open_bundle(bundle).manifest.items() if k not in {"schema", "files"}}
+    shutil.copytree(bundle, folder)
+    (folder / MANIFEST).unlink()
+    if model is not None:
+        (folder / MODEL).write_bytes(model)
+    seal(folder, {**values, **manifest})
+    return folder

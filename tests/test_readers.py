@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qadeploy.data.readers import read
+from qadeploy.data.readers import hash_examples, read
 from qadeploy.errors import DataError, InputError, MissingExtraError
 from qadeploy.records import Annotation, Example
 
@@ -86,6 +86,10 @@ def csv_text(*rows: dict[str, object]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
+
+
+def without(field: str, row: dict[str, object] = SEED) -> dict[str, object]:
+    return {name: value for name, value in row.items() if name != field}
 
 
 def put(folder: Path, name: str, content: str | bytes) -> str:
@@ -231,6 +235,23 @@ def test_the_handbook_is_a_name_of_its_own(tmp_path, monkeypatch):
     assert len(data.part("train")) + len(data.part("validation")) == len(data.examples)
 
 
+@pytest.mark.parametrize("extra", [{}, {"answer": 7}, {"answers": None}, {"answer": "The", "answer_start": 99}])
+def test_questions_to_be_answered_need_no_answers(tmp_path, extra):
+    source = put(tmp_path, "rows.jsonl", jsonl({**without("answer"), **extra}))
+    assert read(source, annotated=False).examples == (Example("row-1", SEED["question"], SEED["context"]),)
+    assert problem(source)
+
+
+def test_the_hash_of_examples_follows_their_content_alone(tmp_path):
+    a = hash_examples(read(put(tmp_path, "a.jsonl", jsonl(FLAT))).examples)
+    assert a == hash_examples(read(put_parquet(tmp_path, [{**FLAT, "title": "Sky"}])).examples)
+    assert re.fullmatch("[0-9a-f]{64}", a)
+    other = [{**FLAT, "id": "x"}, {**FLAT, "question": "x"}, {**FLAT, "context": "The sky is blue"}]
+    other += [{**FLAT, "split": "train"}, {**FLAT, "answers": {"text": ["blue"], "answer_start": [11]}}]
+    files = [put(tmp_path, f"{n}.jsonl", jsonl(row)) for n, row in enumerate(other)]
+    assert len({a, *(hash_examples(read(file).examples) for file in files)}) == 6
+
+
 # ---------------------------------------------------------------- the hub
 
 
@@ -251,7 +272,7 @@ def hub(monkeypatch):
 
 
 def test_a_whole_hub_data_set_brings_its_splits(hub):
-    data = read("hub:user/set", token="secret")  # noqa: S106
+    data = read("hub:user/set", token="secret")
     assert hub == [("user/set", None, "secret")]
     assert [(e.id, e.split) for e in data.examples] == [
         ("q1", "train"),
@@ -329,7 +350,7 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, module, source
         ("utf16.json", json.dumps([SEED]).encode("utf-16"), "not UTF-8 text (byte 0)"),
         ("wrong.json", '[{"context": "a",\n  "question": }]', "line 2, column 15: not valid JSON: Expecting value"),
         ("after.json", json.dumps([SEED], indent=1) + "\n]", "line 8, column 1: not valid JSON: Extra data"),
-        ("line.json", json.dumps(SEED) + " x", "column 88: not valid JSON: Extra data"),
+        ("line.json", json.dumps(SEED) + " x", "line 1, column 89: not valid JSON: Extra data"),
         ("deep.json", "[" * 100_000, "not valid JSON: "),
         ("huge.json", "9" * 5000, "not valid JSON: "),
         ("text.json", '"blue"', "JSON of type text: a list of rows or SQuAD's {'data': [...]} is needed"),
@@ -408,10 +429,6 @@ def test_on_ambiguous_takes_three_values():
 # ---------------------------------------------------------------- rows that cannot be used
 
 ANSWERS = "{'text': [...], 'answer_start': [...]} is needed"
-
-
-def without(field: str, row: dict[str, object] = SEED) -> dict[str, object]:
-    return {name: value for name, value in row.items() if name != field}
 
 
 @pytest.mark.parametrize(
@@ -552,11 +569,17 @@ def test_rows_of_a_hub_data_set_are_counted_over_its_splits(hub, monkeypatch):
 
 @pytest.mark.parametrize(
     ("first", "second", "named"),
-    [({"id": "a"}, {"id": "a"}, "a"), ({"id": 7}, {"id": "7"}, "7"), ({"id": "row-3"}, {}, "row-3")],
+    [({"id": "a"}, {"id": "a"}, "a"), ({"id": 7}, {"id": "7"}, "7"), ({}, {"id": "row-1"}, "row-1")],
 )
 def test_ids_are_unique(tmp_path, first, second, named):
     source = put(tmp_path, "rows.jsonl", jsonl({**SEED, **first}, SEED, {**SEED, **second}))
     assert problem(source) == f'row 3, field id: "{named}" is also the id of row 1: ids are unique'
+
+
+@pytest.mark.parametrize("absent", [{}, {"id": None}])
+def test_a_row_without_an_id_makes_way_for_the_ids_given(tmp_path, absent):
+    rows = [{**SEED, "id": "row-3"}, {**SEED, "id": "row-3-2"}, {**SEED, **absent}]
+    assert [e.id for e in read(put(tmp_path, "rows.jsonl", jsonl(*rows))).examples] == ["row-3", "row-3-2", "row-3-2-2"]
 
 
 @pytest.mark.parametrize(

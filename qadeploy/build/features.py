@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qadeploy.errors import DataError, QadeployError
+from qadeploy.errors import DataError, QuestionTooLongError, StrideError
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.windows import EncodedText, Encoder
 from qadeploy.records import Example, IntArray, Window
@@ -67,7 +67,7 @@ def make_features(examples: Sequence[Example], encoder: Encoder, settings: QaSet
             windows = encoder.windows(
                 question, context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
             )
-        except QadeployError as error:
+        except (QuestionTooLongError, StrideError) as error:
             problems.append(f"{source}: question {number} (id {example.id}), field question: {error}")
             continue
         spans = [context.tokens_of(a.start, a.end) for a in example.answers]

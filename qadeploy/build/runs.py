@@ -32,6 +32,7 @@ def find_run(path: str | Path | None) -> Run:
     if path is None:
         runs = Path("runs")
         found = [p for p in runs.iterdir() if (p / RUN_FILE).is_file()] if runs.is_dir() else []
+        found = [p for p in found if not p.name.startswith(".")]  # work that was cut off
         if not found:
             raise InputError("runs: holds no finished run yet: run qadeploy train first, or name a run")
         path = max(found, key=lambda p: (p / RUN_FILE).stat().st_mtime_ns)
@@ -42,18 +43,24 @@ def find_run(path: str | Path | None) -> Run:
         checkpoint = folder / "checkpoint"
         if not (checkpoint / "config.json").is_file():
             raise CheckpointError(f"{folder}: the run has no checkpoint: it was not finished or was moved; train again")
-        try:
-            record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{folder / RUN_FILE}: not valid JSON: {error}") from error
-        return Run(folder.name, checkpoint, record)
+        return Run(folder.name, checkpoint, _read_record(folder / RUN_FILE))
     if (folder / "config.json").is_file():
         name = folder.parent.name if folder.name == "checkpoint" else folder.name
         parent = folder.parent / RUN_FILE
         if folder.name == "checkpoint" and parent.is_file():
-            return Run(name, folder, json.loads(parent.read_text(encoding="utf-8")))
+            return Run(name, folder, _read_record(parent))
         return Run(name, folder, None)
     raise CheckpointError(f"{folder}: neither a finished run (run.json) nor a checkpoint (config.json)")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("status") != "complete" or "options" not in record:
+        raise CheckpointError(f"{path}: is not the record of a finished run: train again")
+    return record
 
 
 def held_out(run: Run, eval_data: str | None) -> tuple[str, tuple[Example, ...]]:
@@ -96,5 +103,7 @@ def dev_part(run: Run) -> tuple[Example, ...]:
         data = read(options["data"], on_ambiguous=options["on_ambiguous"])
     except InputError:
         return ()
+    if hash_examples(data.examples) != run.record["data_sha256"]:
+        return ()  # another carving, which would hold questions that the run trained on
     rest = tuple(e for e in data.examples if e.split != "validation")
     return carve_by_passage(rest, options["dev_fraction"], options["seed"])[1]

@@ -97,6 +97,7 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
     not finite. The run folder appears only when the run is complete.
     """
     started = time.time()
+    _check_options(options)
     out = Path(options.out)
     _check_out(out)
     data = read(options.data, on_ambiguous=options.on_ambiguous, token=options.token)
@@ -166,6 +167,21 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
 
 
 # ---------------------------------------------------------------- data and options
+
+
+def _check_options(options: TrainOptions) -> None:
+    """Raises InputError on numbers that the libraries below would answer with a traceback."""
+    ranges = {
+        "learning_rate": (0.0, math.inf),
+        "weight_decay": (0.0, math.inf),
+        "warmup_ratio": (0.0, 1.0),
+        "attention_dropout": (0.0, 1.0),
+        "seed": (0, 2**32 - 1),
+    }
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            raise InputError(f"{name} is {value}: it must lie between {low} and {high}")
 
 
 def _check_out(out: Path) -> None:

@@ -26,7 +26,7 @@ from qadeploy.records import Annotation, Example
 
 OnAmbiguous = Literal["error", "first", "skip"]
 HANDBOOK = Path(__file__).with_name("handbook.jsonl")
-_SPLITS = {"train": "train", "validation": "validation", "dev": "validation", "test": "validation"}
+_SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "test"), "validation")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ def _csv_rows(text: str, name: str) -> list[_Row]:
                 rows.append(_Row(number, {}, problem=problem))
                 continue
             fields: dict[str, Any] = dict(zip(header, values, strict=False))
-            for key in ("answers", "answer_start"):
+            for key in ("answers", "answer_start", "is_impossible"):
                 if key in fields:
                     fields[key] = _literal(fields[key])
             rows.append(_Row(number, fields))
@@ -307,8 +307,10 @@ def _example(row: _Row, on_ambiguous: OnAmbiguous, annotated: bool) -> tuple[Exa
         _text(fields, field)
     context, question = fields["context"], fields["question"]
     split = row.split
-    if fields.get("split") is not None and isinstance(fields["split"], str):
-        split = _SPLITS.get(fields["split"], "")
+    if fields.get("split") not in (None, ""):
+        split = _SPLITS.get(str(fields["split"]), "")
+        if not split:
+            raise _ProblemError("split", f"is {_quote(str(fields['split']))}, one of {', '.join(_SPLITS)} is needed")
     answers: tuple[Annotation, ...]
     guessed = False
     if not annotated or fields.get("is_impossible") is True:

@@ -12,7 +12,7 @@ as in transformers' question-answering example; their windows equal ``truncation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,21 @@ class EncoderConfig:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
+        """Reads what ``to_dict`` wrote. Raises KeyError on a missing value, TypeError on one of a wrong type."""
+        null = values["null_token_id"]
+        if not isinstance(values["context_first"], bool) or not (null is None or _is_count(null)):
+            raise TypeError("encoder: context_first or null_token_id is of a wrong type")
+        numbers = {name: values[name] for name in ("segments", "pad_token_id", "position_limit")}
+        if not all(_is_count(number) for number in numbers.values()):
+            raise TypeError(f"encoder: whole numbers are needed in {numbers}")
+        return cls(context_first=values["context_first"], null_token_id=null, **numbers)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 class EncodedText:

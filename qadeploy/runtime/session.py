@@ -7,8 +7,10 @@ On CUDA windows of like length run in padded batches.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,7 +27,23 @@ CUDA_BATCH_TOKENS = 16_384
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 _OUTPUTS = ("start_logits", "end_logits")
 _creating = threading.Lock()  # concurrent session creation has been reported racy
-_inherited: list[Any] = []  # sessions made before a fork: unusable here, and destroying them crashes
+_live: weakref.WeakSet[Any] = weakref.WeakSet()  # the sessions of this process
+
+
+def _abandon_sessions() -> None:
+    """In a forked child: keeps the parent's sessions for ever, by a reference that nobody gives back.
+
+    Their threads do not exist here, so destroying one hangs or crashes, at the child's exit at the latest.
+    """
+    global _creating
+    _creating = threading.Lock()  # a thread of the parent may have held the old one
+    for session in list(_live):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+    _live.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_sessions)
 
 
 def onnxruntime() -> Any:
@@ -134,7 +152,6 @@ class OnnxModel:
 
     def _mine(self) -> _Sessions:
         if self._sessions.pid != os.getpid():
-            _inherited.append(self._sessions)
             self._lock = threading.Lock()
             self._sessions = _Sessions()
         return self._sessions
@@ -165,12 +182,14 @@ class OnnxModel:
         options.log_severity_level = 3
         try:
             with _creating:
-                return ort.InferenceSession(
+                session = ort.InferenceSession(
                     self._read(),
                     options,
                     providers=self._providers,
                     disabled_optimizers=self._options.get("disabled_optimizers"),
                 )
+                _live.add(session)
+                return session
         except (DeviceError, BundleError):
             raise
         except Exception as error:  # the binding raises one class a status code, all of them bare

@@ -1,0 +1,444 @@
+"""The command line: documented, run for real, and clear about every mistake a new user makes."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pyarrow.parquet as parquet
+import pytest
+from click.testing import CliRunner, Result
+
+from qadeploy import __version__
+from qadeploy.bundle import MANIFEST, MODEL, open_bundle
+from qadeploy.cli import main
+from tests.conftest import triplets, write_jsonl
+
+COMMANDS = sorted(main.commands)
+SEED = {"context": "The sky is blue.", "question": "What color is the sky?", "answer": "blue"}
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def well(*args: object) -> Result:
+    """Runs a command that must succeed."""
+    result = run(*args)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result
+
+
+def value(result: Result) -> Any:
+    """Stdout as exactly one JSON object on one line."""
+    assert len(result.stdout.splitlines()) == 1, result.stdout
+    found = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+# ---------------------------------------------------------------- documentation
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help(name):
+    command = main.commands[name]
+    assert command.help, name
+    assert [p.opts for p in command.params if isinstance(p, click.Option) and not p.help] == []
+    shown = well(name, "--help").stdout
+    for param in command.params:
+        assert (param.opts[0] if isinstance(param, click.Option) else param.human_readable_name.upper()) in shown
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_parses(name):
+    examples = re.findall(rf"^ +qadeploy ({name}\b.*)$", well(name, "--help").stdout, re.MULTILINE)
+    assert examples
+    for line in examples:
+        main.commands[name].make_context(name, shlex.split(line)[1:])  # raises on what does not exist
+
+
+def test_the_group_lists_its_commands_and_its_version():
+    shown = well("--help").stdout
+    assert {"train", "export", "evaluate", "ask", "answer", "bench", "doctor"} <= set(COMMANDS)
+    assert all(re.search(rf"^  {name}  ", shown, re.MULTILINE) for name in COMMANDS)
+    assert well("--version").stdout.strip().endswith(__version__)
+
+
+# ---------------------------------------------------------------- every command for real
+
+
+def test_train(tiny_checkpoint):
+    write_jsonl(Path("few.jsonl"), triplets(16))
+    options = ("--base", tiny_checkpoint, "--epochs", 1, "--precision", "fp32", "--no-progress")
+    result = well("train", "--data", "few.jsonl", *options, "--json")
+    found = value(result)
+    assert found["run"] == "runs/few"
+    assert found["eval_f1"] == json.loads(Path("runs/few/metrics.json").read_text())["eval_f1"]
+    assert "1 raw data       16 questions on 16 passages from few.jsonl" in result.stderr
+
+
+def test_export(tiny, tiny_export):
+    bundles = value(tiny_export)["bundles"]
+    assert list(bundles) == ["bundles/keepers", "bundles/keepers-fused", "bundles/keepers-int8"]
+    for path, manifest in bundles.items():
+        assert open_bundle(tiny.root / path).manifest == manifest
+    assert "judged on 20 questions" in tiny_export.stderr
+
+
+def official_scores(rows: list[dict[str, Any]], predictions: dict[str, str]) -> tuple[float, float]:
+    """EM and F1 as SQuAD's evaluate-v1.1.py computes them."""
+
+    def tokens(text: str) -> list[str]:
+        text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+        return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+    em = f1 = 0.0
+    for row in rows:
+        predicted = tokens(predictions[row["id"]])
+        best = 0.0
+        for gold in map(tokens, row["answers"]["text"]):
+            same = sum((Counter(predicted) & Counter(gold)).values())
+            if same:
+                precision, recall = same / len(predicted), same / len(gold)
+                best = max(best, 2 * precision * recall / (precision + recall))
+        em += any(predicted == tokens(gold) for gold in row["answers"]["text"])
+        f1 += best
+    return 100 * em / len(rows), 100 * f1 / len(rows)
+
+
+def graded_rows() -> list[dict[str, Any]]:
+    """Questions that the tiny model gets right, half right (of two annotators), and wrong."""
+    rows = []
+    for i, row in enumerate(triplets(9)):
+        context, name = str(row["context"]), str(row["answer"])
+        whole = f"{name} keeps the"
+        texts = ([name], [f"{whole} {context.split()[3]}", whole], ["outside."])[i % 3]
+        answers = {"text": texts, "answer_start": [context.index(t) for t in texts]}
+        rows.append({"id": f"q{i}", "context": context, "question": row["question"], "answers": answers})
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["bundle", "run", "checkpoint"])
+def test_evaluate_agrees_with_the_official_script(kind, tiny, bundle):
+    model = {"bundle": bundle, "run": tiny.run, "checkpoint": tiny.run / "checkpoint"}[kind]
+    rows = graded_rows()
+    write_jsonl(Path("graded.jsonl"), rows)
+    result = well("evaluate", model, "--data", "graded.jsonl", "--predictions", "predictions.json", "--json")
+    found = value(result)
+    em, f1 = official_scores(rows, json.loads(Path("predictions.json").read_text()))
+    assert 30 < em < f1 < 60
+    assert (found["exact_match"], found["f1"]) == (pytest.approx(em), pytest.approx(f1))
+    assert (found["total"], found["model"], found["data"]) == (9, str(model), "graded.jsonl")
+
+
+def test_evaluate_scores_the_validation_split_unless_told(bundle):
+    rows = triplets(6)
+    write_jsonl(Path("split.jsonl"), [*rows[:4], *({**r, "split": "validation"} for r in rows[4:])])
+    result = well("evaluate", bundle, "--data", "split.jsonl", "--json")
+    assert value(result)["total"] == 2
+    assert "scoring the 2 questions of its validation split" in result.stderr
+    assert value(well("evaluate", bundle, "--data", "split.jsonl", "--split", "all", "--json"))["total"] == 6
+    text = well("evaluate", bundle, "--data", "split.jsonl").stdout
+    assert re.search(r"exact match +100\.00  \(100\.00 to 100\.00\)", text)
+
+
+def test_ask(bundle, tiny):
+    Path("notes.txt").write_text("Ada keeps the lamp in room 0. Fay keeps the boat outside.")
+    question = ("--question", "Who keeps the lamp?", "--context", "@notes.txt")
+    text = well("ask", bundle, *question).stdout
+    assert re.match(r"1\. Ada   score 0\.\d{4}, code points 0-3\n2\. ", text)
+    answers = value(well("ask", bundle, *question, "--top-k", 2, "--json"))["answers"]
+    assert answers[0]["text"] == "Ada"
+    assert len(answers) == 2
+    by_torch = value(well("ask", tiny.run, *question, "--top-k", 2, "--json"))["answers"]
+    assert [(a["text"], a["start"]) for a in by_torch] == [(a["text"], a["start"]) for a in answers]
+
+
+def test_ask_shows_its_trace(bundle):
+    question = ("--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp in room 0.", "--trace")
+    text = well("ask", bundle, *question).stdout
+    for head in ("1 INPUT ENCODING", "2 FORWARD PASS", "3 SPAN SELECTION", "[CLS]", "answer 1, score", "1. Ada"):
+        assert head in text
+    trace = value(well("ask", bundle, *question, "--json"))["trace"]
+    window = trace["windows"][0]
+    assert len(window["input_ids"]) == len(window["start_logits"]) == window["tokens"]
+    assert trace["candidates"][0]["text"] == "Ada"
+
+
+@pytest.mark.parametrize("output", ["answers.jsonl", "answers"])
+def test_answer(output, bundle):
+    rows = triplets(20)
+    write_jsonl(Path("questions.jsonl"), [{k: r[k] for k in ("context", "question")} for r in rows])
+    result = well("answer", bundle, "--input", "questions.jsonl", "--output", output, "--json")
+    assert value(result) == {"rows": 20, "output": output}
+    if output.endswith(".jsonl"):
+        found = [json.loads(line) for line in Path(output).read_text().splitlines()]
+    else:
+        assert [p.name for p in Path(output).iterdir()] == ["part-00000.parquet"]
+        found = parquet.read_table(output).to_pylist()
+    assert [r["answer"] for r in found] == [r["answer"] for r in rows]
+    assert [r["id"] for r in found] == [f"row-{n}" for n in range(1, 21)]
+    assert all(rows[n]["context"][r["start"] : r["end"]] == r["answer"] for n, r in enumerate(found))
+    assert {r["bundle"] for r in found} == {open_bundle(bundle).hash}
+    assert sorted(p.name for p in Path().iterdir()) == sorted([output, "questions.jsonl"])
+
+
+def test_bench_against_its_peers(tiny, tiny_export, monkeypatch):
+    monkeypatch.chdir(tiny.root)
+    out = Path.cwd() / "results"
+    options = ("--against", "pipeline,optimum", "--questions", 4, "--rounds", 1, "--out", out)
+    try:
+        report = value(well("bench", tiny.bundle("int8"), *options, "--json"))
+        assert json.loads((out / "bench.json").read_text()) == report
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    assert [v["status"] for v in report["variants"]] == ["ok"] * 3
+    names = [v["name"] for v in report["variants"]]
+    assert [name.split()[0] for name in names] == ["qadeploy", "transformers", "optimum"]
+    assert "int8" in names[2]
+    assert report["speedup_against"] == names[1]
+    for variant in report["variants"][:2]:
+        assert (variant["exact_match"], variant["total"]) == (100.0, 4)
+        assert variant["questions_per_second"] > 0
+    assert report["workload"] == {"source": f"{tiny.data} (dev part)", "questions": 4}
+
+
+def test_bench_bare_takes_the_newest_bundle_and_names_a_peer_that_fails(tiny, tiny_export, monkeypatch):
+    monkeypatch.chdir(tiny.root)
+    options = ("--questions", 3, "--rounds", 1, "--against", "pipeline", "--checkpoint", tiny.root / "gone")
+    text = well("bench", "--data", tiny.data, *options).stdout
+    newest = max((tiny.root / "bundles").iterdir(), key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
+    assert f"({newest.name})" in text
+    assert re.search(
+        r"^pipeline +failed: FailureError: .*gone: the bundle's source checkpoint is not there", text, re.M
+    )
+
+
+def test_doctor():
+    assert "no problems found" in (text := well("doctor").stdout) or "PROBLEM: " in text
+    report = value(well("doctor", "--json"))
+    assert report["qadeploy"] == __version__
+    assert report["packages"]["torch"]
+    assert "CPUExecutionProvider" in report["providers"]
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+def fails(code: int, messages: list[str], *args: object) -> str:
+    """Runs a command that must end with ``code``, one clear message, and leave the folder as it was."""
+    before = files(Path.cwd())
+    result = run(*args)
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.count("Error: ") == 1, result.stderr
+    for message in messages:
+        assert message in result.stderr
+    assert files(Path.cwd()) == before
+    return result.stderr
+
+
+DATA_FAULTS: dict[str, tuple[Callable[[Path], Any], str, list[str]]] = {
+    "empty file": (lambda p: p.write_text(""), "x.jsonl", ["the file is empty", "context, question and answer"]),
+    "wrong JSON": (lambda p: p.write_text("[{]"), "x.json", ["line 1, column 3: not valid JSON"]),
+    "half a line": (
+        lambda p: p.write_text(json.dumps(SEED) + '\n{"context": "a"'),
+        "x.jsonl",
+        ["x.jsonl: row 2", "not valid JSON"],
+    ),
+    "unknown ending": (lambda p: p.write_text("hello"), "x.txt", ["unknown ending '.txt': use .json"]),
+    "not parquet": (lambda p: p.write_text("hello"), "x.parquet", ["not a parquet file"]),
+    "not UTF-8": (lambda p: p.write_bytes(b'{"context": "caf\xe9"}'), "x.jsonl", ["not UTF-8 text (byte 16)", "iconv"]),
+    "missing column": (
+        lambda p: write_jsonl(p, [SEED, {"passage": "a", "question": "b", "answer": "c"}]),
+        "x.jsonl",
+        ["row 2, field context: is missing; the fields found are passage, question, answer"],
+    ),
+    "numbers": (
+        lambda p: write_jsonl(p, [{**SEED, "question": 7}]),
+        "x.jsonl",
+        ["row 1, field question: is a number, text is needed"],
+    ),
+    "empty context": (lambda p: write_jsonl(p, [{**SEED, "context": " "}]), "x.jsonl", ["field context: is empty"]),
+    "empty question": (lambda p: write_jsonl(p, [{**SEED, "question": ""}]), "x.jsonl", ["field question: is empty"]),
+    "empty answer": (lambda p: write_jsonl(p, [{**SEED, "answer": ""}]), "x.jsonl", ["field answer: is empty"]),
+    "foreign answer": (
+        lambda p: write_jsonl(p, [SEED, {**SEED, "answer": "green"}]),
+        "x.jsonl",
+        ['row 2, field answer: "green" does not occur in the context', "letter by letter"],
+    ),
+    "ambiguous answer": (
+        lambda p: write_jsonl(p, [{**SEED, "context": "Ada saw Ada, and Ada smiled.", "answer": "Ada"}]),
+        "x.jsonl",
+        ['"Ada" occurs 3 times in the context: add answer_start', "--on-ambiguous first|skip"],
+    ),
+    "wrong offset": (
+        lambda p: write_jsonl(p, [{**SEED, "answer_start": 10}]),
+        "x.jsonl",
+        ['field answer_start: 10 does not match: the context has " blu" there, the answer is "blue"'],
+    ),
+    "two bad rows": (
+        lambda p: write_jsonl(p, [{**SEED, "answer": "green"}, {**SEED, "context": 1}]),
+        "x.jsonl",
+        ["row 1, field answer", "row 2, field context"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DATA_FAULTS)
+def test_data_faults_name_the_file_row_and_field(fault, tiny_checkpoint):
+    write, name, messages = DATA_FAULTS[fault]
+    write(Path(name))
+    fails(2, [name, *messages], "train", "--data", name, "--base", tiny_checkpoint, "--out", "run")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("train", "--data"), ("evaluate", "--data"), ("answer", "--input"), ("train", "--eval-data"), ("bench", "--data")],
+)
+def test_a_missing_data_file_is_named(command, option, bundle):
+    write_jsonl(Path("good.jsonl"), triplets(8))
+    rest = {
+        "train": ["--data", "good.jsonl"] if option == "--eval-data" else [],
+        "answer": [bundle, "--output", "out.jsonl"],
+    }.get(command, [bundle])
+    fails(2, ["nothing.jsonl: no such file"], command, *rest, option, "nothing.jsonl")
+
+
+def test_an_unknown_base_says_what_it_may_be():
+    write_jsonl(Path("good.jsonl"), triplets(8))
+    message = fails(1, ["no/such-model: no such folder"], "train", "--data", "good.jsonl", "--base", "no/such-model")
+    assert "offline? misspelt?" in message
+
+
+def test_bare_commands_without_runs_or_bundles_name_the_step_before():
+    fails(2, ["holds no finished run yet: run qadeploy train first"], "export")
+    fails(2, ["holds no bundle yet: run qadeploy export first"], "bench")
+
+
+@pytest.mark.parametrize("command", ["export", "evaluate", "ask"])
+def test_a_run_without_its_checkpoint_is_named(command, tiny):
+    shutil.copytree(tiny.run, "run")
+    shutil.rmtree("run/checkpoint")
+    rest = {"evaluate": ["--data", tiny.data], "ask": ["--question", "Who?", "--context", "Ada."]}.get(command, [])
+    fails(1, ["run: the run has no checkpoint", "train again"], command, "run", *rest)
+
+
+@pytest.mark.parametrize("name", [MODEL, "tokenizer.json", "README.md"])
+def test_one_changed_byte_in_a_bundle_is_found(name, bundle):
+    shutil.copytree(bundle, "copy")
+    path = Path("copy") / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    fails(
+        1,
+        [f"copy/{name}: does not match the manifest", "export it again"],
+        "ask",
+        "copy",
+        "--question",
+        "Who?",
+        "--context",
+        "Ada.",
+    )
+
+
+@pytest.mark.parametrize("command", ["ask", "answer", "evaluate", "bench"])
+def test_a_bundle_that_is_not_there_is_named(command, tiny):
+    rest = {
+        "ask": ["--question", "Who?", "--context", "Ada."],
+        "answer": ["--input", tiny.data, "--output", "out.jsonl"],
+        "evaluate": ["--data", tiny.data],
+        "bench": [],
+    }[command]
+    fails(2, ["bundles/typo: no such"], command, "bundles/typo", *rest)
+
+
+def test_what_is_there_is_not_overwritten(tiny, tiny_checkpoint, bundle):
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("keep me")
+    clash = ["mine", "exists"]
+    fails(2, clash, "train", "--data", tiny.data, "--base", tiny_checkpoint, "--out", "mine")
+    fails(2, clash, "export", tiny.run, "--out", "mine")
+    fails(2, clash, "answer", bundle, "--input", tiny.data, "--output", "mine")
+    fails(2, ["nowhere: no such folder"], "answer", bundle, "--input", tiny.data, "--output", "nowhere/out.jsonl")
+    fails(2, ["nowhere: no such folder"], "evaluate", bundle, "--data", tiny.data, "--predictions", "nowhere/p.json")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["ask", "--question", "", "--context", "Ada."], "question is empty"),
+        (["ask", "--question", "Who?", "--context", " "], "context is empty"),
+        (["ask", "--question", "Who?", "--context", "@gone.txt"], "--context @gone.txt: no such file"),
+        (["ask", "--question", "Who?", "--context", "Ada.", "--top-k", 0], "top_k 0 is below 1"),
+        (["ask", "--question", "Who?", "--context", "Ada.", "--max-seq-len", 999], "limit of 160 tokens"),
+        (["ask", "--question", "Who?", "--context", "Ada.", "--device", "tpu"], "choose auto, cpu, cuda or cuda:N"),
+        (["bench", "--against", "pipeline,keras"], "unknown peer keras: choose from pipeline, optimum"),
+        (["bench", "--questions", 0], "questions 0 is below 1"),
+    ],
+)
+def test_bad_options_are_named(args, message, tiny, bundle):
+    fails(2, [message], args[0], bundle, *args[1:])
+
+
+@pytest.mark.parametrize(
+    ("option", "bad"),
+    [
+        ("--learning-rate", -1),
+        ("--learning-rate", "nan"),
+        ("--weight-decay", -1),
+        ("--warmup-ratio", 2),
+        ("--attention-dropout", 1.5),
+        ("--dev-fraction", 0),
+        ("--epochs", 0),
+        ("--batch-size", 0),
+        ("--seed", -1),
+        ("--max-seq-len", 4000),
+    ],
+)
+def test_training_options_out_of_range_are_named(option, bad, tiny_checkpoint):
+    write_jsonl(Path("good.jsonl"), triplets(8))
+    name = option.strip("-")
+    options = ("--data", "good.jsonl", "--base", tiny_checkpoint, "--precision", "fp32")
+    message = fails(2, [], "train", *options, option, bad)
+    assert name in message or name.replace("-", "_") in message
+
+
+def test_a_typo_in_an_option_or_a_command_is_named():
+    assert "No such option" in run("train", "--epoch-count", 3).stderr
+    assert "No such command" in run("trian").stderr
+
+
+def test_debug_shows_the_traceback():
+    command = [sys.executable, "-m", "qadeploy", "ask", "nothing", "--question", "Who?", "--context", "Ada."]
+    plain = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr.startswith("Error: nothing: no such")
+    assert "Traceback" not in plain.stderr
+    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, timeout=120, check=False)
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+    assert "InputError: nothing: no such" in debug.stderr

@@ -1,0 +1,319 @@
+"""Export, optimisation and quantization: proven equal or not written; and finding what to export."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from transformers import FNetConfig, FNetForQuestionAnswering
+
+from qadeploy import Answerer
+from qadeploy.build.checkpoint import TorchModel, base_model_path, load_checkpoint
+from qadeploy.build.export import export
+from qadeploy.build.optimize import fusion_line, optimize
+from qadeploy.build.parity import Parity, parity_windows, require_parity
+from qadeploy.build.quantize import feed_forward_outputs, quantize
+from qadeploy.build.report import Reference, make_reference
+from qadeploy.build.runs import Run, dev_part, find_run, held_out
+from qadeploy.bundle import CARD, MANIFEST, MODEL, open_bundle
+from qadeploy.data.readers import read
+from qadeploy.data.splits import carve_by_passage
+from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
+from qadeploy.records import Example, Window
+from tests.conftest import sealed_copy, triplets, write_jsonl
+
+KINDS = ("", "fused", "int8")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny) -> Reference:
+    """The tiny run, judged on few questions to be quick."""
+    run = find_run(tiny.run)
+    return make_reference(run, "keepers", dev_part(run)[:6])
+
+
+def largest_difference(checkpoint, model, windows: list[Window]) -> float:
+    """The largest difference of any logit to PyTorch, each window alone."""
+    reference = TorchModel(checkpoint.model, checkpoint.encoder.config.pad_token_id)
+    return max(
+        float(np.abs(a - b).max())
+        for window in windows
+        for a, b in zip(reference.run_batch([window])[0], model.run([window])[0], strict=True)
+    )
+
+
+def windows_of(checkpoint, examples: list[Example], sizes: list[int]) -> list[Window]:
+    encoder = checkpoint.encoder
+    return [
+        window
+        for example in examples
+        for size in sizes
+        for window in encoder.windows(
+            encoder.encode(example.question), encoder.encode(example.context), max_seq_len=size, doc_stride=size // 4
+        )
+    ]
+
+
+# ---------------------------------------------------------------- the bundles of one export
+
+
+@pytest.mark.parametrize("kind", ["", "fused"])
+def test_exact_bundles_have_the_logits_of_pytorch(tiny, tiny_export, kind):
+    checkpoint = load_checkpoint(tiny.run / "checkpoint")
+    text = " ".join(str(row["context"]) for row in triplets(12))
+    windows = windows_of(checkpoint, [Example("a", "Who keeps the bell?", text)], [30, 64, 160])
+    assert len({len(w) for w in windows}) >= 4
+    assert largest_difference(checkpoint, Answerer.load(tiny.bundle(kind)).model, windows) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_manifest_says_what_was_made_from_what_and_what_was_measured(tiny, tiny_export, kind):
+    bundle = open_bundle(tiny.bundle(kind))
+    manifest = bundle.manifest
+    assert manifest["name"] == bundle.name
+    assert bundle.precision == ("int8" if kind == "int8" else "fp32")
+    assert manifest["inputs"] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert manifest["architecture"]["layers"] == 2
+    assert bundle.settings.to_dict() == tiny.metrics["settings"]
+
+    measured = manifest["measured"]
+    assert measured["total"] == 20
+    assert "dev part" in measured["data"]
+    assert measured["f1"] == measured["exact_match"] == measured["pytorch"]["f1"] == 100.0
+    assert (measured["f1_change"], measured["f1_change_interval"]) == (0.0, [0.0, 0.0])
+    assert measured["ms_per_question"] > 0
+    assert measured["speedup_to_pytorch"] > 0
+
+    parity = manifest["parity"]
+    assert parity["windows"] >= 20
+    assert parity["shortest"] < parity["longest"] <= 160
+    assert (parity["max_abs_diff"] < 1e-4) == (kind != "int8")
+
+    source = manifest["source"]
+    record = json.loads((tiny.run / "run.json").read_text())
+    assert source["checkpoint"] == str(tiny.run / "checkpoint")
+    assert source["run"]["data_sha256"] == record["data_sha256"]
+    assert len(source["checkpoint_sha256"]) == 64
+    assert all(manifest["versions"][name] != "none" for name in ("torch", "optimum", "onnx", "onnxruntime"))
+    card = (bundle.folder / CARD).read_text()
+    assert f"# {bundle.name}" in card
+    assert "EM 100.0" in card
+
+
+def test_the_fused_bundle_counts_its_attention_nodes(tiny, tiny_export):
+    bundle = open_bundle(tiny.bundle("fused"))
+    graph = onnx.load_model_from_string(bundle.read(MODEL)).graph
+    counts = Counter(node.op_type for node in graph.node)
+    made = bundle.manifest["made"]
+    assert made["fused_nodes"]["Attention"] == counts["Attention"] == made["layers"] == 2
+    assert "fused 2 of 2 attention layers" in fusion_line(bundle)
+    assert "not every" not in fusion_line(bundle)
+    made["fused_nodes"]["Attention"] = 1
+    assert "not every attention layer" in fusion_line(bundle)
+
+
+def test_int8_is_smaller_and_keeps_attention_products_in_float(tiny, tiny_export):
+    plain, small = open_bundle(tiny.bundle()), open_bundle(tiny.bundle("int8"))
+    assert small.model_bytes < 0.6 * plain.model_bytes
+    counts = Counter(n.op_type for n in onnx.load_model_from_string(small.read(MODEL)).graph.node)
+    assert counts["MatMulInteger"] + counts["DynamicQuantizeMatMul"] >= 6
+    assert counts["MatMul"] >= 2 * 2  # QK and attention x V of two layers
+    assert small.manifest["made"]["max_f1_drop"] == 0.5
+
+
+def test_feed_forward_outputs_are_the_products_that_shrink_a_block_back(bundle):
+    model = open_bundle(bundle).read(MODEL)
+    names = feed_forward_outputs(model)
+    graph = onnx.load_model_from_string(model).graph
+    weights = {t.name: tuple(t.dims) for t in graph.initializer}
+    nodes = {n.name: n for n in graph.node}
+    assert len(names) == 2
+    assert {weights[nodes[name].input[1]] for name in names} == {(96, 48)}
+
+
+# ---------------------------------------------------------------- the gates
+
+
+def test_int8_below_the_gate_is_not_written_and_an_older_bundle_stays(reference, tiny, bundle, tmp_path):
+    out = tmp_path / "small"
+    source = open_bundle(bundle)
+    with pytest.raises(GateError, match=r"small: int8 loses .* more than -1.*--max-f1-drop"):
+        quantize(reference, source, out, -1.0)
+    assert list(tmp_path.iterdir()) == []
+    shutil.copytree(tiny.bundle("int8"), out)
+    before = (out / MANIFEST).read_bytes()
+    with pytest.raises(GateError):
+        quantize(reference, source, out, -1.0)
+    assert [p.name for p in tmp_path.iterdir()] == ["small"]
+    assert (out / MANIFEST).read_bytes() == before
+
+
+def test_a_graph_that_moves_the_logits_is_not_written(reference, bundle, tmp_path):
+    proto = onnx.load_model(bundle / MODEL)
+    bias = next(t for t in proto.graph.initializer if "qa_outputs.bias" in t.name)
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
+    moved = sealed_copy(bundle, tmp_path / "moved", proto.SerializeToString())
+    with pytest.raises(GateError, match=r"fused: its logits differ from PyTorch by up to 1\.00e-02"):
+        optimize(reference, open_bundle(moved), tmp_path / "fused")
+    assert [p.name for p in tmp_path.iterdir()] == ["moved"]
+
+
+@pytest.mark.parametrize(("difference", "passes"), [(9e-5, True), (2e-4, False), (math.nan, False), (math.inf, False)])
+def test_parity_is_required(difference, passes):
+    parity = Parity(difference, 0.0, 1.0, windows=24, shortest=20, longest=90)
+    if passes:
+        require_parity(parity, "mine")
+    else:
+        with pytest.raises(GateError, match=r"^mine: its logits differ"):
+            require_parity(parity, "mine")
+
+
+def test_parity_is_measured_on_windows_of_many_lengths_and_of_several_a_context(tiny):
+    checkpoint = load_checkpoint(tiny.run / "checkpoint")
+    text = " ".join(str(row["context"]) for row in triplets(12))
+    windows = parity_windows(checkpoint, [Example("a", "Who keeps the bell?", text)] * 4)
+    assert len({len(w) for w in windows}) >= 3
+    assert any(w.context_offset for w in windows)
+
+
+def test_a_model_that_optimum_cannot_export_is_named(reference, tmp_path):
+    config = FNetConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    checkpoint = replace(reference.checkpoint, model=FNetForQuestionAnswering(config).eval())
+    with pytest.raises(FailureError, match="optimum cannot export a fnet model: "):
+        export(replace(reference, checkpoint=checkpoint), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_known_fusions_is_named(reference, bundle, tmp_path):
+    source = open_bundle(bundle)
+    source.manifest["architecture"]["model_type"] = "gpt2"
+    with pytest.raises(FailureError, match="no fusions for gpt2"):
+        optimize(reference, source, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- runs and what they held out
+
+
+def test_the_newest_run_is_found(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second", ".second.77.tmp"):
+        shutil.copytree(tiny.run, tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / "run.json").touch()  # the hidden one is work that was cut off
+    (tmp_path / "runs" / "notes").mkdir()
+    assert find_run(None).name == "second"
+    (tmp_path / "runs" / "first" / "run.json").touch()
+    assert find_run(None).name == "first"
+
+
+def test_a_checkpoint_inside_a_run_is_the_run(tiny, tiny_checkpoint):
+    run, checkpoint = find_run(tiny.run), find_run(tiny.run / "checkpoint")
+    assert run == checkpoint
+    assert (run.name, run.checkpoint) == ("keepers", tiny.run / "checkpoint")
+    assert find_run(tiny_checkpoint) == Run("checkpoint", tiny_checkpoint, None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("no runs", InputError, "run qadeploy train first"),
+        ("no folder", InputError, "mine: no such folder"),
+        ("empty folder", CheckpointError, "mine: neither a finished run"),
+        ("no checkpoint", CheckpointError, "mine: the run has no checkpoint"),
+        ("unfinished", CheckpointError, "mine: neither a finished run"),
+        ("cut record", CheckpointError, "mine/run.json: not valid JSON"),
+        ("foreign record", CheckpointError, "mine/run.json: is not the record of a finished run"),
+        ("unfinished record", CheckpointError, "mine/run.json: is not the record of a finished run"),
+    ],
+)
+def test_what_is_no_run_is_named(fault, error, message, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = Path("mine")
+    if fault not in {"no runs", "no folder", "empty folder"}:
+        shutil.copytree(tiny.run, mine)
+    if fault == "empty folder":
+        mine.mkdir()
+    elif fault == "no checkpoint":
+        shutil.rmtree(mine / "checkpoint")
+    elif fault == "unfinished":
+        (mine / "run.json").unlink()
+    elif fault == "cut record":
+        (mine / "run.json").write_text('{"status"')
+    elif fault == "foreign record":
+        (mine / "run.json").write_text("[1]")
+    elif fault == "unfinished record":
+        record = json.loads((mine / "run.json").read_text())
+        (mine / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    with pytest.raises(error, match=message):
+        find_run(None if fault == "no runs" else mine)
+
+
+def test_the_questions_held_out_are_those_of_training(tiny):
+    run = find_run(tiny.run)
+    source, examples = held_out(run, None)
+    every = read(str(tiny.data)).examples
+    trained, dev = carve_by_passage(every, 0.2, 13)
+    assert source == f"{tiny.data} (dev part)"
+    assert examples == dev_part(run) == dev
+    assert len(dev) == tiny.metrics["dev"]["total"]
+    assert not {e.context for e in trained} & {e.context for e in dev}
+
+
+def copy_run(tiny, folder: Path, **options: object) -> Run:
+    """The tiny run with other options in its record."""
+    shutil.copytree(tiny.run, folder)
+    record = json.loads((folder / "run.json").read_text())
+    record["options"].update(options)
+    (folder / "run.json").write_text(json.dumps(record))
+    return find_run(folder)
+
+
+def test_data_that_changed_since_the_run_is_refused(tiny, tmp_path):
+    data = write_jsonl(tmp_path / "mine.jsonl", triplets())
+    run = copy_run(tiny, tmp_path / "run", data=str(data))
+    assert len(held_out(run, None)[1]) == len(dev_part(run)) == 20
+    write_jsonl(data, triplets()[:-1])
+    with pytest.raises(InputError, match=r"mine.jsonl: is not what the run was trained on.*--eval-data"):
+        held_out(run, None)
+    assert dev_part(run) == ()  # carved from other rows it would hold questions that were trained on
+    data.unlink()
+    with pytest.raises(InputError, match="no such file") as caught:
+        held_out(run, None)
+    assert "--eval-data FILE" in str(caught.value)
+    assert dev_part(run) == ()
+
+
+def test_held_out_data_of_the_run_or_of_the_call_come_first(tiny, tiny_checkpoint, tmp_path):
+    rows = triplets(12)
+    named = write_jsonl(tmp_path / "named.jsonl", rows[:5])
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [*rows[:4], *({**r, "split": "validation"} for r in rows[4:6])])
+    run = copy_run(tiny, tmp_path / "run", eval_data=str(named))
+    assert held_out(run, None) == (str(named), read(str(named)).examples)
+    assert [e.question for e in held_out(run, str(mixed))[1]] == [r["question"] for r in rows[4:6]]
+    with pytest.raises(InputError, match="not known what this checkpoint was trained on: give --eval-data"):
+        held_out(find_run(tiny_checkpoint), None)
+
+
+# ---------------------------------------------------------------- the base model that ships
+
+
+def test_the_base_model_exports_with_the_logits_of_pytorch(tmp_path):
+    try:
+        base = base_model_path()
+    except CheckpointError as error:
+        pytest.skip(str(error))
+    examples = read("handbook").examples[::200]
+    run = Run("base", base, None)
+    bundle = export(make_reference(run, "handbook", examples[:2]), tmp_path / "base")
+    checkpoint = load_checkpoint(base)
+    windows = windows_of(checkpoint, list(examples[2:5]), [48, 128, checkpoint.settings.max_seq_len])
+    assert len({len(w) for w in windows}) >= 5
+    assert largest_difference(checkpoint, Answerer.load(bundle.folder).model, windows) < 1e-4

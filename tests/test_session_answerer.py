@@ -1,0 +1,404 @@
+"""The answerer and the sessions under it: equal to PyTorch, equal to itself in every call form, and safe to share."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from qadeploy import Answer, Answerer
+from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
+from qadeploy.bundle import open_bundle
+from qadeploy.errors import BundleError, DeviceError, InputError, LogitsError, QuestionTooLongError, StrideError
+from qadeploy.qa.spans import decode
+from qadeploy.runtime.answerer import Options
+from qadeploy.runtime.session import OnnxModel
+from tests.conftest import sealed_copy, triplets
+
+PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
+GOLD = [str(row["answer"]) for row in triplets(24)]
+LONG = " ".join(context for _, context in PAIRS)  # several windows of any size this model takes
+MIXED = [*PAIRS, ("Who keeps the kettle?", LONG), ("Who keeps the rope?", LONG)]
+FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
+SCRIPTS = [
+    "Zoe\u0308 keeps the \u00e5ngstr\u00f6m lamp; na\u00efve caf\u00e9.",
+    f"{FAMILY} keeps the bell \U0001f514 in room 3.",
+    "\u8c01\u4fdd\u7ba1\u949f\uff1f\u827e\u8fbe\u4fdd\u7ba1\u949f\u3002",
+    "\u0622\u062f\u0627 \u062a\u062d\u062a\u0641\u0638 \u0628\u0627\u0644\u062c\u0631\u0633 3.",
+    "  \u00a0Ada\u2003keeps\tthe\r\n bell.  ",
+    "\u0130stanbul: \u1e9e keeps \ufb01ve bells.",
+]
+
+
+@pytest.fixture(scope="module")
+def answerer(bundle: Path) -> Answerer:
+    return Answerer.load(bundle, device="cpu", threads=2)
+
+
+@pytest.fixture(scope="module")
+def by_torch(tiny) -> Answerer:
+    return torch_answerer(load_checkpoint(tiny.run / "checkpoint"))
+
+
+def same(left: list[list[Answer]], right: list[list[Answer]], tolerance: float = 1e-5) -> bool:
+    """The same spans in the same order, with scores that differ by float rounding at most."""
+    spans = [[(a.text, a.start, a.end) for a in answers] for answers in left]
+    if spans != [[(a.text, a.start, a.end) for a in answers] for answers in right]:
+        return False
+    scores = [[a.score for answers in side for a in answers] for side in (left, right)]
+    return bool(np.allclose(*scores, atol=tolerance))
+
+
+def run_script(tmp_path: Path, script: str, *args: object, seconds: int = 120) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    command = [sys.executable, str(path), *(str(a) for a in args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_every_call_form_gives_the_answers_of_pytorch(answerer, by_torch):
+    batch = answerer.answer_batch(MIXED, top_k=3)
+    assert [found[0].text for found in batch[: len(GOLD)]] == GOLD
+    assert len(answerer.read(*MIXED[-1], Options()).windows) > 2
+    assert same(batch, [answerer.answer(q, c, top_k=3) for q, c in MIXED])
+    assert same(batch, list(answerer.answer_stream(MIXED, top_k=3)))
+    assert same(batch, by_torch.answer_batch(MIXED, top_k=3), 1e-4)
+
+
+def test_one_thread_answers_like_two(answerer, bundle):
+    one = Answerer.load(bundle, device="cpu", threads=1)
+    assert same(one.answer_batch(MIXED, top_k=2), answerer.answer_batch(MIXED, top_k=2))
+
+
+def test_order_is_kept_where_lengths_differ_much(answerer):
+    pairs = [(q, c) if i % 3 else (q, f"{LONG} {c}") for i, (q, c) in enumerate(PAIRS)]
+    assert same(answerer.answer_batch(pairs), [answerer.answer(q, c) for q, c in pairs])
+
+
+def test_the_stream_is_lazy_and_takes_what_it_needs_of_an_endless_generator(answerer):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        for pair in itertools.cycle(PAIRS):
+            taken += 1
+            yield pair
+
+    stream = answerer.answer_stream(endless())
+    assert taken == 0
+    found = [answers[0].text for answers in itertools.islice(stream, 70)]
+    assert found == list(itertools.islice(itertools.cycle(GOLD), 70))
+    assert taken <= 70 + 64
+
+
+def test_an_empty_batch_and_an_empty_run(answerer):
+    assert answerer.answer_batch([]) == []
+    assert answerer.model.run([]) == []
+
+
+def test_options_of_one_call_do_not_change_the_next(answerer):
+    question, context = MIXED[-1]
+    before = answerer.answer(question, context)
+    short = answerer.answer(
+        question,
+        context,
+        top_k=4,
+        max_answer_len=1,
+        max_seq_len=40,
+        doc_stride=9,
+        align_to_words=True,
+        allow_no_answer=True,
+    )
+    assert len(short) == 4
+    assert answerer.answer(question, context) == before
+
+
+def test_top_k_ranks_distinct_spans_and_does_not_move_scores(answerer):
+    five = answerer.answer(*PAIRS[0], top_k=5)
+    assert len({(a.start, a.end) for a in five}) == 5
+    scores = [a.score for a in five]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 < sum(scores) <= 1 + 1e-6
+    assert answerer.answer(*PAIRS[0], top_k=2) == five[:2]
+    every = answerer.answer(*PAIRS[0], top_k=10_000)
+    assert every[:5] == five
+    assert sum(a.score for a in every) == pytest.approx(1, abs=1e-4)
+
+
+def test_max_answer_len_bounds_the_tokens_of_an_answer(answerer):
+    context = answerer.encoder.encode(PAIRS[0][1])
+    for limit in (1, 3):
+        lengths = []
+        for found in answerer.answer(*PAIRS[0], top_k=10_000, max_answer_len=limit):
+            first, last = context.tokens_of(found.start, found.end)
+            lengths.append(last - first + 1)
+        assert max(lengths) == limit
+
+
+def test_align_to_words_widens_to_word_borders(answerer):
+    question, context = "Who keeps the lamps?", "Adaline keeps Cora-lamps, Belamina oboats."
+
+    def cuts_a_word(a: Answer) -> bool:
+        borders = (context[a.start - 1 : a.start + 1], context[a.end - 1 : a.end + 1])
+        return any(len(two) == 2 and two.isalnum() for two in borders)
+
+    free = answerer.answer(question, context, top_k=10_000)
+    aligned = answerer.answer(question, context, top_k=10_000, align_to_words=True)
+    assert any(cuts_a_word(a) for a in free)
+    assert aligned
+    assert not any(cuts_a_word(a) for a in aligned)
+
+
+def test_no_answer_competes_only_where_it_is_allowed(answerer):
+    free = answerer.answer(*PAIRS[0], top_k=10_000)
+    competing = answerer.answer(*PAIRS[0], top_k=10_000, allow_no_answer=True)
+    null = [a for a in competing if not a.text]
+    assert all(a.text for a in free)
+    assert [(a.start, a.end) for a in null] == [(0, 0)]
+    reading = answerer.read(*PAIRS[0], Options(allow_no_answer=True))
+    best = reading.decoded.spans[0]
+    odds = np.exp(reading.decoded.null_logit - best.logit)
+    assert null[0].score == pytest.approx(odds * competing[0].score, rel=1e-4)
+    assert sum(a.score for a in competing) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_context_that_fits_is_one_window_whatever_the_lengths(answerer):
+    question, context = PAIRS[5]
+    wanted = answerer.answer(question, context, top_k=3)
+    size = len(answerer.read(question, context, Options()).windows[0])
+    for options in ({"max_seq_len": size}, {"max_seq_len": size, "doc_stride": 0}, {"doc_stride": 7}):
+        assert answerer.answer(question, context, top_k=3, **options) == wanted
+
+
+def test_several_windows_answer_as_the_best_of_each_alone(answerer):
+    options = Options(max_seq_len=40, doc_stride=12)
+    reading = answerer.read(*MIXED[-1], options)
+    assert len(reading.windows) > 8
+    alone = []
+    for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True):
+        own_starts, own_ends = answerer.model.run([window])[0]
+        np.testing.assert_allclose(own_starts, starts, atol=1e-5)
+        np.testing.assert_allclose(own_ends, ends, atol=1e-5)
+        alone.append(decode([window], [own_starts], [own_ends], reading.context, max_answer_len=40).spans[0])
+    best = max(alone, key=lambda span: span.logit)
+    assert (reading.decoded.spans[0].start, reading.decoded.spans[0].end) == (best.start, best.end)
+    assert reading.decoded.spans[0].logit == pytest.approx(best.logit, abs=1e-5)
+
+
+@pytest.mark.parametrize("context", SCRIPTS)
+@pytest.mark.parametrize("align", [False, True])
+def test_offsets_are_code_points_in_every_script(answerer, context, align):
+    found = answerer.answer(
+        "Who keeps the bell?", context, top_k=50, align_to_words=align, max_seq_len=24, doc_stride=3
+    )
+    assert found
+    for a in found:
+        assert a.text == context[a.start : a.end] == a.text.strip() != ""
+
+
+def test_padded_batches_give_the_logits_of_single_runs(answerer):
+    windows = [
+        w for q, c in MIXED for size in (36, 64, 160) for w in answerer.read(q, c, Options(1, None, size, 12)).windows
+    ]
+    assert len({len(w) for w in windows}) > 4
+    for alone, padded in zip(answerer.model.run(windows), answerer.model.run_batch(windows), strict=True):
+        for left, right in zip(alone, padded, strict=True):
+            assert left.dtype == right.dtype == np.float32
+            np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+# ---------------------------------------------------------------- threads and processes
+
+
+def test_sixteen_threads_with_mixed_options_answer_like_one(answerer):
+    options = [
+        {},
+        {"top_k": 3},
+        {"max_seq_len": 40, "doc_stride": 8},
+        {"max_seq_len": 64, "doc_stride": 20, "top_k": 2},
+        {"allow_no_answer": True, "top_k": 2},
+        {"align_to_words": True, "max_answer_len": 4},
+    ]
+    calls = [(MIXED[n % len(MIXED)], options[n % len(options)]) for n in range(240)]
+
+    def ask(call):
+        (question, context), chosen = call
+        if len(question) % 2:
+            return answerer.answer(question, context, **chosen)
+        return answerer.answer_batch([(question, context)], **chosen)[0]
+
+    serial = [ask(call) for call in calls]
+    with ThreadPoolExecutor(16) as pool:
+        assert same(list(pool.map(ask, calls)), serial)
+
+
+FORK = """
+import os, sys
+from qadeploy import Answerer
+
+def answers(answerer):
+    found = answerer.answer_batch(pairs) + [answerer.answer(*pairs[0])]
+    return [(a[0].text, a[0].start) for a in found]
+
+pairs = [("Who keeps the lamp?", "Ada keeps the lamp in room 0. Fay keeps the boat outside.")] * 6
+answerer = Answerer.load(sys.argv[1], device="cpu", threads=2)
+expected = answers(answerer)  # every session and the pool are in use before the fork
+for asks in (True, False):
+    child = os.fork()
+    if not child:
+        sys.exit(0 if not asks or answers(answerer) == expected else 3)  # the interpreter shuts down as usual
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        sys.exit(f"child that asks={asks} ended with {status}")
+sys.exit(0 if answers(answerer) == expected and expected[0][0] == "Ada" else 4)
+"""
+
+SPAWN = """
+import multiprocessing, sys
+from qadeploy import Answerer
+
+def load(path):
+    global answerer
+    answerer = Answerer.load(path, device="cpu", threads=1)
+
+def ask(pair):
+    return answerer.answer(*pair)[0].text
+
+if __name__ == "__main__":
+    pairs = [("Who keeps the lamp?", f"{name} keeps the lamp in room 0.") for name in ("Ada", "Bela", "Cora")]
+    with multiprocessing.get_context("spawn").Pool(2, load, (sys.argv[1],)) as pool:
+        found = pool.map(ask, pairs)
+    sys.exit(0 if found == ["Ada", "Bela", "Cora"] else f"found {found}")
+"""
+
+
+def test_after_a_fork_parent_and_child_answer(bundle, tmp_path):
+    run_script(tmp_path, FORK, bundle)
+
+
+def test_spawned_processes_answer(bundle, tmp_path):
+    run_script(tmp_path, SPAWN, bundle)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("question", "context", "message"),
+    [
+        ("", "Some text.", "question is empty"),
+        (" \n", "Some text.", "question is empty"),
+        ("Who?", "", "context is empty"),
+        ("Who?", "\u2003", "context is empty"),
+        (None, "Some text.", "question is NoneType, text is needed"),
+        ("Who?", 7, "context is int, text is needed"),
+        ("Who?", b"bytes", "context is bytes, text is needed"),
+        ("Who?", "half \ud800 pair", "lone surrogate"),
+    ],
+)
+def test_bad_texts_are_named_alone_and_in_a_batch(answerer, question, context, message):
+    with pytest.raises(InputError, match=message) as caught:
+        answerer.answer(question, context)
+    assert "pair" not in str(caught.value).partition(message)[0]
+    with pytest.raises(InputError, match=f"^pair 2: .*{message}"):
+        answerer.answer_batch([PAIRS[0], (question, context), PAIRS[1]])
+
+
+@pytest.mark.parametrize("pair", ["no pair", ("one",), ("a", "b", "c"), None, {"question": "q", "context": "c"}])
+def test_what_is_no_pair_is_named(answerer, pair):
+    with pytest.raises(InputError, match=r"^pair 3: is \w+, a \(question, context\) pair is needed"):
+        answerer.answer_batch([PAIRS[0], PAIRS[1], pair])
+
+
+def test_a_bad_pair_late_in_a_stream_is_numbered_from_its_start(answerer):
+    stream = answerer.answer_stream([*PAIRS * 3, ("Who?", "")])
+    with pytest.raises(InputError, match=r"^pair 73: context is empty"):
+        list(stream)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"top_k": 0}, InputError, "top_k 0"),
+        ({"max_answer_len": 0}, InputError, "max_answer_len"),
+        ({"max_seq_len": 161}, InputError, "limit of 160 tokens"),
+        ({"max_seq_len": 5}, QuestionTooLongError, "no room for the context"),
+        ({"max_seq_len": 40, "doc_stride": 39}, StrideError, "doc_stride 39"),
+        ({"doc_stride": -1}, InputError, "doc_stride"),
+    ],
+)
+def test_bad_options_are_named(answerer, options, error, message):
+    with pytest.raises(error, match=message):
+        answerer.answer("Who keeps the lamp?", LONG, **options)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this is a CUDA build")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_on_a_cpu_build_says_what_to_install(bundle, device):
+    with pytest.raises(DeviceError, match=r"CPU build.*pip install 'qadeploy\[gpu\]'"):
+        Answerer.load(bundle, device=device)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "", "CUDA"])
+def test_unknown_devices_are_refused(bundle, device):
+    with pytest.raises(InputError, match="choose auto, cpu, cuda or cuda:N"):
+        Answerer.load(bundle, device=device)
+
+
+@pytest.mark.parametrize("threads", [0, -2])
+def test_threads_are_at_least_one(bundle, threads):
+    with pytest.raises(InputError, match=f"threads {threads} is below 1"):
+        Answerer.load(bundle, threads=threads)
+
+
+def test_load_says_what_it_loaded(bundle):
+    loaded = Answerer.load(str(bundle))
+    assert loaded.bundle is not None
+    assert loaded.bundle.folder == bundle
+    assert (loaded.settings, loaded.encoder.config) == (loaded.bundle.settings, loaded.bundle.encoder)
+    assert set(loaded.model.inputs) == {"input_ids", "attention_mask", "token_type_ids"}
+    with pytest.raises(InputError, match="no such bundle folder"):
+        Answerer.load(bundle / "nowhere")
+
+
+def test_a_model_and_an_encoder_that_disagree_on_segments_are_refused(bundle, tmp_path):
+    encoder = {**open_bundle(bundle).manifest["encoder"], "segments": 0}
+    with pytest.raises(BundleError, match="disagree on token_type_ids"):
+        Answerer.load(sealed_copy(bundle, tmp_path / "copy", encoder=encoder))
+
+
+def crafted(factor: float, outputs: tuple[str, str] = ("start_logits", "end_logits")) -> bytes:
+    """A model whose logits are its ids times ``factor``."""
+    shape = ["batch", "sequence"]
+    ints = [helper.make_tensor_value_info(n, TensorProto.INT64, shape) for n in ("input_ids", "token_type_ids")]
+    floats = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in outputs]
+    nodes = [helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT)]
+    nodes += [helper.make_node("Mul", ["ids", "factor"], [name]) for name in outputs]
+    weights = [numpy_helper.from_array(np.float32([factor]), "factor")]
+    graph = helper.make_graph(nodes, "crafted", ints, floats, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10).SerializeToString()
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_are_an_error(bundle, tmp_path, factor):
+    broken = Answerer.load(sealed_copy(bundle, tmp_path / "broken", crafted(float(factor))))
+    with pytest.raises(LogitsError, match="NaN or infinite logits"):
+        broken.answer(*PAIRS[0])
+
+
+def test_a_graph_that_is_no_question_answering_model_is_refused():
+    with pytest.raises(BundleError, match="not those of a question-answering model"):
+        OnnxModel(lambda: crafted(1.0, ("logits", "other")), device="cpu")
+    with pytest.raises(BundleError, match="ONNX Runtime cannot load it"):
+        OnnxModel(lambda: b"no model", device="cpu")

@@ -1,0 +1,358 @@
+"""Training: labels, loss, order, the reports, and the run folder it leaves (or does not leave)."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
+from qadeploy.build.curves import terminal_chart
+from qadeploy.build.features import collate_labels, label, make_features
+from qadeploy.build.runs import dev_part, find_run
+from qadeploy.build.train import LengthGroupedSampler, observe, resolve_precision, span_loss, train
+from qadeploy.data.readers import hash_examples, read
+from qadeploy.errors import CheckpointError, DataError, FailureError, InputError
+from qadeploy.evaluate import evaluate
+from qadeploy.qa.settings import QaSettings
+from qadeploy.records import Annotation, Example, Window
+from tests.conftest import tiny_options, triplets, write_jsonl
+
+# ---------------------------------------------------------------- loss
+
+
+def test_the_loss_of_one_annotation_is_cross_entropy_over_the_mask():
+    torch.manual_seed(0)
+    logits, mask = torch.randn(5, 11), torch.rand(5, 11) > 0.3
+    positions = torch.tensor([int(row.nonzero()[i % 2]) for i, row in enumerate(mask)])
+    expected = torch.nn.functional.cross_entropy(logits.masked_fill(~mask, -math.inf), positions)
+    torch.testing.assert_close(span_loss(logits, positions[:, None], mask), expected)
+
+
+def test_the_loss_of_several_annotations_is_their_mean():
+    logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.7, 0.1, 0.1, 0.1]]))
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    positions = torch.tensor([[0, 2, 1], [0, -100, -100]])
+    by_hand = ((math.log(2) + math.log(8) + math.log(4)) / 3 - math.log(0.7)) / 2
+    assert float(span_loss(logits, positions, mask)) == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_what_the_mask_hides_gets_no_gradient():
+    logits = torch.zeros(1, 4, requires_grad=True)
+    span_loss(logits, torch.tensor([[1]]), torch.tensor([[True, True, False, True]])).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, torch.tensor([[1 / 3, -2 / 3, 0.0, 1 / 3]]))
+
+
+# ---------------------------------------------------------------- order
+
+
+@pytest.fixture
+def lengths() -> list[int]:
+    return [int(n) for n in np.random.default_rng(3).integers(10, 384, size=1003)]
+
+
+def order(lengths: list[int], seed: int, epoch: int, batch: int = 8) -> list[int]:
+    sampler = LengthGroupedSampler(lengths, batch, seed)
+    sampler.set_epoch(epoch)
+    assert len(sampler) == len(lengths)
+    return list(sampler)
+
+
+def test_the_sampler_permutes_by_seed_and_epoch(lengths):
+    first = order(lengths, 13, 0)
+    assert sorted(first) == list(range(len(lengths)))
+    assert order(lengths, 13, 0) == first
+    assert order(lengths, 13, 1) != first
+    assert order(lengths, 14, 0) != first
+
+
+def test_the_sampler_puts_like_lengths_together_and_the_longest_first(lengths):
+    chosen = [lengths[i] for i in order(lengths, 13, 2)]
+    batches = [chosen[i : i + 8] for i in range(0, len(chosen), 8)]
+    spreads = [max(b) - min(b) for b in batches]
+    assert np.mean(spreads) < 20  # eight lengths drawn at random from 10 to 384 spread over about 290
+    assert max(batches[0]) == max(max(b) for b in batches if len(b) == 8)
+    tops = [max(b) for b in batches]
+    assert any(a < b for a, b in pairwise(tops))  # the batches themselves are shuffled, not sorted
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9])
+def test_the_sampler_loses_nothing_of_small_sets(count):
+    assert sorted(order(list(range(1, count + 1)), 1, 0)) == list(range(count))
+
+
+# ---------------------------------------------------------------- labels and features
+
+
+def window(begin: int, length: int, offset: int) -> Window:
+    ids = np.arange(begin + length + 1, dtype=np.int64)
+    return Window(ids, None, context_begin=begin, context_length=length, context_offset=offset, null_index=0)
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([(10, 12)], [(4, 6)]),
+        ([(10, 10), (14, 14)], [(4, 4), (8, 8)]),
+        ([(9, 11)], [(0, 0)]),  # begins before the window
+        ([(14, 15)], [(0, 0)]),  # ends after it
+        ([(2, 3), (11, 12)], [(5, 6)]),  # the one outside is left out
+        ([], [(0, 0)]),
+    ],
+)
+def test_labels_are_positions_in_the_window_or_the_null_position(spans, expected):
+    assert [tuple(row) for row in label(window(4, 5, 10), spans)] == expected
+
+
+def test_features_point_at_the_answer_in_each_window_that_holds_it(tiny_checkpoint):
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    rows = triplets(20)
+    context = " ".join(str(row["context"]) for row in rows)
+    start = context.index("Cora keeps the ladder")
+    examples = [
+        Example("many", "Who keeps the ladder?", context, (Annotation("Cora", start),)),
+        Example("none", "Who keeps the moon?", context),
+        Example("short", "Who keeps it?", "Fay keeps the bell.", (Annotation("Fay", 0), Annotation("bell", 14))),
+    ]
+    features = make_features(examples, checkpoint.encoder, QaSettings(40, 16, 30), "here")
+    assert features.first[0] == 0
+    assert features.first[-1] == len(features) == len(features.features)
+    assert features.first[1] == features.first[2] - features.first[1] > 5
+    parts = [features.features[a:b] for a, b in pairwise(features.first)]
+    found = [f for f in parts[0] if f.positions[0, 0] != f.window.null_index]
+    assert 1 <= len(found) < len(parts[0])
+    for feature in found:
+        first, last = feature.positions[0]
+        assert [checkpoint.encoder.token_text(int(i)) for i in feature.window.input_ids[first : last + 1]] == ["cora"]
+    assert all(f.positions.tolist() == [[f.window.null_index] * 2] for f in parts[1])
+    assert len(parts[2]) == 1
+    assert len(parts[2][0].positions) == 2
+    assert features.with_answer == len(found) + 1
+
+    labels = collate_labels([parts[2][0], parts[1][0]], 50)
+    assert labels["start_positions"][1].tolist() == [parts[1][0].window.null_index, -100]
+    inside = np.flatnonzero(labels["answer_mask"][0])
+    w = parts[2][0].window
+    assert inside.tolist() == [w.null_index, *range(w.context_begin, w.context_begin + w.context_length)]
+
+
+def test_a_question_without_room_names_its_row(tiny_checkpoint):
+    checkpoint = load_checkpoint(tiny_checkpoint)
+    examples = [Example("good", "Who?", "Ada."), Example("bad", "Who keeps the bell " * 20, "Ada.")]
+    with pytest.raises(DataError, match=r"faq.jsonl: question 2 \(id bad\), field question: .*no room") as caught:
+        make_features(examples, checkpoint.encoder, QaSettings(40, 8, 30), "faq.jsonl")
+    assert len(caught.value.problems) == 1
+
+
+# ---------------------------------------------------------------- reports
+
+
+def row(epoch: int, train_loss: float | None, eval_loss: float, accuracy: float = 0.5) -> dict[str, object]:
+    return {"epoch": epoch, "train_loss": train_loss, "eval_loss": eval_loss, "eval_accuracy": accuracy}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "remark"),
+    [
+        ([], row(0, None, 3.0), "the base model, before training"),
+        ([row(0, None, 3.0, 0.1)], row(1, 2.0, 2.0, 0.4), "loss falls, accuracy rises"),
+        ([row(0, None, 3.0, 0.4)], row(1, 2.0, 3.5, 0.1), "loss rises, accuracy falls"),
+        ([row(1, 2.0, 1.0)], row(2, 2.5, 1.5), "loss rises, accuracy stays"),
+        (
+            [row(1, 2.0, 1.0, 0.5)],
+            row(2, 1.0, 1.5, 0.4),
+            "overfitting: eval loss rises while train loss falls; accuracy falls",
+        ),
+    ],
+)
+def test_observations(before, now, remark):
+    assert observe(before, now) == remark
+
+
+def test_the_terminal_chart():
+    assert terminal_chart([row(0, None, 3.0)]) == ""
+    lines = terminal_chart([row(0, None, 3.0), row(1, 1.0, 2.0), row(2, 1.5, 1.5)], width=21, height=5).split("\n")
+    plot = [line.partition("|")[2].ljust(21) for line in lines[1:6]]
+    columns = ["".join(line[c] for line in plot) for c in (0, 10, 20)]
+    assert columns == ["e    ", "  e t", "   * "]
+    assert lines[1].startswith("  3.000 |")
+    assert lines[5].startswith("  1.000 |")
+    flat = terminal_chart([row(0, None, 2.0), row(1, 2.0, 2.0)])  # equal losses have no range to divide by
+    assert "*" in flat
+
+
+def test_precision():
+    assert [resolve_precision(name) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
+    assert resolve_precision("auto") in {"fp32", "bf16"}
+    with pytest.raises(InputError, match="choose auto, fp32 or bf16"):
+        resolve_precision("fp16")
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_the_run_folder_is_whole(tiny, tiny_checkpoint):
+    assert sorted(p.name for p in tiny.run.iterdir()) == ["checkpoint", "curves.png", "metrics.json", "run.json"]
+    assert [p.name for p in tiny.run.parent.iterdir()] == [tiny.run.name]
+    files = {p.name for p in (tiny.run / "checkpoint").iterdir()}
+    assert files >= {"config.json", "model.safetensors", "qadeploy.json", "tokenizer.json", "tokenizer_config.json"}
+    assert (tiny.run / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+    record = json.loads((tiny.run / "run.json").read_text())
+    assert (record["status"], record["seed"], record["precision"]) == ("complete", 13, "fp32")
+    assert record["data_sha256"] == hash_examples(read(str(tiny.data)).examples)
+    assert record["base"]["name"] == str(tiny_checkpoint)
+    assert len(record["base"]["sha256"]) == 64
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"qadeploy", "python", "transformers", "tokenizers", "numpy"} <= set(record["versions"])
+    options = record["options"]
+    assert (options["epochs"], options["learning_rate"], options["batch_size"]) == (3, 3e-3, 8)
+    assert "token" not in options
+
+    metrics = json.loads((tiny.run / "metrics.json").read_text())
+    assert metrics == tiny.metrics
+    assert metrics["eval_f1"] == metrics["eval_exact_match"] == 100.0
+    assert metrics["eval_accuracy"] == 1.0
+    rows = metrics["epochs"]
+    assert [r["epoch"] for r in rows] == [0, 1, 2, 3]
+    assert rows[0]["eval_f1"] < 50
+    assert rows[0]["train_loss"] is None
+    assert metrics["eval_loss"] == rows[metrics["best_epoch"]]["eval_loss"] < rows[0]["eval_loss"]
+    settings = json.loads((tiny.run / "checkpoint" / "qadeploy.json").read_text())
+    assert settings == metrics["settings"]
+
+
+def test_the_five_stages_and_a_row_an_epoch_are_printed(tiny):
+    heads = [line[:16].strip() for line in tiny.said if line[0].isdigit()]
+    assert heads == ["1 raw data", "2 preprocessing", "3 features", "4 training", "5 evaluation"]
+    table = [line.split() for line in tiny.said if line.split()[:1] and line.split()[0] in {"0", "1", "2", "3"}]
+    assert [cells[0] for cells in table] == ["0", "1", "2", "3"]
+    for cells, values in zip(table, tiny.metrics["epochs"], strict=True):
+        assert float(cells[2]) == pytest.approx(values["eval_loss"], abs=1e-4)
+        assert float(cells[3]) == pytest.approx(values["eval_accuracy"], abs=1e-4)
+        assert float(cells[5]) == pytest.approx(values["eval_f1"], abs=0.1)
+    assert any(line.startswith("loss: t train, e eval") for line in tiny.said)
+    assert str(tiny.run) in tiny.said[-1]
+
+
+def test_the_metrics_are_those_of_our_decoder_on_the_dev_part(tiny):
+    run = find_run(tiny.run)
+    dev = dev_part(run)
+    scores = evaluate(torch_answerer(load_checkpoint(run.checkpoint)), dev).scores
+    assert scores.to_dict() == tiny.metrics["dev"]
+    assert tiny.metrics["dev"]["total"] == len(dev) == 20
+
+
+def test_the_same_seed_gives_the_same_run_and_replaces_an_old_one(tiny, tiny_checkpoint, tmp_path):
+    out = tmp_path / "again"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    (out / "left over").write_text("")
+    again = train(tiny_options(tiny.data, tiny_checkpoint, out), lambda line: None, progress=False)
+    assert {**again.metrics, "seconds": 0} == {**tiny.metrics, "seconds": 0}
+    assert [p.name for p in tmp_path.iterdir()] == ["again"]
+    assert not (out / "left over").exists()
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    """A file with so few questions that an epoch is two steps."""
+    return write_jsonl(tmp_path / "few.jsonl", triplets(16))
+
+
+def test_a_base_without_an_answer_head_with_dropout_and_held_out_data(few, tiny_checkpoint, tmp_path):
+    base = tmp_path / "bare"
+    torch.manual_seed(0)
+    BertModel(BertConfig.from_pretrained(tiny_checkpoint), add_pooling_layer=False).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(base)
+    assert load_checkpoint(base).new_head
+    held_out = write_jsonl(tmp_path / "held.jsonl", triplets(40)[30:])
+    said: list[str] = []
+    options = tiny_options(
+        few, base, tmp_path / "run", epochs=1, eval_data=str(held_out), attention_dropout=0.25, max_seq_len=64
+    )
+    metrics = train(options, said.append, progress=False).metrics
+    config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
+    assert config["architectures"] == ["BertForQuestionAnswering"]
+    assert config["attention_probs_dropout_prob"] == 0.25
+    assert metrics["settings"]["max_seq_len"] == 64
+    assert metrics["held_out"]["total"] == metrics["held_out_base"]["total"] == 10
+    assert sum("held out" in line for line in said) >= 3  # announced, the base's scores, the run's scores
+    trained = load_checkpoint(tmp_path / "run" / "checkpoint")
+    assert not trained.new_head
+    assert trained.settings.max_seq_len == 64
+
+
+def test_attention_dropout_is_off_unless_asked_for(tiny):
+    assert json.loads((tiny.run / "checkpoint" / "config.json").read_text())["attention_probs_dropout_prob"] == 0.0
+
+
+def test_training_stops_when_dev_f1_no_longer_rises(few, tiny_checkpoint, tmp_path):
+    options = tiny_options(few, tiny_checkpoint, tmp_path / "run", epochs=40, learning_rate=1e-12, patience=1)
+    metrics = train(options, lambda line: None, progress=False).metrics
+    assert [r["epoch"] for r in metrics["epochs"]] == [0, 1, 2]
+    assert metrics["best_epoch"] == 1
+
+
+def test_a_run_that_diverges_leaves_nothing(few, tiny_checkpoint, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    options = tiny_options(few, tiny_checkpoint, tmp_path / "run", epochs=2, learning_rate=1e30)
+    with pytest.raises(FailureError, match=r"diverged|NaN"):
+        train(options, lambda line: None, progress=False)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def unusable(name: str, tmp_path: Path) -> list[dict[str, object]]:
+    rows = triplets(16)
+    if name == "one passage":
+        return [{**row, "context": "Ada keeps it.", "answer": "Ada"} for row in rows]
+    if name == "all validation":
+        return [{**row, "split": "validation"} for row in rows]
+    return [{"question": r["question"], "context": r["context"], "is_impossible": True} for r in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one passage", "all questions are on one passage"),
+        ("all validation", "none is left to train on"),
+        ("no answers", "nothing to learn from"),
+    ],
+)
+def test_data_that_cannot_be_learned_from_is_refused(name, message, tiny_checkpoint, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", unusable(name, tmp_path))
+    with pytest.raises(InputError, match=message):
+        train(tiny_options(data, tiny_checkpoint, tmp_path / "run"), lambda line: None, progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_is_no_run_is_not_overwritten(kind, few, tiny_checkpoint, tmp_path):
+    out = tmp_path / "mine"
+    kept = out if kind == "file" else out / "thesis.txt"
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("keep me")
+    with pytest.raises(InputError, match="mine: exists and is not a run folder"):
+        train(tiny_options(few, tiny_checkpoint, out), lambda line: None, progress=False)
+    assert kept.read_text() == "keep me"
+
+
+@pytest.mark.parametrize("fault", ["no config", "cut weights", "no such name"])
+def test_a_base_that_does_not_load_is_named(fault, few, tiny_checkpoint, tmp_path):
+    base = tmp_path / "base"
+    if fault == "no config":
+        base.mkdir()
+    elif fault == "cut weights":
+        AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(base)
+        (base / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+        (base / "model.safetensors").write_bytes((tiny_checkpoint / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="base"):
+        train(tiny_options(few, base, tmp_path / "run"), lambda line: None, progress=False)
+    assert not (tmp_path / "run").exists()
