@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qadeploy.runtime.session import usable_cpus
+from qadeploy.runtime.session import onnxruntime, usable_cpus
 
 _PACKAGES = {
     "runtime": ("numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
@@ -42,9 +42,7 @@ def diagnose() -> dict[str, Any]:
     if find_spec("onnxruntime") is None:
         problems.append("onnxruntime is not installed, so nothing can be answered: pip install 'qadeploy[cpu]'")
     else:
-        import onnxruntime
-
-        report["providers"] = onnxruntime.get_available_providers()
+        report["providers"] = onnxruntime().get_available_providers()
         if report["nvidia_driver"] and "CUDAExecutionProvider" not in report["providers"]:
             problems.append(
                 "an NVIDIA driver answers, but onnxruntime is a CPU build: pip install 'qadeploy[gpu]' instead"

@@ -15,9 +15,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tiny models gain nothing from threads, and wait for them on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads but waiting
 
 NAMES = ("Ada", "Bela", "Cora", "Dora", "Elin", "Fay", "Gail", "Hilde", "Ines", "Judith", "Kaya", "Lena")
 THINGS = ("lamp", "boat", "ladder", "kettle", "piano", "bell", "rope", "clock")
@@ -30,6 +28,7 @@ def triplets(count: int = 96) -> list[dict[str, object]]:
         thing, other = THINGS[i % 8], THINGS[(i * 3 + 1) % 8 if (i * 3 + 1) % 8 != i % 8 else (i + 1) % 8]
         name, wrong = NAMES[i % 12], NAMES[(i + 5) % 12]
         context = f"{name} keeps the {thing} in room {i}. {wrong} keeps the {other} outside."
+        context += " The hall is quiet." * (i % 3)
         rows.append({"context": context, "question": f"Who keeps the {thing}?", "answer": name})
     return rows
 

@@ -218,7 +218,7 @@ def test_a_checkpoint_inside_a_run_is_the_run(tiny, tiny_checkpoint):
     run, checkpoint = find_run(tiny.run), find_run(tiny.run / "checkpoint")
     assert run == checkpoint
     assert (run.name, run.checkpoint) == ("keepers", tiny.run / "checkpoint")
-    assert find_run(tiny_checkpoint) == Run("checkpoint", tiny_checkpoint, None)
+    assert find_run(tiny_checkpoint) == Run(tiny_checkpoint.parent.name, tiny_checkpoint, None)
 
 
 @pytest.mark.parametrize(

@@ -216,12 +216,19 @@ def test_offsets_count_code_points(tmp_path, before, ascii_only):
 
 @pytest.mark.parametrize(
     ("stored", "split"),
-    [("train", "train"), ("validation", "validation"), ("dev", "validation"), ("test", "validation"), ("other", "")],
+    [("train", "train"), ("validation", "validation"), ("dev", "validation"), ("test", "validation"), ("", "")],
 )
 def test_a_split_field_fixes_the_side(tmp_path, stored, split):
     data = read(put(tmp_path, "rows.jsonl", jsonl({**SEED, "split": stored}, SEED)))
     assert [e.split for e in data.examples] == [split, ""]
     assert data.part(split or "train") == (data.examples[:1] if split else ())
+
+
+def test_a_split_that_is_not_known_is_said(tmp_path):
+    path = put(tmp_path, "rows.jsonl", jsonl(SEED, {**SEED, "split": "fold-2"}))
+    with pytest.raises(DataError) as caught:
+        read(path)
+    assert caught.value.problems[0].startswith(f'{path}: row 2, field split: is "fold-2", one of train, validation')
 
 
 def test_a_number_as_id_becomes_text(tmp_path):

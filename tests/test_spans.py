@@ -163,6 +163,7 @@ def test_a_span_in_two_windows_is_one_candidate_with_its_best_score():
         ((10, 14), 1),
     ]
     assert found.null_score == pytest.approx(3 / 20)
+    assert decode(windows[::-1], starts[::-1], ends[::-1], context, top_k=9, allow_no_answer=True) == found
 
 
 def test_ties_go_to_the_earlier_then_the_shorter_span():
@@ -198,6 +199,18 @@ def test_align_to_words_widens_to_whole_words():
     assert part.start > 4
     assert (whole.start, whole.end) == (4, 10)
     assert (whole.start_token, whole.end_token, whole.score) == (part.start_token, part.end_token, part.score)
+
+
+def test_a_long_word_does_not_crowd_out_other_answers():
+    letters = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    enc = Encoder(letters, EncoderConfig(0, False, None, 0, 512))
+    context = enc.encode("a" * 20 + " b")
+    windows = enc.windows(enc.encode("b"), context)
+    flat = [np.zeros(len(windows[0]), dtype=np.float32)]
+    flat[0][-1] = -9  # 210 spans of the first word stand before the others
+    found = decode(windows, flat, flat, context, top_k=3, align_to_words=True)
+    assert [(s.start, s.end) for s in found.spans] == [(0, 20), (0, 22), (21, 22)]
 
 
 @pytest.mark.parametrize("text", ["", " \n\u3000 "])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -124,8 +125,8 @@ def test_features_point_at_the_answer_in_each_window_that_holds_it(tiny_checkpoi
     features = make_features(examples, checkpoint.encoder, QaSettings(40, 16, 30), "here")
     assert features.first[0] == 0
     assert features.first[-1] == len(features) == len(features.features)
-    assert features.first[1] == features.first[2] - features.first[1] > 5
     parts = [features.features[a:b] for a, b in pairwise(features.first)]
+    assert min(len(parts[0]), len(parts[1])) > 5
     found = [f for f in parts[0] if f.positions[0, 0] != f.window.null_index]
     assert 1 <= len(found) < len(parts[0])
     for feature in found:
@@ -232,7 +233,7 @@ def test_the_run_folder_is_whole(tiny, tiny_checkpoint):
 def test_the_five_stages_and_a_row_an_epoch_are_printed(tiny):
     heads = [line[:16].strip() for line in tiny.said if line[0].isdigit()]
     assert heads == ["1 raw data", "2 preprocessing", "3 features", "4 training", "5 evaluation"]
-    table = [line.split() for line in tiny.said if line.split()[:1] and line.split()[0] in {"0", "1", "2", "3"}]
+    table = [line.split() for line in tiny.said if re.match(r" {17,}\d ", line)]
     assert [cells[0] for cells in table] == ["0", "1", "2", "3"]
     for cells, values in zip(table, tiny.metrics["epochs"], strict=True):
         assert float(cells[2]) == pytest.approx(values["eval_loss"], abs=1e-4)

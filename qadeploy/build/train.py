@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -397,7 +398,10 @@ def _run(
     held_out_base = _held_out(trainer, eval_set, settings) if eval_set else None
     table.header()
     trainer.evaluate()  # the row "0": the base model before any step
-    trainer.train()
+    with warnings.catch_warnings():
+        # Epochs of less than a second look to the Trainer like a broken clock; it then goes by the step numbers.
+        warnings.filterwarnings("ignore", message="mtime may not be reliable")
+        trainer.train()
 
     dev_logits = _predict(trainer, dev_set)
     settings = replace(settings, max_answer_len=_best_answer_length(dev_set, dev_logits, settings))

@@ -47,7 +47,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def onnxruntime() -> Any:
-    """The onnxruntime module. Raises MissingExtraError where no build of it is installed."""
+    """The onnxruntime module. Raises MissingExtraError where no build of it is installed.
+
+    Its telemetry, on by default since 1.29, sends events to Microsoft from a thread of its own, which
+    also makes every forked child hang at exit; it stays off unless ORT_DISABLE_TELEMETRY says otherwise.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, while the module is imported
     try:
         import onnxruntime as ort
     except ImportError as error:
