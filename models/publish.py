@@ -115,6 +115,8 @@ def _card(record: dict[str, object], metrics: dict[str, object], table: Sequence
             "|---|---|---|---|---|---|",
             *rows,
             "",
+            f"Epoch {metrics['best_epoch']} has the best dev F1 and is the one that ships.",
+            "",
             "## What it reaches",
             "",
             "| held out | answers counted | questions | EM | F1 (95 % bootstrap interval) |",

@@ -64,7 +64,9 @@ def optimum(checkpoint: Path, settings: QaSettings, precision: str, stack: ExitS
         raise MissingExtraError("the peer optimum", "optimum-onnx", "train") from error
     _, tokenizer = _torch(checkpoint)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    exported = ORTModelForQuestionAnswering.from_pretrained(checkpoint, export=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracer and deprecation remarks inside the library
+        exported = ORTModelForQuestionAnswering.from_pretrained(checkpoint, export=True)
     exported.save_pretrained(folder / "fp32")
     name, model, file = "optimum ONNX fp32 in the pipeline", exported, folder / "fp32" / "model.onnx"
     if precision == "int8":

@@ -98,7 +98,7 @@ def decode(
         peak = max(peak, null_logit)
     if not np.isfinite(peak):
         return Decoded((), null_logit, 0.0)
-    total = float(np.exp(flat - np.float32(peak), dtype=np.float64).sum())
+    total = float(np.exp(flat.astype(np.float64) - peak).sum())
     if allow_no_answer:
         total += float(np.exp(null_logit - peak))
 

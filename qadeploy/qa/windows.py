@@ -126,8 +126,8 @@ class EncodedText:
 class Encoder:
     """Turns questions and contexts into windows. Safe to share between threads.
 
-    Raises InputError where the tokenizer's pair template is not question and context with special
-    tokens around them.
+    Raises InputError where the tokenizer's pair template does not put the first text before the second;
+    special tokens around them are learned from it, none where it has none.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: EncoderConfig) -> None:
