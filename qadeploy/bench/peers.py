@@ -59,6 +59,7 @@ def pipeline(checkpoint: Path, settings: QaSettings, precision: str, stack: Exit
 def optimum(checkpoint: Path, settings: QaSettings, precision: str, stack: ExitStack) -> Variant:
     """Optimum's ONNX model in the pipeline: its export, and for an int8 bundle its own int8 preset."""
     try:
+        from optimum.exporters.onnx import main_export
         from optimum.onnxruntime import AutoQuantizationConfig, ORTModelForQuestionAnswering, ORTQuantizer
     except ImportError as error:
         raise MissingExtraError("the peer optimum", "optimum-onnx", "train") from error
@@ -66,9 +67,9 @@ def optimum(checkpoint: Path, settings: QaSettings, precision: str, stack: ExitS
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracer and deprecation remarks inside the library
-        exported = ORTModelForQuestionAnswering.from_pretrained(checkpoint, export=True)
-    exported.save_pretrained(folder / "fp32")
-    name, model, file = "optimum ONNX fp32 in the pipeline", exported, folder / "fp32" / "model.onnx"
+        main_export(str(checkpoint), folder / "fp32", task="question-answering", do_validation=False)
+    model = ORTModelForQuestionAnswering.from_pretrained(folder / "fp32")
+    name, file = "optimum ONNX fp32 in the pipeline", folder / "fp32" / "model.onnx"
     if precision == "int8":
         preset = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
         ORTQuantizer.from_pretrained(folder / "fp32").quantize(save_dir=folder / "int8", quantization_config=preset)

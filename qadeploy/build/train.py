@@ -210,8 +210,8 @@ def _resolve(options: TrainOptions, questions: int) -> TrainOptions:
     return replace(
         options,
         base=str(options.base or base_model_path()),
-        epochs=(8 if few else 3) if options.epochs is None else options.epochs,
-        learning_rate=(5e-5 if few else 1.8e-4) if options.learning_rate is None else options.learning_rate,
+        epochs=(4 if few else 3) if options.epochs is None else options.epochs,
+        learning_rate=(1e-4 if few else 1.8e-4) if options.learning_rate is None else options.learning_rate,
         batch_size=(16 if few else 24) if options.batch_size is None else options.batch_size,
     )
 
