@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -30,16 +31,16 @@ class _Command(click.Command):
             click.Option(
                 ["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, remarks on stderr."
             ),
-            click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
-        debug = "--debug" in sys.argv[1:]
+        debug = ctx.params.pop("debug")
         try:
             return super().invoke(ctx)
         except QadeployError as error:
             if debug:
-                raise
+                traceback.print_exc()
             _fail(str(error), error.exit_code)
         except (click.exceptions.Exit, click.Abort, click.ClickException):
             raise
@@ -247,6 +248,8 @@ def _predictor(path: str, device: str, threads: int | None = None) -> Any:
         return Answerer.load(path, device=device, threads=threads)
     from qadeploy.build.runs import find_run
 
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: no such folder: give a bundle, a run or a checkpoint folder")
     run = find_run(path)
     from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
 
@@ -449,7 +452,9 @@ def bench(
     source = Path(checkpoint or answerer.bundle.manifest["source"]["checkpoint"])
     if data is None:
         if not source.is_dir():
-            raise InputError(f"{source}: the checkpoint that the bundle was made from is not there: give --data FILE")
+            raise InputError(
+                f"{source}: the checkpoint that the bundle was made from is not there: give --data FILE, and --checkpoint for the peers"
+            )
         name, examples = held_out(find_run(source), None)
     else:
         name, examples = data, _examples(data, "auto", "error")

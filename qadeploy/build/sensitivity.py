@@ -76,10 +76,10 @@ def _round_inputs(values: FloatArray) -> NDArray[Any]:
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     scale = (high - low) / 255 or 1.0
     zero = round(-low / scale)
-    return (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
+    return np.asarray((np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale)
 
 
 def _round_columns(weight: FloatArray) -> NDArray[Any]:
     scale = np.abs(weight).max(axis=0, keepdims=True) / 127
     scale[scale == 0] = 1.0
-    return np.clip(np.rint(weight / scale), -127, 127) * scale
+    return np.asarray(np.clip(np.rint(weight / scale), -127, 127) * scale)

@@ -42,7 +42,9 @@ class Options:
     allow_no_answer: bool = False
 
     def settings(self, stored: QaSettings) -> QaSettings:
-        """The stored settings with this call's choices. Raises InputError on lengths below 1."""
+        """The stored settings with this call's choices. Raises InputError on numbers that are none, or below 1."""
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
+            raise InputError(f"option: top_k is {self.top_k!r}, a positive whole number is needed")
         chosen = {
             name: value
             for name in ("max_seq_len", "doc_stride", "max_answer_len")
