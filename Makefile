@@ -42,8 +42,8 @@ demo: $(READY)
 	$(BIN)/qadeploy export runs/handbook --quantize --out bundles/handbook
 	$(BIN)/qadeploy bench $(BUNDLE)
 	$(BIN)/qadeploy ask $(BUNDLE) --top-k 1 \
-		--question "Who looks after the lamp when the weather closes in?" \
-		--context "The harbour office shuts at six. From then on the night watch belongs to Mungo Strand, who trims the light on Ullet in any storm; Hester Quill sorts the mail, and the engineers sleep."
+		--question "Why does the coxswain not use a pen?" \
+		--context "The night boat leaves Carrow Quay at twenty to eleven. Hester Quill hands the sealed sacks to the coxswain, Donal Keane, who signs for them in pencil, because ink runs; at Port Ansel the sacks are counted again by lantern."
 
 clean:
 	rm -rf $(VENV) runs bundles .mypy_cache .ruff_cache .pytest_cache .hypothesis

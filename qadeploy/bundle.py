@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import BundleError, InputError
-from qadeploy.files import hash_file, write_text
+from qadeploy.files import hash_file, replace_folder, write_text
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.windows import EncoderConfig
 
@@ -152,16 +152,7 @@ def writing_bundle(out: Path) -> Iterator[Path]:
         yield work
         if not (work / MANIFEST).is_file():
             raise BundleError(f"{out}: the bundle was not sealed")
-        old = out.with_name(f".{out.name}.{os.getpid()}.old")
-        if out.exists():
-            os.replace(out, old)
-        try:
-            os.replace(work, out)
-        except BaseException:
-            if old.exists():
-                os.replace(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        replace_folder(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -191,9 +182,12 @@ def manifest_text(value: Mapping[str, Any]) -> str:
 
 
 def newest_bundle(folder: Path = Path("bundles")) -> Path:
-    """The bundle in ``folder`` whose manifest was written last. Raises InputError where there is none."""
+    """The bundle in ``folder`` whose manifest was written last. Raises InputError where there is none.
+
+    A fused graph stands beside the bundle it was made from for comparison and is passed over.
+    """
     found = [p for p in folder.iterdir() if (p / MANIFEST).is_file()] if folder.is_dir() else []
-    found = [p for p in found if not p.name.startswith(".")]
+    found = [p for p in found if not p.name.startswith(".") and not p.name.endswith("-fused")]
     if not found:
         raise InputError(f"{folder}: holds no bundle yet: run qadeploy export first, or name a bundle")
     return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns)

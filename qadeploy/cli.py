@@ -133,7 +133,7 @@ qadeploy train --data hub:squad --base bert-base-uncased --epochs 2 --out runs/s
 @click.option(
     "--dev-fraction", default=0.1, show_default=True, help="Share of training questions that chooses the epoch."
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Epochs at most.  [default: by the amount of data]")
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs at most.  [default: 3]")
 @click.option("--learning-rate", type=float, help="Peak learning rate.  [default: by the amount of data]")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Windows a step.  [default: by the amount of data]")
 @click.option("--weight-decay", default=0.01, show_default=True, help="AdamW's weight decay.")
@@ -187,6 +187,7 @@ qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
 )
 @click.option("--eval-data", help="Held-out questions to judge on.  [default: those that the run held out]")
 @click.option("--max-f1-drop", default=0.5, show_default=True, help="Points of F1 that int8 may lose.")
+@_ambiguous_option
 def export(
     as_json: bool,
     run: str | None,
@@ -195,6 +196,7 @@ def export(
     optimize: bool,
     eval_data: str | None,
     max_f1_drop: float,
+    on_ambiguous: Any,
 ) -> None:
     """Export RUN (a run or checkpoint folder, default the newest run) to ONNX bundles, with proof."""
     from qadeploy.build import export as export_step
@@ -208,10 +210,13 @@ def export(
     say = _say(as_json)
     found = find_run(run)
     place = Path(out or f"bundles/{found.name}")
+    check_place(place)
+    if not 0 <= max_f1_drop <= 100:
+        raise InputError(f"max-f1-drop {max_f1_drop} is not between 0 and 100 points")
     fused_place, int8_place = (place.with_name(place.name + end) for end in ("-fused", "-int8"))
-    for folder in (place, fused_place, int8_place):
+    for folder in (fused_place, int8_place):
         check_place(folder)
-    source, examples = held_out(found, eval_data)
+    source, examples = held_out(found, eval_data, on_ambiguous)
     say(f"exporting {found.checkpoint}, judged on {len(examples)} questions of {source}")
     reference = make_reference(found, source, examples)
     bundles = [export_step.export(reference, place)]
@@ -253,7 +258,7 @@ def _predictor(path: str, device: str, threads: int | None = None) -> Any:
     run = find_run(path)
     from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
 
-    return torch_answerer(load_checkpoint(run.checkpoint))
+    return torch_answerer(load_checkpoint(run.checkpoint), device)
 
 
 def _examples(source: str, split: str, on_ambiguous: Any, annotated: bool = True) -> tuple[Any, ...]:
@@ -350,12 +355,11 @@ def ask(as_json: bool, bundle: str, question: str, context: str, show_trace: boo
     text = _context(context)
     answerer = _predictor(bundle, device)
     chosen = Options(**options)
-    answers = answerer.answer(question, text, **options)
+    reading, candidates = trace(answerer, question, text, chosen)
+    answers = to_answers(reading, chosen)
     value: dict[str, Any] = {"question": question, "answers": [a.to_dict() for a in answers]}
     lines: list[str] = []
     if show_trace:
-        reading, candidates = trace(answerer, question, text, chosen)
-        answers = to_answers(reading, chosen)
         value["trace"] = trace_dict(reading, candidates)
         lines += [*trace_lines(answerer, reading, candidates), ""]
     for rank, answer in enumerate(answers, 1):
@@ -426,6 +430,7 @@ qadeploy bench bundles/faq-int8 --data held_out.jsonl --against pipeline --out r
 )
 @click.option("--out", type=click.Path(file_okay=False), help="Folder for bench.json.")
 @_device_option
+@_ambiguous_option
 def bench(
     as_json: bool,
     bundle: str | None,
@@ -437,6 +442,7 @@ def bench(
     checkpoint: str | None,
     out: str | None,
     device: str,
+    on_ambiguous: Any,
 ) -> None:
     """Measure BUNDLE (default: the newest) against other tools on the same questions, answers scored."""
     from qadeploy import Answerer
@@ -457,7 +463,7 @@ def bench(
             )
         name, examples = held_out(find_run(source), None)
     else:
-        name, examples = data, _examples(data, "auto", "error")
+        name, examples = data, _examples(data, "auto", on_ambiguous)
     workload = draw(name, examples, questions)
     report = measure.bench(answerer, source, workload, peers, rounds, _note)
     text = measure.lines(report)

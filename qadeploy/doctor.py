@@ -17,6 +17,7 @@ _PACKAGES = {
     "runtime": ("numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
     "train": ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "datasets", "accelerate", "pyarrow"),
 }
+BASE_MODEL = "minilm-l6-qa"
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
@@ -42,7 +43,13 @@ def diagnose() -> dict[str, Any]:
     if find_spec("onnxruntime") is None:
         problems.append("onnxruntime is not installed, so nothing can be answered: pip install 'qadeploy[cpu]'")
     else:
-        report["providers"] = onnxruntime().get_available_providers()
+        try:
+            report["providers"] = onnxruntime().get_available_providers()
+        except AttributeError:  # what is left where one of two builds was uninstalled
+            problems.append(
+                "onnxruntime is broken (both builds were installed and one was removed?): pip uninstall onnxruntime "
+                "onnxruntime-gpu, then install the one you want again"
+            )
         if report["nvidia_driver"] and "CUDAExecutionProvider" not in report["providers"]:
             problems.append(
                 "an NVIDIA driver answers, but onnxruntime is a CPU build: pip install 'qadeploy[gpu]' instead"
@@ -52,6 +59,11 @@ def diagnose() -> dict[str, Any]:
         problems.append(
             f"train and export need {', '.join(missing)}: pip install 'qadeploy[train]' (answering does not)"
         )
+    package = Path(__file__).resolve().parent
+    found = [p for p in (package, package.parent) if (p / "models" / BASE_MODEL / "model.safetensors").is_file()]
+    report["base_model"] = BASE_MODEL if found else None
+    if not found:
+        problems.append(f"the base model {BASE_MODEL} is not in this installation: train needs --base")
     report["problems"] = problems
     return report
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -156,7 +155,7 @@ def lines(report: dict[str, Any]) -> list[str]:
 def write(report: dict[str, Any], folder: Path) -> Path:
     """Writes ``bench.json`` into ``folder`` and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", json.loads(json.dumps(report)))
+    write_json(folder / "bench.json", report)
     return folder / "bench.json"
 
 

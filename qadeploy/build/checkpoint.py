@@ -17,11 +17,12 @@ import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from qadeploy.errors import CheckpointError, InputError
+from qadeploy.errors import CheckpointError, DeviceError, InputError
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, pad_batch
 from qadeploy.records import FloatArray, Window
 from qadeploy.runtime.answerer import Answerer
+from qadeploy.runtime.session import check_device
 
 SETTINGS_FILE = "qadeploy.json"
 _UNLIMITED = 100_000
@@ -78,7 +79,7 @@ def load_checkpoint(name: str | Path, **overrides: Any) -> Checkpoint:
         raise CheckpointError(_explain(name, folder, error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(f"{name}: has no fast tokenizer (tokenizer.json), which offsets need")
-    broken = [k for k in loading["missing_keys"] if not k.startswith(("qa_outputs", "classifier"))]
+    broken = list(loading["missing_keys"])
     if broken and folder.is_dir() and not _is_bare(folder):
         raise CheckpointError(f"{name}: the weights lack {', '.join(broken[:3])}: the file does not fit config.json")
     model.eval()
@@ -106,7 +107,8 @@ def _explain(name: str, folder: Path, error: Exception) -> str:
 def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
     """What the encoder must know, read off the model's forward, its configuration and its tokenizer."""
     takes = "token_type_ids" in inspect.signature(model.forward).parameters
-    kinds = int(getattr(model.config, "type_vocab_size", 2) or 0)
+    default = 3 if model.config.model_type == "xlnet" else 2  # XLNet gives CLS a type of its own
+    kinds = int(getattr(model.config, "type_vocab_size", default) or 0)
     # The weights, not the tokenizer's advice, say how long an input may be.
     limit = int(tokenizer.model_max_length) if tokenizer.model_max_length < _UNLIMITED else _UNLIMITED
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -114,7 +116,7 @@ def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
         # RoBERTa's kind counts positions from pad_token_id + 1, so that many are not usable.
         limit = positions - ((model.config.pad_token_id or 0) + 1 if _offset_positions(model) else 0)
     return EncoderConfig(
-        segments=kinds if takes and kinds > 1 else 0,
+        segments=kinds if takes and (kinds > 1 or not _offset_positions(model)) else 0,
         context_first=tokenizer.padding_side == "left",
         null_token_id=tokenizer.cls_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
@@ -124,7 +126,7 @@ def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
 
 def _offset_positions(model: Any) -> bool:
     embeddings = getattr(model.base_model, "embeddings", None)
-    return bool(getattr(embeddings, "padding_idx", None)) and hasattr(embeddings, "position_embeddings")
+    return getattr(embeddings, "padding_idx", None) is not None and hasattr(embeddings, "position_embeddings")
 
 
 def _settings(folder: Path, limit: int) -> QaSettings:
@@ -184,7 +186,21 @@ class TorchModel:
         return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
 
 
-def torch_answerer(checkpoint: Checkpoint) -> Answerer:
-    """The checkpoint as an answerer: the same encoder and decoder, PyTorch in between."""
+def torch_answerer(checkpoint: Checkpoint, device: str = "cpu") -> Answerer:
+    """The checkpoint as an answerer: the same encoder and decoder, PyTorch in between.
+
+    ``device`` is auto, cpu, cuda or cuda:N. Raises InputError on another name, DeviceError where CUDA
+    is asked for and not to be had, CheckpointError where the model has no trained answer head.
+    """
+    if checkpoint.new_head:
+        raise CheckpointError(f"{checkpoint.name}: has no question-answering head, only an encoder: train it first")
+    kind = check_device(device)
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            f"{device} was asked for, but this torch {torch.__version__} finds no CUDA device: install a CUDA build of "
+            "torch and an NVIDIA driver, or use --device cpu"
+        )
+    if torch.cuda.is_available() and kind != "cpu":
+        checkpoint.model.to("cuda" if kind == "auto" else device)
     model = TorchModel(checkpoint.model, checkpoint.encoder.config.pad_token_id)
     return Answerer(checkpoint.encoder, checkpoint.settings, model)

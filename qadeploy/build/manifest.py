@@ -28,13 +28,14 @@ def finish_bundle(
     checkpoint = reference.checkpoint
     model = (work / MODEL).read_bytes()
     pad = checkpoint.encoder.config.pad_token_id
-    parity = measure_parity(checkpoint, OnnxModel(lambda: model, device="cpu", pad_token_id=pad), reference.examples)
-    if exact:
-        require_parity(parity, name)
     session = choose_session(reference, model)
     onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=pad, options=session)
+    parity = measure_parity(checkpoint, onnx, reference.examples)
+    if exact:
+        require_parity(parity, name)
     (work / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
     config = checkpoint.model.config
+    weights = reference.run.checkpoint / "model.safetensors"
     manifest: dict[str, Any] = {
         "name": name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -57,7 +58,7 @@ def finish_bundle(
         "measured": measure(reference, make_answerer(reference, model, session)),
         "source": {
             "checkpoint": str(reference.run.checkpoint),
-            "checkpoint_sha256": _weights_hash(reference.run.checkpoint),
+            "checkpoint_sha256": hash_file(weights) if weights.is_file() else None,
             "run": reference.run.record
             and {k: reference.run.record[k] for k in ("options", "seed", "data_sha256", "base")},
         },
@@ -66,11 +67,6 @@ def finish_bundle(
     (work / CARD).write_text(bundle_card(name, manifest), encoding="utf-8")
     seal(work, manifest)
     return manifest
-
-
-def _weights_hash(checkpoint: Path) -> str | None:
-    weights = checkpoint / "model.safetensors"
-    return hash_file(weights) if weights.is_file() else None
 
 
 def _version(name: str) -> str:

@@ -50,10 +50,10 @@ def quantize(reference: Reference, source: Bundle, out: Path, max_f1_drop: float
         answerer = make_answerer(reference, quantized, {})
         rung: dict[str, Any] = {"recipe": recipe, "dev_f1_lost": before - evaluate(answerer, dev).scores.f1}
         tried.append(rung)
-        if rung["dev_f1_lost"] > max_f1_drop:
+        if not rung["dev_f1_lost"] <= max_f1_drop:
             continue
         rung["f1_lost"] = reference.scores.f1 - evaluate(answerer, reference.examples).scores.f1
-        if rung["f1_lost"] > max_f1_drop:
+        if not rung["f1_lost"] <= max_f1_drop:
             continue
         with writing_bundle(out) as work:
             (work / MODEL).write_bytes(quantized)

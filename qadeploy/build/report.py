@@ -16,7 +16,7 @@ from qadeploy.runtime.session import OnnxModel
 from qadeploy.timing import interleave
 
 SESSIONS: tuple[dict[str, Any], ...] = ({}, {"disabled_optimizers": ["SkipLayerNormFusion"]})
-_TIMED_QUESTIONS = 25
+_TIMED_QUESTIONS = 16
 _ROUNDS = 5
 
 

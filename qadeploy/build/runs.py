@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadeploy.data.readers import hash_examples, read
+from qadeploy.data.readers import OnAmbiguous, hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.records import Example
@@ -37,6 +37,7 @@ def find_run(path: str | Path | None) -> Run:
             raise InputError("runs: holds no finished run yet: run qadeploy train first, or name a run")
         path = max(found, key=lambda p: (p / RUN_FILE).stat().st_mtime_ns)
     folder = Path(path)
+    folder = folder if folder.name else folder.resolve()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: give a run or a checkpoint folder")
     if (folder / RUN_FILE).is_file():
@@ -63,7 +64,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def held_out(run: Run, eval_data: str | None) -> tuple[str, tuple[Example, ...]]:
+def held_out(run: Run, eval_data: str | None, on_ambiguous: OnAmbiguous = "error") -> tuple[str, tuple[Example, ...]]:
     """Where the held-out examples come from, and the examples: never those that the run trained on.
 
     ``eval_data`` if given, else the run's own evaluation data, the fixed validation split of its data,
@@ -71,7 +72,7 @@ def held_out(run: Run, eval_data: str | None) -> tuple[str, tuple[Example, ...]]
     none of them can be had, or the data changed since the run.
     """
     if eval_data is not None:
-        data = read(eval_data)
+        data = read(eval_data, on_ambiguous=on_ambiguous)
         return eval_data, data.part("validation") or data.examples
     if run.record is None:
         raise InputError(

@@ -16,6 +16,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,8 +40,8 @@ from qadeploy.build.curves import draw_curves, terminal_chart
 from qadeploy.build.features import NO_LABEL, Feature, FeatureSet, collate_labels, make_features
 from qadeploy.data.readers import DataSet, OnAmbiguous, hash_examples, read
 from qadeploy.data.splits import carve_by_passage
-from qadeploy.errors import FailureError, InputError
-from qadeploy.files import hash_file, write_json
+from qadeploy.errors import CheckpointError, FailureError, InputError
+from qadeploy.files import hash_file, replace_folder, write_json
 from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.spans import decode
@@ -107,11 +108,7 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
     precision = resolve_precision(options.precision)
     set_seed(options.seed)
     checkpoint = load_checkpoint(str(options.base), **_dropout(options.attention_dropout))
-    settings = replace(
-        checkpoint.settings,
-        max_seq_len=options.max_seq_len or checkpoint.settings.max_seq_len,
-        doc_stride=checkpoint.settings.doc_stride if options.doc_stride is None else options.doc_stride,
-    )
+    settings = checkpoint.settings.changed(max_seq_len=options.max_seq_len, doc_stride=options.doc_stride)
 
     example = train_part[0]
     say(f"1 raw data       {len(data.examples)} questions on {_passages(data.examples)} passages from {data.source}")
@@ -158,9 +155,7 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
         write_json(work / "metrics.json", result)
         draw_curves(result["epochs"], work / "curves.png")
         write_json(work / "run.json", _record(options, precision, settings, checkpoint, data))
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(work, out)
+        replace_folder(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     say(f"run folder: {out} ({result['seconds']:.0f} s)")
@@ -186,6 +181,8 @@ def _check_options(options: TrainOptions) -> None:
 
 
 def _check_out(out: Path) -> None:
+    if not out.name or out.is_symlink():
+        raise InputError(f"{out}: a run needs a folder of its own, not a link: give --out a name")
     if out.exists() and not (out / "run.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
         raise InputError(f"{out}: exists and is not a run folder, so it is not overwritten: give another --out")
 
@@ -210,7 +207,7 @@ def _resolve(options: TrainOptions, questions: int) -> TrainOptions:
     return replace(
         options,
         base=str(options.base or base_model_path()),
-        epochs=(4 if few else 3) if options.epochs is None else options.epochs,
+        epochs=3 if options.epochs is None else options.epochs,
         learning_rate=(1e-4 if few else 1.8e-4) if options.learning_rate is None else options.learning_rate,
         batch_size=(16 if few else 24) if options.batch_size is None else options.batch_size,
     )
@@ -220,6 +217,8 @@ def resolve_precision(wanted: str) -> str:
     """``auto`` becomes bf16 where the hardware multiplies it natively, else fp32. Raises InputError."""
     if wanted not in {"auto", "fp32", "bf16"}:
         raise InputError(f"precision is {wanted!r}: choose auto, fp32 or bf16")
+    if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("precision bf16: this GPU does not multiply bf16: use --precision fp32")
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available():
@@ -398,7 +397,7 @@ def _run(
     held_out_base = _held_out(trainer, eval_set, settings) if eval_set else None
     table.header()
     trainer.evaluate()  # the row "0": the base model before any step
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _memory_errors():
         # Epochs of less than a second look to the Trainer like a broken clock; it then goes by the step numbers.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
         trainer.train()
@@ -435,6 +434,17 @@ def _run(
     shutil.rmtree(work / "checkpoints", ignore_errors=True)
     save_checkpoint(checkpoint, settings, work / "checkpoint")
     return metrics
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turns PyTorch's ways of running out of memory into a FailureError that says what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise FailureError("training ran out of memory: lower --batch-size or --max-seq-len") from error
+        raise
 
 
 def _predict(trainer: Trainer, features: FeatureSet) -> tuple[FloatArray, FloatArray]:
@@ -590,14 +600,22 @@ def _record(
             versions[name] = "source"
     return {
         "status": "complete",
-        "options": {k: v for k, v in asdict(options).items() if k != "token"},
+        "options": {**{k: v for k, v in asdict(options).items() if k != "token"}, "base": _base_name(checkpoint.name)},
         "precision": precision,
         "seed": options.seed,
         "data_sha256": hash_examples(data.examples),
-        "base": {"name": checkpoint.name, "sha256": _base_hash(checkpoint.name)},
+        "base": {"name": _base_name(checkpoint.name), "sha256": _base_hash(checkpoint.name)},
         "versions": versions,
         "machine": {"cpu_count": os.cpu_count(), "cuda": torch.cuda.is_available()},
     }
+
+
+def _base_name(name: str) -> str:
+    """The base as a reader of the record knows it: the model that ships by its name, not by where it is installed."""
+    with suppress(CheckpointError):
+        if name == str(base_model_path()):
+            return base_model_path().name
+    return name
 
 
 def _base_hash(name: str) -> str | None:

@@ -23,6 +23,18 @@ class QaSettings:
         """The settings as plain JSON values."""
         return asdict(self)
 
+    def changed(
+        self, *, max_seq_len: int | None = None, doc_stride: int | None = None, max_answer_len: int | None = None
+    ) -> QaSettings:
+        """These settings with some chosen anew (None: as they are). Raises InputError on values below 1 (stride: 0).
+
+        Where only ``max_seq_len`` is chosen, ``doc_stride`` shrinks to at most a third of it.
+        """
+        if max_seq_len is not None and doc_stride is None:
+            doc_stride = min(self.doc_stride, max_seq_len // 3)
+        chosen = {"max_seq_len": max_seq_len, "doc_stride": doc_stride, "max_answer_len": max_answer_len}
+        return self.from_dict({**self.to_dict(), **{k: v for k, v in chosen.items() if v is not None}}, "option")
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> QaSettings:
         """Reads stored settings; unknown keys are ignored. Raises InputError naming ``where`` on wrong values."""

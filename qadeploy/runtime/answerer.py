@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -45,14 +45,9 @@ class Options:
         """The stored settings with this call's choices. Raises InputError on numbers that are none, or below 1."""
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
             raise InputError(f"option: top_k is {self.top_k!r}, a positive whole number is needed")
-        chosen = {
-            name: value
-            for name in ("max_seq_len", "doc_stride", "max_answer_len")
-            if (value := getattr(self, name)) is not None
-        }
-        if not chosen:
-            return stored
-        return QaSettings.from_dict(replace(stored, **chosen).to_dict(), "option")
+        return stored.changed(
+            max_seq_len=self.max_seq_len, doc_stride=self.doc_stride, max_answer_len=self.max_answer_len
+        )
 
 
 @dataclass(frozen=True, slots=True)

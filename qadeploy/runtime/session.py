@@ -185,29 +185,37 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        on_cpu = self._providers == ["CPUExecutionProvider"]  # the stored settings were measured on a CPU
         try:
             with _creating:
                 session = ort.InferenceSession(
                     self._read(),
                     options,
                     providers=self._providers,
-                    disabled_optimizers=self._options.get("disabled_optimizers"),
+                    disabled_optimizers=self._options.get("disabled_optimizers") if on_cpu else None,
                 )
                 _live.add(session)
                 return session
         except (DeviceError, BundleError):
             raise
         except Exception as error:  # the binding raises one class a status code, all of them bare
-            raise BundleError(
-                f"model.onnx: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}"
-            ) from error
+            reason = " ".join(str(error).split())[:300]
+            if not on_cpu:
+                raise DeviceError(f"ONNX Runtime cannot start the model on CUDA: {reason}") from error
+            raise BundleError(f"model.onnx: ONNX Runtime cannot load it: {reason}") from error
+
+
+def check_device(device: str) -> str:
+    """``auto``, ``cpu`` or ``cuda``, the kind of a device name. Raises InputError on any other name."""
+    kind, _, number = device.partition(":")
+    if kind not in {"auto", "cpu", "cuda"} or (number and (kind != "cuda" or not number.isdigit())):
+        raise InputError(f"device is {device!r}: choose auto, cpu, cuda or cuda:N")
+    return kind
 
 
 def _providers(device: str) -> list[Any]:
     """The provider list of a device name: auto, cpu, cuda or cuda:N. Raises InputError, DeviceError."""
-    kind, _, number = device.partition(":")
-    if kind not in {"auto", "cpu", "cuda"} or (number and (kind != "cuda" or not number.isdigit())):
-        raise InputError(f"device is {device!r}: choose auto, cpu, cuda or cuda:N")
+    kind, number = check_device(device), device.partition(":")[2]
     ort = onnxruntime()
     if kind == "cpu":
         return ["CPUExecutionProvider"]
