@@ -6,7 +6,7 @@
     README.md        the model card
 
 A bundle is written into a hidden folder beside its place, flushed, and renamed, the manifest last;
-so a folder of that name is whole. Loading reads each file once, checks those very bytes, and
+so a folder of that name is whole. Loading checks the very bytes that it uses, and
 refuses unknown versions, missing, additional or changed files, links, paths, and external data.
 """
 

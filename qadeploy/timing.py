@@ -11,12 +11,13 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds a round of one variant: median, least and most, and the ratio to the first variant.
+    """Seconds a round of one variant: all, median, least and most, and the ratio to the first variant.
 
     ``speedup`` is the median over rounds of (first variant's seconds / this one's) in the same round,
     ``speedup_range`` its least and most: above 1 is faster.
     """
 
+    seconds: tuple[float, ...]
     median: float
     least: float
     most: float
@@ -24,14 +25,14 @@ class Timing:
     speedup_range: tuple[float, float]
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Timing]:
     """Runs every variant once a round, after one warm-up round that is not counted.
 
     The order turns with the rounds, so that no variant always runs after the same neighbour.
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:
+    for name in names if warm_up else ():
         variants[name]()
     for number in range(rounds):
         turn = number % len(names)
@@ -45,6 +46,7 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int) -> dic
         own = np.asarray(seconds[name])
         ratio = first / own
         result[name] = Timing(
+            tuple(seconds[name]),
             float(np.median(own)),
             float(own.min()),
             float(own.max()),

@@ -91,9 +91,24 @@ def test_rounds_are_interleaved_after_a_warm_up_that_is_not_counted(clock):
     found = interleave({name: variant(name) for name in "abc"}, rounds=4)
     assert "".join(calls) == "abc" + "abc" + "bca" + "cab" + "abc"
     assert list(found) == ["a", "b", "c"]
-    assert found["a"] == Timing(median=5, least=2, most=8, speedup=1, speedup_range=(1, 1))
-    assert found["b"] == Timing(median=2, least=1, most=16, speedup=2, speedup_range=(0.5, 4))
-    assert found["c"] == Timing(median=2, least=2, most=2, speedup=2.5, speedup_range=(1, 4))
+    assert found["a"] == Timing(seconds=(2, 4, 6, 8), median=5, least=2, most=8, speedup=1, speedup_range=(1, 1))
+    assert found["b"] == Timing(seconds=(1, 1, 3, 16), median=2, least=1, most=16, speedup=2, speedup_range=(0.5, 4))
+    assert found["c"] == Timing(seconds=(2, 2, 2, 2), median=2, least=2, most=2, speedup=2.5, speedup_range=(1, 4))
+
+
+def test_without_a_warm_up_every_call_counts(clock):
+    calls = []
+
+    def variant(name):
+        def run():
+            calls.append(name)
+            clock[0] += 2
+
+        return run
+
+    found = interleave({name: variant(name) for name in "ab"}, rounds=2, warm_up=False)
+    assert calls == ["a", "b", "b", "a"]
+    assert found["a"].seconds == (2, 2)
 
 
 def test_an_error_of_a_variant_is_not_swallowed(clock):

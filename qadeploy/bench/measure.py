@@ -38,12 +38,13 @@ def bench(
     variant that fails is reported with its reason and does not stop the others.
     """
     assert answerer.bundle is not None  # noqa: S101 - own() below raises the proper error
+    device = str(getattr(answerer.model, "device", "cpu"))
     with ExitStack() as stack:
         variants, failed = [own(answerer)], []
         for name in peers:
             say(f"preparing {name}")
             try:
-                variants.append(PEERS[name](checkpoint, answerer.settings, answerer.bundle.precision, stack))
+                variants.append(PEERS[name](checkpoint, answerer.settings, answerer.bundle.precision, device, stack))
             except Exception as error:  # a peer may break in any way; the bench goes on without it
                 failed.append({"name": name, "status": f"failed: {_one_line(error)}"})
         results, broken = _run(variants, workload, rounds, say)
@@ -51,7 +52,7 @@ def bench(
     for result in results:
         result["speedup"] = _ratio(result, first)
     return {
-        "environment": {**diagnose(), "threads": getattr(answerer.model, "threads", None)},
+        "environment": {**diagnose(), "threads": getattr(answerer.model, "threads", None), "device": device},
         "bundle": {
             "name": answerer.bundle.name,
             "sha256": answerer.bundle.hash,
@@ -75,27 +76,21 @@ def _run(
         answers[variant.name] = variant.answer_all(workload.pairs)
 
     sound = []
+    say(f"asking {len(workload.examples)} questions, a warm-up and {rounds} rounds, {len(variants)} variants in turn")
     for variant in variants:
         try:
-            variant.answer_all(workload.pairs[:2])
+            ask(variant)
+            variant.answer_one(*workload.pairs[0])
             sound.append(variant)
         except QadeployError:
             raise
         except Exception as error:  # a peer again
             broken.append({"name": variant.name, "status": f"failed: {_one_line(error)}"})
-    say(f"asking {len(workload.examples)} questions, {rounds} rounds, {len(sound)} variants in turn")
-    seconds: dict[str, list[float]] = {v.name: [] for v in sound}
-
-    def timed(variant: Variant) -> None:
-        started = time.perf_counter()
-        ask(variant)
-        seconds[variant.name].append(time.perf_counter() - started)
-
-    interleave({v.name: partial(timed, v) for v in sound}, rounds)
+    timings = interleave({v.name: partial(ask, v) for v in sound}, rounds, warm_up=False)
     latencies = _latencies(sound, workload)
     results = []
     for variant in sound:
-        own_seconds = np.asarray(seconds[variant.name][1:])  # the first was the warm-up
+        own_seconds = np.asarray(timings[variant.name].seconds)
         scores = score(workload.examples, answers[variant.name])
         rates = len(workload.examples) / own_seconds
         results.append(
@@ -147,7 +142,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     environment = report["environment"]
     result.append(
         f"{report['workload']['questions']} questions of {report['workload']['source']}; x: times {report['speedup_against']}, "
-        f"median of {report['rounds']} interleaved rounds; {environment['cpu']['model']}, {environment['threads']} threads"
+        f"median of {report['rounds']} interleaved rounds; on {environment['device']}: {environment['cpu']['model']}, {environment['threads']} threads"
     )
     return result
 

@@ -49,14 +49,14 @@ def own(answerer: Answerer) -> Variant:
     )
 
 
-def pipeline(checkpoint: Path, settings: QaSettings, precision: str, stack: ExitStack) -> Variant:
+def pipeline(checkpoint: Path, settings: QaSettings, precision: str, device: str, stack: ExitStack) -> Variant:
     """Transformers' question-answering pipeline on the PyTorch checkpoint, float32."""
     torch_model, tokenizer = _torch(checkpoint)
     size = sum(p.numel() * p.element_size() for p in torch_model.parameters())
-    return _pipeline_variant("transformers pipeline, torch fp32", torch_model, tokenizer, settings, size)
+    return _pipeline_variant("transformers pipeline, torch fp32", torch_model, tokenizer, settings, size, device)
 
 
-def optimum(checkpoint: Path, settings: QaSettings, precision: str, stack: ExitStack) -> Variant:
+def optimum(checkpoint: Path, settings: QaSettings, precision: str, device: str, stack: ExitStack) -> Variant:
     """Optimum's ONNX model in the pipeline: its export, and for an int8 bundle its own int8 preset."""
     try:
         from optimum.exporters.onnx import main_export
@@ -68,17 +68,23 @@ def optimum(checkpoint: Path, settings: QaSettings, precision: str, stack: ExitS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracer and deprecation remarks inside the library
         main_export(str(checkpoint), folder / "fp32", task="question-answering", do_validation=False)
-    model = ORTModelForQuestionAnswering.from_pretrained(folder / "fp32")
+    provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+    model = ORTModelForQuestionAnswering.from_pretrained(folder / "fp32", provider=provider)
     name, file = "optimum ONNX fp32 in the pipeline", folder / "fp32" / "model.onnx"
     if precision == "int8":
         preset = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
         ORTQuantizer.from_pretrained(folder / "fp32").quantize(save_dir=folder / "int8", quantization_config=preset)
-        model = ORTModelForQuestionAnswering.from_pretrained(folder / "int8", file_name="model_quantized.onnx")
+        model = ORTModelForQuestionAnswering.from_pretrained(
+            folder / "int8", file_name="model_quantized.onnx", provider=provider
+        )
         name, file = "optimum ONNX int8 (avx512_vnni preset) in the pipeline", folder / "int8" / "model_quantized.onnx"
-    return _pipeline_variant(name, model, tokenizer, settings, file.stat().st_size)
+    return _pipeline_variant(name, model, tokenizer, settings, file.stat().st_size, device)
 
 
-PEERS: dict[str, Callable[[Path, QaSettings, str, ExitStack], Variant]] = {"pipeline": pipeline, "optimum": optimum}
+PEERS: dict[str, Callable[[Path, QaSettings, str, str, ExitStack], Variant]] = {
+    "pipeline": pipeline,
+    "optimum": optimum,
+}
 
 
 def parse_peers(names: str) -> list[str]:
@@ -104,12 +110,12 @@ def _torch(checkpoint: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(checkpoint)
 
 
-def _pipeline_variant(name: str, model: Any, tokenizer: Any, settings: QaSettings, size: int) -> Variant:
+def _pipeline_variant(name: str, model: Any, tokenizer: Any, settings: QaSettings, size: int, device: str) -> Variant:
     try:
         from transformers import pipeline as make
     except ImportError as error:
         raise MissingExtraError("a transformers peer", "transformers", "train") from error
-    pipe = make("question-answering", model=model, tokenizer=tokenizer, device="cpu")
+    pipe = make("question-answering", model=model, tokenizer=tokenizer, device=device)
     options = {
         "max_seq_len": settings.max_seq_len,
         "doc_stride": settings.doc_stride,
@@ -121,7 +127,9 @@ def _pipeline_variant(name: str, model: Any, tokenizer: Any, settings: QaSetting
             warnings.simplefilter("ignore")  # deprecation remarks inside the library
             return pipe(inputs, **options)
 
-    def answer(found: dict[str, Any]) -> Answer:
+    def answer(found: Any) -> Answer:
+        if isinstance(found, list):  # what the pipeline gives where it finds no span
+            return answer(found[0]) if found else Answer("", 0, 0, 0.0)
         return Answer(found["answer"], found["start"], found["end"], float(found["score"]))
 
     def answer_all(pairs: Pairs) -> list[Answer]:
