@@ -3,7 +3,7 @@
     python benchmarks/readme_table.py
 
 Reads ``results/handbook_run.json`` (what training, export and quantization reached, see ``collect_run.py``) and
-``results/handbook_bench.json`` (``qadeploy bench --out``), and replaces what stands between the markers.
+``results/handbook_bench.json`` (``qadeploy bench --out``, its ``bench.json``), and replaces what stands between the markers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def bench_table(bench: dict[str, Any]) -> list[str]:
     lines += [
         "",
         f"{bench['workload']['questions']} questions, median of {bench['rounds']} interleaved rounds in one process; "
-        f"{environment['cpu']['model']}, {environment['threads']} threads, ONNX Runtime {packages['onnxruntime']}, "
+        f"{environment['cpu']['model']}, {environment['threads']} threads, ONNX Runtime {packages['onnxruntime'] or packages['onnxruntime-gpu']}, "
         f"torch {packages['torch']}, transformers {packages['transformers']}, commit {environment['commit']}.",
     ]
     return lines
