@@ -15,9 +15,11 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.build.curves import terminal_chart
+from qadeploy.build.epochs import observe
 from qadeploy.build.features import collate_labels, label, make_features
 from qadeploy.build.runs import dev_part, find_run
-from qadeploy.build.train import LengthGroupedSampler, observe, resolve_precision, span_loss, train
+from qadeploy.build.train import resolve_precision, train
+from qadeploy.build.trainer import LengthGroupedSampler, span_loss
 from qadeploy.data.readers import hash_examples, read
 from qadeploy.errors import CheckpointError, DataError, FailureError, InputError
 from qadeploy.evaluate import evaluate

@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -24,12 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -37,7 +35,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadeploy.build.checkpoint import Checkpoint, base_model_path, load_checkpoint, save_checkpoint
 from qadeploy.build.curves import draw_curves, terminal_chart
-from qadeploy.build.features import NO_LABEL, Feature, FeatureSet, collate_labels, make_features
+from qadeploy.build.epochs import EpochTable, QuietProgress, Say
+from qadeploy.build.features import FeatureSet, make_features
+from qadeploy.build.trainer import SpanTrainer, collate
 from qadeploy.data.readers import DataSet, OnAmbiguous, hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, InputError
@@ -45,13 +45,11 @@ from qadeploy.files import hash_file, replace_folder, write_json
 from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.spans import decode
-from qadeploy.qa.windows import pad_batch
 from qadeploy.records import Answer, Example, FloatArray
 
 FEW_EXAMPLES = 5_000
 ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,94 +236,6 @@ def _dropout(attention: float) -> dict[str, float]:
 # ---------------------------------------------------------------- training
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Indices in an order where neighbours have like lengths, drawn anew each epoch from the seed.
-
-    Windows are shuffled, cut into pools of 50 batches, sorted by length inside a pool, and the
-    batches of the epoch are shuffled again; the longest batch comes first, so that memory fails early.
-    """
-
-    POOL = 50
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = np.asarray(lengths)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))
-        batches: list[Any] = []
-        for begin in range(0, len(order), self.POOL * self.batch_size):
-            pool = order[begin : begin + self.POOL * self.batch_size]
-            pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
-            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
-        # Only the very last batch may be short: the loader cuts this stream every batch_size indices.
-        full = [b for b in batches if len(b) == self.batch_size]
-        short = [b for b in batches if len(b) < self.batch_size]
-        full = [full[i] for i in generator.permutation(len(full))]
-        if full:
-            longest = max(range(len(full)), key=lambda i: int(self.lengths[full[i]].max()))
-            full[0], full[longest] = full[longest], full[0]
-        for batch in (*full, *short):
-            yield from (int(i) for i in batch)
-
-
-class SpanTrainer(Trainer):
-    """The Trainer with length-grouped batches and a loss over valid positions only.
-
-    The loss is the cross entropy of start and end positions, averaged over the annotators of a
-    question (their spans are equally good targets) and over start and end. Its softmax runs over
-    the context and the null position, as the decoder's does.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        features: FeatureSet = train_dataset if train_dataset is not None else self.train_dataset
-        lengths = [len(f.window) for f in features.features]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss of a batch, and with ``return_outputs`` its logits."""
-        labels = ("start_positions", "end_positions", "answer_mask")
-        outputs = model(**{k: v for k, v in inputs.items() if k not in labels})
-        mask = inputs["answer_mask"]
-        losses = [
-            span_loss(outputs.start_logits, inputs["start_positions"], mask),
-            span_loss(outputs.end_logits, inputs["end_positions"], mask),
-        ]
-        loss = (losses[0] + losses[1]) / 2
-        logits = {"start_logits": outputs.start_logits, "end_logits": outputs.end_logits}
-        return (loss, logits) if return_outputs else loss
-
-
-def span_loss(logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy. ``logits`` [windows, tokens], ``positions`` [windows, annotations] (-100 fills), ``mask`` [windows, tokens]."""
-    log_probabilities = torch.log_softmax(logits.float().masked_fill(~mask, -1e9), dim=-1)
-    valid = positions != NO_LABEL
-    picked = log_probabilities.gather(1, positions.clamp(min=0)) * valid
-    return -(picked.sum(1) / valid.sum(1)).mean()
-
-
-def _collate(features: Sequence[Feature], pad_token_id: int) -> dict[str, torch.Tensor]:
-    batch: dict[str, Any] = dict(pad_batch([f.window for f in features], pad_token_id))
-    batch.update(collate_labels(features, batch["input_ids"].shape[1]))
-    return {name: torch.from_numpy(values) for name, values in batch.items()}
-
-
 def _run(
     options: TrainOptions,
     precision: str,
@@ -378,21 +288,21 @@ def _run(
     )
     first = train_set.features[0].window
     say(f"                 e.g. a window of {len(first)} tokens -> start and end logits [1, {len(first)}] each")
-    table = _EpochTable(say)
+    table = EpochTable(say)
     pad = checkpoint.encoder.config.pad_token_id
     trainer = SpanTrainer(
         model=checkpoint.model,
         args=arguments,
         train_dataset=train_set,
         eval_dataset=dev_set,
-        data_collator=lambda features: _collate(features, pad),
+        data_collator=lambda features: collate(features, pad),
         compute_metrics=lambda prediction: _metrics(dev_set, prediction, settings),
         callbacks=[EarlyStoppingCallback(options.patience), table],
     )
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_QuietProgress)
+        trainer.add_callback(QuietProgress)
 
     held_out_base = _held_out(trainer, eval_set, settings) if eval_set else None
     table.header()
@@ -500,65 +410,6 @@ def _best_answer_length(features: FeatureSet, logits: tuple[FloatArray, FloatArr
 
 
 # ---------------------------------------------------------------- reports
-
-
-class _QuietProgress(ProgressCallback):
-    """The progress bar, without the Trainer's dictionaries between the rows of our table."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        pass
-
-
-class _EpochTable(TrainerCallback):
-    """Prints a row an epoch, and keeps the rows."""
-
-    def __init__(self, say: Say) -> None:
-        self.say = say
-        self.rows: list[dict[str, Any]] = []
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The row of the best epoch by F1, the earliest of equals (as the Trainer keeps it)."""
-        trained = [r for r in self.rows if r["epoch"]] or self.rows
-        return max(trained, key=lambda r: (r["eval_f1"], -r["epoch"]))
-
-    def header(self) -> None:
-        """Prints the head of the table."""
-        self.say("                 epoch  train loss  eval loss  accuracy     EM     F1  observation")
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Adds the row of the epoch that was just evaluated on the dev part."""
-        if "eval_f1" not in metrics:
-            return
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        epoch = round(state.epoch or 0)
-        row = {
-            "epoch": epoch,
-            "train_loss": float(losses[-1]) if losses and epoch else None,
-            **{k: float(metrics[k]) for k in ("eval_loss", "eval_accuracy", "eval_exact_match", "eval_f1")},
-        }
-        if not math.isfinite(row["eval_loss"] or 0.0) or not math.isfinite(row["train_loss"] or 0.0):
-            raise FailureError("training diverged: the loss is not finite. Lower --learning-rate")
-        row["observation"] = observe(self.rows, row)
-        self.rows.append(row)
-        loss = "         -" if row["train_loss"] is None else f"{row['train_loss']:10.4f}"
-        self.say(
-            f"                 {epoch:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
-            f"{row['eval_exact_match']:5.1f}  {row['eval_f1']:5.1f}  {row['observation']}"
-        )
-
-
-def observe(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
-    """One plain remark on an epoch, from its row and the rows before it."""
-    if not before:
-        return "the base model, before training"
-    last = before[-1]
-    loss = row["eval_loss"] - last["eval_loss"]
-    accuracy = row["eval_accuracy"] - last["eval_accuracy"]
-    moves = "rises" if accuracy > 0 else "falls" if accuracy < 0 else "stays"
-    if loss > 0 and last["train_loss"] is not None and row["train_loss"] < last["train_loss"]:
-        return f"overfitting: eval loss rises while train loss falls; accuracy {moves}"
-    return f"loss {'falls' if loss < 0 else 'rises'}, accuracy {moves}"
 
 
 def _say_scores(say: Say, name: str, scores: Scores) -> None:

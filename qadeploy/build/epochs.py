@@ -1,0 +1,73 @@
+"""What training shows of its epochs: a progress bar, a row an epoch, and a plain remark on each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from qadeploy.errors import FailureError
+
+Say = Callable[[str], None]
+
+
+class QuietProgress(ProgressCallback):
+    """The progress bar, without the Trainer's dictionaries between the rows of our table."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Prints nothing: the table has its own rows."""
+
+
+class EpochTable(TrainerCallback):
+    """Prints a row an epoch, and keeps the rows."""
+
+    def __init__(self, say: Say) -> None:
+        self.say = say
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The row of the best epoch by F1, the earliest of equals (as the Trainer keeps it)."""
+        trained = [r for r in self.rows if r["epoch"]] or self.rows
+        return max(trained, key=lambda r: (r["eval_f1"], -r["epoch"]))
+
+    def header(self) -> None:
+        """Prints the head of the table."""
+        self.say("                 epoch  train loss  eval loss  accuracy     EM     F1  observation")
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        """Adds the row of the epoch that was just evaluated on the dev part."""
+        if "eval_f1" not in metrics:
+            return
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        epoch = round(state.epoch or 0)
+        row = {
+            "epoch": epoch,
+            "train_loss": float(losses[-1]) if losses and epoch else None,
+            **{k: float(metrics[k]) for k in ("eval_loss", "eval_accuracy", "eval_exact_match", "eval_f1")},
+        }
+        if not math.isfinite(row["eval_loss"] or 0.0) or not math.isfinite(row["train_loss"] or 0.0):
+            raise FailureError("training diverged: the loss is not finite. Lower --learning-rate")
+        row["observation"] = observe(self.rows, row)
+        self.rows.append(row)
+        loss = "         -" if row["train_loss"] is None else f"{row['train_loss']:10.4f}"
+        self.say(
+            f"                 {epoch:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
+            f"{row['eval_exact_match']:5.1f}  {row['eval_f1']:5.1f}  {row['observation']}"
+        )
+
+
+def observe(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
+    """One plain remark on an epoch, from its row and the rows before it."""
+    if not before:
+        return "the base model, before training"
+    last = before[-1]
+    loss = row["eval_loss"] - last["eval_loss"]
+    accuracy = row["eval_accuracy"] - last["eval_accuracy"]
+    moves = "rises" if accuracy > 0 else "falls" if accuracy < 0 else "stays"
+    if loss > 0 and last["train_loss"] is not None and row["train_loss"] < last["train_loss"]:
+        return f"overfitting: eval loss rises while train loss falls; accuracy {moves}"
+    return f"loss {'falls' if loss < 0 else 'rises'}, accuracy {moves}"
