@@ -27,7 +27,7 @@ class Evaluation:
 
     def predictions(self, examples: Sequence[Example]) -> dict[str, str]:
         """SQuAD's predictions format: id to answer text."""
-        return {e.id: a.text for e, a in zip(examples, self.answers, strict=True)}
+        return {i: a.text for e, a in zip(examples, self.answers, strict=True) for i in (e.id, *e.also)}
 
 
 def evaluate(

@@ -29,7 +29,8 @@ class Annotation:
 class Example:
     """One question on one context. No ``answers`` means that the context holds no answer.
 
-    ``split`` is ``"train"`` or ``"validation"`` where the data fixes it, else ``""``.
+    ``split`` is ``"train"`` or ``"validation"`` where the data fixes it, else ``""``. ``also`` holds the
+    ids of further rows on the same question and context, whose answers are among ``answers``.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Example:
     context: str
     answers: tuple[Annotation, ...] = ()
     split: str = ""
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

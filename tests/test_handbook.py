@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from qadeploy.data.readers import HANDBOOK, read
+from qadeploy.data.carriers import HANDBOOK
+from qadeploy.data.readers import read
 
 ROWS: list[dict[str, Any]] = [json.loads(line) for line in HANDBOOK.read_text(encoding="utf-8").splitlines()]
 PASSAGES = {row["passage"]: row["context"] for row in ROWS}

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qadeploy.data.columns import parse_columns
 from qadeploy.data.readers import hash_examples, read
 from qadeploy.errors import DataError, InputError, MissingExtraError
 from qadeploy.records import Annotation, Example
@@ -30,6 +31,7 @@ FLAT = {
     "question": SEED["question"],
     "answers": {"text": ["blue", "is blue"], "answer_start": [11, 8]},
 }
+OTHER = {**FLAT, "id": "q2", "question": "Which color has the sky?"}
 FLAT_ANSWERS = (Annotation("blue", 11), Annotation("is blue", 8))
 NESTED = {
     "version": "v2.0",
@@ -158,12 +160,12 @@ def test_the_seed_triplet_in_parquet(tmp_path, start):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("list.json", json.dumps([FLAT, {**FLAT, "id": "q2"}])),
-        ("data.json", json.dumps({"data": [FLAT, {**FLAT, "id": "q2"}]})),
-        ("rows.jsonl", jsonl(FLAT, {**FLAT, "id": "q2"})),
-        ("lines.json", jsonl(FLAT, {**FLAT, "id": "q2"})),
-        ("json.csv", csv_text(*({**FLAT, "id": i, "answers": json.dumps(FLAT["answers"])} for i in ("q1", "q2")))),
-        ("python.csv", csv_text(*({**FLAT, "id": i, "answers": repr(FLAT["answers"])} for i in ("q1", "q2")))),
+        ("list.json", json.dumps([FLAT, OTHER])),
+        ("data.json", json.dumps({"data": [FLAT, OTHER]})),
+        ("rows.jsonl", jsonl(FLAT, OTHER)),
+        ("lines.json", jsonl(FLAT, OTHER)),
+        ("json.csv", csv_text(*({**row, "answers": json.dumps(FLAT["answers"])} for row in (FLAT, OTHER)))),
+        ("python.csv", csv_text(*({**row, "answers": repr(FLAT["answers"])} for row in (FLAT, OTHER)))),
     ],
 )
 def test_flat_rows_with_an_answers_dict(tmp_path, name, content):
@@ -173,7 +175,7 @@ def test_flat_rows_with_an_answers_dict(tmp_path, name, content):
 
 
 def test_flat_rows_in_parquet(tmp_path):
-    none = {**FLAT, "id": "q2", "answers": {"text": [], "answer_start": []}}
+    none = {**OTHER, "answers": {"text": [], "answer_start": []}}
     first, second = read(put_parquet(tmp_path, [FLAT, none])).examples
     assert first == Example("q1", SEED["question"], SEED["context"], FLAT_ANSWERS)
     assert second.answers == ()
@@ -219,7 +221,7 @@ def test_offsets_count_code_points(tmp_path, before, ascii_only):
     [("train", "train"), ("validation", "validation"), ("dev", "validation"), ("test", "validation"), ("", "")],
 )
 def test_a_split_field_fixes_the_side(tmp_path, stored, split):
-    data = read(put(tmp_path, "rows.jsonl", jsonl({**SEED, "split": stored}, SEED)))
+    data = read(put(tmp_path, "rows.jsonl", jsonl({**SEED, "split": stored}, {**SEED, "question": "And?"})))
     assert [e.split for e in data.examples] == [split, ""]
     assert data.part(split or "train") == (data.examples[:1] if split else ())
 
@@ -229,6 +231,70 @@ def test_a_split_that_is_not_known_is_said(tmp_path):
     with pytest.raises(DataError) as caught:
         read(path)
     assert caught.value.problems[0].startswith(f'{path}: row 2, field split: is "fold-2", one of train, validation')
+
+
+def test_several_annotators_of_one_question_become_one_example(tmp_path):
+    rows = [{**SEED, "id": "a"}, {**SEED, "id": "b", "answer": "is blue"}, {**SEED, "id": "c", "question": "And?"}]
+    one, other = read(put(tmp_path, "rows.jsonl", jsonl(*rows))).examples
+    assert (one.id, one.also, one.answers) == ("a", ("b",), FLAT_ANSWERS)
+    assert (other.id, other.also) == ("c", ())
+    assert len(read(put(tmp_path, "rows.jsonl", jsonl(*rows)), annotated=False).examples) == 3
+
+
+def test_squads_own_ids_are_never_merged(tmp_path):
+    paragraph = NESTED["data"][0]["paragraphs"][0]
+    twice = {**paragraph, "qas": [paragraph["qas"][0], {**paragraph["qas"][0], "id": "q9"}]}
+    source = put(tmp_path, "squad.json", json.dumps({"data": [{"paragraphs": [twice]}]}))
+    assert [e.id for e in read(source).examples] == ["q1", "q9"]
+
+
+# ---------------------------------------------------------------- the user's own columns
+
+REVIEW = {
+    "review": "Good sound , long life.",
+    "question": "How is it?",
+    "human_ans_spans": "Good sound",
+    "at": "(0, 10)",
+}
+MAPPING = {"context": "review", "answer": "human_ans_spans", "span": "at"}
+
+
+@pytest.mark.parametrize("span", ["(0, 10)", [0, 10], "[0, 10]", {"start": 0, "end": 10}, 0, "0"])
+def test_columns_of_any_name_and_spans_of_any_kind(tmp_path, span):
+    source = put(tmp_path, "rows.jsonl", jsonl({**REVIEW, "at": span}))
+    (example,) = read(source, columns=MAPPING).examples
+    assert (example.context, example.answers) == (REVIEW["review"], (Annotation("Good sound", 0),))
+
+
+def test_a_missing_column_is_answered_with_a_guess_of_the_mapping(tmp_path):
+    source = put(tmp_path, "rows.csv", csv_text({**without("at", REVIEW), "human_ans_indices": "(0, 10)"}))
+    wanted = "--columns context=review,answer=human_ans_spans,span=human_ans_indices"
+    assert problem(source).endswith(f"did you mean {wanted}?")
+    assert len(read(source, columns=parse_columns(wanted.removeprefix("--columns "))).examples) == 1
+
+
+def test_a_problem_names_the_users_own_column(tmp_path):
+    source = put(tmp_path, "rows.jsonl", jsonl({**REVIEW, "review": ""}))
+    with pytest.raises(DataError, match="row 1, field review: is empty"):
+        read(source, columns=MAPPING)
+
+
+def test_an_answer_that_means_none(tmp_path):
+    source = put(tmp_path, "rows.jsonl", jsonl({**REVIEW, "human_ans_spans": "ANSWERNOTFOUND", "at": "(90, 104)"}))
+    (example,) = read(source, columns=MAPPING, no_answer_token="ANSWERNOTFOUND").examples
+    assert example.answers == ()
+
+
+@pytest.mark.parametrize("text", ["review", "context=", "text=review", "context=a,context=b"])
+def test_a_mapping_that_is_none(text):
+    with pytest.raises(InputError, match="--columns"):
+        parse_columns(text)
+
+
+def test_a_label_studio_export_is_sent_to_check(tmp_path):
+    task = {"id": 1, "data": {"text": SEED["context"], "question": "?"}, "annotations": [{"result": []}]}
+    with pytest.raises(InputError, match=r"Label Studio.*qadeploy check .* --fix OUT\.jsonl"):
+        read(put(tmp_path, "tasks.json", json.dumps([task])))
 
 
 def test_a_number_as_id_becomes_text(tmp_path):
@@ -266,7 +332,7 @@ def test_the_hash_of_examples_follows_their_content_alone(tmp_path):
 def hub(monkeypatch):
     """A stand-in for the datasets library: notes the calls, serves two splits or the one asked for."""
     calls = []
-    parts = {"train": [FLAT, {**FLAT, "id": "q2"}], "validation": [{**FLAT, "id": "q3"}], "extra": [{**SEED}]}
+    parts = {"train": [FLAT, OTHER], "validation": [{**FLAT, "id": "q3"}], "extra": [{**SEED, "question": "And?"}]}
 
     def load_dataset(name, *, split=None, token=None):
         calls.append((name, split, token))
@@ -585,7 +651,11 @@ def test_ids_are_unique(tmp_path, first, second, named):
 
 @pytest.mark.parametrize("absent", [{}, {"id": None}])
 def test_a_row_without_an_id_makes_way_for_the_ids_given(tmp_path, absent):
-    rows = [{**SEED, "id": "row-3"}, {**SEED, "id": "row-3-2"}, {**SEED, **absent}]
+    rows = [
+        {**SEED, "id": "row-3"},
+        {**SEED, "id": "row-3-2", "question": "And?"},
+        {**SEED, **absent, "question": "Or?"},
+    ]
     assert [e.id for e in read(put(tmp_path, "rows.jsonl", jsonl(*rows))).examples] == ["row-3", "row-3-2", "row-3-2-2"]
 
 
@@ -628,7 +698,8 @@ def test_all_problems_are_kept_and_the_first_twenty_shown(tmp_path):
     assert [int(re.search(r"row (\d+)", line)[1]) for line in caught.value.problems] == list(range(2, 47, 2))
     shown = str(caught.value).splitlines()
     assert shown[:20] == list(caught.value.problems[:20])
-    assert shown[20:] == ["... and 3 more rows with problems"]
+    hint = f"See what can be repaired: qadeploy check {source} --fix OUT.jsonl"
+    assert shown[20:] == ["... and 3 more rows with problems", hint]
 
 
 # ---------------------------------------------------------------- any valid example, there and back
@@ -646,7 +717,7 @@ def examples(draw: st.DrawFn) -> list[Example]:
             text = draw(VISIBLE)
             answers.append(Annotation(text, len(context)))
             context += text + draw(TEXT)
-        found.append(Example(f"id-{number}", draw(VISIBLE), context + draw(VISIBLE), tuple(answers)))
+        found.append(Example(f"id-{number}", f"{number} {draw(VISIBLE)}", context + draw(VISIBLE), tuple(answers)))
     return found
 
 
