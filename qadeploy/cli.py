@@ -18,6 +18,7 @@ import click
 from qadeploy import __version__
 from qadeploy.errors import InputError, MissingExtraError, QadeployError
 
+_READING = {"on_ambiguous": "error", "columns": None, "no_answer_token": None}
 _TRAIN_PACKAGES = frozenset({"torch", "transformers", "optimum", "onnx", "datasets", "accelerate", "matplotlib"})
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -104,13 +105,28 @@ def _device_option(function: _Function) -> _Function:
     return option(function)
 
 
-_ambiguous_option = click.option(
-    "--on-ambiguous",
-    type=click.Choice(["error", "first", "skip"]),
-    default="error",
-    show_default=True,
-    help="What to do with an answer that occurs several times in its context and has no answer_start.",
-)
+def _columns_options(function: _Function) -> _Function:
+    columns = click.option("--columns", help="The data's names for ours, e.g. context=review,answer=ans,span=indices.")
+    token = click.option("--no-answer-token", help="An answer that means 'none in this context', e.g. ANSWERNOTFOUND.")
+    return columns(token(function))
+
+
+def _reading_options(function: _Function) -> _Function:
+    ambiguous = click.option(
+        "--on-ambiguous",
+        type=click.Choice(["error", "first", "skip"]),
+        default="error",
+        show_default=True,
+        help="What to do with an answer that occurs several times in its context and has no answer_start.",
+    )
+    return _columns_options(ambiguous(function))
+
+
+def _reading(options: dict[str, Any]) -> Any:
+    """Takes the options of ``_reading_options`` out of ``options``."""
+    from qadeploy.data.fields import Reading
+
+    return Reading.of({name: options.pop(name, None) or default for name, default in _READING.items()})
 
 
 # ---------------------------------------------------------------- train
@@ -154,7 +170,7 @@ qadeploy train --data hub:squad --base bert-base-uncased --epochs 2 --out runs/s
 )
 @click.option("--token", help="Token for the hub, for private data sets.")
 @click.option("--progress/--no-progress", default=None, help="Show a progress bar.  [default: on a terminal]")
-@_ambiguous_option
+@_reading_options
 def train(as_json: bool, progress: bool | None, out: str | None, **options: Any) -> None:
     """Fine-tune a question-answering model and keep its best epoch."""
     from qadeploy.build.train import TrainOptions
@@ -187,7 +203,7 @@ qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
 )
 @click.option("--eval-data", help="Held-out questions to judge on.  [default: those that the run held out]")
 @click.option("--max-f1-drop", default=0.5, show_default=True, help="Points of F1 that int8 may lose.")
-@_ambiguous_option
+@_reading_options
 def export(
     as_json: bool,
     run: str | None,
@@ -196,7 +212,7 @@ def export(
     optimize: bool,
     eval_data: str | None,
     max_f1_drop: float,
-    on_ambiguous: Any,
+    **options: Any,
 ) -> None:
     """Export RUN (a run or checkpoint folder, default the newest run) to ONNX bundles, with proof."""
     from qadeploy.build import export as export_step
@@ -208,6 +224,7 @@ def export(
     from qadeploy.errors import FailureError, GateError
 
     say = _say(as_json)
+    reading = _reading(options)
     found = find_run(run)
     place = Path(out or f"bundles/{found.name}")
     check_place(place)
@@ -216,7 +233,7 @@ def export(
     fused_place, int8_place = (place.with_name(place.name + end) for end in ("-fused", "-int8"))
     for folder in (fused_place, int8_place):
         check_place(folder)
-    source, examples = held_out(found, eval_data, on_ambiguous)
+    source, examples = held_out(found, eval_data, reading)
     say(f"exporting {found.checkpoint}, judged on {len(examples)} questions of {source}")
     reference = make_reference(found, source, examples)
     bundles = [export_step.export(reference, place)]
@@ -261,11 +278,11 @@ def _predictor(path: str, device: str, threads: int | None = None) -> Any:
     return torch_answerer(load_checkpoint(run.checkpoint), device)
 
 
-def _examples(source: str, split: str, on_ambiguous: Any, annotated: bool = True) -> tuple[Any, ...]:
+def _examples(source: str, split: str, reading: Any, annotated: bool = True) -> tuple[Any, ...]:
     """Examples of a source; ``auto`` takes the validation split where the data has one."""
     from qadeploy.data.readers import read
 
-    data = read(source, on_ambiguous=on_ambiguous, annotated=annotated)
+    data = read(source, reading, annotated=annotated)
     for count, what in (
         (data.skipped, "ambiguous rows skipped"),
         (data.first_taken, "answers taken at their first place"),
@@ -304,9 +321,9 @@ qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json -
 )
 @click.option("--predictions", type=click.Path(dir_okay=False), help="Write SQuAD's predictions format ({id: text}).")
 @_device_option
-@_ambiguous_option
+@_reading_options
 def evaluate(
-    as_json: bool, model: str, data: str, split: str, predictions: str | None, device: str, on_ambiguous: str
+    as_json: bool, model: str, data: str, split: str, predictions: str | None, device: str, **options: Any
 ) -> None:
     """Score MODEL (a run, a bundle or a checkpoint folder) on annotated questions."""
     from qadeploy.evaluate import evaluate as score_all
@@ -314,7 +331,7 @@ def evaluate(
 
     if predictions and not Path(predictions).absolute().parent.is_dir():
         raise InputError(f"{Path(predictions).parent}: no such folder to write --predictions into")
-    examples = _examples(data, split, on_ambiguous)
+    examples = _examples(data, split, _reading(options))
     predictor = _predictor(model, device)
     with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
         evaluation = score_all(predictor, examples, lambda: bar.update(1))
@@ -395,14 +412,17 @@ qadeploy answer bundles/handbook-int8 --input questions.parquet --output answers
     "--output", required=True, type=click.Path(), help="A name in .jsonl is one file, another a folder of parquet."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@_columns_options
 @_device_option
-def answer(as_json: bool, bundle: str, source: str, output: str, threads: int | None, device: str) -> None:
+def answer(
+    as_json: bool, bundle: str, source: str, output: str, threads: int | None, device: str, **options: Any
+) -> None:
     """Answer every question of a file with BUNDLE, one row a question, in order."""
     from qadeploy import Answerer
     from qadeploy.batch import answer_file, check_output
 
     check_output(Path(output))
-    examples = _examples(source, "all", "error", annotated=False)
+    examples = _examples(source, "all", _reading(options), annotated=False)
     answerer = Answerer.load(bundle, device=device, threads=threads)
     with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
         rows = answer_file(answerer, examples, Path(output), lambda: bar.update(1))
@@ -430,7 +450,7 @@ qadeploy bench bundles/faq-int8 --data held_out.jsonl --against pipeline --out r
 )
 @click.option("--out", type=click.Path(file_okay=False), help="Folder for bench.json.")
 @_device_option
-@_ambiguous_option
+@_reading_options
 def bench(
     as_json: bool,
     bundle: str | None,
@@ -442,7 +462,7 @@ def bench(
     checkpoint: str | None,
     out: str | None,
     device: str,
-    on_ambiguous: Any,
+    **options: Any,
 ) -> None:
     """Measure BUNDLE (default: the newest) against other tools on the same questions, answers scored."""
     from qadeploy import Answerer
@@ -463,7 +483,7 @@ def bench(
             )
         name, examples = held_out(find_run(source), None)
     else:
-        name, examples = data, _examples(data, "auto", on_ambiguous)
+        name, examples = data, _examples(data, "auto", _reading(options))
     workload = draw(name, examples, questions)
     report = measure.bench(answerer, source, workload, peers, rounds, _note)
     text = measure.lines(report)

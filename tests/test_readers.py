@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qadeploy.data.columns import parse_columns
+from qadeploy.data.fields import Reading
 from qadeploy.data.readers import hash_examples, read
 from qadeploy.errors import DataError, InputError, MissingExtraError
 from qadeploy.records import Annotation, Example
@@ -262,7 +263,7 @@ MAPPING = {"context": "review", "answer": "human_ans_spans", "span": "at"}
 @pytest.mark.parametrize("span", ["(0, 10)", [0, 10], "[0, 10]", {"start": 0, "end": 10}, 0, "0"])
 def test_columns_of_any_name_and_spans_of_any_kind(tmp_path, span):
     source = put(tmp_path, "rows.jsonl", jsonl({**REVIEW, "at": span}))
-    (example,) = read(source, columns=MAPPING).examples
+    (example,) = read(source, Reading(columns=MAPPING)).examples
     assert (example.context, example.answers) == (REVIEW["review"], (Annotation("Good sound", 0),))
 
 
@@ -270,18 +271,18 @@ def test_a_missing_column_is_answered_with_a_guess_of_the_mapping(tmp_path):
     source = put(tmp_path, "rows.csv", csv_text({**without("at", REVIEW), "human_ans_indices": "(0, 10)"}))
     wanted = "--columns context=review,answer=human_ans_spans,span=human_ans_indices"
     assert problem(source).endswith(f"did you mean {wanted}?")
-    assert len(read(source, columns=parse_columns(wanted.removeprefix("--columns "))).examples) == 1
+    assert len(read(source, Reading(columns=parse_columns(wanted.removeprefix("--columns ")))).examples) == 1
 
 
 def test_a_problem_names_the_users_own_column(tmp_path):
     source = put(tmp_path, "rows.jsonl", jsonl({**REVIEW, "review": ""}))
     with pytest.raises(DataError, match="row 1, field review: is empty"):
-        read(source, columns=MAPPING)
+        read(source, Reading(columns=MAPPING))
 
 
 def test_an_answer_that_means_none(tmp_path):
     source = put(tmp_path, "rows.jsonl", jsonl({**REVIEW, "human_ans_spans": "ANSWERNOTFOUND", "at": "(90, 104)"}))
-    (example,) = read(source, columns=MAPPING, no_answer_token="ANSWERNOTFOUND").examples
+    (example,) = read(source, Reading(columns=MAPPING, no_answer_token="ANSWERNOTFOUND")).examples
     assert example.answers == ()
 
 
@@ -496,7 +497,7 @@ def test_broken_nesting(tmp_path, broken, message):
 
 def test_on_ambiguous_takes_three_values():
     with pytest.raises(InputError, match=r"on_ambiguous is 'last': choose one of error, first, skip"):
-        read("handbook", on_ambiguous="last")
+        read("handbook", Reading(on_ambiguous="last"))
 
 
 # ---------------------------------------------------------------- rows that cannot be used
@@ -563,12 +564,12 @@ ANSWERS = "{'text': [...], 'answer_start': [...]} is needed"
         ({**FLAT, "answers": {"text": [None], "answer_start": [0]}}, "field answers.text: is null, text is needed"),
         ({**FLAT, "answers": [{"answer_start": 11}]}, "field answers.text: is null, text is needed"),
         (
-            {**FLAT, "answers": [{"text": "blue"}]},
-            "field answers.answer_start: is null, a whole number is needed",
+            {**FLAT, "answers": [{"text": "blu"}, {"text": "green", "answer_start": None}]},
+            'field answers.text: "green" does not occur in the context',
         ),
         (
             {**FLAT, "answers": [{"text": "\ud800lue", "answer_start": 11}]},
-            r'the context has "blue" there, the answer is "\ud800lue"',
+            "field answers.text: holds a lone surrogate at code point 0: not valid Unicode",
         ),
     ],
 )
@@ -668,9 +669,9 @@ def test_an_ambiguous_answer(tmp_path, context, answer, count):
         f'row 1, field answer: "{answer}" occurs {count} times in the context: '
         "add answer_start, or choose with --on-ambiguous first|skip"
     )
-    skipped = read(source, on_ambiguous="skip")
+    skipped = read(source, Reading(on_ambiguous="skip"))
     assert ([e.id for e in skipped.examples], skipped.skipped, skipped.first_taken) == (["row-2"], 1, 0)
-    first = read(source, on_ambiguous="first")
+    first = read(source, Reading(on_ambiguous="first"))
     assert first.examples[0].answers == (Annotation(answer, context.index(answer)),)
     assert (len(first.examples), first.skipped, first.first_taken) == (2, 0, 1)
 
@@ -684,10 +685,10 @@ def test_answer_start_ends_the_ambiguity(tmp_path):
 def test_skipping_drops_nothing_but_the_ambiguous(tmp_path):
     twice = {**SEED, "context": "blue or blue?"}
     with pytest.raises(DataError) as caught:
-        read(put(tmp_path, "rows.jsonl", jsonl(twice, {**SEED, "answer": "red"})), on_ambiguous="skip")
+        read(put(tmp_path, "rows.jsonl", jsonl(twice, {**SEED, "answer": "red"})), Reading(on_ambiguous="skip"))
     assert len(caught.value.problems) == 1
     with pytest.raises(InputError, match="holds no rows that can be used"):
-        read(put(tmp_path, "only.jsonl", jsonl(twice)), on_ambiguous="skip")
+        read(put(tmp_path, "only.jsonl", jsonl(twice)), Reading(on_ambiguous="skip"))
 
 
 def test_all_problems_are_kept_and_the_first_twenty_shown(tmp_path):

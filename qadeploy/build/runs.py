@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadeploy.data.readers import OnAmbiguous, hash_examples, read
+from qadeploy.data.fields import Reading
+from qadeploy.data.readers import hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.records import Example
@@ -64,15 +65,15 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def held_out(run: Run, eval_data: str | None, on_ambiguous: OnAmbiguous = "error") -> tuple[str, tuple[Example, ...]]:
+def held_out(run: Run, eval_data: str | None, reading: Reading | None = None) -> tuple[str, tuple[Example, ...]]:
     """Where the held-out examples come from, and the examples: never those that the run trained on.
 
-    ``eval_data`` if given, else the run's own evaluation data, the fixed validation split of its data,
+    ``eval_data`` if given (understood by ``reading``), else the run's own evaluation data, the fixed validation split of its data,
     or its dev part, carved again from the same data by the same seed. Raises InputError where
     none of them can be had, or the data changed since the run.
     """
     if eval_data is not None:
-        data = read(eval_data, on_ambiguous=on_ambiguous)
+        data = read(eval_data, reading)
         return eval_data, data.part("validation") or data.examples
     if run.record is None:
         raise InputError(
@@ -81,7 +82,7 @@ def held_out(run: Run, eval_data: str | None, on_ambiguous: OnAmbiguous = "error
     options = run.record["options"]
     source = options["eval_data"] or options["data"]
     try:
-        data = read(source, on_ambiguous=options["on_ambiguous"])
+        data = read(source, Reading.of(options))
     except InputError as error:
         raise InputError(f"the run's data cannot be read: {error}\nGive --eval-data FILE") from error
     if source == options["data"] and hash_examples(data.examples) != run.record["data_sha256"]:
@@ -101,7 +102,7 @@ def dev_part(run: Run) -> tuple[Example, ...]:
         return ()
     options = run.record["options"]
     try:
-        data = read(options["data"], on_ambiguous=options["on_ambiguous"])
+        data = read(options["data"], Reading.of(options))
     except InputError:
         return ()
     if hash_examples(data.examples) != run.record["data_sha256"]:

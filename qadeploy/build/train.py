@@ -38,7 +38,8 @@ from qadeploy.build.curves import draw_curves, terminal_chart
 from qadeploy.build.epochs import EpochTable, QuietProgress, Say
 from qadeploy.build.features import FeatureSet, make_features
 from qadeploy.build.trainer import SpanTrainer, collate
-from qadeploy.data.readers import DataSet, OnAmbiguous, hash_examples, read
+from qadeploy.data.fields import OnAmbiguous, Reading
+from qadeploy.data.readers import DataSet, hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, InputError
 from qadeploy.files import hash_file, replace_folder, write_json
@@ -78,6 +79,8 @@ class TrainOptions:
     attention_dropout: float = 0.0
     precision: str = "auto"
     on_ambiguous: OnAmbiguous = "error"
+    columns: str | None = None
+    no_answer_token: str | None = None
     token: str | None = None
 
 
@@ -100,7 +103,7 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
     _check_options(options)
     out = Path(options.out)
     _check_out(out)
-    data = read(options.data, on_ambiguous=options.on_ambiguous, token=options.token)
+    data = read(options.data, Reading.of(asdict(options)), token=options.token)
     train_part, dev_part, eval_part = _parts(data, options)
     options = _resolve(options, len(train_part))
     precision = resolve_precision(options.precision)
@@ -192,7 +195,7 @@ def _parts(
     held_out = data.part("validation")
     rest = tuple(e for e in data.examples if e.split != "validation")
     if options.eval_data is not None:
-        given = read(options.eval_data, on_ambiguous=options.on_ambiguous, token=options.token)
+        given = read(options.eval_data, Reading.of(asdict(options)), token=options.token)
         held_out = given.part("validation") or given.examples
     if not rest:
         raise InputError(f"{options.data}: every row is marked as validation, none is left to train on")

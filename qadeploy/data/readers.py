@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
 
-from qadeploy.data.carriers import SPLITS, Row, load_rows
-from qadeploy.data.columns import guess, rename
-from qadeploy.data.wording import kind_of, names, quote
+from qadeploy.data.carriers import Row, load_rows
+from qadeploy.data.fields import Given, ProblemError, Reading, is_offset, parse
+from qadeploy.data.wording import kind_of, quote
 from qadeploy.errors import DataError, InputError
 from qadeploy.records import Annotation, Example
-
-OnAmbiguous = Literal["error", "first", "skip"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,37 +37,21 @@ class DataSet:
 
 def read(
     source: str,
+    reading: Reading | None = None,
     *,
-    on_ambiguous: OnAmbiguous = "error",
-    columns: Mapping[str, str] | None = None,
-    no_answer_token: str | None = None,
     token: str | None = None,
     annotated: bool = True,
+    rows: Iterable[Row] | None = None,
 ) -> DataSet:
-    """Reads ``handbook``, a file, or ``hub:NAME[:SPLIT]``.
+    """Reads ``handbook``, a file, or ``hub:NAME[:SPLIT]``; ``rows`` are its rows where they are loaded already.
 
-    ``on_ambiguous`` says what happens to a triplet without ``answer_start`` whose answer occurs
-    several times (as a substring): an error that counts them, the first occurrence, or the row is
-    skipped and counted. ``columns`` maps our field names to the data's, ``no_answer_token`` is an
-    answer that means "none here". With ``annotated=False`` answers are neither needed nor looked at
-    (questions to be answered, not to learn from).
-
-    Rows with the same question and context are several annotators of one question and become one
+    With ``annotated=False`` answers are neither needed nor looked at (questions to be answered, not to
+    learn from). Rows with the same question and context are several annotators of one question and become one
     example with all their answers, but in SQuAD's own nesting, where every id is scored.
     Raises DataError (rows), InputError (files, columns), MissingExtraError.
     """
-    if on_ambiguous not in get_args(OnAmbiguous):
-        raise InputError(f"on_ambiguous is {on_ambiguous!r}: choose one of {', '.join(get_args(OnAmbiguous))}")
-    rules = _Rules(on_ambiguous, dict(columns or {}), no_answer_token, annotated)
-    return _collect(source, load_rows(source, token), rules)
-
-
-@dataclass(frozen=True, slots=True)
-class _Rules:
-    on_ambiguous: OnAmbiguous
-    columns: dict[str, str]
-    no_answer_token: str | None
-    annotated: bool
+    loaded = load_rows(source, token) if rows is None else rows
+    return _collect(source, loaded, reading or Reading(), annotated)
 
 
 def hash_examples(examples: Iterable[Example]) -> str:
@@ -81,18 +62,19 @@ def hash_examples(examples: Iterable[Example]) -> str:
     return digest.hexdigest()
 
 
+def occurrences(text: str, context: str) -> list[int]:
+    """Where ``text`` stands in ``context``, as code points, overlapping occurrences too."""
+    found, at = [], context.find(text)
+    while at >= 0:
+        found.append(at)
+        at = context.find(text, at + 1)
+    return found
+
+
 # ---------------------------------------------------------------- rows to examples
 
 
-class _ProblemError(Exception):
-    """A row that cannot be used: the field at fault (ours, or "field.part") and why."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
-
-
-class _AmbiguousError(_ProblemError):
+class _AmbiguousError(ProblemError):
     def __init__(self, field: str, text: str, count: int) -> None:
         super().__init__(
             field,
@@ -101,34 +83,31 @@ class _AmbiguousError(_ProblemError):
         )
 
 
-def _collect(source: str, rows: Iterable[Row], rules: _Rules) -> DataSet:
+def _collect(source: str, rows: Iterable[Row], reading: Reading, annotated: bool) -> DataSet:
     examples: list[Example] = []
     problems: list[str] = []
     skipped = first_taken = 0
     seen: dict[str, int] = {}
     asked: dict[tuple[str, str, str], int] = {}
     for row in rows:
-        if row.label_studio and rules.annotated:
+        if row.label_studio and annotated:
             raise InputError(
                 f"{source}: a Label Studio export, whose offsets count UTF-16 units: convert it with "
                 f"qadeploy check {source} --fix OUT.jsonl, and use OUT.jsonl"
             )
-        if row.problem:
-            problems.append(f"{source}: row {row.number}: {row.problem}")
-            continue
         try:
-            example, guessed = _example(row, rules)
+            example, guessed = _example(row, reading, annotated)
             first_taken += guessed
             if example.id in seen:
-                if row.fields.get(rules.columns.get("id", "id")) is not None:
-                    raise _ProblemError(
+                if row.fields.get(reading.columns.get("id", "id")) is not None:
+                    raise ProblemError(
                         "id", f"{quote(example.id)} is also the id of row {seen[example.id]}: ids are unique"
                     )
                 while example.id in seen:
                     example = replace(example, id=f"{example.id}-2")
             seen[example.id] = row.number
             key = (example.context, example.question, example.split)
-            if rules.annotated and not row.nested and key in asked:
+            if annotated and not row.nested and key in asked:
                 first = examples[asked[key]]
                 examples[asked[key]] = replace(
                     first, answers=first.answers + example.answers, also=(*first.also, example.id)
@@ -136,15 +115,16 @@ def _collect(source: str, rows: Iterable[Row], rules: _Rules) -> DataSet:
                 continue
             asked[key] = len(examples)
             examples.append(example)
-        except _ProblemError as problem:
-            if isinstance(problem, _AmbiguousError) and rules.on_ambiguous == "skip":
+        except ProblemError as problem:
+            if isinstance(problem, _AmbiguousError) and reading.on_ambiguous == "skip":
                 skipped += 1
                 continue
-            field = rules.columns.get(problem.field, problem.field)
-            problems.append(f"{source}: row {row.number}, field {field}: {problem}")
+            field = reading.columns.get(problem.field, problem.field)
+            where = f"row {row.number}, field {field}" if field else f"row {row.number}"
+            problems.append(f"{source}: {where}: {problem}")
     if problems:
         fix = ""
-        if rules.annotated and any("answer" in problem for problem in problems):
+        if annotated and any("answer" in problem for problem in problems):
             fix = f"See what can be repaired: qadeploy check {source} --fix OUT.jsonl"
         raise DataError(problems, fix)
     if not examples:
@@ -152,119 +132,36 @@ def _collect(source: str, rows: Iterable[Row], rules: _Rules) -> DataSet:
     return DataSet(source, tuple(examples), skipped, first_taken)
 
 
-def _example(row: Row, rules: _Rules) -> tuple[Example, bool]:
-    fields = rename(row.fields, rules.columns)
-    for field in ("context", "question"):
-        _text(fields, field, row)
-    context, question = fields["context"], fields["question"]
-    split = row.split
-    if fields.get("split") not in (None, ""):
-        split = SPLITS.get(str(fields["split"]), "")
-        if not split:
-            raise _ProblemError("split", f"is {quote(str(fields['split']))}, one of {', '.join(SPLITS)} is needed")
-    answers: tuple[Annotation, ...]
-    guessed = False
-    if not rules.annotated or is_no_answer(fields, rules.no_answer_token):
-        answers = ()
-    elif "answers" in fields:
-        answers = _annotations(fields["answers"], context)
-    elif "answer" in fields:
-        start = fields.get("answer_start")
-        if start is not None:
-            answers = (_annotation(_text(fields, "answer", row), start, context, "answer_start"),)
-        else:
-            found, guessed = _find(_text(fields, "answer", row), context, rules.on_ambiguous)
-            answers = (found,)
-    else:
-        raise _missing("answer", row)
-    identity = fields.get("id")
-    if identity is not None and not isinstance(identity, str | int):
-        raise _ProblemError("id", f"is {kind_of(identity)}, text is needed")
-    _encodable(str(identity), "id")
+def _example(row: Row, reading: Reading, annotated: bool) -> tuple[Example, bool]:
+    fields = parse(row, reading, annotated=annotated)
+    found = [_annotation(given, fields.context, reading) for given in fields.answers]
     return Example(
-        id=f"row-{row.number}" if identity is None else str(identity),
-        question=question,
-        context=context,
-        answers=answers,
-        split=split,
-    ), guessed
+        id=f"row-{row.number}" if fields.id is None else fields.id,
+        question=fields.question,
+        context=fields.context,
+        answers=tuple(annotation for annotation, _ in found),
+        split=fields.split,
+    ), any(guessed for _, guessed in found)
 
 
-def is_no_answer(fields: Mapping[str, Any], no_answer_token: str | None) -> bool:
-    """True where a row says that its context holds no answer: ``is_impossible``, or the token as its answer."""
-    if fields.get("is_impossible") is True:
-        return True
-    answer = fields.get("answer")
-    return bool(no_answer_token) and isinstance(answer, str) and answer.strip() == no_answer_token
-
-
-def _missing(field: str, row: Row) -> _ProblemError:
-    option = guess(row.fields)
-    hint = f"; did you mean {option}?" if option else ""
-    return _ProblemError(field, f"is missing; the fields found are {names(row.fields)}{hint}")
-
-
-def _text(fields: dict[str, Any], field: str, row: Row) -> str:
-    if field not in fields:
-        raise _missing(field, row)
-    value = fields[field]
-    if not isinstance(value, str):
-        raise _ProblemError(field, f"is {kind_of(value)}, text is needed")
-    if not value.strip():
-        raise _ProblemError(field, "is empty")
-    _encodable(value, field)
-    return value
-
-
-def _encodable(text: str, field: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _ProblemError(field, f"holds a lone surrogate at code point {error.start}: not valid Unicode") from error
-
-
-def _annotations(value: Any, context: str) -> tuple[Annotation, ...]:
-    if isinstance(value, dict):
-        texts, starts = value.get("text"), value.get("answer_start")
-        if not isinstance(texts, list) or not isinstance(starts, list):
-            raise _ProblemError("answers", "needs the lists 'text' and 'answer_start'")
-        if len(texts) != len(starts):
-            raise _ProblemError("answers", f"has {len(texts)} texts and {len(starts)} answer_starts: one start a text")
-        pairs = list(zip(texts, starts, strict=True))
-    elif isinstance(value, list) and all(isinstance(v, dict) for v in value):
-        pairs = [(v.get("text"), v.get("answer_start")) for v in value]
-    else:
-        raise _ProblemError("answers", f"is {kind_of(value)}, {{'text': [...], 'answer_start': [...]}} is needed")
-    found = []
-    for text, start in pairs:
-        if not isinstance(text, str) or not text.strip():
-            raise _ProblemError(
-                "answers.text", "is empty" if isinstance(text, str) else f"is {kind_of(text)}, text is needed"
+def _annotation(given: Given, context: str, reading: Reading) -> tuple[Annotation, bool]:
+    """The answer where its offset says, or found, and then whether its first place of several was taken."""
+    text, start = given.text, given.start
+    if start is None:
+        places = occurrences(text, context)
+        field = given.field.replace("answer_start", "text") if "." in given.field else "answer"
+        if not places:
+            raise ProblemError(
+                field, f"{quote(text)} does not occur in the context: it must be copied from it letter by letter"
             )
-        found.append(_annotation(text, start, context, "answers.answer_start"))
-    return tuple(found)
-
-
-def _annotation(text: str, start: Any, context: str, field: str) -> Annotation:
-    if isinstance(start, bool) or not isinstance(start, int):
-        raise _ProblemError(field, f"is {kind_of(start)}, a whole number is needed")
+        if len(places) > 1 and reading.on_ambiguous != "first":
+            raise _AmbiguousError(field, text, len(places))
+        return Annotation(text, places[0]), len(places) > 1
+    if not is_offset(start):
+        raise ProblemError(given.field, f"is {kind_of(start)}, a whole number is needed")
     there = context[start : start + len(text)] if start >= 0 else ""
     if there != text:
-        raise _ProblemError(
-            field, f"{start} does not match: the context has {quote(there)} there, the answer is {quote(text)}"
+        raise ProblemError(
+            given.field, f"{start} does not match: the context has {quote(there)} there, the answer is {quote(text)}"
         )
-    return Annotation(text, start)
-
-
-def _find(text: str, context: str, on_ambiguous: OnAmbiguous) -> tuple[Annotation, bool]:
-    first = context.find(text)
-    if first < 0:
-        raise _ProblemError(
-            "answer", f"{quote(text)} does not occur in the context: it must be copied from it letter by letter"
-        )
-    count, at = 1, context.find(text, first + 1)
-    while at >= 0:
-        count, at = count + 1, context.find(text, at + 1)
-    if count > 1 and on_ambiguous != "first":
-        raise _AmbiguousError("answer", text, count)
-    return Annotation(text, first), count > 1
+    return Annotation(text, start), False
