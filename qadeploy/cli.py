@@ -80,7 +80,7 @@ def _command(group: click.Group, *, example: str) -> Callable[[Callable[..., Any
 def main() -> None:
     """Extractive question answering, from (context, question, answer) triplets to a service.
 
-    The road: train -> export --quantize -> ask, answer, bench.
+    The road: check -> train -> export --quantize -> ask, answer, bench.
     """
 
 
@@ -129,7 +129,71 @@ def _reading(options: dict[str, Any]) -> Any:
     return Reading.of({name: options.pop(name, None) or default for name, default in _READING.items()})
 
 
-# ---------------------------------------------------------------- train
+# ---------------------------------------------------------------- check, train
+
+
+@_command(
+    main,
+    example="""
+qadeploy check faq.jsonl --fix faq-clean.jsonl
+qadeploy check reviews.csv --columns context=review,answer=ans,span=indices --no-answer-token NONE
+qadeploy check covid-qa.json --max-bad 0.01 --json
+""",
+)
+@click.argument("file")
+@click.option("--fix", type=click.Path(), help="Write usable and repaired rows to this JSONL file, the rest beside it.")
+@click.option(
+    "--max-bad", type=click.FloatRange(0, 1), help="Exit with 1 if a larger share of the rows is unusable as it is."
+)
+@click.option("--show", default=3, show_default=True, type=click.IntRange(min=0), help="Rows shown of each class.")
+@click.option("--base", help="Whose tokenizer counts tokens: a checkpoint or hub name.  [default: the base that ships]")
+@click.option("--max-seq-len", type=click.IntRange(min=16), help="Longest window in tokens.  [default: 384]")
+@click.option("--doc-stride", type=click.IntRange(min=0), help="Overlap of windows in tokens.  [default: 128]")
+@click.option("--token", help="Token for the hub, for private data sets.")
+@_reading_options
+def check(
+    as_json: bool,
+    file: str,
+    fix: str | None,
+    max_bad: float | None,
+    show: int,
+    base: str | None,
+    max_seq_len: int | None,
+    doc_stride: int | None,
+    token: str | None,
+    **options: Any,
+) -> None:
+    """Classify every row of FILE (anything that train reads, and Label Studio's exports), and repair what can be.
+
+    A row is no_answer, empty, exact, shifted, utf16, whitespace, case, detokenised or absent, the first of these that
+    fits. An answer without an offset that occurs several times is rejected by --fix, unless --on-ambiguous first.
+    """
+    from qadeploy.data.carriers import load_rows
+    from qadeploy.data.check import check_rows
+    from qadeploy.data.repair import check_places, write_fixed
+    from qadeploy.data.table import lines
+    from qadeploy.lengths import load_encoder, measure
+    from qadeploy.qa.settings import QaSettings
+    from qadeploy.shipped import base_model_path
+
+    if fix:
+        check_places(file, Path(fix))
+    checked = check_rows(file, load_rows(file, token), _reading(options))
+    text = lines(checked, show)
+    if not as_json:
+        settings = QaSettings().changed(max_seq_len=max_seq_len, doc_stride=doc_stride)
+        encoder = load_encoder(base or str(base_model_path()))
+        text += ["", *measure(checked, encoder, settings).lines()]
+    _print(as_json, checked.to_dict(), text)
+    if fix:
+        written = write_fixed(checked, Path(fix))
+        _note(f"{written.clean}: {written.clean_rows} rows; {written.rejected}: {written.rejected_rows} rows")
+        if written.renamed:
+            _note(f"{written.clean}: {written.renamed} rows had the id of an earlier row and got a number behind it")
+    if max_bad is not None and checked.bad_share > max_bad:
+        _fail(
+            f"{file}: {checked.bad_share:.2%} of the rows cannot be used as they are, --max-bad allows {max_bad:.2%}", 1
+        )
 
 
 @_command(

@@ -11,13 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from qadeploy.errors import CheckpointError
 from qadeploy.runtime.session import onnxruntime, usable_cpus
+from qadeploy.shipped import base_model_path
 
 _PACKAGES = {
     "runtime": ("numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
     "train": ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "datasets", "accelerate", "pyarrow"),
 }
-BASE_MODEL = "minilm-l6-qa"
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
@@ -59,11 +60,11 @@ def diagnose() -> dict[str, Any]:
         problems.append(
             f"train and export need {', '.join(missing)}: pip install 'qadeploy[train]' (answering does not)"
         )
-    package = Path(__file__).resolve().parent
-    found = [p for p in (package, package.parent) if (p / "models" / BASE_MODEL / "model.safetensors").is_file()]
-    report["base_model"] = BASE_MODEL if found else None
-    if not found:
-        problems.append(f"the base model {BASE_MODEL} is not in this installation: train needs --base")
+    try:
+        report["base_model"] = base_model_path().name
+    except CheckpointError as error:
+        report["base_model"] = None
+        problems.append(str(error))
     report["problems"] = problems
     return report
 

@@ -88,6 +88,86 @@ def test_the_group_lists_its_commands_and_its_version():
 # ---------------------------------------------------------------- every command for real
 
 
+DIRTY = [
+    {**SEED, "id": "a"},
+    {**SEED, "id": "b", "question": "And?", "answer": "Blue"},
+    {**SEED, "id": "c", "question": "Or?", "answer": "green"},
+    {**SEED, "id": "d", "question": "Else?", "answer": "sky", "answer_start": 5},
+]
+
+
+def test_check_prints_counts_examples_and_lengths():
+    write_jsonl(Path("faq.jsonl"), DIRTY)
+    shown = well("check", "faq.jsonl", "--show", 1).stdout
+    for line in (
+        "faq.jsonl: 4 rows",
+        '  row 2 (id b): "Blue" -> "blue" at 11',
+        '  row 3 (id c): "green" does not occur in the context',
+        '  row 4 (id d): "sky": answer_start 5 -> 4',
+        "  offsets are off by +1 (1) code points",
+        "context tokens: 1, median 5, 95 % at most 5, longest 5",
+        "answer tokens: 3, median 1, 95 % at most 1, longest 1",
+        "windows a question (max_seq_len 384, doc_stride 128): 3, median 1, 95 % at most 1, longest 1",
+        "answers cut by a window's border: 0 (0.0%); whole in no window: 0 (0.0%)",
+    ):
+        assert line in shown.splitlines()
+
+
+def test_check_counts_as_json():
+    write_jsonl(Path("faq.jsonl"), DIRTY)
+    names = ["exact", "shifted", "whitespace", "case", "detokenised", "utf16"]
+    names += ["repeated", "absent", "empty", "duplicate", "no_answer"]
+    found = value(well("check", "faq.jsonl", "--json"))
+    counts = {**dict.fromkeys(names, 0), "exact": 1, "case": 1, "absent": 1, "shifted": 1}
+    assert found == {"rows": 4, "classes": counts, "repaired": 2, "rejected": 1}
+
+
+def test_check_repairs_what_train_then_reads(tiny_checkpoint):
+    rows = [{k: v for k, v in row.items() if k != "split"} for row in triplets(60)]
+    rows[7]["answer"] = str(rows[7]["answer"]).upper()
+    rows[9]["answer"] = "not there at all"
+    write_jsonl(Path("faq.jsonl"), rows)
+    result = run("train", "--data", "faq.jsonl")
+    assert result.exit_code == 2
+    assert "data check       60 rows: 58 exact, 1 case, 1 absent" in result.stdout
+    assert "row 8, field answer" in result.stderr
+    assert "qadeploy check faq.jsonl --fix OUT.jsonl" in result.stderr
+    assert not Path("runs").exists()
+    result = well("check", "faq.jsonl", "--fix", "clean.jsonl", "--json")
+    assert result.stderr.strip() == "clean.jsonl: 59 rows; clean.rejected.jsonl: 1 rows"
+    well("train", "--data", "clean.jsonl", "--base", tiny_checkpoint, "--out", "runs/x", "--epochs", 1)
+    metrics = json.loads(Path("runs/x/metrics.json").read_text())
+    assert metrics["data_check"]["classes"]["exact"] == 59
+
+
+@pytest.mark.parametrize(("limit", "code"), [(0.75, 0), (0.74, 1), (0, 1), (1, 0)])
+def test_check_exits_by_the_share_of_bad_rows(limit, code):
+    write_jsonl(Path("faq.jsonl"), DIRTY)
+    result = run("check", "faq.jsonl", "--max-bad", limit)
+    assert result.exit_code == code
+    assert ("75.00% of the rows cannot be used as they are" in result.stderr) == bool(code)
+
+
+@pytest.mark.parametrize("command", ["check", "train", "evaluate", "answer"])
+def test_any_column_names(command, tiny_checkpoint, bundle):
+    rows = [{"doc": r["context"], "q": r["question"], "a": r["answer"]} for r in triplets(60)]
+    write_jsonl(Path("faq.jsonl"), rows)
+    columns = ["--columns", "context=doc,question=q,answer=a"]
+    commands = {
+        "check": ("check", "faq.jsonl"),
+        "train": ("train", "--data", "faq.jsonl", "--base", tiny_checkpoint, "--out", "runs/x", "--epochs", 1),
+        "evaluate": ("evaluate", bundle, "--data", "faq.jsonl"),
+        "answer": ("answer", bundle, "--input", "faq.jsonl", "--output", "out.jsonl"),
+    }
+    fails(2, ["context", "is missing; the fields found are doc, q, a"], *commands[command])
+    fails(2, ["--columns 'doc': give OURS=YOURS pairs"], *commands[command], "--columns", "doc")
+    well(*commands[command], *columns)
+    if command == "train":
+        assert json.loads(Path("runs/x/run.json").read_text())["options"]["columns"] == columns[1]
+        exported = well("export", "runs/x", "--no-optimize")  # reads the data again, by the run's mapping
+        assert "questions of faq.jsonl (dev part)" in exported.stdout
+
+
 def test_train(tiny_checkpoint):
     write_jsonl(Path("few.jsonl"), triplets(16))
     options = ("--base", tiny_checkpoint, "--epochs", 1, "--precision", "fp32", "--no-progress")

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from transformers import FNetConfig, FNetForQuestionAnswering
 
 from qadeploy import Answerer
-from qadeploy.build.checkpoint import TorchModel, base_model_path, load_checkpoint
+from qadeploy.build.checkpoint import TorchModel, load_checkpoint
 from qadeploy.build.export import export
 from qadeploy.build.optimize import fusion_line, optimize
 from qadeploy.build.parity import Parity, parity_windows, require_parity
@@ -30,6 +30,7 @@ from qadeploy.data.readers import read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
 from qadeploy.records import Example, Window
+from qadeploy.shipped import base_model_path
 from tests.conftest import sealed_copy, triplets, write_jsonl
 
 KINDS = ("", "fused", "int8")

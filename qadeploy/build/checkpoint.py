@@ -43,18 +43,6 @@ class Checkpoint:
     new_head: bool
 
 
-def base_model_path() -> Path:
-    """The folder of the base model that qadeploy ships, in the installed package or the checkout.
-
-    Raises CheckpointError where neither has it.
-    """
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "models" / "minilm-l6-qa", package.parent / "models" / "minilm-l6-qa"):
-        if (folder / "model.safetensors").is_file():
-            return folder
-    raise CheckpointError("the base model models/minilm-l6-qa is not in this installation: give --base PATH")
-
-
 def load_checkpoint(name: str | Path, **overrides: Any) -> Checkpoint:
     """Loads a checkpoint folder or a hub name. ``overrides`` change the model's configuration.
 

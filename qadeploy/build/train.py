@@ -33,20 +33,24 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qadeploy.build.checkpoint import Checkpoint, base_model_path, load_checkpoint, save_checkpoint
+from qadeploy.build.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from qadeploy.build.curves import draw_curves, terminal_chart
 from qadeploy.build.epochs import EpochTable, QuietProgress, Say
 from qadeploy.build.features import FeatureSet, make_features
 from qadeploy.build.trainer import SpanTrainer, collate
+from qadeploy.data.carriers import load_rows
+from qadeploy.data.check import check_rows
 from qadeploy.data.fields import OnAmbiguous, Reading
 from qadeploy.data.readers import DataSet, hash_examples, read
 from qadeploy.data.splits import carve_by_passage
+from qadeploy.data.table import one_line
 from qadeploy.errors import CheckpointError, FailureError, InputError
 from qadeploy.files import hash_file, replace_folder, write_json
 from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.spans import decode
 from qadeploy.records import Answer, Example, FloatArray
+from qadeploy.shipped import base_model_path
 
 FEW_EXAMPLES = 5_000
 ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
@@ -103,7 +107,11 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
     _check_options(options)
     out = Path(options.out)
     _check_out(out)
-    data = read(options.data, Reading.of(asdict(options)), token=options.token)
+    reading = Reading.of(asdict(options))
+    rows = list(load_rows(options.data, options.token))
+    checked = check_rows(options.data, rows, reading)
+    say(f"data check       {one_line(checked)}")
+    data = read(options.data, reading, rows=rows)
     train_part, dev_part, eval_part = _parts(data, options)
     options = _resolve(options, len(train_part))
     precision = resolve_precision(options.precision)
@@ -152,6 +160,7 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
     work.mkdir(parents=True)
     try:
         result = _run(options, precision, checkpoint, settings, train_set, dev_set, eval_set, work, say, progress)
+        result["data_check"] = checked.to_dict()
         result["seconds"] = round(time.time() - started, 1)
         write_json(work / "metrics.json", result)
         draw_curves(result["epochs"], work / "curves.png")

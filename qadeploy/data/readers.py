@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 
 from qadeploy.data.carriers import Row, load_rows
 from qadeploy.data.fields import Given, ProblemError, Reading, is_offset, parse
+from qadeploy.data.match import occurrences
 from qadeploy.data.wording import kind_of, quote
 from qadeploy.errors import DataError, InputError
 from qadeploy.records import Annotation, Example
@@ -60,15 +61,6 @@ def hash_examples(examples: Iterable[Example]) -> str:
     for example in examples:
         digest.update(json.dumps(asdict(example), sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()
-
-
-def occurrences(text: str, context: str) -> list[int]:
-    """Where ``text`` stands in ``context``, as code points, overlapping occurrences too."""
-    found, at = [], context.find(text)
-    while at >= 0:
-        found.append(at)
-        at = context.find(text, at + 1)
-    return found
 
 
 # ---------------------------------------------------------------- rows to examples
