@@ -26,16 +26,21 @@ def check_output(output: Path) -> None:
 
 
 def answer_file(
-    answerer: Answerer, examples: Sequence[Example], output: Path, on_question: Callable[[], object] | None = None
+    answerer: Answerer,
+    examples: Sequence[Example],
+    output: Path,
+    on_question: Callable[[], object] | None = None,
+    *,
+    allow_no_answer: bool = False,
 ) -> int:
     """Writes one row a question, in order: JSONL for a name in .jsonl, else a folder of parquet parts.
 
-    The rows have the columns ``COLUMNS``. The output appears when it is whole. Returns the number of rows.
+    The rows have the columns ``COLUMNS``; the null answer is the empty text at 0. The output appears when it is whole. Returns the number of rows.
     Raises InputError (see ``check_output``), MissingExtraError (parquet without pyarrow).
     """
     check_output(output)
     bundle = answerer.bundle.hash if answerer.bundle else ""
-    answers = answerer.answer_stream((e.question, e.context) for e in examples)
+    answers = answerer.answer_stream(((e.question, e.context) for e in examples), allow_no_answer=allow_no_answer)
 
     def rows() -> Iterator[dict[str, Any]]:
         for example, found in zip(examples, answers, strict=True):

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from qadeploy import __version__
+from qadeploy.config import fold, read_config, unknown_hint
 from qadeploy.errors import InputError, MissingExtraError, QadeployError
 
 _READING = {"on_ambiguous": "error", "columns": None, "no_answer_token": None}
@@ -24,16 +25,33 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Command(click.Command):
-    """A command with ``--json`` and ``--debug``, whose errors are one clear message."""
+    """A command with ``--config``, ``--json`` and ``--debug``, whose errors are one clear message."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params += [
             click.Option(
+                ["--config"],
+                is_eager=True,
+                expose_value=False,
+                callback=_configure,
+                help="YAML or JSON file of options by name (paths from the current directory); flags given win.",
+            ),
+            click.Option(
                 ["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, remarks on stderr."
             ),
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
         ]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            hint = unknown_hint(self, error.option_name)
+            if not hint:
+                raise
+            message = f"No such option: {error.option_name}{hint}"
+            raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
@@ -62,6 +80,14 @@ class _Command(click.Command):
         return None
 
 
+def _configure(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        try:
+            ctx.default_map = read_config(Path(value), ctx.command, ctx)
+        except QadeployError as error:
+            _fail(str(error), error.exit_code)
+
+
 def _fail(message: str, code: int) -> None:
     click.echo(f"Error: {message}", err=True)
     sys.exit(code)
@@ -75,7 +101,13 @@ def _command(group: click.Group, *, example: str) -> Callable[[Callable[..., Any
     return wrap
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_seq_length as in run_qa.py
+    }
+)
 @click.version_option(__version__, prog_name="qadeploy")
 def main() -> None:
     """Extractive question answering, from (context, question, answer) triplets to a service.
@@ -98,6 +130,11 @@ def _print(as_json: bool, value: dict[str, Any], text: Sequence[str]) -> None:
 
 def _say(as_json: bool) -> Callable[[str], None]:
     return lambda message: click.echo(message, err=as_json)
+
+
+_trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run the Python code that a model brings along. Read it before."
+)
 
 
 def _device_option(function: _Function) -> _Function:
@@ -201,49 +238,132 @@ def check(
     example="""
 qadeploy train
 qadeploy train --data faq.jsonl --out runs/faq
+qadeploy train --config run.yaml --epochs 2
+qadeploy train --data few.jsonl --folds 5
 qadeploy train --data hub:squad --base bert-base-uncased --epochs 2 --out runs/squad
 """,
 )
 @click.option(
-    "--data", default="handbook", show_default=True, help="handbook, a JSON/JSONL/CSV/parquet file, or hub:NAME."
+    "--data",
+    "--train-file",
+    default="handbook",
+    show_default=True,
+    help="handbook, a JSON/JSONL/CSV/parquet file, or hub:NAME.",
 )
-@click.option("--base", help="Checkpoint folder or hub name to start from.  [default: the base model that ships]")
-@click.option("--out", help="Run folder.  [default: runs/NAME after the data]")
-@click.option("--eval-data", help="Held-out data, only reported on.  [default: the data's own validation split]")
+@click.option("--dataset-name", help="A data set of the hub: the same as --data hub:NAME.")
+@click.option(
+    "--base",
+    "--model-name-or-path",
+    help="Checkpoint folder or hub name to start from.  [default: the base model that ships]",
+)
+@click.option("--model-revision", help="Branch, tag or commit of a base from the hub.  [default: main]")
+@click.option("--out", "--output-dir", help="Run folder.  [default: runs/NAME after the data]")
+@click.option(
+    "--eval-data",
+    "--validation-file",
+    help="Held-out data, only reported on.  [default: the data's own validation split]",
+)
+@click.option(
+    "--dev-data", help="Data that chooses the epoch and the settings.  [default: carved from the training data]"
+)
 @click.option(
     "--dev-fraction", default=0.1, show_default=True, help="Share of training questions that chooses the epoch."
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Epochs at most.  [default: 3]")
+@click.option(
+    "--folds",
+    type=int,
+    help="Cross-validate first: so many models, each scored on the passages it was not trained on; for little data.",
+)
+@click.option(
+    "--max-train-samples", type=click.IntRange(min=1), help="Train on the first N questions of the training part only."
+)
+@click.option(
+    "--max-eval-samples", type=click.IntRange(min=1), help="Score the first N questions of dev and held-out part only."
+)
+@click.option("--epochs", "--num-train-epochs", type=click.IntRange(min=1), help="Epochs at most.  [default: 3]")
 @click.option("--learning-rate", type=float, help="Peak learning rate.  [default: by the amount of data]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Windows a step.  [default: by the amount of data]")
+@click.option(
+    "--batch-size",
+    "--per-device-train-batch-size",
+    type=click.IntRange(min=1),
+    help="Windows a forward pass.  [default: by the amount of data]",
+)
+@click.option(
+    "--gradient-accumulation-steps",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Batches a step: as one batch so many times as large, in the memory of one.",
+)
+@click.option("--gradient-checkpointing", is_flag=True, help="Save memory: compute activations again going backward.")
 @click.option("--weight-decay", default=0.01, show_default=True, help="AdamW's weight decay.")
 @click.option("--warmup-ratio", default=0.06, show_default=True, help="Share of steps over which the rate rises.")
 @click.option(
     "--patience", default=2, show_default=True, type=click.IntRange(min=1), help="Epochs without a better dev F1."
 )
 @click.option("--seed", default=13, show_default=True, help="Seed of the split, the order and the dropout.")
-@click.option("--max-seq-len", type=click.IntRange(min=16), help="Longest window in tokens.  [default: the base's]")
+@click.option(
+    "--max-seq-len",
+    "--max-seq-length",
+    type=click.IntRange(min=16),
+    help="Longest window in tokens.  [default: the base's]",
+)
 @click.option("--doc-stride", type=click.IntRange(min=0), help="Overlap of windows in tokens.  [default: the base's]")
+@click.option(
+    "--preprocessing-num-workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Processes that make windows; more than one pays on large data alone.",
+)
+@click.option(
+    "--max-answer-len",
+    "--max-answer-length",
+    type=click.IntRange(min=1),
+    help="Longest answer in tokens.  [default: chosen on the dev part]",
+)
+@click.option(
+    "--null-score-diff-threshold",
+    type=float,
+    help="'No answer' wins if its logit exceeds the best span's by more.  [default: chosen on the dev part]",
+)
+@click.option(
+    "--n-best-size",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Candidates a question in nbest_predictions.json; changes nothing else.",
+)
 @click.option("--attention-dropout", default=0.0, show_default=True, help="0 allows PyTorch's fused attention.")
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     default="auto",
     show_default=True,
-    help="Of the arithmetic; auto is bf16 where the hardware multiplies it natively.",
+    help="Of the arithmetic; auto is bf16 where the hardware multiplies it natively; fp16 needs a GPU.",
 )
-@click.option("--token", help="Token for the hub, for private data sets.")
+@click.option("--bf16", is_flag=True, help="The same as --precision bf16.")
+@click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
+@click.option("--token", help="Token for the hub, for private models and data sets.  [default: $HF_TOKEN, or a login]")
+@_trust_option
 @click.option("--progress/--no-progress", default=None, help="Show a progress bar.  [default: on a terminal]")
 @_reading_options
-def train(as_json: bool, progress: bool | None, out: str | None, **options: Any) -> None:
+def train(as_json: bool, progress: bool | None, out: str | None, folds: int | None, **options: Any) -> None:
     """Fine-tune a question-answering model and keep its best epoch."""
+    from qadeploy.build.folds import train_with_folds
     from qadeploy.build.train import TrainOptions
     from qadeploy.build.train import train as run
 
+    ctx = click.get_current_context()
+    dataset = options.pop("dataset_name")
+    options["data"] = fold(ctx, "data", {"dataset_name": f"hub:{dataset}" if dataset else None})
+    given = {name: name if options.pop(name) else None for name in ("bf16", "fp16")}
+    options["precision"] = fold(ctx, "precision", given)
     name = Path(options["data"].removeprefix("hub:").replace(":", "-")).stem
     chosen = TrainOptions(out=out or f"runs/{name}", **options)
     shown = sys.stderr.isatty() if progress is None else progress
-    result = run(chosen, _say(as_json), progress=shown)
+    say = _say(as_json)
+    result = run(chosen, say, progress=shown) if folds is None else train_with_folds(chosen, folds, say, progress=shown)
     if as_json:
         click.echo(json.dumps({"run": str(result.folder), **result.metrics}, ensure_ascii=False))
 
@@ -324,7 +444,7 @@ def export(
 # ---------------------------------------------------------------- evaluate, ask, answer
 
 
-def _predictor(path: str, device: str, threads: int | None = None) -> Any:
+def _predictor(path: str, device: str, threads: int | None = None, trust_remote_code: bool = False) -> Any:
     """An answerer for a bundle, or for a run or checkpoint through PyTorch."""
     from qadeploy.bundle import MANIFEST
 
@@ -337,9 +457,9 @@ def _predictor(path: str, device: str, threads: int | None = None) -> Any:
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such folder: give a bundle, a run or a checkpoint folder")
     run = find_run(path)
-    from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
+    from qadeploy.build.checkpoint import Hub, load_checkpoint, torch_answerer
 
-    return torch_answerer(load_checkpoint(run.checkpoint), device)
+    return torch_answerer(load_checkpoint(run.checkpoint, Hub(trust_remote_code=trust_remote_code)), device)
 
 
 def _examples(source: str, split: str, reading: Any, annotated: bool = True) -> tuple[Any, ...]:
@@ -384,30 +504,90 @@ qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json -
     help="Which rows; auto is the validation split where the data has one, else all.",
 )
 @click.option("--predictions", type=click.Path(dir_okay=False), help="Write SQuAD's predictions format ({id: text}).")
+@click.option(
+    "--predictions-dir",
+    type=click.Path(file_okay=False),
+    help="Write predictions.json, nbest_predictions.json and, where 'no answer' competes, null_odds.json.",
+)
+@click.option(
+    "--n-best-size",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Candidates a question in nbest_predictions.json.",
+)
+@click.option(
+    "--allow-no-answer/--always-answer",
+    default=None,
+    help="Whether 'no answer' competes.  [default: where the data hold questions without an answer, or the model was trained with some]",
+)
 @_device_option
+@_trust_option
 @_reading_options
 def evaluate(
-    as_json: bool, model: str, data: str, split: str, predictions: str | None, device: str, **options: Any
+    as_json: bool,
+    model: str,
+    data: str,
+    split: str,
+    predictions: str | None,
+    predictions_dir: str | None,
+    n_best_size: int,
+    allow_no_answer: bool | None,
+    device: str,
+    trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """Score MODEL (a run, a bundle or a checkpoint folder) on annotated questions."""
     from qadeploy.evaluate import evaluate as score_all
     from qadeploy.files import write_json
+    from qadeploy.predictions import Recorder, write_predictions
 
     if predictions and not Path(predictions).absolute().parent.is_dir():
         raise InputError(f"{Path(predictions).parent}: no such folder to write --predictions into")
     examples = _examples(data, split, _reading(options))
-    predictor = _predictor(model, device)
+    predictor = _predictor(model, device, trust_remote_code=trust_remote_code)
+    if predictions_dir:
+        Path(predictions_dir).mkdir(parents=True, exist_ok=True)
+        predictor = Recorder(predictor, examples, n_best_size)
     with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
-        evaluation = score_all(predictor, examples, lambda: bar.update(1))
+        evaluation = score_all(predictor, examples, lambda: bar.update(1), allow_no_answer=allow_no_answer)
     if predictions:
         write_json(Path(predictions), evaluation.predictions(examples))
-    value = {"model": model, "data": data, **evaluation.scores.to_dict()}
+    if predictions_dir:
+        write_predictions(Path(predictions_dir), predictor.predictions)
+    value = {
+        "model": model,
+        "data": data,
+        **evaluation.scores.to_dict(),
+        "ece": evaluation.calibration_error,
+        "allow_no_answer": evaluation.allow_no_answer,
+        "null_threshold": predictor.settings.null_threshold,
+    }
     names = {"exact_match": "exact match", "f1": "F1", "accuracy": "accuracy (exact span)"}
     text = [f"{model} on {len(examples)} questions of {data} (percent, 95 % bootstrap interval)"]
     for key, name in names.items():
         low, high = cast(list[float], value[f"{key}_interval"])
         text.append(f"  {name:<22} {value[key]:6.2f}  ({low:.2f} to {high:.2f})")
+    if "NoAns_total" in value:
+        for kind, name in (("HasAns", "with an answer"), ("NoAns", "without an answer")):
+            if f"{kind}_total" in value:
+                f1, total = value[f"{kind}_f1"], value[f"{kind}_total"]
+                text.append(f"  {name:<22} {f1:6.2f}  F1, exact match {value[f'{kind}_exact']:.2f}, {total} questions")
+    text.append(f"  {'calibration error':<22} {value['ece']:6.3f}  (ECE of the scores, 0 to 1)")
+    text.append(
+        "  " + _null_rule(evaluation.allow_no_answer, predictor.settings.null_threshold, allow_no_answer is None)
+    )
     _print(as_json, value, text)
+
+
+def _null_rule(allowed: bool, threshold: float | None, by_rule: bool) -> str:
+    """One line: whether "no answer" competed, by what threshold, and why."""
+    if not allowed:
+        why = "neither the data nor the model's training has questions without an answer" if by_rule else "as asked"
+        return f"every question is answered ({why})"
+    why = "the model was trained with such questions" if threshold is not None else "the data hold such questions"
+    how = "by probability, the model has no threshold" if threshold is None else f"null threshold {threshold:+.3f}"
+    return f"'no answer' competes ({why if by_rule else 'as asked'}; {how})"
 
 
 @_command(
@@ -425,7 +605,7 @@ qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @
 @click.option("--max-seq-len", type=int, help="Longest window in tokens.  [default: the bundle's]")
 @click.option("--doc-stride", type=int, help="Overlap of windows in tokens.  [default: the bundle's]")
 @click.option("--align-to-words", is_flag=True, help="Widen answers to whole words.")
-@click.option("--allow-no-answer", is_flag=True, help="Let 'no answer' compete.")
+@click.option("--allow-no-answer", is_flag=True, help="Let 'no answer' compete, by the bundle's null threshold.")
 @click.option("--trace", "show_trace", is_flag=True, help="Show the encoding, the forward pass and the span selection.")
 @_device_option
 def ask(as_json: bool, bundle: str, question: str, context: str, show_trace: bool, device: str, **options: Any) -> None:
@@ -475,11 +655,19 @@ qadeploy answer bundles/handbook-int8 --input questions.parquet --output answers
 @click.option(
     "--output", required=True, type=click.Path(), help="A name in .jsonl is one file, another a folder of parquet."
 )
+@click.option("--allow-no-answer", is_flag=True, help="Let 'no answer' compete, by the bundle's null threshold.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
 @_columns_options
 @_device_option
 def answer(
-    as_json: bool, bundle: str, source: str, output: str, threads: int | None, device: str, **options: Any
+    as_json: bool,
+    bundle: str,
+    source: str,
+    output: str,
+    allow_no_answer: bool,
+    threads: int | None,
+    device: str,
+    **options: Any,
 ) -> None:
     """Answer every question of a file with BUNDLE, one row a question, in order."""
     from qadeploy import Answerer
@@ -489,7 +677,7 @@ def answer(
     examples = _examples(source, "all", _reading(options), annotated=False)
     answerer = Answerer.load(bundle, device=device, threads=threads)
     with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
-        rows = answer_file(answerer, examples, Path(output), lambda: bar.update(1))
+        rows = answer_file(answerer, examples, Path(output), lambda: bar.update(1), allow_no_answer=allow_no_answer)
     _print(as_json, {"rows": rows, "output": output}, [f"{output}: {rows} answers"])
 
 

@@ -68,7 +68,7 @@ class Span:
 
     ``start_token``/``end_token`` are inclusive token indices into the whole context, ``start``/``end``
     code points (end exclusive), ``logit`` the sum of its start and end logits in its best window,
-    ``score`` its probability (one softmax over all valid spans of all windows).
+    ``score`` its probability (one softmax over all valid spans of all windows, at the model's temperature).
     """
 
     start: int

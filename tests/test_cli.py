@@ -19,10 +19,11 @@ import pyarrow.parquet as parquet
 import pytest
 from click.testing import CliRunner, Result
 
-from qadeploy import __version__
+from qadeploy import Answerer, __version__
 from qadeploy.bundle import MANIFEST, MODEL, open_bundle
 from qadeploy.cli import main
-from tests.conftest import triplets, write_jsonl
+from qadeploy.runtime.answerer import Options
+from tests.conftest import sealed_copy, triplets, unanswerable, write_jsonl
 
 COMMANDS = sorted(main.commands)
 SEED = {"context": "The sky is blue.", "question": "What color is the sky?", "answer": "blue"}
@@ -74,6 +75,7 @@ def test_every_command_and_option_has_help(name):
 def test_every_example_parses(name):
     examples = re.findall(rf"^ +qadeploy ({name}\b.*)$", well(name, "--help").stdout, re.MULTILINE)
     assert examples
+    Path("run.yaml").write_text("epochs: 3")  # which an example names
     for line in examples:
         main.commands[name].make_context(name, shlex.split(line)[1:])  # raises on what does not exist
 
@@ -178,6 +180,89 @@ def test_train(tiny_checkpoint):
     assert "1 raw data       16 questions on 16 passages from few.jsonl" in result.stderr
 
 
+def test_a_command_line_of_run_qa_moves_over_with_few_edits(tiny_checkpoint):
+    """As in the README of transformers' question-answering examples, less --do_train --do_eval."""
+    write_jsonl(Path("train.jsonl"), triplets(24))
+    write_jsonl(Path("dev.jsonl"), triplets(40)[24:])
+    line = f"""
+        --model_name_or_path {tiny_checkpoint} --train_file train.jsonl --validation_file dev.jsonl
+        --per_device_train_batch_size 12 --learning_rate 3e-3 --num_train_epochs 1 --max_seq_length 64 --doc_stride 16
+        --max_answer_length 6 --n_best_size 3 --weight_decay 0.02 --warmup_ratio 0.1 --gradient_accumulation_steps 2
+        --max_train_samples 20 --max_eval_samples 6 --preprocessing_num_workers 2 --seed 7 --output_dir out
+    """
+    found = value(well("train", *line.split(), "--precision", "fp32", "--no-progress", "--json"))
+    assert found["run"] == "out"
+    options = json.loads(Path("out/run.json").read_text())["options"]
+    assert {name: options[name] for name in ("base", "data", "eval_data", "epochs", "batch_size", "seed")} == {
+        "base": str(tiny_checkpoint),
+        "data": "train.jsonl",
+        "eval_data": "dev.jsonl",
+        "epochs": 1,
+        "batch_size": 12,
+        "seed": 7,
+    }
+    assert (options["weight_decay"], options["warmup_ratio"], options["preprocessing_num_workers"]) == (0.02, 0.1, 2)
+    assert (found["steps"], found["held_out"]["total"], found["settings"]["max_seq_len"]) == (1, 6, 64)
+    assert found["settings"]["max_answer_len"] == 6
+    assert len(json.loads(Path("out/predictions.json").read_text())) == 6
+
+
+def test_train_by_a_config_file(tiny_checkpoint):
+    write_jsonl(Path("few.jsonl"), triplets(16))
+    Path("run.yaml").write_text(f"data: few.jsonl\nbase: {tiny_checkpoint}\nepochs: 9\nprecision: fp32\njson: true\n")
+    found = value(well("train", "--config", "run.yaml", "--epochs", 1, "--no-progress"))
+    assert [row["epoch"] for row in found["epochs"]] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["run", "bundle"])
+def test_evaluate_writes_the_files_that_train_wrote(kind, tiny, bundle):
+    from qadeploy.build.runs import dev_part, find_run
+
+    part = dev_part(find_run(tiny.run))
+    rows = [{"id": e.id, "context": e.context, "question": e.question, "answer": e.answers[0].text} for e in part]
+    write_jsonl(Path("dev.jsonl"), rows)
+    model = bundle if kind == "bundle" else tiny.run
+    well("evaluate", model, "--data", "dev.jsonl", "--predictions-dir", "new/folder")
+    assert sorted(p.name for p in Path("new/folder").iterdir()) == ["nbest_predictions.json", "predictions.json"]
+    theirs, ours = (
+        json.loads((folder / "nbest_predictions.json").read_text()) for folder in (tiny.run, Path("new/folder"))
+    )
+    assert list(theirs) == list(ours) == [row["id"] for row in rows]
+    for row in rows:
+        assert len(ours[row["id"]]) == 20
+        places = {(e["start"], e["end"]): e for e in ours[row["id"]]}  # by place: what is almost equal may change ranks
+        for old in theirs[row["id"]][:5]:
+            mine = places[old["start"], old["end"]]
+            assert mine["text"] == old["text"]
+            assert mine["start_logit"] == pytest.approx(old["start_logit"], abs=2e-2)
+            assert mine["probability"] == pytest.approx(old["probability"], abs=2e-2)
+    well(
+        "evaluate",
+        model,
+        "--data",
+        "dev.jsonl",
+        "--predictions-dir",
+        "new/folder",
+        "--allow-no-answer",
+        "--n-best-size",
+        2,
+    )
+    odds = json.loads(Path("new/folder/null_odds.json").read_text())
+    assert list(odds) == list(ours)
+    predicted = json.loads(Path("new/folder/predictions.json").read_text())
+    assert {i for i, text in predicted.items() if not text} == {i for i, value in odds.items() if value > 0}
+
+
+def test_a_token_is_in_no_output(tiny_checkpoint):
+    write_jsonl(Path("few.jsonl"), triplets(16))
+    for base in ("no/such-model", tiny_checkpoint):
+        arguments = ["--data", "few.jsonl", "--base", base, "--epochs", 1, "--precision", "fp32", "--no-progress"]
+        result = run("train", *arguments, "--token", "hf_veryveryverysecret", "--debug")
+        assert result.exit_code == (0 if base == tiny_checkpoint else 1)
+        assert "hf_very" not in result.output
+    assert all(b"hf_very" not in p.read_bytes() for p in Path("runs").rglob("*") if p.is_file())
+
+
 def test_export(tiny, tiny_export):
     bundles = value(tiny_export)["bundles"]
     assert list(bundles) == ["bundles/keepers", "bundles/keepers-fused", "bundles/keepers-int8"]
@@ -230,6 +315,76 @@ def test_evaluate_agrees_with_the_official_script(kind, tiny, bundle):
     assert 30 < em < f1 < 60
     assert (found["exact_match"], found["f1"]) == (pytest.approx(em), pytest.approx(f1))
     assert (found["total"], found["model"], found["data"]) == (9, str(model), "graded.jsonl")
+
+
+@pytest.fixture
+def unsure(bundle) -> Path:
+    """The tiny bundle, with a null threshold that gives "no answer" to about a third of the triplets."""
+    rows = [(str(r["question"]), str(r["context"])) for r in unanswerable(24)]
+    answerer = Answerer.load(bundle, device="cpu")
+    read = [answerer.read(q, c, Options(allow_no_answer=True)).decoded.null_difference for q, c in rows]
+    settings = {**answerer.settings.to_dict(), "null_threshold": (sorted(read)[15] + sorted(read)[16]) / 2}
+    return sealed_copy(bundle, Path("unsure").absolute(), settings=settings)
+
+
+def test_evaluate_reports_with_and_without_an_answer_as_the_official_script(unsure):
+    rows = [{**row, "id": f"q{i}"} for i, row in enumerate(unanswerable(24))]
+    write_jsonl(Path("rows.jsonl"), rows)
+    command = ("evaluate", unsure, "--data", "rows.jsonl", "--predictions", "predictions.json")
+    found = value(well(*command, "--json"))
+    predictions = json.loads(Path("predictions.json").read_text())
+    assert sum(not text for text in predictions.values()) == 8
+    kinds = {"HasAns": [r for r in rows if r["answer"]], "NoAns": [r for r in rows if not r["answer"]]}
+    total = 0.0
+    for kind, part in kinds.items():
+        golds = [{"id": r["id"], "answers": {"text": [r["answer"] or ""]}} for r in part]
+        em, f1 = official_scores(golds, predictions)
+        assert (found[f"{kind}_exact"], found[f"{kind}_f1"]) == (pytest.approx(em), pytest.approx(f1))
+        assert found[f"{kind}_total"] == len(part)
+        total += f1 * len(part)
+    assert found["f1"] == pytest.approx(total / 24)
+    assert 0 < found["NoAns_f1"] < 100
+    assert (found["allow_no_answer"], found["null_threshold"]) == (True, open_bundle(unsure).settings.null_threshold)
+    assert 0 <= found["ece"] <= 1
+    text = well(*command).stdout
+    assert re.search(rf"without an answer +{found['NoAns_f1']:.2f}  F1, exact match .*, 8 questions", text)
+    assert re.search(rf"calibration error +{found['ece']:.3f}", text)
+    assert "'no answer' competes (the model was trained with such questions; null threshold" in text
+
+    always = well(*command, "--always-answer")
+    assert "every question is answered (as asked)" in always.stdout
+    assert all(json.loads(Path("predictions.json").read_text()).values())
+
+
+def test_evaluate_by_probability_where_the_model_has_no_threshold(bundle):
+    write_jsonl(Path("rows.jsonl"), unanswerable(6))
+    assert "(the data hold such questions; by probability" in well("evaluate", bundle, "--data", "rows.jsonl").stdout
+    write_jsonl(Path("rows.jsonl"), triplets(6))
+    text = well("evaluate", bundle, "--data", "rows.jsonl").stdout
+    assert "every question is answered (neither the data nor the model's training" in text
+    assert "without an answer" not in text
+    text = well("evaluate", bundle, "--data", "rows.jsonl", "--allow-no-answer").stdout
+    assert "(as asked; by probability" in text
+
+
+def test_ask_and_answer_by_the_threshold_of_the_bundle(unsure):
+    rows = unanswerable(24)
+    write_jsonl(Path("rows.jsonl"), [{k: r[k] for k in ("context", "question")} for r in rows])
+    well("answer", unsure, "--input", "rows.jsonl", "--output", "null.jsonl", "--allow-no-answer")
+    found = [json.loads(line) for line in Path("null.jsonl").read_text().splitlines()]
+    assert sum(not row["answer"] for row in found) == 8
+    assert all((row["start"], row["end"]) == (0, 0) for row in found if not row["answer"])
+    well("answer", unsure, "--input", "rows.jsonl", "--output", "always.jsonl")
+    assert all(json.loads(line)["answer"] for line in Path("always.jsonl").read_text().splitlines())
+
+    number = next(n for n, row in enumerate(found) if not row["answer"])
+    asked = ("--question", rows[number]["question"], "--context", rows[number]["context"])
+    text = well("ask", unsure, *asked, "--allow-no-answer", "--trace").stdout
+    threshold, t = (getattr(open_bundle(unsure).settings, name) for name in ("null_threshold", "temperature"))
+    assert re.search(r"\n1\. \(no answer in this text\)   score 0\.\d{4}, code points 0-0\n2\. ", text)
+    assert f"exceeds the best span's by more than {threshold:.2f}" in text
+    assert f"at temperature {t:.3f}" in text
+    assert "no answer" not in well("ask", unsure, *asked).stdout
 
 
 def test_evaluate_scores_the_validation_split_unless_told(bundle):

@@ -25,13 +25,14 @@ from qadeploy.build.quantize import quantize, quantize_embeddings, recipes
 from qadeploy.build.report import Reference, make_reference
 from qadeploy.build.runs import Run, dev_part, find_run, held_out
 from qadeploy.build.sensitivity import Product, rank_products, rounding_error
+from qadeploy.build.train import train
 from qadeploy.bundle import CARD, MANIFEST, MODEL, open_bundle
 from qadeploy.data.readers import read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
 from qadeploy.records import Example, Window
 from qadeploy.shipped import base_model_path
-from tests.conftest import sealed_copy, triplets, write_jsonl
+from tests.conftest import sealed_copy, tiny_options, triplets, write_jsonl
 
 KINDS = ("", "fused", "int8")
 
@@ -365,3 +366,67 @@ def test_the_base_model_exports_with_the_logits_of_pytorch(tmp_path):
     windows = [w for size in (48, 100, longest) for w in windows_of(reference.checkpoint, [second], [size])[-2:]]
     assert len({len(w) for w in windows}) >= 4
     assert largest_difference(reference.checkpoint, Answerer.load(bundle.folder).model, windows) < 1e-4
+
+
+# ---------------------------------------------------------------- threshold and temperature
+
+
+def test_what_the_dev_part_chose_is_in_the_run_and_the_bundle(folded, tmp_path):
+    metrics = json.loads((folded.run / "metrics.json").read_text())
+    chosen = metrics["settings"]
+    assert chosen == json.loads((folded.run / "checkpoint" / "qadeploy.json").read_text())
+    assert chosen["null_threshold"] is not None
+    assert chosen["temperature"] != 1.0
+    assert metrics["no_answer"]["null_threshold"] == chosen["null_threshold"]
+    dev = metrics["no_answer"]["dev"]
+    assert dev["f1"] == pytest.approx(metrics["dev"]["f1"])
+    assert dev["f1"] >= max(dev["f1_threshold_0"], dev["f1_always_answer"])
+    assert metrics["calibration"]["temperature"] == chosen["temperature"]
+    assert 0 <= metrics["calibration"]["dev"]["ece"] <= 1
+    assert "calibration error (ECE)" in folded.remarks
+
+    run = find_run(folded.run)
+    reference = make_reference(run, "keepers", dev_part(run))
+    assert reference.scores.to_dict() == metrics["dev"]
+    manifest = export(reference, tmp_path / "bundle").manifest
+    assert manifest["settings"] == chosen
+    measured = manifest["measured"]
+    assert measured["ece"] == pytest.approx(metrics["calibration"]["dev"]["ece"], abs=1e-4)
+    for name in ("HasAns_f1", "NoAns_f1", "HasAns_total", "NoAns_total"):
+        assert measured[name] == pytest.approx(metrics["dev"][name])
+    card = (tmp_path / "bundle" / CARD).read_text()
+    assert f"by more than {chosen['null_threshold']:.3f}" in card
+    assert f"at temperature {chosen['temperature']:.3f}" in card
+    assert f"on the {measured['NoAns_total']} without" in card
+
+    answerer = Answerer.load(tmp_path / "bundle", device="cpu")
+    asked = [(e.question, e.context) for e in reference.examples]
+    texts = [a[0].text for a in answerer.answer_batch(asked, allow_no_answer=True)]
+    right = [
+        any(t == a.text for a in e.answers) or not (t or e.answers)
+        for t, e in zip(texts, reference.examples, strict=True)
+    ]
+    assert 100 * np.mean(right) == pytest.approx(metrics["dev"]["exact_match"])
+
+
+def test_the_base_model_that_ships_has_no_threshold_yet():
+    settings = load_checkpoint(base_model_path()).settings
+    assert (settings.max_answer_len, settings.null_threshold, settings.temperature) == (15, None, 1.0)
+
+
+def test_dev_data_of_its_own_is_found_again_and_noticed_where_it_changed(tiny_checkpoint, tmp_path):
+    data, dev = (
+        write_jsonl(tmp_path / f"{n}.jsonl", rows) for n, rows in (("data", triplets(12)), ("dev", triplets(20)[12:]))
+    )
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=1, dev_data=str(dev))
+    metrics = train(options, lambda line: None, progress=False).metrics
+    run = find_run(tmp_path / "run")
+    assert dev_part(run) == read(str(dev)).examples
+    assert held_out(run, None) == (str(dev), read(str(dev)).examples)
+    assert metrics["dev"]["total"] == 8
+    write_jsonl(dev, triplets(20)[13:])
+    assert dev_part(run) == ()
+    with pytest.raises(
+        InputError, match=r"dev.jsonl: is not the dev data that the run was made with: give --eval-data"
+    ):
+        held_out(run, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 
@@ -119,7 +120,7 @@ def test_an_error_of_a_variant_is_not_swallowed(clock):
 # ---------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("settings", [QaSettings(), QaSettings(64, 0, 1)])
+@pytest.mark.parametrize("settings", [QaSettings(), QaSettings(64, 0, 1), QaSettings(64, 0, 1, -2.5, 0.75)])
 def test_settings_survive_json_with_keys_of_other_versions_beside_them(settings):
     stored = json.loads(json.dumps({**settings.to_dict(), "later": True}))
     assert QaSettings.from_dict(stored, "run.json") == settings
@@ -127,9 +128,11 @@ def test_settings_survive_json_with_keys_of_other_versions_beside_them(settings)
 
 def test_settings_not_stored_take_their_defaults():
     assert QaSettings.from_dict({"doc_stride": 7, "max_seq_len": None}, "run.json") == QaSettings(doc_stride=7)
+    before_thresholds = {"max_seq_len": 384, "doc_stride": 128, "max_answer_len": 15}
+    assert QaSettings.from_dict(before_thresholds, "run.json") == QaSettings(384, 128, 15, None, 1.0)
 
 
-@pytest.mark.parametrize("name", list(QaSettings().to_dict()))
+@pytest.mark.parametrize("name", ["max_seq_len", "doc_stride", "max_answer_len"])
 @pytest.mark.parametrize("value", [-1, 0, 1.5, 384.0, True, "384", [384]])
 def test_settings_are_positive_whole_numbers_but_a_stride_may_be_0(name, value):
     if (name, value) == ("doc_stride", 0):
@@ -138,3 +141,19 @@ def test_settings_are_positive_whole_numbers_but_a_stride_may_be_0(name, value):
     with pytest.raises(InputError) as caught:
         QaSettings.from_dict({name: value}, "run.json")
     assert str(caught.value) == f"run.json: {name} is {value!r}, a positive whole number is needed"
+
+
+@pytest.mark.parametrize("value", [0, -1.5, math.nan, math.inf, True, "1", [1], 10**400])
+@pytest.mark.parametrize(("name", "needed"), [("temperature", "a number above 0"), ("null_threshold", "a number")])
+def test_thresholds_are_numbers_and_temperatures_above_0(name, needed, value):
+    if name == "null_threshold" and value in (0, -1.5):
+        assert QaSettings.from_dict({name: value}, "run.json").null_threshold == value
+        return
+    with pytest.raises(InputError) as caught:
+        QaSettings.from_dict({name: value}, "run.json")
+    assert str(caught.value) == f"run.json: {name} is {value!r}, {needed} is needed"
+
+
+def test_options_of_a_call_keep_threshold_and_temperature():
+    stored = QaSettings(384, 128, 15, -2.5, 0.75)
+    assert stored.changed(max_seq_len=60, max_answer_len=3) == QaSettings(60, 20, 3, -2.5, 0.75)

@@ -159,6 +159,10 @@ def test_score_by_hand():
     assert (scores.total, scores.exact_match, scores.accuracy) == (8, 50, 25)
     assert scores.f1 == pytest.approx(100 * (4 + 2 / 3) / 8)
     plain = scores.to_dict()
+    kinds = {"exact": (3 / 6, 1 / 2), "f1": ((3 + 2 / 3) / 6, 1 / 2), "total": (0.06, 0.02)}
+    for name, values in kinds.items():
+        for kind, value in zip(("HasAns", "NoAns"), values, strict=True):
+            assert plain[f"{kind}_{name}"] == pytest.approx(100 * value)
     assert {k: plain[k] for k in ("exact_match", "accuracy", "total")} == {
         "exact_match": 50,
         "accuracy": 25,
@@ -183,7 +187,7 @@ ROWS = st.lists(st.floats(0, 1, width=16), min_size=1, max_size=60).map(np.array
 @given(rows=ROWS)
 def test_the_interval_contains_the_mean_and_is_the_same_each_time(rows):
     low, high = bootstrap_interval(rows, samples=250)
-    assert low - 1e-9 <= Scores(rows, rows, rows).f1 <= high + 1e-9
+    assert low - 1e-9 <= Scores(rows, rows, rows, rows > 0).f1 <= high + 1e-9
     assert 0 <= low <= high <= 100
     assert bootstrap_interval(rows, samples=250) == (low, high)
     narrow = bootstrap_interval(rows, samples=250, level=0.5)

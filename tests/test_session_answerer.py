@@ -6,6 +6,7 @@ import itertools
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,9 +169,46 @@ def test_no_answer_competes_only_where_it_is_allowed(answerer):
     assert [(a.start, a.end) for a in null] == [(0, 0)]
     reading = answerer.read(*PAIRS[0], Options(allow_no_answer=True))
     best = reading.decoded.spans[0]
-    odds = np.exp(reading.decoded.null_logit - best.logit)
+    odds = np.exp((reading.decoded.null_logit - best.logit) / answerer.settings.temperature)
     assert null[0].score == pytest.approx(odds * competing[0].score, rel=1e-4)
     assert sum(a.score for a in competing) == pytest.approx(1, abs=1e-4)
+
+
+def with_settings(bundle: Path, folder: Path, **changes: object) -> Answerer:
+    stored = {**open_bundle(bundle).manifest["settings"], **changes}
+    return Answerer.load(sealed_copy(bundle, folder, settings=stored), device="cpu", threads=1)
+
+
+def test_the_stored_threshold_decides_about_the_null_answer(answerer, bundle, tmp_path):
+    decoded = [answerer.read(q, c, Options(allow_no_answer=True)).decoded for q, c in PAIRS]
+    differences = sorted(d.null_difference for d in decoded)
+    threshold = (differences[9] + differences[10]) / 2
+    unsure = with_settings(bundle, tmp_path / "unsure", null_threshold=threshold)
+    found = unsure.answer_batch(PAIRS, top_k=2, allow_no_answer=True)
+    assert [not a[0].text for a in found] == [d.null_difference > threshold for d in decoded]
+    assert sum(not a[0].text for a in found) == len(PAIRS) - 10
+    by_torch = torch_answerer(
+        replace(load_checkpoint(answerer.bundle.manifest["source"]["checkpoint"]), settings=unsure.settings)
+    )
+    assert same(found, by_torch.answer_batch(PAIRS, top_k=2, allow_no_answer=True), 1e-4)
+    assert same(unsure.answer_batch(PAIRS), answerer.answer_batch(PAIRS))  # where it is not allowed, nothing changes
+
+
+def test_the_stored_temperature_sharpens_scores_and_moves_no_answer(answerer, bundle, tmp_path):
+    t = answerer.settings.temperature
+    sharp = with_settings(bundle, tmp_path / "sharp", temperature=t / 2)
+    every = answerer.answer(*PAIRS[0], top_k=10_000)
+    found = sharp.answer(*PAIRS[0], top_k=10_000)
+    assert [(a.start, a.end) for a in found] == [(a.start, a.end) for a in every]
+    total = sum(a.score**2 for a in every)
+    assert [a.score for a in found] == pytest.approx([a.score**2 / total for a in every], rel=1e-3)
+
+
+def test_a_bundle_from_before_thresholds_and_temperatures_loads(answerer, bundle, tmp_path):
+    stored = {k: v for k, v in answerer.settings.to_dict().items() if k not in {"null_threshold", "temperature"}}
+    old = Answerer.load(sealed_copy(bundle, tmp_path / "old", settings=stored, null_threshold=None), device="cpu")
+    assert (old.settings.null_threshold, old.settings.temperature) == (None, 1.0)
+    assert old.answer(*PAIRS[0])[0].text == GOLD[0]
 
 
 def test_a_context_that_fits_is_one_window_whatever_the_lengths(answerer):

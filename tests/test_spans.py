@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qadeploy.errors import InputError, LogitsError
-from qadeploy.qa.spans import Decoded, decode
+from qadeploy.qa.spans import Decoded, decode, rank_answers
 from qadeploy.qa.windows import EncodedText, Encoder, EncoderConfig
-from qadeploy.records import FloatArray, Window
+from qadeploy.records import Answer, FloatArray, Window
 from tests.tokenizers_for_tests import NAMES, encoder, family, texts, thorough
 
 Logits = list[FloatArray]
@@ -146,6 +146,53 @@ def test_golden_example():
     with_null = decode(windows, starts, ends, context, max_answer_len=2, allow_no_answer=True)
     assert with_null.spans[0].score == pytest.approx(8 / 24)
     assert with_null.null_score == pytest.approx(2 / 24)
+
+
+def test_a_temperature_divides_the_logits_and_changes_no_rank():
+    context, windows = read("red green blue")
+    starts, ends = [logs(2, 99, 99, 2, 1, 3, 99)], [logs(1, 99, 99, 1, 4, 2, 99)]
+    options = {"top_k": 9, "max_answer_len": 2, "allow_no_answer": True}
+    found = decode(windows, starts, ends, context, temperature=0.5, **options)
+    # Half the temperature squares the weights: 8, 6, 4, 2, 2 and no answer 2; together 128.
+    assert [s.score * 128 for s in found.spans] == pytest.approx([64, 36, 16, 4, 4])
+    assert found.null_score == pytest.approx(4 / 128)
+    plain = decode(windows, starts, ends, context, **options)
+    assert [(s.start, s.end, s.logit) for s in found.spans] == [(s.start, s.end, s.logit) for s in plain.spans]
+    assert found.null_logit == plain.null_logit
+    assert found.null_difference == plain.null_difference == pytest.approx(log(2) - log(8))
+
+
+@pytest.mark.parametrize(
+    ("threshold", "texts"),
+    [
+        (None, ["green", "red", "", "blue"]),  # by probability
+        (0.0, ["green", "red", "", "blue"]),
+        (1.5, ["green", "red", "blue", ""]),  # it exceeds blue by log 4 = 1.386
+        (1.25, ["green", "red", "", "blue"]),
+        (-0.75, ["green", "", "red", "blue"]),  # less than red by log 2 = 0.693
+        (-1.25, ["", "green", "red", "blue"]),  # less than green by log 3 = 1.099
+    ],
+)
+def test_the_null_answer_stands_by_its_threshold(threshold, texts):
+    context, windows = read("red green blue")
+    starts, ends = [logs(4, 1, 1, 8, 12, 1, 1)], [np.zeros(7, dtype=np.float32)]
+    found = decode(windows, starts, ends, context, top_k=3, max_answer_len=1, allow_no_answer=True)
+    ranked = rank_answers(found, context.text, top_k=4, allow_no_answer=True, null_threshold=threshold)
+    assert [a.text for a in ranked] == texts
+    scores = {a.text: a.score * 25 for a in ranked}
+    assert scores == pytest.approx({"green": 12, "red": 8, "": 4, "blue": 1})
+    assert rank_answers(found, context.text, top_k=1, allow_no_answer=True, null_threshold=threshold) == ranked[:1]
+    assert [a.text for a in rank_answers(found, context.text, top_k=4)] == ["green", "red", "blue"]
+
+
+def test_without_a_span_null_is_all_there_is():
+    enc = encoder("xlm-r")
+    context = enc.encode("")
+    windows = enc.windows(enc.encode("Who?"), context)
+    flat = [np.zeros(len(w), dtype=np.float32) for w in windows]
+    found = decode(windows, flat, flat, context, allow_no_answer=True)
+    assert found.null_difference == np.inf
+    assert rank_answers(found, "", top_k=3, allow_no_answer=True, null_threshold=50.0) == [Answer("", 0, 0, 1.0)]
 
 
 def test_a_span_in_two_windows_is_one_candidate_with_its_best_score():

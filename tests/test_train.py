@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoTokenizer, BertConfig, BertModel, FlaubertConfig, FlaubertForQuestionAnsweringSimple
 
 from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.build.curves import terminal_chart
-from qadeploy.build.epochs import observe
+from qadeploy.build.epochs import EpochTable, observe
 from qadeploy.build.features import collate_labels, label, make_features
-from qadeploy.build.runs import dev_part, find_run
+from qadeploy.build.runs import dev_part, find_run, held_out
 from qadeploy.build.train import resolve_precision, train
 from qadeploy.build.trainer import LengthGroupedSampler, span_loss
 from qadeploy.data.readers import hash_examples, read
+from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, DataError, FailureError, InputError
 from qadeploy.evaluate import evaluate
 from qadeploy.qa.settings import QaSettings
@@ -179,6 +184,37 @@ def test_observations(before, now, remark):
     assert observe(before, now) == remark
 
 
+def evaluated(rows: list[tuple[float | None, float]]) -> tuple[EpochTable, list[str]]:
+    """The table after epochs with these (train loss, eval loss), from epoch 0 on."""
+    said: list[str] = []
+    table = EpochTable(said.append)
+    for epoch, (train_loss, eval_loss) in enumerate(rows):
+        state = SimpleNamespace(epoch=epoch, log_history=[] if train_loss is None else [{"loss": train_loss}])
+        metrics = {"eval_loss": eval_loss, "eval_accuracy": 0.5, "eval_exact_match": 50.0, "eval_f1": 60.0}
+        table.on_evaluate(None, state, None, metrics)
+    return table, said
+
+
+def test_a_gap_that_opens_is_warned_of_once_with_what_to_do():
+    table, said = evaluated([(None, 3.0), (2.0, 2.0), (1.0, 2.25), (0.5, 2.5)])
+    warnings = [line for line in said if "WARNING" in line]
+    assert len(warnings) == 1
+    assert said.index(warnings[0]) == 3  # after the rows of epochs 0, 1 and 2
+    assert "overfitting from epoch 2 on: eval loss 2.250 rises away from train loss 1.000" in warnings[0]
+    assert "a lower --learning-rate" in warnings[0]
+    assert table.gap_opened == 2
+    assert [r["observation"].startswith("overfitting") for r in table.rows] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "rows", [[(None, 3.0), (2.0, 3.5)], [(None, 3.0), (2.0, 2.0), (1.0, 1.5)], [(None, 3.0), (2.0, 2.0), (2.5, 2.5)]]
+)
+def test_losses_that_fall_or_rise_together_are_no_gap(rows):
+    table, said = evaluated(rows)
+    assert table.gap_opened is None
+    assert not any("WARNING" in line for line in said)
+
+
 def test_the_terminal_chart():
     assert terminal_chart([row(0, None, 3.0)]) == ""
     lines = terminal_chart([row(0, None, 3.0), row(1, 1.0, 2.0), row(2, 1.5, 1.5)], width=21, height=5).split("\n")
@@ -194,15 +230,27 @@ def test_the_terminal_chart():
 def test_precision():
     assert [resolve_precision(name) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
     assert resolve_precision("auto") in {"fp32", "bf16"}
-    with pytest.raises(InputError, match="choose auto, fp32 or bf16"):
-        resolve_precision("fp16")
+    with pytest.raises(InputError, match="choose auto, fp32, bf16 or fp16"):
+        resolve_precision("fp8")
+    if torch.cuda.is_available():
+        assert resolve_precision("fp16") == "fp16"
+    else:
+        with pytest.raises(InputError, match="fp16: needs a GPU, and torch finds none: use --precision bf16 or fp32"):
+            resolve_precision("fp16")
 
 
 # ---------------------------------------------------------------- the run folder
 
 
 def test_the_run_folder_is_whole(tiny, tiny_checkpoint):
-    assert sorted(p.name for p in tiny.run.iterdir()) == ["checkpoint", "curves.png", "metrics.json", "run.json"]
+    assert sorted(p.name for p in tiny.run.iterdir()) == [
+        "checkpoint",
+        "curves.png",
+        "metrics.json",
+        "nbest_predictions.json",
+        "predictions.json",
+        "run.json",
+    ]
     assert [p.name for p in tiny.run.parent.iterdir()] == [tiny.run.name]
     files = {p.name for p in (tiny.run / "checkpoint").iterdir()}
     assert files >= {"config.json", "model.safetensors", "qadeploy.json", "tokenizer.json", "tokenizer_config.json"}
@@ -213,6 +261,7 @@ def test_the_run_folder_is_whole(tiny, tiny_checkpoint):
     assert record["data_sha256"] == hash_examples(read(str(tiny.data)).examples)
     assert record["base"]["name"] == str(tiny_checkpoint)
     assert len(record["base"]["sha256"]) == 64
+    assert record["base"]["commit"] is None
     assert record["versions"]["torch"] == torch.__version__
     assert {"qadeploy", "python", "transformers", "tokenizers", "numpy"} <= set(record["versions"])
     options = record["options"]
@@ -251,6 +300,9 @@ def test_the_metrics_are_those_of_our_decoder_on_the_dev_part(tiny):
     scores = evaluate(torch_answerer(load_checkpoint(run.checkpoint)), dev).scores
     assert scores.to_dict() == tiny.metrics["dev"]
     assert tiny.metrics["dev"]["total"] == len(dev) == 20
+    assert tiny.metrics["predictions"] == "dev"
+    predicted = json.loads((tiny.run / "predictions.json").read_text())
+    assert predicted == {e.id: e.answers[0].text for e in dev}  # the tiny model knows them all
 
 
 def test_the_same_seed_gives_the_same_run_and_replaces_an_old_one(tiny, tiny_checkpoint, tmp_path):
@@ -310,6 +362,167 @@ def test_a_run_that_diverges_leaves_nothing(few, tiny_checkpoint, tmp_path):
     with pytest.raises(FailureError, match=r"diverged|NaN"):
         train(options, lambda line: None, progress=False)
     assert sorted(tmp_path.iterdir()) == before
+
+
+# ---------------------------------------------------------------- the options of run_qa.py
+
+
+def test_gradient_checkpointing_changes_no_figure(tiny, tiny_checkpoint, tmp_path, monkeypatch):
+    calls: list[object] = []
+
+    def spy(function: Callable[..., object], *args: object, **kwargs: object) -> object:
+        calls.append(kwargs.get("use_reentrant"))
+        return checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", spy)
+    options = tiny_options(tiny.data, tiny_checkpoint, tmp_path / "run", gradient_checkpointing=True)
+    found = train(options, lambda line: None, progress=False).metrics
+    assert found["epochs"] == tiny.metrics["epochs"]
+    assert found["dev"] == tiny.metrics["dev"]
+    assert calls == [False] * 2 * found["steps"]  # both layers, every step
+
+
+def no_answer_rows(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Every third question without an answer, as SQuAD v2 says it."""
+    return [
+        {"id": f"q{i}", "context": row["context"], "question": "Who keeps the moon?", "is_impossible": True}
+        if i % 3 == 2
+        else {"id": f"q{i}", **row}
+        for i, row in enumerate(rows)
+    ]
+
+
+def test_the_options_of_run_qa_in_one_run(tiny_checkpoint, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", no_answer_rows(triplets(40)))
+    held = write_jsonl(tmp_path / "held.jsonl", no_answer_rows(triplets(80)[40:]))
+    said: list[str] = []
+    options = tiny_options(
+        data,
+        tiny_checkpoint,
+        tmp_path / "run",
+        eval_data=str(held),
+        epochs=2,
+        batch_size=4,
+        gradient_accumulation_steps=2,
+        max_train_samples=21,
+        max_eval_samples=5,
+        max_answer_len=3,
+        null_score_diff_threshold=1.5,
+        n_best_size=4,
+        token="hf_veryveryverysecret",
+    )
+    metrics = train(options, said.append, progress=False).metrics
+    run = find_run(tmp_path / "run")
+
+    assert "2 preprocessing  train 21, dev 5 (carved by passage, chooses the epoch), held out 5 (only reported)" in said
+    windows = 21  # each passage is one
+    assert any(f"train {windows} windows" in line for line in said)
+    steps = math.ceil(math.ceil(windows / 4) / 2)
+    assert any(f"2 epochs of {steps} steps of 2 x 4 windows" in line for line in said)
+    assert metrics["steps"] == 2 * steps
+
+    settings = metrics["settings"]
+    assert (settings["max_answer_len"], settings["null_threshold"]) == (3, 1.5)
+    assert any("max_answer_len 3 as given" in line for line in said)
+    assert any("null threshold +1.500" in line and "the threshold as given" in line for line in said)
+    source, examples = held_out(run, None)
+    assert (source, [e.id for e in examples]) == (str(held), ["q0", "q1", "q2", "q3", "q4"])
+    answerer = torch_answerer(load_checkpoint(run.checkpoint))
+    assert evaluate(answerer, examples).scores.to_dict() == metrics["held_out"]
+    assert evaluate(answerer, dev_part(run)).scores.to_dict() == metrics["dev"]
+    whole = read(str(data)).examples
+    carved = carve_by_passage(whole, 0.2, 13)[1]
+    assert len(carved) > 5
+    assert dev_part(run) == carved[:5]
+    assert run.record is not None
+    assert run.record["data_sha256"] == hash_examples(whole)
+    assert {name: run.record["options"][name] for name in ("max_train_samples", "max_eval_samples", "n_best_size")} == {
+        "max_train_samples": 21,
+        "max_eval_samples": 5,
+        "n_best_size": 4,
+    }
+
+    assert metrics["predictions"] == "held_out"
+    predicted, n_best, odds = (
+        json.loads((run.checkpoint.parent / f"{name}.json").read_text())
+        for name in ("predictions", "nbest_predictions", "null_odds")
+    )
+    assert list(predicted) == list(n_best) == list(odds) == [e.id for e in examples]
+    assert {i: text == "" for i, text in predicted.items()} == {i: value > 1.5 for i, value in odds.items()}
+    assert all(4 <= len(entries) <= 5 for entries in n_best.values())
+    answers = [answerer.answer(e.question, e.context, allow_no_answer=True)[0].text for e in examples]
+    assert list(predicted.values()) == answers
+
+    for path in (p for p in tmp_path.rglob("*") if p.is_file()):
+        assert b"hf_very" not in path.read_bytes(), path
+    assert "hf_very" not in "\n".join(said) + repr(options)
+
+
+def test_dev_data_is_cut_too_and_found_again(few, tiny_checkpoint, tmp_path):
+    dev = write_jsonl(tmp_path / "dev.jsonl", triplets(32)[16:])
+    options = tiny_options(
+        few, tiny_checkpoint, tmp_path / "run", epochs=1, dev_data=str(dev), max_train_samples=12, max_eval_samples=7
+    )
+    said: list[str] = []
+    metrics = train(options, said.append, progress=False).metrics
+    assert "2 preprocessing  train 12, dev 7 " in "".join(said)
+    run = find_run(tmp_path / "run")
+    assert dev_part(run) == read(str(dev)).examples[:7]
+    assert held_out(run, None) == (str(dev), dev_part(run))
+    scores = evaluate(torch_answerer(load_checkpoint(run.checkpoint)), dev_part(run)).scores
+    assert scores.to_dict() == metrics["dev"]
+
+
+def test_a_part_smaller_than_its_limit_is_whole(few, tiny_checkpoint, tmp_path):
+    options = tiny_options(few, tiny_checkpoint, tmp_path / "run", epochs=1, max_train_samples=99, max_eval_samples=99)
+    assert train(options, lambda line: None, progress=False).metrics["dev"]["total"] == 4
+    assert len(dev_part(find_run(tmp_path / "run"))) == 4
+
+
+def test_a_run_of_before_these_options_still_finds_its_dev_part(tiny, tmp_path):
+    shutil.copytree(tiny.run, tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "run.json").read_text())
+    for name in ("max_eval_samples", "max_train_samples", "n_best_size"):
+        del record["options"][name]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record))
+    assert dev_part(find_run(tmp_path / "old")) == dev_part(find_run(tiny.run))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("max_train_samples", 0),
+        ("max_eval_samples", -1),
+        ("max_answer_len", 0),
+        ("n_best_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("gradient_accumulation_steps", 1.5),
+        ("preprocessing_num_workers", True),
+        ("null_score_diff_threshold", math.nan),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(name, value, tmp_path):
+    with pytest.raises(InputError, match=f"{name} is {value}: "):
+        train(tiny_options(tmp_path / "none", tmp_path / "none", tmp_path / "run", **{name: value}), print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_gradient_checkpointing_and_a_folder_with_a_revision_are_refused(
+    few, tiny_checkpoint, tmp_path
+):
+    options = tiny_options(few, tiny_checkpoint, tmp_path / "run", model_revision="v2")
+    with pytest.raises(InputError, match="checkpoint: is a folder, which has no revisions"):
+        train(options, lambda line: None, progress=False)
+    base = tmp_path / "flaubert"
+    config = FlaubertConfig(vocab_size=300, emb_dim=16, n_layers=1, n_heads=2, max_position_embeddings=160)
+    FlaubertForQuestionAnsweringSimple(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(base)
+    options = tiny_options(few, base, tmp_path / "run", gradient_checkpointing=True)
+    with pytest.raises(InputError, match="flaubert: this kind of model has no gradient checkpointing"):
+        train(options, lambda line: None, progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def unusable(name: str, tmp_path: Path) -> list[dict[str, object]]:

@@ -34,17 +34,21 @@ class Variant:
 
 
 def own(answerer: Answerer) -> Variant:
-    """The bundle through ``Answerer``: answer_batch, and answer for one question."""
+    """The bundle through ``Answerer``: answer_batch, and answer for one question.
+
+    Every variant may say "no answer" where the bundle has a null threshold.
+    """
     if answerer.bundle is None:
         raise FailureError("only a bundle can be benched")
+    null = answerer.settings.null_threshold is not None
 
     def first(found: list[Answer]) -> Answer:
         return found[0] if found else Answer("", 0, 0, 0.0)
 
     return Variant(
         f"qadeploy {answerer.bundle.precision} ({answerer.bundle.name})",
-        lambda pairs: [first(found) for found in answerer.answer_batch(pairs)],
-        lambda question, context: first(answerer.answer(question, context)),
+        lambda pairs: [first(found) for found in answerer.answer_batch(pairs, allow_no_answer=null)],
+        lambda question, context: first(answerer.answer(question, context, allow_no_answer=null)),
         answerer.bundle.model_bytes,
     )
 
@@ -120,6 +124,7 @@ def _pipeline_variant(name: str, model: Any, tokenizer: Any, settings: QaSetting
         "max_seq_len": settings.max_seq_len,
         "doc_stride": settings.doc_stride,
         "max_answer_len": settings.max_answer_len,
+        "handle_impossible_answer": settings.null_threshold is not None,
     }
 
     def run(inputs: Any) -> Any:

@@ -23,9 +23,15 @@ def bundle_card(name: str, manifest: Mapping[str, Any]) -> str:
         "```",
         "",
         f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}; answers have at most "
-        f"{settings['max_answer_len']} tokens.",
+        f"{settings['max_answer_len']} tokens. Scores are probabilities at temperature {settings['temperature']:.3f}.",
         "",
     ]
+    if settings["null_threshold"] is not None:
+        lines += [
+            "Trained with questions that have no answer: with `allow_no_answer=True` the null answer (the empty text) comes "
+            f"first where its logit exceeds the best span's by more than {settings['null_threshold']:.3f}.",
+            "",
+        ]
     if measured:
         low, high = measured["f1_interval"]
         lines += [
@@ -34,6 +40,12 @@ def bundle_card(name: str, manifest: Mapping[str, Any]) -> str:
             f"change of F1 against PyTorch {measured['f1_change']:+.2f}.",
             "",
         ]
+        if "NoAns_total" in measured and "HasAns_total" in measured:
+            lines += [
+                f"F1 {measured['HasAns_f1']:.1f} on the {measured['HasAns_total']} questions with an answer, "
+                f"{measured['NoAns_f1']:.1f} on the {measured['NoAns_total']} without.",
+                "",
+            ]
     lines += [
         f"Logits against PyTorch on {parity['windows']} real windows of {parity['shortest']} to {parity['longest']} tokens: "
         f"at most {parity['max_abs_diff']:.1e} apart.",

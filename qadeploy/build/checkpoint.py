@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +43,43 @@ class Checkpoint:
     new_head: bool
 
 
-def load_checkpoint(name: str | Path, **overrides: Any) -> Checkpoint:
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """How a model is fetched from the hub: its branch, tag or commit, the token to ask with, and whether its code may run.
+
+    Without a token the library's own sources count: the environment variable HF_TOKEN, then a login. Code that a model
+    brings along is foreign code on this machine, so it stays unread unless ``trust_remote_code``.
+    """
+
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+
+
+def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) -> Checkpoint:
     """Loads a checkpoint folder or a hub name. ``overrides`` change the model's configuration.
 
     Raises CheckpointError: no such model (offline or not), no fast tokenizer, a damaged file;
-    InputError: stored settings that make no sense.
+    InputError: stored settings that make no sense, a revision of a folder.
     """
     name = str(name)
     folder = Path(name)
+    hub = hub or Hub()
+    if folder.is_dir() and hub.revision is not None:
+        raise InputError(f"{name}: is a folder, which has no revisions: model_revision is for a model of the hub")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in it: this is not a checkpoint folder")
     transformers_logging.set_verbosity_error()
+    # False, not None, which would ask on the terminal.
+    access = {"revision": hub.revision or "main", "token": hub.token, "trust_remote_code": hub.trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **access)
         for key, value in overrides.items():
             if hasattr(config, key):
                 setattr(config, key, value)
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **access)
         model, loading = AutoModelForQuestionAnswering.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
+            name, config=config, dtype=torch.float32, output_loading_info=True, **access
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
         raise CheckpointError(_explain(name, folder, error)) from error
@@ -84,6 +102,11 @@ def _is_bare(folder: Path) -> bool:
 
 def _explain(name: str, folder: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name}: brings Python code of its own, which is not run unless you say so: read it, and if you trust it give "
+            f"--trust-remote-code ({reason})"
+        )
     if folder.is_dir():
         return f"{name}: the checkpoint cannot be loaded: {reason}"
     return (

@@ -22,11 +22,12 @@ class QuietProgress(ProgressCallback):
 
 
 class EpochTable(TrainerCallback):
-    """Prints a row an epoch, and keeps the rows."""
+    """Prints a row an epoch, and keeps the rows. Warns once, where the gap between train and eval loss opens."""
 
     def __init__(self, say: Say) -> None:
         self.say = say
         self.rows: list[dict[str, Any]] = []
+        self.gap_opened: int | None = None  # the first epoch of overfitting
 
     @property
     def best(self) -> dict[str, Any]:
@@ -52,12 +53,32 @@ class EpochTable(TrainerCallback):
         if not math.isfinite(row["eval_loss"] or 0.0) or not math.isfinite(row["train_loss"] or 0.0):
             raise FailureError("training diverged: the loss is not finite. Lower --learning-rate")
         row["observation"] = observe(self.rows, row)
+        opened = self.gap_opened is None and gap_opens(self.rows, row)
         self.rows.append(row)
         loss = "         -" if row["train_loss"] is None else f"{row['train_loss']:10.4f}"
         self.say(
             f"                 {epoch:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
             f"{row['eval_exact_match']:5.1f}  {row['eval_f1']:5.1f}  {row['observation']}"
         )
+        if opened:
+            self.gap_opened = epoch
+            self.say(f"                 {gap_warning(epoch, row)}")
+
+
+def gap_opens(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> bool:
+    """Whether eval loss rises while train loss falls: the model learns its training questions, not the task."""
+    if not before or before[-1]["train_loss"] is None:
+        return False
+    return bool(row["eval_loss"] > before[-1]["eval_loss"] and row["train_loss"] < before[-1]["train_loss"])
+
+
+def gap_warning(epoch: int, row: dict[str, Any]) -> str:
+    """What the open gap means and what to do about it."""
+    return (
+        f"WARNING: overfitting from epoch {epoch} on: eval loss {row['eval_loss']:.3f} rises away from train loss "
+        f"{row['train_loss']:.3f}. The epoch with the best dev F1 is kept all the same. More questions help most; else fewer "
+        "--epochs, a lower --learning-rate, or a higher --weight-decay"
+    )
 
 
 def observe(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
@@ -68,6 +89,6 @@ def observe(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
     loss = row["eval_loss"] - last["eval_loss"]
     accuracy = row["eval_accuracy"] - last["eval_accuracy"]
     moves = "rises" if accuracy > 0 else "falls" if accuracy < 0 else "stays"
-    if loss > 0 and last["train_loss"] is not None and row["train_loss"] < last["train_loss"]:
+    if gap_opens(before, row):
         return f"overfitting: eval loss rises while train loss falls; accuracy {moves}"
     return f"loss {'falls' if loss < 0 else 'rises'}, accuracy {moves}"

@@ -50,10 +50,13 @@ class FeatureSet:
         return sum(bool(f.positions[0, 0] != f.window.null_index) for f in self.features)
 
 
-def make_features(examples: Sequence[Example], encoder: Encoder, settings: QaSettings, source: str) -> FeatureSet:
+def make_features(
+    examples: Sequence[Example], encoder: Encoder, settings: QaSettings, source: str, before: int = 0
+) -> FeatureSet:
     """Windows and labels of all examples; each distinct context is tokenised once.
 
-    Raises DataError naming every row whose question leaves no room for its context.
+    Raises DataError naming every row whose question leaves no room for its context; ``before`` examples of the
+    source come before the first of these.
     """
     texts = list(dict.fromkeys(e.context for e in examples))
     encoded = dict(zip(texts, encoder.encode_many(texts), strict=True))
@@ -61,7 +64,7 @@ def make_features(examples: Sequence[Example], encoder: Encoder, settings: QaSet
     features: list[Feature] = []
     first = [0]
     problems = []
-    for number, (example, question) in enumerate(zip(examples, questions, strict=True), 1):
+    for number, (example, question) in enumerate(zip(examples, questions, strict=True), 1 + before):
         context = encoded[example.context]
         try:
             windows = encoder.windows(

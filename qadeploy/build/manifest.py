@@ -50,7 +50,6 @@ def finish_bundle(
         },
         "encoder": checkpoint.encoder.config.to_dict(),
         "settings": checkpoint.settings.to_dict(),
-        "null_threshold": None,
         "session": session,
         "inputs": list(onnx.inputs),
         "outputs": ["start_logits", "end_logits"],

@@ -68,12 +68,13 @@ def choose_session(reference: Reference, model: bytes) -> dict[str, Any]:
 
 
 def measure(reference: Reference, answerer: Answerer) -> dict[str, Any]:
-    """Scores, the paired F1 difference to PyTorch with its interval, and speed against PyTorch.
+    """Scores and calibration error, the paired F1 difference to PyTorch with its interval, and speed against PyTorch.
 
     ``ms_per_question`` is one question at a time with all threads, the median of interleaved rounds;
     ``speedup_to_pytorch`` the median ratio within a round.
     """
-    scores = evaluate(answerer, reference.examples).scores
+    evaluation = evaluate(answerer, reference.examples)
+    scores = evaluation.scores
     difference = scores.rows_f1 - reference.scores.rows_f1
     timings = interleave(
         {"pytorch": _asker(reference.answerer, reference), "this": _asker(answerer, reference)}, _ROUNDS
@@ -83,6 +84,7 @@ def measure(reference: Reference, answerer: Answerer) -> dict[str, Any]:
     return {
         "data": reference.source,
         **scores.to_dict(),
+        "ece": evaluation.calibration_error,
         "pytorch": {
             **reference.scores.to_dict(),
             "ms_per_question": 1000 * torch.median / asked,

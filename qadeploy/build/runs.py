@@ -68,8 +68,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 def held_out(run: Run, eval_data: str | None, reading: Reading | None = None) -> tuple[str, tuple[Example, ...]]:
     """Where the held-out examples come from, and the examples: never those that the run trained on.
 
-    ``eval_data`` if given (understood by ``reading``), else the run's own evaluation data, the fixed validation split of its data,
-    or its dev part, carved again from the same data by the same seed. Raises InputError where
+    ``eval_data`` if given (understood by ``reading``), else the run's own evaluation data, the fixed validation
+    split of its data, or its dev data or part, carved again from the same data by the same seed. Raises InputError where
     none of them can be had, or the data changed since the run.
     """
     if eval_data is not None:
@@ -92,20 +92,28 @@ def held_out(run: Run, eval_data: str | None, reading: Reading | None = None) ->
         )
     validation = data.part("validation")
     if options["eval_data"] or validation:
-        return source, validation or data.examples
-    return f"{source} (dev part)", dev_part(run)
+        return source, (validation or data.examples)[: options.get("max_eval_samples")]
+    given = options.get("dev_data")
+    part = dev_part(run)
+    if given and not part:
+        raise InputError(f"{given}: is not the dev data that the run was made with: give --eval-data FILE")
+    return given or f"{source} (dev part)", part
 
 
 def dev_part(run: Run) -> tuple[Example, ...]:
-    """The dev part of the run's data, carved again by the same seed; empty where it is not to be had."""
+    """The run's dev data, or its dev part carved again by the same seed; empty where it is not to be had."""
     if run.record is None:
         return ()
     options = run.record["options"]
+    given, most = options.get("dev_data"), options.get("max_eval_samples")
     try:
-        data = read(options["data"], Reading.of(options))
+        data = read(given or options["data"], Reading.of(options))
     except InputError:
         return ()
+    if given:
+        part = data.examples[:most]
+        return part if hash_examples(part) == run.record["dev_data_sha256"] else ()
     if hash_examples(data.examples) != run.record["data_sha256"]:
         return ()  # another carving, which would hold questions that the run trained on
     rest = tuple(e for e in data.examples if e.split != "validation")
-    return carve_by_passage(rest, options["dev_fraction"], options["seed"])[1]
+    return carve_by_passage(rest, options["dev_fraction"], options["seed"])[1][:most]

@@ -3,7 +3,8 @@
 Reads top to bottom: options, data, features, the trainer, the table of epochs, the run folder.
 
 A run folder holds ``run.json`` (resolved options, seed, versions, data hash; written last, so that
-its ``"status": "complete"`` marks a finished run), ``metrics.json``, ``curves.png``, and
+its ``"status": "complete"`` marks a finished run), ``metrics.json``, ``curves.png``, the predictions
+(see ``qadeploy/predictions.py``) on the held-out part, or the dev part where nothing was held out, and
 ``checkpoint/``, the best epoch by dev F1.
 """
 
@@ -15,9 +16,9 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,20 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qadeploy.build.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from qadeploy.build.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
 from qadeploy.build.curves import draw_curves, terminal_chart
 from qadeploy.build.epochs import EpochTable, QuietProgress, Say
-from qadeploy.build.features import FeatureSet, make_features
+from qadeploy.build.features import FeatureSet
+from qadeploy.build.selection import (
+    answers_of,
+    choose_settings,
+    predictions_of,
+    report_choice,
+    score_logits,
+    unchosen_settings,
+)
 from qadeploy.build.trainer import SpanTrainer, collate
+from qadeploy.build.workers import make_features_in
 from qadeploy.data.carriers import load_rows
 from qadeploy.data.check import check_rows
 from qadeploy.data.fields import OnAmbiguous, Reading
@@ -46,14 +56,24 @@ from qadeploy.data.splits import carve_by_passage
 from qadeploy.data.table import one_line
 from qadeploy.errors import CheckpointError, FailureError, InputError
 from qadeploy.files import hash_file, replace_folder, write_json
-from qadeploy.qa.metrics import Scores, bootstrap_interval, score
+from qadeploy.predictions import DEFAULT_N_BEST, write_predictions
+from qadeploy.qa.metrics import Scores, bootstrap_interval
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.spans import decode
-from qadeploy.records import Answer, Example, FloatArray
+from qadeploy.records import Example, FloatArray
 from qadeploy.shipped import base_model_path
 
 FEW_EXAMPLES = 5_000
-ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
+_COUNTS = (
+    "epochs",
+    "batch_size",
+    "patience",
+    "max_train_samples",
+    "max_eval_samples",
+    "max_answer_len",
+    "n_best_size",
+    "gradient_accumulation_steps",
+    "preprocessing_num_workers",
+)
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 
 
@@ -62,14 +82,23 @@ class TrainOptions:
     """Everything a run depends on. None means: chosen from the data, and recorded in ``run.json``.
 
     ``learning_rate``, ``epochs`` and ``batch_size`` default by the number of training questions (few:
-    below ``FEW_EXAMPLES``). ``patience`` is in epochs without a better dev F1. ``attention_dropout``
+    below ``FEW_EXAMPLES``). ``dev_data`` chooses the epoch and the settings instead of ``dev_fraction`` of
+    the training questions. ``patience`` is in epochs without a better dev F1. ``attention_dropout``
     0 lets PyTorch use its fused attention, which is faster.
+
+    ``max_train_samples`` and ``max_eval_samples`` keep the first so many questions, in file order, of the training
+    part (after the dev part was carved) and of the dev and held-out parts. ``batch_size`` is windows a forward
+    pass, and a step is ``gradient_accumulation_steps`` of those. ``max_answer_len`` and
+    ``null_score_diff_threshold`` are taken instead of being chosen on the dev part. ``n_best_size`` is how many
+    candidates the predictions files list, nothing else. ``model_revision``, ``token`` and ``trust_remote_code``
+    are ``Hub``'s, for the base; ``token`` opens hub data too, and is recorded nowhere.
     """
 
     data: str = "handbook"
     base: str | None = None
     out: str = "runs/handbook"
     eval_data: str | None = None
+    dev_data: str | None = None
     dev_fraction: float = 0.1
     epochs: int | None = None
     learning_rate: float | None = None
@@ -85,7 +114,17 @@ class TrainOptions:
     on_ambiguous: OnAmbiguous = "error"
     columns: str | None = None
     no_answer_token: str | None = None
-    token: str | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    max_answer_len: int | None = None
+    null_score_diff_threshold: float | None = None
+    n_best_size: int = DEFAULT_N_BEST
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    preprocessing_num_workers: int = 1
+    model_revision: str | None = None
+    trust_remote_code: bool = False
+    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +135,18 @@ class RunResult:
     metrics: dict[str, Any]
 
 
-def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResult:
+def train(
+    options: TrainOptions, say: Say, *, progress: bool = True, more_metrics: Mapping[str, Any] | None = None
+) -> RunResult:
     """Fine-tunes ``options.base`` on ``options.data`` and writes the run folder.
 
-    ``say`` gets one line of report at a time. Raises InputError and DataError on unusable input before
+    ``say`` gets one line of report at a time; ``more_metrics`` go into ``metrics.json`` as they are. Raises InputError and DataError on unusable input before
     anything is written, CheckpointError where the base does not load, FailureError on a loss that is
     not finite. The run folder appears only when the run is complete.
     """
     started = time.time()
-    _check_options(options)
+    check(options)
     out = Path(options.out)
-    _check_out(out)
     reading = Reading.of(asdict(options))
     rows = list(load_rows(options.data, options.token))
     checked = check_rows(options.data, rows, reading)
@@ -116,7 +156,10 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
     options = _resolve(options, len(train_part))
     precision = resolve_precision(options.precision)
     set_seed(options.seed)
-    checkpoint = load_checkpoint(str(options.base), **_dropout(options.attention_dropout))
+    hub = Hub(options.model_revision, options.token, options.trust_remote_code)
+    checkpoint = load_checkpoint(str(options.base), hub, **_dropout(options.attention_dropout))
+    if options.gradient_checkpointing and not checkpoint.model.supports_gradient_checkpointing:
+        raise InputError(f"{options.base}: this kind of model has no gradient checkpointing: leave it out")
     settings = checkpoint.settings.changed(max_seq_len=options.max_seq_len, doc_stride=options.doc_stride)
 
     example = train_part[0]
@@ -129,23 +172,27 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
             say(f"                 {count} {what}")
     say(f"                 e.g. {_clip(example.question)} -> {_clip(_gold(example))}")
     say(
-        f"2 preprocessing  train {len(train_part)}, dev {len(dev_part)} (carved by passage, chooses the epoch)"
+        f"2 preprocessing  train {len(train_part)}, dev {len(dev_part)} "
+        f"({'of ' + options.dev_data if options.dev_data else 'carved by passage'}, chooses the epoch)"
         + (f", held out {len(eval_part)} (only reported)" if eval_part else "")
     )
     where = (
         f"answer at code points {example.answers[0].start}-{example.answers[0].end}" if example.answers else "no answer"
     )
     say(f"                 e.g. {where} of {len(example.context)}")
-    leaked = {e.context for e in eval_part} & {e.context for e in (*train_part, *dev_part)}
-    if leaked:
-        say(
-            f"                 WARNING: {len(leaked)} held-out passages are also in the training data: their scores flatter"
-        )
-    train_set = make_features(train_part, checkpoint.encoder, settings, options.data)
-    dev_set = make_features(dev_part, checkpoint.encoder, settings, options.data)
-    eval_set = (
-        make_features(eval_part, checkpoint.encoder, settings, options.eval_data or options.data) if eval_part else None
-    )
+    for name, part, seen in (("dev", dev_part, train_part), ("held-out", eval_part, (*train_part, *dev_part))):
+        leaked = {e.context for e in part} & {e.context for e in seen}
+        if leaked:
+            say(
+                f"                 WARNING: {len(leaked)} {name} passages are also in the training data: their scores flatter"
+            )
+
+    def features(part: Sequence[Example], source: str) -> FeatureSet:
+        return make_features_in(options.preprocessing_num_workers, part, checkpoint.encoder, settings, source)
+
+    train_set = features(train_part, options.data)
+    dev_set = features(dev_part, options.dev_data or options.data)
+    eval_set = features(eval_part, options.eval_data or options.data) if eval_part else None
     say(
         f"3 features       train {len(train_set)} windows ({train_set.with_answer} with an answer), dev {len(dev_set)}; "
         f"at most {settings.max_seq_len} tokens, overlap {settings.doc_stride}"
@@ -160,11 +207,10 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
     work.mkdir(parents=True)
     try:
         result = _run(options, precision, checkpoint, settings, train_set, dev_set, eval_set, work, say, progress)
-        result["data_check"] = checked.to_dict()
-        result["seconds"] = round(time.time() - started, 1)
+        result |= {"data_check": checked.to_dict(), "seconds": round(time.time() - started, 1), **(more_metrics or {})}
         write_json(work / "metrics.json", result)
         draw_curves(result["epochs"], work / "curves.png")
-        write_json(work / "run.json", _record(options, precision, settings, checkpoint, data))
+        write_json(work / "run.json", _record(options, precision, checkpoint, data, dev_part))
         replace_folder(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -175,19 +221,25 @@ def train(options: TrainOptions, say: Say, *, progress: bool = True) -> RunResul
 # ---------------------------------------------------------------- data and options
 
 
-def _check_options(options: TrainOptions) -> None:
-    """Raises InputError on numbers that the libraries below would answer with a traceback."""
+def check(options: TrainOptions) -> None:
+    """Raises InputError on numbers that the libraries below would answer with a traceback, and on a place that is taken."""
     ranges = {
         "learning_rate": (0.0, math.inf),
         "weight_decay": (0.0, math.inf),
         "warmup_ratio": (0.0, 1.0),
         "attention_dropout": (0.0, 1.0),
+        "null_score_diff_threshold": (-math.inf, math.inf),
         "seed": (0, 2**32 - 1),
     }
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             raise InputError(f"{name} is {value}: it must lie between {low} and {high}")
+    for name in _COUNTS:
+        value = getattr(options, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise InputError(f"{name} is {value!r}: a whole number from 1 is needed")
+    _check_out(Path(options.out))
 
 
 def _check_out(out: Path) -> None:
@@ -200,7 +252,7 @@ def _check_out(out: Path) -> None:
 def _parts(
     data: DataSet, options: TrainOptions
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], tuple[Example, ...]]:
-    """Train, dev (carved from train by passage) and held-out examples."""
+    """Train, dev (``dev_data``, or carved from train by passage) and held-out examples, cut to the most asked for."""
     held_out = data.part("validation")
     rest = tuple(e for e in data.examples if e.split != "validation")
     if options.eval_data is not None:
@@ -208,8 +260,13 @@ def _parts(
         held_out = given.part("validation") or given.examples
     if not rest:
         raise InputError(f"{options.data}: every row is marked as validation, none is left to train on")
-    train_part, dev_part = carve_by_passage(rest, options.dev_fraction, options.seed)
-    return train_part, dev_part, held_out
+    if options.dev_data is not None:
+        train_part = rest
+        dev_part = read(options.dev_data, Reading.of(asdict(options)), token=options.token).examples
+    else:
+        train_part, dev_part = carve_by_passage(rest, options.dev_fraction, options.seed)
+    most = options.max_eval_samples  # build/runs.py cuts the same way when it carves again
+    return train_part[: options.max_train_samples], dev_part[:most], held_out[:most]
 
 
 def _resolve(options: TrainOptions, questions: int) -> TrainOptions:
@@ -225,8 +282,10 @@ def _resolve(options: TrainOptions, questions: int) -> TrainOptions:
 
 def resolve_precision(wanted: str) -> str:
     """``auto`` becomes bf16 where the hardware multiplies it natively, else fp32. Raises InputError."""
-    if wanted not in {"auto", "fp32", "bf16"}:
-        raise InputError(f"precision is {wanted!r}: choose auto, fp32 or bf16")
+    if wanted not in {"auto", "fp32", "bf16", "fp16"}:
+        raise InputError(f"precision is {wanted!r}: choose auto, fp32, bf16 or fp16")
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise InputError("precision fp16: needs a GPU, and torch finds none: use --precision bf16 or fp32")
     if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("precision bf16: this GPU does not multiply bf16: use --precision fp32")
     if wanted != "auto":
@@ -261,11 +320,13 @@ def _run(
     progress: bool,
 ) -> dict[str, Any]:
     epochs, learning_rate, batch_size = options.epochs or 1, options.learning_rate or 0.0, options.batch_size or 1
-    steps = math.ceil(len(train_set) / batch_size)
+    passes = options.gradient_accumulation_steps
+    steps = math.ceil(math.ceil(len(train_set) / batch_size) / passes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say(
         f"4 training       {sum(p.numel() for p in checkpoint.model.parameters()) / 1e6:.1f} M parameters on {device} "
-        f"in {precision}, {epochs} epochs of {steps} steps of {batch_size} windows, learning rate {learning_rate:g}"
+        f"in {precision}, {epochs} epochs of {steps} steps of {f'{passes} x ' if passes > 1 else ''}{batch_size} windows, "
+        f"learning rate {learning_rate:g}"
     )
     if len(train_set.examples) < FEW_EXAMPLES:
         say(
@@ -280,7 +341,11 @@ def _run(
         per_device_eval_batch_size=2 * batch_size,
         weight_decay=options.weight_decay,
         warmup_ratio=options.warmup_ratio,
+        gradient_accumulation_steps=passes,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=precision == "bf16",
+        fp16=precision == "fp16",
         use_cpu=device == "cpu",
         optim="adamw_torch_fused",
         eval_strategy="epoch",
@@ -317,6 +382,10 @@ def _run(
         trainer.add_callback(QuietProgress)
 
     held_out_base = _held_out(trainer, eval_set, settings) if eval_set else None
+    settings = unchosen_settings(settings, train_set.examples)
+    threshold = options.null_score_diff_threshold
+    given = threshold is not None
+    settings = replace(settings, null_threshold=threshold) if given else settings
     table.header()
     trainer.evaluate()  # the row "0": the base model before any step
     with warnings.catch_warnings(), _memory_errors():
@@ -325,8 +394,10 @@ def _run(
         trainer.train()
 
     dev_logits = _predict(trainer, dev_set)
-    settings = replace(settings, max_answer_len=_best_answer_length(dev_set, dev_logits, settings))
-    dev_scores = _score(dev_set, dev_logits, settings)
+    settings = choose_settings(
+        dev_set, dev_logits, settings, max_answer_len=options.max_answer_len, keep_threshold=given
+    )
+    dev_scores = score_logits(dev_set, dev_logits, settings)
     best = table.best
     metrics: dict[str, Any] = {
         "eval_loss": best["eval_loss"],
@@ -334,22 +405,32 @@ def _run(
         "eval_exact_match": dev_scores.exact_match,
         "eval_f1": dev_scores.f1,
         "best_epoch": best["epoch"],
+        "steps": trainer.state.global_step,
+        "overfitting_from_epoch": table.gap_opened,
         "settings": settings.to_dict(),
         "dev": dev_scores.to_dict(),
         "epochs": table.rows,
     }
-    say(f"5 evaluation     best epoch {best['epoch']}; max_answer_len {settings.max_answer_len} chosen on the dev part")
-    sample = _answers(dev_set, *dev_logits, settings)[0]
+    whose = "as given" if options.max_answer_len else "chosen on the dev part"
+    say(f"5 evaluation     best epoch {best['epoch']}; max_answer_len {settings.max_answer_len} {whose}")
+    line = report_choice("dev", dev_set, dev_logits, settings, metrics, threshold_given=given)
+    say(f"                 dev: {line}")
+    sample = answers_of(dev_set, dev_logits, settings)[0]
     asked = dev_set.examples[0]
     say(f"                 e.g. {_clip(asked.question)} -> {_clip(sample.text)}, annotated {_clip(_gold(asked))}")
     _say_scores(say, "dev", dev_scores)
+    reported, logits, metrics["predictions"] = dev_set, dev_logits, "dev"
     if eval_set:
-        after = _held_out(trainer, eval_set, settings)
+        eval_logits = _predict(trainer, eval_set)
+        after = score_logits(eval_set, eval_logits, settings)
         metrics["held_out"] = after.to_dict()
         if held_out_base:
             metrics["held_out_base"] = held_out_base.to_dict()
             _say_scores(say, "held out, base model", held_out_base)
         _say_scores(say, "held out", after)
+        say(f"                 held out: {report_choice('held_out', eval_set, eval_logits, settings, metrics)}")
+        reported, logits, metrics["predictions"] = eval_set, eval_logits, "held_out"
+    write_predictions(work, predictions_of(reported, logits, settings, options.n_best_size))
     chart = terminal_chart(table.rows)
     if chart:
         say(chart)
@@ -380,45 +461,16 @@ def _predict(trainer: Trainer, features: FeatureSet) -> tuple[FloatArray, FloatA
     return predictions[0], predictions[1]
 
 
-def _answers(features: FeatureSet, starts: FloatArray, ends: FloatArray, settings: QaSettings) -> list[Answer]:
-    answers = []
-    for i, (example, context) in enumerate(zip(features.examples, features.contexts, strict=True)):
-        rows = slice(features.first[i], features.first[i + 1])
-        found = decode(
-            [f.window for f in features.features[rows]],
-            list(starts[rows]),
-            list(ends[rows]),
-            context,
-            max_answer_len=settings.max_answer_len,
-        ).spans
-        answers.append(
-            Answer(example.context[found[0].start : found[0].end], found[0].start, found[0].end, found[0].score)
-            if found
-            else Answer("", 0, 0, 0.0)
-        )
-    return answers
-
-
-def _score(features: FeatureSet, logits: tuple[FloatArray, FloatArray], settings: QaSettings) -> Scores:
-    return score(features.examples, _answers(features, *logits, settings))
-
-
 def _held_out(trainer: Trainer, features: FeatureSet, settings: QaSettings) -> Scores:
-    return _score(features, _predict(trainer, features), settings)
+    return score_logits(features, _predict(trainer, features), settings)
 
 
 def _metrics(features: FeatureSet, prediction: EvalPrediction, settings: QaSettings) -> dict[str, float]:
     logits = prediction.predictions
     if not np.isfinite(logits[0][:, 0]).all():
         raise FailureError("training diverged: the logits are not finite. Lower --learning-rate")
-    scores = _score(features, (logits[0], logits[1]), settings)
+    scores = score_logits(features, (logits[0], logits[1]), settings)
     return {"eval_accuracy": scores.accuracy / 100, "eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
-
-
-def _best_answer_length(features: FeatureSet, logits: tuple[FloatArray, FloatArray], settings: QaSettings) -> int:
-    """The ``max_answer_len`` with the best dev F1; ties go to the longer, which forbids less."""
-    f1s = {n: _score(features, logits, replace(settings, max_answer_len=n)).f1 for n in ANSWER_LENGTHS}
-    return max(ANSWER_LENGTHS, key=lambda n: (round(f1s[n], 6), n))
 
 
 # ---------------------------------------------------------------- reports
@@ -453,7 +505,7 @@ def _feature_example(features: FeatureSet, checkpoint: Checkpoint) -> str:
 
 
 def _record(
-    options: TrainOptions, precision: str, settings: QaSettings, checkpoint: Checkpoint, data: DataSet
+    options: TrainOptions, precision: str, checkpoint: Checkpoint, data: DataSet, dev_part: Sequence[Example]
 ) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for name in _VERSIONED:
@@ -467,7 +519,12 @@ def _record(
         "precision": precision,
         "seed": options.seed,
         "data_sha256": hash_examples(data.examples),
-        "base": {"name": _base_name(checkpoint.name), "sha256": _base_hash(checkpoint.name)},
+        "dev_data_sha256": hash_examples(dev_part) if options.dev_data else None,
+        "base": {
+            "name": _base_name(checkpoint.name),
+            "sha256": _base_hash(checkpoint.name),
+            "commit": _base_commit(checkpoint),
+        },
         "versions": versions,
         "machine": {"cpu_count": os.cpu_count(), "cuda": torch.cuda.is_available()},
     }
@@ -484,3 +541,9 @@ def _base_name(name: str) -> str:
 def _base_hash(name: str) -> str | None:
     weights = Path(name) / "model.safetensors"
     return hash_file(weights) if weights.is_file() else None
+
+
+def _base_commit(checkpoint: Checkpoint) -> str | None:
+    """The commit of the hub that the base came from, whatever branch or tag was asked for; None for a folder."""
+    commit = getattr(checkpoint.model.config, "_commit_hash", None)
+    return str(commit) if commit else None

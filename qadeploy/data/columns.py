@@ -47,11 +47,15 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def rename(fields: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The fields under our names; a span is taken apart into ``answer_start`` and ``answer_end``."""
-    if not mapping:
+    """The fields under our names; a span is taken apart into ``answer_start`` and ``answer_end``.
+
+    A field of ours counts where its column is absent, so that one mapping does for data in both forms.
+    """
+    found = {ours: theirs for ours, theirs in mapping.items() if theirs in fields}
+    if not found:
         return dict(fields)
-    result = {name: value for name, value in fields.items() if name not in mapping.values() and name not in mapping}
-    result.update({ours: fields[theirs] for ours, theirs in mapping.items() if theirs in fields})
+    result = {name: value for name, value in fields.items() if name not in found.values() and name not in found}
+    result.update({ours: fields[theirs] for ours, theirs in found.items()})
     if "span" in result:
         start, end = parse_span(result.pop("span"))
         result["answer_start"] = start

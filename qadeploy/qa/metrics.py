@@ -50,6 +50,7 @@ def f1(prediction: str, gold: str) -> float:
 class Scores:
     """Scores of many questions: means in percent, and the rows behind them.
 
+    ``rows_has_answer`` ``[questions]`` is true where the question is annotated with an answer.
     ``accuracy`` is the share of questions whose predicted span (code points) is exactly an annotated
     one. The ``rows_*`` arrays hold 0 to 1 a question, ``[questions]``, for intervals and paired tests.
     """
@@ -57,6 +58,7 @@ class Scores:
     rows_exact_match: NDArray[np.float64]
     rows_f1: NDArray[np.float64]
     rows_accuracy: NDArray[np.float64]
+    rows_has_answer: NDArray[np.bool_]
 
     @property
     def total(self) -> int:
@@ -79,7 +81,19 @@ class Scores:
         return _percent(self.rows_accuracy)
 
     def to_dict(self) -> dict[str, object]:
-        """exact_match, f1, accuracy and total with 95 % bootstrap intervals, as plain JSON values."""
+        """exact_match, f1, accuracy and total with 95 % bootstrap intervals, as plain JSON values.
+
+        Where there are questions with an answer also HasAns_exact, HasAns_f1 and HasAns_total, and where there are
+        some without NoAns_exact, NoAns_f1 and NoAns_total, as in SQuAD v2's official script.
+        """
+        kinds: dict[str, object] = {}
+        for name, rows in (("HasAns", self.rows_has_answer), ("NoAns", ~self.rows_has_answer)):
+            if rows.any():
+                kinds |= {
+                    f"{name}_exact": _percent(self.rows_exact_match[rows]),
+                    f"{name}_f1": _percent(self.rows_f1[rows]),
+                    f"{name}_total": int(rows.sum()),
+                }
         return {
             "exact_match": self.exact_match,
             "f1": self.f1,
@@ -88,6 +102,7 @@ class Scores:
             "exact_match_interval": list(bootstrap_interval(self.rows_exact_match)),
             "f1_interval": list(bootstrap_interval(self.rows_f1)),
             "accuracy_interval": list(bootstrap_interval(self.rows_accuracy)),
+            **kinds,
         }
 
 
@@ -108,7 +123,8 @@ def score(examples: Sequence[Example], predictions: Sequence[Answer]) -> Scores:
         f.append(max(f1(answer.text, gold) for gold in golds))
         spans = {(a.start, a.end) for a in example.answers} or {(0, 0)}
         accuracy.append(float((answer.start, answer.end) in spans))
-    return Scores(np.asarray(em), np.asarray(f), np.asarray(accuracy))
+    has_answer = np.asarray([bool(e.answers) for e in examples], dtype=bool)
+    return Scores(np.asarray(em), np.asarray(f), np.asarray(accuracy), has_answer)
 
 
 def bootstrap_interval(

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qadeploy.errors import InputError
 from qadeploy.qa.spans import DEFAULT_MAX_ANSWER_LEN
 from qadeploy.qa.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN
+from qadeploy.records import Example
 
 
 @dataclass(frozen=True, slots=True)
 class QaSettings:
-    """``max_seq_len``: longest window; ``doc_stride``: overlap of windows; ``max_answer_len``: all in tokens."""
+    """``max_seq_len``: longest window; ``doc_stride``: overlap of windows; ``max_answer_len``: all in tokens.
+
+    ``null_threshold``: where "no answer" is allowed it wins if its logit exceeds the best span's by more than this;
+    None for a model that was trained on answerable questions alone, which is 0 where it is asked for all the same.
+    ``temperature``: the logits are divided by it before the softmax that makes scores (Guo et al. 2017).
+    """
 
     max_seq_len: int = DEFAULT_MAX_SEQ_LEN
     doc_stride: int = DEFAULT_DOC_STRIDE
     max_answer_len: int = DEFAULT_MAX_ANSWER_LEN
+    null_threshold: float | None = None
+    temperature: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
         return asdict(self)
+
+    def null_competes(self, examples: Iterable[Example]) -> bool:
+        """Whether "no answer" competes when ``examples`` are scored: the one rule for training, gates and evaluation.
+
+        It does where the model was trained with questions without an answer (it has a ``null_threshold``), and
+        where any of the examples has none.
+        """
+        return self.null_threshold is not None or any(not e.answers for e in examples)
 
     def changed(
         self, *, max_seq_len: int | None = None, doc_stride: int | None = None, max_answer_len: int | None = None
@@ -37,13 +54,27 @@ class QaSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> QaSettings:
-        """Reads stored settings; unknown keys are ignored. Raises InputError naming ``where`` on wrong values."""
-        found = {}
+        """Reads stored settings; unknown keys are ignored, missing ones and null take their defaults.
+
+        Raises InputError naming ``where`` on wrong values.
+        """
+        found: dict[str, Any] = {}
         for name in cls.__slots__:
             value = values.get(name)
             if value is None:
+                continue
+            if name in {"null_threshold", "temperature"}:
+                found[name] = _number(value, name, where)
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < (name != "doc_stride"):
                 raise InputError(f"{where}: {name} is {value!r}, a positive whole number is needed")
             found[name] = value
         return cls(**found)
+
+
+def _number(value: object, name: str, where: str) -> float:
+    sound = isinstance(value, int | float) and not isinstance(value, bool)
+    if sound and abs(value) <= sys.float_info.max and (name != "temperature" or value > 0):  # type: ignore[arg-type,operator]
+        return float(value)  # type: ignore[arg-type]
+    needed = "a number above 0" if name == "temperature" else "a number"
+    raise InputError(f"{where}: {name} is {value!r}, {needed} is needed")

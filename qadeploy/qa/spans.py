@@ -2,8 +2,9 @@
 
 A span is valid where it lies in the context, start <= end, it is at most ``max_answer_len`` tokens
 long, and neither end is blank. Its logit is start + end, the best over the windows that hold it.
-Its score is ONE softmax over every valid span of all windows (and the null answer where allowed),
-so scores are probabilities that do not depend on ``top_k`` and never sum to more than 1.
+Its score is ONE softmax over every valid span of all windows (and the null answer where allowed) of
+logits divided by the model's temperature, so scores are probabilities that do not depend on ``top_k``
+and never sum to more than 1.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from qadeploy.errors import InputError, LogitsError
 from qadeploy.qa.windows import EncodedText
-from qadeploy.records import FloatArray, Span, Window
+from qadeploy.records import Answer, FloatArray, Span, Window
 
 DEFAULT_MAX_ANSWER_LEN = 30
 
@@ -32,6 +33,11 @@ class Decoded:
     spans: tuple[Span, ...]
     null_logit: float
     null_score: float
+
+    @property
+    def null_difference(self) -> float:
+        """The null logit minus the best span's: what the null threshold is held against; +inf without a span."""
+        return self.null_logit - self.spans[0].logit if self.spans else np.inf
 
 
 def span_table(
@@ -79,28 +85,28 @@ def decode(
     max_answer_len: int = DEFAULT_MAX_ANSWER_LEN,
     align_to_words: bool = False,
     allow_no_answer: bool = False,
+    temperature: float = 1.0,
 ) -> Decoded:
     """The ``top_k`` best spans of one context with their scores, and the null answer's.
 
     ``align_to_words`` widens an answer to the whole pre-tokenised words at its borders. Spans that
     cover the same text are one span, the best of them. Fewer than ``top_k`` come back where there
-    are fewer. Raises LogitsError and InputError like ``span_table``, InputError on ``top_k`` below 1.
+    are fewer. ``temperature`` divides the logits in the softmax: it moves scores, never ranks. Raises
+    LogitsError and InputError like ``span_table``, InputError on ``top_k`` below 1.
     """
     if top_k < 1:
         raise InputError(f"top_k {top_k} is below 1: it is the number of answers to return")
     table = span_table(windows, start_logits, end_logits, context, max_answer_len)
-    null_logit = min(
-        float(s[w.null_index] + e[w.null_index]) for w, s, e in zip(windows, start_logits, end_logits, strict=True)
-    )
+    null_logit = least_null_logit(windows, start_logits, end_logits)
     flat = table.ravel()
     peak = float(flat.max()) if flat.size else -np.inf
     if allow_no_answer:
         peak = max(peak, null_logit)
     if not np.isfinite(peak):
         return Decoded((), null_logit, 0.0)
-    total = float(np.exp(flat.astype(np.float64) - peak).sum())
-    if allow_no_answer:
-        total += float(np.exp(null_logit - peak))
+    total = float(np.exp((flat.astype(np.float64) - peak) / temperature).sum())
+    null_weight = float(np.exp((null_logit - peak) / temperature)) if allow_no_answer else 0.0
+    total += null_weight
 
     spans: list[Span] = []
     seen: set[tuple[int, int]] = set()
@@ -115,12 +121,38 @@ def decode(
                 continue
             seen.add(span)
             logit = float(flat[cell])
-            spans.append(Span(*span, first, first + extra, logit, float(np.exp(logit - peak)) / total))
+            score = float(np.exp((logit - peak) / temperature)) / total
+            spans.append(Span(*span, first, first + extra, logit, score))
             if len(spans) == top_k:
                 break
         ranked, want = want, min(valid, 4 * want)
-    null_score = float(np.exp(null_logit - peak)) / total if allow_no_answer else 0.0
-    return Decoded(tuple(spans), null_logit, null_score)
+    return Decoded(tuple(spans), null_logit, null_weight / total)
+
+
+def least_null_logit(
+    windows: Sequence[Window], start_logits: Sequence[FloatArray], end_logits: Sequence[FloatArray]
+) -> float:
+    """The minimum over windows of the null position's start + end logit: an answer in one window speaks for all."""
+    return min(
+        float(s[w.null_index] + e[w.null_index]) for w, s, e in zip(windows, start_logits, end_logits, strict=True)
+    )
+
+
+def rank_answers(
+    decoded: Decoded, context: str, *, top_k: int, allow_no_answer: bool = False, null_threshold: float | None = None
+) -> list[Answer]:
+    """The ``top_k`` best answers of what was decoded, best first.
+
+    With ``allow_no_answer`` the null answer stands before the first span whose logit it exceeds by more
+    than ``null_threshold`` (None: 0, which ranks by probability): SQuAD v2's rule, ``null_score_diff_threshold``
+    of transformers' ``run_qa.py``. Scores stay probabilities, so a threshold can rank it above likelier spans.
+    """
+    answers = [Answer(context[s.start : s.end], s.start, s.end, s.score) for s in decoded.spans]
+    if allow_no_answer:
+        threshold = null_threshold or 0.0
+        before = sum(decoded.null_logit - s.logit <= threshold for s in decoded.spans)
+        answers.insert(before, Answer("", 0, 0, decoded.null_score))
+    return answers[:top_k]
 
 
 def _best_cells(flat: FloatArray, count: int) -> list[int]:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from qadeploy.bundle import MODEL, TOKENIZER, Bundle, open_bundle
 from qadeploy.errors import BundleError, InputError, QadeployError
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.spans import Decoded, decode
+from qadeploy.qa.spans import Decoded, decode, rank_answers
 from qadeploy.qa.windows import EncodedText, Encoder
 from qadeploy.records import Answer, FloatArray, Window
 from qadeploy.runtime.session import OnnxModel
@@ -117,7 +117,8 @@ class Answerer:
     ) -> list[Answer]:
         """The ``top_k`` best answers, best first; fewer where there are fewer.
 
-        With ``allow_no_answer`` the null answer ("" at 0) takes its place by its probability.
+        With ``allow_no_answer`` the null answer ("" at 0) competes: it is the first where its logit exceeds the
+        best span's by more than the stored ``null_threshold`` (a bundle without one: by probability).
         Raises InputError (empty or invalid text, options out of range), QuestionTooLongError,
         StrideError, LogitsError.
         """
@@ -158,11 +159,17 @@ class Answerer:
         """One question with everything on the way to its answers, for a trace."""
         return self._read([(question, context)], options, None)[0]
 
+    def read_stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[Reading]:
+        """``read`` for any iterable of pairs, lazily, in input order, in bounded memory. Errors name the pair, from 1."""
+        return self._readings(pairs, options, numbered=True)
+
     def _stream(self, pairs: Iterable[Pair], options: Options, *, numbered: bool = True) -> Iterator[list[Answer]]:
+        return (to_answers(reading, options) for reading in self._readings(pairs, options, numbered))
+
+    def _readings(self, pairs: Iterable[Pair], options: Options, numbered: bool) -> Iterator[Reading]:
         done = 0
         for chunk in _chunks(pairs, numbered):
-            for reading in self._read(chunk, options, done if numbered else None):
-                yield to_answers(reading, options)
+            yield from self._read(chunk, options, done if numbered else None)
             done += len(chunk)
 
     def _read(self, pairs: Sequence[Pair], options: Options, done: int | None) -> list[Reading]:
@@ -198,6 +205,7 @@ class Answerer:
                 max_answer_len=settings.max_answer_len,
                 align_to_words=options.align_to_words,
                 allow_no_answer=options.allow_no_answer,
+                temperature=settings.temperature,
             )
             readings.append(Reading(encoded, text, tuple(windows), tuple(part), settings, decoded))
         return readings
@@ -205,12 +213,13 @@ class Answerer:
 
 def to_answers(reading: Reading, options: Options) -> list[Answer]:
     """The answers of a reading, best first, the null answer among them where it is allowed."""
-    text = reading.context.text
-    answers = [Answer(text[s.start : s.end], s.start, s.end, s.score) for s in reading.decoded.spans]
-    if options.allow_no_answer:
-        answers.append(Answer("", 0, 0, reading.decoded.null_score))
-        answers.sort(key=lambda a: -a.score)
-    return answers[: options.top_k]
+    return rank_answers(
+        reading.decoded,
+        reading.context.text,
+        top_k=options.top_k,
+        allow_no_answer=options.allow_no_answer,
+        null_threshold=reading.settings.null_threshold,
+    )
 
 
 def _chunks(pairs: Iterable[Pair], numbered: bool) -> Iterator[list[Pair]]:

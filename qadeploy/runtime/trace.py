@@ -129,7 +129,12 @@ def trace_lines(answerer: Answerer, reading: Reading, candidates: list[Candidate
     for c in candidates[: 2 * _TOP + 2]:
         text = f' "{c.text}"' if c.text else ""
         yield f"  {c.window:>6} {f'{c.start_token}-{c.end_token}':>9} {c.logit:>+8.2f} {text} {c.reason}"
-    yield f"  null logit {reading.decoded.null_logit:+.2f} (the least over windows)"
+    threshold = settings.null_threshold or 0.0
+    yield (
+        f"  null logit {reading.decoded.null_logit:+.2f} (the least over windows): where the null answer is allowed, it wins if "
+        f"it exceeds the best span's by more than {threshold:.2f}"
+    )
+    yield f"  scores: one softmax over all valid spans at temperature {settings.temperature:.3f}"
 
 
 def trace_dict(reading: Reading, candidates: list[Candidate]) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""The null threshold, the temperature and the calibration error against brute force and theory."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qadeploy.qa.calibration import (
+    TEMPERATURES,
+    best_null_threshold,
+    confidence_bins,
+    expected_calibration_error,
+    fit_temperature,
+    negative_log_likelihood,
+)
+
+thorough = settings(max_examples=300, deadline=None)
+SHARES = st.sampled_from([0.0, 0.25, 0.5, 2 / 3, 1.0])
+DIFFERENCES = st.one_of(st.floats(-30, 30), st.sampled_from([-1.0, 0.0, 0.5, 0.5000000001, math.inf]))
+
+
+def earned(threshold: float, rows: list[tuple[float, float, float]]) -> float:
+    """What SQuAD v2's rule gives: null where the difference exceeds the threshold, and where there is no span."""
+    return math.fsum(null if d > threshold or d == math.inf else span for d, span, null in rows)
+
+
+# ---------------------------------------------------------------- null threshold
+
+
+@thorough
+@given(rows=st.lists(st.tuples(DIFFERENCES, SHARES, SHARES), min_size=1, max_size=30))
+def test_no_threshold_earns_more(rows):
+    columns = [np.asarray(column, dtype=np.float64) for column in zip(*rows, strict=True)]
+    found = best_null_threshold(*columns)
+    assert math.isfinite(found)
+    values = sorted({d for d, _, _ in rows if d < math.inf})
+    tried = [x for v in values for x in (math.nextafter(v, -math.inf), v)] or [0.0]
+    assert earned(found, rows) == pytest.approx(max(earned(t, rows) for t in tried), abs=1e-6)
+
+
+def official_best(rows: dict[str, tuple[float, float, bool]]) -> float:
+    """The best score in percent by the algorithm of SQuAD v2's evaluate-v2.0.py, ``find_best_thresh``.
+
+    Rows: id to (null odds, score of the answer given, has an answer). It begins with "no answer" everywhere and
+    lets one question after the other be answered, from the least odds up.
+    """
+    score = best = sum(not has for _, _, has in rows.values())
+    for key in sorted(rows, key=lambda k: rows[k][0]):
+        _, value, has = rows[key]
+        score += value if has else -1
+        best = max(best, score)
+    return 100.0 * best / len(rows)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_f1_is_that_of_the_official_script(seed):
+    generator = np.random.default_rng(seed)
+    has = generator.random(80) < 0.6
+    odds = generator.normal(size=80) + 1.5 * ~has
+    f1 = np.where(has, generator.choice([0, 0.4, 1], size=80), 0.0)
+    threshold = best_null_threshold(odds, f1, (~has).astype(np.float64))
+    reached = 100 * float(np.where(odds > threshold, ~has, f1).mean())
+    rows = {str(i): (float(odds[i]), float(f1[i]), bool(has[i])) for i in range(80)}
+    assert reached == pytest.approx(official_best(rows))
+
+
+@pytest.mark.parametrize(
+    ("differences", "span", "null", "expected"),
+    [
+        ([-3.0, 1.0], [1, 0], [0, 1], -1.0),  # half-way between the two that it parts
+        ([4.0, 5.0], [1, 1], [0, 0], 6.0),  # answers everywhere: 1 beyond the last
+        ([-5.0, -4.0], [0, 0], [1, 1], -6.0),  # null everywhere
+        ([-5.0, 7.0], [0.5, 0.5], [0.5, 0.5], 1.0),  # all the same: of the possible, the one nearest 0
+        ([math.inf, math.inf], [0, 0], [1, 1], 0.0),  # never a span
+        ([], [], [], 0.0),
+    ],
+)
+def test_where_the_threshold_stands(differences, span, null, expected):
+    assert best_null_threshold(*(np.asarray(c, dtype=np.float64) for c in (differences, span, null))) == expected
+
+
+# ---------------------------------------------------------------- temperature
+
+
+def plain_loss(candidates: list[float], right: list[int], temperature: float) -> float:
+    weights = [math.exp(c / temperature) for c in candidates]
+    return -math.log(math.fsum(weights[i] for i in right) / math.fsum(weights))
+
+
+@thorough
+@given(candidates=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=8), data=st.data(), t=st.floats(0.2, 5))
+def test_the_loss_is_that_of_the_plain_formula(candidates, data, t):
+    right = data.draw(st.lists(st.sampled_from(range(len(candidates))), min_size=1, unique=True))
+    logits = np.asarray(candidates, dtype=np.float32)
+    found = negative_log_likelihood(logits, logits[right], np.asarray([t]))
+    assert found[0] == pytest.approx(plain_loss(candidates, right, t), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
+def test_the_temperature_that_made_the_answers_is_found(true):
+    generator = np.random.default_rng(7)
+    questions = []
+    for _ in range(3000):
+        logits = (3 * generator.normal(size=12)).astype(np.float32)
+        weights = np.exp(logits / true)
+        questions.append((logits, logits[[generator.choice(12, p=weights / weights.sum())]]))
+    assert fit_temperature(questions) == pytest.approx(true, rel=0.06)
+
+
+def test_the_temperature_is_the_least_of_a_dense_search():
+    generator = np.random.default_rng(1)
+    questions = []
+    for _ in range(200):
+        logits = (4 * generator.normal(size=9)).astype(np.float32)
+        questions.append((logits, np.sort(logits)[[-1 - generator.integers(3)]]))
+    dense = np.geomspace(0.3, 9, 4001)
+    losses = sum(negative_log_likelihood(*question, dense) for question in questions)
+    assert fit_temperature(questions) == pytest.approx(dense[np.argmin(losses)], rel=5e-3)
+
+
+def test_temperatures_without_an_answer_or_without_an_end():
+    assert fit_temperature([]) == 1.0
+    best = np.asarray([5.0, 1.0], dtype=np.float32)
+    assert fit_temperature([(best, best[:1])] * 3) == 1.0  # all right: ever surer would be likelier
+    assert fit_temperature([(best, best[1:])] * 3) == TEMPERATURES[-1]  # all wrong: as unsure as may be
+    huge = np.asarray([4e4, -4e4], dtype=np.float32)
+    assert math.isfinite(fit_temperature([(huge, huge[1:]), (huge, huge[:1])]))
+
+
+# ---------------------------------------------------------------- calibration error
+
+
+@thorough
+@given(rows=st.lists(st.tuples(st.one_of(st.floats(0, 1), st.integers(0, 10).map(lambda i: i / 10)), st.booleans())))
+def test_the_calibration_error_is_that_of_plain_loops(rows):
+    total = 0.0
+    for i in range(10):
+        inside = [(c, right) for c, right in rows if i / 10 < c <= (i + 1) / 10 or (i == 0 and c == 0)]
+        if inside:
+            accuracy = sum(right for _, right in inside) / len(inside)
+            total += len(inside) / len(rows) * abs(accuracy - sum(c for c, _ in inside) / len(inside))
+    confidences = np.asarray([c for c, _ in rows], dtype=np.float64)
+    correct = np.asarray([right for _, right in rows], dtype=np.float64)
+    assert expected_calibration_error(confidences, correct) == pytest.approx(total, abs=1e-9)
+    assert sum(b.count for b in confidence_bins(confidences, correct)) == len(rows)
+
+
+def test_bins_by_hand():
+    bins = confidence_bins(np.asarray([0.0, 0.1, 0.11, 0.95, 1.0]), np.asarray([0, 1, 1, 1, 0]))
+    assert len(bins) == 10
+    assert [b.count for b in bins] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert bins[9].to_dict() == {"low": 0.9, "high": 1.0, "count": 2, "confidence": 0.975, "accuracy": 0.5}
+    assert (bins[0].confidence, bins[0].accuracy, bins[5].accuracy) == (0.05, 0.5, 0.0)
+    assert expected_calibration_error(
+        np.asarray([0.0, 0.1, 0.11, 0.95, 1.0]), np.asarray([0, 1, 1, 1, 0])
+    ) == pytest.approx((2 * 0.45 + 0.89 + 2 * 0.475) / 5)

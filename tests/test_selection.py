@@ -1,0 +1,199 @@
+"""What training chooses on its dev part, against plain loops over every span."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qadeploy.build.checkpoint import load_checkpoint
+from qadeploy.build.features import FeatureSet, make_features
+from qadeploy.build.selection import (
+    ANSWER_LENGTHS,
+    answers_of,
+    calibration_report,
+    choose_settings,
+    no_answer_report,
+    report_choice,
+    score_logits,
+    tells_thresholds,
+    unchosen_settings,
+)
+from qadeploy.qa.metrics import exact_match, f1
+from qadeploy.qa.settings import QaSettings
+from qadeploy.records import Annotation, Example
+
+NULL = QaSettings(40, 12, 15, null_threshold=0.0)
+TEXT = "Ada keeps the lamp in room 3. Bela keeps the boat outside. The hall is quiet. Cora keeps the bell. " * 2
+Logits = tuple[np.ndarray, np.ndarray]
+
+
+def examples(count: int = 18) -> list[Example]:
+    """Questions on contexts of one to three windows; every third has no answer."""
+    words = ["Ada", "the lamp in room 3", "Bela", "boat outside. The hall is quiet. Cora keeps the bell"]
+    found = []
+    for i in range(count):
+        context = f"Room {i}. " + TEXT[: 80 + 40 * (i % 3)]
+        answers = [w for w in words[i % 4 :] if w in context][: 1 + i % 2]
+        gold = tuple(Annotation(w, context.index(w)) for w in answers) if i % 3 else ()
+        found.append(Example(str(i), "Who keeps it?", context, gold))
+    return found
+
+
+@pytest.fixture(scope="module")
+def features(tiny_checkpoint: Path) -> FeatureSet:
+    return make_features(examples(), load_checkpoint(tiny_checkpoint).encoder, NULL, "here")
+
+
+def logits_of(features: FeatureSet, seed: int = 0, help_gold: float = 3.0, null: float = 0.0) -> Logits:
+    """Random logits in which annotated spans stand out a little."""
+    generator = np.random.default_rng(seed)
+    starts, ends = generator.normal(size=(2, len(features), 40)).astype(np.float32)
+    for row, feature in enumerate(features.features):
+        first, last = feature.positions[0]
+        starts[row, first] += help_gold * generator.random()
+        ends[row, last] += help_gold * generator.random()
+        starts[row, feature.window.null_index] += null
+    return starts, ends
+
+
+def spans(features: FeatureSet, logits: Logits, index: int, longest: int) -> tuple[dict[tuple[int, int], float], float]:
+    """By plain loops: code point span to its best logit over windows, and the least null logit over windows."""
+    context, best, null = features.contexts[index], {}, math.inf
+    for row in range(features.first[index], features.first[index + 1]):
+        w, starts, ends = features.features[row].window, logits[0][row], logits[1][row]
+        null = min(null, float(starts[w.null_index]) + float(ends[w.null_index]))
+        for a in range(w.context_length):
+            for b in range(a, min(w.context_length, a + longest)):
+                logit = float(starts[w.context_begin + a]) + float(ends[w.context_begin + b])
+                offsets = context.offsets[w.context_offset + a, 0], context.offsets[w.context_offset + b, 1]
+                key = (int(offsets[0]), int(offsets[1]))
+                best[key] = max(best.get(key, -math.inf), logit)
+    return best, null
+
+
+def brute_best(features: FeatureSet, logits: Logits, longest: int) -> list[tuple[str, float]]:
+    """A row a question: the best span's text, and the null logit minus its logit."""
+    rows = []
+    for i, example in enumerate(features.examples):
+        table, null = spans(features, logits, i, longest)
+        (start, end), top = max(table.items(), key=lambda item: item[1])
+        rows.append((example.context[start:end], null - top))
+    return rows
+
+
+def texts_at(rows: list[tuple[str, float]], threshold: float | None) -> list[str]:
+    """The answers: null where it exceeds the best span by more than the threshold; None never."""
+    return ["" if threshold is not None and difference > threshold else text for text, difference in rows]
+
+
+def brute_f1(features: FeatureSet, texts: list[str]) -> float:
+    golds = [[a.text for a in e.answers] or [""] for e in features.examples]
+    return 100 * sum(max(f1(t, g) for g in gold) for t, gold in zip(texts, golds, strict=True)) / len(texts)
+
+
+@pytest.mark.parametrize("threshold", [-2.0, 0.0, 1.5])
+def test_answers_follow_the_rule_of_squad_v2(features, threshold):
+    logits = logits_of(features, null=3.0)
+    found = [a.text for a in answers_of(features, logits, replace(NULL, null_threshold=threshold))]
+    assert found == texts_at(brute_best(features, logits, 15), threshold)
+    assert 0 < sum(not t for t in found) < len(found)
+    scores = score_logits(features, logits, replace(NULL, null_threshold=threshold))
+    assert scores.f1 == pytest.approx(brute_f1(features, found))
+
+
+@pytest.mark.parametrize(("seed", "null"), [(0, 3.0), (1, -2.0), (2, 8.0)])
+def test_length_and_threshold_are_the_best_of_all(features, seed, null):
+    logits = logits_of(features, seed, null=null)
+    chosen = choose_settings(features, logits, NULL)
+    best: dict[int, float] = {}
+    for length in ANSWER_LENGTHS:
+        rows = brute_best(features, logits, length)
+        differences = sorted(difference for _, difference in rows)
+        tried = [differences[0] - 1, *(d + 1e-6 for d in differences)]
+        best[length] = max(brute_f1(features, texts_at(rows, t)) for t in tried)
+    reached = score_logits(features, logits, chosen).f1
+    assert reached == pytest.approx(max(best.values()))
+    assert chosen.max_answer_len == max(n for n, value in best.items() if value == pytest.approx(reached))
+
+    report = no_answer_report(features, logits, chosen)
+    assert report["f1"] == pytest.approx(reached)
+    rows = brute_best(features, logits, chosen.max_answer_len)
+    for name, threshold in (("f1_threshold_0", 0.0), ("f1_always_answer", None)):
+        by_hand = brute_f1(features, texts_at(rows, threshold))
+        assert report[name] == pytest.approx(by_hand)
+        assert report[name] <= reached + 1e-9
+
+
+def test_the_temperature_makes_the_annotated_spans_likeliest(features):
+    logits = logits_of(features, 3, help_gold=6.0, null=1.0)
+    chosen = choose_settings(features, logits, NULL)
+
+    tables = [spans(features, logits, i, chosen.max_answer_len) for i in range(len(features.examples))]
+
+    def loss(temperature: float) -> float:
+        total = 0.0
+        for example, (table, null) in zip(features.examples, tables, strict=True):
+            right = [table[a.start, a.end] for a in example.answers if (a.start, a.end) in table]
+            right = right if example.answers else [null]
+            if right:
+                every = [*table.values(), null]
+                share = sum(math.exp(x / temperature) for x in right) / sum(math.exp(x / temperature) for x in every)
+                total -= math.log(share)
+        return total
+
+    grid = np.geomspace(0.3, 4, 61)
+    assert chosen.temperature == pytest.approx(grid[np.argmin([loss(t) for t in grid])], rel=0.05)
+    assert loss(chosen.temperature) < loss(1.0)
+
+
+def test_the_report_of_the_calibration_is_that_of_the_scores(features):
+    logits = logits_of(features, 3, null=1.0)
+    settings = replace(NULL, temperature=0.5)
+    report = calibration_report(features, logits, settings)
+    for name, temperature in (("ece_before", 1.0), ("ece", 0.5)):
+        bins: dict[int, list[float]] = {}
+        for i, example in enumerate(features.examples):
+            table, null = spans(features, logits, i, settings.max_answer_len)
+            (start, end), top = max(table.items(), key=lambda item: item[1])
+            total = sum(math.exp(x / temperature) for x in (*table.values(), null))
+            text, logit = ("", null) if null > top else (example.context[start:end], top)
+            share = math.exp(logit / temperature) / total
+            right = max(exact_match(text, a.text) for a in example.answers) if example.answers else float(not text)
+            bins.setdefault(math.ceil(share * 10), []).append(right - share)
+        by_hand = sum(abs(sum(gaps)) for gaps in bins.values()) / len(features.examples)
+        assert report[name] == pytest.approx(by_hand, abs=1e-6)
+    assert sum(b["count"] for b in report["bins"]) == len(features.examples)
+
+
+def test_without_questions_of_both_kinds_the_threshold_stays(tiny_checkpoint, features):
+    answerable = [e for e in examples() if e.answers]
+    some = make_features(answerable, load_checkpoint(tiny_checkpoint).encoder, NULL, "here")
+    logits = logits_of(some, null=3.0)
+    assert tells_thresholds(features)
+    assert not tells_thresholds(some)
+    chosen = choose_settings(some, logits, replace(NULL, null_threshold=0.75))
+    assert chosen.null_threshold == 0.75
+    metrics: dict[str, object] = {}
+    assert "NOT tuned" in report_choice("dev", some, logits, chosen, metrics)
+    assert "NOT tuned" not in report_choice("held_out", some, logits, chosen, metrics)
+    assert set(metrics) == {"calibration", "no_answer"}
+
+    never = choose_settings(some, logits, replace(NULL, null_threshold=None))
+    assert never.null_threshold is None
+    metrics = {}
+    line = report_choice("dev", some, logits, never, metrics)
+    assert "null threshold" not in line
+    assert f"temperature {never.temperature:.3f}" in line
+    assert set(metrics) == {"calibration"}
+    assert all(a.text for a in answers_of(some, logits, never))
+
+
+def test_what_epochs_are_judged_with_owes_nothing_to_the_base():
+    stored = replace(NULL, null_threshold=4.0, temperature=2.0)
+    assert unchosen_settings(stored, examples()) == replace(NULL, null_threshold=0.0, temperature=1.0)
+    answerable = [e for e in examples() if e.answers]
+    assert unchosen_settings(stored, answerable) == replace(NULL, null_threshold=None, temperature=1.0)
