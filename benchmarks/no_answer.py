@@ -5,8 +5,9 @@
 The files are SQuAD v1.1 JSON with several articles. A third of the questions of every paragraph is moved to another
 paragraph of the same article, one that does not hold the annotated answers: it is near in topic and holds no
 answer. Split by article: 8 articles are drawn as ``models/prepare_data.py`` draws them, so that the base model
-that ships has never seen them; 3 of them are the dev part (the threshold and the temperature are chosen on it), 5
-are held out. Training takes whole paragraphs of the other articles.
+that ships has never seen them, in two halves of 4. Training takes whole paragraphs of the other articles, with the first
+half as its dev data. Each half is then held out once: it is scored with the settings that the other half chose
+(for the second, those that training stored), so that every question of the 8 articles counts.
 """
 
 from __future__ import annotations
@@ -21,19 +22,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
+from qadeploy.build.checkpoint import TorchModel, load_checkpoint
+from qadeploy.build.features import make_features
+from qadeploy.build.selection import choose_settings, unchosen_settings
 from qadeploy.build.train import TrainOptions, train
 from qadeploy.data.readers import read
 from qadeploy.doctor import diagnose
 from qadeploy.evaluate import Evaluation, evaluate
 from qadeploy.files import write_json
-from qadeploy.qa.metrics import bootstrap_interval
-from qadeploy.qa.settings import QaSettings
+from qadeploy.qa.metrics import Scores, bootstrap_interval
+from qadeploy.records import Example, FloatArray, Window
+from qadeploy.runtime.answerer import Answerer
 
 SEED = 13  # of models/prepare_data.py
-UNSEEN, DEV = 8, 3  # articles that the base model has not seen, and those of them that are the dev part
+UNSEEN = 8  # articles that the base model has not seen, half of them the first half
 Json = dict[str, Any]
 
 
@@ -57,15 +62,15 @@ def moved(article: Json, generator: random.Random) -> Json:
 
 
 def split(articles: Sequence[Json], train_questions: int) -> dict[str, list[Json]]:
-    """The parts ``train``, ``dev`` and ``held_out``, by article; train is cut to whole paragraphs."""
+    """The parts ``train``, ``first`` and ``second``, by article; train is cut to whole paragraphs."""
     titles = sorted(a["title"] for a in articles)
     if len(set(titles)) < 2 * UNSEEN:
         raise SystemExit(f"{len(set(titles))} articles are too few: the split is by article and needs {2 * UNSEEN}")
     unseen = random.Random(SEED).sample(titles, UNSEEN)
-    parts: dict[str, list[Json]] = {"train": [], "dev": [], "held_out": []}
+    parts: dict[str, list[Json]] = {"train": [], "first": [], "second": []}
     for article in articles:
         title = article["title"]
-        place = "train" if title not in unseen else "dev" if title in unseen[:DEV] else "held_out"
+        place = "train" if title not in unseen else "first" if title in unseen[: UNSEEN // 2] else "second"
         parts[place].append(moved(article, random.Random(f"{SEED} {title}")))
     paragraphs = [p for article in parts["train"] for p in article["paragraphs"]]
     random.Random(SEED).shuffle(paragraphs)
@@ -79,17 +84,39 @@ def split(articles: Sequence[Json], train_questions: int) -> dict[str, list[Json
     return parts
 
 
-def measured(evaluation: Evaluation) -> Json:
-    """EM, F1 and what of them falls to the questions with and without an answer; the calibration error."""
-    return {**evaluation.scores.to_dict(), "ece": evaluation.calibration_error}
+class Remembering:
+    """A model that runs each distinct window once: the ways of scoring differ in what follows the logits."""
+
+    def __init__(self, model: TorchModel) -> None:
+        self.model = model
+        self.known: dict[bytes, tuple[FloatArray, FloatArray]] = {}
+
+    def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+        """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
+        new = {w.input_ids.tobytes(): w for w in windows if w.input_ids.tobytes() not in self.known}
+        self.known.update(zip(new, self.model.run(list(new.values())), strict=True))
+        return [self.known[w.input_ids.tobytes()] for w in windows]
+
+
+def measured(evaluations: Sequence[Evaluation]) -> Json:
+    """The scores and the calibration error of the questions of all evaluations together."""
+    rows = [e.scores for e in evaluations]
+    scores = Scores(
+        np.concatenate([r.rows_exact_match for r in rows]),
+        np.concatenate([r.rows_f1 for r in rows]),
+        np.concatenate([r.rows_accuracy for r in rows]),
+        np.concatenate([r.rows_has_answer for r in rows]),
+    )
+    answers = tuple(a for e in evaluations for a in e.answers)
+    return {**scores.to_dict(), "ece": Evaluation(scores, answers, True).calibration_error}
 
 
 def main() -> None:
-    """Makes the parts, trains, scores the held-out part in three ways, writes the figures."""
+    """Makes the parts, trains, scores each half by what the other chose, writes the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="SQuAD v1.1 JSON with several articles")
     parser.add_argument("--base", help="checkpoint to start from (default: the base model that ships)")
-    parser.add_argument("--train-questions", type=int, default=2400)
+    parser.add_argument("--train-questions", type=int, default=800)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="keep the parts and the run in this folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "no_answer.json")
@@ -110,8 +137,7 @@ def run(given: argparse.Namespace, folder: Path) -> Json:
         write_json(folder / f"{name}.json", {"version": "2.0", "data": part})
     options = TrainOptions(
         data=str(folder / "train.json"),
-        dev_data=str(folder / "dev.json"),
-        eval_data=str(folder / "held_out.json"),
+        dev_data=str(folder / "first.json"),
         base=given.base,
         out=str(folder / "run"),
         epochs=given.epochs,
@@ -120,32 +146,42 @@ def run(given: argparse.Namespace, folder: Path) -> Json:
     metrics = train(options, print, progress=False).metrics
 
     checkpoint = load_checkpoint(folder / "run" / "checkpoint")
-    chosen = checkpoint.settings
-    held_out = read(options.eval_data or "").examples
-
-    def scored(settings: QaSettings, allow: bool) -> Evaluation:
-        return evaluate(torch_answerer(replace(checkpoint, settings=settings)), held_out, allow_no_answer=allow)
-
-    tuned = scored(chosen, True)
-    zero = scored(replace(chosen, null_threshold=0.0), True)
-    always = scored(chosen, False)
-    uncalibrated = scored(replace(chosen, temperature=1.0), True)
-    gains = {
-        name: {
-            "f1": 100.0 * float((tuned.scores.rows_f1 - other.scores.rows_f1).mean()),
-            "interval": list(bootstrap_interval(tuned.scores.rows_f1 - other.scores.rows_f1)),
-        }
-        for name, other in (("over_threshold_0", zero), ("over_always_answer", always))
+    model = Remembering(TorchModel(checkpoint.model, checkpoint.encoder.config.pad_token_id))
+    parts = {name: read(str(folder / f"{name}.json")).examples for name in ("train", "first", "second")}
+    features = make_features(parts["second"], checkpoint.encoder, checkpoint.settings, "second")
+    unchosen = unchosen_settings(checkpoint.settings, parts["train"])
+    chosen_on = {
+        "first": checkpoint.settings,
+        "second": choose_settings(features, padded(model.run([f.window for f in features.features])), unchosen),
     }
+
+    def scored(allow: bool = True, **changes: float) -> list[Evaluation]:
+        """The evaluation of each half by the settings that the other chose."""
+        found = []
+        for half, other in (("second", "first"), ("first", "second")):
+            settings = replace(chosen_on[other], **changes)  # type: ignore[arg-type]
+            answerer = Answerer(checkpoint.encoder, settings, model)
+            found.append(evaluate(answerer, parts[half], allow_no_answer=allow))
+        return found
+
+    ways = {
+        "tuned": scored(),
+        "threshold_0": scored(null_threshold=0.0),
+        "always_answer": scored(allow=False),
+        "temperature_1": scored(temperature=1.0),
+    }
+    rows = {name: np.concatenate([e.scores.rows_f1 for e in way]) for name, way in ways.items()}
+    differences = {name: rows["tuned"] - rows[name] for name in ("threshold_0", "always_answer")}
     report = {
-        "questions": {name: _counts(folder / f"{name}.json") for name in ("train", "dev", "held_out")},
-        "settings": chosen.to_dict(),
-        "held_out": {
-            "tuned": measured(tuned),
-            "threshold_0": measured(zero),
-            "always_answer": measured(always),
-            "gain_of_tuned_f1": gains,
-            "ece_temperature_1": uncalibrated.calibration_error,
+        "questions": {name: _counts(part) for name, part in parts.items()},
+        "chosen_on": {name: settings.to_dict() for name, settings in chosen_on.items()},
+        "held_out": {name: measured(way) for name, way in ways.items()},
+        "held_out_by_half": {
+            half: {name: measured([way[i]]) for name, way in ways.items()} for i, half in enumerate(("second", "first"))
+        },
+        "gain_of_tuned_f1": {
+            f"over_{name}": {"f1": 100.0 * float(rows.mean()), "interval": list(bootstrap_interval(rows))}
+            for name, rows in differences.items()
         },
         "dev": {"no_answer": metrics["no_answer"], "calibration": metrics["calibration"]},
         "options": {"base": given.base, "epochs": given.epochs, "train_questions": given.train_questions, "seed": SEED},
@@ -158,26 +194,31 @@ def run(given: argparse.Namespace, folder: Path) -> Json:
     return report
 
 
-def _counts(path: Path) -> dict[str, int]:
-    examples = read(str(path)).examples
+def padded(logits: Sequence[tuple[FloatArray, FloatArray]]) -> tuple[FloatArray, FloatArray]:
+    """Start and end logits as two arrays ``[windows, longest]``, as the Trainer gives them."""
+    longest = max(len(starts) for starts, _ in logits)
+    both = [[np.pad(row, (0, longest - len(row))) for row in side] for side in zip(*logits, strict=True)]
+    return np.stack(both[0]), np.stack(both[1])
+
+
+def _counts(examples: Sequence[Example]) -> dict[str, int]:
     return {"questions": len(examples), "without_answer": sum(not e.answers for e in examples)}
 
 
 def table(report: Json) -> list[str]:
     """The held-out figures as lines of text."""
-    held = report["held_out"]
-    lines = [f"{'held out':<16} {'EM':>6} {'F1':>6} {'HasAns F1':>10} {'NoAns F1':>9}"]
-    for name in ("tuned", "threshold_0", "always_answer"):
-        row = held[name]
+    lines = [f"{'held out':<16} {'EM':>6} {'F1':>6} {'HasAns F1':>10} {'NoAns F1':>9} {'ECE':>6}"]
+    for name, row in report["held_out"].items():
         lines.append(
-            f"{name:<16} {row['exact_match']:>6.1f} {row['f1']:>6.1f} {row['HasAns_f1']:>10.1f} {row['NoAns_f1']:>9.1f}"
+            f"{name:<16} {row['exact_match']:>6.1f} {row['f1']:>6.1f} {row['HasAns_f1']:>10.1f} {row['NoAns_f1']:>9.1f} "
+            f"{row['ece']:>6.3f}"
         )
-    for name, gain in held["gain_of_tuned_f1"].items():
+    for name, gain in report["gain_of_tuned_f1"].items():
         low, high = gain["interval"]
         lines.append(f"tuned {name.replace('_', ' ')}: {gain['f1']:+.2f} F1 (95 % {low:+.2f} to {high:+.2f})")
-    lines.append(
-        f"ECE at temperature 1: {held['ece_temperature_1']:.3f}, at the fitted one: {held['tuned']['ece']:.3f}"
-    )
+    for name, settings in report["chosen_on"].items():
+        threshold, temperature = settings["null_threshold"], settings["temperature"]
+        lines.append(f"chosen on the {name} half: null threshold {threshold:+.2f}, temperature {temperature:.2f}")
     return lines
 
 

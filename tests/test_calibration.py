@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from qadeploy.qa.calibration import (
     TEMPERATURES,
+    answer_loss,
     best_null_threshold,
     confidence_bins,
     expected_calibration_error,
     fit_temperature,
-    negative_log_likelihood,
+    stable_null_threshold,
 )
 
 thorough = settings(max_examples=300, deadline=None)
@@ -83,52 +84,99 @@ def test_where_the_threshold_stands(differences, span, null, expected):
     assert best_null_threshold(*(np.asarray(c, dtype=np.float64) for c in (differences, span, null))) == expected
 
 
+def test_the_threshold_kept_is_less_a_matter_of_chance_than_the_best():
+    """Over many samples of one population, where the best F1 lies at the difference of the means."""
+    generator = np.random.default_rng(0)
+    best, stable = [], []
+    for _ in range(40):
+        has = generator.random(120) < 0.5
+        rows = generator.normal(size=120) * 3 + np.where(has, 0.0, 4.0), has * 0.9, (~has).astype(np.float64)
+        best.append(best_null_threshold(*rows))
+        stable.append(stable_null_threshold(*rows))
+    assert np.std(stable) < 0.75 * np.std(best)
+    # Null earns 1 and a span 0.9, so the densities cross where 0.9 N(t; 0, 3) = N(t; 4, 3): t = 2 + 9 / 4 log 0.9.
+    assert np.mean(stable) == pytest.approx(2 + 9 / 4 * math.log(0.9), abs=0.4)
+    again = stable_null_threshold(*rows)
+    assert again == stable[-1]
+
+
+def test_the_threshold_kept_of_clear_cases():
+    parted = (
+        np.asarray([-9.0] * 30 + [5.0] * 30),
+        np.asarray([1.0] * 30 + [0.0] * 30),
+        np.asarray([0.0] * 30 + [1.0] * 30),
+    )
+    assert stable_null_threshold(*parted) == -2.0  # half-way, in every sample
+    assert stable_null_threshold(*(np.asarray([]),) * 3) == 0.0
+
+
 # ---------------------------------------------------------------- temperature
 
 
-def plain_loss(candidates: list[float], right: list[int], temperature: float) -> float:
-    weights = [math.exp(c / temperature) for c in candidates]
-    return -math.log(math.fsum(weights[i] for i in right) / math.fsum(weights))
+def plain_loss(logit: float, others: list[float], target: float, temperature: float) -> float:
+    weights = [math.exp(x / temperature) for x in (logit, *others)]
+    return (weights[0] / math.fsum(weights) - target) ** 2
 
 
 @thorough
-@given(candidates=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=8), data=st.data(), t=st.floats(0.2, 5))
-def test_the_loss_is_that_of_the_plain_formula(candidates, data, t):
-    right = data.draw(st.lists(st.sampled_from(range(len(candidates))), min_size=1, unique=True))
-    logits = np.asarray(candidates, dtype=np.float32)
-    found = negative_log_likelihood(logits, logits[right], np.asarray([t]))
-    assert found[0] == pytest.approx(plain_loss(candidates, right, t), rel=1e-6, abs=1e-9)
+@given(
+    logit=st.floats(-20, 20, width=32),
+    others=st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=8),
+    target=st.floats(0, 1),
+    t=st.floats(0.2, 5),
+)
+def test_the_loss_is_that_of_the_plain_formula(logit, others, target, t):
+    found = answer_loss(logit, np.asarray(others, dtype=np.float32), target, np.asarray([t]))
+    assert found[0] == pytest.approx(plain_loss(logit, others, target, t), rel=1e-6, abs=1e-9)
+
+
+Made = tuple[list[tuple[float, np.ndarray]], np.ndarray]
+
+
+def made(count: int, true: float, seed: int = 7) -> Made:
+    """Best answers, each right with the probability that its softmax at temperature ``true`` gives."""
+    generator = np.random.default_rng(seed)
+    answers, right = [], []
+    for _ in range(count):
+        logits = np.sort(3 * generator.normal(size=12))[::-1].astype(np.float32)
+        weights = np.exp(logits.astype(np.float64) / true)
+        answers.append((float(logits[0]), logits[1:]))
+        right.append(float(generator.random() < weights[0] / weights.sum()))
+    return answers, np.asarray(right)
 
 
 @pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
 def test_the_temperature_that_made_the_answers_is_found(true):
-    generator = np.random.default_rng(7)
-    questions = []
-    for _ in range(3000):
-        logits = (3 * generator.normal(size=12)).astype(np.float32)
-        weights = np.exp(logits / true)
-        questions.append((logits, logits[[generator.choice(12, p=weights / weights.sum())]]))
-    assert fit_temperature(questions) == pytest.approx(true, rel=0.06)
+    assert fit_temperature(*made(4000, true)) == pytest.approx(true, rel=0.06)
 
 
-def test_the_temperature_is_the_least_of_a_dense_search():
-    generator = np.random.default_rng(1)
-    questions = []
-    for _ in range(200):
-        logits = (4 * generator.normal(size=9)).astype(np.float32)
-        questions.append((logits, np.sort(logits)[[-1 - generator.integers(3)]]))
-    dense = np.geomspace(0.3, 9, 4001)
-    losses = sum(negative_log_likelihood(*question, dense) for question in questions)
-    assert fit_temperature(questions) == pytest.approx(dense[np.argmin(losses)], rel=5e-3)
+def test_the_temperature_is_the_least_of_a_dense_search_with_targets_of_platt():
+    answers, right = made(60, 2.0)
+    hits, misses = sum(right), 60 - sum(right)
+    targets = [(hits + 1) / (hits + 2) if r else 1 / (misses + 2) for r in right]
+    dense = np.geomspace(0.5, 8, 400)
+    losses = [
+        sum(plain_loss(a, list(map(float, o)), t, float(d)) for (a, o), t in zip(answers, targets, strict=True))
+        for d in dense
+    ]
+    assert fit_temperature(answers, right) == pytest.approx(dense[np.argmin(losses)], rel=0.01)
 
 
-def test_temperatures_without_an_answer_or_without_an_end():
-    assert fit_temperature([]) == 1.0
-    best = np.asarray([5.0, 1.0], dtype=np.float32)
-    assert fit_temperature([(best, best[:1])] * 3) == 1.0  # all right: ever surer would be likelier
-    assert fit_temperature([(best, best[1:])] * 3) == TEMPERATURES[-1]  # all wrong: as unsure as may be
-    huge = np.asarray([4e4, -4e4], dtype=np.float32)
-    assert math.isfinite(fit_temperature([(huge, huge[1:]), (huge, huge[:1])]))
+def test_answers_that_are_all_right_are_trusted_by_their_number():
+    best = (5.0, np.asarray([1.0], dtype=np.float32))
+    for count in (3, 30):  # p = 1 / (1 + exp(-4 / T)) = (n + 1) / (n + 2), so T = 4 / log(n + 1)
+        assert fit_temperature([best] * count, np.ones(count)) == pytest.approx(4 / math.log(count + 1), rel=0.01)
+
+
+def test_temperatures_at_the_ends_and_without_a_rival():
+    none = np.asarray([], dtype=np.float32)
+    assert fit_temperature([], np.asarray([])) == 1.0
+    assert fit_temperature([(3.0, none), (-1.0, none)], np.asarray([1.0, 0.0])) == 1.0
+    rival = np.asarray([1.0], dtype=np.float32)
+    assert fit_temperature([(5.0, rival)] * 3, np.zeros(3)) == TEMPERATURES[-1]  # all wrong: as unsure as may be
+    assert fit_temperature([(1.05, rival)] * 900, np.ones(900)) == TEMPERATURES[0]
+    huge = np.asarray([-4e4], dtype=np.float32)
+    assert math.isfinite(fit_temperature([(4e4, huge), (-4e4, -huge)], np.asarray([0.0, 1.0])))
 
 
 # ---------------------------------------------------------------- calibration error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +92,12 @@ def texts_at(rows: list[tuple[str, float]], threshold: float | None) -> list[str
     return ["" if threshold is not None and difference > threshold else text for text, difference in rows]
 
 
+def brute_f1_row(example: Example, text: str) -> float:
+    return max(f1(text, gold) for gold in [a.text for a in example.answers] or [""])
+
+
 def brute_f1(features: FeatureSet, texts: list[str]) -> float:
-    golds = [[a.text for a in e.answers] or [""] for e in features.examples]
-    return 100 * sum(max(f1(t, g) for g in gold) for t, gold in zip(texts, golds, strict=True)) / len(texts)
+    return 100 * sum(map(brute_f1_row, features.examples, texts)) / len(texts)
 
 
 @pytest.mark.parametrize("threshold", [-2.0, 0.0, 1.5])
@@ -115,38 +120,62 @@ def test_length_and_threshold_are_the_best_of_all(features, seed, null):
         differences = sorted(difference for _, difference in rows)
         tried = [differences[0] - 1, *(d + 1e-6 for d in differences)]
         best[length] = max(brute_f1(features, texts_at(rows, t)) for t in tried)
-    reached = score_logits(features, logits, chosen).f1
-    assert reached == pytest.approx(max(best.values()))
-    assert chosen.max_answer_len == max(n for n, value in best.items() if value == pytest.approx(reached))
+    assert chosen.max_answer_len == max(n for n, value in best.items() if value == pytest.approx(max(best.values())))
+
+    # Of the same length: the mean of the best thresholds of bootstrap samples, whatever their seed.
+    rows = brute_best(features, logits, chosen.max_answer_len)
+    span_f1, null_f1 = (
+        [brute_f1_row(e, t) for e, t in zip(features.examples, texts, strict=True)]
+        for texts in (texts_at(rows, None), [""] * len(rows))
+    )
+    generator = random.Random(7)
+    found = []
+    for _ in range(1500):
+        sample = [generator.randrange(len(rows)) for _ in rows]
+        values = sorted({rows[i][1] for i in sample})
+        tried = [values[0] - 1, *((a + b) / 2 for a, b in pairwise(values)), values[-1] + 1]
+        earned = [sum(null_f1[i] if rows[i][1] > t else span_f1[i] for i in sample) for t in tried]
+        top = max(earned)
+        found.append(min((t for t, e in zip(tried, earned, strict=True) if e > top - 1e-9), key=abs))
+    assert chosen.null_threshold == pytest.approx(np.mean(found), abs=4 * np.std(found) / math.sqrt(200))
 
     report = no_answer_report(features, logits, chosen)
-    assert report["f1"] == pytest.approx(reached)
-    rows = brute_best(features, logits, chosen.max_answer_len)
+    assert report["f1"] == pytest.approx(score_logits(features, logits, chosen).f1)
+    assert report["f1"] <= max(best.values()) + 1e-9
     for name, threshold in (("f1_threshold_0", 0.0), ("f1_always_answer", None)):
         by_hand = brute_f1(features, texts_at(rows, threshold))
         assert report[name] == pytest.approx(by_hand)
-        assert report[name] <= reached + 1e-9
 
 
-def test_the_temperature_makes_the_annotated_spans_likeliest(features):
-    logits = logits_of(features, 3, help_gold=6.0, null=1.0)
+def given(features: FeatureSet, logits: Logits, settings: QaSettings, temperature: float) -> list[tuple[float, float]]:
+    """By plain loops, a row a question: the score of the answer given, and whether it matches exactly."""
+    rows = []
+    for i, example in enumerate(features.examples):
+        table, null = spans(features, logits, i, settings.max_answer_len)
+        (start, end), top = max(table.items(), key=lambda item: item[1])
+        total = sum(math.exp(x / temperature) for x in (*table.values(), null))
+        unanswered = null - top > (settings.null_threshold or 0.0)
+        text, logit = ("", null) if unanswered else (example.context[start:end], top)
+        right = max(exact_match(text, a.text) for a in example.answers) if example.answers else float(not text)
+        rows.append((math.exp(logit / temperature) / total, right))
+    return rows
+
+
+@pytest.mark.parametrize("help_gold", [3.0, 8.0])
+def test_the_temperature_makes_scores_as_high_as_answers_are_right(features, help_gold):
+    logits = logits_of(features, 3, help_gold=help_gold, null=1.0)
     chosen = choose_settings(features, logits, NULL)
-
-    tables = [spans(features, logits, i, chosen.max_answer_len) for i in range(len(features.examples))]
+    right = [r for _, r in given(features, logits, chosen, 1.0)]
+    hits = sum(right)
+    assert 2 < hits < len(right)
+    targets = [(hits + 1) / (hits + 2) if r else 1 / (len(right) - hits + 2) for r in right]
 
     def loss(temperature: float) -> float:
-        total = 0.0
-        for example, (table, null) in zip(features.examples, tables, strict=True):
-            right = [table[a.start, a.end] for a in example.answers if (a.start, a.end) in table]
-            right = right if example.answers else [null]
-            if right:
-                every = [*table.values(), null]
-                share = sum(math.exp(x / temperature) for x in right) / sum(math.exp(x / temperature) for x in every)
-                total -= math.log(share)
-        return total
+        scores = [score for score, _ in given(features, logits, chosen, temperature)]
+        return sum((p - t) ** 2 for p, t in zip(scores, targets, strict=True))
 
-    grid = np.geomspace(0.3, 4, 61)
-    assert chosen.temperature == pytest.approx(grid[np.argmin([loss(t) for t in grid])], rel=0.05)
+    grid = np.geomspace(0.2, 5, 61)
+    assert chosen.temperature == pytest.approx(grid[np.argmin([loss(t) for t in grid])], rel=0.08)
     assert loss(chosen.temperature) < loss(1.0)
 
 
@@ -156,13 +185,7 @@ def test_the_report_of_the_calibration_is_that_of_the_scores(features):
     report = calibration_report(features, logits, settings)
     for name, temperature in (("ece_before", 1.0), ("ece", 0.5)):
         bins: dict[int, list[float]] = {}
-        for i, example in enumerate(features.examples):
-            table, null = spans(features, logits, i, settings.max_answer_len)
-            (start, end), top = max(table.items(), key=lambda item: item[1])
-            total = sum(math.exp(x / temperature) for x in (*table.values(), null))
-            text, logit = ("", null) if null > top else (example.context[start:end], top)
-            share = math.exp(logit / temperature) / total
-            right = max(exact_match(text, a.text) for a in example.answers) if example.answers else float(not text)
+        for share, right in given(features, logits, settings, temperature):
             bins.setdefault(math.ceil(share * 10), []).append(right - share)
         by_hand = sum(abs(sum(gaps)) for gaps in bins.values()) / len(features.examples)
         assert report[name] == pytest.approx(by_hand, abs=1e-6)

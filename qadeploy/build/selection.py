@@ -20,6 +20,7 @@ from qadeploy.qa.calibration import (
     confidence_bins,
     expected_calibration_error,
     fit_temperature,
+    stable_null_threshold,
 )
 from qadeploy.qa.metrics import Scores, score
 from qadeploy.qa.settings import QaSettings
@@ -85,22 +86,27 @@ def choose_settings(
 
     A ``max_answer_len`` given is taken instead, and ``keep_threshold`` leaves the threshold as it is.
 
-    Each length is judged at its own best threshold; ties go to the longer, which forbids less. A part that lacks
+    Each length is judged at its own best threshold; ties go to the longer, which forbids less. The threshold
+    kept is the ``stable_null_threshold`` of that length. A part that lacks
     questions with or without an answer tells nothing of a threshold, which then stays as it is. The
-    temperature comes last, fitted to the likelihood of the annotated answers, see ``fit_temperature``.
+    temperature comes last, so that the answers given are right as often as their scores say, see ``fit_temperature``.
     """
-    tried = []
+    tried: list[tuple[float, int, QaSettings, _NullRows | None]] = []
+    tunes = settings.null_threshold is not None and not keep_threshold and tells_thresholds(features)
     for length in (max_answer_len,) if max_answer_len else ANSWER_LENGTHS:
         candidate = replace(settings, max_answer_len=length)
-        if settings.null_threshold is not None and not keep_threshold and tells_thresholds(features):
+        rows = None
+        if tunes:
             rows = _null_rows(features, logits, candidate)
-            threshold = best_null_threshold(rows.differences, rows.span_f1, rows.null_f1)
-            candidate, f1 = replace(candidate, null_threshold=threshold), rows.f1(threshold)
+            f1 = rows.f1(best_null_threshold(rows.differences, rows.span_f1, rows.null_f1))
         else:
             f1 = score_logits(features, logits, candidate).f1
-        tried.append((round(f1, 6), length, candidate))
-    chosen = max(tried, key=lambda t: t[:2])[2]
-    return replace(chosen, temperature=fit_temperature(_right_logits(features, logits, chosen)))
+        tried.append((round(f1, 6), length, candidate, rows))
+    _, _, chosen, rows = max(tried, key=lambda t: t[:2])
+    if rows is not None:
+        threshold = stable_null_threshold(rows.differences, rows.span_f1, rows.null_f1)
+        chosen = replace(chosen, null_threshold=threshold)
+    return replace(chosen, temperature=_fitted_temperature(features, logits, chosen))
 
 
 def tells_thresholds(features: FeatureSet) -> bool:
@@ -207,28 +213,27 @@ def _null_rows(features: FeatureSet, logits: Logits, settings: QaSettings) -> _N
     return _NullRows(np.asarray(differences), score(examples, spans).rows_f1, score(examples, null).rows_f1)
 
 
-def _right_logits(
-    features: FeatureSet, logits: Logits, settings: QaSettings
-) -> Iterator[tuple[FloatArray, FloatArray]]:
-    """(All candidates' logits, the right ones') of at most ``TEMPERATURE_QUESTIONS`` questions, drawn evenly.
-
-    Right are the annotated spans, and null for a question without an answer. A question none of whose
-    annotations is a candidate (too long, or no null answer in play) is left out: no temperature makes it likelier.
-    """
+def _fitted_temperature(features: FeatureSet, logits: Logits, settings: QaSettings) -> float:
+    """``fit_temperature`` on the answers that ``settings`` give to at most ``TEMPERATURE_QUESTIONS``, drawn evenly."""
+    drawn = range(0, len(features.examples), -(-len(features.examples) // TEMPERATURE_QUESTIONS))
+    right = score_logits(features, logits, settings).rows_exact_match[drawn]
     allow = settings.null_competes(features.examples)
-    step = -(-len(features.examples) // TEMPERATURE_QUESTIONS)
-    for i in range(0, len(features.examples), step):
-        example, context, rows = features.examples[i], features.contexts[i], _rows(features, i)
-        windows = [f.window for f in features.features[rows]]
-        starts, ends = list(logits[0][rows]), list(logits[1][rows])
-        table = span_table(windows, starts, ends, context, settings.max_answer_len)
-        candidates = table[np.isfinite(table)]
-        spans = {context.tokens_of(a.start, a.end) for a in example.answers} - {None}
-        cells = [(a, b - a) for a, b in spans if b - a < table.shape[1]]  # type: ignore[misc]
-        right = [float(table[cell]) for cell in cells if np.isfinite(table[cell])]
-        if allow:
+
+    def answers() -> Iterator[tuple[float, FloatArray]]:
+        for i in drawn:
+            context, rows = features.contexts[i], _rows(features, i)
+            windows = [f.window for f in features.features[rows]]
+            starts, ends = list(logits[0][rows]), list(logits[1][rows])
+            spans = span_table(windows, starts, ends, context, settings.max_answer_len).ravel()
+            spans = spans[np.isfinite(spans)]
+            best = int(spans.argmax()) if len(spans) else 0
             null = least_null_logit(windows, starts, ends)
-            candidates = np.append(candidates, np.float32(null))
-            right += [] if example.answers else [null]
-        if right:
-            yield candidates, np.asarray(right, dtype=np.float32)
+            if allow and (not len(spans) or null - float(spans[best]) > (settings.null_threshold or 0.0)):
+                yield null, spans
+            elif len(spans):
+                rest = np.delete(spans, best)
+                yield float(spans[best]), np.append(rest, np.float32(null)) if allow else rest
+            else:
+                yield 0.0, spans
+
+    return fit_temperature(answers(), right)

@@ -17,6 +17,7 @@ from qadeploy.records import FloatArray
 Rows = NDArray[np.float64]
 
 ECE_BINS = 10
+RESAMPLES = 200
 TEMPERATURES: Rows = np.geomspace(0.1, 10.0, 49)
 
 
@@ -48,23 +49,44 @@ def best_null_threshold(differences: Rows, span_f1: Rows, null_f1: Rows) -> floa
     return float(thresholds[best[np.argmin(np.abs(thresholds[best]))]])
 
 
-def fit_temperature(questions: Iterable[tuple[FloatArray, FloatArray]]) -> float:
-    """The temperature T under which softmax(logits / T) gives the right answers the highest likelihood.
+def stable_null_threshold(differences: Rows, span_f1: Rows, null_f1: Rows) -> float:
+    """The mean of ``best_null_threshold`` over ``RESAMPLES`` bootstrap samples of the questions (Breiman 1996, bagging).
 
-    A question is (the logits of all candidates ``[candidates]``, the logits of the right ones among them, at least
-    one): its loss is -log of the right ones' sum of probabilities (Guo et al. 2017, "On Calibration of Modern Neural
-    Networks", section 4.2). One pass over ``questions``: the losses on ``TEMPERATURES``, a geometric grid, then
-    the vertex of the parabola in log T through the best three. 1.0 where there are no questions, or where
-    the loss still falls at the lower end (every answer is right, so that no finite confidence is too high).
+    F1 hardly changes over a wide range of thresholds, and the very best of a few hundred questions is one of its many small
+    peaks: the mean stands inside the range. Drawn with a fixed seed.
     """
+    generator = np.random.default_rng(0)
+    size = len(differences)
+    drawn = (generator.integers(0, size, size) for _ in range(RESAMPLES if size else 0))
+    found = [best_null_threshold(differences[i], span_f1[i], null_f1[i]) for i in drawn]
+    return float(np.mean(found)) if found else 0.0
+
+
+def fit_temperature(answers: Iterable[tuple[float, FloatArray]], right: Rows) -> float:
+    """The temperature T under which the scores of the given answers are likeliest to be right as often as they say.
+
+    An answer is (its logit, the logits of all other candidates ``[candidates]``), ``right`` ``[answers]`` is 1 where it is
+    right and 0 where not. Its score p is its share in softmax(logits / T) (Guo et al. 2017, "On Calibration of Modern
+    Neural Networks", section 4.2). The loss is the squared distance of p from ``right`` (Brier 1950): the likelihood
+    of the annotated spans would punish confidence in another span that is just as right, and cross entropy lets
+    a few confident mistakes set T for all. ``right`` stands as Platt's targets (n + 1) / (n + 2) and 1 / (m + 2)
+    for n right and m wrong answers (Platt 1999, "Probabilistic Outputs for Support Vector Machines", section
+    2.2), so that a few answers, all right, do not ask for endless confidence.
+
+    One pass: the losses on ``TEMPERATURES``, a geometric grid, then the vertex of the parabola in log T
+    through the best three. 1.0 where no answer has a rival.
+    """
+    hits = float(np.sum(right))
+    targets = np.where(right > 0, (hits + 1) / (hits + 2), 1 / (len(right) - hits + 2))
     losses = np.zeros(len(TEMPERATURES))
-    for candidates, right in questions:
-        losses += negative_log_likelihood(candidates, right, TEMPERATURES)
-    best = int(np.argmin(losses))
-    if best == 0:
+    for (logit, others), target in zip(answers, targets, strict=True):
+        if len(others):
+            losses += answer_loss(logit, others, float(target), TEMPERATURES)
+    if not losses.any():
         return 1.0
-    if best == len(TEMPERATURES) - 1:
-        return float(TEMPERATURES[-1])
+    best = int(np.argmin(losses))
+    if best in {0, len(TEMPERATURES) - 1}:
+        return float(TEMPERATURES[best])
     left, middle, right_loss = losses[best - 1 : best + 2]
     step = np.log(TEMPERATURES[1] / TEMPERATURES[0])
     bend = left - 2 * middle + right_loss
@@ -72,15 +94,13 @@ def fit_temperature(questions: Iterable[tuple[FloatArray, FloatArray]]) -> float
     return float(TEMPERATURES[best] * np.exp(shift * step))
 
 
-def negative_log_likelihood(candidates: FloatArray, right: FloatArray, temperatures: Rows) -> Rows:
-    """``[temperatures]``: -log of the share of the ``right`` logits in softmax(``candidates`` / T)."""
-    peak = float(candidates.max())
-    falls = np.asarray(candidates, dtype=np.float64) - peak
-    hits = np.asarray(right, dtype=np.float64)
-    hit_peak = float(hits.max())
-    every = np.log(np.exp(np.divide.outer(falls, temperatures)).sum(axis=0))
-    chosen = np.log(np.exp(np.divide.outer(hits - hit_peak, temperatures)).sum(axis=0))
-    losses: Rows = every - chosen + (peak - hit_peak) / temperatures
+def answer_loss(logit: float, others: FloatArray, target: float, temperatures: Rows) -> Rows:
+    """``[temperatures]``: (p - target) squared, p the share of ``logit`` beside ``others`` in softmax at T."""
+    peak = float(others.max())
+    falls = np.divide.outer(np.asarray(others, dtype=np.float64) - peak, temperatures)
+    rivals = np.log(np.exp(falls).sum(axis=0)) + peak / temperatures
+    odds = np.exp(np.minimum(rivals - logit / temperatures, 700.0))  # exp(700) is about the largest float64
+    losses: Rows = (1.0 / (1.0 + odds) - target) ** 2
     return losses
 
 
