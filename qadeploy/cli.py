@@ -7,6 +7,7 @@ Exit codes: 0 well, 1 the work failed, 2 what the user gave cannot be used.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import click
+from click.core import ParameterSource
 
 from qadeploy import __version__
 from qadeploy.config import fold, read_config, unknown_hint
@@ -52,6 +54,14 @@ class _Command(click.Command):
                 raise
             message = f"No such option: {error.option_name}{hint}"
             raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except click.UsageError as error:
+            if os.environ.get("RANK", "0") != "0":  # torchrun starts the same command several times: one says it
+                sys.exit(error.exit_code)
+            raise
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
@@ -241,6 +251,7 @@ qadeploy train --data faq.jsonl --out runs/faq
 qadeploy train --config run.yaml --epochs 2
 qadeploy train --data few.jsonl --folds 5
 qadeploy train --data hub:squad --base bert-base-uncased --epochs 2 --out runs/squad
+qadeploy train --resume --out runs/squad
 """,
 )
 @click.option(
@@ -342,15 +353,24 @@ qadeploy train --data hub:squad --base bert-base-uncased --epochs 2 --out runs/s
     show_default=True,
     help="Of the arithmetic; auto is bf16 where the hardware multiplies it natively; fp16 needs a GPU.",
 )
+@click.option("--save-steps", type=click.IntRange(min=1), help="Also save every N steps.  [default: each epoch only]")
+@click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out, with its options.")
 @click.option("--bf16", is_flag=True, help="The same as --precision bf16.")
 @click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
 @click.option("--token", help="Token for the hub, for private models and data sets.  [default: $HF_TOKEN, or a login]")
 @_trust_option
 @click.option("--progress/--no-progress", default=None, help="Show a progress bar.  [default: on a terminal]")
 @_reading_options
-def train(as_json: bool, progress: bool | None, out: str | None, folds: int | None, **options: Any) -> None:
-    """Fine-tune a question-answering model and keep its best epoch."""
+def train(
+    as_json: bool, progress: bool | None, out: str | None, folds: int | None, resume: bool, **options: Any
+) -> None:
+    """Fine-tune a question-answering model and keep its best epoch.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m qadeploy train ...) the processes share each step's batch.
+    """
     from qadeploy.build.folds import train_with_folds
+    from qadeploy.build.processes import is_first
+    from qadeploy.build.resume import recorded_options
     from qadeploy.build.train import TrainOptions
     from qadeploy.build.train import train as run
 
@@ -360,11 +380,21 @@ def train(as_json: bool, progress: bool | None, out: str | None, folds: int | No
     given = {name: name if options.pop(name) else None for name in ("bf16", "fp16")}
     options["precision"] = fold(ctx, "precision", given)
     name = Path(options["data"].removeprefix("hub:").replace(":", "-")).stem
-    chosen = TrainOptions(out=out or f"runs/{name}", **options)
+    out = out or f"runs/{name}"
+    if resume:
+        asked = {k: v for k, v in options.items() if ctx.get_parameter_source(k) is not ParameterSource.DEFAULT}
+        recorded = {k: v for k, v in recorded_options(Path(out)).items() if k in options}
+        options = {**options, **recorded, **asked}
+    chosen = TrainOptions(out=out, **options)
     shown = sys.stderr.isatty() if progress is None else progress
     say = _say(as_json)
-    result = run(chosen, say, progress=shown) if folds is None else train_with_folds(chosen, folds, say, progress=shown)
-    if as_json:
+    if folds is None:
+        result = run(chosen, say, progress=shown, resume=resume)
+    elif resume:
+        raise InputError("--resume goes on with one run, and --folds begins several: leave out one of them")
+    else:
+        result = train_with_folds(chosen, folds, say, progress=shown)
+    if as_json and is_first():
         click.echo(json.dumps({"run": str(result.folder), **result.metrics}, ensure_ascii=False))
 
 

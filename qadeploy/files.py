@@ -25,8 +25,26 @@ def write_text(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say by itself which file it was
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file's bytes, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes every file and folder below ``folder``, and itself, to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 def replace_folder(new: Path, place: Path) -> None:

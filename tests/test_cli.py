@@ -263,6 +263,40 @@ def test_a_token_is_in_no_output(tiny_checkpoint):
     assert all(b"hf_very" not in p.read_bytes() for p in Path("runs").rglob("*") if p.is_file())
 
 
+def test_an_interrupted_run_is_named_and_goes_on_with_its_own_options(tiny_checkpoint, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write_jsonl(Path("few.jsonl"), triplets(16))
+    begin = (
+        "train",
+        "--data",
+        "few.jsonl",
+        "--base",
+        tiny_checkpoint,
+        "--epochs",
+        2,
+        "--seed",
+        5,
+        "--precision",
+        "fp32",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("qadeploy.build.trainer.prune", interrupt)  # Ctrl-C after the first save
+        assert "kept; its last complete checkpoint is checkpoint-1" in run(*begin, "--no-progress").output
+    fails(2, ["runs/few: holds an unfinished run", "--resume"], *begin)
+    hint = "runs/few is not finished (interrupted, or still training): qadeploy train --resume --out runs/few"
+    fails(1, [hint], "export", "runs/few")
+    fails(2, ["holds no finished run yet", hint], "export")
+    fails(2, ["--seed was 5, now 6"], "train", "--resume", "--out", "runs/few", "--seed", 6)
+    result = well("train", "--resume", "--out", "runs/few", "--no-progress", "--json")
+    assert [row["epoch"] for row in value(result)["epochs"]] == [0, 1, 2]
+    assert "runs/few: resumes after step 1, from checkpoint-1" in result.stderr
+    record = json.loads(Path("runs/few/run.json").read_text())
+    assert (record["status"], record["options"]["data"], record["seed"]) == ("complete", "few.jsonl", 5)
+    assert "was complete already" in well("train", "--resume", "--out", "runs/few", "--no-progress").output
+
+
 def test_export(tiny, tiny_export):
     bundles = value(tiny_export)["bundles"]
     assert list(bundles) == ["bundles/keepers", "bundles/keepers-fused", "bundles/keepers-int8"]

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from qadeploy.errors import InputError
-from qadeploy.files import hash_file, write_json, write_text
+from qadeploy.files import hash_file, sync_folder, write_json, write_text
 from qadeploy.qa.settings import QaSettings
 from qadeploy.timing import Timing, interleave
 
@@ -53,8 +53,9 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     write_text(tmp_path / "a.txt", "old")
     if broken:
         monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         write_text(tmp_path / "a.txt", text)
+    assert error is not OSError or caught.value.filename == str(tmp_path / "a.txt")  # which the system does not say
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "old"}
 
 
@@ -65,6 +66,15 @@ def test_the_bytes_are_flushed_before_they_take_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(("replace", b)), replace(a, b)))
     write_text(path, "four")
     assert seen == [("fsync", 4), ("replace", path)]
+
+
+def test_a_folder_is_flushed_with_all_that_is_in_it(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_text("1")
+    seen, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.add(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    sync_folder(tmp_path / "a")
+    assert seen == {str(tmp_path / name) for name in ("a", "a/b", "a/b/file")}
 
 
 # ---------------------------------------------------------------- timing

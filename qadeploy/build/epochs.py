@@ -22,12 +22,17 @@ class QuietProgress(ProgressCallback):
 
 
 class EpochTable(TrainerCallback):
-    """Prints a row an epoch, and keeps the rows. Warns once, where the gap between train and eval loss opens."""
+    """Prints a row an epoch, and keeps the rows; ``rows`` are those of a run that goes on.
 
-    def __init__(self, say: Say) -> None:
+    Warns once, where the gap between train and eval loss opens.
+    """
+
+    def __init__(self, say: Say, rows: Sequence[dict[str, Any]] = ()) -> None:
         self.say = say
         self.rows: list[dict[str, Any]] = []
         self.gap_opened: int | None = None  # the first epoch of overfitting
+        for row in rows:
+            self._keep(row)
 
     @property
     def best(self) -> dict[str, Any]:
@@ -36,8 +41,10 @@ class EpochTable(TrainerCallback):
         return max(trained, key=lambda r: (r["eval_f1"], -r["epoch"]))
 
     def header(self) -> None:
-        """Prints the head of the table."""
+        """Prints the head of the table, and the rows that are there already."""
         self.say("                 epoch  train loss  eval loss  accuracy     EM     F1  observation")
+        for row in self.rows:
+            self._print(row)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
         """Adds the row of the epoch that was just evaluated on the dev part."""
@@ -53,16 +60,22 @@ class EpochTable(TrainerCallback):
         if not math.isfinite(row["eval_loss"] or 0.0) or not math.isfinite(row["train_loss"] or 0.0):
             raise FailureError("training diverged: the loss is not finite. Lower --learning-rate")
         row["observation"] = observe(self.rows, row)
-        opened = self.gap_opened is None and gap_opens(self.rows, row)
+        self._keep(row)
+        self._print(row)
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        if self.gap_opened is None and gap_opens(self.rows, row):
+            self.gap_opened = row["epoch"]
         self.rows.append(row)
+
+    def _print(self, row: dict[str, Any]) -> None:
         loss = "         -" if row["train_loss"] is None else f"{row['train_loss']:10.4f}"
         self.say(
-            f"                 {epoch:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
+            f"                 {row['epoch']:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
             f"{row['eval_exact_match']:5.1f}  {row['eval_f1']:5.1f}  {row['observation']}"
         )
-        if opened:
-            self.gap_opened = epoch
-            self.say(f"                 {gap_warning(epoch, row)}")
+        if self.gap_opened == row["epoch"]:
+            self.say(f"                 {gap_warning(row)}")
 
 
 def gap_opens(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> bool:
@@ -72,10 +85,10 @@ def gap_opens(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> bool:
     return bool(row["eval_loss"] > before[-1]["eval_loss"] and row["train_loss"] < before[-1]["train_loss"])
 
 
-def gap_warning(epoch: int, row: dict[str, Any]) -> str:
+def gap_warning(row: dict[str, Any]) -> str:
     """What the open gap means and what to do about it."""
     return (
-        f"WARNING: overfitting from epoch {epoch} on: eval loss {row['eval_loss']:.3f} rises away from train loss "
+        f"WARNING: overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises away from train loss "
         f"{row['train_loss']:.3f}. The epoch with the best dev F1 is kept all the same. More questions help most; else fewer "
         "--epochs, a lower --learning-rate, or a higher --weight-decay"
     )

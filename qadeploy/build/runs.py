@@ -14,6 +14,7 @@ from qadeploy.errors import CheckpointError, InputError
 from qadeploy.records import Example
 
 RUN_FILE = "run.json"
+UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +35,23 @@ def find_run(path: str | Path | None) -> Run:
         runs = Path("runs")
         found = [p for p in runs.iterdir() if (p / RUN_FILE).is_file()] if runs.is_dir() else []
         found = [p for p in found if not p.name.startswith(".")]  # work that was cut off
+        unfinished = [p for p in found if read_status(p) == "running"]
+        found = [p for p in found if p not in unfinished]
         if not found:
-            raise InputError("runs: holds no finished run yet: run qadeploy train first, or name a run")
+            hint = f"; {_unfinished(unfinished[0])}" if unfinished else ""
+            raise InputError(f"runs: holds no finished run yet: run qadeploy train first, or name a run{hint}")
         path = max(found, key=lambda p: (p / RUN_FILE).stat().st_mtime_ns)
     folder = Path(path)
     folder = folder if folder.name else folder.resolve()
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder: give a run or a checkpoint folder")
+        beside = folder.with_name(folder.name + UNFINISHED)
+        hint = f"; {_unfinished(beside)}" if read_status(beside) else ""
+        raise InputError(f"{folder}: no such folder: give a run or a checkpoint folder{hint}")
     if (folder / RUN_FILE).is_file():
-        checkpoint = folder / "checkpoint"
+        checkpoint, record = folder / "checkpoint", _read_record(folder / RUN_FILE)
         if not (checkpoint / "config.json").is_file():
             raise CheckpointError(f"{folder}: the run has no checkpoint: it was not finished or was moved; train again")
-        return Run(folder.name, checkpoint, _read_record(folder / RUN_FILE))
+        return Run(folder.name, checkpoint, record)
     if (folder / "config.json").is_file():
         name = folder.parent.name if folder.name == "checkpoint" else folder.name
         parent = folder.parent / RUN_FILE
@@ -55,11 +61,30 @@ def find_run(path: str | Path | None) -> Run:
     raise CheckpointError(f"{folder}: neither a finished run (run.json) nor a checkpoint (config.json)")
 
 
+def read_status(folder: Path) -> str | None:
+    """What a run folder's record says, "complete" or "running"; "unknown" where it says neither; None without one."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        return "unknown"
+    status = record.get("status") if isinstance(record, dict) else None
+    return status if status in {"complete", "running"} else "unknown"
+
+
+def _unfinished(folder: Path) -> str:
+    out = folder.with_name(folder.name.removesuffix(UNFINISHED))
+    return f"{folder} is not finished (interrupted, or still training): qadeploy train --resume --out {out} goes on with it"
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    if isinstance(record, dict) and record.get("status") == "running":
+        raise CheckpointError(_unfinished(path.parent))
     if not isinstance(record, dict) or record.get("status") != "complete" or "options" not in record:
         raise CheckpointError(f"{path}: is not the record of a finished run: train again")
     return record

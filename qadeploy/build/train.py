@@ -2,14 +2,15 @@
 
 Reads top to bottom: options, data, features, the trainer, the table of epochs, the run folder.
 
-A run folder holds ``run.json`` (resolved options, seed, versions, data hash; written last, so that
-its ``"status": "complete"`` marks a finished run), ``metrics.json``, ``curves.png``, the predictions
-(see ``qadeploy/predictions.py``) on the held-out part, or the dev part where nothing was held out, and
-``checkpoint/``, the best epoch by dev F1.
+A run folder holds ``run.json`` (resolved options, seed, versions, data hash; its ``"status": "complete"``
+is written last and marks a finished run), ``metrics.json``, ``curves.png``, the predictions (see
+``qadeploy/predictions.py``) on the held-out part, or the dev part where nothing was held out, and
+``checkpoint/``, the best epoch by dev F1. ``build/resume.py`` says what an unfinished one holds.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -29,15 +30,17 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from qadeploy.build import processes
 from qadeploy.build.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
 from qadeploy.build.curves import draw_curves, terminal_chart
 from qadeploy.build.epochs import EpochTable, QuietProgress, Say
 from qadeploy.build.features import FeatureSet
+from qadeploy.build.resume import SAVES, Plan, check_unfinished, finish, open_run
+from qadeploy.build.saves import writing
 from qadeploy.build.selection import (
     answers_of,
     choose_settings,
@@ -46,7 +49,7 @@ from qadeploy.build.selection import (
     score_logits,
     unchosen_settings,
 )
-from qadeploy.build.trainer import SpanTrainer, collate
+from qadeploy.build.trainer import SaveInside, SpanArguments, SpanTrainer, collate
 from qadeploy.build.workers import make_features_in
 from qadeploy.data.carriers import load_rows
 from qadeploy.data.check import check_rows
@@ -55,7 +58,7 @@ from qadeploy.data.readers import DataSet, hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.data.table import one_line
 from qadeploy.errors import CheckpointError, FailureError, InputError
-from qadeploy.files import hash_file, replace_folder, write_json
+from qadeploy.files import hash_file, write_json
 from qadeploy.predictions import DEFAULT_N_BEST, write_predictions
 from qadeploy.qa.metrics import Scores, bootstrap_interval
 from qadeploy.qa.settings import QaSettings
@@ -88,10 +91,11 @@ class TrainOptions:
 
     ``max_train_samples`` and ``max_eval_samples`` keep the first so many questions, in file order, of the training
     part (after the dev part was carved) and of the dev and held-out parts. ``batch_size`` is windows a forward
-    pass, and a step is ``gradient_accumulation_steps`` of those. ``max_answer_len`` and
+    pass, of all processes, and a step is ``gradient_accumulation_steps`` of those. ``max_answer_len`` and
     ``null_score_diff_threshold`` are taken instead of being chosen on the dev part. ``n_best_size`` is how many
     candidates the predictions files list, nothing else. ``model_revision``, ``token`` and ``trust_remote_code``
-    are ``Hub``'s, for the base; ``token`` opens hub data too, and is recorded nowhere.
+    are ``Hub``'s, for the base; ``token`` opens hub data too, and is recorded nowhere. ``save_steps`` adds
+    checkpoints inside epochs, every so many steps.
     """
 
     data: str = "handbook"
@@ -122,6 +126,7 @@ class TrainOptions:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     preprocessing_num_workers: int = 1
+    save_steps: int | None = None
     model_revision: str | None = None
     trust_remote_code: bool = False
     token: str | None = field(default=None, repr=False)
@@ -136,16 +141,34 @@ class RunResult:
 
 
 def train(
-    options: TrainOptions, say: Say, *, progress: bool = True, more_metrics: Mapping[str, Any] | None = None
+    options: TrainOptions,
+    say: Say,
+    *,
+    progress: bool = True,
+    resume: bool = False,
+    more_metrics: Mapping[str, Any] | None = None,
 ) -> RunResult:
     """Fine-tunes ``options.base`` on ``options.data`` and writes the run folder.
 
-    ``say`` gets one line of report at a time; ``more_metrics`` go into ``metrics.json`` as they are. Raises InputError and DataError on unusable input before
-    anything is written, CheckpointError where the base does not load, FailureError on a loss that is
-    not finite. The run folder appears only when the run is complete.
+    ``say`` gets one line of report at a time; ``more_metrics`` go into ``metrics.json`` as they are. ``resume``
+    goes on with an unfinished run in ``options.out`` after its newest complete checkpoint. A finished run there
+    is replaced only when the new one is complete.
+
+    Raises InputError and DataError on unusable input before anything is written, and on an unfinished
+    run in the way or one that was started with other options, data or base; CheckpointError where the
+    base does not load; FailureError on a loss that is not finite and on a full disk.
     """
+    with processes.together():
+        return _train(options, say if processes.is_first() else _silent, progress, resume, more_metrics or {})
+
+
+def _silent(line: str) -> None:
+    """The report of every process but the first."""
+
+
+def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_metrics: Mapping[str, Any]) -> RunResult:
     started = time.time()
-    check(options)
+    processes.from_first(lambda: check(options, resume))
     out = Path(options.out)
     reading = Reading.of(asdict(options))
     rows = list(load_rows(options.data, options.token))
@@ -154,6 +177,7 @@ def train(
     data = read(options.data, reading, rows=rows)
     train_part, dev_part, eval_part = _parts(data, options)
     options = _resolve(options, len(train_part))
+    processes.share(options.batch_size or 1)
     precision = resolve_precision(options.precision)
     set_seed(options.seed)
     hub = Hub(options.model_revision, options.token, options.trust_remote_code)
@@ -202,18 +226,23 @@ def train(
     if not train_set.with_answer:
         raise InputError(f"{options.data}: no training window holds an answer, so there is nothing to learn from")
 
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        result = _run(options, precision, checkpoint, settings, train_set, dev_set, eval_set, work, say, progress)
-        result |= {"data_check": checked.to_dict(), "seconds": round(time.time() - started, 1), **(more_metrics or {})}
-        write_json(work / "metrics.json", result)
-        draw_curves(result["epochs"], work / "curves.png")
-        write_json(work / "run.json", _record(options, precision, checkpoint, data, dev_part))
-        replace_folder(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    record = _record(options, precision, checkpoint, data, dev_part, eval_part)
+    with open_run(out, record, resume, say) as plan:
+        if plan.finished:
+            say(f"run folder: {out} was complete already")
+            return RunResult(out, json.loads((out / "metrics.json").read_text(encoding="utf-8")))
+        if plan.saved:
+            started -= plan.saved.progress["seconds"]
+        result = _run(
+            options, precision, checkpoint, settings, train_set, dev_set, eval_set, plan, say, progress, started
+        )
+        result |= {"data_check": checked.to_dict(), **more_metrics}
+        if processes.is_first():
+            with writing(plan.folder):
+                write_json(plan.folder / "metrics.json", result)
+                draw_curves(result["epochs"], plan.folder / "curves.png")
+            finish(plan, out)
+        processes.wait()
     say(f"run folder: {out} ({result['seconds']:.0f} s)")
     return RunResult(out, result)
 
@@ -221,7 +250,7 @@ def train(
 # ---------------------------------------------------------------- data and options
 
 
-def check(options: TrainOptions) -> None:
+def check(options: TrainOptions, resume: bool = False) -> None:
     """Raises InputError on numbers that the libraries below would answer with a traceback, and on a place that is taken."""
     ranges = {
         "learning_rate": (0.0, math.inf),
@@ -239,14 +268,15 @@ def check(options: TrainOptions) -> None:
         value = getattr(options, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"{name} is {value!r}: a whole number from 1 is needed")
-    _check_out(Path(options.out))
+    _check_out(Path(options.out), resume)
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, resume: bool) -> None:
     if not out.name or out.is_symlink():
         raise InputError(f"{out}: a run needs a folder of its own, not a link: give --out a name")
     if out.exists() and not (out / "run.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
         raise InputError(f"{out}: exists and is not a run folder, so it is not overwritten: give another --out")
+    check_unfinished(out, resume)
 
 
 def _parts(
@@ -315,30 +345,32 @@ def _run(
     train_set: FeatureSet,
     dev_set: FeatureSet,
     eval_set: FeatureSet | None,
-    work: Path,
+    plan: Plan,
     say: Say,
     progress: bool,
+    started: float,
 ) -> dict[str, Any]:
     epochs, learning_rate, batch_size = options.epochs or 1, options.learning_rate or 0.0, options.batch_size or 1
+    share = processes.share(batch_size)
     passes = options.gradient_accumulation_steps
     steps = math.ceil(math.ceil(len(train_set) / batch_size) / passes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say(
         f"4 training       {sum(p.numel() for p in checkpoint.model.parameters()) / 1e6:.1f} M parameters on {device} "
         f"in {precision}, {epochs} epochs of {steps} steps of {f'{passes} x ' if passes > 1 else ''}{batch_size} windows, "
-        f"learning rate {learning_rate:g}"
+        f"learning rate {learning_rate:g}" + (f", {processes.count()} processes" if processes.count() > 1 else "")
     )
     if len(train_set.examples) < FEW_EXAMPLES:
         say(
             f"                 few examples ({len(train_set.examples)}): a low learning rate unless you give one, and training stops "
             f"after {options.patience} epochs without a better dev F1"
         )
-    arguments = TrainingArguments(
-        output_dir=str(work / "checkpoints"),
+    arguments = SpanArguments(
+        output_dir=str(plan.folder / SAVES),
         num_train_epochs=float(epochs),
         learning_rate=learning_rate,
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=2 * batch_size,
+        per_device_train_batch_size=share,
+        per_device_eval_batch_size=2 * share,
         weight_decay=options.weight_decay,
         warmup_ratio=options.warmup_ratio,
         gradient_accumulation_steps=passes,
@@ -351,7 +383,7 @@ def _run(
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        save_total_limit=2,
+        restore_callback_states_from_checkpoint=True,  # patience goes on counting
         load_best_model_at_end=True,
         metric_for_best_model="eval_f1",
         greater_is_better=True,
@@ -365,7 +397,7 @@ def _run(
     )
     first = train_set.features[0].window
     say(f"                 e.g. a window of {len(first)} tokens -> start and end logits [1, {len(first)}] each")
-    table = EpochTable(say)
+    table = EpochTable(say, plan.saved.progress["rows"] if plan.saved else [])
     pad = checkpoint.encoder.config.pad_token_id
     trainer = SpanTrainer(
         model=checkpoint.model,
@@ -375,7 +407,10 @@ def _run(
         data_collator=lambda features: collate(features, pad),
         compute_metrics=lambda prediction: _metrics(dev_set, prediction, settings),
         callbacks=[EarlyStoppingCallback(options.patience), table],
+        progress=lambda: {"rows": table.rows, "seconds": round(time.time() - started, 1)},
     )
+    if options.save_steps:
+        trainer.add_callback(SaveInside(options.save_steps))
     trainer.remove_callback(PrinterCallback)
     if progress:
         trainer.remove_callback(ProgressCallback)
@@ -387,11 +422,12 @@ def _run(
     given = threshold is not None
     settings = replace(settings, null_threshold=threshold) if given else settings
     table.header()
-    trainer.evaluate()  # the row "0": the base model before any step
+    if not table.rows:
+        trainer.evaluate()  # the row "0": the base model before any step
     with warnings.catch_warnings(), _memory_errors():
         # Epochs of less than a second look to the Trainer like a broken clock; it then goes by the step numbers.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
-        trainer.train()
+        trainer.go_on(plan.saved)
 
     dev_logits = _predict(trainer, dev_set)
     settings = choose_settings(
@@ -430,12 +466,15 @@ def _run(
         _say_scores(say, "held out", after)
         say(f"                 held out: {report_choice('held_out', eval_set, eval_logits, settings, metrics)}")
         reported, logits, metrics["predictions"] = eval_set, eval_logits, "held_out"
-    write_predictions(work, predictions_of(reported, logits, settings, options.n_best_size))
     chart = terminal_chart(table.rows)
     if chart:
         say(chart)
-    shutil.rmtree(work / "checkpoints", ignore_errors=True)
-    save_checkpoint(checkpoint, settings, work / "checkpoint")
+    if processes.is_first():
+        with writing(plan.folder):
+            write_predictions(plan.folder, predictions_of(reported, logits, settings, options.n_best_size))
+            shutil.rmtree(plan.folder / "checkpoint", ignore_errors=True)  # begun by a process that was interrupted
+            save_checkpoint(checkpoint, settings, plan.folder / "checkpoint")
+    metrics["seconds"] = round(time.time() - started, 1)
     return metrics
 
 
@@ -505,7 +544,12 @@ def _feature_example(features: FeatureSet, checkpoint: Checkpoint) -> str:
 
 
 def _record(
-    options: TrainOptions, precision: str, checkpoint: Checkpoint, data: DataSet, dev_part: Sequence[Example]
+    options: TrainOptions,
+    precision: str,
+    checkpoint: Checkpoint,
+    data: DataSet,
+    dev_part: Sequence[Example],
+    eval_part: Sequence[Example],
 ) -> dict[str, Any]:
     versions = {"python": platform.python_version()}
     for name in _VERSIONED:
@@ -514,12 +558,14 @@ def _record(
         except PackageNotFoundError:
             versions[name] = "source"
     return {
-        "status": "complete",
+        "status": "running",
         "options": {**{k: v for k, v in asdict(options).items() if k != "token"}, "base": _base_name(checkpoint.name)},
         "precision": precision,
         "seed": options.seed,
+        "processes": processes.count(),
         "data_sha256": hash_examples(data.examples),
         "dev_data_sha256": hash_examples(dev_part) if options.dev_data else None,
+        "eval_data_sha256": hash_examples(eval_part) if options.eval_data else None,
         "base": {
             "name": _base_name(checkpoint.name),
             "sha256": _base_hash(checkpoint.name),

@@ -1,16 +1,21 @@
-"""The Trainer that training uses: length-grouped batches, and a loss over valid positions only."""
+"""The Trainer that training uses: length-grouped batches, a loss over valid positions only, complete checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
+from qadeploy.build import processes
 from qadeploy.build.features import NO_LABEL, Feature, FeatureSet, collate_labels
+from qadeploy.build.saves import Save, mark_complete, prune, remove, writing
+from qadeploy.errors import FailureError
 from qadeploy.qa.windows import pad_batch
 
 
@@ -55,22 +60,114 @@ class LengthGroupedSampler(Sampler[int]):
             yield from (int(i) for i in batch)
 
 
+class SpanArguments(TrainingArguments):
+    """TrainingArguments whose device can be loaded to: with several processes accelerate says cpu:0, torch.load no."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+
+class SaveInside(TrainerCallback):
+    """Saves a checkpoint every ``steps`` steps inside an epoch; at its end the Trainer saves one anyway."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks for a checkpoint."""
+        if state.global_step % self.steps == 0 and state.epoch != int(state.epoch):
+            control.should_save = True
+
+
 class SpanTrainer(Trainer):
     """The Trainer with length-grouped batches and a loss over valid positions only.
 
     The loss is the cross entropy of start and end positions, averaged over the annotators of a
     question (their spans are equally good targets) and over start and end. Its softmax runs over
     the context and the null position, as the decoder's does.
+
+    A checkpoint is marked complete once all of it is on the disk, with ``progress()`` of the run in its
+    marker; only then are older ones removed.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, progress: Callable[[], dict[str, Any]] = dict, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self.progress = progress
+        self._running_loss: Any = None
+        self._carried: tuple[float, int] | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         features: FeatureSet = train_dataset if train_dataset is not None else self.train_dataset
         lengths = [len(f.window) for f in features.features]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
+        # The batch of all processes, which accelerate deals out in slices: the same batches, however many share them.
+        return LengthGroupedSampler(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+
+    def go_on(self, saved: Save | None) -> None:
+        """Trains, after ``saved`` where there is one, and loads the best epoch's weights."""
+        # A model that accelerate has prepared for an evaluation it would leave as it is: without DistributedDataParallel.
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        model._is_accelerate_prepared = False
+        if self.args.world_size > 1:
+            self.args.ddp_find_unused_parameters = self._has_unused_parameters()
+        if saved is None:
+            self.train()
+        elif saved.progress["stopped"]:  # by its last epoch or by patience: nothing is left but to choose
+            self.state = TrainerState.load_from_json(str(saved.folder / TRAINER_STATE_NAME))
+            self._load_best_model()
+        else:
+            self._carried = (saved.progress["loss"], saved.progress["loss_since"])
+            self.train(resume_from_checkpoint=str(saved.folder))
+
+    def _has_unused_parameters(self) -> bool:
+        """True where the logits do not depend on all parameters (XLNet's): these must be looked for at every step."""
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
+        self.compute_loss(self.model, batch).backward()
+        unused = any(p.grad is None for p in self.model.parameters() if p.requires_grad)
+        self.model.zero_grad()
+        return unused
+
+    def _load_best_model(self) -> None:
+        # The recorded path is from where the run began; the folder may have been moved since.
+        self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
+        super()._load_best_model()
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, *args: Any, **kwargs: Any) -> None:
+        if self._carried:  # the part of the epoch before the interruption counts in its mean loss
+            loss, self._globalstep_last_logged = self._carried
+            tr_loss += loss
+            self._carried = None
+        self._running_loss = tr_loss
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step, best = self.state.global_step, self.state.best_global_step
+        folder = self._checkpoint(step)
+        progress = {
+            **self.progress(),
+            "stopped": self.control.should_training_stop,
+            "best_step": best,
+            "loss": self._nested_gather(self._running_loss).mean().item(),
+            "loss_since": self._globalstep_last_logged,
+        }
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                processes.wait()
+                if processes.is_first():
+                    mark_complete(folder, progress)
+        except FailureError:
+            if processes.is_first():
+                remove(folder)  # what there is of it only fills the disk
+            raise
+        if processes.is_first():
+            prune(folder.parent, step, best)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -79,13 +176,25 @@ class SpanTrainer(Trainer):
         labels = ("start_positions", "end_positions", "answer_mask")
         outputs = model(**{k: v for k, v in inputs.items() if k not in labels})
         mask = inputs["answer_mask"]
+        rows = slice(None if model.training else self._own_rows(len(mask)))
         losses = [
-            span_loss(outputs.start_logits, inputs["start_positions"], mask),
-            span_loss(outputs.end_logits, inputs["end_positions"], mask),
+            span_loss(outputs.start_logits[rows], inputs["start_positions"][rows], mask[rows]),
+            span_loss(outputs.end_logits[rows], inputs["end_positions"][rows], mask[rows]),
         ]
         loss = (losses[0] + losses[1]) / 2
         logits = {"start_logits": outputs.start_logits, "end_logits": outputs.end_logits}
         return (loss, logits) if return_outputs else loss
+
+    def _own_rows(self, rows: int) -> int:
+        """How many windows of an evaluation batch count: the last one is filled up, so that all processes have as many.
+
+        What is gathered is cut by accelerate, but the loss is a mean before it is gathered.
+        """
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        own = state.remainder - self.args.process_index * rows
+        return min(own, rows) if own > 0 else rows  # a process with none of its own is cut off altogether
 
 
 def span_loss(logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,94 @@
+"""Several processes of one run (``torchrun``): who prints and writes, and one message for one error.
+
+With a single process everything here does nothing. Process 0 is the first: it alone prints and
+writes, but for the random state that each adds to a save.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+from qadeploy.errors import FailureError, InputError
+
+_Value = TypeVar("_Value")
+
+
+def count() -> int:
+    """How many processes train together, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
+def is_first() -> bool:
+    """True in the process that prints and writes."""
+    return count() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def share(batch_size: int) -> int:
+    """Windows a step and process, where ``batch_size`` is those of all. Raises InputError where it is no whole number."""
+    if batch_size % count():
+        low = batch_size // count() * count()
+        choices = " or ".join(str(n) for n in (low, low + count()) if n)
+        raise InputError(
+            f"batch-size {batch_size} cannot be shared by {count()} processes: give --batch-size {choices}"
+        )
+    return batch_size // count()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Joins the processes for the time of the block. Where several fail, one raises and the others end in silence.
+
+    The first process to fail raises its error; the others, whose errors are the same or only that a
+    neighbour is gone, leave by SystemExit with the exit code of theirs.
+    """
+    if count() == 1:
+        yield
+        return
+    PartialState(cpu=not torch.cuda.is_available())
+    try:
+        yield
+    except Exception as error:
+        if not _is_first_to_fail():
+            raise SystemExit(getattr(error, "exit_code", 1)) from error
+        if _is_lost_neighbour(error):
+            raise FailureError(
+                f"another of the {count()} processes ended without a word (killed?), so this run cannot go on"
+            ) from error
+        raise
+    dist.destroy_process_group()
+
+
+def _is_first_to_fail() -> bool:
+    """Asked once by each process that fails; the store lies with torchrun, so it outlives each of them."""
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("qadeploy/errors", 1) == 1)
+    except (RuntimeError, ValueError):  # torchrun is gone, or nothing was joined yet
+        return is_first()
+
+
+def _is_lost_neighbour(error: Exception) -> bool:
+    signs = ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo")
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def from_first(make: Callable[[], _Value]) -> _Value:
+    """What ``make``, called in the first process alone, returns, in all of them."""
+    if count() == 1:
+        return make()
+    parcel: list[Any] = [make() if is_first() else None]
+    dist.broadcast_object_list(parcel)
+    value: _Value = parcel[0]
+    return value
+
+
+def wait() -> None:
+    """Returns when every process has come this far."""
+    if count() > 1:
+        dist.barrier()
