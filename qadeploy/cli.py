@@ -359,6 +359,12 @@ qadeploy train --resume --out runs/squad
 @click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
 @click.option("--token", help="Token for the hub, for private models and data sets.  [default: $HF_TOKEN, or a login]")
 @_trust_option
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    show_default=True,
+    help="Keep the windows in $QADEPLOY_CACHE (~/.cache/qadeploy) for the next run on the same data.",
+)
 @click.option("--progress/--no-progress", default=None, help="Show a progress bar.  [default: on a terminal]")
 @_reading_options
 def train(

@@ -32,7 +32,18 @@ from qadeploy.shipped import base_model_path
 SAVES = "checkpoints"
 # These do not change what is trained, or are compared by content.
 _FREE = frozenset(
-    {"out", "save_steps", "data", "dev_data", "eval_data", "base", "token", "n_best_size", "preprocessing_num_workers"}
+    {
+        "out",
+        "save_steps",
+        "data",
+        "dev_data",
+        "eval_data",
+        "base",
+        "token",
+        "n_best_size",
+        "preprocessing_num_workers",
+        "cache",
+    }
 )
 
 

@@ -35,6 +35,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadeploy.build import processes
+from qadeploy.build.cache import Part, cache_folder, cached_features
 from qadeploy.build.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
 from qadeploy.build.curves import draw_curves, terminal_chart
 from qadeploy.build.epochs import EpochTable, QuietProgress, Say
@@ -49,7 +50,7 @@ from qadeploy.build.selection import (
     score_logits,
     unchosen_settings,
 )
-from qadeploy.build.trainer import SaveInside, SpanArguments, SpanTrainer, collate
+from qadeploy.build.trainer import SaveInside, SpanTrainer, collate, training_arguments
 from qadeploy.build.workers import make_features_in
 from qadeploy.data.carriers import load_rows
 from qadeploy.data.check import check_rows
@@ -62,6 +63,7 @@ from qadeploy.files import hash_file, write_json
 from qadeploy.predictions import DEFAULT_N_BEST, write_predictions
 from qadeploy.qa.metrics import Scores, bootstrap_interval
 from qadeploy.qa.settings import QaSettings
+from qadeploy.qa.windows import Encoder
 from qadeploy.records import Example, FloatArray
 from qadeploy.shipped import base_model_path
 
@@ -77,6 +79,7 @@ _COUNTS = (
     "gradient_accumulation_steps",
     "preprocessing_num_workers",
 )
+_INDENT = " " * 17
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 
 
@@ -95,7 +98,7 @@ class TrainOptions:
     ``null_score_diff_threshold`` are taken instead of being chosen on the dev part. ``n_best_size`` is how many
     candidates the predictions files list, nothing else. ``model_revision``, ``token`` and ``trust_remote_code``
     are ``Hub``'s, for the base; ``token`` opens hub data too, and is recorded nowhere. ``save_steps`` adds
-    checkpoints inside epochs, every so many steps.
+    checkpoints inside epochs, every so many steps. ``cache`` keeps the windows for the next run.
     """
 
     data: str = "handbook"
@@ -127,6 +130,7 @@ class TrainOptions:
     gradient_checkpointing: bool = False
     preprocessing_num_workers: int = 1
     save_steps: int | None = None
+    cache: bool = True
     model_revision: str | None = None
     trust_remote_code: bool = False
     token: str | None = field(default=None, repr=False)
@@ -211,15 +215,19 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
                 f"                 WARNING: {len(leaked)} {name} passages are also in the training data: their scores flatter"
             )
 
-    def features(part: Sequence[Example], source: str) -> FeatureSet:
-        return make_features_in(options.preprocessing_num_workers, part, checkpoint.encoder, settings, source)
+    def make(part: Sequence[Example], encoder: Encoder, settings: QaSettings, source: str) -> FeatureSet:
+        return make_features_in(options.preprocessing_num_workers, part, encoder, settings, source)
 
-    train_set = features(train_part, options.data)
-    dev_set = features(dev_part, options.dev_data or options.data)
-    eval_set = features(eval_part, options.eval_data or options.data) if eval_part else None
+    parts = [Part(train_part, options.data), Part(dev_part, options.dev_data or options.data)]
+    parts += [Part(eval_part, options.eval_data or options.data)] if eval_part else []
+    folder = cache_folder() if options.cache else None
+    kept = cached_features(parts, checkpoint.encoder, settings, folder, lambda line: say(_INDENT + line), make=make)
+    train_set, dev_set = kept.sets[:2]
+    eval_set = kept.sets[2] if eval_part else None
     say(
         f"3 features       train {len(train_set)} windows ({train_set.with_answer} with an answer), dev {len(dev_set)}; "
         f"at most {settings.max_seq_len} tokens, overlap {settings.doc_stride}"
+        + (" (from the cache)" if kept.found else "")
     )
     say(f"                 e.g. {_feature_example(train_set, checkpoint)}")
 
@@ -365,7 +373,8 @@ def _run(
             f"                 few examples ({len(train_set.examples)}): a low learning rate unless you give one, and training stops "
             f"after {options.patience} epochs without a better dev F1"
         )
-    arguments = SpanArguments(
+    arguments = training_arguments(
+        precision,
         output_dir=str(plan.folder / SAVES),
         num_train_epochs=float(epochs),
         learning_rate=learning_rate,
@@ -376,8 +385,6 @@ def _run(
         gradient_accumulation_steps=passes,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
         use_cpu=device == "cpu",
         optim="adamw_torch_fused",
         eval_strategy="epoch",

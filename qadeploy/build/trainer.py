@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,16 @@ class SpanArguments(TrainingArguments):
         """Where this process computes."""
         device: torch.device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+def training_arguments(precision: str, **options: Any) -> SpanArguments:
+    """Arguments that train in ``precision`` ("fp32", "bf16" or "fp16"), whatever was trained in this process before.
+
+    Trainer obeys the environment variable ACCELERATE_MIXED_PRECISION, TrainingArguments sets it to bf16 where
+    asked for and, where not, keeps what it finds: a run in fp32 after one in bf16 would be bf16 too.
+    """
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    return SpanArguments(bf16=precision == "bf16", fp16=precision == "fp16", **options)
 
 
 class SaveInside(TrainerCallback):

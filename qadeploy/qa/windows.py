@@ -12,6 +12,8 @@ as in transformers' question-answering example; their windows equal ``truncation
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
+from tokenizers import __version__ as tokenizers_version
 
 from qadeploy.errors import InputError, QuestionTooLongError, StrideError
 from qadeploy.records import IntArray, Window
@@ -65,16 +68,32 @@ def _is_count(value: object) -> bool:
 
 
 class EncodedText:
-    """A text tokenised once, without special tokens: immutable, and shared by threads and questions."""
+    """A text tokenised once, without special tokens: immutable, and shared by threads and questions.
 
-    def __init__(self, text: str, encoding: Encoding) -> None:
+    ``ids`` is int64 ``[tokens]``, ``offsets`` int64 ``[tokens, 2]`` in code points. ``source`` is the encoding
+    they come from or, for tokens kept from an earlier one, the tokenizer, asked only if more is wanted.
+    """
+
+    def __init__(self, text: str, ids: IntArray, offsets: IntArray, source: Encoding | Tokenizer) -> None:
         self.text = text
-        self._encoding = encoding
-        self.ids: IntArray = np.asarray(encoding.ids, dtype=np.int64)
-        self.offsets: IntArray = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        self.ids = ids
+        self.offsets = offsets
+        self._source = source
+
+    @classmethod
+    def of(cls, text: str, encoding: Encoding) -> EncodedText:
+        """The text as just tokenised."""
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return cls(text, np.asarray(encoding.ids, dtype=np.int64), offsets, encoding)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
+
+    @cached_property
+    def _encoding(self) -> Encoding:
+        if isinstance(self._source, Tokenizer):
+            return self._source.encode(self.text, add_special_tokens=False)
+        return self._source
 
     @property
     def tokens(self) -> list[str]:
@@ -170,7 +189,7 @@ class Encoder:
         self.special_tokens = len(ids) - 2 * size
 
     def _raw(self, text: str) -> EncodedText:
-        return EncodedText(text, self._tokenizer.encode(text, add_special_tokens=False))
+        return EncodedText.of(text, self._tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, text: str) -> EncodedText:
         """Tokenises one question or context. Raises InputError on text that is not valid Unicode."""
@@ -188,7 +207,17 @@ class Encoder:
             encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):
             return [self.encode(text) for text in texts]  # names the text at fault
-        return [EncodedText(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        return [EncodedText.of(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def restore(self, text: str, ids: IntArray, offsets: IntArray) -> EncodedText:
+        """What ``encode(text)`` gave an encoder of the same ``digest``, without tokenising: int64 ``[tokens]``, ``[tokens, 2]``."""
+        return EncodedText(text, ids, offsets, self._tokenizer)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides on windows beside texts and limits: tokenizer, configuration, tokenizers' version."""
+        known = (self._tokenizer.to_str(), self.config.to_dict(), tokenizers_version)
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def room(self, question: EncodedText, max_seq_len: int) -> int:
         """Context tokens that fit beside the question. Raises QuestionTooLongError, InputError."""
