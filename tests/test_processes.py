@@ -50,7 +50,9 @@ def alone(options: Callable[..., TrainOptions], tmp_path_factory: pytest.TempPat
 
 def arguments(options: TrainOptions) -> list[str]:
     """The command line of options."""
-    given = {name: value for name, value in asdict(options).items() if value is not None and not isinstance(value, bool)}
+    given = {
+        name: value for name, value in asdict(options).items() if value is not None and not isinstance(value, bool)
+    }
     return ["train", "--no-progress", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
 
 

@@ -244,11 +244,13 @@ def test_precision():
 
 def test_the_run_folder_is_whole(tiny, tiny_checkpoint):
     assert sorted(p.name for p in tiny.run.iterdir()) == [
+        "README.md",
         "checkpoint",
         "curves.png",
         "metrics.json",
         "nbest_predictions.json",
         "predictions.json",
+        "report.html",
         "run.json",
     ]
     assert [p.name for p in tiny.run.parent.iterdir()] == [tiny.run.name]

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qadeploy.build.front_matter import front_matter
+
 
 def bundle_card(name: str, manifest: Mapping[str, Any]) -> str:
     """Markdown: what the model is, how to use it, what was measured."""
     settings, measured, parity = manifest["settings"], manifest["measured"], manifest["parity"]
+    source = manifest["source"]
+    base = source["run"]["base"] if source["run"] else None
     lines = [
-        f"# {name}",
+        front_matter(
+            name,
+            library="qadeploy",
+            base=base,
+            source=measured["data"],
+            scores=measured,
+            tags=["onnx", manifest["precision"]],
+        )
+        + f"# {name}",
         "",
         f"An extractive question-answering model ({manifest['precision']}, ONNX), exported by qadeploy from "
         f"`{manifest['source']['checkpoint']}`.",

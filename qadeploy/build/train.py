@@ -3,9 +3,10 @@
 Reads top to bottom: options, data, features, the trainer, the table of epochs, the run folder.
 
 A run folder holds ``run.json`` (resolved options, seed, versions, data hash; its ``"status": "complete"``
-is written last and marks a finished run), ``metrics.json``, ``curves.png``, the predictions (see
-``qadeploy/predictions.py``) on the held-out part, or the dev part where nothing was held out, and
-``checkpoint/``, the best epoch by dev F1. ``build/resume.py`` says what an unfinished one holds.
+is written last and marks a finished run), ``metrics.json``, ``checkpoint/`` (the best epoch by dev F1), the
+predictions (see ``qadeploy/predictions.py``) on the held-out part, or the dev part where nothing was held out, and
+what ``build/drawings.py`` draws: ``curves.png``, ``report.html`` and ``README.md``. ``build/resume.py`` says what an
+unfinished one holds.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from qadeploy.build import processes
 from qadeploy.build.cache import Part, cache_folder, cached_features
 from qadeploy.build.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
-from qadeploy.build.curves import draw_curves, terminal_chart
+from qadeploy.build.curves import terminal_chart
+from qadeploy.build.drawings import draw_run
 from qadeploy.build.epochs import EpochTable, QuietProgress, Say
 from qadeploy.build.features import FeatureSet
+from qadeploy.build.front_matter import license_of
 from qadeploy.build.resume import SAVES, Plan, check_unfinished, finish, open_run
 from qadeploy.build.saves import writing
 from qadeploy.build.selection import (
@@ -61,10 +64,10 @@ from qadeploy.data.table import one_line
 from qadeploy.errors import CheckpointError, FailureError, InputError
 from qadeploy.files import hash_file, write_json
 from qadeploy.predictions import DEFAULT_N_BEST, write_predictions
-from qadeploy.qa.metrics import Scores, bootstrap_interval
+from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.windows import Encoder
-from qadeploy.records import Example, FloatArray
+from qadeploy.records import Answer, Example, FloatArray
 from qadeploy.shipped import base_model_path
 
 FEW_EXAMPLES = 5_000
@@ -241,14 +244,14 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
             return RunResult(out, json.loads((out / "metrics.json").read_text(encoding="utf-8")))
         if plan.saved:
             started -= plan.saved.progress["seconds"]
-        result = _run(
+        result, answers = _run(
             options, precision, checkpoint, settings, train_set, dev_set, eval_set, plan, say, progress, started
         )
         result |= {"data_check": checked.to_dict(), **more_metrics}
         if processes.is_first():
             with writing(plan.folder):
                 write_json(plan.folder / "metrics.json", result)
-                draw_curves(result["epochs"], plan.folder / "curves.png")
+                draw_run(plan.folder, out.name, plan.record, result, kept.sets, answers, data, say)
             finish(plan, out)
         processes.wait()
     say(f"run folder: {out} ({result['seconds']:.0f} s)")
@@ -357,7 +360,8 @@ def _run(
     say: Say,
     progress: bool,
     started: float,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[Answer]]:
+    """Trains, and returns the content of ``metrics.json`` and the answers to the held-out (else the dev) questions."""
     epochs, learning_rate, batch_size = options.epochs or 1, options.learning_rate or 0.0, options.batch_size or 1
     share = processes.share(batch_size)
     passes = options.gradient_accumulation_steps
@@ -458,14 +462,15 @@ def _run(
     say(f"5 evaluation     best epoch {best['epoch']}; max_answer_len {settings.max_answer_len} {whose}")
     line = report_choice("dev", dev_set, dev_logits, settings, metrics, threshold_given=given)
     say(f"                 dev: {line}")
-    sample = answers_of(dev_set, dev_logits, settings)[0]
+    answers = answers_of(dev_set, dev_logits, settings)
     asked = dev_set.examples[0]
-    say(f"                 e.g. {_clip(asked.question)} -> {_clip(sample.text)}, annotated {_clip(_gold(asked))}")
+    say(f"                 e.g. {_clip(asked.question)} -> {_clip(answers[0].text)}, annotated {_clip(_gold(asked))}")
     _say_scores(say, "dev", dev_scores)
     reported, logits, metrics["predictions"] = dev_set, dev_logits, "dev"
     if eval_set:
         eval_logits = _predict(trainer, eval_set)
-        after = score_logits(eval_set, eval_logits, settings)
+        answers = answers_of(eval_set, eval_logits, settings)
+        after = score(eval_set.examples, answers)
         metrics["held_out"] = after.to_dict()
         if held_out_base:
             metrics["held_out_base"] = held_out_base.to_dict()
@@ -482,7 +487,7 @@ def _run(
             shutil.rmtree(plan.folder / "checkpoint", ignore_errors=True)  # begun by a process that was interrupted
             save_checkpoint(checkpoint, settings, plan.folder / "checkpoint")
     metrics["seconds"] = round(time.time() - started, 1)
-    return metrics
+    return metrics, answers
 
 
 @contextmanager
@@ -577,6 +582,7 @@ def _record(
             "name": _base_name(checkpoint.name),
             "sha256": _base_hash(checkpoint.name),
             "commit": _base_commit(checkpoint),
+            "license": license_of(checkpoint.name),
         },
         "versions": versions,
         "machine": {"cpu_count": os.cpu_count(), "cuda": torch.cuda.is_available()},
