@@ -7,7 +7,8 @@ paragraph of the same article, one that does not hold the annotated answers: it 
 answer. Split by article: 8 articles are drawn as ``models/prepare_data.py`` draws them, so that the base model
 that ships has never seen them, in two halves of 4. Training takes whole paragraphs of the other articles, with the first
 half as its dev data. Each half is then held out once: it is scored with the settings that the other half chose
-(for the second, those that training stored), so that every question of the 8 articles counts.
+(for the second, those that training stored), so that every question of the 8 articles counts. With ``--train-share``
+below a third, training sees fewer questions without an answer than are asked: what a threshold is for.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ from qadeploy.runtime.answerer import Answerer
 
 SEED = 13  # of models/prepare_data.py
 UNSEEN = 8  # articles that the base model has not seen, half of them the first half
+SHARE = 1 / 3  # of the questions is moved
 Json = dict[str, Any]
 
 
-def moved(article: Json, generator: random.Random) -> Json:
-    """The article with a third of its questions moved to another paragraph of it, without their answers."""
+def moved(article: Json, share: float, generator: random.Random) -> Json:
+    """The article with ``share`` of its questions moved to another paragraph of it, without their answers."""
     paragraphs = [{"context": p["context"], "qas": []} for p in article["paragraphs"]]
     for number, paragraph in enumerate(article["paragraphs"]):
         for qa in paragraph["qas"]:
@@ -53,7 +55,7 @@ def moved(article: Json, generator: random.Random) -> Json:
                 for i, p in enumerate(paragraphs)
                 if i != number and not any(gold in p["context"].lower() for gold in golds)
             ]
-            if places and generator.random() < 1 / 3:
+            if places and generator.random() < share:
                 entry = {"id": qa["id"], "question": qa["question"], "answers": [], "is_impossible": True}
                 paragraphs[generator.choice(places)]["qas"].append(entry)
             else:
@@ -61,7 +63,7 @@ def moved(article: Json, generator: random.Random) -> Json:
     return {"title": article["title"], "paragraphs": paragraphs}
 
 
-def split(articles: Sequence[Json], train_questions: int) -> dict[str, list[Json]]:
+def split(articles: Sequence[Json], train_questions: int, train_share: float) -> dict[str, list[Json]]:
     """The parts ``train``, ``first`` and ``second``, by article; train is cut to whole paragraphs."""
     titles = sorted(a["title"] for a in articles)
     if len(set(titles)) < 2 * UNSEEN:
@@ -71,7 +73,8 @@ def split(articles: Sequence[Json], train_questions: int) -> dict[str, list[Json
     for article in articles:
         title = article["title"]
         place = "train" if title not in unseen else "first" if title in unseen[: UNSEEN // 2] else "second"
-        parts[place].append(moved(article, random.Random(f"{SEED} {title}")))
+        share = train_share if place == "train" else SHARE
+        parts[place].append(moved(article, share, random.Random(f"{SEED} {title}")))
     paragraphs = [p for article in parts["train"] for p in article["paragraphs"]]
     random.Random(SEED).shuffle(paragraphs)
     kept, count = [], 0
@@ -117,6 +120,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, help="SQuAD v1.1 JSON with several articles")
     parser.add_argument("--base", help="checkpoint to start from (default: the base model that ships)")
     parser.add_argument("--train-questions", type=int, default=800)
+    parser.add_argument("--train-share", type=float, default=SHARE, help="of them moved (default: a third)")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="keep the parts and the run in this folder")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "no_answer.json")
@@ -133,7 +137,7 @@ def run(given: argparse.Namespace, folder: Path) -> Json:
     started = time.time()
     folder.mkdir(parents=True, exist_ok=True)
     articles = [a for path in given.files for a in json.loads(path.read_text(encoding="utf-8"))["data"]]
-    for name, part in split(articles, given.train_questions).items():
+    for name, part in split(articles, given.train_questions, given.train_share).items():
         write_json(folder / f"{name}.json", {"version": "2.0", "data": part})
     options = TrainOptions(
         data=str(folder / "train.json"),
@@ -184,7 +188,13 @@ def run(given: argparse.Namespace, folder: Path) -> Json:
             for name, rows in differences.items()
         },
         "dev": {"no_answer": metrics["no_answer"], "calibration": metrics["calibration"]},
-        "options": {"base": given.base, "epochs": given.epochs, "train_questions": given.train_questions, "seed": SEED},
+        "options": {
+            "base": given.base,
+            "epochs": given.epochs,
+            "train_questions": given.train_questions,
+            "train_share": given.train_share,
+            "seed": SEED,
+        },
         "threads": torch.get_num_threads(),
         "seconds": round(time.time() - started, 1),
         "environment": diagnose(),
