@@ -35,8 +35,8 @@ def answer_file(
 ) -> int:
     """Writes one row a question, in order: JSONL for a name in .jsonl, else a folder of parquet parts.
 
-    The rows have the columns ``COLUMNS``; the null answer is the empty text at 0. The output appears when it is whole. Returns the number of rows.
-    Raises InputError (see ``check_output``), MissingExtraError (parquet without pyarrow).
+    The rows have the columns ``COLUMNS``; the null answer is the empty text at 0. The output appears when it is
+    whole. Returns the number of rows. Raises InputError (see ``check_output``), MissingExtraError (parquet without pyarrow).
     """
     check_output(output)
     bundle = answerer.bundle.hash if answerer.bundle else ""

@@ -587,12 +587,19 @@ def test_data_faults_name_the_file_row_and_field(fault, tiny_checkpoint):
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("train", "--data"), ("evaluate", "--data"), ("answer", "--input"), ("train", "--eval-data"), ("bench", "--data")],
+    [
+        ("train", "--data"),
+        ("train", "--eval-data"),
+        ("train", "--dev-data"),
+        ("evaluate", "--data"),
+        ("answer", "--input"),
+        ("bench", "--data"),
+    ],
 )
 def test_a_missing_data_file_is_named(command, option, bundle):
     write_jsonl(Path("good.jsonl"), triplets(8))
     rest = {
-        "train": ["--data", "good.jsonl"] if option == "--eval-data" else [],
+        "train": ["--data", "good.jsonl"] if option != "--data" else [],
         "answer": [bundle, "--output", "out.jsonl"],
     }.get(command, [bundle])
     fails(2, ["nothing.jsonl: no such file"], command, *rest, option, "nothing.jsonl")
