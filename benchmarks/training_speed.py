@@ -124,13 +124,13 @@ def arguments(plan: Plan, seed: int, precision: str, folder: str, **more: Any) -
     """What both trainings are told alike; the schedule and the decay are qadeploy's defaults."""
     options = TrainOptions()
     return training_arguments(
-        precision,
         output_dir=folder,
         num_train_epochs=float(plan.epochs),
         learning_rate=plan.learning_rate,
         per_device_train_batch_size=plan.batch_size,
         weight_decay=options.weight_decay,
         warmup_ratio=options.warmup_ratio,
+        bf16=precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused",
         save_strategy="no",

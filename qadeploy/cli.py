@@ -375,7 +375,7 @@ def train(
     Under torchrun (torchrun --nproc-per-node 2 -m qadeploy train ...) the processes share each step's batch.
     """
     from qadeploy.build.folds import train_with_folds
-    from qadeploy.build.processes import is_first
+    from qadeploy.build.processes import count, is_first
     from qadeploy.build.resume import recorded_options
     from qadeploy.build.train import TrainOptions
     from qadeploy.build.train import train as run
@@ -398,6 +398,8 @@ def train(
         result = run(chosen, say, progress=shown, resume=resume)
     elif resume:
         raise InputError("--resume goes on with one run, and --folds begins several: leave out one of them")
+    elif count() > 1:
+        raise InputError("--folds trains in one process: leave out torchrun, or --folds")
     else:
         result = train_with_folds(chosen, folds, say, progress=shown)
     if as_json and is_first():

@@ -89,9 +89,8 @@ def test_the_loop_takes_the_samplers_order_of_each_epoch_and_evaluates_in_order(
 
 @pytest.mark.parametrize(("precision", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
 def test_the_precision_is_that_of_this_run_not_of_the_one_before(precision, mixed, tiny_checkpoint, tmp_path):
-    for before in ("fp32", "bf16"):
-        training_arguments(before, output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    arguments = training_arguments(precision, output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    for wanted in ("fp32", "bf16", precision):
+        arguments = training_arguments(bf16=wanted == "bf16", output_dir=str(tmp_path), use_cpu=True, report_to=[])
     trainer = SpanTrainer(model=load_checkpoint(tiny_checkpoint).model, args=arguments)
     assert trainer.accelerator.mixed_precision == mixed
     with trainer.compute_loss_context_manager():

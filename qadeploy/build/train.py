@@ -378,7 +378,6 @@ def _run(
             f"after {options.patience} epochs without a better dev F1"
         )
     arguments = training_arguments(
-        precision,
         output_dir=str(plan.folder / SAVES),
         num_train_epochs=float(epochs),
         learning_rate=learning_rate,
@@ -389,6 +388,8 @@ def _run(
         gradient_accumulation_steps=passes,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         use_cpu=device == "cpu",
         optim="adamw_torch_fused",
         eval_strategy="epoch",

@@ -71,14 +71,14 @@ class SpanArguments(TrainingArguments):
         return torch.device("cpu") if device.type == "cpu" else device
 
 
-def training_arguments(precision: str, **options: Any) -> SpanArguments:
-    """Arguments that train in ``precision`` ("fp32", "bf16" or "fp16"), whatever was trained in this process before.
+def training_arguments(**options: Any) -> SpanArguments:
+    """Arguments whose precision is what ``options`` say, whatever was trained in this process before.
 
-    Trainer obeys the environment variable ACCELERATE_MIXED_PRECISION, TrainingArguments sets it to bf16 where
-    asked for and, where not, keeps what it finds: a run in fp32 after one in bf16 would be bf16 too.
+    The Trainer obeys the environment variable ACCELERATE_MIXED_PRECISION. TrainingArguments sets it where bf16 or
+    fp16 is asked for and else keeps what it finds, so that a run in fp32 after one in bf16 would be bf16 too.
     """
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    return SpanArguments(bf16=precision == "bf16", fp16=precision == "fp16", **options)
+    return SpanArguments(**options)
 
 
 class SaveInside(TrainerCallback):
