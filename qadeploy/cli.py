@@ -147,6 +147,19 @@ _trust_option = click.option(
 )
 
 
+def _seconds(name: str, text: str) -> float:
+    """Seconds of a time such as 90s, 5m or 1h; a bare number counts seconds. Raises InputError."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise InputError(f"{name} is {text!r}: give a time such as 90s, 5m or 1h")
+    return seconds
+
+
 def _device_option(function: _Function) -> _Function:
     option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
     return option(function)
@@ -413,7 +426,8 @@ def train(
     main,
     example="""
 qadeploy export --quantize
-qadeploy export runs/faq --quantize --max-f1-drop 0.3
+qadeploy export runs/faq --quantize --max-f1-drop 0.3 --target throughput
+qadeploy export runs/faq --quantize --recipe int8-protected
 qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
 """,
 )
@@ -425,6 +439,27 @@ qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
 )
 @click.option("--eval-data", help="Held-out questions to judge on.  [default: those that the run held out]")
 @click.option("--max-f1-drop", default=0.5, show_default=True, help="Points of F1 that int8 may lose.")
+@click.option(
+    "--target",
+    type=click.Choice(["latency", "throughput", "size"]),
+    default="latency",
+    show_default=True,
+    help="What the int8 recipe is chosen for: one question at a time, many at once, or bytes.",
+)
+@click.option("--recipe", help="Take this int8 recipe instead of measuring all; --list-recipes names them.")
+@click.option("--list-recipes", is_flag=True, help="Explain the recipes and stop.")
+@click.option(
+    "--budget",
+    default="5m",
+    show_default=True,
+    help="Time for measuring recipes, e.g. 90s or 5m; one is always measured.",
+)
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    show_default=True,
+    help="Keep what was measured in $QADEPLOY_CACHE (~/.cache/qadeploy), so that a search that was cut off goes on.",
+)
 @_reading_options
 def export(
     as_json: bool,
@@ -434,12 +469,27 @@ def export(
     optimize: bool,
     eval_data: str | None,
     max_f1_drop: float,
+    target: str,
+    recipe: str | None,
+    list_recipes: bool,
+    budget: str,
+    cache: bool,
     **options: Any,
 ) -> None:
-    """Export RUN (a run or checkpoint folder, default the newest run) to ONNX bundles, with proof."""
+    """Export RUN (a run or checkpoint folder, default the newest run) to ONNX bundles, with proof.
+
+    With --quantize every int8 recipe is measured on this machine, and the best of those that keep their F1 is written.
+    """
+    from qadeploy.build.recipes import RECIPES
+
+    if list_recipes:
+        known = {name: each.what for name, each in RECIPES.items()}
+        _print(as_json, known, [f"{name:<22} {what}" for name, what in known.items()])
+        return
     from qadeploy.build import export as export_step
     from qadeploy.build import optimize as optimize_step
     from qadeploy.build import quantize as quantize_step
+    from qadeploy.build.cache import cache_folder
     from qadeploy.build.report import make_reference, table
     from qadeploy.build.runs import find_run, held_out
     from qadeploy.bundle import check_place
@@ -452,6 +502,9 @@ def export(
     check_place(place)
     if not 0 <= max_f1_drop <= 100:
         raise InputError(f"max-f1-drop {max_f1_drop} is not between 0 and 100 points")
+    seconds = _seconds("budget", budget)
+    if recipe:
+        quantize_step.find_recipe(recipe)
     fused_place, int8_place = (place.with_name(place.name + end) for end in ("-fused", "-int8"))
     for folder in (fused_place, int8_place):
         check_place(folder)
@@ -469,9 +522,21 @@ def export(
         except FailureError as error:
             say(f"no optimised graph: {error}")
     if quantize:
-        bundles.append(quantize_step.quantize(reference, bundles[0], int8_place, max_f1_drop))
-        made = bundles[-1].manifest["made"]
-        say(f"{int8_place}: recipe {made['recipe']}")
+        say(f"int8 recipes for {target}, against the fp32 model on the dev part:")
+        quantized = quantize_step.quantize(
+            reference,
+            bundles[0],
+            int8_place,
+            max_f1_drop,
+            target=target,
+            recipe=recipe,
+            budget=seconds,
+            cache=cache_folder() if cache else None,
+            say=say,
+        )
+        bundles.append(quantized)
+        made = quantized.manifest["made"]
+        say(f"{int8_place}: recipe {made['recipe']}, {made['what']}")
     rows = [(bundle.name, bundle.manifest) for bundle in bundles]
     size = 4 * bundles[0].manifest["architecture"]["parameters"]
     lines = table(reference, size, rows)

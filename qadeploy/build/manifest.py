@@ -19,16 +19,24 @@ _VERSIONED = ("qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "o
 
 
 def finish_bundle(
-    reference: Reference, work: Path, name: str, *, precision: str, made: dict[str, Any], exact: bool
+    reference: Reference,
+    work: Path,
+    name: str,
+    *,
+    precision: str,
+    made: dict[str, Any],
+    exact: bool,
+    session: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measures the model in ``work``, adds tokenizer, card and manifest; returns the manifest's content.
 
-    ``exact`` holds the logits to PyTorch's within the fp32 tolerance, else raises GateError.
+    ``session`` are the session settings, chosen here where they are None. ``exact`` holds the logits to PyTorch's within the fp32 tolerance, else raises GateError.
     """
     checkpoint = reference.checkpoint
     model = (work / MODEL).read_bytes()
     pad = checkpoint.encoder.config.pad_token_id
-    session = choose_session(reference, model)
+    if session is None:
+        session = choose_session(reference, model)
     onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=pad, options=session)
     parity = measure_parity(checkpoint, onnx, reference.examples)
     if exact:

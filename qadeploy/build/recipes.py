@@ -1,0 +1,155 @@
+"""The recipes that ``export --quantize`` chooses from: each makes a smaller or faster model of the exported one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from qadeploy.build.graph import Rewritten, fuse_attention
+from qadeploy.build.products import collect_inputs
+from qadeploy.build.protect import Protected, protect
+from qadeploy.build.quantizers import (
+    quantize_dynamic_int8,
+    quantize_embeddings,
+    quantize_static_int8,
+    quantize_weights_int8,
+)
+from qadeploy.build.sensitivity import Harm, rank_products, worst
+from qadeploy.records import FloatArray, Window
+from qadeploy.runtime.session import OnnxModel
+
+REWRITING_TOLERANCE = 1e-4
+_MEASURED_WINDOWS = 6
+
+
+@dataclass
+class Material:
+    """What recipes are made from: the exported model, its heads, and windows of training or dev text.
+
+    Everything costly is made when first asked for, and once.
+    """
+
+    model: bytes
+    heads: int | None
+    pad_token_id: int
+    windows: Sequence[Window] = field(repr=False)
+
+    @cached_property
+    def fused(self) -> Rewritten:
+        """The model with single-node attention, where that keeps its logits on the windows; else as it was."""
+        found = fuse_attention(self.model, self.heads or 0)
+        if found.fused and self._logits_apart(found.model) > REWRITING_TOLERANCE:
+            return Rewritten(self.model, 0, found.attentions, takes_mask=True)
+        return found
+
+    @cached_property
+    def inputs(self) -> dict[str, list[FloatArray]]:
+        """The inputs of the fused model's products on some of the windows."""
+        return collect_inputs(self.fused.model, self.windows[:_MEASURED_WINDOWS])
+
+    @cached_property
+    def protected(self) -> Protected:
+        """The fused model, its products made ready for int8."""
+        return protect(self.fused.model, self.inputs)
+
+    @cached_property
+    def harms(self) -> list[Harm]:
+        """The fused model's products, the most harmed by int8 first."""
+        return rank_products(self.fused.model, self.inputs)
+
+    def _logits_apart(self, other: bytes) -> float:
+        runs = [
+            OnnxModel(lambda m=m: m, device="cpu", pad_token_id=self.pad_token_id).run(self.windows)  # type: ignore[misc]
+            for m in (self.model, other)
+        ]
+        return max(float(np.abs(a[i] - b[i]).max()) for a, b in zip(*runs, strict=True) for i in (0, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A recipe's model, and the products that it left in float."""
+
+    model: bytes
+    float_nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A way to make a model: ``precision`` is what its bundle says."""
+
+    name: str
+    what: str
+    precision: str
+    make: Callable[[Material], Made]
+
+
+def _int8(material: Material) -> Made:
+    return Made(quantize_dynamic_int8(quantize_embeddings(material.fused.model)))
+
+
+def _protected(material: Material) -> Made:
+    kept = material.protected.float_nodes
+    return Made(quantize_dynamic_int8(quantize_embeddings(material.protected.model), kept), kept)
+
+
+def _protected_mixed(material: Material) -> Made:
+    """The products with the largest error left, an eighth of them, stay in float beside their protection."""
+    ranked = sorted(material.protected.protections, key=lambda p: -p.error)
+    harmed = [name for protection in ranked for name in protection.products]
+    kept = (*harmed[: len(harmed) // 8], *material.protected.float_nodes)
+    return Made(quantize_dynamic_int8(quantize_embeddings(material.protected.model), kept), kept)
+
+
+def _mixed(share: float) -> Callable[[Material], Made]:
+    def make(material: Material) -> Made:
+        kept = tuple(worst(material.harms, share))
+        return Made(quantize_dynamic_int8(quantize_embeddings(material.fused.model), kept), kept)
+
+    return make
+
+
+def _static(material: Material) -> Made:
+    kept = material.protected.float_nodes
+    model = quantize_embeddings(material.protected.model)
+    return Made(quantize_static_int8(model, material.windows, kept), kept)
+
+
+def _weights(material: Material) -> Made:
+    return Made(quantize_weights_int8(quantize_embeddings(material.fused.model)))
+
+
+_RECIPES = (
+    Recipe("int8", "dynamic int8: weights with one scale a column, activations rounded as they come", "int8", _int8),
+    Recipe(
+        "int8-protected",
+        "dynamic int8 after smoothing, the few outlying channels of harmed products in float",
+        "int8",
+        _protected,
+    ),
+    Recipe(
+        "int8-protected-mixed",
+        "the same, with the eighth of the products that rounding still harms most in float",
+        "int8",
+        _protected_mixed,
+    ),
+    Recipe(
+        "int8-mixed",
+        "dynamic int8, the quarter of the products that rounding harms most in float",
+        "int8",
+        _mixed(0.25),
+    ),
+    Recipe(
+        "int8-half", "dynamic int8, the half of the products that rounding harms most in float", "int8", _mixed(0.5)
+    ),
+    Recipe(
+        "int8-static",
+        "int8 with the ranges of activations fixed beforehand on training windows, protected as int8-protected",
+        "int8",
+        _static,
+    ),
+    Recipe("int8-weights", "8-bit weights in blocks of 128 with scales of their own (MatMulNBits)", "int8", _weights),
+)
+RECIPES = {recipe.name: recipe for recipe in _RECIPES}
