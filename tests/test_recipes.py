@@ -1,0 +1,235 @@
+"""The parts of a recipe: single-node attention, harm by rounding, protection, and the quantizers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from qadeploy.build.graph import fuse_attention
+from qadeploy.build.parity import parity_windows
+from qadeploy.build.products import collect_inputs, find_products, rounding_error
+from qadeploy.build.protect import choose, protect, smoothing_scales
+from qadeploy.build.quantizers import quantize_dynamic_int8, quantize_embeddings
+from qadeploy.build.recipes import RECIPES, Material
+from qadeploy.build.report import make_reference
+from qadeploy.build.runs import dev_part, find_run
+from qadeploy.build.sensitivity import Harm, rank_products, worst
+from qadeploy.bundle import MODEL, open_bundle
+from qadeploy.runtime.session import OnnxModel
+
+
+@pytest.fixture(scope="module")
+def material(tiny, bundle) -> Material:
+    run = find_run(tiny.run)
+    reference = make_reference(run, "keepers", dev_part(run)[:6])
+    windows = parity_windows(reference.checkpoint, reference.examples)
+    return Material(open_bundle(bundle).read(MODEL), 4, 0, windows)
+
+
+def logits(model: bytes, material: Material) -> np.ndarray:
+    runs = OnnxModel(lambda: model, device="cpu").run(material.windows)
+    return np.concatenate([value for pair in runs for value in pair])
+
+
+def run(model: bytes, **inputs: np.ndarray) -> np.ndarray:
+    return ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+def kinds(model: bytes) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load_model_from_string(model).graph.node)
+
+
+def product_model(weight: np.ndarray, bias: np.ndarray | None = None) -> bytes:
+    """Y = X W (+ b), X of shape [1, tokens, depth]."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y" if bias is None else "p"], "product")]
+    constants = [numpy_helper.from_array(weight, "w")]
+    if bias is not None:
+        nodes.append(helper.make_node("Add", ["b", "p"], ["y"], "bias"))
+        constants.append(numpy_helper.from_array(bias, "b"))
+    shapes = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, None, k])
+        for n, k in zip("xy", weight.shape, strict=True)
+    ]
+    graph = helper.make_graph(nodes, "product", shapes[:1], shapes[1:], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+# ---------------------------------------------------------------- single-node attention
+
+
+def test_attention_becomes_one_node_and_the_mask_goes(material):
+    found = fuse_attention(material.model, 4)
+    assert (found.fused, found.attentions, found.takes_mask) == (2, 2, False)
+    assert kinds(found.model)["MultiHeadAttention"] == 2
+    assert not {"Softmax", "Transpose"} & set(kinds(found.model))
+    assert {i.name for i in onnx.load_model_from_string(found.model).graph.input} == {"input_ids", "token_type_ids"}
+    assert np.abs(logits(found.model, material) - logits(material.model, material)).max() < 1e-5
+    onnx.checker.check_model(onnx.load_model_from_string(found.model))
+
+
+@pytest.mark.parametrize("fault", ["relative positions", "another reader", "one of two"])
+def test_attention_of_another_shape_is_left_alone(fault, material):
+    proto = onnx.load_model_from_string(material.model)
+    softmax = next(n for n in proto.graph.node if n.op_type == "Softmax")
+    add = next(n for n in proto.graph.node if softmax.input[0] in n.output)
+    if fault == "another reader":  # the weights are an output besides
+        proto.graph.output.append(helper.make_tensor_value_info(softmax.output[0], TensorProto.FLOAT, None))
+        proto.graph.node.append(helper.make_node("Identity", [softmax.output[0]], ["weights"]))
+        back = next(n for n in proto.graph.node if n.op_type == "Transpose" and "Transpose_3" in n.name)
+        proto.graph.node.append(helper.make_node("Identity", [back.output[0]], ["heads"]))
+    else:
+        table = np.ones((1, 2, 1, 1), dtype=np.float32)
+        proto.graph.initializer.append(numpy_helper.from_array(table, "table"))
+        mask = next(i for i, name in enumerate(add.input) if "Where" in name or "Mul" in name or "mask" in name.lower())
+        place = list(proto.graph.node).index(add)
+        proto.graph.node.insert(place, helper.make_node("Add", [add.input[mask], "table"], ["biased"]))
+        add.input[mask] = "biased"
+    model = proto.SerializeToString()
+    found = fuse_attention(model, 4)
+    assert (found.fused, found.takes_mask, found.model) == (0, True, model)
+
+
+def test_a_wrong_number_of_heads_is_noticed_by_the_logits(material):
+    wrong = Material(material.model, 2, 0, material.windows)
+    assert (wrong.fused.fused, wrong.fused.model) == (0, material.model)
+    assert material.fused.fused == 2
+
+
+# ---------------------------------------------------------------- harm
+
+
+def test_the_rounding_error_of_int8_by_hand():
+    exact = np.array([[1.0, 2.0]], dtype=np.float32)
+    assert rounding_error(exact, np.eye(2, dtype=np.float32)) < 0.01
+    spread = np.array([[1000.0, 1.0]], dtype=np.float32)  # 1 falls between two steps of 1000 / 255
+    one = np.array([[0.0], [1.0]], dtype=np.float32)
+    assert rounding_error(spread, one) == pytest.approx(1.0)
+    assert rounding_error(spread, one, scales=np.array([1000.0, 1.0], dtype=np.float32)) < 0.01
+    assert rounding_error(spread, one, float_rows=np.array([0])) < 0.01
+
+
+def test_every_token_counts_the_same():
+    inputs = np.array([[1000.0, 1000.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], dtype=np.float32)
+    error = rounding_error(inputs, np.eye(2, dtype=np.float32))
+    assert error == pytest.approx(np.sqrt(3 / 4), rel=0.01)  # three of four are rounded away
+
+
+def test_a_product_with_an_outlying_weight_is_ranked_first(material):
+    inputs = collect_inputs(material.model, material.windows[:4])
+    harms = rank_products(material.model, inputs)
+    assert [h.error for h in harms] == sorted((h.error for h in harms), reverse=True)
+    proto = onnx.load_model_from_string(material.model)
+    calm = harms[-1].name
+    node = next(n for n in proto.graph.node if n.name == calm)
+    weight = next(t for t in proto.graph.initializer if t.name == node.input[1])
+    values = numpy_helper.to_array(weight).copy()
+    values[0] *= 1e4  # one row takes the scale of every column, and the rest is rounded away
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    harmed = {h.name: h.error for h in rank_products(proto.SerializeToString(), inputs)}
+    assert harmed[calm] > harms[-1].error
+
+
+def test_the_worst_share():
+    harms = [Harm(f"p{i}", 1 - i / 10) for i in range(10)]
+    assert worst(harms, 0.25) == ["p0", "p1"]
+    assert worst(harms, 0.05) == []
+
+
+# ---------------------------------------------------------------- protection
+
+
+@given(st.integers(0, 2**16), st.booleans(), st.sampled_from([0, 3]))
+def test_protection_keeps_the_product(seed, biased, outlying):
+    generator = np.random.default_rng(seed)
+    inputs = generator.normal(size=(20, 32)).astype(np.float32)
+    inputs[:, :outlying] *= 200
+    weight = generator.normal(size=(32, 8)).astype(np.float32)
+    model = product_model(weight, np.arange(8, dtype=np.float32) if biased else None)
+    found = protect(model, {"x": [inputs]})
+    (protection,) = found.protections
+    assert protection.error <= protection.error_before
+    assert bool(found.float_nodes) == bool(len(protection.channels))
+    before, after = run(model, x=inputs[None]), run(found.model, x=inputs[None])
+    assert np.abs(before - after).max() <= 1e-4 * np.abs(before).max()
+
+
+def test_outlying_channels_are_kept_apart_where_that_pays():
+    generator = np.random.default_rng(1)
+    inputs = generator.normal(size=(60, 64)).astype(np.float32)
+    weight = generator.normal(size=(64, 16)).astype(np.float32)
+    weight[5] *= 50
+    inputs[::7, 5] *= 300
+    model = product_model(weight, np.zeros(16, dtype=np.float32))
+    (product,) = find_products(onnx.load_model_from_string(model))
+    protection = choose("x", [product], [inputs])
+    assert 5 in protection.channels
+    assert protection.error < 0.2 * protection.error_before
+    found = protect(model, {"x": [inputs]})
+    assert found.float_nodes == ("product/apart",)
+    exact = run(model, x=inputs[None])[0]
+
+    def error(small: bytes) -> float:
+        rest = run(small, x=inputs[None])[0] - exact
+        return float(np.mean(np.linalg.norm(rest, axis=1) / np.linalg.norm(exact, axis=1)))
+
+    assert error(quantize_dynamic_int8(found.model, found.float_nodes)) < 0.3 * error(quantize_dynamic_int8(model))
+
+
+def test_nothing_is_added_where_nothing_is_gained():
+    generator = np.random.default_rng(2)
+    inputs = np.sign(generator.normal(size=(40, 32))).astype(np.float32)
+    model = product_model(np.sign(generator.normal(size=(32, 8))).astype(np.float32))
+    found = protect(model, {"x": [inputs]})
+    assert found.model == onnx.load_model_from_string(model).SerializeToString()
+    assert found.protections[0].scales is None
+
+
+def test_smoothing_by_the_formula_of_smoothquant():
+    peaks = np.array([4.0, 1.0], dtype=np.float32)
+    weight = np.array([[1.0, -1.0], [0.5, 2.0]], dtype=np.float32)
+    plain = np.array([4.0**0.5 / 1.0**0.5, 1.0**0.5 / 2.0**0.5])
+    assert smoothing_scales(peaks, weight, 0.5) == pytest.approx(plain / np.sqrt(plain.prod()))
+
+
+# ---------------------------------------------------------------- recipes and quantizers
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_makes_a_smaller_model_that_answers_alike(name, material):
+    made = RECIPES[name].make(material)
+    assert len(made.model) < 0.9 * len(material.model)
+    exact, found = logits(material.model, material), logits(made.model, material)
+    assert np.corrcoef(exact, found)[0, 1] > 0.98
+    names = {node.name: node.op_type for node in onnx.load_model_from_string(made.model).graph.node}
+    assert all(names[node] == "MatMul" for node in made.float_nodes)
+    assert RECIPES[name].what
+    assert made == RECIPES[name].make(material)  # the search keeps figures, not models
+
+
+def test_embeddings_in_int8_have_one_scale_a_row():
+    rows = np.random.default_rng(3).normal(size=(1500, 8)).astype(np.float32)
+    rows[7] *= 1000  # would take the scale of the whole table
+    rows[9] = 0.0
+    gather = helper.make_node("Gather", ["table", "ids"], ["y"], "gather")
+    graph = helper.make_graph(
+        [gather],
+        "embeddings",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, [None])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, 8])],
+        [numpy_helper.from_array(rows, "table")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    small = quantize_embeddings(model.SerializeToString())
+    assert len(small) < 0.5 * len(model.SerializeToString())
+    ids = np.arange(1500)
+    found = ort.InferenceSession(small, providers=["CPUExecutionProvider"]).run(None, {"ids": ids})[0]
+    bound = np.abs(rows).max(axis=1, keepdims=True) / 127 / 2 * 1.001
+    assert (np.abs(found - rows) <= bound).all()
+    assert quantize_embeddings(small) == small  # what is in int8 already stays
