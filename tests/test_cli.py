@@ -305,6 +305,29 @@ def test_export(tiny, tiny_export):
     assert "judged on 20 questions" in tiny_export.stderr
 
 
+def test_export_with_one_recipe_and_the_search_kept(tiny, monkeypatch, tmp_path):
+    monkeypatch.setenv("QADEPLOY_CACHE", str(tmp_path / "cache"))
+    base = ("export", tiny.run, "--quantize", "--no-optimize", "--out", "bundles/x")
+    first = well(*base, "--recipe", "int8-mixed")
+    assert "int8-mixed" in first.stdout
+    assert "int8-protected" not in first.stdout
+    assert open_bundle("bundles/x-int8").manifest["made"]["recipe"] == "int8-mixed"
+    assert len(list((tmp_path / "cache").glob("recipe-*.json"))) == 1
+    kept = open_bundle("bundles/x-int8").manifest["made"]["leaderboard"]
+    well(*base, "--recipe", "int8-mixed")
+    again = open_bundle("bundles/x-int8").manifest["made"]["leaderboard"]
+    assert again == kept  # seconds and speeds too: they were not measured again
+    out = well(*base, "--budget", 0, "--target", "size", "--no-cache").stdout
+    assert "the budget of 0 s is used up: int8-protected and what follows was not tried" in out
+    assert open_bundle("bundles/x-int8").manifest["made"]["target"] == "size"
+
+
+def test_the_recipes_are_explained():
+    shown = well("export", "--list-recipes").stdout.splitlines()
+    assert [line.split()[0] for line in shown] == list(value(well("export", "--list-recipes", "--json")))
+    assert all(len(line.split()) > 5 for line in shown)
+
+
 def official_scores(rows: list[dict[str, Any]], predictions: dict[str, str]) -> tuple[float, float]:
     """EM and F1 as SQuAD's evaluate-v1.1.py computes them, with v2.0's rule for empty texts."""
 
@@ -652,6 +675,19 @@ def test_a_bundle_that_is_not_there_is_named(command, tiny):
         "bench": [],
     }[command]
     fails(2, ["bundles/typo: no such"], command, "bundles/typo", *rest)
+
+
+@pytest.mark.parametrize(
+    ("option", "bad", "message"),
+    [
+        ("--budget", "soon", "budget is 'soon': give a time such as 90s, 5m or 1h"),
+        ("--budget", "-1s", "budget is '-1s'"),
+        ("--recipe", "int4", "recipe is 'int4': choose one of int8, "),
+    ],
+)
+def test_bad_options_of_the_search_are_named_before_anything_is_exported(option, bad, message, tiny):
+    fails(2, [message], "export", tiny.run, "--quantize", option, bad)
+    assert not Path("bundles").exists()
 
 
 def test_what_is_there_is_not_overwritten(tiny, tiny_checkpoint, bundle):
