@@ -50,6 +50,7 @@ def row(answer=None, start=None, number=1, **more):
         (row("THE SKY", 0), "case", ("The sky", 0)),
         (row("grey  Cloud"), "case", ("Grey  cloud", 35)),
         (row("funny , funny"), "detokenised", ("funny, funny", 60)),
+        (row("funny , funny", 60), "detokenised", ("funny, funny", 60)),  # not the 13 characters from 60
         (row("grey cloud"), "detokenised", ("Grey  cloud", 35)),
         (row("day ."), "detokenised", ("day.", 26)),
         (row("red", 3), "absent", None),

@@ -180,7 +180,7 @@ def _find(given: Given, context: str, reading: Reading, utf16: bool) -> Finding:
             place, reason = _only(places, given, reading)
             return Finding("exact", given, Annotation(text, place.start) if place else None, repeated, reason)
         return _chosen("shifted", given, places, context, offset, reading, repeated)
-    span = Slice(offset, len(text) + offset if given.end is None else given.end) if offset is not None else None
+    span = Slice(offset, given.end) if offset is not None and given.end is not None else None
     for kind, found in (
         ("whitespace", find_spaced(text, context)),
         ("case", find_caseless(text, context)),
