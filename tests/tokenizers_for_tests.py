@@ -1,4 +1,4 @@
-"""Small tokenizers of five families, trained when first asked for, and the texts to try them on."""
+"""Small tokenizers of nine families, trained when first asked for, and the texts to try them on."""
 
 from __future__ import annotations
 
@@ -89,32 +89,49 @@ def _template(single: str, pair: str, *special: str) -> Callable[[Tokenizer], pr
     )
 
 
-def _wordpiece() -> Tokenizer:
-    """BERT's."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+# BERT's pair and RoBERTa's.
+_BRACKETS = _template("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", "[CLS]", "[SEP]")
+_ANGLES = _template("<s> $A </s>", "<s> $A </s> </s> $B </s>", "<s>", "</s>")
+
+
+def _wordpiece(
+    special: list[str], unknown: str, template: Callable[[Tokenizer], processors.PostProcessor]
+) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.WordPieceTrainer(vocab_size=700, special_tokens=special, show_progress=False)
-    template = _template("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", "[CLS]", "[SEP]")
     return _trained(tokenizer, trainer, template)
 
 
-def _byte_level() -> Tokenizer:
-    """RoBERTa's: two separators between question and context, offsets trimmed to the words."""
+def _bert() -> Tokenizer:
+    return _wordpiece(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], "[UNK]", _BRACKETS)
+
+
+def _mpnet() -> Tokenizer:
+    """BERT's pieces in RoBERTa's frame; the template counts token types that the model does not take."""
+    template = _template("<s> $A </s>", "<s> $A </s> </s> $B:1 </s>:1", "<s>", "</s>")
+    return _wordpiece(["<s>", "<pad>", "</s>", "[UNK]", "<mask>"], "[UNK]", template)
+
+
+def _byte_level(special: list[str], template: Callable[[Tokenizer], processors.PostProcessor]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    return _trained(
-        tokenizer,
-        trainer,
+    return _trained(tokenizer, trainer, template)
+
+
+def _roberta() -> Tokenizer:
+    """Two separators between question and context, offsets trimmed to the words."""
+    return _byte_level(
+        ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         lambda t: processors.RobertaProcessing(
             sep=("</s>", t.token_to_id("</s>")),
             cls=("<s>", t.token_to_id("<s>")),
@@ -124,28 +141,46 @@ def _byte_level() -> Tokenizer:
     )
 
 
+def _modernbert() -> Tokenizer:
+    """Bytes as RoBERTa's, but in BERT's frame, whose offsets nobody trims: a token holds the space before it."""
+    tokenizer = _byte_level(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], _BRACKETS)
+    tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
 def _unigram(
     normalizer: normalizers.Normalizer,
     special: list[str],
     template: Callable[[Tokenizer], processors.PostProcessor],
+    unknown: str = "<unk>",
 ) -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizer, normalizers.Replace(Regex(" {2,}"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=special, unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=special, unk_token=unknown, show_progress=False)
     return _trained(tokenizer, trainer, template)
 
 
 def _xlm_r() -> Tokenizer:
-    template = _template("<s> $A </s>", "<s> $A </s> </s> $B </s>", "<s>", "</s>")
-    return _unigram(normalizers.NFKC(), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], template)
+    return _unigram(normalizers.NFKC(), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], _ANGLES)
+
+
+def _camembert() -> Tokenizer:
+    """Like XLM-R's, but the first five places are taken, so that <s> and </s> stand at 5 and 6."""
+    taken = ["<s>NOTUSED", "<pad>", "</s>NOTUSED", "<unk>", "<unk>NOTUSED"]
+    return _unigram(normalizers.NFKC(), [*taken, "<s>", "</s>", "<mask>"], _ANGLES)
+
+
+def _deberta_v2() -> Tokenizer:
+    """Sentencepiece in BERT's frame, white space at the borders stripped."""
+    plain = normalizers.Sequence([normalizers.Strip(), normalizers.NFKC()])
+    return _unigram(plain, ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"], _BRACKETS, "[UNK]")
 
 
 def _albert() -> Tokenizer:
     plain = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
-    template = _template("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", "[CLS]", "[SEP]")
-    return _unigram(plain, ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"], template)
+    return _unigram(plain, ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"], _BRACKETS)
 
 
 def _xlnet() -> Tokenizer:
@@ -155,10 +190,14 @@ def _xlnet() -> Tokenizer:
 
 # How to train it, segments, context first, CLS, PAD.
 _KINDS: dict[str, tuple[Callable[[], Tokenizer], int, bool, str, str]] = {
-    "bert": (_wordpiece, 2, False, "[CLS]", "[PAD]"),
-    "roberta": (_byte_level, 0, False, "<s>", "<pad>"),
+    "bert": (_bert, 2, False, "[CLS]", "[PAD]"),
+    "mpnet": (_mpnet, 0, False, "<s>", "<pad>"),
+    "roberta": (_roberta, 0, False, "<s>", "<pad>"),
+    "modernbert": (_modernbert, 0, False, "[CLS]", "[PAD]"),
     "xlm-r": (_xlm_r, 1, False, "<s>", "<pad>"),
+    "camembert": (_camembert, 0, False, "<s>", "<pad>"),
     "albert": (_albert, 2, False, "[CLS]", "<pad>"),
+    "deberta-v2": (_deberta_v2, 0, False, "[CLS]", "[PAD]"),
     "xlnet": (_xlnet, 3, True, "<cls>", "<pad>"),
 }
 NAMES = tuple(_KINDS)

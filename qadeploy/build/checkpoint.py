@@ -90,6 +90,7 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
         raise CheckpointError(f"{name}: the weights lack {', '.join(broken[:3])}: the file does not fit config.json")
     model.eval()
     encoder = Encoder(tokenizer.backend_tokenizer, encoder_config(model, tokenizer))
+    _silence_padding(model, encoder.config.pad_token_id)
     return Checkpoint(
         name, model, tokenizer, encoder, _settings(folder, encoder.config.position_limit), bool(loading["missing_keys"])
     )
@@ -133,6 +134,17 @@ def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         position_limit=limit,
     )
+
+
+def _silence_padding(model: Any, pad_token_id: int) -> None:
+    """Makes a padded window's logits those of the window alone where neighbouring embeddings are mixed.
+
+    MobileBERT's three-token input lets the last token see the embedding after it, past the attention mask: zeros
+    at the end of an input, the padding's row within a batch. A text holds no padding, so zeros there change nothing else.
+    """
+    if getattr(model.config, "trigram_input", False):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[pad_token_id] = 0.0
 
 
 def _offset_positions(model: Any) -> bool:

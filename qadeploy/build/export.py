@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qadeploy.build.checkpoint import Checkpoint
 from qadeploy.build.manifest import finish_bundle
+from qadeploy.build.onnx_config import TASK, own_configs
 from qadeploy.build.report import Reference
 from qadeploy.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.errors import FailureError
@@ -39,7 +40,12 @@ def _export_graph(checkpoint: Checkpoint, folder: Path) -> None:
         try:
             with contextlib.redirect_stdout(None):
                 onnx_export_from_model(
-                    checkpoint.model, folder, task="question-answering", do_validation=False, preprocessors=[]
+                    checkpoint.model,
+                    folder,
+                    task=TASK,
+                    do_validation=False,
+                    preprocessors=[],
+                    custom_onnx_configs=own_configs(checkpoint),
                 )
         except Exception as error:  # optimum raises ValueError, KeyError, RuntimeError, ... by model
             kind = getattr(checkpoint.model.config, "model_type", "unknown")

@@ -23,10 +23,18 @@ from qadeploy.errors import FailureError
 
 # ONNX Runtime's optimizer knows families of graphs; these are built like BERT's.
 _BERT_LIKE = frozenset(
-    {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mobilebert", "mpnet"}
-    | {"roberta", "xlm-roberta"}
+    {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mobilebert"}
+    | {"modernbert", "mpnet", "roberta", "xlm-roberta"}
 )
-_COUNTED = ("Attention", "EmbedLayerNormalization", "SkipLayerNormalization", "LayerNormalization", "BiasGelu", "Gelu")
+_COUNTED = (
+    "Attention",
+    "EmbedLayerNormalization",
+    "SkipLayerNormalization",
+    "LayerNormalization",
+    "BiasGelu",
+    "FastGelu",
+    "Gelu",
+)
 
 
 def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:

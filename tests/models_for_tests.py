@@ -1,0 +1,129 @@
+"""Tiny question-answering models with random weights, one an architecture, each with a tokenizer of its true kind.
+
+What is peculiar to the published checkpoints is kept: how token types are taken, where positions start, which
+attention is relative, local, bottlenecked or shared between layers, a vocabulary larger than the tokenizer's,
+a padding token whose embedding is not zero. The weights are so large that attention is sharp: with
+transformers' own 0.02 it is nearly even, and a lost mask would hide within the tolerance of parity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tests.tokenizers_for_tests import family
+
+VOCABULARY = 1024  # rows, so that the embedding counts as a large table when it is quantized
+LONGEST = 160  # positions
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of model: transformers' ``{prefix}Config`` and ``{prefix}ForQuestionAnswering``, scaled down.
+
+    ``like`` is a published checkpoint of the kind; ``tokenizer`` a family of ``tokenizers_for_tests``, wrapped in
+    transformers' class ``wrapper`` or ``{prefix}TokenizerFast``; ``values`` is the configuration. ``segments`` and
+    ``limit`` are what the encoder must find: the token types that the model takes (0 where it takes none) and
+    its longest input in tokens.
+    """
+
+    name: str
+    like: str
+    prefix: str
+    tokenizer: str
+    values: dict[str, Any]
+    segments: int
+    limit: int = LONGEST
+    wrapper: str = ""
+
+    def model(self, seed: int = 3) -> Any:
+        """The model; the same random weights for the same seed."""
+        pad = family(self.tokenizer).config.pad_token_id
+        values = {"vocab_size": VOCABULARY, "pad_token_id": pad, **self.values}
+        config = getattr(transformers, f"{self.prefix}Config")(**values)
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{self.prefix}ForQuestionAnswering")(config)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[pad].normal_(std=config.initializer_range)
+        return model
+
+    def save(self, folder: Path) -> Path:
+        """Writes model and tokenizer as ``save_pretrained`` does; returns the folder."""
+        self.model().save_pretrained(folder)
+        wrapper = getattr(transformers, self.wrapper or f"{self.prefix}TokenizerFast")
+        kind = family(self.tokenizer)
+        special = {"pad_token": kind.reference.pad_token, "cls_token": kind.reference.cls_token}
+        wrapper(tokenizer_object=kind.reference.backend_tokenizer, model_max_length=LONGEST, **special).save_pretrained(
+            folder
+        )
+        return folder
+
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": LONGEST,
+    "initializer_range": 0.3,
+}
+_DISTILBERT: dict[str, Any] = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 64,
+    "max_position_embeddings": LONGEST,
+    "initializer_range": 0.3,
+}
+_ONE_TYPE = {**_SIZES, "type_vocab_size": 1}  # which RoBERTa's kind has, but nobody passes
+_SMALL_EMBEDDING = {**_SIZES, "embedding_size": 16}
+_DEBERTA_V3 = {
+    **_SIZES,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 16,  # far fewer than positions, so that near and far are told apart differently
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+}
+_DEBERTA_V2 = {**_DEBERTA_V3, "conv_kernel_size": 3, "conv_act": "gelu"}
+_MOBILEBERT = {
+    **_SMALL_EMBEDDING,
+    "intra_bottleneck_size": 16,
+    "num_feedforward_networks": 2,
+    "initializer_range": 0.2,  # nothing in it normalises, so larger weights would grow without bound
+}
+_MODERNBERT = {
+    **_SIZES,
+    "global_attn_every_n_layers": 2,
+    "local_attention": 16,
+}  # the second layer sees 8 tokens to either side
+
+ARCHITECTURES = (
+    Architecture("BERT", "google-bert/bert-base-uncased", "Bert", "bert", _SIZES, 2),
+    Architecture("DistilBERT", "distilbert/distilbert-base-uncased", "DistilBert", "bert", _DISTILBERT, 0),
+    Architecture("RoBERTa", "FacebookAI/roberta-base", "Roberta", "roberta", _ONE_TYPE, 0, LONGEST - 2),
+    Architecture("XLM-R", "FacebookAI/xlm-roberta-base", "XLMRoberta", "xlm-r", _ONE_TYPE, 0, LONGEST - 2),
+    Architecture("CamemBERT", "almanach/camembert-base", "Camembert", "camembert", _ONE_TYPE, 0, LONGEST - 2),
+    Architecture("ALBERT", "albert/albert-base-v2", "Albert", "albert", _SMALL_EMBEDDING, 2),
+    Architecture("ELECTRA", "google/electra-small-discriminator", "Electra", "bert", _SMALL_EMBEDDING, 2),
+    Architecture("MPNet", "microsoft/mpnet-base", "MPNet", "mpnet", _SIZES, 0, LONGEST - 2),
+    Architecture("DeBERTa-v2", "microsoft/deberta-v2-xlarge", "DebertaV2", "deberta-v2", _DEBERTA_V2, 0),
+    Architecture("DeBERTa-v3", "microsoft/deberta-v3-base", "DebertaV2", "deberta-v2", _DEBERTA_V3, 0),
+    Architecture("MobileBERT", "google/mobilebert-uncased", "MobileBert", "bert", _MOBILEBERT, 2),
+    Architecture(
+        "ModernBERT",
+        "answerdotai/ModernBERT-base",
+        "ModernBert",
+        "modernbert",
+        _MODERNBERT,
+        0,
+        wrapper="PreTrainedTokenizerFast",
+    ),
+)
+BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
