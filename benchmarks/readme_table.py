@@ -32,16 +32,18 @@ def run_table(run: dict[str, Any]) -> list[str]:
 def bench_table(bench: dict[str, Any]) -> list[str]:
     """Questions a second and latency against the peers."""
     lines = [
-        "| text in, answers out | x pipeline (range) | questions/s | p50 | F1 | size |",
-        "|---|---|---|---|---|---|",
+        "| text in, answers out | x pipeline (range) | questions/s | p50 | p95 | F1 | size | memory | start |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for v in bench["variants"]:
         if v["status"] != "ok":
             continue
         low, high = v["speedup"]["range"]
+        memory, start = v["peak_memory_bytes"], v["startup_seconds"]
         lines.append(
             f"| {v['name']} | {v['speedup']['median']:.2f} ({low:.2f} to {high:.2f}) | {v['questions_per_second']:.0f} "
-            f"| {v['latency_ms']['p50']:.1f} ms | {v['f1']:.1f} | {v['size_bytes'] / 1e6:.0f} MB |"
+            f"| {v['latency_ms']['p50']:.1f} ms | {v['latency_ms']['p95']:.1f} ms | {v['f1']:.1f} | {v['size_bytes'] / 1e6:.0f} MB "
+            f"| {f'{memory / 1e6:.0f} MB' if memory else '–'} | {f'{start:.2f} s' if start else '–'} |"
         )
     environment = bench["environment"]
     packages = environment["packages"]

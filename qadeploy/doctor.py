@@ -18,6 +18,7 @@ from qadeploy.shipped import base_model_path
 _PACKAGES = {
     "runtime": ("numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
     "train": ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "datasets", "accelerate", "pyarrow"),
+    "peers": ("openvino", "nncf"),
 }
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 

@@ -83,9 +83,9 @@ class LogitsError(FailureError):
 
 
 class MissingExtraError(FailureError):
-    """An optional package is not installed; the message gives the pip line."""
+    """An optional package is not installed; the message gives the pip line, ``fix`` alone holds it."""
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package {package}, which is not installed: pip install 'qadeploy[{extra}]'"
-        )
+        self.package = package
+        self.fix = f"pip install 'qadeploy[{extra}]'"
+        super().__init__(f"{purpose} needs the package {package}, which is not installed: {self.fix}")

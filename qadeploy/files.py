@@ -17,11 +17,16 @@ def hash_file(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8 text beside ``path``, flushes it to the disk, and renames it into place."""
+    """Writes text as UTF-8, like ``write_bytes``."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes bytes beside ``path``, flushes them to the disk, and renames them into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with temporary.open("wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,17 +26,13 @@ class Timing:
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Timing]:
-    """Runs every variant once a round, after one warm-up round that is not counted.
-
-    The order turns with the rounds, so that no variant always runs after the same neighbour.
-    """
+    """Runs every variant once a round, after one warm-up round that is not counted, in the order of ``turns``."""
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names if warm_up else ():
         variants[name]()
-    for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+    for order in turns(names, rounds):
+        for name in order:
             started = time.perf_counter()
             variants[name]()
             seconds[name].append(time.perf_counter() - started)
@@ -54,3 +50,10 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, war
             (float(ratio.min()), float(ratio.max())),
         )
     return result
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """The names in each round's order, which turns with the rounds, so that none is always the first."""
+    for number in range(rounds):
+        turn = number % max(1, len(names))
+        yield [*names[turn:], *names[:turn]]

@@ -498,26 +498,6 @@ def test_answer(output, bundle):
     assert sorted(p.name for p in Path().iterdir()) == sorted([output, "questions.jsonl"])
 
 
-def test_bench_against_its_peers(tiny, tiny_export, monkeypatch):
-    monkeypatch.chdir(tiny.root)
-    out = Path.cwd() / "results"
-    options = ("--against", "pipeline,optimum", "--questions", 4, "--rounds", 1, "--out", out)
-    try:
-        report = value(well("bench", tiny.bundle("int8"), *options, "--json"))
-        assert json.loads((out / "bench.json").read_text()) == report
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-    assert [v["status"] for v in report["variants"]] == ["ok"] * 3
-    names = [v["name"] for v in report["variants"]]
-    assert [name.split()[0] for name in names] == ["qadeploy", "transformers", "optimum"]
-    assert "int8" in names[2]
-    assert report["speedup_against"] == names[1]
-    for variant in report["variants"][:2]:
-        assert (variant["exact_match"], variant["total"]) == (100.0, 4)
-        assert variant["questions_per_second"] > 0
-    assert report["workload"] == {"source": f"{tiny.data} (dev part)", "questions": 4}
-
-
 def test_bench_bare_takes_the_newest_bundle_and_names_a_peer_that_fails(tiny, tiny_export, monkeypatch):
     monkeypatch.chdir(tiny.root)
     options = ("--questions", 3, "--rounds", 1, "--against", "pipeline", "--checkpoint", tiny.root / "gone")
@@ -710,7 +690,7 @@ def test_what_is_there_is_not_overwritten(tiny, tiny_checkpoint, bundle):
         (["ask", "--question", "Who?", "--context", "Ada.", "--top-k", 0], "top_k 0 is below 1"),
         (["ask", "--question", "Who?", "--context", "Ada.", "--max-seq-len", 999], "limit of 160 tokens"),
         (["ask", "--question", "Who?", "--context", "Ada.", "--device", "tpu"], "choose auto, cpu, cuda or cuda:N"),
-        (["bench", "--against", "pipeline,keras"], "unknown peer keras: choose from pipeline, optimum"),
+        (["bench", "--against", "pipeline,keras"], "unknown peer keras: choose from pipeline, torch"),
         (["bench", "--questions", 0], "questions 0 is below 1"),
     ],
 )

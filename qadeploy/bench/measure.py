@@ -1,158 +1,362 @@
-"""Running the variants of a bench interleaved, scoring their answers, and the table of results."""
+"""Running the variants of a bench in turn on the same questions, and everything that is found about each."""
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qadeploy.bench.peers import PEERS, Variant, own
-from qadeploy.bench.workload import Workload
+from qadeploy.bench import own
+from qadeploy.bench.cold import Cold, cold
+from qadeploy.bench.limits import FLOAT, Limits
+from qadeploy.bench.peak import Peak, measure_peak
+from qadeploy.bench.peers import PEERS
+from qadeploy.bench.peers.setup import Setup
+from qadeploy.bench.split import Split, measure_split
+from qadeploy.bench.variant import Asker, Variant
+from qadeploy.bench.workload import Workload, calibration, spread, windows_of
+from qadeploy.bundle import Bundle
 from qadeploy.doctor import diagnose
-from qadeploy.errors import QadeployError
-from qadeploy.files import write_json
-from qadeploy.qa.metrics import score
-from qadeploy.records import Answer
-from qadeploy.runtime.answerer import Answerer
-from qadeploy.timing import interleave
+from qadeploy.errors import FailureError, MissingExtraError
+from qadeploy.qa.metrics import Scores, bootstrap_interval, score
+from qadeploy.records import Answer, Example
+from qadeploy.runtime.session import usable_cpus
+from qadeploy.timing import turns
 
-_LATENCY_QUESTIONS = 50
+if TYPE_CHECKING:
+    from qadeploy.build.operations import Operations
+
+_WARM_UP_QUESTIONS = 8
+_SPLIT_QUESTIONS = 48
+_SPLIT_ROUNDS = 3
+_CALIBRATION_QUESTIONS = 128
+_COLD_QUESTIONS = 16
+_COLD_PROCESSES = 3
+
+Say = Callable[[str], object]
 
 
-def bench(
-    answerer: Answerer,
-    checkpoint: Path,
-    workload: Workload,
-    peers: Sequence[str],
-    rounds: int,
-    say: Callable[[str], object],
-) -> dict[str, Any]:
-    """Measures the bundle and its peers on one workload and returns everything as plain JSON values.
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to bench, and how: ``bundles`` (the first is what peers and limits go by) against ``peers``.
 
-    Each round asks every variant all questions at once, in turn; figures are medians over rounds. A
-    variant that fails is reported with its reason and does not stop the others.
+    ``broken`` are bundles that could not be opened. ``known`` are examples that a peer may
+    calibrate on, those on contexts of the workload left out. ``latency_questions`` are asked one at a time; ``threads`` None means all.
     """
-    assert answerer.bundle is not None  # noqa: S101 - own() below raises the proper error
-    device = str(getattr(answerer.model, "device", "cpu"))
-    with ExitStack() as stack:
-        variants, failed = [own(answerer)], []
-        for name in peers:
+
+    bundles: Sequence[Bundle]
+    broken: Mapping[str, Exception]
+    workload: Workload
+    peers: Sequence[str]
+    checkpoint: Path
+    known: Sequence[Example]
+    rounds: int
+    latency_questions: int
+    device: str
+    threads: int | None
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(slots=True)
+class _Measured:
+    """What is known of one variant so far; ``status`` is "ok" until something fails."""
+
+    variant: Variant
+    asker: Asker | None = None
+    status: str = "ok"
+    seconds: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    cold: Cold = field(default_factory=Cold)
+    split: Split | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+def bench(request: Request, say: Say) -> dict[str, Any]:
+    """Measures the bundles and the peers on one workload and returns everything as plain JSON values.
+
+    Each round asks every variant all questions at once, in turn; figures are medians over rounds. A variant that fails
+    is reported with its reason and does not stop the others.
+    """
+    workload = request.workload
+    null = request.bundles[0].settings.null_competes(workload.examples)
+    threads = request.threads or usable_cpus()
+    peak, peak_note = _peak(threads, say)
+    with tempfile.TemporaryDirectory(prefix="qadeploy-bench-") as folder:
+        found = [_Measured(v) for v in own.variants(request.bundles, request.device, request.threads, null)]
+        _load(found[0])  # the bundle that the bench is about: without it there is nothing to compare
+        for measured in found[1:]:
+            _guard(measured, _load)
+        device = next(
+            (str(getattr(m.asker.answerer.model, "device", "cpu")) for m in found if m.asker and m.asker.answerer),
+            "cpu",
+        )
+        others = calibration(request.known, workload, _CALIBRATION_QUESTIONS)
+        setup = Setup(request.checkpoint, request.bundles[0], device, threads, null, others, Path(folder))
+        for name in request.peers:
             say(f"preparing {name}")
-            try:
-                variants.append(PEERS[name](checkpoint, answerer.settings, answerer.bundle.precision, device, stack))
-            except Exception as error:  # a peer may break in any way; the bench goes on without it
-                failed.append({"name": name, "status": f"failed: {_one_line(error)}"})
-        results, broken = _run(variants, workload, rounds, say)
-    first = next((r for r in results if r["name"].startswith("transformers")), results[0])
-    for result in results:
-        result["speedup"] = _ratio(result, first)
+            found.append(_prepared(name, setup))
+        say(f"asking {len(workload.examples)} questions in {request.rounds} rounds, {len(found)} variants in turn")
+        _ask(found, request)
+        say("measuring start-up time and memory, each variant in processes of its own")
+        for measured in found:
+            if measured.ok:
+                mine = not measured.variant.peer
+                measured.cold = cold(measured.variant, workload.pairs[:_COLD_QUESTIONS], _COLD_PROCESSES if mine else 1)
+    for measured in found:
+        if measured.ok and not measured.variant.peer:
+            say(f"splitting the time of {measured.variant.name}")
+            _guard(measured, lambda m: _split(m, workload, null))
+    if peak:
+        peak = peak.best(measure_peak(threads))
+    report = _report(request, found, peak, peak_note, device, threads)
+    report["limits"] = request.limits.judge(report)
+    return report
+
+
+def _guard(measured: _Measured, act: Callable[[_Measured], object]) -> None:
+    """Does something with a variant that still stands; what it raises becomes its status."""
+    if not measured.ok:
+        return
+    try:
+        act(measured)
+    except Exception as error:  # a variant may break in any way; the bench goes on without it
+        measured.status = status_of(error)
+        measured.asker = None
+
+
+def status_of(error: Exception) -> str:
+    """The status of a variant that raised ``error``."""
+    if isinstance(error, MissingExtraError):
+        return f"not installed: {error.fix} ({error.package})"
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _load(measured: _Measured) -> None:
+    measured.asker = measured.variant.load()
+
+
+def _prepared(name: str, setup: Setup) -> _Measured:
+    try:
+        measured = _Measured(PEERS[name](setup))
+    except Exception as error:  # as in _guard
+        return _Measured(Variant(name, "", 0, "", {}, name), status=status_of(error))
+    _guard(measured, _load)
+    return measured
+
+
+def _ask(found: Sequence[_Measured], request: Request) -> None:
+    """Warms up, asks all questions ``rounds`` times, and some of them one at a time; the variants always in turn."""
+    pairs = request.workload.pairs
+    longest = sorted(pairs, key=lambda pair: -len(pair[1]))[:1]
+    by_name = {m.variant.name: m for m in found}
+
+    def warm_up(measured: _Measured) -> None:
+        assert measured.asker is not None  # noqa: S101 - _guard passes over what has none
+        measured.asker.answer_all([*spread(pairs, _WARM_UP_QUESTIONS), *longest])
+        measured.asker.answer_one(*pairs[0])
+
+    def all_at_once(measured: _Measured) -> None:
+        assert measured.asker is not None  # noqa: S101
+        started = time.perf_counter()
+        measured.answers = measured.asker.answer_all(pairs)
+        measured.seconds.append(time.perf_counter() - started)
+        if len(measured.answers) != len(pairs):
+            raise FailureError(f"gave {len(measured.answers)} answers to {len(pairs)} questions")
+
+    for measured in found:
+        _guard(measured, warm_up)
+    for order in turns(list(by_name), request.rounds):
+        for name in order:
+            _guard(by_name[name], all_at_once)
+    asked = spread(pairs, request.latency_questions)
+    for question, order in zip(asked, turns(list(by_name), len(asked)), strict=True):
+        for name in order:
+            _guard(by_name[name], lambda m, q=question: _one(m, *q))  # type: ignore[misc]
+
+
+def _one(measured: _Measured, question: str, context: str) -> None:
+    assert measured.asker is not None  # noqa: S101
+    started = time.perf_counter()
+    measured.asker.answer_one(question, context)
+    measured.latencies.append(1000 * (time.perf_counter() - started))
+
+
+def _split(measured: _Measured, workload: Workload, null: bool) -> None:
+    assert measured.asker is not None  # noqa: S101
+    assert measured.asker.answerer is not None  # noqa: S101 - a bundle's has one
+    pairs = spread(workload.pairs, _SPLIT_QUESTIONS)
+    measured.split = measure_split(measured.asker.answerer, pairs, _SPLIT_ROUNDS, allow_no_answer=null)
+
+
+def _peak(threads: int, say: Say) -> tuple[Peak | None, str]:
+    say("measuring the machine's peak")
+    try:
+        return measure_peak(threads), ""
+    except MissingExtraError as error:
+        return None, status_of(error)
+
+
+# ---------------------------------------------------------------- the report
+
+
+def _report(
+    request: Request,
+    found: Sequence[_Measured],
+    peak: Peak | None,
+    peak_note: str,
+    device: str,
+    threads: int,
+) -> dict[str, Any]:
+    workload = request.workload
+    scores = {m.variant.name: score(workload.examples, m.answers) for m in found if m.ok}
+    baseline = _baseline(found)
+    work = _work(request, found)
+    rows = []
+    for measured in found:
+        if not measured.ok:
+            rows.append(_bad_row(measured.variant.name, measured.variant.peer, measured.status))
+            continue
+        name = measured.variant.name
+        rates = len(workload.examples) / np.asarray(measured.seconds)
+        per_second = float(np.median(rates))
+        mine = work.get(name, work[""])
+        rows.append(
+            {
+                **_bad_row(name, measured.variant.peer, "ok"),
+                "precision": measured.variant.precision,
+                "remark": measured.variant.remark,
+                "questions_per_second": per_second,
+                "questions_per_second_range": [float(rates.min()), float(rates.max())],
+                "windows_per_second": mine.windows and per_second * mine.windows / len(workload.examples),
+                "seconds_by_round": measured.seconds,
+                "latency_ms": {f"p{q}": float(np.percentile(measured.latencies, q)) for q in (50, 95, 99)},
+                "latency_questions": len(measured.latencies),
+                "size_bytes": measured.variant.size,
+                **measured.cold.to_dict(),
+                "split": measured.split and measured.split.to_dict(),
+                "peak_share": _share(measured, peak, mine, len(workload.examples), per_second),
+                **scores[name].to_dict(),
+                "f1_drop": _drop(name, found, scores),
+                "speedup": baseline and _ratios(baseline.seconds, measured.seconds),
+                "latency_speedup": baseline and _ratios(baseline.latencies, measured.latencies),
+            }
+        )
+    rows += [_bad_row(name, "", status_of(error)) for name, error in request.broken.items()]
+    first = work[""]
     return {
-        "environment": {**diagnose(), "threads": getattr(answerer.model, "threads", None), "device": device},
-        "bundle": {
-            "name": answerer.bundle.name,
-            "sha256": answerer.bundle.hash,
-            "precision": answerer.bundle.precision,
+        "environment": {**diagnose(), "threads": threads, "device": device},
+        "bundles": [{"name": b.name, "sha256": b.hash, "precision": b.precision} for b in request.bundles],
+        "workload": {
+            "source": workload.source,
+            "questions": len(workload.examples),
+            "windows": first.windows,
+            "operations_per_question": first.operations and first.operations / len(workload.examples),
+            "operations_note": first.note,
         },
-        "workload": {"source": workload.source, "questions": len(workload.examples)},
-        "rounds": rounds,
-        "speedup_against": first["name"],
+        "peak": peak.to_dict() if peak else None,
+        "peak_note": peak_note,
+        "rounds": request.rounds,
+        "speedup_against": baseline.variant.name if baseline else "",
+        "speedup_against_peer": bool(baseline and baseline.variant.peer),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "variants": [*results, *broken, *failed],
+        "variants": rows,
     }
 
 
-def _run(
-    variants: list[Variant], workload: Workload, rounds: int, say: Callable[[str], object]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    answers: dict[str, list[Answer]] = {}
-    broken = []
-
-    def ask(variant: Variant) -> None:
-        answers[variant.name] = variant.answer_all(workload.pairs)
-
-    sound = []
-    say(f"asking {len(workload.examples)} questions, a warm-up and {rounds} rounds, {len(variants)} variants in turn")
-    for variant in variants:
-        try:
-            ask(variant)
-            variant.answer_one(*workload.pairs[0])
-            sound.append(variant)
-        except QadeployError:
-            raise
-        except Exception as error:  # a peer again
-            broken.append({"name": variant.name, "status": f"failed: {_one_line(error)}"})
-    timings = interleave({v.name: partial(ask, v) for v in sound}, rounds, warm_up=False)
-    latencies = _latencies(sound, workload)
-    results = []
-    for variant in sound:
-        own_seconds = np.asarray(timings[variant.name].seconds)
-        scores = score(workload.examples, answers[variant.name])
-        rates = len(workload.examples) / own_seconds
-        results.append(
-            {
-                "name": variant.name,
-                "status": "ok",
-                "questions_per_second": float(np.median(rates)),
-                "questions_per_second_range": [float(rates.min()), float(rates.max())],
-                "seconds_by_round": own_seconds.tolist(),
-                "latency_ms": {f"p{q}": float(np.percentile(latencies[variant.name], q)) for q in (50, 95, 99)},
-                "size_bytes": variant.size,
-                **scores.to_dict(),
-            }
-        )
-    return results, broken
+def _bad_row(name: str, peer: str, status: str) -> dict[str, Any]:
+    return {"name": name, "peer": peer, "status": status}
 
 
-def _latencies(variants: Sequence[Variant], workload: Workload) -> dict[str, list[float]]:
-    """Milliseconds of one question at a time, the variants in turn on each question."""
-    found: dict[str, list[float]] = {v.name: [] for v in variants}
-    for question, context in workload.pairs[:_LATENCY_QUESTIONS]:
-        for variant in variants:
-            started = time.perf_counter()
-            variant.answer_one(question, context)
-            found[variant.name].append(1000 * (time.perf_counter() - started))
-    return found
+def _baseline(found: Sequence[_Measured]) -> _Measured | None:
+    """The pipeline; else the first peer that ran; else the first variant that ran."""
+    sound = [m for m in found if m.ok]
+    ranked = sorted(sound, key=lambda m: (m.variant.peer != "pipeline", not m.variant.peer))
+    return ranked[0] if ranked else None
 
 
-def _ratio(result: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
-    ratios = np.asarray(first["seconds_by_round"]) / np.asarray(result["seconds_by_round"])
+def _ratios(first: Sequence[float], these: Sequence[float]) -> dict[str, Any]:
+    """How many times as fast: the median of the ratios of what was measured one after the other, least and most."""
+    ratios = np.asarray(first) / np.asarray(these)
     return {"median": float(np.median(ratios)), "range": [float(ratios.min()), float(ratios.max())]}
 
 
-def lines(report: dict[str, Any]) -> list[str]:
-    """The report as the lines of a table."""
-    result = [
-        f"{'variant':<56} {'q/s':>7} {'x':>6} {'(range)':>13} {'p50 ms':>7} {'p95 ms':>7} {'EM':>5} {'F1':>5} {'size':>9}"
-    ]
-    for v in report["variants"]:
-        if v["status"] != "ok":
-            result.append(f"{v['name']:<56} {v['status']}")
+def _drop(name: str, found: Sequence[_Measured], scores: Mapping[str, Scores]) -> dict[str, Any] | None:
+    """Points of F1 below the best other float variant, with the paired interval; None where there is no such variant."""
+    others = [m.variant.name for m in found if m.ok and m.variant.precision in FLOAT and m.variant.name != name]
+    if not others:
+        return None
+    best = max(others, key=lambda other: scores[other].f1)
+    difference = scores[best].rows_f1 - scores[name].rows_f1
+    return {
+        "points": 100.0 * float(difference.mean()),
+        "interval": list(bootstrap_interval(difference)),
+        "against": best,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What the workload is for one of our variants: windows, and the useful operations of all of them."""
+
+    windows: int | None = None
+    operations: float | None = None
+    counted: Operations | None = None
+    note: str = ""
+
+
+def _work(request: Request, found: Sequence[_Measured]) -> dict[str, _Work]:
+    """The work by name of our own variants; "" is the first bundle's, which peers go by."""
+    work: dict[str, _Work] = {}
+    for number, bundle in enumerate(request.bundles):
+        measured = found[number]
+        answerer = measured.asker.answerer if measured.asker else None
+        if answerer is None:
             continue
-        low, high = v["speedup"]["range"]
-        result.append(
-            f"{v['name']:<56} {v['questions_per_second']:>7.1f} {v['speedup']['median']:>6.2f} {f'({low:.2f}-{high:.2f})':>13} "
-            f"{v['latency_ms']['p50']:>7.1f} {v['latency_ms']['p95']:>7.1f} {v['exact_match']:>5.1f} {v['f1']:>5.1f} "
-            f"{v['size_bytes'] / 1e6:>6.1f} MB"
-        )
-    environment = report["environment"]
-    result.append(
-        f"{report['workload']['questions']} questions of {report['workload']['source']}; x: times {report['speedup_against']}, "
-        f"median of {report['rounds']} interleaved rounds; on {environment['device']}: {environment['cpu']['model']}, {environment['threads']} threads"
-    )
-    return result
+        lengths = [len(w) for w in windows_of(answerer.encoder, answerer.settings, request.workload.examples)]
+        counted, note = _operations(request.checkpoint if number == 0 else source_of(bundle))
+        entry = _Work(len(lengths), counted.of(lengths) if counted else None, counted, note)
+        work[measured.variant.name] = entry
+        if number == 0:
+            work[""] = entry
+    work.setdefault("", _Work())
+    return work
 
 
-def write(report: dict[str, Any], folder: Path) -> Path:
-    """Writes ``bench.json`` into ``folder`` and returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", report)
-    return folder / "bench.json"
+def source_of(bundle: Bundle) -> Path:
+    """The PyTorch checkpoint that a bundle was made from, by its manifest."""
+    return Path(bundle.manifest["source"]["checkpoint"])
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _operations(checkpoint: Path) -> tuple[Operations | None, str]:
+    try:
+        from qadeploy.build.operations import count_operations
+
+        return count_operations(checkpoint), ""
+    except ImportError as error:
+        return None, f"not counted: the package {error.name} is not installed"
+    except FailureError as error:
+        return None, f"not counted: {error}"
+
+
+def _share(
+    measured: _Measured, peak: Peak | None, work: _Work, questions: int, per_second: float
+) -> dict[str, Any] | None:
+    """Useful operations a second as a share of the peak measured at that precision, 0 to 1.
+
+    From text to answers, and for our own variants the model alone; None where either is not known.
+    """
+    most = peak.of(measured.variant.precision) if peak else None
+    if most is None or work.operations is None or work.counted is None:
+        return None
+    split = measured.split
+    alone = split and work.counted.of(split.windows) / (split.questions * split.run / 1000) / most
+    return {"text_to_answers": work.operations / questions * per_second / most, "model_alone": alone}

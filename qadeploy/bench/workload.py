@@ -1,12 +1,17 @@
-"""The questions that a bench asks, drawn evenly from annotated examples."""
+"""The questions that a bench asks, drawn evenly from annotated examples, and others to calibrate a peer with."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from qadeploy.errors import InputError
-from qadeploy.records import Example
+from qadeploy.qa.settings import QaSettings
+from qadeploy.qa.windows import Encoder
+from qadeploy.records import Example, Window
+
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,30 @@ def draw(source: str, examples: Sequence[Example], questions: int) -> Workload:
     """At most ``questions`` examples at even distances. Raises InputError on fewer than one."""
     if questions < 1:
         raise InputError(f"questions {questions} is below 1")
-    step = max(1.0, len(examples) / questions)
-    chosen = [examples[int(i * step)] for i in range(min(questions, len(examples)))]
-    return Workload(source, tuple(chosen))
+    return Workload(source, tuple(spread(examples, questions)))
+
+
+def spread(rows: Sequence[_Row], count: int) -> list[_Row]:
+    """At most ``count`` rows at even distances."""
+    step = max(1.0, len(rows) / count)
+    return [rows[int(i * step)] for i in range(min(count, len(rows)))]
+
+
+def calibration(known: Sequence[Example], workload: Workload, count: int) -> tuple[Example, ...]:
+    """At most ``count`` of the ``known`` examples on contexts that the workload does not ask about, at even distances."""
+    asked = {e.context for e in workload.examples}
+    return tuple(spread([e for e in known if e.context not in asked], count))
+
+
+def windows_of(encoder: Encoder, settings: QaSettings, examples: Sequence[Example]) -> list[Window]:
+    """The windows of every example, in order. Raises QuestionTooLongError, StrideError, InputError."""
+    contexts = list(dict.fromkeys(e.context for e in examples))
+    encoded = dict(zip(contexts, encoder.encode_many(contexts), strict=True))
+    questions = encoder.encode_many([e.question for e in examples])
+    return [
+        window
+        for example, question in zip(examples, questions, strict=True)
+        for window in encoder.windows(
+            question, encoded[example.context], max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
+        )
+    ]

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from qadeploy.build import charts, findings
+from qadeploy.build import charts, findings, svg
 from qadeploy.build.excerpts import Piece, excerpt
+from qadeploy.build.page import render, value
 from qadeploy.build.run_report import SMALLEST_GROUP, Mistake, RunFacts
 
-_TEMPLATE = "report.html.j2"
-_LONGEST_TEXT = 400
-# Control characters, surrogates and non-characters: HTML forbids them, and half a surrogate pair cannot be written.
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 CHECK_CLASSES = {
     "exact": "the answer stands where the row says",
@@ -35,18 +28,12 @@ CHECK_CLASSES = {
 
 def report_page(facts: RunFacts) -> str:
     """The page as HTML. What comes from the data is escaped; characters that HTML forbids become U+FFFD."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=_percent, interval=_interval, signed=_signed, shortened=_shortened)
-    page = environment.get_template(_TEMPLATE).render(
+    return render(
+        _TEMPLATE,
         facts=facts,
         findings=findings,
         charts=charts,
+        svg=svg,
         drawn=charts.facts_charts(facts),
         takeaways=findings.takeaways(facts),
         captions=[findings.caption_groups(g, facts.after.f1) for g in facts.groupings],
@@ -58,7 +45,6 @@ def report_page(facts: RunFacts) -> str:
         configuration=_configuration(facts),
         count=findings.count,
     )
-    return _FORBIDDEN.sub("\ufffd", page)
 
 
 def _pieces(mistake: Mistake) -> tuple[Piece, ...]:
@@ -85,31 +71,7 @@ def _configuration(facts: RunFacts) -> list[tuple[str, list[tuple[str, str]]]]:
         "Machine": record["machine"],
         "Record": rest,
     }
-    return [(title, [(str(k), _value(v)) for k, v in values.items()]) for title, values in tables.items() if values]
-
-
-def _value(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1f}"
-
-
-def _interval(bounds: Sequence[float] | None) -> str:
-    return f"{bounds[0]:.0f}–{bounds[1]:.0f}" if bounds else ""
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
-
-
-def _shortened(text: str, longest: int = _LONGEST_TEXT) -> str:
-    return text if len(text) <= longest else f"{text[:longest]}…"
+    return [(title, [(str(k), value(v)) for k, v in values.items()]) for title, values in tables.items() if values]
 
 
 def _duration(seconds: float) -> str:

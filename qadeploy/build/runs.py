@@ -125,6 +125,20 @@ def held_out(run: Run, eval_data: str | None, reading: Reading | None = None) ->
     return given or f"{source} (dev part)", part
 
 
+def known_examples(checkpoint: Path) -> tuple[Example, ...]:
+    """What a run learned from or chose by: its data but for a fixed validation split; empty where it is not to be had."""
+    try:
+        run = find_run(checkpoint)
+        if run.record is None:
+            return ()
+        data = read(run.record["options"]["data"], Reading.of(run.record["options"]))
+    except (InputError, CheckpointError):
+        return ()
+    if hash_examples(data.examples) != run.record["data_sha256"]:
+        return ()
+    return tuple(e for e in data.examples if e.split != "validation")
+
+
 def dev_part(run: Run) -> tuple[Example, ...]:
     """The run's dev data, or its dev part carved again by the same seed; empty where it is not to be had."""
     if run.record is None:

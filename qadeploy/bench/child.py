@@ -1,0 +1,48 @@
+"""A variant in a process of its own: loads it, answers, and says when it did and how much memory it took.
+
+Run by ``qadeploy.bench.cold`` as ``python -m qadeploy.bench.child``, with the order as JSON on stdin. It imports nothing
+that the variant does not need, since what it imports counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+def main() -> None:
+    """Loads the variant of ``{"loader", "arguments", "pairs"}``; writes a line after the first answer and one at the end."""
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not the report
+    order = json.load(sys.stdin)
+
+    from qadeploy.bench.variant import load
+
+    asker = load(order["loader"], order["arguments"])
+    pairs = [(question, context) for question, context in order["pairs"]]
+    asker.answer_one(*pairs[0])
+    print(json.dumps({"answered": 1}), file=report, flush=True)
+    if len(pairs) > 1:
+        asker.answer_all(pairs)
+    print(json.dumps({"peak_memory_bytes": peak_memory()}), file=report, flush=True)
+    report.flush()
+    os._exit(0)  # some libraries take seconds to end, or hang
+
+
+def peak_memory() -> int | None:
+    """The largest resident set of this process so far in bytes, None where the system does not say.
+
+    VmHWM (proc_pid_status(5)) and not getrusage's ru_maxrss: that one survives execve, so a child of a large process
+    would be given the parent's size.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as stream:
+            found = [line.split()[1] for line in stream if line.startswith("VmHWM:")]
+    except OSError:
+        return None
+    return 1024 * int(found[0]) if found else None
+
+
+if __name__ == "__main__":
+    main()

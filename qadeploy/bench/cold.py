@@ -1,0 +1,97 @@
+"""Start-up time and peak memory: each variant alone in fresh processes, as a service would start it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from threading import Timer
+from typing import Any
+
+from qadeploy.bench.variant import Pairs, Variant
+
+TIMEOUT = 300.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Cold:
+    """``seconds`` from starting Python to the first answer, one a process; the largest resident set of the first one.
+
+    What could not be measured is None, and ``note`` says why.
+    """
+
+    seconds: tuple[float, ...] = ()
+    peak_memory_bytes: int | None = None
+    note: str = ""
+    questions: int = field(default=0, kw_only=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain JSON values: the median, and the runs behind it."""
+        return {
+            "startup_seconds": median(self.seconds) if self.seconds else None,
+            "startup_seconds_by_process": list(self.seconds),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_memory_questions": self.questions,
+            "cold_note": self.note,
+        }
+
+
+def cold(variant: Variant, pairs: Pairs, processes: int) -> Cold:
+    """Starts the variant in ``processes`` fresh processes, one after the other; the first also answers all ``pairs``."""
+    seconds: list[float] = []
+    memory: int | None = None
+    for number in range(processes):
+        asked = pairs if number == 0 else pairs[:1]
+        order = {"loader": variant.loader, "arguments": variant.arguments, "pairs": asked}
+        lines, first, problem = _run(json.dumps(order))
+        if problem:
+            return Cold(tuple(seconds), memory, problem, questions=len(pairs))
+        seconds.append(first)
+        if number == 0:
+            memory = json.loads(lines[1])["peak_memory_bytes"]
+    note = "" if memory is not None else "the system does not say how much memory a process took"
+    return Cold(tuple(seconds), memory, note, questions=len(pairs))
+
+
+def _run(order: str) -> tuple[Sequence[str], float, str]:
+    """The lines that the child reported, seconds to the first of them, and what went wrong ("" for nothing)."""
+    with tempfile.TemporaryFile("w+") as said:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qadeploy.bench.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
+        assert process.stdin is not None  # noqa: S101 - a pipe was asked for
+        assert process.stdout is not None  # noqa: S101
+        timer = Timer(TIMEOUT, process.kill)
+        timer.start()
+        try:
+            try:
+                with process.stdin as stream:
+                    stream.write(order)
+            except BrokenPipeError:
+                pass  # it ended before it read: what it said follows
+            first = process.stdout.readline()
+            seconds = time.perf_counter() - started
+            lines = [first, *process.stdout.readlines()]
+            code = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+            process.stdout.close()
+            process.wait()
+        if code == 0 and len(lines) == 2:
+            return lines, seconds, ""
+        said.seek(0)
+        last = next((line.strip() for line in reversed(said.readlines()) if line.strip()), "it said nothing")
+    late = time.perf_counter() - started >= TIMEOUT
+    ended = f"took more than {TIMEOUT:.0f} s" if late else f"ended with {code}"
+    return lines, seconds, f"the process of its own {ended}: {last[:200]}"

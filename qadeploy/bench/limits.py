@@ -1,0 +1,88 @@
+"""What a bundle must hold for a bench to pass: least F1, most F1 lost, least speed-up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qadeploy.errors import InputError
+
+FLOAT = frozenset({"fp32", "bf16", "fp16"})
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits that the first bundle is held to; None for no limit.
+
+    ``min_f1`` and ``max_f1_drop`` are percent points: the drop is from the highest F1 of the other variants whose
+    products are in float (``FLOAT``), on the same questions. ``min_speedup`` is the median ratio of questions a second
+    to the baseline, which is the pipeline, or the first peer where the pipeline does not run.
+    """
+
+    min_f1: float | None = None
+    max_f1_drop: float | None = None
+    min_speedup: float | None = None
+
+    def check(self, peers: Sequence[str], others: Sequence[str]) -> None:
+        """Raises InputError on limits that make no sense, or that nothing can be held against.
+
+        ``peers`` are those asked for, ``others`` the precisions of the bundles after the first.
+        """
+        for name, value, most in (
+            ("--min-f1", self.min_f1, 100.0),
+            ("--max-f1-drop", self.max_f1_drop, 100.0),
+            ("--min-speedup", self.min_speedup, 1e6),
+        ):
+            if value is not None and not 0 <= value <= most:
+                raise InputError(f"{name} {value:g} is not between 0 and {most:g}")
+        if self.min_speedup is not None and not peers:
+            raise InputError("--min-speedup needs a peer to be faster than: give --against pipeline")
+        if self.max_f1_drop is not None and not peers and not FLOAT & set(others):
+            raise InputError(
+                "--max-f1-drop needs a float variant to lose from: give --against torch, or an fp32 bundle after the first"
+            )
+
+    def judge(self, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Each limit with what was found, and whether it ``held``; what could not be measured does not hold."""
+        first = report["variants"][0]
+        sound = first["status"] == "ok"
+        drop = first["f1_drop"] if sound else None
+        speedup = first["speedup"] if sound and report["speedup_against_peer"] else None
+        rows = (
+            ("min_f1", self.min_f1, first["f1"] if sound else None, 1, ""),
+            ("max_f1_drop", self.max_f1_drop, drop and drop["points"], -1, drop["against"] if drop else ""),
+            ("min_speedup", self.min_speedup, speedup and speedup["median"], 1, report["speedup_against"]),
+        )
+        return [
+            {
+                "limit": name,
+                "wanted": wanted,
+                "found": found,
+                "against": against,
+                "held": found is not None and sign * found >= sign * wanted,
+            }
+            for name, wanted, found, sign, against in rows
+            if wanted is not None
+        ]
+
+
+def complaint(report: Mapping[str, Any]) -> str:
+    """Why the bench fails: the limits that do not hold, or no bundle that ran; "" where all is well."""
+    first = report["variants"][0]
+    if first["status"] != "ok":
+        return f"{first['name']} could not be measured: {first['status']}"
+    return "; ".join(_line(first["name"], row) for row in report["limits"] if not row["held"])
+
+
+def _line(name: str, row: Mapping[str, Any]) -> str:
+    flag = "--" + row["limit"].replace("_", "-")
+    wanted, found = row["wanted"], row["found"]
+    if found is None:
+        missing = "no peer ran" if row["limit"] == "min_speedup" else "no other float variant ran"
+        return f"{name}: {flag} {wanted:g} cannot be checked, because {missing}"
+    if row["limit"] == "min_f1":
+        return f"{name}: F1 is {found:.2f}, {flag} wants at least {wanted:g}"
+    if row["limit"] == "max_f1_drop":
+        return f"{name}: F1 is {found:.2f} points below that of {row['against']}, {flag} allows {wanted:g}"
+    return f"{name}: {found:.2f} times as fast as {row['against']}, {flag} wants at least {wanted:g}"

@@ -1,0 +1,61 @@
+"""The bundles that are benched, through ``Answerer``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qadeploy.bench.variant import Asker, Variant, around
+from qadeploy.bundle import Bundle, open_bundle
+from qadeploy.errors import FailureError, InputError
+from qadeploy.runtime.answerer import Answerer
+
+
+def open_bundles(paths: Sequence[str | Path]) -> tuple[list[Bundle], dict[str, FailureError]]:
+    """The bundles that can be opened, and by name what is wrong with the others.
+
+    Raises InputError on a folder that is not there or named twice, BundleError where the first bundle, which is the
+    one that peers and limits go by, cannot be opened.
+    """
+    folders = [Path(p) for p in paths]
+    for number, folder in enumerate(folders):
+        if folder.resolve() in {other.resolve() for other in folders[:number]}:
+            raise InputError(f"{folder}: is named twice: name each bundle once")
+    found, broken = [], {}
+    for number, folder in enumerate(folders):
+        try:
+            found.append(open_bundle(folder))
+        except FailureError as error:
+            if number == 0:
+                raise
+            broken[f"qadeploy ({folder})"] = error
+    return found, broken
+
+
+def variants(bundles: Sequence[Bundle], device: str, threads: int | None, allow_no_answer: bool) -> list[Variant]:
+    """The bundles as variants, each with a name of its own."""
+    names = [bundle.folder.resolve().name for bundle in bundles]
+    found = []
+    for bundle, name in zip(bundles, names, strict=True):
+        shown = name if names.count(name) == 1 else str(bundle.folder)
+        arguments = {
+            "path": str(bundle.folder),
+            "device": device,
+            "threads": threads,
+            "allow_no_answer": allow_no_answer,
+        }
+        found.append(
+            Variant(
+                f"qadeploy {bundle.precision} ({shown})",
+                bundle.precision,
+                bundle.model_bytes,
+                "qadeploy.bench.own:load",
+                arguments,
+            )
+        )
+    return found
+
+
+def load(path: str, device: str, threads: int | None, allow_no_answer: bool) -> Asker:
+    """A bundle as a service loads it. Raises what ``Answerer.load`` raises."""
+    return around(Answerer.load(path, device=device, threads=threads), allow_no_answer)

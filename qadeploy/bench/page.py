@@ -1,0 +1,82 @@
+"""What ``bench --out`` writes: bench.json, bench.html and bench.png."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qadeploy.bench import plot, table
+from qadeploy.build import svg
+from qadeploy.build.page import render, value
+from qadeploy.files import write_bytes, write_json, write_text
+
+_TEMPLATE = Path(__file__).with_name("bench.html.j2")
+
+
+def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Writes the report into ``folder`` and returns the files; without a variant that ran there is no plot.
+
+    Everything is drawn before the first file is written, and each file is whole or not there.
+    """
+    page = bench_page(report)
+    picture = plot.png(report) if plot.dots(report) else None
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bench.json", report)
+    write_text(folder / "bench.html", page)
+    files = [folder / "bench.json", folder / "bench.html"]
+    if picture:
+        write_bytes(folder / "bench.png", picture)
+        files.append(folder / "bench.png")
+    return files
+
+
+def bench_page(report: Mapping[str, Any]) -> str:
+    """The report as one self-contained page, without scripts and without anything to load."""
+    found = plot.dots(report)
+    return render(
+        _TEMPLATE,
+        report=report,
+        first=report["variants"][0],
+        numbers={v["name"]: n for n, v in enumerate(found, 1)},
+        drawn=plot.drawing(report) if found else None,
+        caption=plot.caption(report),
+        style=plot.style,
+        ours=plot.OURS,
+        peer=plot.PEER,
+        svg=svg,
+        legend=table.legend(report),
+        limits=table.limit_lines(report),
+        configuration=_configuration(report),
+    )
+
+
+def _configuration(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Tables of names and values: where it ran, what was benched, with what."""
+    found = report["environment"]
+    machine = {
+        "CPU": found["cpu"]["model"],
+        "instruction sets": ", ".join(found["cpu"]["features"]) or None,
+        "threads": found["threads"],
+        "device": found["device"],
+        "memory": f"{found['memory_gib']} GiB",
+        "peak, int8": report["peak"] and f"{report['peak']['int8'] / 1e9:,.0f} G operations a second",
+        "peak, fp32": report["peak"] and f"{report['peak']['fp32'] / 1e9:,.0f} G operations a second",
+        "NVIDIA driver": found["nvidia_driver"],
+    }
+    versions = {
+        "qadeploy": found["qadeploy"],
+        "commit": found["commit"],
+        "Python": found["python"],
+        **{name: found["packages"][name] for name in table.shown_packages(report)},
+    }
+    asked = {
+        "questions": report["workload"]["questions"],
+        "of": report["workload"]["source"],
+        "windows": report["workload"]["windows"],
+        "rounds": report["rounds"],
+        "date": report["date"],
+    }
+    bundles = {b["name"]: f"{b['precision']}, SHA-256 {b['sha256']}" for b in report["bundles"]}
+    tables = {"Machine": machine, "Versions": versions, "Workload": asked, "Bundles": bundles}
+    return [(title, [(name, value(v)) for name, v in rows.items()]) for title, rows in tables.items()]

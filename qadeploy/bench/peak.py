@@ -1,0 +1,119 @@
+"""What this machine's cores can do at most: matrix products of constant weights through ONNX Runtime, fp32 and int8.
+
+The int8 product is MatMulInteger of uint8 by int8 into int32, the instruction that a quantized model lives on (VNNI
+where the CPU has it). One operation is a multiplication or an addition, so a product of [m, k] by [k, n] is 2 m k n.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+
+from qadeploy.errors import MissingExtraError
+from qadeploy.runtime.session import onnxruntime
+
+SHAPES = ((256, 512, 512), (384, 2048, 512))  # m, k, n; what is best differs by CPU
+_BURST = 0.004  # seconds of one timing
+_BURSTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Operations a second, all ``threads`` together, each running a product of its own."""
+
+    fp32: float
+    int8: float
+    threads: int
+
+    def of(self, precision: str) -> float | None:
+        """The peak that a model of this precision is held against; None where none was measured."""
+        return {"fp32": self.fp32, "int8": self.int8}.get(precision)
+
+    def best(self, other: Peak) -> Peak:
+        """The larger figures of two measurements."""
+        return Peak(max(self.fp32, other.fp32), max(self.int8, other.int8), self.threads)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain JSON values."""
+        return asdict(self)
+
+
+def measure_peak(threads: int) -> Peak:
+    """The best of many short bursts of products, the threads at once, each on one thread of its own.
+
+    Each thread is timed by the CPU time that it got, so that a busy machine does not look like a slow one.
+    Raises MissingExtraError without the onnx package.
+    """
+    with ThreadPoolExecutor(threads, thread_name_prefix="peak") as pool:
+        fp32, int8 = (max(_rate(kind, shape, threads, pool) for shape in SHAPES) for kind in ("fp32", "int8"))
+    return Peak(fp32, int8, threads)
+
+
+def _rate(kind: str, shape: tuple[int, int, int], threads: int, pool: ThreadPoolExecutor) -> float:
+    m, k, n = shape
+    model = product(kind, k, n)
+    generator = np.random.default_rng(0)
+    a: Any = generator.standard_normal((m, k), dtype=np.float32)
+    if kind == "int8":
+        a = generator.integers(0, 256, (m, k)).astype(np.uint8)
+    runs = [partial(_session(model).run, None, {"a": a}) for _ in range(threads)]
+    meet = Barrier(threads)
+    best = pool.map(_best_seconds, runs, [meet] * threads)
+    return sum(2.0 * m * k * n / seconds for seconds in best)
+
+
+def _best_seconds(run: Callable[[], object], meet: Barrier) -> float:
+    """The least CPU seconds of one ``run`` over the bursts; all threads begin together."""
+    run()
+    started = time.thread_time()
+    run()
+    count = max(1, round(_BURST / max(time.thread_time() - started, 1e-6)))
+    meet.wait()
+    best = np.inf
+    for _ in range(_BURSTS):
+        started = time.thread_time()
+        for _ in range(count):
+            run()
+        best = min(best, (time.thread_time() - started) / count)
+    return float(best)
+
+
+def product(kind: str, k: int, n: int) -> bytes:
+    """An ONNX model of one product ``a [m, k]`` by constant ``[k, n]``: fp32 (MatMul) or int8 (MatMulInteger)."""
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingExtraError("the machine's peak", "onnx", "train") from error
+    generator = np.random.default_rng(1)
+    if kind == "int8":
+        weights: Any = generator.integers(-127, 128, (k, n)).astype(np.int8)
+        operator, given, made = "MatMulInteger", onnx.TensorProto.UINT8, onnx.TensorProto.INT32
+    else:
+        weights = generator.standard_normal((k, n), dtype=np.float32)
+        operator, given, made = "MatMul", onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(operator, ["a", "b"], ["c"])],
+        "product",
+        [onnx.helper.make_tensor_value_info("a", given, ["m", k])],
+        [onnx.helper.make_tensor_value_info("c", made, ["m", n])],
+        [onnx.numpy_helper.from_array(weights, "b")],
+    )
+    # Opset 13 with IR 8: what every ONNX Runtime since 1.10 reads.
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    return bytes(model.SerializeToString())
+
+
+def _session(model: bytes) -> Any:
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,49 @@
+"""PyTorch with our windows and spans around it, in padded batches of like length: float32, and bfloat16."""
+
+from __future__ import annotations
+
+from qadeploy.bench.peers.setup import Setup, torch_with, weights_bytes
+from qadeploy.bench.variant import Asker, Variant, around, host
+
+
+def prepare_fp32(setup: Setup) -> Variant:
+    """Raises FailureError (no checkpoint), MissingExtraError."""
+    return _prepare(setup, "fp32", 4)
+
+
+def prepare_bf16(setup: Setup) -> Variant:
+    """Raises FailureError (no checkpoint), MissingExtraError."""
+    return _prepare(setup, "bf16", 2)
+
+
+def _prepare(setup: Setup, precision: str, itemsize: int) -> Variant:
+    checkpoint = setup.found_checkpoint()
+    torch_with(setup.threads)
+    return Variant(
+        f"PyTorch {precision}",
+        precision,
+        weights_bytes(checkpoint, itemsize),
+        "qadeploy.bench.peers.eager:load",
+        {
+            "checkpoint": checkpoint,
+            "bundle": str(setup.bundle.folder),
+            "precision": precision,
+            "device": setup.device,
+            "threads": setup.threads,
+            "allow_no_answer": setup.allow_no_answer,
+        },
+        "torch" if precision == "fp32" else f"torch-{precision}",
+        "with our windows and spans",
+    )
+
+
+def load(checkpoint: str, bundle: str, precision: str, device: str, threads: int, allow_no_answer: bool) -> Asker:
+    """The checkpoint as ``torch_answerer`` runs it, its weights and arithmetic in ``precision``."""
+    torch = torch_with(threads)
+    from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
+
+    found = load_checkpoint(checkpoint)
+    answerer = torch_answerer(found, device)
+    if precision == "bf16":
+        found.model.to(torch.bfloat16)
+    return around(host(bundle, lambda encoder: answerer.model), allow_no_answer)

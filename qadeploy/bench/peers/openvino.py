@@ -1,0 +1,141 @@
+"""OpenVINO: optimum's ONNX export quantized by NNCF (static int8, calibrated), run with our windows and spans around it.
+
+Of the products that stay in float the arithmetic is bfloat16 where the CPU has it. Many windows go through
+asynchronous requests on a model compiled for throughput, one window through a model compiled for latency, as
+OpenVINO's performance hints say (https://docs.openvino.ai, "High-level Performance Hints").
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qadeploy.bench.peers.setup import Setup, exported, quiet
+from qadeploy.bench.variant import Asker, Variant, around, host
+from qadeploy.bench.workload import windows_of
+from qadeploy.bundle import TOKENIZER
+from qadeploy.errors import FailureError, MissingExtraError
+from qadeploy.qa.windows import Encoder
+from qadeploy.records import FloatArray, Window
+
+_CALIBRATION_WINDOWS = 128
+
+
+def prepare(setup: Setup) -> Variant:
+    """Quantizes by NNCF and saves OpenVINO's format. Raises FailureError, MissingExtraError, and what the two raise."""
+    openvino, nncf = _openvino(), _nncf()
+    if setup.device != "cpu":
+        raise FailureError(f"runs on the CPU only here, and this bench runs on {setup.device}")
+    if not setup.calibration:
+        raise FailureError(
+            "there are no questions to calibrate int8 with beside those of the bench: "
+            "lower --questions, or bench a bundle whose run is still there"
+        )
+    source = exported(setup)
+    path = setup.folder / "openvino-int8" / "model.xml"
+    from tokenizers import Tokenizer
+
+    encoder = Encoder(Tokenizer.from_str(setup.bundle.read(TOKENIZER).decode("utf-8")), setup.bundle.encoder)
+    windows = windows_of(encoder, setup.bundle.settings, setup.calibration)[:_CALIBRATION_WINDOWS]
+    model = openvino.Core().read_model(source / "model.onnx")
+    names = [port.get_any_name() for port in model.inputs]
+    with quiet():
+        quantized = nncf.quantize(
+            model,
+            nncf.Dataset([inputs(window, names) for window in windows]),
+            subset_size=len(windows),
+            model_type=nncf.ModelType.TRANSFORMER,
+        )
+    openvino.save_model(quantized, path, compress_to_fp16=False)
+    arithmetic = "bf16" if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+    return Variant(
+        f"OpenVINO int8 (NNCF) + {'bf16' if arithmetic == 'bf16' else 'fp32'}",
+        "int8",
+        path.stat().st_size + path.with_suffix(".bin").stat().st_size,
+        "qadeploy.bench.peers.openvino:load",
+        {
+            "model": str(path),
+            "bundle": str(setup.bundle.folder),
+            "arithmetic": arithmetic,
+            "threads": setup.threads,
+            "allow_no_answer": setup.allow_no_answer,
+        },
+        "openvino",
+        f"with our windows and spans; calibrated on {len(windows)} windows of questions on other contexts",
+    )
+
+
+def load(model: str, bundle: str, arithmetic: str, threads: int, allow_no_answer: bool) -> Asker:
+    """The quantized model behind the bundle's encoder and our decoder."""
+    return around(host(bundle, lambda encoder: OpenVinoModel(Path(model), arithmetic, threads)), allow_no_answer)
+
+
+class OpenVinoModel:
+    """An OpenVINO model file as a function from windows to logits: ``latency`` for one window, ``throughput`` for many.
+
+    ``arithmetic`` is OpenVINO's inference precision (f32, bf16). Raises MissingExtraError.
+    """
+
+    def __init__(self, path: Path, arithmetic: str, threads: int) -> None:
+        openvino = _openvino()
+        core = openvino.Core()
+        model = core.read_model(path)
+        self._names = [port.get_any_name() for port in model.inputs]
+        common = {"INFERENCE_PRECISION_HINT": arithmetic, "INFERENCE_NUM_THREADS": threads}
+        self._latency = core.compile_model(model, "CPU", {**common, "PERFORMANCE_HINT": "LATENCY"})
+        throughput = core.compile_model(model, "CPU", {**common, "PERFORMANCE_HINT": "THROUGHPUT"})
+        self._one = self._latency.create_infer_request()
+        self._many = openvino.AsyncInferQueue(throughput)
+        self._logits: dict[int, tuple[FloatArray, FloatArray]] = {}
+        self._many.set_callback(self._keep)
+
+    def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+        """Start and end logits of each window, float32 ``[tokens]`` each, in order; each window alone and unpadded."""
+        if len(windows) == 1:
+            self._one.infer(inputs(windows[0], self._names), share_inputs=True)
+            return [_outputs(self._one)]
+        self._logits.clear()
+        for i in sorted(range(len(windows)), key=lambda i: -len(windows[i])):
+            self._many.start_async(inputs(windows[i], self._names), i)
+        self._many.wait_all()
+        return [self._logits[i] for i in range(len(windows))]
+
+    def _keep(self, request: Any, number: int) -> None:
+        self._logits[number] = _outputs(request)
+
+
+def inputs(window: Window, names: Iterable[str]) -> dict[str, Any]:
+    """One window as the inputs of these names, int64 ``[1, tokens]`` each."""
+    values = {
+        "input_ids": window.input_ids[None],
+        "attention_mask": np.ones((1, len(window)), dtype=np.int64),
+        "token_type_ids": None if window.token_type_ids is None else window.token_type_ids[None],
+    }
+    return {name: values[name] for name in names}
+
+
+def _outputs(request: Any) -> tuple[FloatArray, FloatArray]:
+    starts, ends = (request.get_tensor(name).data[0].astype(np.float32) for name in ("start_logits", "end_logits"))
+    return starts, ends
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("the peer openvino", "openvino", "peers") from error
+    return openvino
+
+
+def _nncf() -> Any:
+    os.environ.setdefault("NNCF_CI", "1")  # its one switch for telemetry, read while it is imported
+    try:
+        with quiet():
+            import nncf
+    except ImportError as error:
+        raise MissingExtraError("the peer openvino", "nncf", "peers") from error
+    return nncf

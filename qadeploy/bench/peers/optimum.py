@@ -1,0 +1,118 @@
+"""Optimum's ONNX model, for an int8 bundle with its own int8 preset: in the pipeline, and called directly.
+
+Directly means ``ORTModelForQuestionAnswering`` on one unpadded window a call, with our windows and spans around it:
+what is left of optimum's model without the pipeline's own work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qadeploy.bench.peers.pipeline import in_pipeline, options
+from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
+from qadeploy.bench.variant import Asker, Variant, around, host
+from qadeploy.errors import MissingExtraError
+from qadeploy.records import FloatArray, Window
+
+
+def prepare(setup: Setup) -> Variant:
+    """Optimum's model in transformers' pipeline. Raises FailureError, MissingExtraError, and what optimum raises."""
+    path, what, precision = _model(setup)
+    return Variant(
+        f"optimum ONNX {what} in the pipeline",
+        precision,
+        path.stat().st_size,
+        "qadeploy.bench.peers.optimum:load",
+        {
+            "checkpoint": setup.found_checkpoint(),
+            "model": str(path),
+            "device": setup.device,
+            "threads": setup.threads,
+            "options": options(setup),
+        },
+        "optimum",
+    )
+
+
+def prepare_direct(setup: Setup) -> Variant:
+    """The same model without the pipeline. Raises like ``prepare``."""
+    path, what, precision = _model(setup)
+    return Variant(
+        f"optimum ONNX {what} called directly",
+        precision,
+        path.stat().st_size,
+        "qadeploy.bench.peers.optimum:load_direct",
+        {
+            "model": str(path),
+            "bundle": str(setup.bundle.folder),
+            "device": setup.device,
+            "threads": setup.threads,
+            "allow_no_answer": setup.allow_no_answer,
+        },
+        "optimum-direct",
+        "with our windows and spans",
+    )
+
+
+def _model(setup: Setup) -> tuple[Path, str, str]:
+    """The model file, what it is called, and its precision."""
+    try:
+        from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
+    except ImportError as error:
+        raise MissingExtraError("the peer optimum", "optimum-onnx", "train") from error
+    source = exported(setup)
+    if setup.bundle.precision != "int8":
+        return source / "model.onnx", "fp32", "fp32"
+    path = setup.folder / "optimum-int8" / "model_quantized.onnx"
+    if not path.is_file():
+        preset = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
+        with quiet():
+            ORTQuantizer.from_pretrained(source).quantize(save_dir=path.parent, quantization_config=preset)
+    return path, "int8 (avx512_vnni preset)", "int8"
+
+
+def _load(model: str, device: str, threads: int) -> Any:
+    torch_with(threads)
+    from optimum.onnxruntime import ORTModelForQuestionAnswering
+
+    from qadeploy.runtime.session import onnxruntime
+
+    session = onnxruntime().SessionOptions()
+    session.intra_op_num_threads = threads
+    with quiet():
+        return ORTModelForQuestionAnswering.from_pretrained(
+            Path(model).parent,
+            file_name=Path(model).name,
+            provider="CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider",
+            session_options=session,
+        )
+
+
+def load(checkpoint: str, model: str, device: str, threads: int, options: dict[str, Any]) -> Asker:
+    """Optimum's model inside the pipeline."""
+    return in_pipeline(_load(model, device, threads), checkpoint, device, options)
+
+
+def load_direct(model: str, bundle: str, device: str, threads: int, allow_no_answer: bool) -> Asker:
+    """Optimum's model called window by window."""
+    return around(host(bundle, lambda encoder: _Direct(_load(model, device, threads))), allow_no_answer)
+
+
+class _Direct:
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+        """Start and end logits of each window, one call a window."""
+        return [self._one(window) for window in windows]
+
+    def _one(self, window: Window) -> tuple[FloatArray, FloatArray]:
+        batch = {"input_ids": window.input_ids[None], "attention_mask": np.ones((1, len(window)), dtype=np.int64)}
+        if window.token_type_ids is not None:
+            batch["token_type_ids"] = window.token_type_ids[None]
+        output = self._model(**batch)
+        return output.start_logits[0], output.end_logits[0]

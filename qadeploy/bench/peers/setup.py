@@ -1,0 +1,102 @@
+"""What every peer is told: the checkpoint, the bundle it stands against, and where it may write."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qadeploy.bundle import Bundle
+from qadeploy.errors import FailureError, MissingExtraError
+from qadeploy.records import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a peer is prepared from.
+
+    ``checkpoint`` is the PyTorch checkpoint folder; ``bundle`` lends its settings and, to peers that are a runtime and
+    no tool, its tokenizer; ``calibration`` are examples that the bench does not ask about; ``folder`` is scratch.
+    """
+
+    checkpoint: Path
+    bundle: Bundle
+    device: str
+    threads: int
+    allow_no_answer: bool
+    calibration: Sequence[Example]
+    folder: Path
+
+    def found_checkpoint(self) -> str:
+        """The checkpoint folder's path. Raises FailureError where it is not there."""
+        if not (self.checkpoint / "config.json").is_file():
+            raise FailureError(f"{self.checkpoint}: the bundle's source checkpoint is not there any more")
+        return str(self.checkpoint)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the deprecation and tracer remarks of the libraries inside, and with stdout left to the report."""
+    for name in ("transformers", "optimum", "onnxruntime", "nncf"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def exported(setup: Setup) -> Path:
+    """A folder with the checkpoint as optimum's fp32 ``model.onnx``, made once for all peers of a bench.
+
+    Raises FailureError (no checkpoint), MissingExtraError, and what optimum raises.
+    """
+    checkpoint, folder = setup.found_checkpoint(), setup.folder / "fp32"
+    if (folder / "model.onnx").is_file():
+        return folder
+    try:
+        from optimum.exporters.onnx import main_export
+    except ImportError as error:
+        raise MissingExtraError("a peer that runs ONNX", "optimum-onnx", "train") from error
+    work = setup.folder / "fp32.tmp"
+    with quiet():
+        main_export(checkpoint, work, task="question-answering", do_validation=False)
+    os.replace(work, folder)
+    return folder
+
+
+def weights_bytes(checkpoint: str, itemsize: int) -> int:
+    """The bytes of a checkpoint's weights at ``itemsize`` bytes each, read off the head of its safetensors file.
+
+    Raises MissingExtraError, and FailureError where the checkpoint has no such file.
+    """
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise MissingExtraError("a PyTorch peer", "transformers", "train") from error
+    path = Path(checkpoint) / "model.safetensors"
+    if not path.is_file():
+        raise FailureError(f"{path}: is missing: save the checkpoint as safetensors")
+    with safe_open(path, "np") as weights:
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - no mapping
+    total = 0
+    for shape in shapes:
+        size = itemsize
+        for side in shape:
+            size *= side
+        total += size
+    return total
+
+
+def torch_with(threads: int) -> Any:
+    """PyTorch, using ``threads`` threads. Raises MissingExtraError."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError("a PyTorch peer", "torch", "train") from error
+    torch.set_num_threads(threads)
+    return torch

@@ -1,0 +1,81 @@
+"""A variant of a bench: something that answers questions, loadable here and again in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from qadeploy.bundle import TOKENIZER, open_bundle
+from qadeploy.qa.windows import Encoder
+from qadeploy.records import Answer
+from qadeploy.runtime.answerer import Answerer, LogitsModel
+
+Pairs = Sequence[tuple[str, str]]
+NO_ANSWER = Answer("", 0, 0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """A loaded variant: the best answer to many (question, context) pairs at once, or to one.
+
+    ``answerer`` is there where our own encoder and decoder stand around the model.
+    """
+
+    answer_all: Callable[[Pairs], list[Answer]]
+    answer_one: Callable[[str, str], Answer]
+    answerer: Answerer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How to load something that answers: ``loader`` is ``module:function``, ``arguments`` are JSON values.
+
+    ``precision`` is that of its matrix products (fp32, bf16, fp16, int8), ``size`` its weights in bytes, ``peer`` the
+    name by which ``--against`` chose it ("" for a bundle of ours).
+    """
+
+    name: str
+    precision: str
+    size: int
+    loader: str
+    arguments: Mapping[str, Any]
+    peer: str = ""
+    remark: str = ""
+
+    def load(self) -> Asker:
+        """Loads it into this process; may raise anything that its library raises."""
+        return load(self.loader, self.arguments)
+
+
+def load(loader: str, arguments: Mapping[str, Any]) -> Asker:
+    """Calls ``module:function`` with ``arguments``."""
+    module, _, function = loader.partition(":")
+    found: Asker = getattr(import_module(module), function)(**arguments)
+    return found
+
+
+def around(answerer: Answerer, allow_no_answer: bool) -> Asker:
+    """An answerer as an asker: answer_batch for many pairs, answer for one."""
+
+    def first(found: list[Answer]) -> Answer:
+        return found[0] if found else NO_ANSWER
+
+    return Asker(
+        lambda pairs: [first(found) for found in answerer.answer_batch(pairs, allow_no_answer=allow_no_answer)],
+        lambda question, context: first(answerer.answer(question, context, allow_no_answer=allow_no_answer)),
+        answerer,
+    )
+
+
+def host(bundle: str, model: Callable[[Encoder], LogitsModel]) -> Answerer:
+    """Another runtime's model behind the encoder, the settings and the decoder of a bundle.
+
+    Raises BundleError, InputError like ``open_bundle``.
+    """
+    found = open_bundle(bundle)
+    encoder = Encoder(Tokenizer.from_str(found.read(TOKENIZER).decode("utf-8")), found.encoder)
+    return Answerer(encoder, found.settings, model(encoder))

@@ -1,0 +1,68 @@
+"""How many arithmetic operations a model needs for a window: those of its matrix products, counted by PyTorch.
+
+They belong to the architecture, not to a file or a runtime: however a graph was rewritten or quantized, the useful work
+is what the original model does on the window's own tokens, without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from qadeploy.errors import FailureError
+
+_LENGTHS = (16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """Operations of one window of n tokens: ``per_token`` n + ``per_square`` n², ``fixed`` besides.
+
+    A product of [m, k] by [k, n] is 2 m k n: a multiplication and an addition each.
+    """
+
+    fixed: float
+    per_token: float
+    per_square: float
+
+    def of(self, lengths: Iterable[int]) -> float:
+        """The operations of windows of these lengths in tokens."""
+        n = np.asarray(list(lengths), dtype=np.float64)
+        return float((self.fixed + self.per_token * n + self.per_square * n**2).sum())
+
+
+def count_operations(checkpoint: Path) -> Operations:
+    """Counts on the architecture of a checkpoint folder, on PyTorch's meta device: nothing is computed or loaded.
+
+    Raises FailureError where the architecture cannot be counted so, or the count is no square polynomial of the length
+    (attention to a local neighbourhood only).
+    """
+    from transformers import AutoConfig, AutoModelForQuestionAnswering
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+        with torch.device("meta"):
+            model = AutoModelForQuestionAnswering.from_config(config, attn_implementation="eager").eval()
+        counts = [_count(model, n) for n in (*_LENGTHS, 96)]
+    except Exception as error:  # an architecture may refuse the meta device in any way
+        reason = " ".join(str(error).split())[:200]
+        raise FailureError(f"{checkpoint}: its operations cannot be counted: {reason}") from error
+    fixed, linear, square = np.linalg.solve(np.vander(np.asarray(_LENGTHS, float), increasing=True), counts[:3])
+    found = Operations(float(round(fixed)), float(round(linear)), float(round(square)))
+    if abs(found.of([96]) - counts[3]) > 1e-6 * counts[3]:
+        raise FailureError(f"{checkpoint}: its operations are no square polynomial of the window's length")
+    return found
+
+
+def _count(model: Any, tokens: int) -> int:
+    counter = FlopCounterMode(display=False)
+    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+    with torch.inference_mode(), counter:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return int(counter.get_total_flops())

@@ -1,0 +1,52 @@
+"""Reports as one self-contained page: the template engine, its filters, and what no page may hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+_LONGEST_TEXT = 400
+# Control characters, surrogates and non-characters: HTML forbids them, and half a surrogate pair cannot be written.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def render(template: Path, **values: Any) -> str:
+    """The page of a template, which may include ``report.css``. Texts are escaped; characters that HTML forbids become U+FFFD."""
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, Path(__file__).parent]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=_percent, interval=_interval, signed=_signed, shortened=_shortened)
+    return _FORBIDDEN.sub("\ufffd", environment.get_template(template.name).render(**values))
+
+
+def value(found: Any) -> str:
+    """A recorded value as people write it."""
+    if found is None:
+        return "–"
+    if isinstance(found, bool):
+        return "yes" if found else "no"
+    return f"{found:g}" if isinstance(found, float) else str(found)
+
+
+def _percent(number: float) -> str:
+    return f"{number:.1f}"
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"{bounds[0]:.0f}–{bounds[1]:.0f}" if bounds else ""
+
+
+def _signed(number: float) -> str:
+    return f"{number:+.1f}".replace("-", "−")
+
+
+def _shortened(text: str, longest: int = _LONGEST_TEXT) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"

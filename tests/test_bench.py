@@ -1,0 +1,278 @@
+"""``qadeploy bench`` as a whole, on the tiny model: one real run, what it prints, writes and exits with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks.readme_table import bench_table
+from qadeploy import Answerer
+from qadeploy.bench import plot, table
+from qadeploy.bench.measure import Request, bench
+from qadeploy.bench.own import open_bundles
+from qadeploy.bench.page import bench_page, write
+from qadeploy.bench.peers import PEERS
+from qadeploy.bench.split import PARTS, measure_split
+from qadeploy.bench.variant import NO_ANSWER, Asker, Variant
+from qadeploy.bench.workload import draw
+from qadeploy.bundle import open_bundle
+from qadeploy.cli import main
+from qadeploy.data.readers import read
+from qadeploy.errors import FailureError
+from tests.conftest import sealed_copy
+from tests.test_report_page import Reader
+
+
+@pytest.fixture(scope="module")
+def benched(tiny, tiny_export, tmp_path_factory) -> tuple[dict[str, Any], Path, str]:
+    """The int8 and the fp32 bundle against the pipeline, once: the JSON, the folder written, the remarks."""
+    out = tmp_path_factory.mktemp("bench") / "new" / "folder"
+    args = ["bench", tiny.bundle("int8"), tiny.bundle(), "--against", "pipeline", "--questions", 12, "--rounds", 2]
+    args += ["--latency-questions", 4, "--threads", 1, "--out", out, "--min-f1", 1, "--max-f1-drop", 100, "--json"]
+    with contextlib.chdir(tiny.root):
+        result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout), out, result.stderr
+
+
+def test_every_variant_has_every_figure(benched, tiny):
+    report = benched[0]
+    names = [v["name"] for v in report["variants"]]
+    assert names == ["qadeploy int8 (keepers-int8)", "qadeploy fp32 (keepers)", "transformers pipeline, torch fp32"]
+    for v in report["variants"]:
+        assert v["status"] == "ok"
+        assert (v["exact_match"], v["total"]) == (100.0, 12)
+        assert len(v["seconds_by_round"]) == 2
+        assert v["questions_per_second"] == pytest.approx(float(np.median([12 / s for s in v["seconds_by_round"]])))
+        assert v["windows_per_second"] == pytest.approx(v["questions_per_second"])  # each context is one window
+        assert v["latency_ms"]["p50"] <= v["latency_ms"]["p95"] <= v["latency_ms"]["p99"]
+        assert v["latency_questions"] == 4
+        assert v["size_bytes"] > 10_000
+        assert v["peak_memory_bytes"] > 2e7
+        assert len(v["startup_seconds_by_process"]) == (1 if v["peer"] else 3)
+        assert 0 < v["peak_share"]["text_to_answers"] < 1
+        assert (v["split"] is None) == bool(v["peer"])
+        assert v["f1_drop"]["points"] == 0.0
+    pipeline = report["variants"][2]
+    assert report["speedup_against"] == pipeline["name"]
+    assert pipeline["speedup"] == {"median": 1.0, "range": [1.0, 1.0]}
+    ours = report["variants"][0]
+    ratios = [a / b for a, b in zip(pipeline["seconds_by_round"], ours["seconds_by_round"], strict=True)]
+    assert ours["speedup"]["median"] == pytest.approx(float(np.median(ratios)))
+    assert report["workload"]["questions"] == report["workload"]["windows"] == 12
+    assert [row["held"] for row in report["limits"]] == [True, True]
+
+
+def test_the_environment_is_in_every_output(benched, tiny):
+    report, out, _ = benched
+    for text in ("\n".join(table.lines(report)), (out / "bench.html").read_text(encoding="utf-8")):
+        assert report["environment"]["cpu"]["model"] in text
+        assert report["environment"]["packages"]["onnxruntime"] in text
+        for kind in ("int8", ""):
+            assert open_bundle(tiny.bundle(kind)).hash[:12] in text
+        for flag in report["environment"]["cpu"]["features"]:
+            assert flag in text
+        assert "1 threads" in text
+    assert report["bundles"][0] == {
+        "name": "keepers-int8",
+        "sha256": open_bundle(tiny.bundle("int8")).hash,
+        "precision": "int8",
+    }
+
+
+def test_what_is_written_is_json_a_page_and_a_picture(benched):
+    report, out, remarks = benched
+    assert sorted(p.name for p in out.iterdir()) == ["bench.html", "bench.json", "bench.png"]
+    assert json.loads((out / "bench.json").read_text()) == report
+    head = (out / "bench.png").read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    assert min(struct.unpack(">II", head[16:])) > 400
+    assert "preparing pipeline" in remarks
+
+
+def test_the_page_is_whole_loads_nothing_and_shows_the_numbers(benched):
+    report, out, _ = benched
+    reader = Reader((out / "bench.html").read_text(encoding="utf-8"))
+    assert reader.problems == []
+    for tag, attributes in reader.elements:
+        assert tag not in {"script", "iframe", "img", "object", "form"}
+        for name in ("src", "href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:,"))
+    rows = [" ".join(text.split()) for text in reader.texts["tr"]]
+    for number, v in enumerate(report["variants"], 1):
+        (row,) = [r for r in rows if r.startswith(f"{number}. {v['name']}")]
+        assert f"{v['questions_per_second']:.1f}" in row
+        assert f"{v['latency_ms']['p99']:.1f}" in row
+    charts = [a for tag, a in reader.elements if tag == "svg" and a.get("class") == "chart"]
+    assert len(charts) == 1
+    marks = [a for tag, a in reader.elements if tag == "path" and "mark" in (a.get("class") or "") and "transform" in a]
+    assert len(marks) == 3 + 2  # and the two of the legend
+
+
+def test_faster_stands_to_the_left_and_better_above(benched):
+    report = json.loads(json.dumps(benched[0]))
+    for v, ms, f1 in zip(report["variants"], (10.0, 20.0, 40.0), (50.0, 60.0, 55.0), strict=True):
+        v["latency_ms"]["p50"], v["f1"], v["f1_interval"] = ms, f1, [f1 - 5, f1 + 5]
+    places = re.findall(r'class="mark \w" transform="translate\(([\d.]+) ([\d.]+)\)"', str(plot.drawing(report)))
+    (x0, y0), (x1, y1), (x2, y2) = [(float(x), float(y)) for x, y in places]
+    assert x1 - x0 == pytest.approx((x2 - x1) / 2, abs=0.2)
+    assert y1 < y2 < y0
+
+
+def test_the_terminals_table_has_a_line_a_variant_and_the_split(benched):
+    lines = table.lines(benched[0])
+    assert lines[0].split()[:4] == ["variant", "q/s", "x", "(range)"]
+    assert sum(line.startswith("qadeploy int8 (keepers-int8) ") for line in lines) == 1
+    assert sum("a question's time is tokenise" in line for line in lines) == 2
+    assert lines[-2:] == [
+        f"--min-f1 1: {benched[0]['variants'][0]['f1']:.2f}, held",
+        f"--max-f1-drop 100: 0.00 (against {benched[0]['variants'][0]['f1_drop']['against']}), held",
+    ]
+
+
+def test_the_readmes_table_is_made_of_it(benched):
+    report = benched[0]
+    lines = bench_table(report)
+    assert len([line for line in lines if line.startswith("|")]) == 2 + len(report["variants"])
+    assert report["environment"]["commit"] is None or report["environment"]["commit"] in lines[-1]
+
+
+def test_the_split_adds_up(tiny, tiny_export):
+    examples = read(str(tiny.data)).examples
+    answerer = Answerer.load(tiny.bundle(), threads=1)
+    split = measure_split(answerer, [(e.question, e.context) for e in examples], 5)
+    value = split.to_dict()
+    assert sum(value["shares"].values()) == pytest.approx(1.0)
+    assert all(value["ms_per_question"][name] > 0 for name in PARTS)
+    assert split.apart == pytest.approx(sum(value["ms_per_question"][name] for name in PARTS))
+    # The parts are those of the whole: what they take one after the other is about what the call takes.
+    assert 0.5 < split.apart / split.whole < 1.5
+    assert 0 < split.whole_of_model < 1.2
+    assert len(split.windows) == len(examples)
+
+
+# ---------------------------------------------------------------- what breaks
+
+
+def failing(after: int):
+    """A peer that answers rightly so many times, then raises."""
+
+    def load() -> Asker:
+        calls = 0
+
+        def answer_all(pairs):
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise ValueError("the cat pulled the plug")
+            return [NO_ANSWER] * len(pairs)
+
+        return Asker(answer_all, lambda question, context: NO_ANSWER)
+
+    return load
+
+
+def request(tiny, peers: list[str], **changes: Any) -> Request:
+    opened, broken = open_bundles(changes.pop("bundles", [tiny.bundle("int8")]))
+    workload = draw("keepers", read(str(tiny.data)).examples, 6)
+    values = {
+        "bundles": opened, "broken": broken, "workload": workload, "peers": peers, "checkpoint": tiny.run / "checkpoint",
+        "known": (), "rounds": 2, "latency_questions": 2, "device": "cpu", "threads": 1,
+    }  # fmt: skip
+    return Request(**{**values, **changes})
+
+
+def test_what_fails_on_the_way_is_a_row_and_stops_nobody(tiny, tiny_export, tmp_path, monkeypatch):
+    import sys
+
+    module = sys.modules[__name__]
+    for name, after in (("at-once", 0), ("later", 2)):
+        monkeypatch.setattr(module, f"load_{name.replace('-', '_')}", failing(after), raising=False)
+        variant = Variant(name, "fp32", 1, f"{__name__}:load_{name.replace('-', '_')}", {}, name)
+        monkeypatch.setitem(PEERS, name, lambda setup, variant=variant: variant)
+
+    def refused(setup):
+        raise FailureError("no such thing on this machine")
+
+    monkeypatch.setitem(PEERS, "refused", refused)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    damaged = sealed_copy(tiny.bundle(), tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{}")
+    peers = ["at-once", "later", "refused", "openvino"]
+    report = bench(request(tiny, peers, bundles=[tiny.bundle("int8"), damaged]), lambda said: None)
+    status = {v["name"]: v["status"] for v in report["variants"]}
+    assert status == {
+        "qadeploy int8 (keepers-int8)": "ok",
+        "at-once": "failed: ValueError: the cat pulled the plug",
+        "later": "failed: ValueError: the cat pulled the plug",
+        "refused": "failed: FailureError: no such thing on this machine",
+        "openvino": "not installed: pip install 'qadeploy[peers]' (openvino)",
+        f"qadeploy ({damaged})": status[f"qadeploy ({damaged})"],
+    }
+    assert "does not match the manifest" in status[f"qadeploy ({damaged})"]
+    assert not report["speedup_against_peer"]
+    assert report["variants"][0]["f1_drop"] is None
+    text = "\n".join(table.lines(report))
+    assert re.search(r"^later +failed: ValueError: the cat pulled the plug$", text, re.M)
+    reader = Reader(bench_page(report))
+    assert reader.problems == []
+    assert sum("the cat pulled the plug" in row for row in reader.texts["tr"]) == 2
+
+
+def test_a_report_without_a_variant_that_ran_is_still_written(benched, tmp_path):
+    report = json.loads(json.dumps(benched[0]))
+    report["variants"] = [{"name": "ours", "peer": "", "status": "failed: Error: broken"}]
+    report |= {"speedup_against": "", "limits": []}
+    assert [p.name for p in write(report, tmp_path / "out")] == ["bench.json", "bench.html"]
+    reader = Reader((tmp_path / "out" / "bench.html").read_text(encoding="utf-8"))
+    assert reader.problems == []
+    assert any("broken" in text for text in reader.texts["p"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--min-f1", "100", "--data", "wrong.jsonl"], "F1 is 0.00, --min-f1 wants at least 100"),
+        (["--min-speedup", "2", "--against", "torch", "--checkpoint", "gone"], "because no peer ran"),
+    ],
+)
+def test_a_limit_that_does_not_hold_is_exit_code_1_after_the_table(options, message, tiny, tiny_export, tmp_path):
+    rows = [json.loads(line) for line in tiny.data.read_text().splitlines()]
+    with contextlib.chdir(tmp_path):
+        wrong = [json.dumps({**row, "answer": "hall"}) for row in rows if "The hall" in row["context"]]
+        Path("wrong.jsonl").write_text("\n".join(wrong))
+        data = [] if "--data" in options else ["--data", str(tiny.data)]
+        given = ["--questions", "2", "--rounds", "1", "--on-ambiguous", "first", *data]
+        result = CliRunner().invoke(main, ["bench", str(tiny.bundle("int8")), "--against", "", *given, *options])
+    assert result.exit_code == 1, result.output
+    assert "Traceback" not in result.output
+    assert "NOT HELD" in result.stdout
+    assert message in result.stderr
+    assert result.stderr.count("Error: ") == 1
+
+
+def test_limits_that_nothing_can_be_held_against_are_refused_at_once(tiny, tiny_export, tmp_path):
+    command = [
+        "bench",
+        str(tiny.bundle("int8")),
+        "--data",
+        str(tiny.data),
+        "--against",
+        "",
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    result = CliRunner().invoke(main, [*command, "--max-f1-drop", "0.5"])
+    assert result.exit_code == 2
+    assert "--max-f1-drop needs a float variant to lose from" in result.stderr
+    assert not (tmp_path / "o").exists()
+    shutil.rmtree(tmp_path, ignore_errors=True)
