@@ -29,7 +29,7 @@ from qadeploy.timing import interleave
 
 TARGETS = ("latency", "throughput", "size")
 _ROUNDS = 3
-_TIMED = 16
+_TIMED = 10
 Say = Callable[[str], object]
 
 
