@@ -1,115 +1,156 @@
-"""Families of encoders: what the encoder learns about each, and that each exports with parity."""
+"""Families of encoders: each goes the whole road with its logits kept, as docs/architectures.md says."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import (
-    AlbertConfig,
-    AlbertForQuestionAnswering,
-    BertConfig,
-    BertForQuestionAnswering,
-    DistilBertConfig,
-    DistilBertForQuestionAnswering,
-    PretrainedConfig,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForQuestionAnswering,
-    XLNetConfig,
-    XLNetForQuestionAnsweringSimple,
-)
+from transformers import XLNetConfig, XLNetForQuestionAnsweringSimple
 
-from qadeploy.build.checkpoint import TorchModel, encoder_config, load_checkpoint
+from benchmarks.architectures import DOCS, RESULTS, run_architecture, table, written
+from qadeploy.build.checkpoint import Checkpoint, TorchModel, encoder_config, load_checkpoint
 from qadeploy.build.export import _export_graph
-from qadeploy.build.parity import measure_parity, require_parity
+from qadeploy.build.parity import FP32_TOLERANCE, measure_parity, require_parity
 from qadeploy.data.readers import read
-from qadeploy.errors import FailureError
+from qadeploy.qa.windows import pad_batch
+from qadeploy.records import Window
 from qadeploy.runtime.session import OnnxModel
 from tests.conftest import triplets, write_jsonl
+from tests.models_for_tests import ARCHITECTURES, BY_NAME, LONGEST, Architecture
 from tests.tokenizers_for_tests import family
 
-SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text())
 
 
-def bert(vocabulary: int, types: int = 2) -> PreTrainedModel:
-    config = BertConfig(vocab_size=vocabulary, max_position_embeddings=160, type_vocab_size=types, **SMALL)
-    return BertForQuestionAnswering(config)
+def windows_of(checkpoint: Checkpoint, *repeats: int) -> list[Window]:
+    """One window a number: the question beside so many sentences, cut at the model's limit."""
+    encoder = checkpoint.encoder
+    question, limit = encoder.encode("Who keeps the lamp?"), encoder.config.position_limit
+    contexts = [encoder.encode("Ada keeps the lamp, and Bela the boat. " * n) for n in repeats]
+    return [encoder.windows(question, c, max_seq_len=limit, doc_stride=20)[0] for c in contexts]
 
 
-def roberta(vocabulary: int, pad: int = 1) -> PreTrainedModel:
-    config = RobertaConfig(
-        vocab_size=vocabulary, max_position_embeddings=160, type_vocab_size=1, pad_token_id=pad, **SMALL
-    )
-    return RobertaForQuestionAnswering(config)
+def settled(row: dict[str, Any]) -> dict[str, Any]:
+    """What of a row does not depend on machine, rounding or the recipe that int8 settled for."""
+    kept = {
+        "fp32": ("inputs", "questions"),
+        "fused": ("attention", "layers", "nodes"),
+        "int8": ("products", "single_node_attention"),
+    }
+    facts: dict[str, Any] = {key: row[key] for key in ("name", "like", "model")}
+    for step, names in {"train": (), **kept}.items():
+        facts[step] = {name: row[step].get(name) for name in ("status", "why", *names)}
+    return facts
 
 
-def distilbert(vocabulary: int) -> PreTrainedModel:
-    config = DistilBertConfig(
-        vocab_size=vocabulary, max_position_embeddings=160, n_layers=2, n_heads=2, dim=32, hidden_dim=64
-    )
-    return DistilBertForQuestionAnswering(config)
+# ---------------------------------------------------------------- the matrix
 
 
-def albert(vocabulary: int) -> PreTrainedModel:
-    config = AlbertConfig(vocab_size=vocabulary, max_position_embeddings=160, embedding_size=16, **SMALL)
-    return AlbertForQuestionAnswering(config)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Any], architecture: Architecture
+) -> None:
+    monkeypatch.setattr("qadeploy.runtime.session.usable_cpus", lambda: 1)  # tiny models gain nothing from threads
+    row = run_architecture(architecture, tmp_path)
+    assert settled(row) in [settled(recorded) for recorded in results["rows"]]
+
+    assert (row["model"]["token_types"], row["model"]["longest_input"]) == (architecture.segments, architecture.limit)
+    first, *_, last = row["train"]["loss"]
+    assert last < first
+    fp32 = row["fp32"]
+    assert ("token_type_ids" in fp32["inputs"]) == bool(architecture.segments)
+    assert fp32["parity"]["max_abs_diff"] <= FP32_TOLERANCE < fp32["logits_deviation"] / 100
+    assert fp32["parity"]["shortest"] < 80 < fp32["parity"]["longest"] == architecture.limit
+    assert fp32["answered_as_pytorch"] == fp32["questions"] == 4
+    if row["fused"]["status"] == "ok":
+        assert row["fused"]["max_abs_diff"] <= FP32_TOLERANCE
+    int8 = row["int8"]
+    assert int8["products"] / 2 <= int8["int8_products"] <= int8["products"]
+    assert int8["int8_embeddings"] >= 1
+    assert int8["correlation"] > 0.98
+    assert int8["answered"] == int8["questions"] == 4
 
 
-def one_type_bert(vocabulary: int) -> PreTrainedModel:
-    return bert(vocabulary, types=1)
+def test_the_documented_table_is_the_recorded_one(results: dict[str, Any]) -> None:
+    docs = DOCS.read_text(encoding="utf-8")
+    assert written(docs, results) == docs
+    assert [row["name"] for row in results["rows"]] == [architecture.name for architecture in ARCHITECTURES]
 
 
-def roberta_padding_with_0(vocabulary: int) -> PreTrainedModel:
-    return roberta(vocabulary, pad=0)
+def test_the_table_says_why_a_step_was_refused(results: dict[str, Any]) -> None:
+    good, bad = results["rows"][0], {"name": "Odd", "like": "an/odd", "model": results["rows"][0]["model"]}
+    refused = {"status": "refused", "why": "optimum cannot export an odd model"}
+    rest = {step: {"status": "not tried", "why": "fp32 was refused"} for step in ("fused", "int8")}
+    lines = table({**results, "rows": [good, {**bad, "train": {"status": "ok"}, "fp32": refused, **rest}]})
+    assert "| Odd | no (1) | - | - | - | - | - |" in lines
+    assert "1. optimum cannot export an odd model" in lines
+
+
+# ---------------------------------------------------------------- what checkpoints of a kind may differ in
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "build", "segments", "limit"),
+    ("name", "values", "attention", "segments", "limit"),
     [
-        ("bert", bert, 2, 160),
-        ("bert", one_type_bert, 1, 160),
-        ("bert", distilbert, 0, 160),
-        ("albert", albert, 2, 160),
-        ("roberta", roberta, 0, 158),
-        ("roberta", roberta_padding_with_0, 0, 159),
+        ("BERT", {"type_vocab_size": 1}, "sdpa", 1, LONGEST),
+        ("BERT", {}, "eager", 2, LONGEST),
+        ("RoBERTa", {"pad_token_id": 0}, "sdpa", 0, LONGEST - 1),
+        ("DeBERTa-v3", {"position_biased_input": True, "type_vocab_size": 2}, "eager", 2, LONGEST),
+        ("ModernBERT", {}, "eager", 0, LONGEST),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_an_architecture_exports_with_parity_up_to_its_longest_window(
-    tmp_path: Path, tokenizer: str, build: Callable[[int], PreTrainedModel], segments: int, limit: int
+def test_a_variant_exports_with_parity_up_to_its_longest_window(
+    tmp_path: Path, name: str, values: dict[str, Any], attention: str, segments: int, limit: int
 ) -> None:
-    torch.manual_seed(3)
-    kind = family(tokenizer)
-    build(kind.tokenizer.get_vocab_size()).save_pretrained(tmp_path / "checkpoint")
-    kind.reference.save_pretrained(tmp_path / "checkpoint")
-    checkpoint = load_checkpoint(tmp_path / "checkpoint")
-    assert (checkpoint.encoder.config.segments, checkpoint.encoder.config.position_limit) == (segments, limit)
-
-    encoder = checkpoint.encoder
-    question, context = encoder.encode("Who?"), encoder.encode("Ada keeps the lamp. " * 60)
-    longest = encoder.windows(question, context, max_seq_len=limit, doc_stride=20)
-    assert len(longest[0]) == limit
-    assert (longest[0].token_type_ids is not None) == bool(segments)
-    TorchModel(checkpoint.model, encoder.config.pad_token_id).run(longest)  # an index out of range would raise
-
-    if build is one_type_bert:  # optimum traces BERT with token types 0 and 1 whatever the model has
-        with pytest.raises(FailureError, match="optimum cannot export a bert model"):
-            _export_graph(checkpoint, tmp_path)
-        return
+    kind = BY_NAME[name]
+    folder = replace(kind, values={**kind.values, **values}).save(tmp_path / "checkpoint")
+    checkpoint = load_checkpoint(folder, _attn_implementation=attention)
+    assert checkpoint.model.config._attn_implementation == attention
+    found = checkpoint.encoder.config
+    assert (found.segments, found.position_limit) == (segments, limit)
     _export_graph(checkpoint, tmp_path)
     model = (tmp_path / "model.onnx").read_bytes()
-    onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=encoder.config.pad_token_id)
+    onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=found.pad_token_id)
     assert ("token_type_ids" in onnx.inputs) == bool(segments)
-    examples = read(str(write_jsonl(tmp_path / "t.jsonl", triplets(24)))).examples
+    examples = read(str(write_jsonl(tmp_path / "t.jsonl", triplets(6)))).examples
     require_parity(measure_parity(checkpoint, onnx, examples), "exported")
+    (longest,) = windows_of(checkpoint, 60)
+    assert len(longest) == limit
+    theirs, ours = (m.run([longest])[0] for m in (TorchModel(checkpoint.model, found.pad_token_id), onnx))
+    np.testing.assert_allclose(ours, theirs, atol=FP32_TOLERANCE)
+
+
+def test_padding_does_not_reach_mobileberts_last_token(tmp_path: Path) -> None:
+    folder = BY_NAME["MobileBERT"].save(tmp_path / "checkpoint")
+    checkpoint = load_checkpoint(folder)
+    short, long = windows_of(checkpoint, 1, 3)
+    pad = checkpoint.encoder.config.pad_token_id
+
+    def moved(model: Any) -> float:
+        """By how much padding moves the logits of the short window."""
+        model = TorchModel(model, pad)
+        alone, padded = model.run_batch([short])[0], model.run_batch([short, long])[0]
+        return float(np.abs(np.subtract(alone, padded)).max())
+
+    assert moved(checkpoint.model) < FP32_TOLERANCE
+    published = type(checkpoint.model).from_pretrained(folder).eval()
+    assert moved(published) > 0.01
+    batch = {name: torch.from_numpy(values) for name, values in pad_batch([short], pad).items()}
+    with torch.inference_mode():  # the window alone is read as published
+        torch.testing.assert_close(checkpoint.model(**batch).start_logits, published(**batch).start_logits)
 
 
 def test_xlnet_takes_the_context_first_and_gives_cls_a_type_of_its_own() -> None:
     kind = family("xlnet")
     size = kind.tokenizer.get_vocab_size()
-    config: PretrainedConfig = XLNetConfig(vocab_size=size, d_model=32, n_layer=1, n_head=2, d_inner=64)
+    config = XLNetConfig(vocab_size=size, d_model=32, n_layer=1, n_head=2, d_inner=64)
     found = encoder_config(XLNetForQuestionAnsweringSimple(config), kind.reference)
     assert (found.segments, found.context_first, found.null_token_id) == (3, True, kind.config.null_token_id)

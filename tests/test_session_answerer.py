@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.bundle import open_bundle
 from qadeploy.errors import BundleError, DeviceError, InputError, LogitsError, QuestionTooLongError, StrideError
 from qadeploy.qa.spans import decode
+from qadeploy.records import Window
 from qadeploy.runtime.answerer import Options
-from qadeploy.runtime.session import OnnxModel
-from tests.conftest import sealed_copy, triplets
+from qadeploy.runtime.session import Logits, OnnxModel
+from tests.conftest import NAMES, THINGS, sealed_copy, triplets
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
 GOLD = [str(row["answer"]) for row in triplets(24)]
@@ -256,6 +258,201 @@ def test_padded_batches_give_the_logits_of_single_runs(answerer):
             np.testing.assert_allclose(left, right, atol=1e-5)
 
 
+def windows_of(answerer: Answerer, max_seq_len: int = 64) -> list[Window]:
+    return [w for q, c in MIXED for w in answerer.read(q, c, Options(1, None, max_seq_len, 12)).windows]
+
+
+def same_logits(left: list[Logits], right: list[Logits]) -> None:
+    for ours, theirs in zip(left, right, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("ints", [TensorProto.INT64, TensorProto.INT32])
+def test_a_model_without_a_mask_never_sees_padding(answerer, ints):
+    model = OnnxModel(lambda: crafted(2.0, ints=ints), device="cpu", threads=2, pad_token_id=7)
+    windows = windows_of(answerer)
+    assert len({len(w) for w in windows}) > 4
+    expected = [(2.0 * w.input_ids.astype(np.float32),) * 2 for w in windows]
+    batches = []
+    call = model._call
+    model._call = lambda session, batch, options=None: batches.append(batch) or call(session, batch, options)
+    for found in (model.run(windows), model.start(windows).result(), model.run_batch(windows)):
+        same_logits(found, expected)
+    sizes = [len(batch["input_ids"]) for batch in batches[2 * len(windows) :]]
+    assert (len(sizes), sum(sizes)) == (len({len(w) for w in windows}), len(windows))
+    assert all(batch["attention_mask"].all() for batch in batches)
+
+
+def test_inputs_of_another_type_are_refused():
+    with pytest.raises(BundleError, match="not those of a question-answering model"):
+        OnnxModel(lambda: crafted(1.0, ints=TensorProto.INT8), device="cpu")
+
+
+@pytest.mark.parametrize("one", [None, "wide", "narrow"])
+def test_every_layout_gives_the_logits_of_one_thread(answerer, bundle, tmp_path, one):
+    manifest = {"session": {"layout": {"one": one}, "config": {"session.intra_op.allow_spinning": "0"}}}
+    model = Answerer.load(sealed_copy(bundle, tmp_path / "copy", **manifest), device="cpu", threads=2).model
+    expected = Answerer.load(bundle, device="cpu", threads=1).model.run(windows_of(answerer))
+    begun = []
+    alone = model._run_one
+    model._run_one = lambda session, window: begun.append(session is model._sessions.wide) or alone(session, window)
+    for count in (1, 2, 3):
+        begun.clear()
+        same_logits(model.run(windows_of(answerer)[:count]), expected[:count])
+        assert sum(begun) == {None: count % 2, "wide": count, "narrow": 0}[one]
+    begun.clear()
+    same_logits(model.start(windows_of(answerer)).result(), expected)
+    assert not any(begun)
+
+
+def test_session_entries_of_the_bundle_reach_onnx_runtime(bundle, tmp_path):
+    entry = {"session.set_denormal_as_zero": "1"}
+    loaded = Answerer.load(sealed_copy(bundle, tmp_path / "copy", session={"config": entry}), device="cpu")
+    options = loaded.model._sessions.wide.get_session_options()
+    assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
+    with pytest.raises(BundleError, match="config of the session settings"):
+        Answerer.load(sealed_copy(bundle, tmp_path / "wrong", session={"config": {"a": 1}}), device="cpu")
+
+
+def test_windows_that_were_begun_can_be_dropped(answerer):
+    windows = windows_of(answerer)
+    pending = answerer.model.start(windows * 20)
+    pending.cancel()
+    pending.cancel()
+    same_logits(answerer.model.run(windows), answerer.model.start(windows).result())
+    assert answerer.model._sessions.calls == 0
+
+
+def squares() -> bytes:
+    """A model that makes a table of tokens times tokens of each window: 64 MB for 4,000 tokens."""
+    shape = ["batch", "sequence"]
+    ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, shape)
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in ("start_logits", "end_logits")]
+    axes = [numpy_helper.from_array(np.int64([i]), f"axis{i}") for i in (1, 2)]
+    nodes = [
+        helper.make_node("Cast", ["input_ids"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["floats", "axis1"], ["row"]),
+        helper.make_node("Unsqueeze", ["floats", "axis2"], ["column"]),
+        helper.make_node("Mul", ["row", "column"], ["table"]),
+        helper.make_node("ReduceMax", ["table"], ["start_logits"], axes=[2], keepdims=0),
+        helper.make_node("ReduceMin", ["table"], ["end_logits"], axes=[2], keepdims=0),
+    ]
+    graph = helper.make_graph(nodes, "squares", [ids], outputs, axes)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10).SerializeToString()
+
+
+MEMORY = """
+import sys
+import numpy as np
+from qadeploy.records import Window
+from qadeploy.runtime import session
+from qadeploy.runtime.session import OnnxModel
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
+
+def window(tokens):
+    return Window(np.arange(tokens), None, 0, tokens, 0, 0)
+
+def grown(shrink_tokens):
+    session.SHRINK_TOKENS = shrink_tokens
+    with open(sys.argv[1], "rb") as file:
+        data = file.read()
+    model = OnnxModel(lambda: data, device="cpu", threads=2)
+    model.run([window(8)] * 4)
+    before = resident()
+    large = model.run([window(4000)] * 3)
+    assert large[0][0][-1] == 3999.0 ** 2, large
+    model.start([window(4000)] * 3).result()
+    return resident() - before
+
+usual = session.SHRINK_TOKENS
+kept, given_back = grown(10**9), grown(usual)
+print(f"{kept:.0f} MB kept, {given_back:.0f} MB after giving back")
+sys.exit(0 if kept > 100 and given_back < kept / 4 else f"{kept:.0f} MB kept, {given_back:.0f} MB after giving back")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_memory_taken_by_large_inputs_is_given_back(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(squares())
+    run_script(tmp_path, MEMORY, tmp_path / "model.onnx")
+
+
+# ---------------------------------------------------------------- contexts that are kept, and streams
+
+
+def test_twenty_questions_on_one_document_tokenise_it_once(bundle):
+    document = " ".join(LONG for _ in range(20))[:20_000]
+    asked = [(f"Who keeps the {thing} of {name}?", document) for thing in THINGS[:4] for name in NAMES[:5]]
+    with_cache = Answerer.load(bundle, device="cpu", threads=2)
+    encode, seen = with_cache.encoder._raw, []
+    with_cache.encoder._raw = lambda text: seen.append(text) or encode(text)
+    alone = [with_cache.answer(*pair) for pair in asked]
+    assert same(alone, with_cache.answer_batch(asked))
+    assert seen.count(document) == 1
+    stats = with_cache.stats()
+    assert (stats.misses, stats.hits, stats.entries) == (1, 39, 1)
+    assert stats.bytes == with_cache.encoder.encode(document).nbytes
+    without = Answerer.load(bundle, device="cpu", threads=2, context_cache_bytes=0)
+    assert same([without.answer(*pair) for pair in asked[:2]], alone[:2])
+    assert (without.stats().misses, without.stats().entries) == (2, 0)
+    assert same(without.answer_batch(asked[:2]), alone[:2])  # one call tokenises it once all the same
+    assert (without.stats().misses, without.stats().hits) == (3, 1)
+
+
+def test_a_stream_gives_all_answers_before_the_error(answerer):
+    def source(broken):
+        yield from PAIRS * 4
+        if broken:
+            raise OSError("the file went away")
+        yield "", "text"
+
+    found = []
+
+    def take(broken):
+        found.clear()
+        found.extend(answers[0].text for answers in answerer.answer_stream(source(broken)))
+
+    chunk = answerer._chunk_pairs
+    with pytest.raises(InputError, match=r"^pair 97: question is empty"):
+        take(broken=False)
+    assert found == (GOLD * 4)[: 96 // chunk * chunk]
+    with pytest.raises(OSError, match="the file went away"):
+        take(broken=True)
+    assert found == (GOLD * 4)[: 96 // chunk * chunk]
+
+
+def test_the_next_questions_are_tokenised_while_the_model_works(answerer, monkeypatch):
+    release, order = threading.Event(), []
+    alone, begin = answerer.model._run_one, answerer.model.start
+
+    def held(session, window):
+        assert release.wait(60)
+        return alone(session, window)
+
+    def start(windows):
+        order.append(len(windows))
+        if len(order) == 2:  # the second chunk is cut into windows, and none of the first has run
+            release.set()
+        return begin(windows)
+
+    monkeypatch.setattr(answerer.model, "_run_one", held)
+    monkeypatch.setattr(answerer.model, "start", start)
+    assert [a[0].text for a in answerer.answer_batch(PAIRS * 3)] == GOLD * 3
+    assert len(order) == -(-72 // answerer._chunk_pairs)
+
+
+def test_a_stream_that_is_left_drops_its_work(answerer):
+    stream = answerer.answer_stream(itertools.cycle(PAIRS))
+    assert next(stream)[0].text == GOLD[0]
+    stream.close()
+    assert answerer.model._sessions.calls == 0
+    assert answerer.answer(*PAIRS[1])[0].text == GOLD[1]
+
+
 # ---------------------------------------------------------------- threads and processes
 
 
@@ -299,6 +496,15 @@ for asks in (True, False):
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if status:
         sys.exit(f"child that asks={asks} ended with {status}")
+stream = answerer.answer_stream(pairs * 40)
+first = next(stream)  # and now windows of the stream are on their way
+child = os.fork()
+if not child:
+    rest = [(a[0].text, a[0].start) for a in stream]
+    sys.exit(0 if rest == (expected[:-1] * 40)[1:] else 5)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+if status or len(list(stream)) != 239:
+    sys.exit(f"child within a stream ended with {status}")
 sys.exit(0 if answers(answerer) == expected and expected[0][0] == "Ada" else 4)
 """
 
@@ -416,15 +622,17 @@ def test_a_model_and_an_encoder_that_disagree_on_segments_are_refused(bundle, tm
         Answerer.load(sealed_copy(bundle, tmp_path / "copy", encoder=encoder))
 
 
-def crafted(factor: float, outputs: tuple[str, str] = ("start_logits", "end_logits")) -> bytes:
-    """A model whose logits are its ids times ``factor``."""
+def crafted(
+    factor: float, outputs: tuple[str, str] = ("start_logits", "end_logits"), ints: int = TensorProto.INT64
+) -> bytes:
+    """A model without attention_mask whose logits are its ids times ``factor``; ``ints`` is the type of its inputs."""
     shape = ["batch", "sequence"]
-    ints = [helper.make_tensor_value_info(n, TensorProto.INT64, shape) for n in ("input_ids", "token_type_ids")]
+    inputs = [helper.make_tensor_value_info(n, ints, shape) for n in ("input_ids", "token_type_ids")]
     floats = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in outputs]
     nodes = [helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT)]
     nodes += [helper.make_node("Mul", ["ids", "factor"], [name]) for name in outputs]
     weights = [numpy_helper.from_array(np.float32([factor]), "factor")]
-    graph = helper.make_graph(nodes, "crafted", ints, floats, weights)
+    graph = helper.make_graph(nodes, "crafted", inputs, floats, weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10).SerializeToString()
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qadeploy.errors import InputError, LogitsError
-from qadeploy.qa.spans import Decoded, decode, rank_answers
+from qadeploy.qa import spans as decoder
+from qadeploy.qa.spans import Decoded, Scored, decode, decode_many, least_null_logit, rank_answers, span_table
 from qadeploy.qa.windows import EncodedText, Encoder, EncoderConfig
 from qadeploy.records import Answer, FloatArray, Window
 from tests.tokenizers_for_tests import NAMES, encoder, family, texts, thorough
@@ -105,6 +106,68 @@ def test_decode_equals_brute_force(name, align_to_words, text, data):
         assert text[span.start : span.end] == text[span.start : span.end].strip() != ""
     # The scores are those of the whole list, however few are asked for.
     assert rows(decode(windows, starts, ends, context, top_k=1, **options)) == rows(found)[:1]
+
+
+def table_of_one_window_after_another(
+    windows: list[Window], starts: Logits, ends: Logits, context: EncodedText, max_answer_len: int
+) -> FloatArray:
+    """The span table as it is defined: a loop over windows, tokens and lengths."""
+    lengths = min(max_answer_len, max(w.context_length for w in windows) or 1)
+    table = np.full((len(context), lengths), -inf, dtype=np.float32)
+    for window, s, e in zip(windows, starts, ends, strict=True):
+        for i in range(window.context_length):
+            for k in range(min(lengths, window.context_length - i)):
+                first = window.context_offset + i
+                if not (context.blank[first] or context.blank[first + k]):
+                    logit = s[window.context_begin + i] + e[window.context_begin + i + k]
+                    table[first, k] = max(table[first, k], logit)
+    return table
+
+
+@thorough
+@given(data=st.data())
+def test_contexts_decoded_together_are_those_decoded_alone(data):
+    enc = encoder("xlm-r")
+    scored = []
+    for number in range(data.draw(st.integers(1, 5), "contexts")):
+        question, context = enc.encode("Who?"), enc.encode(data.draw(texts(10), "text"))
+        room = data.draw(st.integers(1, 40), "room")
+        sizes = {"max_seq_len": len(question) + enc.special_tokens + room, "doc_stride": (room - 1) * 3 // 4}
+        windows = enc.windows(question, context, **sizes)
+        if data.draw(st.booleans(), "shuffled"):
+            windows = windows[::-1]
+        scored.append(Scored(windows, *random_logits(windows, number, data.draw(st.booleans(), "ties")), context))
+    length = data.draw(st.integers(1, 45), "max_answer_len")
+    for one in scored:
+        parts = (list(one.windows), list(one.start_logits), list(one.end_logits), one.context, length)
+        np.testing.assert_array_equal(span_table(*parts), table_of_one_window_after_another(*parts))
+    options = {
+        "top_k": data.draw(st.sampled_from((1, 2, 30)), "top_k"),
+        "max_answer_len": length,
+        "allow_no_answer": data.draw(st.booleans(), "allow_no_answer"),
+        "temperature": data.draw(st.sampled_from((0.3, 1.0, 4.0)), "temperature"),
+    }
+    alone = [decode(one.windows, one.start_logits, one.end_logits, one.context, **options) for one in scored]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "_CELLS", data.draw(st.sampled_from((1, 500, 2**16)), "cells"))
+        together = decode_many(scored, **options)
+    for one, left, right in zip(scored, alone, together, strict=True):
+        assert [row[:5] for row in rows(left)] == [row[:5] for row in rows(right)]
+        np.testing.assert_allclose([s.score for s in left.spans], [s.score for s in right.spans], rtol=1e-9)
+        assert left.null_logit == right.null_logit == least_null_logit(one.windows, one.start_logits, one.end_logits)
+        assert left.null_score == pytest.approx(right.null_score, rel=1e-9)
+
+
+def test_no_contexts_are_no_answers():
+    assert decode_many([]) == []
+
+
+def test_logits_far_apart_make_scores_without_overflow():
+    context, windows = read("red green blue")
+    starts = [np.float32([0, 0, 0, -3e4, 3e4, 0, 0])]
+    found = decode(windows, starts, starts, context, top_k=9, temperature=0.1, allow_no_answer=True)
+    assert (found.spans[0].start_token, found.spans[0].score, found.null_score) == (1, 1.0, 0.0)
+    assert sum(s.score for s in found.spans) == 1.0
 
 
 # "red green blue" as three tokens, and logits whose exponentials are small whole numbers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qadeploy.errors import InputError, QuestionTooLongError, StrideError
-from qadeploy.qa.windows import Encoder, EncoderConfig, pad_batch
+from qadeploy.qa.windows import EncodedText, Encoder, EncoderConfig, pad_batch
 from qadeploy.records import Window
 from tests.tokenizers_for_tests import CORPUS, NAMES, encoder, family, texts, thorough
 
@@ -295,3 +296,10 @@ def test_a_word_spans_all_of_its_tokens():
     read = Encoder(letters, EncoderConfig(0, False, None, 0, 512)).encode("ab bab")
     assert read.tokens == ["a", "b", "b", "a", "b"]
     assert read.words.tolist() == [[0, 2]] * 2 + [[3, 6]] * 3
+
+
+def test_white_space_is_what_python_says_over_all_of_unicode():
+    every = "".join(chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
+    spoken = EncodedText(every, np.empty(0, np.int64), np.empty((0, 2), np.int64), family("bert").tokenizer).spoken
+    assert spoken[0] == 0
+    assert (np.diff(spoken) == 0).tolist() == [c.isspace() for c in every]

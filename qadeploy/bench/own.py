@@ -57,5 +57,5 @@ def variants(bundles: Sequence[Bundle], device: str, threads: int | None, allow_
 
 
 def load(path: str, device: str, threads: int | None, allow_no_answer: bool) -> Asker:
-    """A bundle as a service loads it. Raises what ``Answerer.load`` raises."""
-    return around(Answerer.load(path, device=device, threads=threads), allow_no_answer)
+    """A bundle as a service loads it, but no context is kept from round to round. Raises what ``Answerer.load`` raises."""
+    return around(Answerer.load(path, device=device, threads=threads, context_cache_bytes=0), allow_no_answer)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qadeploy.bench.variant import Pairs
-from qadeploy.qa.spans import decode, rank_answers
+from qadeploy.qa.spans import Scored, decode_many, rank_answers
 from qadeploy.runtime.answerer import Answerer
 
 PARTS = ("tokenise", "run", "decode")
@@ -87,21 +87,21 @@ def _parts(answerer: Answerer, pairs: Pairs, allow_no_answer: bool) -> tuple[lis
         for question, context in pairs
     ]
     marks.append(time.perf_counter())
-    logits = answerer.model.run([window for windows in read for window in windows])
+    logits = answerer.model.start([window for windows in read for window in windows]).result()
     marks.append(time.perf_counter())
-    first = 0
+    scored, first = [], 0
     for (_, context), windows in zip(pairs, read, strict=True):
         part = logits[first : first + len(windows)]
         first += len(windows)
-        decoded = decode(
-            windows,
-            [starts for starts, _ in part],
-            [ends for _, ends in part],
-            contexts[context],
-            max_answer_len=settings.max_answer_len,
-            allow_no_answer=allow_no_answer,
-            temperature=settings.temperature,
-        )
+        starts, ends = [s for s, _ in part], [e for _, e in part]
+        scored.append(Scored(windows, starts, ends, contexts[context]))
+    found = decode_many(
+        scored,
+        max_answer_len=settings.max_answer_len,
+        allow_no_answer=allow_no_answer,
+        temperature=settings.temperature,
+    )
+    for (_, context), decoded in zip(pairs, found, strict=True):
         rank_answers(decoded, context, top_k=1, allow_no_answer=allow_no_answer, null_threshold=settings.null_threshold)
     marks.append(time.perf_counter())
     return [float(x) for x in np.diff(marks)], tuple(len(w) for windows in read for w in windows)

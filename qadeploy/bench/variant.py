@@ -78,4 +78,4 @@ def host(bundle: str, model: Callable[[Encoder], LogitsModel]) -> Answerer:
     """
     found = open_bundle(bundle)
     encoder = Encoder(Tokenizer.from_str(found.read(TOKENIZER).decode("utf-8")), found.encoder)
-    return Answerer(encoder, found.settings, model(encoder))
+    return Answerer(encoder, found.settings, model(encoder), context_cache_bytes=0)

@@ -10,6 +10,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, pad_batch
 from qadeploy.records import FloatArray, Window
 from qadeploy.runtime.answerer import Answerer
-from qadeploy.runtime.session import check_device
+from qadeploy.runtime.session import Pending, check_device
 
 SETTINGS_FILE = "qadeploy.json"
 _UNLIMITED = 100_000
@@ -196,6 +197,10 @@ class TorchModel:
             rows = order[begin : begin + self.BATCH]
             logits.update(zip(rows, self.run_batch([windows[i] for i in rows]), strict=True))
         return [logits[i] for i in range(len(windows))]
+
+    def start(self, windows: Sequence[Window]) -> Pending:
+        """``run``, when the result is asked for."""
+        return Pending(partial(self.run, windows))
 
     def run_batch(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
         """Like ``run``, as one padded batch; the padding's logits are cut off."""

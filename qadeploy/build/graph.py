@@ -50,8 +50,8 @@ class Graph:
         return node if node is not None and node.op_type == kind else None
 
     def only_reader(self, name: str, kind: str) -> onnx.NodeProto | None:
-        """The node of this kind that alone reads a value, or None."""
-        readers = self.readers[name]
+        """The node of this kind that alone reads a value, or None; whoever asks for its shape only does not count."""
+        readers = [node for node in self.readers[name] if node.op_type != "Shape"]
         return readers[0] if len(readers) == 1 and readers[0].op_type == kind else None
 
     def constant(self, name: str) -> NDArray[np.generic] | None:

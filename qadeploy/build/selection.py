@@ -24,7 +24,7 @@ from qadeploy.qa.calibration import (
 )
 from qadeploy.qa.metrics import Scores, score
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.spans import Decoded, decode, least_null_logit, rank_answers, span_table
+from qadeploy.qa.spans import Decoded, Scored, decode_many, least_null_logit, rank_answers, span_table
 from qadeploy.records import Answer, Example, FloatArray
 
 ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
@@ -176,18 +176,18 @@ def _rows(features: FeatureSet, index: int) -> slice:
     return slice(features.first[index], features.first[index + 1])
 
 
-def _decoded(features: FeatureSet, logits: Logits, settings: QaSettings, allow_no_answer: bool) -> Iterator[Decoded]:
+def _decoded(features: FeatureSet, logits: Logits, settings: QaSettings, allow_no_answer: bool) -> list[Decoded]:
+    scored = []
     for i, context in enumerate(features.contexts):
         rows = _rows(features, i)
-        yield decode(
-            [f.window for f in features.features[rows]],
-            list(logits[0][rows]),
-            list(logits[1][rows]),
-            context,
-            max_answer_len=settings.max_answer_len,
-            allow_no_answer=allow_no_answer,
-            temperature=settings.temperature,
-        )
+        windows = [f.window for f in features.features[rows]]
+        scored.append(Scored(windows, list(logits[0][rows]), list(logits[1][rows]), context))
+    return decode_many(
+        scored,
+        max_answer_len=settings.max_answer_len,
+        allow_no_answer=allow_no_answer,
+        temperature=settings.temperature,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,20 @@ and never sum to more than 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qadeploy.errors import InputError, LogitsError
 from qadeploy.qa.windows import EncodedText
 from qadeploy.records import Answer, FloatArray, Span, Window
 
 DEFAULT_MAX_ANSWER_LEN = 30
+_CELLS = 2**16  # of spans in one table: 256 KB of logits and 512 KB of weights, which a core's cache holds
+Index = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,19 @@ class Decoded:
         return self.null_logit - self.spans[0].logit if self.spans else np.inf
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """The windows of one question over one context, with a model's logits for them.
+
+    ``start_logits[i]`` and ``end_logits[i]`` are float32 ``[at least the tokens of window i]``.
+    """
+
+    windows: Sequence[Window]
+    start_logits: Sequence[FloatArray]
+    end_logits: Sequence[FloatArray]
+    context: EncodedText
+
+
 def span_table(
     windows: Sequence[Window],
     start_logits: Sequence[FloatArray],
@@ -52,27 +69,57 @@ def span_table(
     ``start_logits[i]`` and ``end_logits[i]`` are float32 ``[at least the tokens of window i]``.
     Raises LogitsError on NaN or infinite logits, InputError on ``max_answer_len`` below 1.
     """
+    return _table([Scored(windows, start_logits, end_logits, context)], max_answer_len)
+
+
+def _table(scored: Sequence[Scored], max_answer_len: int) -> FloatArray:
+    """The span tables of several contexts, one below the other: ``[all their tokens, lengths]``."""
     if max_answer_len < 1:
         raise InputError(f"max_answer_len {max_answer_len} is below 1: it is the longest answer in tokens")
-    lengths = min(max_answer_len, max((w.context_length for w in windows), default=1) or 1)
-    table = np.full((len(context), lengths), -np.inf, dtype=np.float32)
-    for window, starts, ends in zip(windows, start_logits, end_logits, strict=True):
-        if not (np.isfinite(starts[: len(window)]).all() and np.isfinite(ends[: len(window)]).all()):
-            raise LogitsError("the model returned NaN or infinite logits: its weights or precision are broken")
-        size, begin = window.context_length, window.context_begin
-        if not size:
-            continue
-        padded = np.full(size + lengths - 1, -np.inf, dtype=np.float32)
-        padded[:size] = ends[begin : begin + size]
-        scores = starts[begin : begin + size, None] + np.lib.stride_tricks.sliding_window_view(padded, lengths)
-        rows = table[window.context_offset : window.context_offset + size]
-        np.maximum(rows, scores, out=rows)
-    if len(context) and context.blank.any():
-        table[context.blank] = -np.inf
-        last = np.add.outer(np.arange(len(context)), np.arange(lengths))
-        blank_end = np.append(context.blank, np.zeros(lengths, dtype=bool))[last]
-        table[blank_end] = -np.inf
-    return table
+    windows = [w for one in scored for w in one.windows]
+    starts = _joined(windows, [logits for one in scored for logits in one.start_logits])
+    ends = _joined(windows, [logits for one in scored for logits in one.end_logits])
+    if not (np.isfinite(starts).all() and np.isfinite(ends).all()):
+        raise LogitsError("the model returned NaN or infinite logits: its weights or precision are broken")
+
+    # A row for each context token of each window: where its logits stand, and whose token of all contexts it is.
+    sizes = np.asarray([w.context_length for w in windows], dtype=np.intp)
+    lengths = min(max_answer_len, max(int(sizes.max(initial=1)), 1))
+    rows = np.arange(int(sizes.sum()))
+    begins = np.cumsum(sizes) - sizes
+    before = np.cumsum([0, *(len(w) for w in windows[:-1])])
+    places = rows + np.repeat(before + [w.context_begin for w in windows] - begins, sizes)
+    bases = np.cumsum([0, *(len(one.context) for one in scored)])
+    firsts = [base + w.context_offset for base, one in zip(bases, scored, strict=False) for w in one.windows]
+    tokens = rows + np.repeat(np.asarray(firsts, dtype=np.intp) - begins, sizes)
+    starts, ends = starts[places], ends[places]
+    blank = np.concatenate([one.context.blank for one in scored])
+    if blank.any():
+        starts[blank[tokens]] = ends[blank[tokens]] = -np.inf
+
+    # The ends of each window, then so many that no span of it reaches the next one's.
+    slots = rows + np.repeat(np.arange(len(windows)) * (lengths - 1), sizes)
+    padded = np.full(len(rows) + len(windows) * (lengths - 1), -np.inf, dtype=np.float32)
+    padded[slots] = ends
+    spans = np.ndarray((max(len(padded) - lengths + 1, 0), lengths), np.float32, padded, strides=2 * padded.strides)
+    table: FloatArray = spans[slots]  # a copy, as many rows as there are
+    table += starts[:, None]
+    total = int(bases[-1])
+    if len(rows) == total and np.array_equal(tokens, rows):
+        return table
+    # Windows overlap: of the rows of one token, the best of each length.
+    order = np.argsort(tokens, kind="stable")
+    runs = np.flatnonzero(np.diff(tokens[order], prepend=-1))
+    best = np.full((total, lengths), -np.inf, dtype=np.float32)
+    if len(runs):
+        best[tokens[order[runs]]] = np.maximum.reduceat(table[order], runs, axis=0)
+    return best
+
+
+def _joined(windows: Sequence[Window], logits: Sequence[FloatArray]) -> FloatArray:
+    """The logits of all windows, one behind the other, without those of padding."""
+    parts = [part[: len(w)] for w, part in zip(windows, logits, strict=True)]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
 
 
 def decode(
@@ -87,46 +134,112 @@ def decode(
     allow_no_answer: bool = False,
     temperature: float = 1.0,
 ) -> Decoded:
-    """The ``top_k`` best spans of one context with their scores, and the null answer's.
+    """``decode_many`` for one context."""
+    return decode_many(
+        [Scored(windows, start_logits, end_logits, context)],
+        top_k=top_k,
+        max_answer_len=max_answer_len,
+        align_to_words=align_to_words,
+        allow_no_answer=allow_no_answer,
+        temperature=temperature,
+    )[0]
+
+
+def decode_many(
+    scored: Sequence[Scored],
+    *,
+    top_k: int = 1,
+    max_answer_len: int = DEFAULT_MAX_ANSWER_LEN,
+    align_to_words: bool = False,
+    allow_no_answer: bool = False,
+    temperature: float = 1.0,
+) -> list[Decoded]:
+    """The ``top_k`` best spans of each context with their scores, and the null answer's.
 
     ``align_to_words`` widens an answer to the whole pre-tokenised words at its borders. Spans that
     cover the same text are one span, the best of them. Fewer than ``top_k`` come back where there
-    are fewer. ``temperature`` divides the logits in the softmax: it moves scores, never ranks. Raises
+    are fewer. ``temperature`` divides the logits in the softmax: it moves scores, never ranks. Time and
+    memory are O(tokens x ``max_answer_len``), memory for a bounded number of contexts at a time. Raises
     LogitsError and InputError like ``span_table``, InputError on ``top_k`` below 1.
     """
     if top_k < 1:
         raise InputError(f"top_k {top_k} is below 1: it is the number of answers to return")
-    table = span_table(windows, start_logits, end_logits, context, max_answer_len)
-    null_logit = least_null_logit(windows, start_logits, end_logits)
-    flat = table.ravel()
-    peak = float(flat.max()) if flat.size else -np.inf
-    if allow_no_answer:
-        peak = max(peak, null_logit)
-    if not np.isfinite(peak):
-        return Decoded((), null_logit, 0.0)
-    total = float(np.exp((flat.astype(np.float64) - peak) / temperature).sum())
-    null_weight = float(np.exp((null_logit - peak) / temperature)) if allow_no_answer else 0.0
-    total += null_weight
+    found: list[Decoded] = []
+    for group in _groups(scored, max_answer_len):
+        table = _table(group, max_answer_len)
+        counts = np.asarray([len(one.context) for one in group])
+        begins = np.cumsum(counts) - counts
+        nulls = [least_null_logit(one.windows, one.start_logits, one.end_logits) for one in group]
+        peaks, totals = _normalisers(table, begins, counts, temperature, nulls if allow_no_answer else None)
+        for i, one in enumerate(group):
+            part = table[begins[i] : begins[i] + counts[i]]
+            peak, total = float(peaks[i]), float(totals[i])
+            spans = [
+                Span(*text, first, last, logit, math.exp((logit - peak) / temperature) / total)
+                for text, first, last, logit in _best_spans(part, one.context, top_k, align_to_words)
+            ]
+            null_score = math.exp((nulls[i] - peak) / temperature) / total if allow_no_answer else 0.0
+            found.append(Decoded(tuple(spans), nulls[i], null_score))
+    return found
 
-    spans: list[Span] = []
-    seen: set[tuple[int, int]] = set()
-    ranked = 0
-    valid = int(np.isfinite(flat).sum())
-    want = min(valid, max(2 * top_k, 16))
-    while len(spans) < top_k and ranked < valid:
-        for cell in _best_cells(flat, want)[ranked:]:
-            first, extra = divmod(int(cell), table.shape[1])
-            span = _text_span(context, first, first + extra, align_to_words)
-            if span in seen:
-                continue
-            seen.add(span)
-            logit = float(flat[cell])
-            score = float(np.exp((logit - peak) / temperature)) / total
-            spans.append(Span(*span, first, first + extra, logit, score))
-            if len(spans) == top_k:
-                break
-        ranked, want = want, min(valid, 4 * want)
-    return Decoded(tuple(spans), null_logit, null_weight / total)
+
+def _groups(scored: Sequence[Scored], max_answer_len: int) -> Iterator[list[Scored]]:
+    """Neighbours whose table together stays below ``_CELLS``, one at least."""
+    group: list[Scored] = []
+    cells = 0
+    for one in scored:
+        own = sum(w.context_length for w in one.windows) * max_answer_len
+        if group and cells + own > _CELLS:
+            yield group
+            group, cells = [], 0
+        group.append(one)
+        cells += own
+    if group:
+        yield group
+
+
+def _normalisers(
+    table: FloatArray, begins: Index, counts: Index, temperature: float, nulls: Sequence[float] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``[contexts]`` each: the highest logit, and the sum of exp((logit - highest) / temperature) over all spans.
+
+    ``nulls`` are the null logits where they compete. Where nothing does, the highest is 0 and the sum 1.
+    """
+    peaks = np.full(len(counts), -np.inf) if nulls is None else np.asarray(nulls, dtype=np.float64)
+    some = np.flatnonzero(counts)
+    if len(some):
+        peaks[some] = np.maximum(peaks[some], np.maximum.reduceat(table.max(axis=1), begins[some]))
+    nothing = np.isneginf(peaks)
+    peaks[nothing] = 0.0
+    totals = nothing.astype(np.float64) if nulls is None else np.exp((np.asarray(nulls) - peaks) / temperature)
+    if len(some):
+        weights = np.subtract(table, np.repeat(peaks, counts)[:, None], dtype=np.float64)
+        weights /= temperature
+        np.exp(weights, out=weights)
+        totals[some] += np.add.reduceat(weights.sum(axis=1), begins[some])
+    return peaks, totals
+
+
+def _best_spans(
+    table: FloatArray, context: EncodedText, top_k: int, align_to_words: bool
+) -> list[tuple[tuple[int, int], int, int, float]]:
+    """The ``top_k`` best spans of one context that differ in text: code points, first and last token, logit."""
+    flat = table.ravel()
+    spans: dict[tuple[int, int], tuple[tuple[int, int], int, int, float]] = {}
+    ranked, want = 0, min(flat.size, 1 if top_k == 1 else max(2 * top_k, 16))
+    while len(spans) < top_k and ranked < want:
+        cells = _best_cells(flat, want)
+        for cell in cells[ranked:]:
+            first, extra = divmod(cell, table.shape[1])
+            text = _text_span(context, first, first + extra, align_to_words)
+            if text not in spans:
+                spans[text] = (text, first, first + extra, float(flat[cell]))
+                if len(spans) == top_k:
+                    break
+        if len(cells) < want:  # there are no more valid ones
+            break
+        ranked, want = want, min(flat.size, 4 * want)
+    return list(spans.values())
 
 
 def least_null_logit(
@@ -156,15 +269,18 @@ def rank_answers(
 
 
 def _best_cells(flat: FloatArray, count: int) -> list[int]:
-    """Indices of the ``count`` largest values, best first, ties by position (earlier and shorter first)."""
+    """Indices of the ``count`` largest finite values, best first, ties by position (earlier and shorter first)."""
+    if count == 1:
+        best = int(flat.argmax())
+        return [best] if flat[best] > -np.inf else []
     if count < flat.size:
         threshold = np.partition(flat, flat.size - count)[flat.size - count]
         above = np.flatnonzero(flat > threshold)
-        cells = np.concatenate((above, np.flatnonzero(flat == threshold)[: count - len(above)]))
+        ties = np.flatnonzero(flat == threshold)[: count - len(above)]
+        cells = np.concatenate((above, ties)) if threshold > -np.inf else above
     else:
-        cells = np.flatnonzero(np.isfinite(flat))
-    order = np.lexsort((cells, -flat[cells]))
-    return [int(c) for c in cells[order]]
+        cells = np.flatnonzero(flat > -np.inf)
+    return [int(c) for c in cells[np.lexsort((cells, -flat[cells]))]]
 
 
 def _text_span(context: EncodedText, first: int, last: int, align_to_words: bool) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,14 +13,16 @@ from tokenizers import Tokenizer
 from qadeploy.bundle import MODEL, TOKENIZER, Bundle, open_bundle
 from qadeploy.errors import BundleError, InputError, QadeployError
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.spans import Decoded, decode, rank_answers
+from qadeploy.qa.spans import Decoded, Scored, decode_many, rank_answers
 from qadeploy.qa.windows import EncodedText, Encoder
 from qadeploy.records import Answer, FloatArray, Window
-from qadeploy.runtime.session import OnnxModel
+from qadeploy.runtime.contexts import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
+from qadeploy.runtime.session import OnnxModel, Pending
 
 Pair = tuple[str, str]
-_CHUNK_PAIRS = 64
-_CHUNK_CHARACTERS = 400_000
+# Questions taken together: enough that each thread has work for a while. Two chunks are held at a time.
+_CHUNK_PAIRS, _CHUNK_PAIRS_A_THREAD = 32, 8
+_CHUNK_CHARACTERS = 200_000
 
 
 class LogitsModel(Protocol):
@@ -27,6 +30,10 @@ class LogitsModel(Protocol):
 
     def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
+        ...
+
+    def start(self, windows: Sequence[Window]) -> Pending:
+        """Begins to run windows, so that the caller can prepare the next ones meanwhile."""
         ...
 
 
@@ -62,6 +69,15 @@ class Reading:
     decoded: Decoded
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """One question and its context, cut into windows."""
+
+    question: EncodedText
+    context: EncodedText
+    windows: list[Window]
+
+
 class Answerer:
     """Answers questions from contexts. Safe to share between threads.
 
@@ -70,19 +86,36 @@ class Answerer:
     """
 
     def __init__(
-        self, encoder: Encoder, settings: QaSettings, model: LogitsModel, bundle: Bundle | None = None
+        self,
+        encoder: Encoder,
+        settings: QaSettings,
+        model: LogitsModel,
+        bundle: Bundle | None = None,
+        *,
+        context_cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         self.encoder = encoder
         self.settings = settings
         self.model = model
         self.bundle = bundle
+        self._contexts = ContextCache(encoder.encode, context_cache_bytes)
+        self._chunk_pairs = max(_CHUNK_PAIRS, _CHUNK_PAIRS_A_THREAD * getattr(model, "threads", 1))
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto", threads: int | None = None) -> Answerer:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        context_cache_bytes: int = DEFAULT_CACHE_BYTES,
+    ) -> Answerer:
         """Loads a verified bundle folder.
 
-        ``device`` is auto, cpu, cuda or cuda:N; ``threads`` bounds the CPU threads (default: all).
-        Raises InputError (no such folder), BundleError, DeviceError, MissingExtraError.
+        ``device`` is auto, cpu, cuda or cuda:N; ``threads`` bounds the CPU threads (default: all);
+        ``context_cache_bytes`` bounds the memory that keeps tokenised contexts for further questions
+        (default 64 MiB, 0 keeps none). Raises InputError (no such folder, options out of range), BundleError,
+        DeviceError, MissingExtraError.
         """
         bundle = open_bundle(path)
         try:
@@ -101,7 +134,11 @@ class Answerer:
         )
         if ("token_type_ids" in model.inputs) != bool(bundle.encoder.segments):
             raise BundleError(f"{bundle.folder}: model and encoder disagree on token_type_ids: export the bundle again")
-        return cls(encoder, bundle.settings, model, bundle)
+        return cls(encoder, bundle.settings, model, bundle, context_cache_bytes=context_cache_bytes)
+
+    def stats(self) -> CacheStats:
+        """How often a context was tokenised (``misses``) and how often it was at hand (``hits``), and what is kept."""
+        return self._contexts.stats()
 
     def answer(
         self,
@@ -123,7 +160,7 @@ class Answerer:
         StrideError, LogitsError.
         """
         options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
-        return next(self._stream([(question, context)], options, numbered=False))
+        return to_answers(self.read(question, context, options), options)
 
     def answer_batch(
         self,
@@ -157,58 +194,102 @@ class Answerer:
 
     def read(self, question: str, context: str, options: Options) -> Reading:
         """One question with everything on the way to its answers, for a trace."""
-        return self._read([(question, context)], options, None)[0]
+        settings = options.settings(self.settings)
+        begun = self._encode(question, context, settings)
+        return self._decode([begun], self.model.run(begun.windows), options, settings)[0]
 
     def read_stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[Reading]:
         """``read`` for any iterable of pairs, lazily, in input order, in bounded memory. Errors name the pair, from 1."""
-        return self._readings(pairs, options, numbered=True)
+        return self._readings(pairs, options)
 
-    def _stream(self, pairs: Iterable[Pair], options: Options, *, numbered: bool = True) -> Iterator[list[Answer]]:
-        return (to_answers(reading, options) for reading in self._readings(pairs, options, numbered))
+    def _stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[list[Answer]]:
+        return (to_answers(reading, options) for reading in self._readings(pairs, options))
 
-    def _readings(self, pairs: Iterable[Pair], options: Options, numbered: bool) -> Iterator[Reading]:
+    def _readings(self, pairs: Iterable[Pair], options: Options) -> Iterator[Reading]:
+        """Chunk by chunk, the next one tokenised while the model works on the one before.
+
+        An error in a chunk comes after the readings of those before it.
+        """
+        settings = options.settings(self.settings)
+        chunks = self._begin(pairs, settings)
+        running: tuple[list[_Begun], Pending] | None = None
+        failure: Exception | None = None
+        following: tuple[list[_Begun], Pending] | None = None
+        try:
+            while True:
+                try:
+                    following = next(chunks, None)
+                except Exception as error:
+                    failure = error
+                if running is not None:
+                    yield from self._decode(running[0], running[1].result(), options, settings)
+                if failure is not None:
+                    raise failure
+                if following is None:
+                    return
+                running, following = following, None
+        finally:
+            for begun in (running, following):
+                if begun is not None:
+                    begun[1].cancel()
+
+    def _begin(self, pairs: Iterable[Pair], settings: QaSettings) -> Iterator[tuple[list[_Begun], Pending]]:
         done = 0
-        for chunk in _chunks(pairs, numbered):
-            yield from self._read(chunk, options, done if numbered else None)
+        for chunk in _chunks(pairs, self._chunk_pairs):
+            begun = []
+            contexts: dict[str, EncodedText] = {}  # of one chunk at least, each context is tokenised once
+            for number, (question, context) in enumerate(chunk, done + 1):
+                try:
+                    one = self._encode(question, context, settings, contexts)
+                except InputError as error:
+                    raise type(error)(f"pair {number}: {error}") from error
+                begun.append(one)
+            alone = not done and len(chunk) == 1  # awaited like a single question
+            windows = [w for one in begun for w in one.windows]
+            yield begun, Pending(partial(self.model.run, windows)) if alone else self.model.start(windows)
             done += len(chunk)
 
-    def _read(self, pairs: Sequence[Pair], options: Options, done: int | None) -> list[Reading]:
-        settings = options.settings(self.settings)
-        contexts: dict[str, EncodedText] = {}
-        read: list[tuple[EncodedText, EncodedText, list[Window]]] = []
-        for number, (question, context) in enumerate(pairs, 1 + (done or 0)):
-            try:
-                _check_text("question", question)
-                _check_text("context", context)
-                if context not in contexts:
-                    contexts[context] = self.encoder.encode(context)
-                encoded = self.encoder.encode(question)
-                windows = self.encoder.windows(
-                    encoded, contexts[context], max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
-                )
-            except InputError as error:
-                if done is None:
-                    raise
-                raise type(error)(f"pair {number}: {error}") from error
-            read.append((encoded, contexts[context], windows))
-        logits = self.model.run([w for _, _, windows in read for w in windows])
-        readings, first = [], 0
-        for encoded, text, windows in read:
-            part = logits[first : first + len(windows)]
-            first += len(windows)
-            decoded = decode(
-                windows,
-                [starts for starts, _ in part],
-                [ends for _, ends in part],
-                text,
-                top_k=options.top_k,
-                max_answer_len=settings.max_answer_len,
-                align_to_words=options.align_to_words,
-                allow_no_answer=options.allow_no_answer,
-                temperature=settings.temperature,
+    def _encode(
+        self, question: str, context: str, settings: QaSettings, contexts: dict[str, EncodedText] | None = None
+    ) -> _Begun:
+        _check_text("question", question)
+        _check_text("context", context)
+        encoded = self._contexts.get(context, contexts)
+        asked = self.encoder.encode(question)
+        windows = self.encoder.windows(asked, encoded, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride)
+        return _Begun(asked, encoded, windows)
+
+    def _decode(
+        self,
+        begun: Sequence[_Begun],
+        logits: Sequence[tuple[FloatArray, FloatArray]],
+        options: Options,
+        settings: QaSettings,
+    ) -> list[Reading]:
+        scored, first = [], 0
+        for one in begun:
+            part = logits[first : first + len(one.windows)]
+            first += len(part)
+            scored.append(Scored(one.windows, [s for s, _ in part], [e for _, e in part], one.context))
+        found = decode_many(
+            scored,
+            top_k=options.top_k,
+            max_answer_len=settings.max_answer_len,
+            align_to_words=options.align_to_words,
+            allow_no_answer=options.allow_no_answer,
+            temperature=settings.temperature,
+        )
+        return [
+            Reading(
+                one.question,
+                one.context,
+                tuple(one.windows),
+                tuple(zip(own.start_logits, own.end_logits, strict=True)),
+                settings,
+                decoded,
             )
-            readings.append(Reading(encoded, text, tuple(windows), tuple(part), settings, decoded))
-        return readings
+            for one, own, decoded in zip(begun, scored, found, strict=True)
+        ]
 
 
 def to_answers(reading: Reading, options: Options) -> list[Answer]:
@@ -222,15 +303,15 @@ def to_answers(reading: Reading, options: Options) -> list[Answer]:
     )
 
 
-def _chunks(pairs: Iterable[Pair], numbered: bool) -> Iterator[list[Pair]]:
+def _chunks(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
     chunk: list[Pair] = []
     characters = 0
     for number, pair in enumerate(pairs, 1):
-        if numbered and not (isinstance(pair, tuple | list) and len(pair) == 2):
+        if not (isinstance(pair, tuple | list) and len(pair) == 2):
             raise InputError(f"pair {number}: is {type(pair).__name__}, a (question, context) pair is needed")
         chunk.append((pair[0], pair[1]))
         characters += len(pair[1]) if isinstance(pair[1], str) else 0
-        if len(chunk) == _CHUNK_PAIRS or characters >= _CHUNK_CHARACTERS:
+        if len(chunk) == size or characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
     if chunk:

@@ -1,8 +1,9 @@
 """ONNX Runtime sessions: providers, threads, and running windows.
 
-On a CPU each window runs alone and unpadded. One window uses a session with all threads; many
-windows run in parallel on a session with one thread a run, which measures faster than one wide run.
-On CUDA windows of like length run in padded batches.
+On a CPU each window runs alone and unpadded, on one of two sessions: the wide one gives a run all threads,
+the narrow one gives it one thread and runs as many windows side by side. Many questions run narrow, which has
+no idle threads; one question is awaited, and ``layout`` says how its windows run soonest. On CUDA
+windows of like length run in batches, padded where the model takes an attention mask.
 """
 
 from __future__ import annotations
@@ -12,20 +13,27 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from qadeploy.errors import BundleError, DeviceError, InputError, MissingExtraError
 from qadeploy.qa.windows import pad_batch
-from qadeploy.records import FloatArray, Window
+from qadeploy.records import FloatArray, IntArray, Window
+from qadeploy.runtime.layout import SessionSettings
 
 Logits = tuple[FloatArray, FloatArray]
 CUDA_BATCH_TOKENS = 16_384
+# After this many tokens, one run of so many among them, an idle session gives its arena's memory back. What shorter
+# runs leave is small, and asked for again at once.
+SHRINK_TOKENS, SHRINK_RUN = 4_096, 256
+_SHRINK_BY = 8  # tokens of the run that does it
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 _OUTPUTS = ("start_logits", "end_logits")
+_TYPES = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
 _creating = threading.Lock()  # concurrent session creation has been reported racy
 _live: weakref.WeakSet[Any] = weakref.WeakSet()  # the sessions of this process
 
@@ -67,19 +75,59 @@ def usable_cpus() -> int:
 
 @dataclass
 class _Sessions:
-    """The sessions of one process, made when first needed."""
+    """The sessions of one process, made when first needed, and what ran since their memory was last given back."""
 
     pid: int = field(default_factory=os.getpid)
     wide: Any = None
     narrow: Any = None
     pool: ThreadPoolExecutor | None = None
+    calls: int = 0
+    tokens: int = 0
+    largest: int = 0
+
+
+class Pending:
+    """Windows on their way through a model: ``result`` waits for their logits, ``cancel`` drops what has not begun.
+
+    Without ``futures``, and in a child forked meanwhile, which has not the parent's threads, ``run`` is
+    called when the result is asked for.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[], list[Logits]],
+        futures: Sequence[Future[list[Logits]]] = (),
+        settle: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._run = run
+        self._futures = futures
+        self._settle = settle
+        self._pid = os.getpid()
+
+    def result(self) -> list[Logits]:
+        """Start and end logits of each window, in order. Raises what the run raised. To be called once."""
+        if not self._futures or self._pid != os.getpid():
+            return self._run()
+        try:
+            return [logits for future in self._futures for logits in future.result()]
+        finally:
+            self.cancel()  # the rest, where one failed
+
+    def cancel(self) -> None:
+        """Drops the windows that no thread has begun. Does nothing the second time."""
+        if self._futures and self._pid == os.getpid():
+            for future in self._futures:
+                future.cancel()
+            self._settle()
+        self._futures = ()
 
 
 class OnnxModel:
     """A model file as a function from windows to logits. Safe under threads, and after a fork.
 
-    ``read`` gives the model's bytes; it is called once a session. Raises InputError on an unknown
-    device or thread count, DeviceError, BundleError on a graph that is no question-answering model.
+    ``read`` gives the model's bytes; it is called once a session. ``options`` are the ``SessionSettings`` as a
+    manifest holds them. Raises InputError on an unknown device or thread count, DeviceError, BundleError
+    on a graph that is no question-answering model and on wrong settings.
     """
 
     def __init__(
@@ -95,7 +143,7 @@ class OnnxModel:
             raise InputError(f"threads {threads} is below 1")
         self._read = read
         self._pad_token_id = pad_token_id
-        self._options = dict(options or {})
+        self._settings = SessionSettings.from_manifest(options)
         self.threads = threads or usable_cpus()
         self._lock = threading.Lock()
         self._sessions = _Sessions()
@@ -107,53 +155,130 @@ class OnnxModel:
                 "CUDA was asked for, but ONNX Runtime could not start it and fell back to the CPU: the driver or the "
                 "CUDA and cuDNN libraries are missing. Run qadeploy doctor, or pip install 'qadeploy[gpu]'"
             )
-        self.inputs = tuple(i.name for i in wide.get_inputs())
+        self._kinds = {i.name: _TYPES.get(i.type) for i in wide.get_inputs()}
+        self.inputs = tuple(self._kinds)
         outputs = tuple(o.name for o in wide.get_outputs())
-        if not set(self.inputs) <= _INPUTS or "input_ids" not in self.inputs or outputs[:2] != _OUTPUTS:
+        known = set(self.inputs) <= _INPUTS and "input_ids" in self.inputs and None not in self._kinds.values()
+        if not known or outputs[:2] != _OUTPUTS:
             raise BundleError(
                 f"model.onnx: inputs {', '.join(self.inputs)} and outputs {', '.join(outputs)} are not those of a "
                 "question-answering model: export it with qadeploy export"
             )
         self._sessions.wide = wide
+        self._ones = np.ones((1, 512), dtype=np.int64)
+        self._sample: Window | None = None
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
-        """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
+        """Start and end logits of each window, float32 ``[tokens]`` each, in order, as soon as can be.
+
+        On a CPU windows run alone, side by side or wide as the layout says.
+        """
         if not windows:
             return []
-        if self.device == "cuda":
-            return self._run_batches(windows)
-        if len(windows) == 1 or self.threads == 1:
-            session = self._get("wide")
-            return [self._run_one(session, window) for window in windows]
-        session, pool = self._get("narrow"), self._pool()
-        order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-        futures = {i: pool.submit(self._run_one, session, windows[i]) for i in order}
-        return [futures[i].result() for i in range(len(windows))]
+        self._count(windows)
+        try:
+            if self.device == "cuda":
+                return self._run_batches(windows)
+            threads = self.threads
+            narrow = self._settings.narrow_windows(len(windows), threads) if threads > 1 else 0
+            order = _longest_first(windows)  # the shortest run wide: they gain least from a thread of their own
+            futures = self._submit([windows[i] for i in order[:narrow]])
+            logits = dict(zip(order, [f.result()[0] for f in futures], strict=False))
+            session = self._get("wide") if narrow < len(windows) else None
+            logits.update({i: self._run_one(session, windows[i]) for i in order[narrow:]})
+            return [logits[i] for i in range(len(windows))]
+        finally:
+            self._settle()
+
+    def start(self, windows: Sequence[Window]) -> Pending:
+        """Begins to run many windows and returns at once, so that the caller can prepare the next ones meanwhile.
+
+        On a CPU each runs on one thread, behind those started before; ``threads=1`` runs them when the result
+        is asked for. CUDA works on its batches in the background.
+        """
+        if not windows or (self.device != "cuda" and self.threads == 1):
+            return Pending(partial(self.run, windows))
+        self._count(windows)
+        on_cuda = self.device == "cuda"
+        futures = [self._pool().submit(self._run_batches, windows)] if on_cuda else self._submit(windows)
+        return Pending(partial(self.run, windows), futures, self._settle)
 
     def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
-        """Like ``run``, as one padded batch; the padding's logits are cut off."""
+        """Like ``run``, as one padded batch; the padding's logits are cut off.
+
+        A model without ``attention_mask`` cannot tell padding from text: its windows run in one batch a length.
+        """
+        return self._run_batches(windows, len(windows) * max(len(w) for w in windows))
+
+    def _run_padded(self, windows: Sequence[Window]) -> list[Logits]:
         starts, ends = self._call(self._get("wide"), pad_batch(windows, self._pad_token_id))
         return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
 
-    def _run_batches(self, windows: Sequence[Window]) -> list[Logits]:
-        order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
+    def _run_batches(self, windows: Sequence[Window], tokens: int = CUDA_BATCH_TOKENS) -> list[Logits]:
+        """Batches of at most ``tokens`` tokens, padding included, of like length or, without a mask, of one."""
+        order = _longest_first(windows)
+        masked = "attention_mask" in self.inputs
         logits: dict[int, Logits] = {}
         while order:
-            size = max(1, CUDA_BATCH_TOKENS // len(windows[order[0]]))
+            longest = len(windows[order[0]])
+            size = max(1, tokens // longest)
+            if not masked:
+                size = min(size, sum(len(windows[i]) == longest for i in order))
             batch, order = order[:size], order[size:]
-            logits.update(zip(batch, self.run_batch([windows[i] for i in batch]), strict=True))
+            logits.update(zip(batch, self._run_padded([windows[i] for i in batch]), strict=True))
         return [logits[i] for i in range(len(windows))]
 
+    def _submit(self, windows: Sequence[Window]) -> list[Future[list[Logits]]]:
+        if not windows:
+            return []
+        session, pool = self._get("narrow"), self._pool()
+        futures = {i: pool.submit(self._run_alone, session, windows[i]) for i in _longest_first(windows)}
+        return [futures[i] for i in range(len(windows))]
+
+    def _run_alone(self, session: Any, window: Window) -> list[Logits]:
+        return [self._run_one(session, window)]
+
     def _run_one(self, session: Any, window: Window) -> Logits:
-        batch = {"input_ids": window.input_ids[None], "attention_mask": np.ones((1, len(window)), dtype=np.int64)}
-        if window.token_type_ids is not None:
-            batch["token_type_ids"] = window.token_type_ids[None]
-        starts, ends = self._call(session, batch)
+        starts, ends = self._call(session, self._single(window.input_ids, window.token_type_ids))
         return starts[0], ends[0]
 
-    def _call(self, session: Any, batch: Mapping[str, Any]) -> Logits:
-        starts, ends = session.run(list(_OUTPUTS), {name: batch[name] for name in self.inputs})
+    def _single(self, ids: IntArray, types: IntArray | None) -> dict[str, IntArray]:
+        ones = self._ones  # shared: a window that runs alone has no padding, whatever its length
+        if len(ids) > ones.shape[1]:
+            ones = self._ones = np.ones((1, len(ids)), dtype=np.int64)
+        batch = {"input_ids": ids[None], "attention_mask": ones[:, : len(ids)]}
+        if types is not None:
+            batch["token_type_ids"] = types[None]
+        return batch
+
+    def _call(self, session: Any, batch: Mapping[str, Any], options: Any = None) -> Logits:
+        feeds = {name: batch[name].astype(kind, copy=False) for name, kind in self._kinds.items()}
+        starts, ends = session.run(_OUTPUTS, feeds, options)
         return starts.astype(np.float32, copy=False), ends.astype(np.float32, copy=False)
+
+    def _count(self, windows: Sequence[Window]) -> None:
+        sessions = self._mine()
+        with self._lock:
+            sessions.calls += 1
+            sessions.tokens += sum(len(w) for w in windows)
+            sessions.largest = max(sessions.largest, *(len(w) for w in windows))
+            self._sample = windows[0]  # any will do
+
+    def _settle(self) -> None:
+        """Ends a call. The last one of several gives back the memory that large inputs made the arenas take."""
+        sessions = self._mine()
+        with self._lock:
+            sessions.calls = max(sessions.calls - 1, 0)
+            large = sessions.tokens >= SHRINK_TOKENS and sessions.largest >= SHRINK_RUN
+            if sessions.calls or not large or self.device == "cuda" or self._sample is None:
+                return
+            sessions.tokens = sessions.largest = 0
+        options = onnxruntime().RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        ids, types = self._sample.input_ids[:_SHRINK_BY], self._sample.token_type_ids
+        for session in (sessions.wide, sessions.narrow):
+            if session is not None:  # the arena shrinks when a run ends, so this takes a run: a short one
+                self._call(session, self._single(ids, None if types is None else types[:_SHRINK_BY]), options)
 
     def _mine(self) -> _Sessions:
         if self._sessions.pid != os.getpid():
@@ -176,7 +301,8 @@ class OnnxModel:
         sessions = self._mine()
         with self._lock:
             if sessions.pool is None:
-                sessions.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="qadeploy")
+                workers = 1 if self.device == "cuda" else self.threads
+                sessions.pool = ThreadPoolExecutor(workers, thread_name_prefix="qadeploy")
             return sessions.pool
 
     def _session(self, threads: int) -> Any:
@@ -185,14 +311,17 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        on_cpu = self._providers == ["CPUExecutionProvider"]  # the stored settings were measured on a CPU
+        on_cpu = self._providers == ["CPUExecutionProvider"]
+        settings = self._settings if on_cpu else SessionSettings()
         try:
+            for name, value in settings.config.items():
+                options.add_session_config_entry(name, value)
             with _creating:
                 session = ort.InferenceSession(
                     self._read(),
                     options,
                     providers=self._providers,
-                    disabled_optimizers=self._options.get("disabled_optimizers") if on_cpu else None,
+                    disabled_optimizers=list(settings.disabled_optimizers) or None,
                 )
                 _live.add(session)
                 return session
@@ -203,6 +332,11 @@ class OnnxModel:
             if not on_cpu:
                 raise DeviceError(f"ONNX Runtime cannot start the model on CUDA: {reason}") from error
             raise BundleError(f"model.onnx: ONNX Runtime cannot load it: {reason}") from error
+
+
+def _longest_first(windows: Sequence[Window]) -> list[int]:
+    """Indices by length: so that what ends last is short, and neighbours are of like length."""
+    return sorted(range(len(windows)), key=lambda i: -len(windows[i]))
 
 
 def check_device(device: str) -> str:

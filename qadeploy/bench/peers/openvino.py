@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qadeploy.bundle import TOKENIZER
 from qadeploy.errors import FailureError, MissingExtraError
 from qadeploy.qa.windows import Encoder
 from qadeploy.records import FloatArray, Window
+from qadeploy.runtime.session import Pending
 
 _CALIBRATION_WINDOWS = 128
 
@@ -103,6 +105,10 @@ class OpenVinoModel:
             self._many.start_async(inputs(windows[i], self._names), i)
         self._many.wait_all()
         return [self._logits[i] for i in range(len(windows))]
+
+    def start(self, windows: Sequence[Window]) -> Pending:
+        """``run``, when the result is asked for: its requests are asynchronous among themselves."""
+        return Pending(partial(self.run, windows))
 
     def _keep(self, request: Any, number: int) -> None:
         self._logits[number] = _outputs(request)

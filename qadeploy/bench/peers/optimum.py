@@ -7,6 +7,7 @@ what is left of optimum's model without the pipeline's own work.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.errors import MissingExtraError
 from qadeploy.records import FloatArray, Window
+from qadeploy.runtime.session import Pending
 
 
 def prepare(setup: Setup) -> Variant:
@@ -109,6 +111,10 @@ class _Direct:
     def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
         """Start and end logits of each window, one call a window."""
         return [self._one(window) for window in windows]
+
+    def start(self, windows: Sequence[Window]) -> Pending:
+        """``run``, when the result is asked for."""
+        return Pending(partial(self.run, windows))
 
     def _one(self, window: Window) -> tuple[FloatArray, FloatArray]:
         batch = {"input_ids": window.input_ids[None], "attention_mask": np.ones((1, len(window)), dtype=np.int64)}
