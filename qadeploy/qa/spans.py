@@ -81,45 +81,34 @@ def _table(scored: Sequence[Scored], max_answer_len: int) -> FloatArray:
     ends = _joined(windows, [logits for one in scored for logits in one.end_logits])
     if not (np.isfinite(starts).all() and np.isfinite(ends).all()):
         raise LogitsError("the model returned NaN or infinite logits: its weights or precision are broken")
-
-    # A row for each context token of each window: where its logits stand, and whose token of all contexts it is.
-    sizes = np.asarray([w.context_length for w in windows], dtype=np.intp)
-    lengths = min(max_answer_len, max(int(sizes.max(initial=1)), 1))
-    rows = np.arange(int(sizes.sum()))
-    begins = np.cumsum(sizes) - sizes
-    before = np.cumsum([0, *(len(w) for w in windows[:-1])])
-    places = rows + np.repeat(before + [w.context_begin for w in windows] - begins, sizes)
-    bases = np.cumsum([0, *(len(one.context) for one in scored)])
-    firsts = [base + w.context_offset for base, one in zip(bases, scored, strict=False) for w in one.windows]
-    tokens = rows + np.repeat(np.asarray(firsts, dtype=np.intp) - begins, sizes)
-    starts, ends = starts[places], ends[places]
-    blank = np.concatenate([one.context.blank for one in scored])
-    if blank.any():
-        starts[blank[tokens]] = ends[blank[tokens]] = -np.inf
-
-    # The ends of each window, then so many that no span of it reaches the next one's.
-    slots = rows + np.repeat(np.arange(len(windows)) * (lengths - 1), sizes)
-    padded = np.full(len(rows) + len(windows) * (lengths - 1), -np.inf, dtype=np.float32)
-    padded[slots] = ends
-    spans = np.ndarray((max(len(padded) - lengths + 1, 0), lengths), np.float32, padded, strides=2 * padded.strides)
-    table: FloatArray = spans[slots]  # a copy, as many rows as there are
-    table += starts[:, None]
-    total = int(bases[-1])
-    if len(rows) == total and np.array_equal(tokens, rows):
-        return table
-    # Windows overlap: of the rows of one token, the best of each length.
-    order = np.argsort(tokens, kind="stable")
-    runs = np.flatnonzero(np.diff(tokens[order], prepend=-1))
-    best = np.full((total, lengths), -np.inf, dtype=np.float32)
-    if len(runs):
-        best[tokens[order[runs]]] = np.maximum.reduceat(table[order], runs, axis=0)
-    return best
+    longest = max((w.context_length for w in windows), default=0)
+    lengths = min(max_answer_len, longest or 1)
+    table = np.full((sum(len(one.context) for one in scored), lengths), -np.inf, dtype=np.float32)
+    # The ends of one window, then so many that no span goes past its last token; and row i of ``reach`` is
+    # what token i reaches: ends i to i + lengths - 1.
+    padded = np.empty(longest + lengths - 1, dtype=np.float32)
+    reach = np.ndarray((longest, lengths), np.float32, padded, strides=2 * padded.strides)
+    base = place = 0
+    for one in scored:
+        blank = one.context.blank
+        blanks = bool(blank.any())
+        for window in one.windows:
+            size, first = window.context_length, place + window.context_begin
+            own, last = starts[first : first + size], ends[first : first + size]
+            if blanks:
+                dark = blank[window.context_offset : window.context_offset + size]
+                own[dark] = last[dark] = -np.inf
+            padded[:size], padded[size : size + lengths - 1] = last, -np.inf
+            rows = table[base + window.context_offset : base + window.context_offset + size]
+            np.maximum(rows, own[:, None] + reach[:size], out=rows)
+            place += len(window)
+        base += len(one.context)
+    return table
 
 
 def _joined(windows: Sequence[Window], logits: Sequence[FloatArray]) -> FloatArray:
     """The logits of all windows, one behind the other, without those of padding."""
-    parts = [part[: len(w)] for w, part in zip(windows, logits, strict=True)]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)
+    return np.concatenate([np.empty(0, np.float32), *(x[: len(w)] for w, x in zip(windows, logits, strict=True))])
 
 
 def decode(
@@ -207,8 +196,9 @@ def _normalisers(
     """
     peaks = np.full(len(counts), -np.inf) if nulls is None else np.asarray(nulls, dtype=np.float64)
     some = np.flatnonzero(counts)
+    cells = begins[some] * table.shape[1]
     if len(some):
-        peaks[some] = np.maximum(peaks[some], np.maximum.reduceat(table.max(axis=1), begins[some]))
+        peaks[some] = np.maximum(peaks[some], np.maximum.reduceat(table.ravel(), cells))
     nothing = np.isneginf(peaks)
     peaks[nothing] = 0.0
     totals = nothing.astype(np.float64) if nulls is None else np.exp((np.asarray(nulls) - peaks) / temperature)
@@ -216,7 +206,7 @@ def _normalisers(
         weights = np.subtract(table, np.repeat(peaks, counts)[:, None], dtype=np.float64)
         weights /= temperature
         np.exp(weights, out=weights)
-        totals[some] += np.add.reduceat(weights.sum(axis=1), begins[some])
+        totals[some] += np.add.reduceat(weights.ravel(), cells)
     return peaks, totals
 
 

@@ -119,9 +119,8 @@ class EncodedText:
 
     def _count_spoken(self) -> IntArray:
         codes = np.frombuffer(self.text.encode("utf-32-le"), dtype="<u4")
-        table = _visible_codes()
         spoken = np.zeros(len(codes) + 1, dtype=np.int64)
-        np.cumsum(table[np.minimum(codes, len(table) - 1)], out=spoken[1:])
+        np.cumsum(_visible_codes().take(codes, mode="clip"), out=spoken[1:])
         return spoken
 
     @cached_property
