@@ -116,7 +116,10 @@ def main(bundle: Path, data: str, out: Path, questions: int, rounds: int) -> Non
         "cpu_ms_a_question": figures,
         "decode_ms": middle["host, answer_batch"] - middle["tokenise"],
         "throughput_of_model_alone": {
-            form: middle["the model alone"] / middle[f"all, {form}"] for form in ("answer_batch", "answer")
+            form: _spread(
+                [a / b for a, b in zip(milliseconds["the model alone"], milliseconds[f"all, {form}"], strict=True)]
+            )
+            for form in ("answer_batch", "answer")
         },
         "host_share_of_model": {
             form: middle[f"host, {form}"] / middle["the model alone"] for form in ("answer_batch", "answer")
@@ -130,7 +133,7 @@ def main(bundle: Path, data: str, out: Path, questions: int, rounds: int) -> Non
         click.echo(f"{name:<20} {figure['median']:8.3f} ms ({figure['least']:.3f} to {figure['most']:.3f})")
     click.echo(f"{'decode and the rest':<20} {report['decode_ms']:8.3f} ms (host in a batch, less tokenise)")
     for form, share in report["host_share_of_model"].items():
-        kept = report["throughput_of_model_alone"][form]
+        kept = report["throughput_of_model_alone"][form]["median"]
         click.echo(f"{form}: the host takes {100 * share:.1f} % of the model's time; {kept:.3f} of the model alone")
     click.echo(f"{len(pairs)} questions, {len(flat)} windows of {report['tokens_a_window']:.0f} tokens in the mean")
     click.echo(json.dumps({"document": report["document"], "first_answer_seconds": report["first_answer_seconds"]}))

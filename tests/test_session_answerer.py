@@ -356,8 +356,8 @@ def resident():
 def window(tokens):
     return Window(np.arange(tokens), None, 0, tokens, 0, 0)
 
-def grown(shrink_tokens):
-    session.SHRINK_TOKENS = shrink_tokens
+def grown(large):
+    session.LARGE = large
     with open(sys.argv[1], "rb") as file:
         data = file.read()
     model = OnnxModel(lambda: data, device="cpu", threads=2)
@@ -368,8 +368,8 @@ def grown(shrink_tokens):
     model.start([window(4000)] * 3).result()
     return resident() - before
 
-usual = session.SHRINK_TOKENS
-kept, given_back = grown(10**9), grown(usual)
+usual = session.LARGE
+kept, given_back = grown(10**12), grown(usual)
 print(f"{kept:.0f} MB kept, {given_back:.0f} MB after giving back")
 sys.exit(0 if kept > 100 and given_back < kept / 4 else f"{kept:.0f} MB kept, {given_back:.0f} MB after giving back")
 """

@@ -27,9 +27,10 @@ from qadeploy.runtime.layout import SessionSettings
 
 Logits = tuple[FloatArray, FloatArray]
 CUDA_BATCH_TOKENS = 16_384
-# After this many tokens, one run of so many among them, an idle session gives its arena's memory back. What shorter
-# runs leave is small, and asked for again at once.
-SHRINK_TOKENS, SHRINK_RUN = 4_096, 256
+# A call is large if the squares of its windows' tokens add up to this: one of 1,024 tokens, eight of 384. After
+# large calls idle sessions give their arenas' memory back, which costs milliseconds; what smaller ones
+# leave is small, and asked for again at once.
+LARGE = 2**20
 _SHRINK_BY = 8  # tokens of the run that does it
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 _OUTPUTS = ("start_logits", "end_logits")
@@ -75,15 +76,14 @@ def usable_cpus() -> int:
 
 @dataclass
 class _Sessions:
-    """The sessions of one process, made when first needed, and what ran since their memory was last given back."""
+    """The sessions of one process, made when first needed, the calls under way, and whether any was large."""
 
     pid: int = field(default_factory=os.getpid)
     wide: Any = None
     narrow: Any = None
     pool: ThreadPoolExecutor | None = None
     calls: int = 0
-    tokens: int = 0
-    largest: int = 0
+    large: bool = False
 
 
 class Pending:
@@ -260,8 +260,7 @@ class OnnxModel:
         sessions = self._mine()
         with self._lock:
             sessions.calls += 1
-            sessions.tokens += sum(len(w) for w in windows)
-            sessions.largest = max(sessions.largest, *(len(w) for w in windows))
+            sessions.large |= sum(len(w) ** 2 for w in windows) >= LARGE
             self._sample = windows[0]  # any will do
 
     def _settle(self) -> None:
@@ -269,10 +268,9 @@ class OnnxModel:
         sessions = self._mine()
         with self._lock:
             sessions.calls = max(sessions.calls - 1, 0)
-            large = sessions.tokens >= SHRINK_TOKENS and sessions.largest >= SHRINK_RUN
-            if sessions.calls or not large or self.device == "cuda" or self._sample is None:
+            if sessions.calls or not sessions.large or self.device == "cuda" or self._sample is None:
                 return
-            sessions.tokens = sessions.largest = 0
+            sessions.large = False
         options = onnxruntime().RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         ids, types = self._sample.input_ids[:_SHRINK_BY], self._sample.token_type_ids
