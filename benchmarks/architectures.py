@@ -99,7 +99,7 @@ def _train(base: Path, folder: Path) -> tuple[Reference, dict[str, Any]]:
         epochs=4,
         patience=4,
         batch_size=3,
-        learning_rate=3e-3,
+        learning_rate=1e-2,
         precision="fp32",
         cache=False,
     )

@@ -64,7 +64,7 @@ def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_record
 
     assert (row["model"]["token_types"], row["model"]["longest_input"]) == (architecture.segments, architecture.limit)
     first, *_, last = row["train"]["loss"]
-    assert last < first
+    assert last < first - 0.3
     fp32 = row["fp32"]
     assert ("token_type_ids" in fp32["inputs"]) == bool(architecture.segments)
     assert fp32["parity"]["max_abs_diff"] <= FP32_TOLERANCE < fp32["logits_deviation"] / 100
@@ -73,7 +73,7 @@ def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_record
     if row["fused"]["status"] == "ok":
         assert row["fused"]["max_abs_diff"] <= FP32_TOLERANCE
     int8 = row["int8"]
-    assert int8["products"] / 2 <= int8["int8_products"] <= int8["products"]
+    assert int8["products"] / 2 <= int8["int8_products"] <= int8["products"]  # as many as the recipe takes
     assert int8["int8_embeddings"] >= 1
     assert int8["correlation"] > 0.98
     assert int8["answered"] == int8["questions"] == 4

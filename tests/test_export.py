@@ -17,7 +17,7 @@ from transformers import FNetConfig, FNetForQuestionAnswering
 
 from qadeploy import Answerer
 from qadeploy.build.checkpoint import TorchModel, load_checkpoint
-from qadeploy.build.export import export
+from qadeploy.build.export import export, read_shared_weights
 from qadeploy.build.optimize import fusion_line, optimize
 from qadeploy.build.parity import Parity, parity_windows, require_parity
 from qadeploy.build.quantize import quantize
@@ -381,3 +381,43 @@ def test_dev_data_of_its_own_is_found_again_and_noticed_where_it_changed(tiny_ch
         InputError, match=r"dev.jsonl: is not the dev data that the run was made with: give --eval-data"
     ):
         held_out(run, None)
+
+
+# ---------------------------------------------------------------- shared weights
+
+
+def test_shared_weights_are_read_where_they_lie_in_branches_too():
+    made = onnx.helper.make_node
+    branch = onnx.helper.make_graph(
+        [made("MatMul", ["x", "again"], ["y"], "inner")], "b", [], [onnx.helper.make_tensor_value_info("y", 1, [1, 2])]
+    )
+    nodes = [
+        made("Identity", ["w"], ["shared"], "first"),
+        made("Identity", ["shared"], ["again"], "second"),
+        made("Identity", ["x"], ["kept"], "of an input"),
+        made("Identity", ["w"], ["told"], "of an output"),
+        made("If", ["yes"], ["z"], "branches", then_branch=branch, else_branch=branch),
+        made("MatMul", ["kept", "shared"], ["u"], "outer"),
+    ]
+    tensors = [numpy_helper.from_array(np.array([[1, 2], [3, 4]], np.float32), "w")]
+    tensors.append(numpy_helper.from_array(np.array(True), "yes"))
+    inputs = [onnx.helper.make_tensor_value_info("x", 1, [1, 2])]
+    outputs = [onnx.helper.make_tensor_value_info(name, 1, None) for name in ("z", "u", "told")]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", inputs, outputs, tensors),
+        opset_imports=[onnx.helper.make_opsetid("", 17)],
+        ir_version=9,
+    )
+
+    def run() -> list[np.ndarray]:
+        session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {"x": np.array([[5, 6]], np.float32)})
+
+    before = run()
+    read_shared_weights(model.graph)
+    onnx.checker.check_model(model)
+    assert [node.name for node in model.graph.node] == ["of an input", "of an output", "branches", "outer"]
+    assert model.graph.node[-1].input[1] == "w"
+    assert all(attribute.g.node[0].input[1] == "w" for attribute in model.graph.node[2].attribute)
+    for old, new in zip(before, run(), strict=True):
+        np.testing.assert_array_equal(old, new)
