@@ -454,7 +454,7 @@ qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
     "--budget",
     default="5m",
     show_default=True,
-    help="Time for measuring recipes, e.g. 90s or 5m; one is always measured.",
+    help="Time for measuring recipes, e.g. 90s or 5m; once one keeps its F1.",
 )
 @click.option(
     "--cache/--no-cache",

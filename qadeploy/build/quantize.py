@@ -32,7 +32,8 @@ def quantize(
 
     Every recipe (or the one named) is measured: F1 on the dev part, speed on this machine. Of those that lose at
     most ``max_f1_drop`` points there, the best for ``target`` is judged on the held-out questions; where they refuse
-    it, the next one is. The manifest holds the leaderboard. ``budget`` is in seconds. Raises InputError on an unknown
+    it, the next one is. The manifest holds the leaderboard. ``budget`` is in seconds, and does
+    not end the search before a recipe passes. Raises InputError on an unknown
     recipe or target, GateError where every candidate loses more than ``max_f1_drop`` against PyTorch, and then ``out``
     is left as it was.
     """
@@ -45,9 +46,16 @@ def quantize(
         parity_windows(checkpoint, reference.dev or reference.examples),
     )
     search = Search(reference, model, material, target, cache, say)
-    candidates = search.run([find_recipe(recipe)] if recipe else list(RECIPES.values()), budget)
+    known = [find_recipe(recipe)] if recipe else list(RECIPES.values())
+    candidates = search.run(known, budget, max_f1_drop)
     judged: dict[str, float] = {}
-    for candidate in rank(candidates, target, max_f1_drop):
+    waiting = rank(candidates, target, max_f1_drop)
+    while waiting or len(candidates) < len(known):
+        if not waiting:  # the held-out questions refused what the budget allowed to try: go on
+            candidates += search.run(known[len(candidates) : len(candidates) + 1], None, max_f1_drop)
+            waiting = rank(candidates[-1:], target, max_f1_drop)
+            continue
+        candidate = waiting.pop(0)
         made = RECIPES[candidate.recipe].make(material)
         session = SESSIONS[candidate.session]
         answerer = make_answerer(reference, made.model, session)

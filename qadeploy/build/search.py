@@ -70,12 +70,13 @@ class Search:
         if self.target not in TARGETS:
             raise InputError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
 
-    def run(self, chosen: Sequence[Recipe], budget: float | None) -> list[Candidate]:
-        """Measures the recipes in turn until ``budget`` seconds are over; at least one is measured."""
+    def run(self, chosen: Sequence[Recipe], budget: float | None, max_f1_drop: float) -> list[Candidate]:
+        """Measures the recipes in turn until ``budget`` seconds are over and one loses at most ``max_f1_drop``."""
         started = time.monotonic()
         found: list[Candidate] = []
         for recipe in chosen:
-            if budget is not None and found and time.monotonic() - started > budget:
+            over = budget is not None and time.monotonic() - started > budget
+            if over and rank(found, self.target, max_f1_drop):
                 self.say(f"  the budget of {budget:.0f} s is used up: {recipe.name} and what follows was not tried")
                 break
             candidate = self._kept(recipe) or self._measure(recipe)
