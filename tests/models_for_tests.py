@@ -81,6 +81,11 @@ _DISTILBERT: dict[str, Any] = {
 }
 _ONE_TYPE = {**_SIZES, "type_vocab_size": 1}  # which RoBERTa's kind has, but nobody passes
 _SMALL_EMBEDDING = {**_SIZES, "embedding_size": 16}
+_ALBERT = {
+    **_SMALL_EMBEDDING,
+    "num_hidden_layers": 4,
+    "initializer_range": 0.2,
+}  # the first differs in form, the others share its weights
 _DEBERTA_V3 = {
     **_SIZES,
     "type_vocab_size": 0,
@@ -110,7 +115,7 @@ ARCHITECTURES = (
     Architecture("RoBERTa", "FacebookAI/roberta-base", "Roberta", "roberta", _ONE_TYPE, 0, LONGEST - 2),
     Architecture("XLM-R", "FacebookAI/xlm-roberta-base", "XLMRoberta", "xlm-r", _ONE_TYPE, 0, LONGEST - 2),
     Architecture("CamemBERT", "almanach/camembert-base", "Camembert", "camembert", _ONE_TYPE, 0, LONGEST - 2),
-    Architecture("ALBERT", "albert/albert-base-v2", "Albert", "albert", _SMALL_EMBEDDING, 2),
+    Architecture("ALBERT", "albert/albert-base-v2", "Albert", "albert", _ALBERT, 2),
     Architecture("ELECTRA", "google/electra-small-discriminator", "Electra", "bert", _SMALL_EMBEDDING, 2),
     Architecture("MPNet", "microsoft/mpnet-base", "MPNet", "mpnet", _SIZES, 0, LONGEST - 2),
     Architecture("DeBERTa-v2", "microsoft/deberta-v2-xlarge", "DebertaV2", "deberta-v2", _DEBERTA_V2, 0),

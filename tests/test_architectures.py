@@ -75,7 +75,7 @@ def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_record
     int8 = row["int8"]
     assert int8["products"] / 2 <= int8["int8_products"] <= int8["products"]  # as many as the recipe takes
     assert int8["int8_embeddings"] >= 1
-    assert int8["correlation"] > 0.98
+    assert int8["correlation"] > 0.95
     assert int8["answered"] == int8["questions"] == 4
 
 

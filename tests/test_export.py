@@ -403,7 +403,8 @@ def test_shared_weights_are_read_where_they_lie_in_branches_too():
     tensors = [numpy_helper.from_array(np.array([[1, 2], [3, 4]], np.float32), "w")]
     tensors.append(numpy_helper.from_array(np.array(True), "yes"))
     inputs = [onnx.helper.make_tensor_value_info("x", 1, [1, 2])]
-    outputs = [onnx.helper.make_tensor_value_info(name, 1, None) for name in ("z", "u", "told")]
+    shapes = {"z": [1, 2], "u": [1, 2], "told": [2, 2]}
+    outputs = [onnx.helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes.items()]
     model = onnx.helper.make_model(
         onnx.helper.make_graph(nodes, "g", inputs, outputs, tensors),
         opset_imports=[onnx.helper.make_opsetid("", 17)],
