@@ -8,8 +8,8 @@ from typing import Any
 
 from qadeploy.errors import BundleError
 
-# The share of a run's work that all threads of a wide session do side by side (Amdahl 1967), for MiniLM-sized
-# models: see benchmarks/layout.py and its results.
+# The share of a run's work that all threads of a wide session do side by side (Amdahl 1967): an estimate, which
+# benchmarks/layout.py measures for a bundle on a quiet machine. With two threads any share gives the same choice.
 PARALLEL_SHARE = 0.8
 
 
