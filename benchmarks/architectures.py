@@ -66,7 +66,7 @@ def run_architecture(architecture: Architecture, folder: Path) -> dict[str, Any]
             row[name] = {"status": "refused", "why": str(error).replace(f"{folder}/", "")}
 
     def train_it() -> dict[str, Any]:
-        made["reference"], found = _train(base, folder)
+        made["reference"], found = _train(base, folder, architecture.learning_rate)
         row["model"] = _describe(made["reference"].checkpoint)
         return found
 
@@ -88,7 +88,7 @@ def run_architecture(architecture: Architecture, folder: Path) -> dict[str, Any]
     return row
 
 
-def _train(base: Path, folder: Path) -> tuple[Reference, dict[str, Any]]:
+def _train(base: Path, folder: Path, learning_rate: float) -> tuple[Reference, dict[str, Any]]:
     """Four epochs on questions that a tiny model can learn. Judged on the questions held out, one of them on all the text."""
     data = write_jsonl(folder / "keepers.jsonl", triplets(QUESTIONS))
     options = TrainOptions(
@@ -99,7 +99,7 @@ def _train(base: Path, folder: Path) -> tuple[Reference, dict[str, Any]]:
         epochs=4,
         patience=4,
         batch_size=3,
-        learning_rate=1e-2,
+        learning_rate=learning_rate,
         precision="fp32",
         cache=False,
     )
