@@ -248,6 +248,8 @@ def _lock(folder: Path) -> int:
 
 def _publish(folder: Path, out: Path) -> None:
     shutil.rmtree(folder / SAVES, ignore_errors=True)
+    for left in folder.glob(".*.tmp"):  # half-written files of a process that was killed
+        left.unlink(missing_ok=True)
     if folder != out:
         replace_folder(folder, out)
 
