@@ -96,8 +96,9 @@ def test_attention_of_another_shape_is_left_alone(fault, material):
     assert (found.fused, found.takes_mask, found.model) == (0, True, model)
 
 
-def test_a_wrong_number_of_heads_is_noticed_by_the_logits(material):
-    wrong = Material(material.model, 2, 0, material.windows)
+@pytest.mark.parametrize("heads", [2, 5, None])
+def test_a_wrong_number_of_heads_is_noticed(heads, material):
+    wrong = Material(material.model, heads, 0, material.windows)
     assert (wrong.fused.fused, wrong.fused.model) == (0, material.model)
     assert material.fused.fused == 2
 

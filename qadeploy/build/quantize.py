@@ -43,7 +43,7 @@ def quantize(
         model,
         getattr(checkpoint.model.config, "num_attention_heads", None),
         checkpoint.encoder.config.pad_token_id,
-        parity_windows(checkpoint, reference.dev or reference.examples),
+        parity_windows(checkpoint, reference.choosing),
     )
     search = Search(reference, model, material, target, cache, say)
     known = [find_recipe(recipe)] if recipe else list(RECIPES.values())

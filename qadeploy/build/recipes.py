@@ -40,7 +40,7 @@ class Material:
     @cached_property
     def fused(self) -> Rewritten:
         """The model with single-node attention, where that keeps its logits on the windows; else as it was."""
-        found = fuse_attention(self.model, self.heads or 0)
+        found = fuse_attention(self.model, self.heads or 0)  # 0, where the model does not tell, is refused below
         if found.fused and self._logits_apart(found.model) > REWRITING_TOLERANCE:
             return Rewritten(self.model, 0, found.attentions, takes_mask=True)
         return found
@@ -61,10 +61,13 @@ class Material:
         return rank_products(self.fused.model, self.inputs)
 
     def _logits_apart(self, other: bytes) -> float:
-        runs = [
-            OnnxModel(lambda m=m: m, device="cpu", pad_token_id=self.pad_token_id).run(self.windows)  # type: ignore[misc]
-            for m in (self.model, other)
-        ]
+        try:
+            runs = [
+                OnnxModel(lambda m=m: m, device="cpu", pad_token_id=self.pad_token_id).run(self.windows)  # type: ignore[misc]
+                for m in (self.model, other)
+            ]
+        except Exception:  # whatever the runtime says of the rewritten graph: then it stays as it was
+            return np.inf
         return max(float(np.abs(a[i] - b[i]).max()) for a, b in zip(*runs, strict=True) for i in (0, 1))
 
 
@@ -97,9 +100,8 @@ def _protected(material: Material) -> Made:
 
 def _protected_mixed(material: Material) -> Made:
     """The products with the largest error left, an eighth of them, stay in float beside their protection."""
-    ranked = sorted(material.protected.protections, key=lambda p: -p.error)
-    harmed = [name for protection in ranked for name in protection.products]
-    kept = (*harmed[: len(harmed) // 8], *material.protected.float_nodes)
+    left = [Harm(name, p.error) for p in material.protected.protections for name in p.products]
+    kept = (*worst(sorted(left, key=lambda h: -h.error), 1 / 8), *material.protected.float_nodes)
     return Made(quantize_dynamic_int8(quantize_embeddings(material.protected.model), kept), kept)
 
 

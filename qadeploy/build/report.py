@@ -38,6 +38,11 @@ class Reference:
     timed: tuple[tuple[str, str], ...] = field(repr=False)
 
     @property
+    def choosing(self) -> tuple[Example, ...]:
+        """The questions that choose between variants: the dev part, or the held-out ones where there is no other."""
+        return self.dev or self.examples
+
+    @property
     def questions(self) -> str:
         """How many held-out questions, and of what."""
         return f"{len(self.examples)} held-out questions of {self.source}"

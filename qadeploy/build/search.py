@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ from qadeploy.build.recipes import Material, Recipe
 from qadeploy.build.report import SESSIONS, Reference, make_answerer
 from qadeploy.data.readers import hash_examples
 from qadeploy.doctor import diagnose
-from qadeploy.errors import InputError, QadeployError
+from qadeploy.errors import InputError
 from qadeploy.evaluate import evaluate
 from qadeploy.files import write_json
-from qadeploy.records import Example
 from qadeploy.runtime.answerer import Answerer
 from qadeploy.timing import interleave
 
@@ -84,20 +84,13 @@ class Search:
             self.say(f"  {line(candidate)}")
         return found
 
-    @property
-    def dev(self) -> tuple[Example, ...]:
-        """The questions that choose: the dev part, or the held-out ones where there is no other."""
-        return self.reference.dev or self.reference.examples
-
     def _measure(self, recipe: Recipe) -> Candidate:
         started = time.monotonic()
         try:
             made = recipe.make(self.material)
             answerers = [make_answerer(self.reference, made.model, session) for session in SESSIONS]
-            lost = self._f1() - evaluate(answerers[0], self.dev).scores.f1
-        except QadeployError:
-            raise
-        except Exception as error:  # the quantizers raise anything on a graph that they do not know
+            lost = self._f1 - evaluate(answerers[0], self.reference.choosing).scores.f1
+        except Exception as error:  # the quantizers raise anything on a graph that they do not know, and others may run
             candidate = Candidate(recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
         else:
             latency, throughput = self._speeds(answerers, one=True), self._speeds(answerers, one=False)
@@ -114,23 +107,27 @@ class Search:
         self._keep(recipe, candidate)
         return candidate
 
+    @cached_property
     def _f1(self) -> float:
         """F1 of the PyTorch model on the dev part, percent."""
-        if not hasattr(self, "_f1_before"):
-            self._f1_before = evaluate(self.reference.answerer, self.dev).scores.f1
-        return self._f1_before
+        return evaluate(self.reference.answerer, self.reference.choosing).scores.f1
+
+    @cached_property
+    def _float(self) -> Answerer:
+        return make_answerer(self.reference, self.source, {})
+
+    @cached_property
+    def _timed(self) -> list[tuple[str, str]]:
+        asked = self.reference.choosing
+        return [(e.question, e.context) for e in asked[:: max(1, len(asked) // _TIMED)][:_TIMED]]
 
     def _speeds(self, answerers: Sequence[Answerer], *, one: bool) -> list[float]:
         """Times the fp32 model's speed, of each answerer: medians of interleaved rounds on dev questions."""
-        step = max(1, len(self.dev) // _TIMED)
-        pairs = [(e.question, e.context) for e in self.dev[::step][:_TIMED]]
-        if not hasattr(self, "_float"):
-            self._float = make_answerer(self.reference, self.source, {})
 
         def ask(answerer: Answerer) -> object:
             if one:
-                return [answerer.answer(question, context) for question, context in pairs]
-            return answerer.answer_batch(pairs)
+                return [answerer.answer(question, context) for question, context in self._timed]
+            return answerer.answer_batch(self._timed)
 
         variants = {"float": lambda: ask(self._float)}
         variants |= {str(i): lambda a=a: ask(a) for i, a in enumerate(answerers)}  # type: ignore[misc]
@@ -139,21 +136,25 @@ class Search:
 
     # ------------------------------------------------------------ what is kept
 
-    def _path(self, recipe: Recipe) -> Path | None:
-        if self.cache is None:
-            return None
+    @cached_property
+    def _ground(self) -> str:
+        """Everything but the recipe that decides on a measurement: model, settings, questions, target, machine, code."""
         machine = diagnose()
         parts = (
             hashlib.sha256(self.source).hexdigest(),
-            hash_examples(self.dev),
-            recipe.name,
+            self.reference.checkpoint.settings.to_dict(),
+            hash_examples(self.reference.choosing),
             self.target,
             machine["cpu"],
             machine["packages"]["onnxruntime"] or machine["packages"]["onnxruntime-gpu"],
             [inspect.getsource(m) for m in (graph, products, protect, quantizers, recipes, sensitivity)],
         )
-        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-        return self.cache / f"recipe-{key}.json"
+        return json.dumps(parts, sort_keys=True)
+
+    def _path(self, recipe: Recipe) -> Path | None:
+        if self.cache is None:
+            return None
+        return self.cache / f"recipe-{hashlib.sha256((self._ground + recipe.name).encode()).hexdigest()}.json"
 
     def _kept(self, recipe: Recipe) -> Candidate | None:
         path = self._path(recipe)
