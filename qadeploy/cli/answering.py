@@ -1,0 +1,217 @@
+"""``qadeploy evaluate``, ``ask`` and ``answer``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+from qadeploy.cli.common import (
+    columns_options,
+    command,
+    device_option,
+    load_predictor,
+    main,
+    print_result,
+    read_examples,
+    reading_options,
+    take_reading,
+    trust_option,
+)
+from qadeploy.errors import InputError
+
+
+@command(
+    main,
+    example="""
+qadeploy evaluate bundles/handbook-int8 --data handbook
+qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json --json
+""",
+)
+@click.argument("model")
+@click.option("--data", required=True, help="Annotated questions: anything that train reads.")
+@click.option(
+    "--split",
+    type=click.Choice(["auto", "all", "train", "validation"]),
+    default="auto",
+    show_default=True,
+    help="Which rows; auto is the validation split where the data has one, else all.",
+)
+@click.option("--predictions", type=click.Path(dir_okay=False), help="Write SQuAD's predictions format ({id: text}).")
+@click.option(
+    "--predictions-dir",
+    type=click.Path(file_okay=False),
+    help="Write predictions.json, nbest_predictions.json and, where 'no answer' competes, null_odds.json.",
+)
+@click.option(
+    "--n-best-size",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Candidates a question in nbest_predictions.json.",
+)
+@click.option(
+    "--allow-no-answer/--always-answer",
+    default=None,
+    help="Whether 'no answer' competes.  [default: where the data hold questions without an answer, or the model was trained with some]",
+)
+@device_option
+@trust_option
+@reading_options
+def evaluate(
+    as_json: bool,
+    model: str,
+    data: str,
+    split: str,
+    predictions: str | None,
+    predictions_dir: str | None,
+    n_best_size: int,
+    allow_no_answer: bool | None,
+    device: str,
+    trust_remote_code: bool,
+    **options: Any,
+) -> None:
+    """Score MODEL (a run, a bundle or a checkpoint folder) on annotated questions."""
+    from qadeploy.evaluate import evaluate as score_all
+    from qadeploy.files import write_json
+    from qadeploy.predictions import Recorder, write_predictions
+
+    if predictions and not Path(predictions).absolute().parent.is_dir():
+        raise InputError(f"{Path(predictions).parent}: no such folder to write --predictions into")
+    examples = read_examples(data, split, take_reading(options))
+    predictor = load_predictor(model, device, trust_remote_code=trust_remote_code)
+    if predictions_dir:
+        Path(predictions_dir).mkdir(parents=True, exist_ok=True)
+        predictor = Recorder(predictor, examples, n_best_size)
+    with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
+        evaluation = score_all(predictor, examples, lambda: bar.update(1), allow_no_answer=allow_no_answer)
+    if predictions:
+        write_json(Path(predictions), evaluation.predictions(examples))
+    if predictions_dir:
+        write_predictions(Path(predictions_dir), predictor.predictions)
+    value = {
+        "model": model,
+        "data": data,
+        **evaluation.scores.to_dict(),
+        "ece": evaluation.calibration_error,
+        "allow_no_answer": evaluation.allow_no_answer,
+        "null_threshold": predictor.settings.null_threshold,
+    }
+    names = {"exact_match": "exact match", "f1": "F1", "accuracy": "accuracy (exact span)"}
+    text = [f"{model} on {len(examples)} questions of {data} (percent, 95 % bootstrap interval)"]
+    for key, name in names.items():
+        low, high = cast(list[float], value[f"{key}_interval"])
+        text.append(f"  {name:<22} {value[key]:6.2f}  ({low:.2f} to {high:.2f})")
+    if "NoAns_total" in value:
+        for kind, name in (("HasAns", "with an answer"), ("NoAns", "without an answer")):
+            if f"{kind}_total" in value:
+                f1, total = value[f"{kind}_f1"], value[f"{kind}_total"]
+                text.append(f"  {name:<22} {f1:6.2f}  F1, exact match {value[f'{kind}_exact']:.2f}, {total} questions")
+    text.append(f"  {'calibration error':<22} {value['ece']:6.3f}  (ECE of the scores, 0 to 1)")
+    text.append(
+        "  " + _null_rule(evaluation.allow_no_answer, predictor.settings.null_threshold, allow_no_answer is None)
+    )
+    print_result(as_json, value, text)
+
+
+def _null_rule(allowed: bool, threshold: float | None, by_rule: bool) -> str:
+    """One line: whether "no answer" competed, by what threshold, and why."""
+    if not allowed:
+        why = "neither the data nor the model's training has questions without an answer" if by_rule else "as asked"
+        return f"every question is answered ({why})"
+    why = "the model was trained with such questions" if threshold is not None else "the data hold such questions"
+    how = "by probability, the model has no threshold" if threshold is None else f"null threshold {threshold:+.3f}"
+    return f"'no answer' competes ({why if by_rule else 'as asked'}; {how})"
+
+
+@command(
+    main,
+    example="""
+qadeploy ask bundles/handbook --question "When did it sail?" --context "It sailed at dawn."
+qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @notes.txt --top-k 3 --trace
+""",
+)
+@click.argument("bundle")
+@click.option("--question", required=True, help="The question.")
+@click.option("--context", required=True, help="The text to find the answer in, or @FILE.")
+@click.option("--top-k", default=3, show_default=True, help="How many answers.")
+@click.option("--max-answer-len", type=int, help="Longest answer in tokens.  [default: the bundle's]")
+@click.option("--max-seq-len", type=int, help="Longest window in tokens.  [default: the bundle's]")
+@click.option("--doc-stride", type=int, help="Overlap of windows in tokens.  [default: the bundle's]")
+@click.option("--align-to-words", is_flag=True, help="Widen answers to whole words.")
+@click.option("--allow-no-answer", is_flag=True, help="Let 'no answer' compete, by the bundle's null threshold.")
+@click.option("--trace", "show_trace", is_flag=True, help="Show the encoding, the forward pass and the span selection.")
+@device_option
+def ask(as_json: bool, bundle: str, question: str, context: str, show_trace: bool, device: str, **options: Any) -> None:
+    """Answer one question from one context with BUNDLE (a run or checkpoint folder works too)."""
+    from qadeploy.runtime.answerer import Options, to_answers
+    from qadeploy.runtime.trace import trace, trace_dict, trace_lines
+
+    text = _context(context)
+    answerer = load_predictor(bundle, device)
+    chosen = Options(**options)
+    reading, candidates = trace(answerer, question, text, chosen)
+    answers = to_answers(reading, chosen)
+    value: dict[str, Any] = {"question": question, "answers": [a.to_dict() for a in answers]}
+    lines: list[str] = []
+    if show_trace:
+        value["trace"] = trace_dict(reading, candidates)
+        lines += [*trace_lines(answerer, reading, candidates), ""]
+    for rank, answer in enumerate(answers, 1):
+        shown = answer.text if answer.text else "(no answer in this text)"
+        lines.append(f"{rank}. {shown}   score {answer.score:.4f}, code points {answer.start}-{answer.end}")
+    print_result(as_json, value, lines or ["no answer: the context has no token that could be one"])
+
+
+def _context(value: str) -> str:
+    if not value.startswith("@"):
+        return value
+    path = Path(value[1:])
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"--context {value}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--context {value}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise InputError(f"--context {value}: cannot be read: {error.strerror}") from error
+
+
+@command(
+    main,
+    example="""
+qadeploy answer bundles/handbook-int8 --input questions.jsonl --output answers.jsonl
+qadeploy answer bundles/handbook-int8 --input questions.parquet --output answers
+""",
+)
+@click.argument("bundle")
+@click.option("--input", "source", required=True, help="Rows with context and question: anything that train reads.")
+@click.option(
+    "--output", required=True, type=click.Path(), help="A name in .jsonl is one file, another a folder of parquet."
+)
+@click.option("--allow-no-answer", is_flag=True, help="Let 'no answer' compete, by the bundle's null threshold.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@columns_options
+@device_option
+def answer(
+    as_json: bool,
+    bundle: str,
+    source: str,
+    output: str,
+    allow_no_answer: bool,
+    threads: int | None,
+    device: str,
+    **options: Any,
+) -> None:
+    """Answer every question of a file with BUNDLE, one row a question, in order."""
+    from qadeploy import Answerer
+    from qadeploy.batch import answer_file, check_output
+
+    check_output(Path(output))
+    examples = read_examples(source, "all", take_reading(options), annotated=False)
+    answerer = Answerer.load(bundle, device=device, threads=threads)
+    with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
+        rows = answer_file(answerer, examples, Path(output), lambda: bar.update(1), allow_no_answer=allow_no_answer)
+    print_result(as_json, {"rows": rows, "output": output}, [f"{output}: {rows} answers"])

@@ -1,0 +1,133 @@
+"""``qadeploy export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qadeploy.cli.common import command, main, print_result, reading_options, sayer, seconds_of, take_reading
+from qadeploy.errors import InputError
+
+
+@command(
+    main,
+    example="""
+qadeploy export --quantize
+qadeploy export runs/faq --quantize --max-f1-drop 0.3 --target throughput
+qadeploy export runs/faq --quantize --recipe int8-protected
+qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
+""",
+)
+@click.argument("run", required=False)
+@click.option("--out", help="Bundle folder.  [default: bundles/NAME after the run]")
+@click.option("--quantize", is_flag=True, help="Also write NAME-int8, if it keeps its F1.")
+@click.option(
+    "--optimize/--no-optimize", default=True, show_default=True, help="Also write NAME-fused, the optimised graph."
+)
+@click.option("--eval-data", help="Held-out questions to judge on.  [default: those that the run held out]")
+@click.option("--max-f1-drop", default=0.5, show_default=True, help="Points of F1 that int8 may lose.")
+@click.option(
+    "--target",
+    type=click.Choice(["latency", "throughput", "size"]),
+    default="latency",
+    show_default=True,
+    help="What the int8 recipe is chosen for: one question at a time, many at once, or bytes.",
+)
+@click.option("--recipe", help="Take this int8 recipe instead of measuring all; --list-recipes names them.")
+@click.option("--list-recipes", is_flag=True, help="Explain the recipes and stop.")
+@click.option(
+    "--budget",
+    default="5m",
+    show_default=True,
+    help="Time for measuring recipes, e.g. 90s or 5m; once one keeps its F1.",
+)
+@click.option(
+    "--cache/--no-cache",
+    default=True,
+    show_default=True,
+    help="Keep what was measured in $QADEPLOY_CACHE (~/.cache/qadeploy), so that a search that was cut off goes on.",
+)
+@reading_options
+def export(
+    as_json: bool,
+    run: str | None,
+    out: str | None,
+    quantize: bool,
+    optimize: bool,
+    eval_data: str | None,
+    max_f1_drop: float,
+    target: str,
+    recipe: str | None,
+    list_recipes: bool,
+    budget: str,
+    cache: bool,
+    **options: Any,
+) -> None:
+    """Export RUN (a run or checkpoint folder, default the newest run) to ONNX bundles, with proof.
+
+    With --quantize every int8 recipe is measured on this machine, and the best of those that keep their F1 is written.
+    """
+    from qadeploy.build.recipes import RECIPES
+
+    if list_recipes:
+        known = {name: each.what for name, each in RECIPES.items()}
+        print_result(as_json, known, [f"{name:<22} {what}" for name, what in known.items()])
+        return
+    from qadeploy.build import export as export_step
+    from qadeploy.build import optimize as optimize_step
+    from qadeploy.build import quantize as quantize_step
+    from qadeploy.build.cache import cache_folder
+    from qadeploy.build.report import make_reference, table
+    from qadeploy.build.runs import find_run, held_out
+    from qadeploy.bundle import check_place
+    from qadeploy.errors import FailureError, GateError
+
+    say = sayer(as_json)
+    reading = take_reading(options)
+    found = find_run(run)
+    place = Path(out or f"bundles/{found.name}")
+    check_place(place)
+    if not 0 <= max_f1_drop <= 100:
+        raise InputError(f"max-f1-drop {max_f1_drop} is not between 0 and 100 points")
+    seconds = seconds_of("budget", budget)
+    if recipe:
+        quantize_step.find_recipe(recipe)
+    fused_place, int8_place = (place.with_name(place.name + end) for end in ("-fused", "-int8"))
+    for folder in (fused_place, int8_place):
+        check_place(folder)
+    source, examples = held_out(found, eval_data, reading)
+    say(f"exporting {found.checkpoint}, judged on {len(examples)} questions of {source}")
+    reference = make_reference(found, source, examples)
+    bundles = [export_step.export(reference, place)]
+    say(f"{place}: logits within {bundles[0].manifest['parity']['max_abs_diff']:.1e} of PyTorch")
+    if optimize:
+        try:
+            bundles.append(optimize_step.optimize(reference, bundles[0], fused_place))
+            say(f"{fused_place}: {optimize_step.fusion_line(bundles[-1])}")
+        except GateError:
+            raise
+        except FailureError as error:
+            say(f"no optimised graph: {error}")
+    if quantize:
+        say(f"int8 recipes for {target}, against the fp32 model on the dev part:")
+        quantized = quantize_step.quantize(
+            reference,
+            bundles[0],
+            int8_place,
+            max_f1_drop,
+            target=target,
+            recipe=recipe,
+            budget=seconds,
+            cache=cache_folder() if cache else None,
+            say=say,
+        )
+        bundles.append(quantized)
+        made = quantized.manifest["made"]
+        say(f"{int8_place}: recipe {made['recipe']}, {made['what']}")
+    rows = [(bundle.name, bundle.manifest) for bundle in bundles]
+    size = 4 * bundles[0].manifest["architecture"]["parameters"]
+    lines = table(reference, size, rows)
+    value = {"bundles": {str(b.folder): b.manifest for b in bundles}}
+    print_result(as_json, value, ["", *lines])
