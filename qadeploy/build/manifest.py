@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qadeploy.build.card import bundle_card
 from qadeploy.build.parity import measure_parity, require_parity
+from qadeploy.build.provenance import versions_of
 from qadeploy.build.report import Reference, choose_session, make_answerer, measure
 from qadeploy.bundle import CARD, MODEL, TOKENIZER, seal
 from qadeploy.files import hash_file
@@ -69,15 +68,8 @@ def finish_bundle(
             "run": reference.run.record
             and {k: reference.run.record[k] for k in ("options", "seed", "data_sha256", "base")},
         },
-        "versions": {"python": platform.python_version(), **{n: _version(n) for n in _VERSIONED}},
+        "versions": versions_of(_VERSIONED, missing="none"),
     }
     (work / CARD).write_text(bundle_card(name, manifest), encoding="utf-8")
     seal(work, manifest)
     return manifest
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"

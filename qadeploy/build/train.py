@@ -14,14 +14,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,7 @@ from qadeploy.build.curves import terminal_chart
 from qadeploy.build.drawings import draw_run
 from qadeploy.build.epochs import EpochTable, QuietProgress, Say
 from qadeploy.build.features import FeatureSet
-from qadeploy.build.front_matter import license_of
+from qadeploy.build.provenance import base_name, base_of, versions_of
 from qadeploy.build.resume import SAVES, Plan, check_unfinished, finish, open_run
 from qadeploy.build.saves import writing
 from qadeploy.build.selection import (
@@ -61,8 +59,8 @@ from qadeploy.data.fields import OnAmbiguous, Reading
 from qadeploy.data.readers import DataSet, hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.data.table import one_line
-from qadeploy.errors import CheckpointError, FailureError, InputError
-from qadeploy.files import hash_file, write_json
+from qadeploy.errors import FailureError, InputError
+from qadeploy.files import write_json
 from qadeploy.predictions import DEFAULT_N_BEST, write_predictions
 from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.qa.settings import QaSettings
@@ -564,46 +562,16 @@ def _record(
     dev_part: Sequence[Example],
     eval_part: Sequence[Example],
 ) -> dict[str, Any]:
-    versions = {"python": platform.python_version()}
-    for name in _VERSIONED:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "source"
     return {
         "status": "running",
-        "options": {**{k: v for k, v in asdict(options).items() if k != "token"}, "base": _base_name(checkpoint.name)},
+        "options": {**{k: v for k, v in asdict(options).items() if k != "token"}, "base": base_name(checkpoint.name)},
         "precision": precision,
         "seed": options.seed,
         "processes": processes.count(),
         "data_sha256": hash_examples(data.examples),
         "dev_data_sha256": hash_examples(dev_part) if options.dev_data else None,
         "eval_data_sha256": hash_examples(eval_part) if options.eval_data else None,
-        "base": {
-            "name": _base_name(checkpoint.name),
-            "sha256": _base_hash(checkpoint.name),
-            "commit": _base_commit(checkpoint),
-            "license": license_of(checkpoint.name),
-        },
-        "versions": versions,
+        "base": base_of(checkpoint),
+        "versions": versions_of(_VERSIONED, missing="source"),
         "machine": {"cpu_count": os.cpu_count(), "cuda": torch.cuda.is_available()},
     }
-
-
-def _base_name(name: str) -> str:
-    """The base as a reader of the record knows it: the model that ships by its name, not by where it is installed."""
-    with suppress(CheckpointError):
-        if name == str(base_model_path()):
-            return base_model_path().name
-    return name
-
-
-def _base_hash(name: str) -> str | None:
-    weights = Path(name) / "model.safetensors"
-    return hash_file(weights) if weights.is_file() else None
-
-
-def _base_commit(checkpoint: Checkpoint) -> str | None:
-    """The commit of the hub that the base came from, whatever branch or tag was asked for; None for a folder."""
-    commit = getattr(checkpoint.model.config, "_commit_hash", None)
-    return str(commit) if commit else None
