@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy.build.graph import fuse_attention
 from qadeploy.build.parity import parity_windows
-from qadeploy.build.products import collect_inputs, find_products, rounding_error
+from qadeploy.build.products import TOKENS, Activations, find_products, measure_activations, rounding_error
 from qadeploy.build.protect import choose, protect, smoothing_scales
 from qadeploy.build.quantizers import quantize_dynamic_int8, quantize_embeddings
 from qadeploy.build.recipes import RECIPES, Material
@@ -59,6 +60,12 @@ def product_model(weight: np.ndarray, bias: np.ndarray | None = None) -> bytes:
     ]
     graph = helper.make_graph(nodes, "product", shapes[:1], shapes[1:], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+def activations(inputs: np.ndarray) -> Activations:
+    """As if all of X had been seen in one window."""
+    low, high = np.minimum(inputs.min(axis=0), 0)[None], np.maximum(inputs.max(axis=0), 0)[None]
+    return Activations({"x": inputs}, np.zeros(len(inputs), dtype=np.int64), {"x": low}, {"x": high}, {})
 
 
 # ---------------------------------------------------------------- single-node attention
@@ -122,9 +129,54 @@ def test_every_token_counts_the_same():
     assert error == pytest.approx(np.sqrt(3 / 4), rel=0.01)  # three of four are rounded away
 
 
+def test_rounding_goes_by_the_range_of_the_tensor_that_a_row_is_from():
+    rows = np.array([[1.0], [1.0]], dtype=np.float32)
+    one = np.eye(1, dtype=np.float32)
+    ranges = (np.array([0.0, 0.0], dtype=np.float32), np.array([1.0, 1000.0], dtype=np.float32))
+    assert rounding_error(rows, one) < 0.01
+    assert rounding_error(rows, one, ranges=ranges) == pytest.approx(np.sqrt(1 / 2), rel=0.01)
+    assert rounding_error(rows, one, ranges=ranges, norms=np.array([1.0, 10.0])) == pytest.approx(
+        np.sqrt(1 / 200), rel=0.01
+    )
+
+
+def test_what_products_meet(material):
+    windows = material.windows[:3]
+    measured = measure_activations(material.model, windows)
+    products = find_products(onnx.load_model_from_string(material.model))
+    assert sorted(measured.rows) == sorted({p.source for p in products})
+    assert list(measured.windows) == [i for i, w in enumerate(windows) for _ in range(min(TOKENS, len(w)))]
+    for product in products:
+        rows, own = measured.rows[product.source], measured.windows
+        assert rows.shape == (len(own), len(product.weight))
+        assert (rows >= measured.lows[product.source][own]).all()
+        assert (rows <= measured.highs[product.source][own]).all()
+        assert (np.abs(rows).max(axis=0) <= measured.peaks(product.source)).all()
+    # The tiny BERT's two layers have two residual sums each, of attention and of the feed-forward part.
+    joined = [p for p in products if p.joins]
+    assert sorted(p.name.split("layer.")[1].split("/MatMul")[0] for p in joined) == [
+        "0/attention/output/dense",
+        "0/output/dense",
+        "1/attention/output/dense",
+        "1/output/dense",
+    ]
+    assert all((measured.norms[p.joins] > 0).all() for p in joined)
+
+
+def test_an_error_weighs_less_where_the_stream_that_it_joins_is_large():
+    generator = np.random.default_rng(3)
+    inputs = generator.normal(size=(30, 16)).astype(np.float32)
+    weight = generator.normal(size=(16, 8)).astype(np.float32)
+    (alone,) = find_products(onnx.load_model_from_string(product_model(weight)))
+    joining = replace(alone, joins="sum")
+    measured = activations(inputs)
+    measured = replace(measured, norms={"sum": 10 * np.linalg.norm(inputs @ weight, axis=1)})
+    assert measured.error([joining]) == pytest.approx(measured.error([alone]) / 10)
+
+
 def test_a_product_with_an_outlying_weight_is_ranked_first(material):
-    inputs = collect_inputs(material.model, material.windows[:4])
-    harms = rank_products(material.model, inputs)
+    measured = measure_activations(material.model, material.windows[:4])
+    harms = rank_products(material.model, measured)
     assert [h.error for h in harms] == sorted((h.error for h in harms), reverse=True)
     proto = onnx.load_model_from_string(material.model)
     calm = harms[-1].name
@@ -133,7 +185,7 @@ def test_a_product_with_an_outlying_weight_is_ranked_first(material):
     values = numpy_helper.to_array(weight).copy()
     values[0] *= 1e4  # one row takes the scale of every column, and the rest is rounded away
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    harmed = {h.name: h.error for h in rank_products(proto.SerializeToString(), inputs)}
+    harmed = {h.name: h.error for h in rank_products(proto.SerializeToString(), measured)}
     assert harmed[calm] > harms[-1].error
 
 
@@ -153,7 +205,7 @@ def test_protection_keeps_the_product(seed, biased, outlying):
     inputs[:, :outlying] *= 200
     weight = generator.normal(size=(32, 8)).astype(np.float32)
     model = product_model(weight, np.arange(8, dtype=np.float32) if biased else None)
-    found = protect(model, {"x": [inputs]})
+    found = protect(model, activations(inputs))
     (protection,) = found.protections
     assert protection.error <= protection.error_before
     assert bool(found.float_nodes) == bool(len(protection.channels))
@@ -169,10 +221,10 @@ def test_outlying_channels_are_kept_apart_where_that_pays():
     inputs[::7, 5] *= 300
     model = product_model(weight, np.zeros(16, dtype=np.float32))
     (product,) = find_products(onnx.load_model_from_string(model))
-    protection = choose("x", [product], [inputs])
+    protection = choose([product], activations(inputs))
     assert 5 in protection.channels
     assert protection.error < 0.2 * protection.error_before
-    found = protect(model, {"x": [inputs]})
+    found = protect(model, activations(inputs))
     assert found.float_nodes == ("product/apart",)
     exact = run(model, x=inputs[None])[0]
 
@@ -187,7 +239,7 @@ def test_nothing_is_added_where_nothing_is_gained():
     generator = np.random.default_rng(2)
     inputs = np.sign(generator.normal(size=(40, 32))).astype(np.float32)
     model = product_model(np.sign(generator.normal(size=(32, 8))).astype(np.float32))
-    found = protect(model, {"x": [inputs]})
+    found = protect(model, activations(inputs))
     assert found.model == onnx.load_model_from_string(model).SerializeToString()
     assert found.protections[0].scales is None
 

@@ -8,14 +8,14 @@ steps. Two things help, and keep Y what it was:
 - outlying channels (after Dettmers et al. 2022, "LLM.int8()"): the few with the largest values get a small
   product of their own, in float, and are zero in the other.
 
-Both cost a multiplication of X with a vector; the second a small product besides. Which is taken is decided on
-real activations, so that nothing is added where nothing is gained.
+Both cost a multiplication of X with a vector; the second a small product besides. So the cheapest is taken that brings
+the error, simulated on real activations, down to what rounding costs anywhere, or near the best that can be had.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,12 +23,13 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from qadeploy.build.products import Product, find_products, rounding_error
+from qadeploy.build.products import Activations, Product, find_products
 from qadeploy.records import FloatArray
 
-ALPHAS = (0.5, 0.6, 0.7, 0.8)
-CHANNELS = (4, 16)
-WORTH = 0.85  # times the error of what is simpler
+ALPHAS = (0.6, 0.7, 0.8, 0.9)
+CHANNELS = (1, 2, 4, 8)
+BEARABLE = 0.013  # what int8 leaves in most products without outliers, and no protection betters much
+NEAR = 1.25  # times the least error of all ways, where none is bearable
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -54,47 +55,64 @@ class Protected:
     float_nodes: tuple[str, ...]
 
 
-def protect(model: bytes, inputs: Mapping[str, Sequence[FloatArray]]) -> Protected:
-    """The model with its products made ready for int8; ``inputs`` as ``collect_inputs`` returns them."""
+def protect(model: bytes, activations: Activations) -> Protected:
+    """The model with its products made ready for int8."""
     proto = onnx.load_model_from_string(model)
     groups: dict[str, list[Product]] = defaultdict(list)
     for product in find_products(proto):
         groups[product.source].append(product)
-    chosen = [choose(source, products, inputs[source]) for source, products in groups.items()]
+    chosen = [choose(products, activations) for products in groups.values()]
     float_nodes: list[str] = []
     for protection in chosen:
         float_nodes += _apply(proto, protection)
     return Protected(proto.SerializeToString(), tuple(chosen), tuple(float_nodes))
 
 
-def choose(source: str, products: Sequence[Product], inputs: Sequence[FloatArray]) -> Protection:
-    """The protection of least error for one X; a costlier one only where it is ``WORTH`` it."""
+def choose(products: Sequence[Product], activations: Activations) -> Protection:
+    """The cheapest sufficient protection of the products that read one X.
+
+    In the order of cost: none, smoothing, a few channels apart, more of them, both.
+    """
+    source, names = products[0].source, tuple(p.name for p in products)
     weight = np.concatenate([product.weight for product in products], axis=1)
-    peaks = np.max([np.abs(x).max(axis=0) for x in inputs], axis=0)
+    peaks = activations.peaks(source)
+    order = np.argsort(-peaks, kind="stable")
+    apart = [np.sort(order[:count]).astype(np.int64) for count in CHANNELS if count < len(peaks) // 4]
+    before = activations.error(products)
 
-    def error(scales: FloatArray | None, channels: NDArray[np.int64]) -> float:
-        return float(np.mean([rounding_error(x, weight, scales, channels) for x in inputs]))
+    def ways() -> Iterator[Protection]:
+        yield Protection(source, names, before, before, None, None, _NONE)
+        yield _smoothed(products, activations, weight, _NONE, before)
+        for channels in apart:
+            yield Protection(source, names, before, activations.error(products, None, channels), None, None, channels)
+        for channels in apart:
+            yield _smoothed(products, activations, weight, channels, before)
 
-    before = best = error(None, _NONE)
-    alpha, scales, channels = None, None, _NONE
-    for candidate in ALPHAS:
-        tried = smoothing_scales(peaks, weight, candidate)
-        found = error(tried, _NONE)
-        if found < best * (WORTH if alpha is None else 1.0):
-            best, alpha, scales = found, candidate, tried
-    smoothest = alpha or ALPHAS[-1]
-    for count in CHANNELS:
-        largest = np.sort(np.argsort(-peaks, kind="stable")[:count]).astype(np.int64)
-        if count >= len(peaks) // 4:
-            break
-        rest = peaks.copy()
-        rest[largest] = 0
-        for candidate_alpha in (None, smoothest):
-            tried_scales = None if candidate_alpha is None else smoothing_scales(rest, weight, candidate_alpha)
-            found = error(tried_scales, largest)
-            if found < best * (WORTH**2 if not len(channels) else WORTH if count > len(channels) else 1.0):
-                best, alpha, scales, channels = found, candidate_alpha, tried_scales, largest
-    return Protection(source, tuple(p.name for p in products), before, best, alpha, scales, channels)
+    tried: list[Protection] = []
+    for way in ways():
+        if way.error <= BEARABLE:
+            return way
+        tried.append(way)
+    least = min(p.error for p in tried)
+    return next(p for p in tried if p.error <= NEAR * least)
+
+
+def _smoothed(
+    products: Sequence[Product],
+    activations: Activations,
+    weight: FloatArray,
+    channels: NDArray[np.int64],
+    before: float,
+) -> Protection:
+    """Smoothing by the alpha of least error, of what the channels kept apart leave."""
+    source = products[0].source
+    rest = activations.peaks(source)
+    rest[channels] = 0
+    scales = {alpha: smoothing_scales(rest, weight, alpha) for alpha in ALPHAS}
+    errors = {alpha: activations.error(products, scales[alpha], channels) for alpha in ALPHAS}
+    best = min(ALPHAS, key=lambda alpha: errors[alpha])
+    names = tuple(p.name for p in products)
+    return Protection(source, names, before, errors[best], best, scales[best], channels)
 
 
 def smoothing_scales(peaks: FloatArray, weight: FloatArray, alpha: float) -> FloatArray:

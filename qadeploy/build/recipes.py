@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from qadeploy.build.graph import Rewritten, fuse_attention
-from qadeploy.build.products import collect_inputs
+from qadeploy.build.products import Activations, measure_activations
 from qadeploy.build.protect import Protected, protect
 from qadeploy.build.quantizers import (
     quantize_dynamic_int8,
@@ -18,11 +18,10 @@ from qadeploy.build.quantizers import (
     quantize_weights_int8,
 )
 from qadeploy.build.sensitivity import Harm, rank_products, worst
-from qadeploy.records import FloatArray, Window
+from qadeploy.records import Window
 from qadeploy.runtime.session import OnnxModel
 
 REWRITING_TOLERANCE = 1e-4
-_MEASURED_WINDOWS = 6
 
 
 @dataclass
@@ -46,19 +45,19 @@ class Material:
         return found
 
     @cached_property
-    def inputs(self) -> dict[str, list[FloatArray]]:
-        """The inputs of the fused model's products on some of the windows."""
-        return collect_inputs(self.fused.model, self.windows[:_MEASURED_WINDOWS])
+    def activations(self) -> Activations:
+        """What the fused model's products meet on the windows."""
+        return measure_activations(self.fused.model, self.windows)
 
     @cached_property
     def protected(self) -> Protected:
         """The fused model, its products made ready for int8."""
-        return protect(self.fused.model, self.inputs)
+        return protect(self.fused.model, self.activations)
 
     @cached_property
     def harms(self) -> list[Harm]:
         """The fused model's products, the most harmed by int8 first."""
-        return rank_products(self.fused.model, self.inputs)
+        return rank_products(self.fused.model, self.activations)
 
     def _logits_apart(self, other: bytes) -> float:
         try:

@@ -6,14 +6,12 @@ one run of the float graph, so ranking all products costs seconds, not one quant
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx
 
-from qadeploy.build.products import find_products, rounding_error
-from qadeploy.records import FloatArray
+from qadeploy.build.products import Activations, find_products
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +22,9 @@ class Harm:
     error: float
 
 
-def rank_products(model: bytes, inputs: Mapping[str, Sequence[FloatArray]]) -> list[Harm]:
-    """Every product with constant weights, the most harmed by int8 first; ``inputs`` from ``collect_inputs``."""
-    products = find_products(onnx.load_model_from_string(model))
-    harms = [Harm(p.name, float(np.mean([rounding_error(x, p.weight) for x in inputs[p.source]]))) for p in products]
+def rank_products(model: bytes, activations: Activations) -> list[Harm]:
+    """Every product with constant weights, the most harmed by int8 first."""
+    harms = [Harm(p.name, activations.error([p])) for p in find_products(onnx.load_model_from_string(model))]
     return sorted(harms, key=lambda h: -h.error)
 
 
