@@ -20,8 +20,7 @@ from qadeploy.qa.windows import pad_batch
 from qadeploy.records import FloatArray, Window
 from qadeploy.runtime.session import onnxruntime
 
-
-TOKENS = 16  # of each window
+TOKENS = 8  # of each window
 
 
 @dataclass(frozen=True, slots=True, eq=False)
