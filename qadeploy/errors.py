@@ -2,6 +2,8 @@
 
 QadeployError
 ├── InputError                what the user gave cannot be used            (exit code 2)
+│   ├── CallError             a call of compat's pipeline; a ValueError too
+│   │   └── CallKeyError      a field or task it does not know; a KeyError too
 │   ├── DataError             a data file: names the file, row and field
 │   ├── QuestionTooLongError  the question leaves no room for the context
 │   └── StrideError           doc_stride leaves windows no way forward
@@ -29,6 +31,16 @@ class InputError(QadeployError):
     """What the user gave cannot be used: a path, an option, a text."""
 
     exit_code = 2
+
+
+class CallError(InputError, ValueError):
+    """A call of ``compat``'s pipeline that cannot be understood; also a ValueError, which transformers' raises."""
+
+
+class CallKeyError(CallError, KeyError):
+    """A field that a question lacks, or an unknown task; also a KeyError, which transformers' pipeline raises."""
+
+    __str__ = CallError.__str__  # a KeyError shows its message in quotes
 
 
 class DataError(InputError):

@@ -1,0 +1,270 @@
+"""transformers' question-answering pipeline beside ``qadeploy.compat`` on the same model: equal answers, and why others differ.
+
+    python benchmarks/compare_pipeline.py bundles/handbook runs/handbook/checkpoint
+    python benchmarks/compare_pipeline.py      # only writes the table of docs/migrating.md anew from the JSON
+
+Both answer the same questions with the pipeline's default options. Every answer of the pipeline's that is not ours falls into
+the first class that fits:
+
+- same text: the same words, but another place in the context;
+- added up: the pipeline's answer is ours once it no longer adds up the scores of equal texts (its ``get_answer`` finds none);
+- window by window: it also goes by a softmax that each window has to itself. Shown on our own logits: the span of the highest
+  such probability is the pipeline's, the span of the highest logits is ours;
+- other: anything else.
+
+Writes ``results/compare_pipeline.json`` and the table between the markers in docs/migrating.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from qadeploy.bench.peers.setup import quiet
+from qadeploy.bench.workload import draw
+from qadeploy.bundle import open_bundle
+from qadeploy.compat import QuestionAnsweringPipeline, pipeline
+from qadeploy.data.readers import hash_examples, read
+from qadeploy.doctor import diagnose
+from qadeploy.errors import QadeployError
+from qadeploy.files import write_json
+from qadeploy.qa.calibration import expected_calibration_error
+from qadeploy.qa.metrics import bootstrap_interval, score
+from qadeploy.qa.spans import span_table
+from qadeploy.records import Answer, Example, FloatArray
+from qadeploy.runtime.answerer import Options, Reading
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "compare_pipeline.json"
+DOCS = HERE.parent / "docs" / "migrating.md"
+BEGIN, END = "<!-- compared: begin -->", "<!-- compared: end -->"
+CLASSES = ("equal", "same text", "added up", "window by window", "other")
+DEFAULTS = {
+    "max_seq_len": 384,
+    "doc_stride": 128,
+    "max_answer_len": 15,
+}  # the pipeline's, for a model of 384 tokens or more
+Json = dict[str, Any]
+Place = tuple[int, int]
+
+
+def place(found: Json) -> Place:
+    """Where an answer of either pipeline stands."""
+    return found["start"], found["end"]
+
+
+def without_adding(theirs: Any, items: Sequence[Json], **options: int) -> list[Json]:
+    """What transformers' pipeline answers if equal texts do not get their scores added up."""
+    theirs.get_answer = lambda answers, target: None
+    try:
+        with quiet():
+            return list(theirs(list(items), **options))
+    finally:
+        del theirs.get_answer
+
+
+def best_by_window(reading: Reading) -> Place:
+    """The word-aligned span whose probability in one window, softmax of starts times softmax of ends, is highest of all windows."""
+    best, found = -np.inf, (0, 0)
+    words = reading.context.words
+    for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True):
+        table = span_table([window], [starts], [ends], reading.context, reading.settings.max_answer_len)
+        free = [window.null_index, *range(window.context_begin, window.context_begin + window.context_length)]
+        table = table - _log_sum(starts[free]) - _log_sum(ends[free])
+        first, extra = divmod(int(table.argmax()), table.shape[1])
+        if table[first, extra] > best:
+            best = float(table[first, extra])
+            found = reading.context.visible(int(words[first, 0]), int(words[first + extra, 1]))
+    return found
+
+
+def _log_sum(logits: FloatArray) -> float:
+    return float(np.logaddexp.reduce(logits.astype(np.float64)))
+
+
+def kind_of(theirs: Json, unadded: Json, ours: Json, reading: Reading) -> str:
+    """The class of a question by the answers of both, and by the pipeline's without adding."""
+    if place(theirs) == place(ours):
+        return "equal"
+    if theirs["answer"].lower() == ours["answer"].lower():
+        return "same text"
+    if place(unadded) == place(ours):
+        return "added up"
+    if len(reading.windows) > 1 and best_by_window(reading) == place(unadded):
+        return "window by window"
+    return "other"
+
+
+def figures(examples: Sequence[Example], rows: Sequence[Json]) -> Json:
+    """What is said of some questions: the classes, and how right either side is."""
+    sides: Json = {}
+    f1 = {}
+    for side in ("pipeline", "qadeploy"):
+        answers = [Answer(r[side]["answer"], r[side]["start"], r[side]["end"], r[side]["score"]) for r in rows]
+        scores = score(examples, answers)
+        f1[side] = scores.rows_f1
+        confidences = np.asarray([a.score for a in answers])
+        sides[side] = {
+            "exact_match": scores.exact_match,
+            "f1": scores.f1,
+            "scores_above_1": int((confidences > 1 + 1e-6).sum()),
+            "highest_score": float(confidences.max()),
+            "calibration_error": expected_calibration_error(confidences.clip(0, 1), scores.rows_exact_match),
+        }
+    several = [r for r in rows if r["windows"] > 1]
+    return {
+        "questions": len(rows),
+        "classes": {name: sum(r["class"] == name for r in rows) for name in CLASSES},
+        "one_window": {"questions": len(rows) - len(several), "equal": _equal(r for r in rows if r["windows"] == 1)},
+        "several_windows": {"questions": len(several), "equal": _equal(several)},
+        **sides,
+        "f1_gain": {
+            "mean": 100.0 * float((f1["qadeploy"] - f1["pipeline"]).mean()),
+            "interval": list(bootstrap_interval(f1["qadeploy"] - f1["pipeline"])),
+        },
+    }
+
+
+def _equal(rows: Any) -> int:
+    return sum(row["class"] == "equal" for row in rows)
+
+
+def compare(
+    theirs: Any, ours: QuestionAnsweringPipeline, examples: Sequence[Example], options: Mapping[str, Any]
+) -> list[Json]:
+    """One row a question: both answers, its windows, its class. ``options`` are the lengths of ``DEFAULTS``."""
+    items = [{"question": e.question, "context": e.context} for e in examples]
+    with quiet():
+        found = theirs(list(items), **options)
+    unadded = without_adding(theirs, items, **options)
+    mine = ours(items, **options)
+    settings = Options(align_to_words=True, **options)
+    rows = []
+    for example, a, b, c in zip(examples, found, unadded, mine, strict=True):
+        reading = ours.answerer.read(example.question, example.context, settings)
+        kind = kind_of(a, b, c, reading)
+        rows.append({"id": example.id, "windows": len(reading.windows), "class": kind, "pipeline": a, "qadeploy": c})
+    return rows
+
+
+def run(bundle: Path, checkpoint: Path, data: str, questions: int, threads: int) -> Json:
+    """The content of results/compare_pipeline.json."""
+    import torch
+    from transformers import pipeline as transformers_pipeline
+
+    from qadeploy import Answerer
+
+    torch.set_num_threads(threads)
+    started = time.time()
+    with quiet():
+        theirs = transformers_pipeline("question-answering", model=str(checkpoint), device="cpu")
+    ours = pipeline("question-answering", model=Answerer.load(bundle, device="cpu", threads=threads))
+    whole = read(data)
+    examples = draw(data, whole.examples, questions).examples
+    rows = compare(theirs, ours, examples, DEFAULTS)
+    opened = open_bundle(bundle)
+    held_out = [i for i, e in enumerate(examples) if e.split == "validation"]
+    parts = {"all": figures(examples, rows)}
+    if 0 < len(held_out) < len(examples):
+        parts["held out"] = figures([examples[i] for i in held_out], [rows[i] for i in held_out])
+    return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "environment": {**diagnose(), "threads": threads, "load_average": os.getloadavg()[0]},
+        "bundle": {"name": bundle.name, "precision": opened.precision, "sha256": opened.hash},
+        "data": data,
+        "data_sha256": hash_examples(examples),
+        "parts": parts,
+        "seconds": round(time.time() - started, 1),
+        "differences": [row for row in rows if row["class"] != "equal"],
+    }
+
+
+def table(report: Json) -> list[str]:
+    """The figures as a table in Markdown."""
+    parts = report["parts"]
+
+    def shown(name: str, cells: Any) -> str:
+        return f"| {name} | {' | '.join(cells)} |"
+
+    def both(key: str, form: str) -> list[str]:
+        return [f"{p['pipeline'][key]:{form}}, {p['qadeploy'][key]:{form}}" for p in parts.values()]
+
+    lines = [
+        shown("questions", (f"{name}, {p['questions']:,}" for name, p in parts.items())),
+        "|---|" + "---|" * len(parts),
+    ]
+    for name in CLASSES:
+        label = "the same answer" if name == "equal" else f"another answer: {name}"
+        lines.append(
+            shown(label, (f"{p['classes'][name]} ({p['classes'][name] / p['questions']:.1%})" for p in parts.values()))
+        )
+    for key, label in (("one_window", "one window"), ("several_windows", "several windows")):
+        cells = [f"{p[key]['equal']} of {p[key]['questions']}" for p in parts.values()]
+        lines.append(shown(f"the same answer, contexts of {label}", cells))
+    lines += [
+        shown("EM: pipeline, qadeploy", both("exact_match", ".1f")),
+        shown("F1: pipeline, qadeploy", both("f1", ".1f")),
+        shown(
+            "F1 gained (95 % interval)",
+            (
+                f"{p['f1_gain']['mean']:+.1f} ({p['f1_gain']['interval'][0]:+.1f} to {p['f1_gain']['interval'][1]:+.1f})"
+                for p in parts.values()
+            ),
+        ),
+        shown("scores above 1: pipeline, qadeploy", both("scores_above_1", "d")),
+        shown("highest score: pipeline, qadeploy", both("highest_score", ".2f")),
+        shown("calibration error: pipeline, qadeploy", both("calibration_error", ".3f")),
+    ]
+    environment = report["environment"]
+    packages = environment["packages"]
+    lines += [
+        "",
+        f"{report['bundle']['name']} ({report['bundle']['precision']}) on {report['data']}, both with the pipeline's default options; "
+        f"{environment['cpu']['model']}, {environment['threads']} threads, transformers {packages['transformers']}, torch {packages['torch']}, "
+        f"ONNX Runtime {packages['onnxruntime'] or packages['onnxruntime-gpu']}, commit {environment['commit']}.",
+    ]
+    return lines
+
+
+def written(docs: str, report: Json) -> str:
+    """The text of docs/migrating.md with the table of this report in its place."""
+    before, _, rest = docs.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join([before + BEGIN, *table(report), END + after])
+
+
+@click.command(help=__doc__)
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--data", default="handbook", show_default=True)
+@click.option("--questions", default=1000, show_default=True, type=click.IntRange(min=1))
+@click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1))
+def main(bundle: Path | None, checkpoint: Path | None, data: str, questions: int, threads: int) -> None:
+    """Compares, prints the table, and writes the JSON and the docs."""
+    if bundle is not None:
+        if checkpoint is None:
+            raise click.UsageError("give the checkpoint that the bundle was exported from too")
+        report = run(bundle, checkpoint, data, questions, threads)
+        write_json(RESULTS, report)
+        for row in report["differences"]:
+            if row["class"] == "other":
+                click.echo(f"other: {json.dumps(row, ensure_ascii=False)}")
+        click.echo(str(Counter(row["class"] for row in report["differences"])))
+    report = json.loads(RESULTS.read_text(encoding="utf-8"))
+    DOCS.write_text(written(DOCS.read_text(encoding="utf-8"), report), encoding="utf-8")
+    click.echo("\n".join(table(report)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QadeployError as error:
+        raise SystemExit(f"Error: {error}") from error
