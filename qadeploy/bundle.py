@@ -157,6 +157,23 @@ def writing_bundle(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
+    """The bundle with other values in its manifest, replaced whole; its files stay what they are. Returns it, verified.
+
+    Raises BundleError where a file is not the manifest's any more, and then the bundle stays as it was.
+    """
+    kept = {name: value for name, value in bundle.manifest.items() if name not in {"schema", "files"}}
+    out = bundle.folder.resolve()  # a link to the bundle goes on pointing to it
+    with writing_bundle(out) as work:
+        for name in bundle.manifest["files"]:
+            (work / name).write_bytes(bundle.read(name))
+            shutil.copymode(bundle.folder / name, work / name)
+        seal(work, {**kept, **changes})
+        shutil.copymode(bundle.folder / MANIFEST, work / MANIFEST)
+        shutil.copymode(bundle.folder, work)
+    return open_bundle(bundle.folder)
+
+
 def check_place(out: Path) -> None:
     """Raises InputError where a bundle cannot be written to ``out``: it exists and is no bundle."""
     if not out.name:

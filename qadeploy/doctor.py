@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import CheckpointError
+from qadeploy.machine import machine
 from qadeploy.runtime.session import onnxruntime, usable_cpus
 from qadeploy.shipped import base_model_path
 
@@ -20,7 +21,6 @@ _PACKAGES = {
     "train": ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "datasets", "accelerate", "pyarrow"),
     "peers": ("openvino", "nncf"),
 }
-_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
 
 def diagnose() -> dict[str, Any]:
@@ -30,7 +30,7 @@ def diagnose() -> dict[str, Any]:
         "qadeploy": _version("qadeploy"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "cpu": {"model": _cpu_model(), "usable": usable_cpus(), "features": _cpu_features()},
+        "cpu": {"model": machine().cpu, "usable": usable_cpus(), "features": list(machine().instruction_sets)},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "packages": packages,
         "nvidia_driver": _driver(),
@@ -102,23 +102,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def _cpuinfo() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-
-
-def _cpu_model() -> str:
-    names = [line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cpu_features() -> list[str]:
-    found = set(_cpuinfo().split())
-    return [flag for flag in _FLAGS if flag in found]
 
 
 def _driver() -> str | None:

@@ -14,6 +14,8 @@ QadeployError
     ├── GateError             an exported model lost more than it may
     ├── LogitsError           a model returned NaN or infinite logits
     └── MissingExtraError     an optional package is not installed
+
+MachineWarning                session settings were measured on another kind of machine (a UserWarning)
 """
 
 from __future__ import annotations
@@ -101,3 +103,7 @@ class MissingExtraError(FailureError):
         self.package = package
         self.fix = f"pip install 'qadeploy[{extra}]'"
         super().__init__(f"{purpose} needs the package {package}, which is not installed: {self.fix}")
+
+
+class MachineWarning(UserWarning):
+    """A bundle's session settings were measured on a machine with other instruction sets: it answers, perhaps slower."""

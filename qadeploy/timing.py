@@ -5,8 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+
+_Row = TypeVar("_Row")
+WORTH = 1.02  # a smaller gain is not worth a change
+_AWRY = 1 / 9  # the share of rounds that may go the other way
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,18 @@ class Timing:
     most: float
     speedup: float
     speedup_range: tuple[float, float]
+
+    def clearly_faster(self, first: Timing) -> bool:
+        """True where this variant beat ``first``, of the same rounds, beyond what chance brings.
+
+        In the median by 2 % at least, and in 8 rounds of 9: two variants of like speed come out so in 1 of 51 cases
+        (sign test). With fewer than 9 rounds, in all of them.
+        """
+        return _beats(first.seconds, self.seconds)
+
+    def clearly_slower(self, first: Timing) -> bool:
+        """True where ``first`` beat this variant in the same way."""
+        return _beats(self.seconds, first.seconds)
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Timing]:
@@ -57,3 +74,14 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
     for number in range(rounds):
         turn = number % max(1, len(names))
         yield [*names[turn:], *names[:turn]]
+
+
+def spread(rows: Sequence[_Row], count: int) -> list[_Row]:
+    """At most ``count`` rows at even distances."""
+    step = max(1.0, len(rows) / count)
+    return [rows[int(i * step)] for i in range(min(count, len(rows)))]
+
+
+def _beats(slow: Sequence[float], fast: Sequence[float]) -> bool:
+    ratio = np.asarray(slow) / np.asarray(fast)
+    return bool(np.median(ratio) >= WORTH and (ratio <= 1).sum() <= int(_AWRY * len(ratio)))

@@ -15,11 +15,12 @@ from transformers import XLNetConfig, XLNetForQuestionAnsweringSimple
 from benchmarks.architectures import DOCS, RESULTS, run_architecture, table, written
 from qadeploy.build.checkpoint import Checkpoint, TorchModel, encoder_config, load_checkpoint
 from qadeploy.build.export import _export_graph
-from qadeploy.build.parity import FP32_TOLERANCE, measure_parity, require_parity
+from qadeploy.build.parity import measure_parity, require_parity
 from qadeploy.data.readers import read
 from qadeploy.qa.windows import pad_batch
 from qadeploy.records import Window
 from qadeploy.runtime.session import OnnxModel
+from qadeploy.tuning import FP32_TOLERANCE
 from tests.conftest import triplets, write_jsonl
 from tests.models_for_tests import ARCHITECTURES, BY_NAME, LONGEST, Architecture
 from tests.tokenizers_for_tests import family

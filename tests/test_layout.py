@@ -28,6 +28,8 @@ def test_what_is_stored_is_read():
         ({"config": ["a"]}, "config .* an object"),
         ({"config": {"session.x": 1}}, "texts by name"),
         ({"layout": "wide"}, "layout .* an object"),
+        ({"layout": {"one": "wide", "threads": 0}}, "layout.threads .* 0, a positive whole number"),
+        ({"layout": {"one": "wide", "threads": True}}, "layout.threads .* a positive whole number"),
         ({"layout": {"one": "broad"}}, "layout.one .* 'broad', wide or narrow"),
     ],
 )
@@ -51,3 +53,9 @@ def test_full_rounds_run_narrow_and_few_left_over_wide(threads, narrow):
 @pytest.mark.parametrize(("one", "narrow"), [("wide", [0, 0, 0]), ("narrow", [1, 2, 3])])
 def test_a_stored_layout_overrules(one, narrow):
     assert [SessionSettings(one=one).narrow_windows(n, 2) for n in (1, 2, 3)] == narrow
+
+
+def test_a_layout_holds_with_the_threads_that_it_was_measured_with():
+    settings = SessionSettings.from_manifest({"layout": {"one": "narrow", "threads": 2}})
+    assert settings.narrow_windows(1, 2) == 1
+    assert settings.narrow_windows(1, 4) == SessionSettings().narrow_windows(1, 4) == 0

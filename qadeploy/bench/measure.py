@@ -19,14 +19,14 @@ from qadeploy.bench.peers import PEERS
 from qadeploy.bench.peers.setup import Setup
 from qadeploy.bench.split import Split, measure_split
 from qadeploy.bench.variant import Asker, Variant
-from qadeploy.bench.workload import Workload, calibration, spread, windows_of
+from qadeploy.bench.workload import Workload, calibration, windows_of
 from qadeploy.bundle import Bundle
 from qadeploy.doctor import diagnose
 from qadeploy.errors import FailureError, MissingExtraError
 from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.records import Answer, Example
 from qadeploy.runtime.session import usable_cpus
-from qadeploy.timing import turns
+from qadeploy.timing import spread, turns
 
 if TYPE_CHECKING:
     from qadeploy.build.operations import Operations

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from qadeploy.errors import InputError
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.windows import Encoder
 from qadeploy.records import Example, Window
-
-_Row = TypeVar("_Row")
+from qadeploy.timing import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +30,6 @@ def draw(source: str, examples: Sequence[Example], questions: int) -> Workload:
     if questions < 1:
         raise InputError(f"questions {questions} is below 1")
     return Workload(source, tuple(spread(examples, questions)))
-
-
-def spread(rows: Sequence[_Row], count: int) -> list[_Row]:
-    """At most ``count`` rows at even distances."""
-    step = max(1.0, len(rows) / count)
-    return [rows[int(i * step)] for i in range(min(count, len(rows)))]
 
 
 def calibration(known: Sequence[Example], workload: Workload, count: int) -> tuple[Example, ...]:

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qadeploy.build.card import bundle_card
 from qadeploy.build.parity import measure_parity, require_parity
 from qadeploy.build.provenance import versions_of
-from qadeploy.build.report import Reference, choose_session, make_answerer, measure
+from qadeploy.build.report import Reference, make_answerer, measure
 from qadeploy.bundle import CARD, MODEL, TOKENIZER, seal
 from qadeploy.files import hash_file
-from qadeploy.runtime.session import OnnxModel
+from qadeploy.machine import machine
+from qadeploy.runtime.session import OnnxModel, onnxruntime
+from qadeploy.tuning import FP32_TOLERANCE, Tuning, tune
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+
+
+_TUNING_SECONDS = 20.0
+
+
+def tune_model(
+    reference: Reference,
+    model: bytes,
+    stored: Mapping[str, Any] | None = None,
+    *,
+    target: str = "latency",
+    tolerance: float | None = None,
+) -> Tuning:
+    """The session settings that are best for a model on this machine, by the questions that choose; see ``tune``."""
+    return tune(
+        lambda session: make_answerer(reference, model, session),
+        [(e.question, e.context) for e in reference.choosing],
+        stored,
+        target="throughput" if target == "throughput" else "latency",
+        tolerance=tolerance,
+        seconds=_TUNING_SECONDS,
+    )
 
 
 def finish_bundle(
@@ -25,17 +50,19 @@ def finish_bundle(
     precision: str,
     made: dict[str, Any],
     exact: bool,
-    session: dict[str, Any] | None = None,
+    tuning: Tuning | None = None,
 ) -> dict[str, Any]:
     """Measures the model in ``work``, adds tokenizer, card and manifest; returns the manifest's content.
 
-    ``session`` are the session settings, chosen here where they are None. ``exact`` holds the logits to PyTorch's within the fp32 tolerance, else raises GateError.
+    ``tuning`` are the session settings found for it, measured here where they are None. ``exact`` holds the logits to
+    PyTorch's within the fp32 tolerance, else raises GateError.
     """
     checkpoint = reference.checkpoint
     model = (work / MODEL).read_bytes()
     pad = checkpoint.encoder.config.pad_token_id
-    if session is None:
-        session = choose_session(reference, model)
+    if tuning is None:
+        tuning = tune_model(reference, model, tolerance=FP32_TOLERANCE if exact else None)
+    session = tuning.session
     onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=pad, options=session)
     parity = measure_parity(checkpoint, onnx, reference.examples)
     if exact:
@@ -58,6 +85,8 @@ def finish_bundle(
         "encoder": checkpoint.encoder.config.to_dict(),
         "settings": checkpoint.settings.to_dict(),
         "session": session,
+        "machine": machine().to_dict(threads=tuning.threads, onnxruntime=onnxruntime().__version__),
+        "tuning": tuning.to_dict(),
         "inputs": list(onnx.inputs),
         "outputs": ["start_logits", "end_logits"],
         "parity": parity.to_dict(),

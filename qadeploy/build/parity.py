@@ -12,8 +12,8 @@ from qadeploy.build.checkpoint import Checkpoint, TorchModel
 from qadeploy.errors import GateError
 from qadeploy.records import Example, Window
 from qadeploy.runtime.session import OnnxModel
+from qadeploy.tuning import FP32_TOLERANCE
 
-FP32_TOLERANCE = 1e-4
 _WINDOWS = 24
 _BATCH = 8
 _SHORT = (96, 32)  # max_seq_len and doc_stride that force several windows a context

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qadeploy.build.manifest import finish_bundle
+from qadeploy.build.leaderboard import leaderboard, leaderboard_lines
+from qadeploy.build.manifest import finish_bundle, tune_model
 from qadeploy.build.parity import parity_windows
 from qadeploy.build.recipes import RECIPES, Material
-from qadeploy.build.report import SESSIONS, Reference, make_answerer
-from qadeploy.build.search import Candidate, Say, Search, rank
+from qadeploy.build.report import Reference, make_answerer
+from qadeploy.build.search import Candidate, Say, Search, Step, rank
 from qadeploy.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.errors import GateError, InputError
 from qadeploy.evaluate import evaluate
@@ -27,13 +29,14 @@ def quantize(
     budget: float | None = None,
     cache: Path | None = None,
     say: Say = lambda _: None,
+    on_step: Callable[[Step], object] = lambda _: None,
 ) -> Bundle:
     """Writes the int8 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
-    Every recipe (or the one named) is measured: F1 on the dev part, speed on this machine. Of those that lose at
-    most ``max_f1_drop`` points there, the best for ``target`` is judged on the held-out questions; where they refuse
-    it, the next one is. The manifest holds the leaderboard. ``budget`` is in seconds, and does
-    not end the search before a recipe passes. Raises InputError on an unknown
+    Every recipe (or the one named) is measured: F1 on the judging questions (see ``judging``), speed on this machine. Of those
+    that lose at most ``max_f1_drop`` points there, the best for ``target`` gets its session settings and is judged on the
+    held-out questions; where they refuse it, the next one is. The manifest holds the leaderboard. ``budget`` is in
+    seconds, and does not end the search before a recipe passes. ``say`` gets lines, ``on_step`` where it stands. Raises InputError on an unknown
     recipe or target, GateError where every candidate loses more than ``max_f1_drop`` against PyTorch, and then ``out``
     is left as it was.
     """
@@ -45,20 +48,28 @@ def quantize(
         checkpoint.encoder.config.pad_token_id,
         parity_windows(checkpoint, reference.choosing),
     )
-    search = Search(reference, model, material, target, cache, say)
+    search = Search(reference, model, material, target, cache, budget, say, on_step)
     known = [find_recipe(recipe)] if recipe else list(RECIPES.values())
-    candidates = search.run(known, budget, max_f1_drop)
+    candidates = search.run(known, max_f1_drop)
+    waiting, duel = search.settle(rank(candidates, target, max_f1_drop))
     judged: dict[str, float] = {}
-    waiting = rank(candidates, target, max_f1_drop)
+
+    def board(chosen: str | None = None) -> list[dict[str, Any]]:
+        names = [each.name for each in known]
+        return leaderboard(candidates, names, judged, max_f1_drop=max_f1_drop, chosen=chosen)
+
     while waiting or len(candidates) < len(known):
         if not waiting:  # the held-out questions refused what the budget allowed to try: go on
-            candidates += search.run(known[len(candidates) : len(candidates) + 1], None, max_f1_drop)
+            done = len(candidates)
+            candidates += search.run(known[done : done + 1], max_f1_drop, done)
             waiting = rank(candidates[-1:], target, max_f1_drop)
             continue
         candidate = waiting.pop(0)
         made = RECIPES[candidate.recipe].make(material)
-        session = SESSIONS[candidate.session]
-        answerer = make_answerer(reference, made.model, session)
+        search.step(f"{candidate.recipe}: measuring session settings")
+        tuning = tune_model(reference, made.model, candidate.session, target=target)
+        search.step(f"{candidate.recipe}: answering the held-out questions")
+        answerer = make_answerer(reference, made.model, tuning.session)
         lost = reference.scores.f1 - evaluate(answerer, reference.examples).scores.f1
         judged[candidate.recipe] = lost
         if not lost <= max_f1_drop:
@@ -75,12 +86,14 @@ def quantize(
                 "target": target,
                 "float_nodes": list(made.float_nodes),
                 "max_f1_drop": max_f1_drop,
-                "leaderboard": _leaderboard(candidates, judged),
+                "judged_on": search.judges.to_dict(),
+                "leaderboard": board(candidate.recipe),
+                "duel": duel and asdict(duel),
             }
-            finish_bundle(
-                reference, work, out.name, precision="int8", made=manifest, exact=False, session=dict(session)
-            )
+            finish_bundle(reference, work, out.name, precision="int8", made=manifest, exact=False, tuning=tuning)
         return open_bundle(out)
+    for text in leaderboard_lines(board(), search.judges.to_dict()):
+        say(text)
     raise GateError(
         f"{out}: every recipe loses more than {max_f1_drop} points of F1, judged on {reference.questions}, so none was "
         f"written ({_losses(candidates, judged)}). Allow more with --max-f1-drop, or judge on more questions with --eval-data"
@@ -94,17 +107,9 @@ def find_recipe(name: str) -> Any:
     return RECIPES[name]
 
 
-def _leaderboard(candidates: Sequence[Candidate], judged: dict[str, float]) -> list[dict[str, Any]]:
-    rows = []
-    for candidate in candidates:
-        held_out = {"f1_lost_held_out": judged[candidate.recipe]} if candidate.recipe in judged else {}
-        rows.append({**candidate.to_dict(), **held_out})
-    return rows
-
-
 def _losses(candidates: Sequence[Candidate], judged: dict[str, float]) -> str:
     return "; ".join(
-        f"{c.recipe}: {c.failed or f'{c.f1_lost:.2f} on the dev part'}"
+        f"{c.recipe}: {c.failed or f'{c.f1_lost:.2f} on the judging questions'}"
         + (f", {judged[c.recipe]:.2f} held out" if c.recipe in judged else "")
         for c in candidates
     )

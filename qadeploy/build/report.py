@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,8 @@ from qadeploy.qa.metrics import Scores, bootstrap_interval
 from qadeploy.records import Example
 from qadeploy.runtime.answerer import Answerer
 from qadeploy.runtime.session import OnnxModel
-from qadeploy.timing import interleave
+from qadeploy.timing import interleave, spread
 
-SESSIONS: tuple[dict[str, Any], ...] = ({}, {"disabled_optimizers": ["SkipLayerNormFusion"]})
 _TIMED_QUESTIONS = 16
 _ROUNDS = 5
 
@@ -52,24 +51,16 @@ def make_reference(run: Run, source: str, examples: Sequence[Example]) -> Refere
     """Loads the run's checkpoint and scores it on the held-out examples."""
     checkpoint = load_checkpoint(run.checkpoint)
     answerer = torch_answerer(checkpoint)
-    step = max(1, len(examples) // _TIMED_QUESTIONS)
-    timed = tuple((e.question, e.context) for e in examples[::step][:_TIMED_QUESTIONS])
+    timed = tuple((e.question, e.context) for e in spread(examples, _TIMED_QUESTIONS))
     scores = evaluate(answerer, examples).scores
     return Reference(run, checkpoint, source, tuple(examples), dev_part(run), answerer, scores, timed)
 
 
-def make_answerer(reference: Reference, model: bytes, session: dict[str, Any]) -> Answerer:
+def make_answerer(reference: Reference, model: bytes, session: Mapping[str, Any]) -> Answerer:
     """An answerer for a model that is not in a bundle yet, on the CPU."""
     pad = reference.checkpoint.encoder.config.pad_token_id
     onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=pad, options=session)
     return Answerer(reference.checkpoint.encoder, reference.checkpoint.settings, onnx)
-
-
-def choose_session(reference: Reference, model: bytes) -> dict[str, Any]:
-    """The faster of the known session settings for this model on this machine."""
-    variants = {str(i): _asker(make_answerer(reference, model, s), reference) for i, s in enumerate(SESSIONS)}
-    timings = interleave(variants, 3)
-    return SESSIONS[int(min(timings, key=lambda name: timings[name].median))]
 
 
 def measure(reference: Reference, answerer: Answerer) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The search over recipes: every candidate's F1 on the dev part and speed on this machine, and the best of them.
+"""The search over recipes: what every candidate costs in F1 and gains in speed on this machine, and the best of them.
 
 What was measured is kept by content hash, so that a search that was cut off goes on and a second one is over at once.
 Models are not kept: the chosen one is made again, from the same bytes to the same bytes.
@@ -10,144 +10,247 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from qadeploy.build import graph, products, protect, quantizers, recipes, sensitivity
-from qadeploy.build.recipes import Material, Recipe
-from qadeploy.build.report import SESSIONS, Reference, make_answerer
+import numpy as np
+
+from qadeploy.build import graph, judging, products, protect, quantizers, recipes, sensitivity
+from qadeploy.build.judging import Judges, find_judges
+from qadeploy.build.recipes import RECIPES, Material, Recipe
+from qadeploy.build.report import Reference, make_answerer
 from qadeploy.data.readers import hash_examples
-from qadeploy.doctor import diagnose
 from qadeploy.errors import InputError
-from qadeploy.evaluate import evaluate
 from qadeploy.files import write_json
+from qadeploy.machine import machine
 from qadeploy.runtime.answerer import Answerer
-from qadeploy.timing import interleave
+from qadeploy.runtime.session import onnxruntime, usable_cpus
+from qadeploy.timing import interleave, spread
+from qadeploy.tuning import ROUNDS, SESSIONS
 
 TARGETS = ("latency", "throughput", "size")
-_ROUNDS = 3
-_TIMED = 10
+_ROUNDS = 5
+_TIMED = 12
+_DUEL_TIMED = 16
+_JUDGING = 1 / 3  # the share of the budget that may go into answering the judging questions
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A recipe's model as measured: percent of F1 lost on the dev part, speed as times the fp32 model's.
+class Step:
+    """Where a search stands: recipes ``done`` of ``of``, what is being done, seconds of the budget left (None: endless)."""
 
-    ``latency`` is one question at a time, ``throughput`` many at once, both with the better of the known session
-    settings for it, ``session`` the settings that are better for the target. ``failed`` says why there is no model.
+    done: int
+    of: int
+    doing: str
+    left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A recipe's model as measured: points of F1 lost on the judging questions, speed as times the fp32 model's.
+
+    ``f1_lost`` is the mean by the judges' weights, ``f1_change_interval`` that of the change (gains above 0), 95 %.
+    ``latency`` is one question at a time, ``throughput`` many at once, with the least and the most of its rounds, both with the
+    better of the known session settings for it; ``session`` the settings that are better for the target. ``failed`` says why there
+    is no model.
     """
 
     recipe: str
     f1_lost: float = 0.0
+    f1_change_interval: tuple[float, float] = (0.0, 0.0)
+    f1_change_dev: float = 0.0
+    f1_change_training: float | None = None
     latency: float = 0.0
+    latency_range: tuple[float, float] = (0.0, 0.0)
     throughput: float = 0.0
+    throughput_range: tuple[float, float] = (0.0, 0.0)
     size: int = 0
-    session: int = 0
+    session: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     failed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The candidate as plain JSON values, its session settings spelled out."""
-        return {**asdict(self), "session": SESSIONS[self.session]}
+        """The candidate as plain JSON values."""
+        return asdict(self)
+
+    def speed_range(self, target: str) -> tuple[float, float]:
+        """The least and the most of the speed that the target goes by."""
+        return self.throughput_range if target == "throughput" else self.latency_range
+
+
+class _Speed(NamedTuple):
+    median: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """The two best timed against each other once more: how often ``second``'s time goes into ``first``'s, with its range."""
+
+    first: str
+    second: str
+    ratio: float
+    ratio_range: tuple[float, float]
+    chosen: str
+    why: str
 
 
 @dataclass
 class Search:
-    """A search over recipes for one model: ``source`` is its fp32 model, ``cache`` where measurements are kept."""
+    """A search over recipes for one model: ``source`` is its fp32 model.
+
+    ``cache`` is where measurements are kept, ``budget`` the seconds that all may take, about.
+    """
 
     reference: Reference
     source: bytes
     material: Material
     target: str
     cache: Path | None
-    say: Say
+    budget: float | None = None
+    say: Say = lambda _: None
+    on_step: Callable[[Step], object] = lambda _: None
+    _started: float = field(default_factory=time.monotonic, init=False)
+    _at: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise InputError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
 
-    def run(self, chosen: Sequence[Recipe], budget: float | None, max_f1_drop: float) -> list[Candidate]:
-        """Measures the recipes in turn until ``budget`` seconds are over and one loses at most ``max_f1_drop``."""
-        started = time.monotonic()
+    def run(self, chosen: Sequence[Recipe], max_f1_drop: float, done: int = 0) -> list[Candidate]:
+        """Measures the recipes in turn until the budget is used up and one loses at most ``max_f1_drop``.
+
+        ``done`` recipes were measured before these.
+        """
         found: list[Candidate] = []
-        for recipe in chosen:
-            over = budget is not None and time.monotonic() - started > budget
-            if over and rank(found, self.target, max_f1_drop):
-                self.say(f"  the budget of {budget:.0f} s is used up: {recipe.name} and what follows was not tried")
+        of = done + len(chosen)
+        for number, recipe in enumerate(chosen, done + 1):
+            if self._left() == 0 and rank(found, self.target, max_f1_drop):
+                self.say(
+                    f"  the budget of {self.budget:.0f} s is used up: {recipe.name} and what follows was not tried"
+                )
                 break
+            self._at = (number - 1, of)
             candidate = self._kept(recipe) or self._measure(recipe)
             found.append(candidate)
-            self.say(f"  {line(candidate)}")
+            self._at = (number, of)
+            self.say(f"  {number}/{of} {line(candidate)}")
         return found
 
+    def _left(self) -> float | None:
+        return None if self.budget is None else max(0.0, self.budget - (time.monotonic() - self._started))
+
+    def step(self, doing: str) -> None:
+        """Says what is being done now."""
+        self.on_step(Step(*self._at, doing, self._left()))
+
+    @cached_property
+    def judges(self) -> Judges:
+        """The questions that candidates are judged on, answered by the float model."""
+        self.step("answering with the fp32 model")
+        share = None if self.budget is None else self.budget * _JUDGING / (len(RECIPES) + 1)
+        return find_judges(self.reference, self._floats[0], share)
+
     def _measure(self, recipe: Recipe) -> Candidate:
+        judges = self.judges
         started = time.monotonic()
         try:
+            self.step(f"{recipe.name}: making the model")
             made = recipe.make(self.material)
             answerers = [make_answerer(self.reference, made.model, session) for session in SESSIONS]
-            lost = self._f1 - evaluate(answerers[0], self.reference.choosing).scores.f1
+            self.step(f"{recipe.name}: answering {len(judges.examples)} questions")
+            change = judges.change(answerers[0])
         except Exception as error:  # the quantizers raise anything on a graph that they do not know, and others may run
             candidate = Candidate(recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
         else:
-            latency, throughput = self._speeds(answerers, one=True), self._speeds(answerers, one=False)
+            self.step(f"{recipe.name}: timing one question at a time")
+            latency = self._speeds(answerers, one=True)
+            self.step(f"{recipe.name}: timing many at once")
+            throughput = self._speeds(answerers, one=False)
             deciding = throughput if self.target == "throughput" else latency
+            single, many = max(latency), max(throughput)
             candidate = Candidate(
                 recipe.name,
-                lost,
-                max(latency),
-                max(throughput),
+                -change.f1,
+                change.interval,
+                change.dev,
+                change.training,
+                single.median,
+                (single.least, single.most),
+                many.median,
+                (many.least, many.most),
                 len(made.model),
-                deciding.index(max(deciding)),
+                SESSIONS[deciding.index(max(deciding))],
                 round(time.monotonic() - started, 1),
             )
         self._keep(recipe, candidate)
         return candidate
 
     @cached_property
-    def _f1(self) -> float:
-        """F1 of the PyTorch model on the dev part, percent."""
-        return evaluate(self.reference.answerer, self.reference.choosing).scores.f1
+    def _floats(self) -> list[Answerer]:
+        """The fp32 model with each of the known session settings."""
+        return [make_answerer(self.reference, self.source, session) for session in SESSIONS]
 
-    @cached_property
-    def _float(self) -> Answerer:
-        return make_answerer(self.reference, self.source, {})
+    def _timed(self, count: int) -> list[tuple[str, str]]:
+        return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
 
-    @cached_property
-    def _timed(self) -> list[tuple[str, str]]:
-        asked = self.reference.choosing
-        return [(e.question, e.context) for e in asked[:: max(1, len(asked) // _TIMED)][:_TIMED]]
-
-    def _speeds(self, answerers: Sequence[Answerer], *, one: bool) -> list[float]:
-        """Times the fp32 model's speed, of each answerer: medians of interleaved rounds on dev questions."""
-
-        def ask(answerer: Answerer) -> object:
-            if one:
-                return [answerer.answer(question, context) for question, context in self._timed]
-            return answerer.answer_batch(self._timed)
-
-        variants = {"float": lambda: ask(self._float)}
-        variants |= {str(i): lambda a=a: ask(a) for i, a in enumerate(answerers)}  # type: ignore[misc]
+    def _speeds(self, answerers: Sequence[Answerer], *, one: bool) -> list[_Speed]:
+        """Each answerer's speed as times the fp32 model's with its better settings: interleaved rounds on dev questions."""
+        pairs = self._timed(_TIMED)
+        variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(self._floats)}
+        variants |= {str(i): _asking(answerer, pairs, one) for i, answerer in enumerate(answerers)}
         timings = interleave(variants, _ROUNDS)
-        return [timings[str(i)].speedup for i in range(len(answerers))]
+        floats = np.min([timings[f"float {i}"].seconds for i in range(len(self._floats))], axis=0)
+        ratios = [floats / np.asarray(timings[str(i)].seconds) for i in range(len(answerers))]
+        return [_Speed(float(np.median(r)), float(r.min()), float(r.max())) for r in ratios]
+
+    def settle(self, ranked: Sequence[Candidate]) -> tuple[list[Candidate], Duel | None]:
+        """The ranked candidates, the first two in the order that timing them against each other gives.
+
+        Only where their ranges overlap. Where neither is clearly faster, the one that loses less F1 comes first.
+        """
+        if self.target == "size" or len(ranked) < 2:
+            return list(ranked), None
+        first, second = ranked[:2]
+        if first.speed_range(self.target)[0] > second.speed_range(self.target)[1]:
+            return list(ranked), None
+        self.step(f"timing {first.recipe} against {second.recipe}")
+        pairs, one = self._timed(_DUEL_TIMED), self.target != "throughput"
+        variants = {}
+        for candidate in (first, second):
+            model = RECIPES[candidate.recipe].make(self.material).model
+            answerer = make_answerer(self.reference, model, candidate.session)
+            variants[candidate.recipe] = _asking(answerer, pairs, one)
+        timings = interleave(variants, ROUNDS)
+        a, b = timings[first.recipe], timings[second.recipe]
+        if b.clearly_faster(a) or b.clearly_slower(a):
+            chosen, why = (second if b.clearly_faster(a) else first), "faster"
+        else:
+            chosen, why = min((first, second), key=lambda c: c.f1_lost), "as fast and loses less F1"
+        duel = Duel(first.recipe, second.recipe, b.speedup, b.speedup_range, chosen.recipe, why)
+        self.say(f"  {duel_line(duel)}")
+        return [chosen, second if chosen is first else first, *ranked[2:]], duel
 
     # ------------------------------------------------------------ what is kept
 
     @cached_property
     def _ground(self) -> str:
         """Everything but the recipe that decides on a measurement: model, settings, questions, target, machine, code."""
-        machine = diagnose()
         parts = (
             hashlib.sha256(self.source).hexdigest(),
             self.reference.checkpoint.settings.to_dict(),
+            hash_examples(self.judges.examples),
+            self.judges.dev,
             hash_examples(self.reference.choosing),
             self.target,
-            machine["cpu"],
-            machine["packages"]["onnxruntime"] or machine["packages"]["onnxruntime-gpu"],
-            [inspect.getsource(m) for m in (graph, products, protect, quantizers, recipes, sensitivity)],
+            machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
+            [_ROUNDS, _TIMED, SESSIONS],
+            [inspect.getsource(m) for m in (graph, judging, products, protect, quantizers, recipes, sensitivity)],
         )
         return json.dumps(parts, sort_keys=True)
 
@@ -159,8 +262,10 @@ class Search:
     def _kept(self, recipe: Recipe) -> Candidate | None:
         path = self._path(recipe)
         try:
-            return Candidate(**json.loads(path.read_text(encoding="utf-8"))) if path else None
-        except (OSError, ValueError, TypeError):
+            kept = json.loads(path.read_text(encoding="utf-8")) if path else None
+            pairs = ("f1_change_interval", "latency_range", "throughput_range")
+            return kept and Candidate(**{**kept, **{name: tuple(kept[name]) for name in pairs}})
+        except (OSError, ValueError, TypeError, KeyError):
             return None
 
     def _keep(self, recipe: Recipe, candidate: Candidate) -> None:
@@ -190,3 +295,18 @@ def line(candidate: Candidate) -> str:
         f"{candidate.recipe:<22} {candidate.size / 1e6:>6.1f} MB  F1 {-candidate.f1_lost:+6.2f}  "
         f"one at a time x{candidate.latency:.2f}  many x{candidate.throughput:.2f}"
     )
+
+
+def duel_line(duel: Duel) -> str:
+    """What timing the best two against each other said."""
+    low, high = duel.ratio_range
+    return (
+        f"{duel.second} against {duel.first}: x{duel.ratio:.2f} ({low:.2f} to {high:.2f}), {ROUNDS} rounds in turns: "
+        f"{duel.chosen} is {duel.why}"
+    )
+
+
+def _asking(answerer: Answerer, pairs: Sequence[tuple[str, str]], one: bool) -> Callable[[], object]:
+    if one:
+        return lambda: [answerer.answer(question, context) for question, context in pairs]
+    return lambda: answerer.answer_batch(pairs)

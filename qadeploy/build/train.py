@@ -61,6 +61,7 @@ from qadeploy.data.splits import carve_by_passage
 from qadeploy.data.table import one_line
 from qadeploy.errors import FailureError, InputError
 from qadeploy.files import write_json
+from qadeploy.machine import machine
 from qadeploy.predictions import DEFAULT_N_BEST, write_predictions
 from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.qa.settings import QaSettings
@@ -331,11 +332,7 @@ def resolve_precision(wanted: str) -> str:
         return wanted
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return "fp32"
-    return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
+    return "bf16" if machine().has_bf16 else "fp32"
 
 
 def _dropout(attention: float) -> dict[str, float]:

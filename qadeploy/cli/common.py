@@ -10,7 +10,9 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +20,7 @@ import click
 
 from qadeploy import __version__
 from qadeploy.config import read_config, unknown_hint
-from qadeploy.errors import InputError, MissingExtraError, QadeployError
+from qadeploy.errors import InputError, MachineWarning, MissingExtraError, QadeployError
 
 _READING = {"on_ambiguous": "error", "columns": None, "no_answer_token": None}
 _TRAIN_PACKAGES = frozenset(
@@ -67,7 +69,8 @@ class _Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         debug = ctx.params.pop("debug")
         try:
-            return super().invoke(ctx)
+            with _plain_warnings():
+                return super().invoke(ctx)
         except QadeployError as error:
             if debug:
                 traceback.print_exc()
@@ -89,6 +92,23 @@ class _Command(click.Command):
                 raise
             fail("the machine ran out of memory: lower --batch-size or --max-seq-len", 1)
         return None
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Within it our own warnings are a line each on stderr, once, whatever Python's filters say; others are as ever."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, MachineWarning):
+                note(f"Warning: {message}")
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = say  # type: ignore[assignment]
+        warnings.simplefilter("once", MachineWarning)
+        yield
 
 
 def _configure(ctx: click.Context, param: click.Parameter, value: str | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from qadeploy.cli.common import command, main, print_result, reading_options, sayer, seconds_of, take_reading
+from qadeploy.cli.progress import Progress
 from qadeploy.errors import InputError
 
 
@@ -79,6 +80,7 @@ def export(
     from qadeploy.build import optimize as optimize_step
     from qadeploy.build import quantize as quantize_step
     from qadeploy.build.cache import cache_folder
+    from qadeploy.build.leaderboard import leaderboard_lines
     from qadeploy.build.report import make_reference, table
     from qadeploy.build.runs import find_run, held_out
     from qadeploy.bundle import check_place
@@ -110,24 +112,28 @@ def export(
             raise
         except FailureError as error:
             say(f"no optimised graph: {error}")
+    closing: list[str] = []
     if quantize:
-        say(f"int8 recipes for {target}, against the fp32 model on the dev part:")
-        quantized = quantize_step.quantize(
-            reference,
-            bundles[0],
-            int8_place,
-            max_f1_drop,
-            target=target,
-            recipe=recipe,
-            budget=seconds,
-            cache=cache_folder() if cache else None,
-            say=say,
-        )
+        say(f"int8 recipes for {target}, against the fp32 model:")
+        with Progress(as_json) as progress:
+            quantized = quantize_step.quantize(
+                reference,
+                bundles[0],
+                int8_place,
+                max_f1_drop,
+                target=target,
+                recipe=recipe,
+                budget=seconds,
+                cache=cache_folder() if cache else None,
+                say=progress.say,
+                on_step=progress.step,
+            )
         bundles.append(quantized)
         made = quantized.manifest["made"]
         say(f"{int8_place}: recipe {made['recipe']}, {made['what']}")
+        closing = ["", *leaderboard_lines(made["leaderboard"], made["judged_on"])]
     rows = [(bundle.name, bundle.manifest) for bundle in bundles]
     size = 4 * bundles[0].manifest["architecture"]["parameters"]
     lines = table(reference, size, rows)
     value = {"bundles": {str(b.folder): b.manifest for b in bundles}}
-    print_result(as_json, value, ["", *lines])
+    print_result(as_json, value, [*closing, "", *lines])

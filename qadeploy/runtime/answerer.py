@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,8 @@ from typing import Protocol
 from tokenizers import Tokenizer
 
 from qadeploy.bundle import MODEL, TOKENIZER, Bundle, open_bundle
-from qadeploy.errors import BundleError, InputError, QadeployError
+from qadeploy.errors import BundleError, InputError, MachineWarning, QadeployError
+from qadeploy.machine import machine
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.spans import Decoded, Scored, decode_many, rank_answers
 from qadeploy.qa.windows import EncodedText, Encoder
@@ -114,7 +116,8 @@ class Answerer:
 
         ``device`` is auto, cpu, cuda or cuda:N; ``threads`` bounds the CPU threads (default: all);
         ``context_cache_bytes`` bounds the memory that keeps tokenised contexts for further questions
-        (default 64 MiB, 0 keeps none). Raises InputError (no such folder, options out of range), BundleError,
+        (default 64 MiB, 0 keeps none). Warns (MachineWarning) on a CPU of another kind than the bundle's session
+        settings were measured on. Raises InputError (no such folder, options out of range), BundleError,
         DeviceError, MissingExtraError.
         """
         bundle = open_bundle(path)
@@ -134,6 +137,14 @@ class Answerer:
         )
         if ("token_type_ids" in model.inputs) != bool(bundle.encoder.segments):
             raise BundleError(f"{bundle.folder}: model and encoder disagree on token_type_ids: export the bundle again")
+        difference = machine().unlike(bundle.manifest.get("machine")) if model.device == "cpu" else ""
+        if difference:
+            warnings.warn(
+                f"{bundle.folder}: this machine {difference}, unlike the one that its session settings were measured on: "
+                f"qadeploy tune {bundle.folder} measures them again",
+                MachineWarning,
+                stacklevel=2,
+            )
         return cls(encoder, bundle.settings, model, bundle, context_cache_bytes=context_cache_bytes)
 
     def stats(self) -> CacheStats:

@@ -19,16 +19,18 @@ class SessionSettings:
 
     ``disabled_optimizers``: ONNX Runtime's graph optimizers to leave out. ``config``: entries for
     ``SessionOptions.add_session_config_entry``. ``one``: how the windows of one question run, ``wide`` (one after
-    another on all threads) or ``narrow`` (side by side on one thread each); None goes by ``narrow_windows``.
+    another on all threads) or ``narrow`` (side by side on one thread each); None goes by ``narrow_windows``. With
+    ``threads`` it holds with so many threads only, those that it was measured with.
     """
 
     disabled_optimizers: tuple[str, ...] = ()
     config: Mapping[str, str] = field(default_factory=dict)
     one: str | None = None
+    threads: int | None = None
 
     @classmethod
     def from_manifest(cls, values: object) -> SessionSettings:
-        """Reads ``{"disabled_optimizers": [...], "config": {...}, "layout": {"one": ...}}``; any may be missing.
+        """Reads ``{"disabled_optimizers": [...], "config": {...}, "layout": {"one": ..., "threads": ...}}``; any may be missing.
 
         Other keys are ignored. Raises BundleError on values of a wrong kind.
         """
@@ -39,10 +41,13 @@ class SessionSettings:
         config = _mapping(stored.get("config", {}), "config")
         if not all(isinstance(text, str) for entry in config.items() for text in entry):
             raise _wrong("config", config, "texts by name")
-        one = _mapping(stored.get("layout", {}), "layout").get("one")
+        layout = _mapping(stored.get("layout", {}), "layout")
+        one, threads = layout.get("one"), layout.get("threads")
         if one not in {None, "wide", "narrow"}:
             raise _wrong("layout.one", one, "wide or narrow")
-        return cls(tuple(names), dict(config), one)
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise _wrong("layout.threads", threads, "a positive whole number")
+        return cls(tuple(names), dict(config), one, threads)
 
     def narrow_windows(self, windows: int, threads: int) -> int:
         """How many of one question's windows run side by side on one thread each; the others run wide, one by one.
@@ -51,7 +56,7 @@ class SessionSettings:
         run wide where that is sooner than one more round. With s = 1 / (1 - p + p / threads), the speedup of a
         wide run (Amdahl's law, p = ``PARALLEL_SHARE``), r windows take r / s of a narrow run's time.
         """
-        if self.one is not None:
+        if self.one is not None and self.threads in {None, threads}:
             return windows if self.one == "narrow" else 0
         rest = windows % threads
         speedup = 1 / (1 - PARALLEL_SHARE + PARALLEL_SHARE / threads)

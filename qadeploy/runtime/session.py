@@ -14,7 +14,8 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -167,6 +168,12 @@ class OnnxModel:
         self._sessions.wide = wide
         self._ones = np.ones((1, 512), dtype=np.int64)
         self._sample: Window | None = None
+
+    def with_layout(self, one: str | None) -> OnnxModel:
+        """The same sessions with another layout of one question's windows."""
+        model = copy(self)
+        model._settings = replace(self._settings, one=one, threads=None)
+        return model
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order, as soon as can be.

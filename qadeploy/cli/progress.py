@@ -1,0 +1,56 @@
+"""One line of progress that is rewritten on a terminal, between lines that stay. Elsewhere only those that stay."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from types import TracebackType
+from typing import IO, Any
+
+import click
+
+_BAR = 20
+_CLEAR = "\r\x1b[K"
+
+
+class Progress:
+    """A rewritten line on ``stream`` (default stderr) where that is a terminal; remarks on stdout, with ``--json`` on stderr.
+
+    A context manager: the line is gone when it ends.
+    """
+
+    def __init__(self, as_json: bool, stream: IO[str] | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._as_json = as_json
+        self._live = self._stream.isatty()
+        self._text = ""
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._text = ""
+        self._draw()
+
+    def say(self, message: str) -> None:
+        """A line that stays, above the one that is rewritten."""
+        text, self._text = self._text, ""
+        self._draw()
+        click.echo(message, err=self._as_json)
+        self._text = text
+        self._draw()
+
+    def step(self, step: Any) -> None:
+        """Shows where a search stands: recipes done of all, what is being done, the budget left (a ``search.Step``)."""
+        full = _BAR * step.done // max(1, step.of)
+        left = "" if step.left is None else f"  {int(step.left) // 60}:{int(step.left) % 60:02d} of the budget left"
+        self._text = f"[{'#' * full}{'-' * (_BAR - full)}] {step.done}/{step.of}{left}  {step.doing}"
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._live:
+            columns = shutil.get_terminal_size().columns
+            self._stream.write(_CLEAR + self._text[: max(0, columns - 1)])
+            self._stream.flush()

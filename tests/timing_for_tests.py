@@ -1,0 +1,49 @@
+"""A clock that goes by what models say they took, so that what is faster does not depend on what else the machine does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qadeploy.runtime.session import OnnxModel
+
+
+class Clock:
+    """Seconds that go on only when told."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        for module in ("qadeploy.timing", "qadeploy.tuning"):
+            patch.setattr(f"{module}.time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def take(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Slowed(OnnxModel):
+    """A real model whose calls take as long by the clock as ``slow`` says, and whose start logits are moved."""
+
+    def __init__(
+        self,
+        model: bytes,
+        session: Mapping[str, Any],
+        clock: Clock,
+        slow: Callable[[Any, int], float],
+        *,
+        moved: float = 0.0,
+        threads: int | None = None,
+    ) -> None:
+        super().__init__(lambda: model, device="cpu", threads=threads, options=session)
+        self.clock, self.slow, self.moved = clock, slow, moved
+
+    def run(self, windows: Any) -> Any:
+        self.clock.take(self.slow(self._settings, len(windows)))
+        return [(starts + np.float32(self.moved), ends) for starts, ends in super().run(windows)]
+
+    def start(self, windows: Any) -> Any:
+        self.clock.take(self.slow(self._settings, len(windows)))
+        return super().start(windows)
