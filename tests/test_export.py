@@ -137,7 +137,9 @@ def test_int8_is_smaller_and_keeps_attention_products_in_float(tiny, tiny_export
     assert [row["recipe"] for row in made["leaderboard"]] == list(RECIPES)
     chosen = next(row for row in made["leaderboard"] if row["recipe"] == made["recipe"])
     assert chosen["f1_lost"] <= 0.5 >= chosen["f1_lost_held_out"]
-    assert small.manifest["session"] == chosen["session"]
+    # The candidate's settings stay, except where measuring them once more found something clearly faster.
+    taken = {t["step"] for t in small.manifest["tuning"]["trials"] if t["taken"] and t["speedup"] != 1}
+    assert small.manifest["session"] == chosen["session"] or taken
 
 
 # ---------------------------------------------------------------- the gates
