@@ -30,7 +30,8 @@ from qadeploy.cli import main
 
 for args in (["--help"], ["train", "--help"], ["doctor"], ["ask", sys.argv[1], "--question", "Who keeps the lamp?",
              "--context", "Ada keeps the lamp.", "--trace"], ["answer", sys.argv[1], "--input", sys.argv[2],
-             "--output", sys.argv[3]], ["evaluate", sys.argv[1], "--data", sys.argv[2]]):
+             "--output", sys.argv[3]], ["evaluate", sys.argv[1], "--data", sys.argv[2]],
+             ["tune", sys.argv[1], "--data", sys.argv[2], "--threads", "1", "--dry-run"]):
     try:
         main(args)
     except SystemExit as end:
