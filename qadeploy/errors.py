@@ -6,7 +6,8 @@ QadeployError
 │   │   └── CallKeyError      a field or task it does not know; a KeyError too
 │   ├── DataError             a data file: names the file, row and field
 │   ├── QuestionTooLongError  the question leaves no room for the context
-│   └── StrideError           doc_stride leaves windows no way forward
+│   ├── StrideError           doc_stride leaves windows no way forward
+│   └── TooManyWindowsError   a context makes more windows than the caller takes
 └── FailureError              the input was fine, the work did not succeed (exit code 1)
     ├── BundleError           a bundle is incomplete, damaged or unsafe
     ├── CheckpointError       a run or checkpoint folder cannot be loaded
@@ -70,6 +71,10 @@ class QuestionTooLongError(InputError):
 
 class StrideError(InputError):
     """``doc_stride`` is at least the room left for context, so windows would not move forward."""
+
+
+class TooManyWindowsError(InputError):
+    """A question and its context make more windows than the caller takes."""
 
 
 class FailureError(QadeployError):

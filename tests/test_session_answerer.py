@@ -18,10 +18,18 @@ from onnx import TensorProto, helper, numpy_helper
 from qadeploy import Answer, Answerer
 from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.bundle import open_bundle
-from qadeploy.errors import BundleError, DeviceError, InputError, LogitsError, QuestionTooLongError, StrideError
+from qadeploy.errors import (
+    BundleError,
+    DeviceError,
+    InputError,
+    LogitsError,
+    QuestionTooLongError,
+    StrideError,
+    TooManyWindowsError,
+)
 from qadeploy.qa.spans import decode
 from qadeploy.records import Window
-from qadeploy.runtime.answerer import Options
+from qadeploy.runtime.answerer import Options, to_answers
 from qadeploy.runtime.session import Logits, OnnxModel
 from tests.conftest import NAMES, THINGS, sealed_copy, triplets
 
@@ -82,6 +90,19 @@ def test_every_call_form_gives_the_answers_of_pytorch(answerer, by_torch):
 def test_one_thread_answers_like_two(answerer, bundle):
     one = Answerer.load(bundle, device="cpu", threads=1)
     assert same(one.answer_batch(MIXED, top_k=2), answerer.answer_batch(MIXED, top_k=2))
+
+
+@pytest.mark.parametrize("options", [Options(top_k=3), Options(max_seq_len=40, doc_stride=8, allow_no_answer=True)])
+def test_a_reading_in_two_halves_is_the_same(answerer, options):
+    for question, context in MIXED[-3:]:
+        begun = answerer.begin(question, context, options)
+        logits = [answerer.model.run([window])[0] for window in begun.windows]
+        halves, whole = answerer.finish(begun, logits, options), answerer.read(question, context, options)
+        assert same([to_answers(halves, options)], [to_answers(whole, options)])
+        assert len(halves.windows) == len(whole.windows)
+    with pytest.raises(TooManyWindowsError, match=f"makes {len(begun.windows)} windows"):
+        answerer.begin(question, context, options, max_windows=len(begun.windows) - 1)
+    assert len(answerer.begin(question, context, options, max_windows=len(begun.windows)).windows) == len(begun.windows)
 
 
 def test_order_is_kept_where_lengths_differ_much(answerer):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from qadeploy.errors import InputError, QuestionTooLongError, StrideError
+from qadeploy.errors import InputError, QuestionTooLongError, StrideError, TooManyWindowsError
 from qadeploy.qa.windows import EncodedText, Encoder, EncoderConfig, pad_batch
 from qadeploy.records import Window
 from tests.tokenizers_for_tests import CORPUS, NAMES, encoder, family, texts, thorough
@@ -152,6 +154,38 @@ def test_threads_with_different_settings_agree_with_serial(name):
         assert list(pool.map(work, jobs)) == [work(job) for job in jobs]
 
 
+@pytest.mark.parametrize("parallelism", ["false", "true"])
+def test_long_texts_encode_like_short_ones_whatever_the_parallelism(name, parallelism, monkeypatch):
+    kind, long = family(name), " ".join(CORPUS * 20)
+    assert len(long) > 2_000
+    expected = kind.encoder._tokenizer.encode(long, add_special_tokens=False)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallelism)
+    found = kind.encoder.encode(long)
+    assert found.ids.tolist() == expected.ids
+    assert found.offsets.tolist() == [list(pair) for pair in expected.offsets]
+    assert found.tokens == expected.tokens
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised(monkeypatch):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    enc, text = encoder("bert"), "The river runs, and the boat waits. " * 20_000
+    done, seconds = threading.Event(), []
+
+    def tokenise() -> None:
+        begun = time.perf_counter()
+        enc._encoding(text)
+        seconds.append(time.perf_counter() - begun)
+        done.set()
+
+    thread = threading.Thread(target=tokenise)
+    thread.start()
+    turns = 0
+    while not done.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 20 * seconds[0]  # one each 50 ms: were the GIL kept, there would be none at all
+
+
 def test_one_encoded_context_serves_many_questions():
     enc = encoder("bert")
     context = enc.encode(CONTEXT)
@@ -178,6 +212,17 @@ def test_a_stride_that_stands_still_is_an_error_only_where_it_is_needed():
     with pytest.raises(StrideError, match=f"doc_stride {fits} is not below the {fits} "):
         cut(enc_wide, "Who?", CONTEXT + "x", **sizes)
     assert len(cut(enc_wide, "Who?", CONTEXT + "x", **sizes | {"doc_stride": fits - 1})) == 2
+
+
+@given(st.integers(0, 60), st.integers(1, 12), st.integers(0, 11))
+def test_the_bound_on_windows_is_known_before_they_are_made(tokens, room, stride):
+    enc = encoder("bert")
+    question, context = enc.encode("Who?"), enc.encode("a " * tokens)
+    sizes = {"max_seq_len": len(question) + enc.special_tokens + room, "doc_stride": min(stride, room - 1)}
+    count = len(enc.windows(question, context, **sizes))
+    assert len(enc.windows(question, context, max_windows=count, **sizes)) == count
+    with pytest.raises(TooManyWindowsError, match=f"makes {count} windows"):
+        enc.windows(question, context, max_windows=count - 1, **sizes)
 
 
 def test_sizes_that_make_no_sense_are_errors():

@@ -157,7 +157,7 @@ def ask(as_json: bool, bundle: str, question: str, context: str, show_trace: boo
     value: dict[str, Any] = {"question": question, "answers": [a.to_dict() for a in answers]}
     lines: list[str] = []
     if show_trace:
-        value["trace"] = trace_dict(reading, candidates)
+        value["trace"] = trace_dict(answerer, reading, candidates)
         lines += [*trace_lines(answerer, reading, candidates), ""]
     for rank, answer in enumerate(answers, 1):
         shown = answer.text if answer.text else "(no answer in this text)"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,12 +28,13 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from tokenizers import __version__ as tokenizers_version
 
-from qadeploy.errors import InputError, QuestionTooLongError, StrideError
+from qadeploy.errors import InputError, QuestionTooLongError, StrideError, TooManyWindowsError
 from qadeploy.records import IntArray, Window
 
 DEFAULT_MAX_SEQ_LEN = 384
 DEFAULT_DOC_STRIDE = 128
 _PROBES = ("a", "the", "1", ".", "\u4e00")
+_LONG = 2_000  # code points; shorter ones take about a millisecond at most
 _LAST_SPACE = 0x3000  # the highest code point that is white space
 # ids 8, offsets 16, blank 1, words 16; an Encoding of tokenizers 0.22 takes about 100 a token (measured).
 _TOKEN_BYTES = 141
@@ -213,7 +215,14 @@ class Encoder:
         self.special_tokens = len(ids) - 2 * size
 
     def _raw(self, text: str) -> EncodedText:
-        return EncodedText.of(text, self._tokenizer.encode(text, add_special_tokens=False))
+        return EncodedText.of(text, self._encoding(text))
+
+    def _encoding(self, text: str) -> Encoding:
+        # ``encode`` keeps the GIL until it is done (0.1 s for 200,000 characters), ``encode_batch`` lets others run. With
+        # parallelism on that makes threads, which warn at every fork, so it is left to those who switched it off.
+        if len(text) > _LONG and os.environ.get("TOKENIZERS_PARALLELISM") == "false":
+            return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> EncodedText:
         """Tokenises one question or context. Raises InputError on text that is not valid Unicode."""
@@ -265,12 +274,14 @@ class Encoder:
         *,
         max_seq_len: int = DEFAULT_MAX_SEQ_LEN,
         doc_stride: int = DEFAULT_DOC_STRIDE,
+        max_windows: int | None = None,
     ) -> list[Window]:
         """All windows of one question over one context, in order.
 
         ``max_seq_len`` is the longest window, ``doc_stride`` the overlap of neighbours, both in
         tokens. A context that fits is one window, an empty context (no tokens) too.
-        Raises QuestionTooLongError, StrideError and InputError (limits that make no sense).
+        Raises QuestionTooLongError, StrideError and InputError (limits that make no sense), and, before any is
+        made, TooManyWindowsError above ``max_windows``.
         """
         if doc_stride < 0:
             raise InputError(f"doc_stride {doc_stride} is negative: it is the overlap of windows in tokens")
@@ -280,6 +291,12 @@ class Encoder:
             raise StrideError(
                 f"doc_stride {doc_stride} is not below the {room} context tokens that a window holds beside "
                 f"this question (max_seq_len {max_seq_len}): lower doc_stride or raise max_seq_len"
+            )
+        count = 1 + -(-(total - room) // (room - doc_stride)) if total > room else 1
+        if max_windows is not None and count > max_windows:
+            raise TooManyWindowsError(
+                f"the context of {total} tokens makes {count} windows of {room} tokens that overlap by {doc_stride}, "
+                f"at most {max_windows} are taken: shorten the context, lower doc_stride or raise max_seq_len"
             )
         result = []
         begin = 0

@@ -72,8 +72,8 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
-    """One question and its context, cut into windows."""
+class Begun:
+    """One question and its context, cut into windows: what ``begin`` makes and ``finish`` takes."""
 
     question: EncodedText
     context: EncodedText
@@ -205,9 +205,19 @@ class Answerer:
 
     def read(self, question: str, context: str, options: Options) -> Reading:
         """One question with everything on the way to its answers, for a trace."""
-        settings = options.settings(self.settings)
-        begun = self._encode(question, context, settings)
-        return self._decode([begun], self.model.run(begun.windows), options, settings)[0]
+        begun = self.begin(question, context, options)
+        return self.finish(begun, self.model.run(begun.windows), options)
+
+    def begin(self, question: str, context: str, options: Options, *, max_windows: int | None = None) -> Begun:
+        """The first half of ``read``, for callers who run the windows by themselves: all that is done before the model.
+
+        Raises what ``answer`` raises for its texts and options, TooManyWindowsError above ``max_windows``.
+        """
+        return self._encode(question, context, options.settings(self.settings), max_windows=max_windows)
+
+    def finish(self, begun: Begun, logits: Sequence[tuple[FloatArray, FloatArray]], options: Options) -> Reading:
+        """The second half of ``read``: from the logits of ``begun.windows``, in order. Raises LogitsError, InputError."""
+        return self._decode([begun], logits, options, options.settings(self.settings))[0]
 
     def read_stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[Reading]:
         """``read`` for any iterable of pairs, lazily, in input order, in bounded memory. Errors name the pair, from 1."""
@@ -222,10 +232,10 @@ class Answerer:
         An error in a chunk comes after the readings of those before it.
         """
         settings = options.settings(self.settings)
-        chunks = self._begin(pairs, settings)
-        running: tuple[list[_Begun], Pending] | None = None
+        chunks = self._begun(pairs, settings)
+        running: tuple[list[Begun], Pending] | None = None
         failure: Exception | None = None
-        following: tuple[list[_Begun], Pending] | None = None
+        following: tuple[list[Begun], Pending] | None = None
         try:
             while True:
                 try:
@@ -244,7 +254,7 @@ class Answerer:
                 if begun is not None:
                     begun[1].cancel()
 
-    def _begin(self, pairs: Iterable[Pair], settings: QaSettings) -> Iterator[tuple[list[_Begun], Pending]]:
+    def _begun(self, pairs: Iterable[Pair], settings: QaSettings) -> Iterator[tuple[list[Begun], Pending]]:
         done = 0
         for chunk in _chunks(pairs, self._chunk_pairs):
             begun = []
@@ -261,18 +271,29 @@ class Answerer:
             done += len(chunk)
 
     def _encode(
-        self, question: str, context: str, settings: QaSettings, contexts: dict[str, EncodedText] | None = None
-    ) -> _Begun:
+        self,
+        question: str,
+        context: str,
+        settings: QaSettings,
+        contexts: dict[str, EncodedText] | None = None,
+        max_windows: int | None = None,
+    ) -> Begun:
         _check_text("question", question)
         _check_text("context", context)
         encoded = self._contexts.get(context, contexts)
         asked = self.encoder.encode(question)
-        windows = self.encoder.windows(asked, encoded, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride)
-        return _Begun(asked, encoded, windows)
+        windows = self.encoder.windows(
+            asked,
+            encoded,
+            max_seq_len=settings.max_seq_len,
+            doc_stride=settings.doc_stride,
+            max_windows=max_windows,
+        )
+        return Begun(asked, encoded, windows)
 
     def _decode(
         self,
-        begun: Sequence[_Begun],
+        begun: Sequence[Begun],
         logits: Sequence[tuple[FloatArray, FloatArray]],
         options: Options,
         settings: QaSettings,

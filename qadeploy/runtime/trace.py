@@ -31,7 +31,12 @@ class Candidate:
 def trace(answerer: Answerer, question: str, context: str, options: Options) -> tuple[Reading, list[Candidate]]:
     """One question read, and the strongest candidates of all windows, the invalid ones among them."""
     reading = answerer.read(question, context, options)
-    return reading, list(_candidates(reading, options))
+    return reading, candidates_of(reading, options)
+
+
+def candidates_of(reading: Reading, options: Options) -> list[Candidate]:
+    """The strongest candidates of all windows, the invalid ones among them, best first."""
+    return list(_candidates(reading, options))
 
 
 def _candidates(reading: Reading, options: Options) -> Iterator[Candidate]:
@@ -137,8 +142,13 @@ def trace_lines(answerer: Answerer, reading: Reading, candidates: list[Candidate
     yield f"  scores: one softmax over all valid spans at temperature {settings.temperature:.3f}"
 
 
-def trace_dict(reading: Reading, candidates: list[Candidate]) -> dict[str, Any]:
-    """The trace as plain JSON values: windows with ids and logits, candidates with verdicts."""
+def trace_dict(answerer: Answerer, reading: Reading, candidates: list[Candidate]) -> dict[str, Any]:
+    """The trace as plain JSON values: windows with ids, pieces of text, offsets and logits, candidates with verdicts.
+
+    ``offsets`` are code points of the context, null for the question's tokens and special ones; ``context_begin``
+    is the position of a window's first context token, ``context_offset`` its number in the whole context.
+    """
+    offsets = reading.context.offsets
     return {
         "settings": reading.settings.to_dict(),
         "question_tokens": reading.question.tokens,
@@ -146,9 +156,16 @@ def trace_dict(reading: Reading, candidates: list[Candidate]) -> dict[str, Any]:
         "windows": [
             {
                 "tokens": len(window),
+                "context_begin": window.context_begin,
                 "context_offset": window.context_offset,
                 "context_length": window.context_length,
                 "input_ids": window.input_ids.tolist(),
+                "pieces": [answerer.encoder.token_text(number) for number in window.input_ids.tolist()],
+                "offsets": [
+                    *[None] * window.context_begin,
+                    *offsets[window.context_offset : window.context_offset + window.context_length].tolist(),
+                    *[None] * (len(window) - window.context_begin - window.context_length),
+                ],
                 "token_type_ids": None if window.token_type_ids is None else window.token_type_ids.tolist(),
                 "start_logits": [round(float(x), 4) for x in starts],
                 "end_logits": [round(float(x), 4) for x in ends],

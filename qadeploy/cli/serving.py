@@ -1,0 +1,73 @@
+"""``qadeploy serve``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from qadeploy.cli.common import command, main
+from qadeploy.errors import InputError, MissingExtraError
+
+
+def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds an option a setting, each an environment variable too."""
+    from qadeploy.serve.settings import rows
+
+    for row in reversed(rows()):
+        least = row.least
+        kinds = {int: click.IntRange(None if least is None else int(least)), float: click.FloatRange(least)}
+        function = click.option(
+            row.flag,
+            row.name,
+            type=kinds.get(row.kind, click.STRING) if row.kind is not bool else None,
+            is_flag=row.kind is bool,
+            multiple=row.kind is tuple,
+            default=row.value,
+            envvar=row.env,
+            help=f"{row.help}  [default: {row.default}]",
+        )(function)
+    return function
+
+
+@command(
+    main,
+    example="""
+qadeploy serve bundles/faq-int8
+qadeploy serve bundles/faq-int8 --host 0.0.0.0 --port 80 --request-timeout 10
+QADEPLOY_TOKEN=secret qadeploy serve bundles/faq-int8 --protect-metrics
+""",
+)
+@click.argument("bundle", envvar="QADEPLOY_BUNDLE")
+@_settings_options
+def serve(as_json: bool, bundle: str, **options: Any) -> None:
+    """Answer questions over HTTP with BUNDLE: JSON at /v1/answer, a page at /, the API at /docs.
+
+    Each option is an environment variable too: --max-queue is QADEPLOY_MAX_QUEUE; BUNDLE is QADEPLOY_BUNDLE.
+    SIGTERM drains: not ready at once, --drain-delay later no new connections, running requests are answered, exit 0.
+    """
+    try:
+        from qadeploy.serve.run import serve as run
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}:
+            raise
+        raise MissingExtraError("qadeploy serve", package, "serve") from error
+    from qadeploy.serve.settings import Settings
+
+    if options["token"] is None and "QADEPLOY_TOKEN" in os.environ:  # click takes an empty variable for none
+        raise InputError("QADEPLOY_TOKEN is empty, so anyone could ask: give it a token, or unset it")
+    run(bundle, Settings(**options), lambda url, service: _say(as_json, url, service))
+
+
+def _say(as_json: bool, url: str, service: Any) -> None:
+    import json
+
+    bundle, workers = service.answerer.bundle, service.scheduler.workers
+    if as_json:
+        value = {"url": url, "bundle": bundle.name, "hash": service.hash, "device": service.device, "workers": workers}
+        click.echo(json.dumps(value))
+    else:
+        click.echo(f"{url} answers with {bundle.name} ({service.device}, {workers} at a time); the API: {url}/docs")

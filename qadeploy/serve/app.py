@@ -1,0 +1,331 @@
+"""The routes: JSON in, one job for the scheduler, JSON out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Annotated, Any
+
+from fastapi import Body, Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.security import HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from qadeploy import __version__
+from qadeploy.errors import LogitsError
+from qadeploy.records import Answer
+from qadeploy.runtime.answerer import Reading, to_answers
+from qadeploy.runtime.trace import candidates_of, trace_dict
+from qadeploy.serve.auth import Auth
+from qadeploy.serve.calls import Calls, call_of, response
+from qadeploy.serve.errors import RefusedError, clean, refusal
+from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit, check
+from qadeploy.serve.metrics import CONTENT_TYPE
+from qadeploy.serve.reference import reference_page
+from qadeploy.serve.scheduler import Ask, Render, deadline_passed
+from qadeploy.serve.schemas import (
+    AnswerRequest,
+    AnswersOut,
+    AskMany,
+    AskOne,
+    ErrorOut,
+    HfAnswer,
+    HfParameters,
+    HfRequest,
+    ModelOut,
+    StateOut,
+)
+from qadeploy.serve.service import Service
+
+_log = logging.getLogger("qadeploy.serve")
+_SHOWN_FAULTS = 5
+_PLAIN = {404: ("not_found", "there is nothing here: /docs lists the routes"), 405: ("method", "not with this method")}
+_ABOUT = {
+    400: "The body is no JSON that can be read.",
+    401: "The bearer token is missing or wrong.",
+    408: "The body did not come in time.",
+    413: "The body has too many bytes.",
+    422: "The request is not as described, or asks for more than a limit.",
+    429: "The queue is full; Retry-After says in how many seconds it has room.",
+    500: "The model or the server is broken.",
+    503: "The server is going down.",
+    504: "No answer within the time that a request may take.",
+}
+_DESCRIPTION = """Answers questions with spans of the context that is sent along. `start` and `end` count Unicode code
+points: in Python `context[start:end]`, in JavaScript `Array.from(context).slice(start, end).join("")`."""
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorOut, "description": _ABOUT[status]} for status in statuses}
+
+
+_ANSWERING = _errors(400, 401, 408, 413, 422, 429, 500, 503, 504)
+
+
+def create_app(service: Service) -> FastAPI:
+    """The ASGI application of a service. The caller closes the service."""
+    settings = service.settings
+    app = FastAPI(
+        title="qadeploy",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,  # FastAPI's page takes its scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(BodyLimit, settings=settings)
+    if settings.token is not None:
+        app.add_middleware(Auth, token=settings.token, metrics=settings.protect_metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id"],
+            expose_headers=["retry-after", "x-request-id"],
+        )
+    app.add_middleware(
+        Calls, metrics=service.metrics, timeout=settings.request_timeout, closing=lambda: service.draining
+    )
+    _add_errors(app)
+    _add_answers(app, service)
+    _add_state(app, service)
+    _add_pages(app)
+    return app
+
+
+def _add_answers(app: FastAPI, service: Service) -> None:
+    locked = [Depends(HTTPBearer(auto_error=False))] if service.settings.token is not None else []
+
+    @app.post(
+        "/v1/answer",
+        tags=["answers"],
+        summary="Answer one question, a batch, or many questions on one context",
+        response_model=AnswersOut | list[AnswersOut],
+        response_model_exclude_unset=True,
+        responses=_ANSWERING,
+        dependencies=locked,
+    )
+    async def answer(request: Request, body: Annotated[AnswerRequest, Body()]) -> Response:
+        """One object gives one result; a list, or `questions` on one `context`, gives a list of results in that order.
+
+        A request fails as a whole: the error names the question at fault.
+        """
+        render: Render = _answers
+        if isinstance(body, AskOne):
+            asks = [Ask(body.question, body.context, body.options)]
+            if body.trace:
+                render = _traced(service)
+        elif isinstance(body, AskMany):
+            asks = [Ask(question, body.context, body.options) for question in body.questions]
+        else:
+            asks = [Ask(item.question, item.context, item.options) for item in body]
+        found = await _answered(request, service, asks, render)
+        return _json(found[0] if isinstance(body, AskOne) else _list(found))
+
+    @app.post(
+        "/",
+        tags=["answers"],
+        summary="The Hugging Face question-answering task",
+        response_model=HfAnswer | list[HfAnswer] | list[list[HfAnswer]],
+        responses=_ANSWERING,
+        dependencies=locked,
+    )
+    async def hugging_face(request: Request, body: HfRequest) -> Response:
+        """As `huggingface_hub.InferenceClient(model=URL).question_answering` asks.
+
+        One input gives an object, or with `top_k` above 1 a list of them; a list of inputs gives a list of these.
+        """
+        options = (body.parameters or HfParameters()).options
+        many = isinstance(body.inputs, list)
+        inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
+        asks = [Ask(one.question, one.context, options) for one in inputs]
+        found = await _answered(request, service, asks, _hugging_face)
+        return _json(_list(found) if many else found[0])
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    settings, answerer = service.settings, service.answerer
+
+    @app.get(
+        "/v1/model",
+        tags=["state"],
+        summary="The bundle that answers, and the limits",
+        response_model=ModelOut,
+        responses=_errors(401),
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.token is not None else [],
+    )
+    async def model() -> dict[str, Any]:
+        """The manifest as it lies in the bundle: settings, measurements, versions, and the hash of every file."""
+        bundle = answerer.bundle
+        return {
+            "name": bundle.name if bundle else "",
+            "hash": service.hash,
+            "version": __version__,
+            "device": service.device,
+            "workers": service.scheduler.workers,
+            "limits": {name: getattr(settings, name) for name in REQUEST_LIMITS},
+            "manifest": bundle.manifest if bundle else {},
+        }
+
+    @app.get("/health/live", tags=["state"], summary="Whether the process works", response_model=StateOut)
+    async def live() -> JSONResponse:
+        """503 where a restart is needed: a worker has died."""
+        alive = service.scheduler.alive
+        return JSONResponse({"status": "live" if alive else "dead"}, 200 if alive else 503)
+
+    @app.get(
+        "/health/ready",
+        tags=["state"],
+        summary="Whether to send requests here",
+        response_model=StateOut,
+        responses={503: {"model": StateOut, "description": "The server is going down."}},
+    )
+    async def ready() -> JSONResponse:
+        """503 from SIGTERM on, while requests are still answered."""
+        state = "ready" if service.ready else "draining"
+        return JSONResponse({"status": state}, 200 if service.ready else 503)
+
+    @app.get(
+        "/metrics",
+        tags=["state"],
+        summary="What Prometheus reads",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {}}}},
+    )
+    async def metrics() -> Response:
+        """Requests, queue, stages, batches, the bundle and the process."""
+        return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+def _add_pages(app: FastAPI) -> None:
+    page = files("qadeploy.serve") / "page"
+    app.mount("/static", StaticFiles(directory=str(page)), name="static")
+    start = (page / "index.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(start)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(reference_page(app.openapi()))
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> Response:
+        return response(request.scope, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return response(request.scope, RefusedError(422, "invalid_request", _faults(error)))
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> Response:
+        kind, message = _PLAIN.get(error.status_code, ("bad_request", str(error.detail)))
+        found = response(request.scope, RefusedError(error.status_code, kind, message))
+        found.headers.update(error.headers or {})
+        return found
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return response(request.scope, RefusedError(500, "internal", "the server failed; its log has the reason"))
+
+
+async def _answered(request: Request, service: Service, asks: Sequence[Ask], render: Render) -> list[bytes]:
+    """What ``render`` made of each question. Raises RefusedError: limits, a full queue, the deadline, what answering raised."""
+    settings, scheduler, call = service.settings, service.scheduler, call_of(request.scope)
+    check(asks, settings)
+    call.questions = len(asks)
+    if settings.log_text:
+        texts = [{"question": clean(ask.question), "context": clean(ask.context)} for ask in asks]
+        _log.info("asked", extra={"fields": {"request_id": call.request_id, "asked": texts}})
+    seconds = call.deadline - asyncio.get_running_loop().time()
+    try:
+        job = scheduler.submit(asks, render, timeout=seconds)
+    except RefusedError as full:
+        if full.status == 429:
+            service.metrics.dropped("full")
+        raise
+    answered = asyncio.wrap_future(job.future)
+    answered.add_done_callback(lambda future: future.cancelled() or future.exception())  # has been seen
+    gone = asyncio.ensure_future(request.receive())
+    either: set[asyncio.Future[Any]] = {answered, gone}
+    try:
+        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answered.done():
+            return list(answered.result())
+        if gone.done():
+            service.metrics.dropped("disconnect")
+            raise RefusedError(499, "disconnected", "the caller has gone")
+        raise deadline_passed(settings.request_timeout)
+    except Exception as error:
+        raise _told(error, service, call.request_id) from error
+    finally:
+        call.windows = job.windows
+        gone.cancel()
+        scheduler.drop(job, RefusedError(499, "dropped", "nobody waits for it"))  # nothing, if it is over
+
+
+def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
+    """The refusal that the caller sees; counted, and logged where the fault is ours."""
+    told = refusal(error, service.settings)
+    if told.status == 504:
+        service.metrics.dropped("deadline")
+        told = deadline_passed(service.settings.request_timeout)  # counted from the request's head
+    if isinstance(error, LogitsError):
+        service.metrics.bad_logits()
+    if told.status == 500:
+        fields = {"request_id": request_id, "error": clean(str(error))}
+        _log.error("answering failed", extra={"fields": fields}, exc_info=None if told.kind != "internal" else error)
+    return told
+
+
+def _answers(ask: Ask, reading: Reading) -> bytes:
+    return _dump({"answers": [answer.to_dict() for answer in to_answers(reading, ask.options)]})
+
+
+def _traced(service: Service) -> Render:
+    def render(ask: Ask, reading: Reading) -> bytes:
+        answers = [answer.to_dict() for answer in to_answers(reading, ask.options)]
+        trace = trace_dict(service.answerer, reading, candidates_of(reading, ask.options))
+        return _dump({"answers": answers, "trace": trace})
+
+    return render
+
+
+def _hugging_face(ask: Ask, reading: Reading) -> bytes:
+    found = to_answers(reading, ask.options) or [Answer("", 0, 0, 0.0)]  # a context without a token that could be one
+    told = [{"answer": a.text, "score": a.score, "start": a.start, "end": a.end} for a in found]
+    return _dump(told if ask.options.top_k > 1 else told[0])
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _list(found: Sequence[bytes]) -> bytes:
+    return b"[" + b",".join(found) + b"]"
+
+
+def _json(content: bytes) -> Response:
+    return Response(content, media_type="application/json")
+
+
+def _faults(error: RequestValidationError) -> str:
+    """The first faults, a clause each: where, and what is wrong. Values are left out: they may be texts."""
+    found = []
+    for fault in error.errors():
+        place = [part for part in fault["loc"] if part not in {"body", "question", "questions", "batch"}] or fault[
+            "loc"
+        ]
+        found.append(f"{'.'.join(str(part) for part in place)}: {fault['msg']}")
+    more = f" (and {len(found) - _SHOWN_FAULTS} more)" if len(found) > _SHOWN_FAULTS else ""
+    return "; ".join(found[:_SHOWN_FAULTS]) + more

@@ -1,0 +1,41 @@
+"""The bearer token: all but the open paths need it where one is set."""
+
+from __future__ import annotations
+
+import hmac
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from qadeploy.serve.calls import respond
+from qadeploy.serve.errors import RefusedError
+
+# Without a token: what an orchestrator asks, and what tells nothing but how the API is used.
+_OPEN = frozenset({"/", "/docs", "/openapi.json", "/health/live", "/health/ready"})
+
+
+class Auth:
+    """ASGI middleware that refuses (401) requests without the token. It is compared in constant time.
+
+    GET of the page, its files, the API's document and the health checks are open, /metrics too unless ``metrics``.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, *, metrics: bool) -> None:
+        self._app = app
+        self._token = token.encode()
+        self._open = _OPEN if metrics else _OPEN | {"/metrics"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on where it may."""
+        if scope["type"] != "http" or self._is_open(scope) or self._has_token(scope):
+            await self._app(scope, receive, send)
+            return
+        message = "this server needs a token: send the header 'Authorization: Bearer TOKEN'"
+        await respond(scope, receive, send, RefusedError(401, "unauthorized", message))
+
+    def _is_open(self, scope: Scope) -> bool:
+        path = scope["path"]
+        return scope["method"] in {"GET", "HEAD"} and (path in self._open or path.startswith("/static/"))
+
+    def _has_token(self, scope: Scope) -> bool:
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._token)

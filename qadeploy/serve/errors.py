@@ -1,0 +1,96 @@
+"""What a caller is told: every refusal and failure as one JSON shape with a status of its own.
+
+``{"error": {"type", "message", "limit", "flag"}, "request_id"}``: ``type`` is for programs, ``message`` for people;
+``limit`` and ``flag`` name the number that was exceeded and what raises it, else null.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qadeploy.errors import (
+    InputError,
+    LogitsError,
+    QadeployError,
+    QuestionTooLongError,
+    StrideError,
+    TooManyWindowsError,
+)
+from qadeploy.serve.settings import Settings, flag_of
+
+# The status and ``type`` of an error that answering raises; the first that fits.
+KINDS: tuple[tuple[type[QadeployError], int, str], ...] = (
+    (QuestionTooLongError, 422, "question_too_long"),
+    (StrideError, 422, "stride"),
+    (TooManyWindowsError, 422, "too_many_windows"),
+    (InputError, 422, "invalid_input"),
+    (LogitsError, 500, "bad_logits"),
+)
+
+
+class RefusedError(QadeployError):
+    """A request that gets no answer, with the status and the ``type`` that its caller sees.
+
+    ``setting`` is the name of the limit in ``Settings`` that was exceeded, ``limit`` its value; ``retry_after``
+    the seconds after which another try has a chance.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        limit: float | None = None,
+        setting: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.limit = limit
+        self.flag = None if setting is None else flag_of(setting)
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The response's headers: Retry-After in whole seconds, WWW-Authenticate."""
+        found = {}
+        if self.retry_after is not None:
+            found["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status == 401:
+            found["www-authenticate"] = "Bearer"
+        return found
+
+
+def refusal(error: Exception, settings: Settings) -> RefusedError:
+    """The refusal that an error of answering becomes. What is no QadeployError tells nothing of its inside."""
+    if isinstance(error, RefusedError):
+        return error
+    for kind, status, name in KINDS:
+        if isinstance(error, kind):
+            if kind is TooManyWindowsError:
+                limit = settings.max_windows
+                message = f"{error} (a request may have {limit} windows: {flag_of('max_windows')})"
+                return RefusedError(status, name, message, limit=limit, setting="max_windows")
+            return RefusedError(status, name, str(error))
+    return RefusedError(500, "internal", "the server failed to answer; its log has the reason under this request id")
+
+
+def body(refused: RefusedError, request_id: str) -> dict[str, Any]:
+    """The JSON of a refusal."""
+    return {
+        "error": {
+            "type": refused.kind,
+            "message": clean(str(refused)),
+            "limit": refused.limit,
+            "flag": refused.flag,
+        },
+        "request_id": request_id,
+    }
+
+
+def clean(text: str) -> str:
+    """Text that UTF-8 can write: lone surrogates, which a caller's names may hold, are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()

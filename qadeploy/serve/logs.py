@@ -1,0 +1,44 @@
+"""Logs as JSON, one object a line on stderr: ``time``, ``level``, ``event``, and what belongs to the event."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from qadeploy.errors import InputError
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON; ``extra={"fields": {...}}`` adds its entries."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        value: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            value["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(value)  # ASCII: a lone surrogate of some path cannot break the stream
+
+
+def set_up(level: str) -> None:
+    """Sends the logs of qadeploy and uvicorn to stderr as JSON. Raises InputError on an unknown level."""
+    if level not in LEVELS:
+        raise InputError(f"--log-level is {level!r}: choose {', '.join(LEVELS)}")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("qadeploy", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(level.upper())
+    if level == "info":  # uvicorn's remarks on its own steps; ours say more
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)

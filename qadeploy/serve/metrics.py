@@ -1,0 +1,117 @@
+"""What Prometheus reads at /metrics. Each server has a registry of its own; nothing is global."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from qadeploy import __version__
+from qadeploy.runtime.answerer import Answerer
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
+_TOKENS = (64, 128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Metrics:
+    """The counters of one server. Safe under threads."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self._requests = Counter(
+            "qadeploy_requests", "Requests answered, by route and status.", ["route", "status"], registry=registry
+        )
+        self._seconds = Histogram(
+            "qadeploy_request_seconds",
+            "From the request's head to the end of its response.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._stages = Histogram(
+            "qadeploy_stage_seconds",
+            "Parts of a request: queue (until its first window runs), tokenize and decode (a question), run (a batch).",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._stage = {name: self._stages.labels(name) for name in ("queue", "tokenize", "run", "decode")}
+        self._batch_windows = Histogram(
+            "qadeploy_batch_windows", "Windows of one run.", buckets=_WINDOWS, registry=registry
+        )
+        self._batch_tokens = Histogram(
+            "qadeploy_batch_tokens", "Tokens of one run, without padding.", buckets=_TOKENS, registry=registry
+        )
+        self._dropped = Counter(
+            "qadeploy_dropped", "Requests without an answer: full, deadline, disconnect.", ["reason"], registry=registry
+        )
+        for reason in ("full", "deadline", "disconnect"):
+            self._dropped.labels(reason)
+        self._bad_logits = Counter(
+            "qadeploy_bad_logits", "Requests whose logits were NaN or infinite: the model is broken.", registry=registry
+        )
+
+    def describe(self, answerer: Answerer, bundle_hash: str, device: str, workers: int) -> None:
+        """Says which bundle this server answers with, and watches its cache of contexts."""
+        registry, bundle = self._registry, answerer.bundle
+        info = Gauge(
+            "qadeploy_bundle_info",
+            "Always 1; the labels say what runs.",
+            ["bundle", "hash", "precision", "version", "device", "workers"],
+            registry=registry,
+        )
+        known = ("", "", "") if bundle is None else (bundle.name, bundle_hash, bundle.precision)
+        info.labels(*known, __version__, device, str(workers)).set(1)
+        hits = Gauge("qadeploy_context_cache_hits", "Contexts that were at hand, tokenised.", registry=registry)
+        misses = Gauge("qadeploy_context_cache_misses", "Contexts that were tokenised.", registry=registry)
+        size = Gauge("qadeploy_context_cache_bytes", "Memory of the contexts that are kept.", registry=registry)
+        hits.set_function(lambda: answerer.stats().hits)
+        misses.set_function(lambda: answerer.stats().misses)
+        size.set_function(lambda: answerer.stats().bytes)
+
+    def watch(
+        self,
+        questions: Callable[[], float],
+        windows: Callable[[], float],
+        tokens: Callable[[], float],
+        wait: Callable[[], float],
+    ) -> None:
+        """Reads the queue's depth whenever it is asked for."""
+        for name, about, value in (
+            ("questions", "Questions that wait or run.", questions),
+            ("windows", "Windows that wait.", windows),
+            ("tokens", "Tokens that wait; of texts that are not tokenised yet a guess.", tokens),
+            ("wait_seconds", "Seconds until a new request has its turn, by the speed of late.", wait),
+        ):
+            Gauge(f"qadeploy_queue_{name}", about, registry=self._registry).set_function(value)
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A part of a request: queue, tokenize or decode."""
+        self._stage[name].observe(seconds)
+
+    def ran(self, seconds: float, windows: int, tokens: int) -> None:
+        """One run of the model."""
+        self._stage["run"].observe(seconds)
+        self._batch_windows.observe(windows)
+        self._batch_tokens.observe(tokens)
+
+    def dropped(self, reason: str) -> None:
+        """A request that gets no answer: full, deadline or disconnect."""
+        self._dropped.labels(reason).inc()
+
+    def bad_logits(self) -> None:
+        """A model that returned NaN or infinite logits."""
+        self._bad_logits.inc()
+
+    def responded(self, route: str, status: int, seconds: float) -> None:
+        """A request that was answered in some way."""
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,76 @@
+"""The API's document as a page: made of the OpenAPI document, without a script and without an outside resource."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>The API of qadeploy</title>
+<link rel="stylesheet" href="/static/reference.css">
+</head>
+<body>
+<main>
+"""
+
+
+def reference_page(document: dict[str, Any]) -> str:
+    """The page of an OpenAPI document: its routes, their fields, examples and errors."""
+    return "".join([_HEAD, *_body(document), "</main>\n</body>\n</html>\n"])
+
+
+def _body(document: dict[str, Any]) -> Iterator[str]:
+    about = document["info"]
+    yield f"<h1>{escape(about['title'])} {escape(about['version'])}</h1>\n"
+    yield f"<p>{_text(about['description'])}</p>\n"
+    yield '<p>The same for programs: <a href="/openapi.json">openapi.json</a>.</p>\n'
+    for path, methods in document["paths"].items():
+        for method, route in methods.items():
+            yield f"<section>\n<h2><code>{method.upper()} {escape(path)}</code></h2>\n<p>{_text(route['summary'])}.</p>\n"
+            yield f"<p>{_text(route.get('description', ''))}</p>\n"
+            asked = route.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema")
+            if asked:
+                for schema in _forms(asked, document):
+                    yield from _schema(schema, document)
+            yield "<h3>Answers</h3>\n<dl>\n"
+            for status, told in sorted(route["responses"].items()):
+                yield f"<dt><code>{escape(status)}</code></dt><dd>{_text(told['description'])}</dd>\n"
+            yield "</dl>\n</section>\n"
+
+
+def _forms(schema: dict[str, Any], document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The forms that a body may have, references followed."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return _forms(document["components"]["schemas"][name], document)
+    several = schema.get("oneOf") or schema.get("anyOf")
+    return [form for one in several for form in _forms(one, document)] if several else [schema]
+
+
+def _schema(schema: dict[str, Any], document: dict[str, Any]) -> Iterator[str]:
+    if schema.get("type") == "array":
+        item = _forms(schema["items"], document)[0]
+        yield f"<h3>A list of: {_text(item.get('description', item.get('title', '')))}</h3>\n"
+        schema = item
+    else:
+        yield f"<h3>{_text(schema.get('description', schema.get('title', '')))}</h3>\n"
+    for example in schema.get("examples", ()):
+        yield f"<pre>{escape(json.dumps(example, indent=2, ensure_ascii=False))}</pre>\n"
+    needed = schema.get("required", ())
+    yield "<dl>\n"
+    for name, field in sorted(schema.get("properties", {}).items(), key=lambda entry: entry[0] not in needed):
+        of = "needed" if name in needed else f"default {json.dumps(field.get('default'))}"
+        yield f"<dt><code>{escape(name)}</code> <small>{escape(of)}</small></dt><dd>{_text(field.get('description', ''))}</dd>\n"
+    yield "</dl>\n"
+
+
+def _text(text: str) -> str:
+    """Text with `code` in it, as HTML."""
+    parts = escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
