@@ -1,4 +1,4 @@
-"""Where the base model lies that qadeploy ships. Imports nothing heavy."""
+"""Where the base model and the data set lie that qadeploy ships. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from qadeploy.errors import CheckpointError
 
 BASE_MODEL = "minilm-l6-qa"
+HANDBOOK = Path(__file__).parent / "data" / "handbook.jsonl"
 
 
 def base_model_path() -> Path:

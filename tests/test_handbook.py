@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from qadeploy.data.carriers import HANDBOOK
 from qadeploy.data.readers import read
+from qadeploy.shipped import HANDBOOK
 
 ROWS: list[dict[str, Any]] = [json.loads(line) for line in HANDBOOK.read_text(encoding="utf-8").splitlines()]
 PASSAGES = {row["passage"]: row["context"] for row in ROWS}

@@ -19,8 +19,8 @@ from typing import Any
 
 from qadeploy.data.wording import kind_of, one_line
 from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.shipped import HANDBOOK
 
-HANDBOOK = Path(__file__).with_name("handbook.jsonl")
 SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "test"), "validation")}
 _LITERALS = ("answers", "answer_start", "is_impossible")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from tokenizers import Tokenizer
 
@@ -18,6 +18,7 @@ from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.spans import Decoded, Scored, decode_many, rank_answers
 from qadeploy.qa.windows import EncodedText, Encoder
 from qadeploy.records import Answer, FloatArray, Window
+from qadeploy.runtime.aio import Aside, Run
 from qadeploy.runtime.contexts import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
 from qadeploy.runtime.session import OnnxModel, Pending
 
@@ -81,7 +82,7 @@ class Begun:
 
 
 class Answerer:
-    """Answers questions from contexts. Safe to share between threads.
+    """Answers questions from contexts. Safe to share between threads, event loops and a forked child.
 
     Every method takes the options of ``Options`` as keywords: ``top_k``, ``max_answer_len``,
     ``max_seq_len``, ``doc_stride`` (tokens), ``align_to_words``, ``allow_no_answer``.
@@ -101,7 +102,9 @@ class Answerer:
         self.model = model
         self.bundle = bundle
         self._contexts = ContextCache(encoder.encode, context_cache_bytes)
-        self._chunk_pairs = max(_CHUNK_PAIRS, _CHUNK_PAIRS_A_THREAD * getattr(model, "threads", 1))
+        threads = getattr(model, "threads", 1)
+        self._chunk_pairs = max(_CHUNK_PAIRS, _CHUNK_PAIRS_A_THREAD * threads)
+        self._aside = Aside(threads)
 
     @classmethod
     def load(
@@ -146,6 +149,9 @@ class Answerer:
                 stacklevel=2,
             )
         return cls(encoder, bundle.settings, model, bundle, context_cache_bytes=context_cache_bytes)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Answerer cannot be pickled: load the bundle in each process, with Answerer.load")
 
     def stats(self) -> CacheStats:
         """How often a context was tokenised (``misses``) and how often it was at hand (``hits``), and what is kept."""
@@ -202,6 +208,61 @@ class Answerer:
         """``answer`` for any iterable of pairs, lazily, in input order, in bounded memory."""
         options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
         return self._stream(pairs, options)
+
+    async def aanswer(
+        self,
+        question: str,
+        context: str,
+        *,
+        top_k: int = 1,
+        max_answer_len: int | None = None,
+        max_seq_len: int | None = None,
+        doc_stride: int | None = None,
+        align_to_words: bool = False,
+        allow_no_answer: bool = False,
+    ) -> list[Answer]:
+        """``answer`` for coroutines: tokenised, run and decoded in threads, so that the event loop never waits.
+
+        Any number may be awaited at once, on any event loops; twice as many as the model has threads are worked on.
+        Cancelled, a call does not begin, or stops before its next windows. Raises what ``answer`` raises.
+        """
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
+
+        def work(run: Run) -> list[Answer]:
+            begun = self.begin(question, context, options)
+            return to_answers(self.finish(begun, run(begun.windows), options), options)
+
+        return await self._aside.ask(work, self.model.run, self.model.start)
+
+    async def aanswer_batch(
+        self,
+        pairs: Iterable[Pair],
+        *,
+        top_k: int = 1,
+        max_answer_len: int | None = None,
+        max_seq_len: int | None = None,
+        doc_stride: int | None = None,
+        align_to_words: bool = False,
+        allow_no_answer: bool = False,
+    ) -> list[list[Answer]]:
+        """``answer_batch`` for coroutines; ``pairs`` are taken in a thread."""
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
+        return [answers async for answers in self._aside.stream(self._stream(pairs, options))]
+
+    def aanswer_stream(
+        self,
+        pairs: Iterable[Pair],
+        *,
+        top_k: int = 1,
+        max_answer_len: int | None = None,
+        max_seq_len: int | None = None,
+        doc_stride: int | None = None,
+        align_to_words: bool = False,
+        allow_no_answer: bool = False,
+    ) -> AsyncGenerator[list[Answer], None]:
+        """``answer_stream`` for coroutines, an async generator; ``pairs`` are taken in a thread. Closed early, it stops."""
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
+        return self._aside.stream(self._stream(pairs, options))
 
     def read(self, question: str, context: str, options: Options) -> Reading:
         """One question with everything on the way to its answers, for a trace."""

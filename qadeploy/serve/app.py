@@ -25,6 +25,7 @@ from qadeploy.runtime.trace import candidates_of, trace_dict
 from qadeploy.serve.auth import Auth
 from qadeploy.serve.calls import Calls, call_of, response
 from qadeploy.serve.errors import RefusedError, clean, refusal
+from qadeploy.serve.examples import examples
 from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit, check
 from qadeploy.serve.metrics import CONTENT_TYPE
 from qadeploy.serve.reference import reference_page
@@ -206,8 +207,14 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 def _add_pages(app: FastAPI) -> None:
     page = files("qadeploy.serve") / "page"
-    app.mount("/static", StaticFiles(directory=str(page)), name="static")
     start = (page / "index.html").read_text(encoding="utf-8")
+    tried = _dump(examples())
+
+    @app.get("/static/examples.json", include_in_schema=False)
+    async def handbook() -> Response:
+        return _json(tried)
+
+    app.mount("/static", StaticFiles(directory=str(page)), name="static")
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:

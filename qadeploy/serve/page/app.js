@@ -1,0 +1,464 @@
+// The page of `qadeploy serve`: asks POST /v1/answer and shows the answers where they stand in the text.
+// Spans count code points, JavaScript's strings count UTF-16 units: `cut` is the only place where one becomes the other.
+
+const ANSWERS = 5;
+const TOKEN = "qadeploy-token";
+const $ = (id) => document.getElementById(id);
+const page = Object.fromEntries(
+  ["model", "unlock", "token", "ask", "count", "example", "edit", "context", "reading", "question", "suggestions", "null-choice",
+    "allow-null", "go", "problem", "said", "result", "answers", "facts", "trace", "trace-body"].map((id) => [id, $(id)]),
+);
+
+const state = {
+  limits: {}, temperature: null, knowsNull: false, // of the model
+  examples: [], own: "", // own: what was typed, kept while an example is shown
+  shown: null, // what the answers on the page belong to: {context, question, answers, trace, chosen}
+  asking: null, // the AbortController of a request under way
+  again: 0, // the timer after a 429
+};
+
+// ---------------------------------------------------------------- small tools
+
+function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null) continue;
+    if (name.startsWith("--")) element.style.setProperty(name, value);
+    else if (name === "text") element.textContent = value;
+    else if (value !== null) element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** Splits a text at two positions, given in code points. */
+function cut(text, start, end) {
+  let unit = 0;
+  let point = 0;
+  const forward = (until) => {
+    for (; point < until && unit < text.length; point += 1) unit += text.codePointAt(unit) > 0xffff ? 2 : 1;
+    return unit;
+  };
+  const first = forward(start);
+  const last = forward(end);
+  return [text.slice(0, first), text.slice(first, last), text.slice(last)];
+}
+
+function length(text) {
+  let points = 0;
+  for (const _ of text) points += 1;
+  return points;
+}
+
+const number = (value) => value.toLocaleString("en");
+const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
+const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
+
+function percent(score) {
+  if (score < 0.01) return "< 1 %";
+  return score > 0.99 && score < 1 ? "> 99 %" : `${Math.round(100 * score)} %`;
+}
+
+// ---------------------------------------------------------------- the server
+
+class Problem extends Error {
+  constructor(words, { status = 0, id = "", wait = 0 } = {}) {
+    super(words);
+    Object.assign(this, { status, id, wait });
+  }
+}
+
+async function call(path, body, signal) {
+  const headers = {};
+  const token = sessionStorage.getItem(TOKEN);
+  if (token) headers.Authorization = `Bearer ${token}`;
+  if (body) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal, cache: "no-store" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem("The server cannot be reached. Is it still running, and are you still connected?");
+  }
+  let answer = null;
+  try {
+    answer = await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+  }
+  if (!response.ok) throw problem(response, answer);
+  if (answer === null) throw new Problem("The server sent something that is no answer. Ask again.");
+  return answer;
+}
+
+function problem(response, answer) {
+  const { status } = response;
+  const told = answer?.error ?? {};
+  const found = { status, id: response.headers.get("X-Request-Id") ?? "", wait: Number(response.headers.get("Retry-After")) || 0 };
+  const reason = told.message ? told.message[0].toUpperCase() + told.message.slice(1).replace(/\.?$/, ".") : "";
+  const limit = told.limit ? ` The server takes ${number(told.limit)} bytes at most.` : "";
+  const words = {
+    401: sessionStorage.getItem(TOKEN) ? "The server does not know this token." : "The server asks for a token: enter it above.",
+    408: "The text did not arrive in time. Ask again, or with a shorter text.",
+    413: `The text is too long to send.${limit} Shorten it and ask again.`,
+    422: reason || "The server cannot use this text or question.",
+    429: `The server is busy. Ask again in ${plural(found.wait || 1, "second")}.`,
+    500: `The server failed to answer. ${reason}`,
+    503: "The server is shutting down. Ask again in a moment.",
+    504: "No answer came in time. Ask again, or with a shorter text.",
+  };
+  return new Problem(words[status] ?? `The server answered with status ${status}. ${reason}`, found);
+}
+
+// ---------------------------------------------------------------- text and question
+
+function countText() {
+  const points = length(page.context.value);
+  const limit = state.limits.max_context_chars ?? Infinity;
+  page.count.textContent = points === 0 ? "" : points > limit ? `${number(points)} characters, ${number(limit)} at most` : plural(points, "character");
+  page.count.classList.toggle("over", points > limit);
+}
+
+/** Shows the text as one that can be edited; with `select`, the highlighted part is selected. */
+function edit(select = false) {
+  if (page.reading.hidden) return;
+  const place = page.reading.scrollTop;
+  page.reading.hidden = page.edit.hidden = true;
+  page.context.hidden = false;
+  page.context.scrollTop = place;
+  if (!select) return;
+  page.context.focus({ preventScroll: true });
+  const answer = state.shown?.answers[state.shown.chosen];
+  if (answer?.text) {
+    const [before, inside] = cut(state.shown.context, answer.start, answer.end);
+    page.context.setSelectionRange(before.length, before.length + inside.length);
+  }
+}
+
+function forget() {
+  state.shown = null;
+  page.result.hidden = page.trace.hidden = true;
+  page.answers.replaceChildren();
+  page.reading.replaceChildren();
+  page["trace-body"].replaceChildren();
+  page.said.textContent = "";
+  page.problem.replaceChildren();
+}
+
+function pick(index) {
+  const example = state.examples[index];
+  edit();
+  forget();
+  page.context.value = example ? example.context : state.own;
+  page.context.scrollTop = 0;
+  page.question.value = example ? example.questions[0] : "";
+  page.suggestions.replaceChildren(...(example?.questions ?? []).map((question) => make("button", { type: "button", text: question })));
+  page.suggestions.hidden = !example;
+  countText();
+}
+
+// ---------------------------------------------------------------- asking
+
+async function ask() {
+  const context = page.context.value;
+  const question = page.question.value;
+  for (const [field, text, words] of [[page.context, context, "There is no text yet: paste one, or choose an example."], [page.question, question, "There is no question yet."]]) {
+    if (!text.trim()) {
+      tell(new Problem(words));
+      if (field === page.context) edit();
+      field.focus();
+      return;
+    }
+  }
+  state.asking?.abort();
+  const asking = (state.asking = new AbortController());
+  clearTimeout(state.again);
+  page.go.setAttribute("aria-busy", "true");
+  page.problem.replaceChildren();
+  const started = performance.now();
+  try {
+    const { answers, trace } = await call("/v1/answer", request(context, question, page.trace.open), asking.signal);
+    show({ context, question, answers, trace, chosen: 0, milliseconds: performance.now() - started });
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      forget();
+      page.reading.replaceChildren(context);
+      tell(error);
+    }
+  } finally {
+    if (state.asking === asking) {
+      state.asking = null;
+      page.go.removeAttribute("aria-busy");
+    }
+  }
+}
+
+function request(context, question, trace) {
+  return { context, question, top_k: Math.min(ANSWERS, state.limits.max_top_k ?? ANSWERS), allow_no_answer: state.knowsNull && page["allow-null"].checked, trace };
+}
+
+function unlock() {
+  sessionStorage.removeItem(TOKEN);
+  page.unlock.hidden = false;
+  page.token.focus();
+}
+
+function tell(error) {
+  page.said.textContent = "";
+  page.problem.replaceChildren(error.message);
+  if (error.id) page.problem.append(make("small", { text: `request ${error.id}` }));
+  if (error.status === 401) unlock();
+  if (error.status === 429) {
+    clearTimeout(state.again);
+    state.again = setTimeout(() => page.problem.replaceChildren("The server was busy. You can ask again now."), 1000 * (error.wait || 1));
+  }
+}
+
+// ---------------------------------------------------------------- answers
+
+function show(found) {
+  const { answers, context, milliseconds } = (state.shown = found);
+  page.answers.replaceChildren(
+    ...answers.map((answer, index) => make("li", {}, make(
+      "button", { type: "button", "aria-pressed": index === 0, "--width": `${(100 * answer.score).toFixed(2)}%` },
+      answer.text ? make("bdi", { text: answer.text }) : make("bdi", { class: "none", text: "No answer in this text" }),
+      make("span", { class: "score", title: `score ${answer.score}`, text: percent(answer.score) }),
+      make("span", { class: "rule" }),
+    ))),
+  );
+  page.facts.textContent = answers.length
+    ? `${answers.length > 1 ? "Choose one to see it in the text. " : ""}Answered in ${number(Math.max(1, Math.round(milliseconds)))} ms.`
+    : "There is nothing in this text that could be an answer.";
+  page.result.hidden = page.trace.hidden = false;
+  const best = answers[0];
+  page.said.textContent = !best ? page.facts.textContent : best.text ? `Answer: ${best.text}, ${percent(best.score)}` : `No answer in this text, ${percent(best.score)}`;
+  const focused = document.activeElement === page.context;
+  const place = page.context.hidden ? page.reading.scrollTop : page.context.scrollTop;
+  page.context.hidden = true;
+  page.reading.hidden = page.edit.hidden = false;
+  page.reading.replaceChildren(context);
+  page.reading.scrollTop = place;
+  if (focused) page.reading.focus({ preventScroll: true });
+  choose(0);
+  page.answers.firstElementChild?.scrollIntoView({ block: "nearest" });
+  page["trace-body"].replaceChildren();
+  if (page.trace.open) explain();
+}
+
+/** Highlights one of the answers in the text and brings it into view, without moving the page. */
+function choose(index) {
+  const { answers, context } = state.shown;
+  state.shown.chosen = index;
+  [...page.answers.querySelectorAll("button")].forEach((button, i) => button.setAttribute("aria-pressed", i === index));
+  const answer = answers[index];
+  if (!answer?.text) {
+    page.reading.replaceChildren(context);
+    return;
+  }
+  const [before, inside, after] = cut(context, answer.start, answer.end);
+  const mark = make("mark", { text: inside });
+  page.reading.replaceChildren(before, mark, after);
+  const sheet = page.reading.getBoundingClientRect();
+  const box = mark.getBoundingClientRect();
+  const margin = Math.min(sheet.height / 4, 80);
+  if (box.top < sheet.top + margin || box.bottom > sheet.bottom - margin) {
+    const smooth = matchMedia("(prefers-reduced-motion: no-preference)").matches;
+    const top = page.reading.scrollTop + box.top - sheet.top - Math.max(margin, (sheet.height - box.height) / 2);
+    page.reading.scrollTo({ top, behavior: smooth ? "smooth" : "auto" });
+  }
+}
+
+// ---------------------------------------------------------------- the trace
+
+async function explain() {
+  const shown = state.shown;
+  if (!shown) return;
+  if (!shown.trace) {
+    page["trace-body"].replaceChildren(make("p", { class: "note", text: "Reading once more …" }));
+    try {
+      shown.trace = (await call("/v1/answer", request(shown.context, shown.question, true))).trace;
+    } catch (error) {
+      if (state.shown !== shown) return;
+      page["trace-body"].replaceChildren(make("p", { class: "note", text: "The trace did not come: close this and open it again." }));
+      tell(error);
+      return;
+    }
+  }
+  if (state.shown !== shown) return;
+  const { trace } = shown;
+  const best = trace.candidates.find((candidate) => candidate.verdict.startsWith("answer 1,"));
+  page["trace-body"].replaceChildren(numbers(trace), ...windows(trace, best), ...candidates(trace));
+  reveal(page["trace-body"].querySelector(".tokens")); // now that it has a size
+}
+
+function numbers(trace) {
+  const { settings } = trace;
+  const facts = [
+    ["Question", plural(trace.question_tokens.length, "token")],
+    ["Text", plural(trace.context_tokens, "token")],
+    ["Windows", `${number(trace.windows.length)} of at most ${number(settings.max_seq_len)} tokens`],
+    ["Longest answer", plural(settings.max_answer_len, "token")],
+    ["Temperature", settings.temperature.toFixed(3)],
+    ["Logit of no answer", signed(trace.null_logit)],
+    ["Threshold of no answer", settings.null_threshold === null ? "none" : signed(settings.null_threshold)],
+  ];
+  return make("dl", { class: "numbers" }, ...facts.map(([name, value]) => make("div", {}, make("dt", { text: name }), make("dd", { text: value }))));
+}
+
+function windows(trace, best) {
+  const title = make("h2", { text: "Where an answer begins and ends" });
+  const about = make("p", { class: "note", text: "The model gives each token a number (a logit) as the first and one as the last of the answer. The deeper the colour, the higher the number in this window." });
+  const where = make("span", { role: "status" });
+  const back = make("button", { type: "button", class: "quiet", text: "Previous window" });
+  const on = make("button", { type: "button", class: "quiet", text: "Next window" });
+  const body = make("div");
+  let at = best ? best.window - 1 : 0;
+  const draw = () => {
+    const shown = trace.windows[at];
+    const last = shown.context_offset + shown.context_length - 1;
+    where.textContent = `Window ${at + 1} of ${trace.windows.length}: tokens ${number(shown.context_offset)} to ${number(last)} of the text`;
+    back.setAttribute("aria-disabled", at === 0);
+    on.setAttribute("aria-disabled", at === trace.windows.length - 1);
+    body.replaceChildren(...heat(shown, best?.window === at + 1 ? best.tokens : null));
+    reveal(body.querySelector(".tokens"));
+  };
+  const step = (by) => () => {
+    const next = at + by;
+    if (trace.windows[next]) {
+      at = next;
+      draw();
+    }
+  };
+  back.addEventListener("click", step(-1));
+  on.addEventListener("click", step(1));
+  draw();
+  return trace.windows.length > 1 ? [title, about, make("div", { class: "pager" }, back, where, on), body] : [title, about, body];
+}
+
+/** 0 to 1 by logit: squared, since most logits lie far below the few that count. */
+function scale(logits) {
+  const low = Math.min(...logits);
+  const range = Math.max(...logits) - low || 1;
+  return logits.map((logit) => ((logit - low) / range) ** 2);
+}
+
+function heat(shown, span) {
+  const rows = [["start", "Begins", shown.start_logits], ["end", "Ends", shown.end_logits]].map(([kind, name, logits]) => {
+    const best = logits.indexOf(Math.max(...logits));
+    const label = `${name}: highest at “${shown.pieces[best]}”, ${signed(logits[best])}; lowest ${signed(Math.min(...logits))}`;
+    const cells = scale(logits).map((value, i) => make("i", { "--heat": value.toFixed(3), title: `${shown.pieces[i]} ${signed(logits[i])}` }));
+    return make("div", { class: `strip ${kind}` }, make("span", { text: name }), make("div", { class: "cells", role: "img", "aria-label": label }, ...cells));
+  });
+  const starts = scale(shown.start_logits);
+  const ends = scale(shown.end_logits);
+  const tokens = shown.pieces.map((piece, i) => make("span", {
+    class: [shown.offsets[i] ? "" : "outside", span && i >= span[0] && i <= span[1] ? "chosen" : ""].join(" ").trim() || null,
+    title: `token ${i}, id ${shown.input_ids[i]}: begins ${signed(shown.start_logits[i])}, ends ${signed(shown.end_logits[i])}`,
+    "--s": starts[i].toFixed(3), "--e": ends[i].toFixed(3), text: piece,
+  }));
+  return [...rows, make("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "The tokens of this window" }, ...tokens)];
+}
+
+/** Scrolls a box of tokens to the chosen ones, and nothing else. */
+function reveal(box) {
+  const chosen = box.querySelector(".chosen");
+  if (chosen) box.scrollTop += chosen.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 3;
+}
+
+function candidates(trace) {
+  const head = ["Window", "Tokens", "Logit", "Text", "Why"];
+  const rows = trace.candidates.slice(0, 12).map((candidate) => make(
+    "tr", { class: candidate.verdict.startsWith("answer ") ? null : "lost" },
+    make("td", { class: "number", text: candidate.window }),
+    make("td", { class: "number", text: candidate.tokens.join("–") }),
+    make("td", { class: "number", text: signed(candidate.logit) }),
+    make("td", { class: "quote" }, make("bdi", { text: candidate.text || "—" })),
+    make("td", { text: candidate.verdict }),
+  ));
+  return [
+    make("h2", { text: "The strongest spans, and what became of them" }),
+    make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "The strongest spans" }, make(
+      "table", {},
+      make("thead", {}, make("tr", {}, ...head.map((name, i) => make("th", { scope: "col", class: i < 3 ? "number" : null, text: name })))),
+      make("tbody", {}, ...rows),
+    )),
+  ];
+}
+
+// ---------------------------------------------------------------- start
+
+async function meet() {
+  const { name, hash, device, limits, manifest } = await call("/v1/model");
+  const { temperature, null_threshold: threshold } = manifest.settings ?? {};
+  Object.assign(state, { limits, temperature, knowsNull: typeof threshold === "number" });
+  page.model.textContent = [name, manifest.precision, device].filter(Boolean).join(" · ");
+  page.model.title = `bundle ${hash}`;
+  page["null-choice"].hidden = !state.knowsNull;
+  countText();
+}
+
+async function offer() {
+  try {
+    state.examples = await call("/static/examples.json");
+  } catch {
+    return; // the page works without
+  }
+  page.example.append(make("option", { value: -1, text: "Your own text" }), ...state.examples.map((example, index) => make("option", { value: index, text: example.title })));
+  page.example.parentElement.hidden = false;
+  if (!page.context.value && !page.question.value) {
+    page.example.value = 0;
+    pick(0);
+  } else page.example.value = -1; // a reload kept what was typed
+}
+
+page.ask.addEventListener("submit", (event) => {
+  event.preventDefault();
+  ask();
+});
+page.unlock.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(TOKEN, page.token.value.trim());
+  page.problem.replaceChildren();
+  try {
+    await meet();
+    page.unlock.hidden = true;
+    page.token.value = "";
+    page.question.focus();
+  } catch (error) {
+    tell(error);
+  }
+});
+page.example.addEventListener("change", () => pick(Number(page.example.value)));
+page.suggestions.addEventListener("click", (event) => {
+  if (!event.target.matches("button")) return;
+  page.question.value = event.target.textContent;
+  ask();
+});
+page.answers.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) choose([...page.answers.querySelectorAll("button")].indexOf(button));
+});
+page.edit.addEventListener("click", () => edit(true));
+page.context.addEventListener("input", () => {
+  state.own = page.context.value;
+  if (page.example.value !== "-1") page.example.value = -1;
+  page.suggestions.hidden = true;
+  forget();
+  countText();
+});
+page.trace.addEventListener("toggle", () => {
+  if (page.trace.open && !page["trace-body"].childElementCount) explain();
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Enter" || event.isComposing || event.target === page.token) return;
+  if (event.ctrlKey || event.metaKey || (event.target === page.question && !event.shiftKey)) {
+    event.preventDefault();
+    ask();
+  }
+});
+
+offer();
+meet().catch((error) => {
+  if (error.status === 401 && !sessionStorage.getItem(TOKEN)) unlock(); // the field says it all
+  else tell(error);
+});
