@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from qadeploy.bundle import MODEL
+from qadeploy.machine import machine
 from qadeploy.qa.windows import pad_batch
 from qadeploy.records import Window
 
@@ -71,7 +72,7 @@ def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = ()) -> byte
             path,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            reduce_range=not has_vnni(),
+            reduce_range=not machine().has_vnni,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(float_nodes),
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
@@ -101,7 +102,7 @@ def quantize_static_int8(model: bytes, windows: Sequence[Window], float_nodes: I
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            reduce_range=not has_vnni(),
+            reduce_range=not machine().has_vnni,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(float_nodes),
@@ -140,12 +141,3 @@ def _is_large(table: onnx.TensorProto) -> bool:
     """True for a float table of many rows, each long enough that a scale of its own costs little."""
     rows, columns = table.dims if len(table.dims) == 2 else (0, 0)
     return bool(table.data_type == onnx.TensorProto.FLOAT and rows >= LARGE_TABLE and columns >= 8)
-
-
-def has_vnni() -> bool:
-    """True where the CPU adds int8 products in 32 bits (VNNI); without it 8-bit weights can saturate."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "asimddp"))
