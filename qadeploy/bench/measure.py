@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qadeploy.build.operations import Operations
 
 _WARM_UP_QUESTIONS = 8
+_ROW = 10  # questions asked one at a time before another variant has its turn
 _SPLIT_QUESTIONS = 48
 _SPLIT_ROUNDS = 3
 _CALIBRATION_QUESTIONS = 128
@@ -154,7 +155,11 @@ def _prepared(name: str, setup: Setup) -> _Measured:
 
 
 def _ask(found: Sequence[_Measured], request: Request) -> None:
-    """Warms up, asks all questions ``rounds`` times, and some of them one at a time; the variants always in turn."""
+    """Warms up, asks all questions ``rounds`` times, and some of them one at a time; the variants always in turn.
+
+    One at a time they are asked in rows of ``_ROW``, before each a question that is not timed: idle threads of the variant
+    before spin for some milliseconds, and would take a core from the one that is measured.
+    """
     pairs = request.workload.pairs
     longest = sorted(pairs, key=lambda pair: -len(pair[1]))[:1]
     by_name = {m.variant.name: m for m in found}
@@ -178,16 +183,19 @@ def _ask(found: Sequence[_Measured], request: Request) -> None:
         for name in order:
             _guard(by_name[name], all_at_once)
     asked = spread(pairs, request.latency_questions)
-    for question, order in zip(asked, turns(list(by_name), len(asked)), strict=True):
+    rows = [asked[i : i + _ROW] for i in range(0, len(asked), _ROW)]
+    for row, order in zip(rows, turns(list(by_name), len(rows)), strict=True):
         for name in order:
-            _guard(by_name[name], lambda m, q=question: _one(m, *q))  # type: ignore[misc]
+            _guard(by_name[name], lambda m, r=row: _one_by_one(m, r))  # type: ignore[misc]
 
 
-def _one(measured: _Measured, question: str, context: str) -> None:
+def _one_by_one(measured: _Measured, row: Sequence[tuple[str, str]]) -> None:
     assert measured.asker is not None  # noqa: S101
-    started = time.perf_counter()
-    measured.asker.answer_one(question, context)
-    measured.latencies.append(1000 * (time.perf_counter() - started))
+    measured.asker.answer_one(*row[0])
+    for question, context in row:
+        started = time.perf_counter()
+        measured.asker.answer_one(question, context)
+        measured.latencies.append(1000 * (time.perf_counter() - started))
 
 
 def _split(measured: _Measured, workload: Workload, null: bool) -> None:
