@@ -39,7 +39,7 @@ test: $(READY)
 
 demo: $(READY)
 	$(BIN)/qadeploy train --data handbook --out runs/handbook
-	$(BIN)/qadeploy export runs/handbook --quantize --budget 90s --out bundles/handbook
+	$(BIN)/qadeploy export runs/handbook --quantize --budget 3m --out bundles/handbook
 	$(BIN)/qadeploy bench $(BUNDLE)
 	$(BIN)/qadeploy ask $(BUNDLE) --top-k 1 \
 		--question "Why does the coxswain not use a pen?" \

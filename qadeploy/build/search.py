@@ -35,7 +35,7 @@ TARGETS = ("latency", "throughput", "size")
 _ROUNDS = 5
 _TIMED = 12
 _DUEL_TIMED = 16
-_JUDGING = 1 / 3  # the share of the budget that may go into answering the judging questions
+_JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 Say = Callable[[str], object]
 
 
