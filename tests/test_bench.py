@@ -141,7 +141,7 @@ def test_the_terminals_table_has_a_line_a_variant_and_the_split(benched):
 
 def test_the_readmes_table_is_made_of_it(benched):
     report = benched[0]
-    lines = bench_table(report)
+    lines = bench_table(report, "questions")
     assert len([line for line in lines if line.startswith("|")]) == 2 + len(report["variants"])
     assert report["environment"]["commit"] is None or report["environment"]["commit"] in lines[-1]
 
