@@ -123,7 +123,9 @@ def _draw(generator: random.Random, examples: Sequence[Example], count: int) -> 
 def arguments(plan: Plan, seed: int, precision: str, folder: str, **more: Any) -> TrainingArguments:
     """What both trainings are told alike; the schedule and the decay are qadeploy's defaults."""
     options = TrainOptions()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return training_arguments(
+        device,
         output_dir=folder,
         num_train_epochs=float(plan.epochs),
         learning_rate=plan.learning_rate,
@@ -131,13 +133,12 @@ def arguments(plan: Plan, seed: int, precision: str, folder: str, **more: Any) -
         weight_decay=options.weight_decay,
         warmup_ratio=options.warmup_ratio,
         bf16=precision == "bf16",
-        use_cpu=not torch.cuda.is_available(),
         optim="adamw_torch_fused",
         save_strategy="no",
         report_to=[],
         seed=seed,
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=device.type == "cuda",
         **more,
     )
 

@@ -30,6 +30,7 @@ from qadeploy.qa.windows import EncoderConfig
 SCHEMA = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
+PACKED = "packed.onnx"  # the same model without padding, which runs on CUDA only; not in every bundle
 TOKENIZER = "tokenizer.json"
 CARD = "README.md"
 _REQUIRED = (MODEL, TOKENIZER, CARD)
@@ -121,8 +122,8 @@ def open_bundle(folder: str | Path) -> Bundle:
     _check_names(folder, set(names))
     for name in names:
         data = bundle.read(name)
-        if name == MODEL and has_external_data(data):
-            raise BundleError(f"{folder / MODEL}: keeps weights in another file, which a bundle must not")
+        if name in {MODEL, PACKED} and has_external_data(data):
+            raise BundleError(f"{folder / name}: keeps weights in another file, which a bundle must not")
     return bundle
 
 
@@ -201,10 +202,10 @@ def manifest_text(value: Mapping[str, Any]) -> str:
 def newest_bundle(folder: Path = Path("bundles")) -> Path:
     """The bundle in ``folder`` whose manifest was written last. Raises InputError where there is none.
 
-    A fused graph stands beside the bundle it was made from for comparison and is passed over.
+    A fused graph stands beside the bundle it was made from for comparison and is passed over; one in fp16 too, which is for GPUs.
     """
     found = [p for p in folder.iterdir() if (p / MANIFEST).is_file()] if folder.is_dir() else []
-    found = [p for p in found if not p.name.startswith(".") and not p.name.endswith("-fused")]
+    found = [p for p in found if not p.name.startswith(".") and not p.name.endswith(("-fused", "-fp16"))]
     if not found:
         raise InputError(f"{folder}: holds no bundle yet: run qadeploy export first, or name a bundle")
     return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from qadeploy.bundle import MANIFEST
 from qadeploy.errors import CheckpointError
 from qadeploy.machine import machine
+from qadeploy.runtime import devices
 from qadeploy.runtime.session import onnxruntime, usable_cpus
 from qadeploy.shipped import base_model_path
 
@@ -24,7 +26,11 @@ _PACKAGES = {
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, CPU, providers, and ``problems``: one line each, with what to do. Imports no torch."""
+    """Versions, CPU, GPU, providers, and ``problems``: one line each, with what to do. Imports no torch.
+
+    Initialises CUDA where there is a driver, and loads CUDA's libraries where ONNX Runtime is a build for it.
+    """
+    driver, torch_cuda = devices.find_driver(), devices.torch_cuda()
     packages = {name: _version(name) for names in _PACKAGES.values() for name in names}
     report: dict[str, Any] = {
         "qadeploy": _version("qadeploy"),
@@ -33,29 +39,34 @@ def diagnose() -> dict[str, Any]:
         "cpu": {"model": machine().cpu, "usable": usable_cpus(), "features": list(machine().instruction_sets)},
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "packages": packages,
-        "nvidia_driver": _driver(),
+        "nvidia_driver": str(driver) or None,
+        "gpus": [
+            {"name": g.name, "memory_gib": g.memory_gib, "compute_capability": ".".join(map(str, g.capability))}
+            for g in driver.gpus
+        ],
         "providers": [],
+        "onnxruntime_build": None,
+        "cuda": {
+            "driver": _dotted(driver.cuda),
+            "driver_problem": driver.problem or None,
+            "onnxruntime": None,
+            "torch": _dotted(torch_cuda),
+            "libraries": {},
+        },
     }
-    problems = []
-    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
-        problems.append(
-            "onnxruntime and onnxruntime-gpu are both installed and break each other: "
-            "pip uninstall onnxruntime onnxruntime-gpu, then install the one you want"
-        )
+    problems: list[str] = []
     if find_spec("onnxruntime") is None:
         problems.append("onnxruntime is not installed, so nothing can be answered: pip install 'qadeploy[cpu]'")
     else:
         try:
-            report["providers"] = onnxruntime().get_available_providers()
+            _add_build(report, driver, problems)
         except AttributeError:  # what is left where one of two builds was uninstalled
             problems.append(
-                "onnxruntime is broken (both builds were installed and one was removed?): pip uninstall onnxruntime "
+                "onnxruntime is broken (both builds were installed and one was removed?): pip uninstall -y onnxruntime "
                 "onnxruntime-gpu, then install the one you want again"
             )
-        if report["nvidia_driver"] and "CUDAExecutionProvider" not in report["providers"]:
-            problems.append(
-                "an NVIDIA driver answers, but onnxruntime is a CPU build: pip install 'qadeploy[gpu]' instead"
-            )
+    if driver.gpus and packages["torch"] and torch_cuda is None:
+        problems.append(f"an NVIDIA driver answers, but torch is a CPU build and trains there: {devices.torch_line()}")
     missing = [name for name in _PACKAGES["train"] if not packages[name]]
     if missing:
         problems.append(
@@ -70,6 +81,23 @@ def diagnose() -> dict[str, Any]:
     return report
 
 
+def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
+    """What the manifests of the fp16 bundles in ``folder`` say of their way on a GPU; they are not verified for it.
+
+    ``paths`` are the notes of the runtime where the export had a GPU.
+    """
+    found = []
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))["made"]
+            if made["for"] == "cuda":
+                names = ("measured_on", "packed", "no_packing", "paths")
+                found.append({"bundle": str(path.parent), **{name: made[name] for name in names}})
+        except (OSError, ValueError, LookupError, TypeError):  # another kind of bundle, or none: loading it says so
+            continue
+    return found
+
+
 def lines(report: dict[str, Any]) -> list[str]:
     """The report as lines of text."""
     cpu = report["cpu"]
@@ -77,11 +105,23 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"qadeploy {report['qadeploy']}, Python {report['python']}",
         f"CPU: {cpu['model']}, {cpu['usable']} usable, {', '.join(cpu['features']) or 'no known vector features'}; "
         f"{report['memory_gib']} GiB of memory",
-        f"NVIDIA driver: {report['nvidia_driver'] or 'none'}; ONNX Runtime providers: {', '.join(report['providers']) or 'none'}",
+        f"NVIDIA driver: {report['nvidia_driver'] or 'none'}",
+        _runtime_line(report),
+        f"CUDA: {_cuda_line(report['cuda'])}",
         "packages: " + ", ".join(f"{name} {found or '-'}" for name, found in report["packages"].items()),
     ]
+    result += [_gpu_line(bundle) for bundle in report.get("gpu_bundles", [])]
     result += [f"PROBLEM: {problem}" for problem in report["problems"]] or ["no problems found"]
     return result
+
+
+def _gpu_line(bundle: dict[str, Any]) -> str:
+    packing = "leaves padding out" if bundle["packed"] else f"pads: {bundle['no_packing']}"
+    paths = (
+        "; ".join(bundle["paths"])
+        or f"measured on {bundle['measured_on']}, its paths are tried when it is loaded on a GPU"
+    )
+    return f"{bundle['bundle']}: {packing}; {paths}"
 
 
 def _version(name: str) -> str | None:
@@ -104,13 +144,41 @@ def _commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _driver() -> str | None:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    command = [tool, "--query-gpu=driver_version,name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return "; ".join(done.stdout.split("\n")[:8]).strip("; ") if done.returncode == 0 else None
+def _add_build(report: dict[str, Any], driver: devices.Driver, problems: list[str]) -> None:
+    """What the installed onnxruntime is, and what it lacks for the GPUs that are there."""
+    ort = onnxruntime()
+    report["providers"] = ort.get_available_providers()
+    build = devices.find_build(ort)
+    report["onnxruntime_build"] = {"package": build.package, "version": build.version, "installed": dict(build.wheels)}
+    report["cuda"]["onnxruntime"] = _dotted(build.cuda)
+    if build.conflict:
+        problems.append(build.conflict)
+    if build.has_cuda:
+        devices.preload(ort)
+        if build.cuda:
+            missing = devices.missing_libraries(build.cuda[0])
+            report["cuda"]["libraries"] = {name: name not in missing for name in devices.cuda_libraries(build.cuda[0])}
+    if driver.cuda or build.has_cuda:  # a CPU build on a machine without a driver is as it should be
+        problems += [problem for problem in devices.obstacles(build, driver) if problem != build.conflict]
+    if majors := devices.cuda_majors(build):
+        problems.append(majors)
+
+
+def _runtime_line(report: dict[str, Any]) -> str:
+    build = report["onnxruntime_build"]
+    providers = ", ".join(report["providers"]) or "none"
+    if build is None:
+        return f"ONNX Runtime: none; providers: {providers}"
+    return f"ONNX Runtime: {build['package'] or 'onnxruntime'} {build['version']}; providers: {providers}"
+
+
+def _cuda_line(cuda: dict[str, Any]) -> str:
+    parts = [f"{name} {cuda[name] or '-'}" for name in ("driver", "onnxruntime", "torch")]
+    for state, word in ((True, "loaded"), (False, "missing")):
+        names = [name for name, found in cuda["libraries"].items() if found is state]
+        parts += [f"{word} {' '.join(names)}"] * bool(names)
+    return "; ".join(parts)
+
+
+def _dotted(version: tuple[int, int] | None) -> str | None:
+    return None if version is None else f"{version[0]}.{version[1]}"

@@ -16,6 +16,7 @@ QadeployError
     ├── LogitsError           a model returned NaN or infinite logits
     └── MissingExtraError     an optional package is not installed
 
+DeviceWarning                 auto took the CPU although a GPU is there (a UserWarning)
 MachineWarning                session settings were measured on another kind of machine (a UserWarning)
 """
 
@@ -108,6 +109,10 @@ class MissingExtraError(FailureError):
         self.package = package
         self.fix = f"pip install 'qadeploy[{extra}]'"
         super().__init__(f"{purpose} needs the package {package}, which is not installed: {self.fix}")
+
+
+class DeviceWarning(UserWarning):
+    """``auto`` took the CPU although a GPU's driver is there; the message says what CUDA lacks."""
 
 
 class MachineWarning(UserWarning):

@@ -91,3 +91,17 @@ def parse(cpuinfo: str) -> Machine:
             shared = set(value.split()) if shared is None else shared & set(value.split())
     names = tuple(feature for feature in INSTRUCTION_SETS if feature in (shared or ()))
     return Machine(name or platform.processor() or platform.machine(), names)
+
+
+def peak_memory() -> int | None:
+    """The largest resident set of this process so far in bytes, None where the system does not say.
+
+    VmHWM (proc_pid_status(5)) and not getrusage's ru_maxrss: that one survives execve, so a child of a large process
+    would be given the parent's size.
+    """
+    try:
+        with open("/proc/self/status", encoding="ascii") as stream:
+            found = [line.split()[1] for line in stream if line.startswith("VmHWM:")]
+    except OSError:
+        return None
+    return 1024 * int(found[0]) if found else None

@@ -73,6 +73,11 @@ class Tuning:
     logits_apart: float
     trials: tuple[Trial, ...]
 
+    @classmethod
+    def none(cls, threads: int) -> Tuning:
+        """Nothing was measured: ONNX Runtime's own settings, as on CUDA."""
+        return cls({}, {}, TARGETS[0], threads, 0, 0, None, 0.0, ())
+
     @property
     def changed(self) -> bool:
         """Whether other settings were found than those that were there."""

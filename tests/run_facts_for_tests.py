@@ -67,7 +67,7 @@ RECORD: dict[str, Any] = {
     "data_sha256": "0" * 64,
     "base": {"name": "base", "sha256": "1" * 64, "commit": None, "license": "cc-by-4.0"},
     "versions": {"python": "3.11", "qadeploy": "1.2.3"},
-    "machine": {"cpu_count": 2, "cuda": False},
+    "machine": {"cpu_count": 2, "device": "cpu", "tf32": False},
 }  # fmt: skip
 
 
@@ -88,6 +88,20 @@ METRICS: dict[str, Any] = {
         epoch(2, 1.5, 1.8, 60.0, "loss falls, accuracy rises"),
         epoch(3, 0.9, 2.1, 55.0, "overfitting: eval loss rises while train loss falls; accuracy falls"),
     ],
+    "speed": {
+        "windows_per_second": 40.0,
+        "peak_memory_bytes": 3 * 2**29,
+        "epochs": [
+            {
+                "epoch": n,
+                "windows": 120,
+                "seconds": 3.0,
+                "windows_per_second": 1239.0 + n,
+                "peak_memory_bytes": 3 * 2**29,
+            }
+            for n in (1, 2)
+        ],
+    },
     "held_out_base": {"exact_match": 10.0, "f1": 20.0, "accuracy": 9.0, "total": len(JUDGED)},
     "seconds": 236.4,
 }

@@ -14,7 +14,7 @@ from transformers import XLNetConfig, XLNetForQuestionAnsweringSimple
 
 from benchmarks.architectures import DOCS, RESULTS, run_architecture, table, written
 from qadeploy.build.checkpoint import Checkpoint, TorchModel, encoder_config, load_checkpoint
-from qadeploy.build.export import _export_graph
+from qadeploy.build.export import export_graph
 from qadeploy.build.parity import measure_parity, require_parity
 from qadeploy.data.readers import read
 from qadeploy.qa.windows import pad_batch
@@ -117,7 +117,7 @@ def test_a_variant_exports_with_parity_up_to_its_longest_window(
     assert checkpoint.model.config._attn_implementation == attention
     found = checkpoint.encoder.config
     assert (found.segments, found.position_limit) == (segments, limit)
-    _export_graph(checkpoint, tmp_path)
+    export_graph(checkpoint, tmp_path)
     model = (tmp_path / "model.onnx").read_bytes()
     onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=found.pad_token_id)
     assert ("token_type_ids" in onnx.inputs) == bool(segments)

@@ -78,7 +78,7 @@ def test_the_memory_of_a_large_parent_is_not_counted_as_the_childs():
     script = (
         "import numpy, subprocess, sys\n"
         "ballast = numpy.ones(40_000_000)\n"  # 320 MB
-        "code = 'from qadeploy.bench.child import peak_memory; print(peak_memory())'\n"
+        "code = 'from qadeploy.machine import peak_memory; print(peak_memory())'\n"
         "print(int(subprocess.check_output([sys.executable, '-c', code])))"
     )
     found = int(run(script).stdout)

@@ -115,3 +115,34 @@ def test_a_child_forked_while_the_lock_is_held_has_a_cache_of_its_own():
 def test_a_bound_that_is_no_count_of_bytes_is_refused(limit):
     with pytest.raises(InputError, match="context_cache_bytes is"):
         ContextCache(ENCODER.encode, limit)
+
+
+def test_many_new_contexts_are_tokenised_together_and_kept():
+    cache = ContextCache(ENCODER.encode)
+    cache.get(CORPUS[0])
+    asked: list[list[str]] = []
+
+    def together(texts):
+        asked.append(list(texts))
+        return ENCODER.encode_many(texts)
+
+    near = cache.ahead([CORPUS[0], CORPUS[1], CORPUS[2], CORPUS[1]], together)
+    assert asked == [[CORPUS[1], CORPUS[2]]]  # neither what is kept nor one twice
+    assert list(near) == [CORPUS[1], CORPUS[2]]
+    assert near[CORPUS[1]].ids.tolist() == ENCODER.encode(CORPUS[1]).ids.tolist()
+    assert cache.get(CORPUS[1], near) is near[CORPUS[1]]
+    assert cache.get(CORPUS[2]) is near[CORPUS[2]]
+    assert cache.stats() == CacheStats(2, 3, 3, sum(SIZES[text] for text in CORPUS[:3]))
+    assert cache.ahead(CORPUS[:2], together) == {}
+    assert len(asked) == 1
+
+
+def test_contexts_tokenised_together_keep_the_bound():
+    limit = SIZES[CORPUS[3]]
+    cache = ContextCache(ENCODER.encode, limit)
+    near = cache.ahead(CORPUS[:4], ENCODER.encode_many)
+    assert len(near) == 4  # the call has them all, whatever is kept
+    assert cache.stats().bytes <= limit
+    nothing = ContextCache(ENCODER.encode, 0)
+    assert len(nothing.ahead(CORPUS[:4], ENCODER.encode_many)) == 4
+    assert nothing.stats() == CacheStats(0, 4, 0, 0)

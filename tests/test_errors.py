@@ -14,6 +14,7 @@ CLASSES = {
     for name, value in inspect.getmembers(errors, inspect.isclass)
     if issubclass(value, BaseException) and value.__module__ == errors.__name__
 }
+WARNINGS = {errors.DeviceWarning, errors.MachineWarning}
 DRAWN = re.compile(r"(?P<lead>(?:[│ ] {3})*(?:[├└]── )?)(?P<name>[A-Z]\w+) *(?P<about>.*)")
 
 
@@ -34,7 +35,7 @@ def drawn() -> list[tuple[str, str | None, str]]:
 def test_the_tree_drawn_is_the_tree_of_classes():
     tree = {name: parent for name, parent, _ in drawn()}
     assert len(tree) == len(drawn())
-    roots = {errors.QadeployError: Exception, errors.MachineWarning: UserWarning}
+    roots = {errors.QadeployError: Exception, **dict.fromkeys(WARNINGS, UserWarning)}
     assert tree == {n: None if c in roots else c.__base__.__name__ for n, c in CLASSES.items()}
     assert all(root.__base__ is base for root, base in roots.items())
     assert all(base.__module__ == "builtins" for c in CLASSES.values() for base in c.__bases__[1:])
@@ -43,7 +44,7 @@ def test_the_tree_drawn_is_the_tree_of_classes():
 def test_the_exit_codes_drawn_hold_for_every_class_below():
     codes = {name: int(m[1]) for name, _, about in drawn() if (m := re.search(r"\(exit code (\d)\)", about))}
     assert codes == {"InputError": 2, "FailureError": 1}
-    for cls in set(CLASSES.values()) - {errors.MachineWarning}:
+    for cls in set(CLASSES.values()) - WARNINGS:
         roots = [name for name in codes if issubclass(cls, CLASSES[name])]
         assert cls.exit_code == (codes[roots[0]] if roots else 1)
         assert cls is errors.QadeployError or len(roots) == 1

@@ -111,6 +111,7 @@ def test_on_cuda_nothing_is_said(foreign, monkeypatch):
     def on_cuda(*arguments: Any, **options: Any) -> OnnxModel:
         model = OnnxModel(*arguments, **{**options, "device": "cpu"})
         model.device = "cuda"  # as where there is one
+        model.warm_up = lambda window: None  # which needs it
         return model
 
     monkeypatch.setattr("qadeploy.runtime.answerer.OnnxModel", on_cuda)

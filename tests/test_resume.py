@@ -69,7 +69,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def without_time(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {**metrics, "seconds": None}
+    return {**metrics, "seconds": None, "speed": None}
 
 
 def assert_same(run: Path, whole: Path) -> None:
@@ -191,6 +191,27 @@ def test_a_run_killed_while_or_after_it_saves(name, step, resumes, whole, option
     assert f"{out}: resumes after step {resumes}, from checkpoint-{resumes}" in said
     assert json.loads((out / "run.json").read_text())["resumed_at_steps"] == [resumes]
     assert_same(out, whole)
+
+
+def test_a_run_by_tokens_goes_on_inside_an_epoch_to_the_same_weights(options, fast):
+    def make(name: str) -> TrainOptions:
+        return options(fast / name, batch_size=None, batch_tokens=120)
+
+    assert run(make("whole")) == 0
+    steps = json.loads((fast / "whole" / "metrics.json").read_text())["steps"]
+    assert steps >= 8  # else no save lies inside the second epoch
+    saves = sorted({*range(2, steps + 1, 2), steps // 2, steps})
+    step = next(s for s in saves if s > steps // 2 and s % 2 == 0 and s != steps)  # in the second epoch, not at its end
+    out = fast / "killed"
+    killer = KillAt("qadeploy.build.trainer", "prune", saves.index(step) + 1)
+    assert run(make("killed"), before=killer) == -signal.SIGKILL
+    assert run(make("killed"), resume=True) == 0
+    assert json.loads((out / "run.json").read_text())["resumed_at_steps"] == [step]
+    assert_same(out, fast / "whole")
+    speed = json.loads((out / "metrics.json").read_text())["speed"]
+    assert [row["epoch"] for row in speed["epochs"]] == [1, 2]
+    whole_speed = json.loads((fast / "whole" / "metrics.json").read_text())["speed"]
+    assert speed["epochs"][1]["windows"] < whole_speed["epochs"][1]["windows"]  # the rest of the epoch
 
 
 def test_patience_goes_on_counting(options, fast):

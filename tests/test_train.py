@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -17,13 +18,15 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, BertConfig, BertModel, FlaubertConfig, FlaubertForQuestionAnsweringSimple
 
+from qadeploy.build.batches import LengthGroupedSampler
 from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.build.curves import terminal_chart
 from qadeploy.build.epochs import EpochTable, observe
 from qadeploy.build.features import collate_labels, label, make_features
 from qadeploy.build.runs import dev_part, find_run, held_out
-from qadeploy.build.train import resolve_precision, train
-from qadeploy.build.trainer import LengthGroupedSampler, span_loss
+from qadeploy.build.torch_device import resolve_precision
+from qadeploy.build.train import train
+from qadeploy.build.trainer import span_loss
 from qadeploy.data.readers import hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, DataError, FailureError, InputError
@@ -227,16 +230,27 @@ def test_the_terminal_chart():
     assert "*" in flat
 
 
-def test_precision():
-    assert [resolve_precision(name) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
-    assert resolve_precision("auto") in {"fp32", "bf16"}
+def test_precision(monkeypatch):
+    for device in ("cpu", "cuda"):
+        assert resolve_precision("fp32", device) == "fp32"
+    assert resolve_precision("bf16", "cpu") == "bf16"
+    assert resolve_precision("auto", "cpu") in {"fp32", "bf16"}
     with pytest.raises(InputError, match="choose auto, fp32, bf16 or fp16"):
-        resolve_precision("fp8")
-    if torch.cuda.is_available():
-        assert resolve_precision("fp16") == "fp16"
-    else:
-        with pytest.raises(InputError, match="fp16: needs a GPU, and torch finds none: use --precision bf16 or fp32"):
-            resolve_precision("fp16")
+        resolve_precision("fp8", "cpu")
+    # A GPU may be there: what is trained on the CPU goes by the CPU.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="fp16: needs a GPU, and this trains on the CPU: use --precision bf16 or fp32"):
+        resolve_precision("fp16", "cpu")
+    for native in (True, False):
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation, native=native: native and not including_emulation,
+        )
+        assert resolve_precision("fp16", "cuda") == "fp16"
+        assert resolve_precision("auto", "cuda") == ("bf16" if native else "fp32")
+    with pytest.raises(InputError, match="this GPU does not multiply bf16"):
+        resolve_precision("bf16", "cuda")
 
 
 # ---------------------------------------------------------------- the run folder
@@ -268,6 +282,8 @@ def test_the_run_folder_is_whole(tiny, tiny_checkpoint):
     assert {"qadeploy", "python", "transformers", "tokenizers", "numpy"} <= set(record["versions"])
     options = record["options"]
     assert (options["epochs"], options["learning_rate"], options["batch_size"]) == (3, 3e-3, 8)
+    if not torch.cuda.is_available():
+        assert record["machine"] == {"cpu_count": os.cpu_count(), "device": "cpu", "tf32": False}
     assert "token" not in options
 
     metrics = json.loads((tiny.run / "metrics.json").read_text())
@@ -292,6 +308,10 @@ def test_the_five_stages_and_a_row_an_epoch_are_printed(tiny):
         assert float(cells[2]) == pytest.approx(values["eval_loss"], abs=1e-4)
         assert float(cells[3]) == pytest.approx(values["eval_accuracy"], abs=1e-4)
         assert float(cells[5]) == pytest.approx(values["eval_f1"], abs=0.1)
+    assert table[0][6:8] == ["-", "-"]
+    for cells, values in zip(table[1:], tiny.metrics["speed"]["epochs"], strict=True):
+        assert cells[6] == f"{values['windows_per_second']:.1f}"
+        assert cells[7] == f"{values['peak_memory_bytes'] / 2**30:.2f}G"
     assert any(line.startswith("loss: t train, e eval") for line in tiny.said)
     assert str(tiny.run) in tiny.said[-1]
 
@@ -313,7 +333,8 @@ def test_the_same_seed_gives_the_same_run_and_replaces_an_old_one(tiny, tiny_che
     (out / "run.json").write_text("{}")
     (out / "left over").write_text("")
     again = train(tiny_options(tiny.data, tiny_checkpoint, out), lambda line: None, progress=False)
-    assert {**again.metrics, "seconds": 0} == {**tiny.metrics, "seconds": 0}
+    timeless = {"seconds": 0, "speed": None}
+    assert {**again.metrics, **timeless} == {**tiny.metrics, **timeless}
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
     assert not (out / "left over").exists()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,16 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from qadeploy.build.batches import LengthGroupedSampler, TokenBatches
 from qadeploy.build.checkpoint import load_checkpoint
 from qadeploy.build.features import Feature, FeatureSet, make_features
-from qadeploy.build.trainer import LengthGroupedSampler, SpanTrainer, collate, training_arguments
+from qadeploy.build.trainer import SpanTrainer, collate, training_arguments
 from qadeploy.data.readers import read
 from qadeploy.qa.settings import QaSettings
 from tests.conftest import triplets, write_jsonl
 
 BATCH = 4
+CPU = torch.device("cpu")
 SETTINGS = QaSettings(max_seq_len=64, doc_stride=16, max_answer_len=10)
 
 
@@ -35,7 +38,7 @@ def features(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def batches_seen(
-    tiny_checkpoint: Path, features: FeatureSet, folder: Path, seed: int = 13
+    tiny_checkpoint: Path, features: FeatureSet, folder: Path, seed: int = 13, **options: Any
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The windows' numbers in each batch of two epochs of training, and of an evaluation after."""
     set_seed(seed)
@@ -62,7 +65,12 @@ def batches_seen(
         dataloader_pin_memory=False,
     )
     trainer = SpanTrainer(
-        model=checkpoint.model, args=arguments, train_dataset=features, eval_dataset=features, data_collator=watched
+        model=checkpoint.model,
+        args=arguments,
+        train_dataset=features,
+        eval_dataset=features,
+        data_collator=watched,
+        **options,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -87,10 +95,77 @@ def test_the_loop_takes_the_samplers_order_of_each_epoch_and_evaluates_in_order(
     assert [i for batch in evaluated for i in batch] == list(range(len(features)))
 
 
+def test_the_loop_takes_token_batches_anew_each_epoch(tiny_checkpoint, features, tmp_path):
+    lengths = [len(f.window) for f in features.features]
+    trained, evaluated = batches_seen(tiny_checkpoint, features, tmp_path, batch_tokens=150, most_windows=5)
+    batches = TokenBatches(lengths, 150, 13, 5)
+    expected = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        expected.append(list(batches))
+    assert trained == expected[0] + expected[1]
+    assert expected[0] != expected[1]
+    assert [i for batch in evaluated for i in batch] == list(range(len(features)))
+
+
+class Constant(torch.nn.Module):
+    """Logits that are parameters, the same for every window: its gradient is the weighted sum of the windows'."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(2, tokens, dtype=torch.float64))
+
+    def forward(self, input_ids: torch.Tensor, **others: torch.Tensor) -> SimpleNamespace:
+        rows, tokens = input_ids.shape
+        starts, ends = (x[:tokens].expand(rows, tokens) for x in self.logits)
+        return SimpleNamespace(start_logits=starts, end_logits=ends)
+
+
+def epoch_of(features: FeatureSet, folder: Path, **options: Any) -> tuple[torch.Tensor, float]:
+    """The mean gradient and the mean loss over the batches of one epoch, by the trainer's own loader and loss."""
+    model = Constant(max(len(f.window) for f in features.features))
+    arguments = training_arguments(
+        CPU, output_dir=str(folder), report_to=[], remove_unused_columns=False, per_device_train_batch_size=1
+    )
+    trainer = SpanTrainer(
+        model=model, args=arguments, train_dataset=features, data_collator=lambda rows: collate(rows, 0), **options
+    )
+    losses = [trainer.compute_loss(model, batch) for batch in trainer.get_train_dataloader()]
+    torch.stack(losses).mean().backward()
+    assert trainer.windows_seen == len(features)
+    return model.logits.grad, float(torch.stack(losses).mean().detach())
+
+
+def test_every_window_weighs_the_same_however_many_are_in_its_batch(features, tmp_path):
+    alone, loss = epoch_of(features, tmp_path)  # a window a batch: a mean of one
+    for tokens in (64, 150, 10_000):
+        gradient, mean = epoch_of(features, tmp_path, batch_tokens=tokens)
+        torch.testing.assert_close(gradient, alone, rtol=1e-6, atol=1e-9)  # span_loss computes in float32
+        assert mean == pytest.approx(loss, rel=1e-6)
+
+
+def test_one_device_a_process(tmp_path, monkeypatch):
+    arguments = training_arguments(CPU, output_dir=str(tmp_path), report_to=[])
+    assert (arguments.use_cpu, arguments.device, arguments.n_gpu) == (True, CPU, 0)
+    # Four GPUs at hand, as the Trainer sees them: one is asked for, and one is taken.
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+    def four(self: TrainingArguments) -> torch.device:
+        self.distributed_state, self._n_gpu = None, 4
+        return torch.device("cuda", 0)
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(four))
+    arguments = training_arguments(torch.device("cuda", 2), output_dir=str(tmp_path), report_to=[])
+    assert (arguments.use_cpu, arguments.device, arguments.n_gpu) == (False, torch.device("cuda", 2), 1)
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size
+    assert chosen == [torch.device("cuda", 2)]
+
+
 @pytest.mark.parametrize(("precision", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
 def test_the_precision_is_that_of_this_run_not_of_the_one_before(precision, mixed, tiny_checkpoint, tmp_path):
     for wanted in ("fp32", "bf16", precision):
-        arguments = training_arguments(bf16=wanted == "bf16", output_dir=str(tmp_path), use_cpu=True, report_to=[])
+        arguments = training_arguments(CPU, bf16=wanted == "bf16", output_dir=str(tmp_path), report_to=[])
     trainer = SpanTrainer(model=load_checkpoint(tiny_checkpoint).model, args=arguments)
     assert trainer.accelerator.mixed_precision == mixed
     with trainer.compute_loss_context_manager():

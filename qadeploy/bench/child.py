@@ -25,23 +25,11 @@ def main() -> None:
     print(json.dumps({"answered": 1}), file=report, flush=True)
     if len(pairs) > 1:
         asker.answer_all(pairs)
+    from qadeploy.machine import peak_memory
+
     print(json.dumps({"peak_memory_bytes": peak_memory()}), file=report, flush=True)
     report.flush()
     os._exit(0)  # some libraries take seconds to end, or hang
-
-
-def peak_memory() -> int | None:
-    """The largest resident set of this process so far in bytes, None where the system does not say.
-
-    VmHWM (proc_pid_status(5)) and not getrusage's ru_maxrss: that one survives execve, so a child of a large process
-    would be given the parent's size.
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii") as stream:
-            found = [line.split()[1] for line in stream if line.startswith("VmHWM:")]
-    except OSError:
-        return None
-    return 1024 * int(found[0]) if found else None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from qadeploy.doctor import diagnose
 from qadeploy.errors import FailureError, MissingExtraError
 from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.records import Answer, Example
-from qadeploy.runtime.session import usable_cpus
+from qadeploy.runtime.session import OnnxModel, usable_cpus
 from qadeploy.timing import spread, turns
 
 if TYPE_CHECKING:
@@ -205,6 +205,13 @@ def _split(measured: _Measured, workload: Workload, null: bool) -> None:
     measured.split = measure_split(measured.asker.answerer, pairs, _SPLIT_ROUNDS, allow_no_answer=null)
 
 
+def _remark(measured: _Measured) -> str:
+    """The variant's own remark, and on CUDA which paths its windows took."""
+    model = measured.asker.answerer.model if measured.asker and measured.asker.answerer else None
+    notes = model.notes() if isinstance(model, OnnxModel) else []
+    return "; ".join(filter(None, [measured.variant.remark, *notes]))
+
+
 def _peak(threads: int, say: Say) -> tuple[Peak | None, str]:
     say("measuring the machine's peak")
     try:
@@ -241,7 +248,7 @@ def _report(
             {
                 **_bad_row(name, measured.variant.peer, "ok"),
                 "precision": measured.variant.precision,
-                "remark": measured.variant.remark,
+                "remark": _remark(measured),
                 "questions_per_second": per_second,
                 "questions_per_second_range": [float(rates.min()), float(rates.max())],
                 "windows_per_second": mine.windows and per_second * mine.windows / len(workload.examples),

@@ -18,12 +18,13 @@ import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from qadeploy.errors import CheckpointError, DeviceError, InputError
+from qadeploy.build.torch_device import torch_device
+from qadeploy.errors import CheckpointError, InputError
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, pad_batch
 from qadeploy.records import FloatArray, Window
 from qadeploy.runtime.answerer import Answerer
-from qadeploy.runtime.session import Pending, check_device
+from qadeploy.runtime.session import Pending
 
 SETTINGS_FILE = "qadeploy.json"
 _UNLIMITED = 100_000
@@ -222,13 +223,6 @@ def torch_answerer(checkpoint: Checkpoint, device: str = "cpu") -> Answerer:
     """
     if checkpoint.new_head:
         raise CheckpointError(f"{checkpoint.name}: has no question-answering head, only an encoder: train it first")
-    kind = check_device(device)
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            f"{device} was asked for, but this torch {torch.__version__} finds no CUDA device: install a CUDA build of "
-            "torch and an NVIDIA driver, or use --device cpu"
-        )
-    if torch.cuda.is_available() and kind != "cpu":
-        checkpoint.model.to("cuda" if kind == "auto" else device)
+    checkpoint.model.to(torch_device(device))
     model = TorchModel(checkpoint.model, checkpoint.encoder.config.pad_token_id)
     return Answerer(checkpoint.encoder, checkpoint.settings, model)

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ProgressCallback
 from qadeploy.errors import FailureError
 
 Say = Callable[[str], None]
+SpeedOf = Callable[[int], dict[str, Any] | None]
 
 
 class QuietProgress(ProgressCallback):
@@ -24,11 +25,13 @@ class QuietProgress(ProgressCallback):
 class EpochTable(TrainerCallback):
     """Prints a row an epoch, and keeps the rows; ``rows`` are those of a run that goes on.
 
-    Warns once, where the gap between train and eval loss opens.
+    Warns once, where the gap between train and eval loss opens. ``speed_of`` gives ``Speed``'s row of an epoch,
+    whose figures are printed and not kept: two runs alike differ in them.
     """
 
-    def __init__(self, say: Say, rows: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, say: Say, rows: Sequence[dict[str, Any]] = (), speed_of: SpeedOf = lambda epoch: None) -> None:
         self.say = say
+        self.speed_of = speed_of
         self.rows: list[dict[str, Any]] = []
         self.gap_opened: int | None = None  # the first epoch of overfitting
         for row in rows:
@@ -42,7 +45,9 @@ class EpochTable(TrainerCallback):
 
     def header(self) -> None:
         """Prints the head of the table, and the rows that are there already."""
-        self.say("                 epoch  train loss  eval loss  accuracy     EM     F1  observation")
+        self.say(
+            "                 epoch  train loss  eval loss  accuracy     EM     F1  windows/s  memory  observation"
+        )
         for row in self.rows:
             self._print(row)
 
@@ -70,12 +75,21 @@ class EpochTable(TrainerCallback):
 
     def _print(self, row: dict[str, Any]) -> None:
         loss = "         -" if row["train_loss"] is None else f"{row['train_loss']:10.4f}"
+        speed, pace, memory = self.speed_of(row["epoch"]), "-", "-"
+        if speed:
+            pace = f"{speed['windows_per_second']:.1f}"
+            memory = memory_text(speed["peak_memory_bytes"])
         self.say(
             f"                 {row['epoch']:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
-            f"{row['eval_exact_match']:5.1f}  {row['eval_f1']:5.1f}  {row['observation']}"
+            f"{row['eval_exact_match']:5.1f}  {row['eval_f1']:5.1f}  {pace:>9}  {memory:>6}  {row['observation']}"
         )
         if self.gap_opened == row["epoch"]:
             self.say(f"                 {gap_warning(row)}")
+
+
+def memory_text(size: int | None) -> str:
+    """Bytes as GiB in a few characters, - where they are not known."""
+    return "-" if size is None else f"{size / 2**30:.2f}G"
 
 
 def gap_opens(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from qadeploy.build.onnx_config import TASK, own_configs
 from qadeploy.build.report import Reference
 from qadeploy.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.errors import FailureError
+from qadeploy.tuning import FP32_TOLERANCE
 
 
 def export(reference: Reference, out: Path) -> Bundle:
@@ -28,13 +29,14 @@ def export(reference: Reference, out: Path) -> Bundle:
     """
     with writing_bundle(out) as work:
         with tempfile.TemporaryDirectory() as folder:
-            _export_graph(reference.checkpoint, Path(folder))
+            export_graph(reference.checkpoint, Path(folder))
             shutil.copyfile(Path(folder) / MODEL, work / MODEL)
-        finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain"}, exact=True)
+        finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain"}, tolerance=FP32_TOLERANCE)
     return open_bundle(out)
 
 
-def _export_graph(checkpoint: Checkpoint, folder: Path) -> None:
+def export_graph(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the checkpoint as ``folder/model.onnx``, fp32, by optimum. Raises FailureError where that fails."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     logging.getLogger("optimum").setLevel(logging.ERROR)

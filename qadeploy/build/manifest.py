@@ -11,11 +11,11 @@ from qadeploy.build.card import bundle_card
 from qadeploy.build.parity import measure_parity, require_parity
 from qadeploy.build.provenance import versions_of
 from qadeploy.build.report import Reference, make_answerer, measure
-from qadeploy.bundle import CARD, MODEL, TOKENIZER, seal
+from qadeploy.bundle import CARD, MODEL, PACKED, TOKENIZER, seal
 from qadeploy.files import hash_file
 from qadeploy.machine import machine
-from qadeploy.runtime.session import OnnxModel, onnxruntime
-from qadeploy.tuning import FP32_TOLERANCE, Tuning, tune
+from qadeploy.runtime.session import onnxruntime
+from qadeploy.tuning import Tuning, model_of, tune
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
 
@@ -49,24 +49,26 @@ def finish_bundle(
     *,
     precision: str,
     made: dict[str, Any],
-    exact: bool,
+    tolerance: float | None,
     tuning: Tuning | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Measures the model in ``work``, adds tokenizer, card and manifest; returns the manifest's content.
+    """Measures the model in ``work`` on ``device``, adds tokenizer, card and manifest; returns the manifest's content.
 
-    ``tuning`` are the session settings found for it, measured here where they are None. ``exact`` holds the logits to
-    PyTorch's within the fp32 tolerance, else raises GateError.
+    ``tuning`` are the session settings found for it, measured here where they are None. ``tolerance`` is how far a
+    logit may be from PyTorch's, else GateError is raised; None allows any distance.
     """
     checkpoint = reference.checkpoint
     model = (work / MODEL).read_bytes()
-    pad = checkpoint.encoder.config.pad_token_id
     if tuning is None:
-        tuning = tune_model(reference, model, tolerance=FP32_TOLERANCE if exact else None)
+        tuning = tune_model(reference, model, tolerance=tolerance)
     session = tuning.session
-    onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=pad, options=session)
+    packed = (work / PACKED).read_bytes() if (work / PACKED).is_file() else None
+    answerer = make_answerer(reference, model, session, device=device, packed=packed)
+    onnx = model_of(answerer)
     parity = measure_parity(checkpoint, onnx, reference.examples)
-    if exact:
-        require_parity(parity, name)
+    if tolerance is not None:
+        require_parity(parity, name, tolerance)
     (work / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
     config = checkpoint.model.config
     weights = reference.run.checkpoint / "model.safetensors"
@@ -90,7 +92,7 @@ def finish_bundle(
         "inputs": list(onnx.inputs),
         "outputs": ["start_logits", "end_logits"],
         "parity": parity.to_dict(),
-        "measured": measure(reference, make_answerer(reference, model, session)),
+        "measured": {**measure(reference, answerer), "device": onnx.device},
         "source": {
             "checkpoint": str(reference.run.checkpoint),
             "checkpoint_sha256": hash_file(weights) if weights.is_file() else None,

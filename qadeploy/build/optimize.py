@@ -6,26 +6,16 @@ on a CPU, so the fused bundle stands beside the plain one, and both say how fast
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import onnx
-
+from qadeploy.build.fusing import fuse, has_fusions
 from qadeploy.build.manifest import finish_bundle
 from qadeploy.build.report import Reference
 from qadeploy.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.errors import FailureError
+from qadeploy.tuning import FP32_TOLERANCE
 
-# ONNX Runtime's optimizer knows families of graphs; these are built like BERT's.
-_BERT_LIKE = frozenset(
-    {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mobilebert"}
-    | {"modernbert", "mpnet", "roberta", "xlm-roberta"}
-)
 _COUNTED = (
     "Attention",
     "EmbedLayerNormalization",
@@ -45,17 +35,18 @@ def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
     """
     architecture = source.manifest["architecture"]
     kind = architecture["model_type"]
-    if kind not in _BERT_LIKE:
+    if not has_fusions(kind):
         raise FailureError(f"ONNX Runtime's graph optimisation has no fusions for {kind} models")
     with writing_bundle(out) as work:
-        fused = _fuse(source.read(MODEL), architecture)
+        fused = fuse(source.read(MODEL), architecture)
         layers = architecture["layers"] or 0
-        report = {name: fused["counts"].get(name, 0) for name in _COUNTED}
+        counts = Counter(node.op_type for node in fused.model.graph.node)
+        report = {name: counts.get(name, 0) for name in _COUNTED}
         if not any(report.values()):
             raise FailureError(f"ONNX Runtime's graph optimisation fused nothing in this {kind} model")
-        (work / MODEL).write_bytes(fused["model"])
+        (work / MODEL).write_bytes(fused.model.SerializeToString())
         made = {"graph": "fused", "from": source.name, "fused_nodes": report, "layers": layers}
-        finish_bundle(reference, work, out.name, precision="fp32", made=made, exact=True)
+        finish_bundle(reference, work, out.name, precision="fp32", made=made, tolerance=FP32_TOLERANCE)
     return open_bundle(out)
 
 
@@ -67,29 +58,3 @@ def fusion_line(bundle: Bundle) -> str:
     if made["fused_nodes"]["Attention"] < made["layers"]:
         line += ": not every attention layer has a form that ONNX Runtime knows"
     return line
-
-
-def _fuse(model: bytes, architecture: dict[str, Any]) -> dict[str, Any]:
-    from onnxruntime.transformers.fusion_options import FusionOptions
-    from onnxruntime.transformers.optimizer import optimize_model
-
-    options = FusionOptions("bert")
-    options.use_raw_attention_mask(True)  # else the fused graph assumes padding on the right
-    logging.getLogger("onnxruntime.transformers").setLevel(logging.ERROR)
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith(("fusion", "onnx_model", "optimizer")):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    proto = onnx.load_model_from_string(model)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        optimized = optimize_model(
-            proto,
-            model_type="bert",
-            num_heads=architecture["heads"] or 0,
-            hidden_size=architecture["hidden"] or 0,
-            opt_level=0,
-            optimization_options=options,
-        )
-    result = optimized.model
-    counts = Counter(node.op_type for node in result.graph.node)
-    return {"model": result.SerializeToString(), "counts": counts}

@@ -30,6 +30,11 @@ def is_first() -> bool:
     return count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
+def local_rank() -> int:
+    """The number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def share(batch_size: int) -> int:
     """Windows a step and process, where ``batch_size`` is those of all. Raises InputError where it is no whole number."""
     if batch_size % count():
@@ -42,8 +47,10 @@ def share(batch_size: int) -> int:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(on_cpu: bool = False) -> Iterator[None]:
     """Joins the processes for the time of the block. Where several fail, one raises and the others end in silence.
+
+    They compute on a GPU each where there are some, unless ``on_cpu``.
 
     The first process to fail raises its error; the others, whose errors are the same or only that a
     neighbour is gone, leave by SystemExit with the exit code of theirs.
@@ -51,7 +58,7 @@ def together() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    PartialState(cpu=not torch.cuda.is_available())
+    PartialState(cpu=on_cpu or not torch.cuda.is_available())
     try:
         yield
     except Exception as error:

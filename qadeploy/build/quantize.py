@@ -90,7 +90,7 @@ def quantize(
                 "leaderboard": board(candidate.recipe),
                 "duel": duel and asdict(duel),
             }
-            finish_bundle(reference, work, out.name, precision="int8", made=manifest, exact=False, tuning=tuning)
+            finish_bundle(reference, work, out.name, precision="int8", made=manifest, tolerance=None, tuning=tuning)
         return open_bundle(out)
     for text in leaderboard_lines(board(), search.judges.to_dict()):
         say(text)

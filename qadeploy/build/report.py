@@ -56,10 +56,24 @@ def make_reference(run: Run, source: str, examples: Sequence[Example]) -> Refere
     return Reference(run, checkpoint, source, tuple(examples), dev_part(run), answerer, scores, timed)
 
 
-def make_answerer(reference: Reference, model: bytes, session: Mapping[str, Any]) -> Answerer:
-    """An answerer for a model that is not in a bundle yet, on the CPU."""
-    pad = reference.checkpoint.encoder.config.pad_token_id
-    onnx = OnnxModel(lambda: model, device="cpu", pad_token_id=pad, options=session)
+def make_answerer(
+    reference: Reference,
+    model: bytes,
+    session: Mapping[str, Any],
+    *,
+    device: str = "cpu",
+    packed: bytes | None = None,
+) -> Answerer:
+    """An answerer for a model that is not in a bundle yet; ``packed`` is its graph without padding, for CUDA."""
+    config = reference.checkpoint.encoder.config
+    onnx = OnnxModel(
+        lambda: model,
+        device=device,
+        pad_token_id=config.pad_token_id,
+        options=session,
+        longest=config.position_limit,
+        read_packed=None if packed is None else lambda: packed,
+    )
     return Answerer(reference.checkpoint.encoder, reference.checkpoint.settings, onnx)
 
 

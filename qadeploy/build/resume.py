@@ -35,6 +35,7 @@ _FREE = frozenset(
     {
         "out",
         "save_steps",
+        "device",
         "data",
         "dev_data",
         "eval_data",
@@ -181,6 +182,9 @@ def _go_on(out: Path, folder: Path, record: dict[str, Any], say: Say) -> Plan:
         say(
             f"                 WARNING: {named}: the resumed run may differ in its last digits from one without a break"
         )
+    was, now = (r.get("machine", {}).get("device") for r in (old, record))
+    if was and was != now:
+        say(f"                 WARNING: it was begun on {was} and goes on on {now}, so its last digits may differ")
     saved = newest_complete(folder / SAVES, say)
     step = saved.step if saved else 0
     remove_after(folder / SAVES, step)

@@ -8,7 +8,16 @@ from qadeploy.build import findings
 from qadeploy.build.front_matter import base_label, front_matter
 from qadeploy.build.run_report import PartFacts, RunFacts, ScoreFacts
 
-_SHOWN_OPTIONS = ("epochs", "learning_rate", "batch_size", "weight_decay", "warmup_ratio", "patience", "seed")
+_SHOWN_OPTIONS = (
+    "epochs",
+    "learning_rate",
+    "batch_size",
+    "batch_tokens",
+    "weight_decay",
+    "warmup_ratio",
+    "patience",
+    "seed",
+)
 
 
 def run_card(facts: RunFacts) -> str:
@@ -119,7 +128,9 @@ def _part(part: PartFacts) -> str:
 
 def _training(facts: RunFacts) -> str:
     options, record = facts.record["options"], facts.record
-    chosen = ", ".join(f"{n.replace('_', ' ')} {_number(options[n])}" for n in _SHOWN_OPTIONS if n in options)
+    chosen = ", ".join(
+        f"{n.replace('_', ' ')} {_number(options[n])}" for n in _SHOWN_OPTIONS if options.get(n) is not None
+    )
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     return (
         f"{findings.course(facts)} {chosen[:1].upper()}{chosen[1:]}, precision {record['precision']}; {versions}; "

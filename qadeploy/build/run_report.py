@@ -137,7 +137,10 @@ class Mistake:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """A row of the table of epochs: losses, and the dev part's scores in percent. Epoch 0 is the base model."""
+    """A row of the table of epochs: losses, and the dev part's scores in percent. Epoch 0 is the base model.
+
+    ``windows_per_second`` and ``peak_memory_bytes`` are those of its training, None where they were not measured.
+    """
 
     number: int
     train_loss: float | None
@@ -146,6 +149,8 @@ class Epoch:
     exact_match: float
     f1: float
     observation: str
+    windows_per_second: float | None = None
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,8 @@ def make_facts(
     held_out = len(learned) > 1
     scores = score(judged.examples, answers)
     after = _score_facts(scores.to_dict())
-    epochs = tuple(_epoch(row) for row in metrics["epochs"])
+    speed = {row["epoch"]: row for row in metrics.get("speed", {}).get("epochs", ())}
+    epochs = tuple(_epoch(row, speed.get(row["epoch"], {})) for row in metrics["epochs"])
     before = _before(metrics, epochs, after.total, held_out)
     groupings = group_scores(judged.examples, scores)
     key = "held_out" if held_out else "dev"
@@ -341,7 +347,7 @@ def _score_facts(values: Mapping[str, Any]) -> ScoreFacts:
     )
 
 
-def _epoch(row: Mapping[str, Any]) -> Epoch:
+def _epoch(row: Mapping[str, Any], speed: Mapping[str, Any]) -> Epoch:
     return Epoch(
         int(row["epoch"]),
         row["train_loss"],
@@ -350,6 +356,8 @@ def _epoch(row: Mapping[str, Any]) -> Epoch:
         float(row["eval_exact_match"]),
         float(row["eval_f1"]),
         str(row["observation"]),
+        speed.get("windows_per_second"),
+        speed.get("peak_memory_bytes"),
     )
 
 

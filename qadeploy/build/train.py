@@ -34,6 +34,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadeploy.build import processes
+from qadeploy.build.batches import check_tokens
 from qadeploy.build.cache import Part, cache_folder, cached_features
 from qadeploy.build.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
 from qadeploy.build.curves import terminal_chart
@@ -51,6 +52,8 @@ from qadeploy.build.selection import (
     score_logits,
     unchosen_settings,
 )
+from qadeploy.build.speed import Speed, compiled, has_tf32, tf32_products
+from qadeploy.build.torch_device import device_name, resolve_precision, training_device
 from qadeploy.build.trainer import SaveInside, SpanTrainer, collate, training_arguments
 from qadeploy.build.workers import make_features_in
 from qadeploy.data.carriers import load_rows
@@ -61,18 +64,19 @@ from qadeploy.data.splits import carve_by_passage
 from qadeploy.data.table import one_line
 from qadeploy.errors import FailureError, InputError
 from qadeploy.files import write_json
-from qadeploy.machine import machine
 from qadeploy.predictions import DEFAULT_N_BEST, write_predictions
 from qadeploy.qa.metrics import Scores, bootstrap_interval, score
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.windows import Encoder
 from qadeploy.records import Answer, Example, FloatArray
+from qadeploy.runtime.devices import parse_device
 from qadeploy.shipped import base_model_path
 
 FEW_EXAMPLES = 5_000
 _COUNTS = (
     "epochs",
     "batch_size",
+    "batch_tokens",
     "patience",
     "max_train_samples",
     "max_eval_samples",
@@ -101,6 +105,9 @@ class TrainOptions:
     candidates the predictions files list, nothing else. ``model_revision``, ``token`` and ``trust_remote_code``
     are ``Hub``'s, for the base; ``token`` opens hub data too, and is recorded nowhere. ``save_steps`` adds
     checkpoints inside epochs, every so many steps. ``cache`` keeps the windows for the next run.
+
+    ``device`` is auto, cpu, cuda or cuda:N. With ``batch_tokens`` a batch holds so many tokens at most, padding included,
+    and ``batch_size`` windows where that is given. ``torch_compile`` runs the model compiled.
     """
 
     data: str = "handbook"
@@ -112,6 +119,7 @@ class TrainOptions:
     epochs: int | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
+    batch_tokens: int | None = None
     weight_decay: float = 0.01
     warmup_ratio: float = 0.06
     patience: int = 2
@@ -120,6 +128,8 @@ class TrainOptions:
     doc_stride: int | None = None
     attention_dropout: float = 0.0
     precision: str = "auto"
+    device: str = "auto"
+    torch_compile: bool = False
     on_ambiguous: OnAmbiguous = "error"
     columns: str | None = None
     no_answer_token: str | None = None
@@ -162,9 +172,10 @@ def train(
 
     Raises InputError and DataError on unusable input before anything is written, and on an unfinished
     run in the way or one that was started with other options, data or base; CheckpointError where the
-    base does not load; FailureError on a loss that is not finite and on a full disk.
+    base does not load; DeviceError where CUDA is asked for and not to be had; FailureError on a loss that is not
+    finite, on a full disk and where the model cannot be compiled.
     """
-    with processes.together():
+    with processes.together(on_cpu=options.device == "cpu"):
         return _train(options, say if processes.is_first() else _silent, progress, resume, more_metrics or {})
 
 
@@ -175,6 +186,7 @@ def _silent(line: str) -> None:
 def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_metrics: Mapping[str, Any]) -> RunResult:
     started = time.time()
     processes.from_first(lambda: check(options, resume))
+    device = training_device(options.device)
     out = Path(options.out)
     reading = Reading.of(asdict(options))
     rows = list(load_rows(options.data, options.token))
@@ -184,7 +196,7 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
     train_part, dev_part, eval_part = _parts(data, options)
     options = _resolve(options, len(train_part))
     processes.share(options.batch_size or 1)
-    precision = resolve_precision(options.precision)
+    precision = resolve_precision(options.precision, device.type)
     set_seed(options.seed)
     hub = Hub(options.model_revision, options.token, options.trust_remote_code)
     checkpoint = load_checkpoint(str(options.base), hub, **_dropout(options.attention_dropout))
@@ -236,15 +248,17 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
     if not train_set.with_answer:
         raise InputError(f"{options.data}: no training window holds an answer, so there is nothing to learn from")
 
-    record = _record(options, precision, checkpoint, data, dev_part, eval_part)
-    with open_run(out, record, resume, say) as plan:
+    if options.batch_tokens:
+        check_tokens(options.batch_tokens, [len(f.window) for f in train_set.features])
+    record = _record(options, precision, device, checkpoint, data, dev_part, eval_part)
+    with open_run(out, record, resume, say) as plan, tf32_products(device):
         if plan.finished:
             say(f"run folder: {out} was complete already")
             return RunResult(out, json.loads((out / "metrics.json").read_text(encoding="utf-8")))
         if plan.saved:
             started -= plan.saved.progress["seconds"]
         result, answers = _run(
-            options, precision, checkpoint, settings, train_set, dev_set, eval_set, plan, say, progress, started
+            options, precision, device, checkpoint, settings, train_set, dev_set, eval_set, plan, say, progress, started
         )
         result |= {"data_check": checked.to_dict(), **more_metrics}
         if processes.is_first():
@@ -278,6 +292,9 @@ def check(options: TrainOptions, resume: bool = False) -> None:
         value = getattr(options, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"{name} is {value!r}: a whole number from 1 is needed")
+    parse_device(options.device)
+    if options.batch_tokens and processes.count() > 1:
+        raise InputError("--batch-tokens trains in one process: leave it out, or torchrun")
     _check_out(Path(options.out), resume)
 
 
@@ -311,28 +328,14 @@ def _parts(
 
 def _resolve(options: TrainOptions, questions: int) -> TrainOptions:
     few = questions < FEW_EXAMPLES
+    batch_size = None if options.batch_tokens else 16 if few else 24  # the tokens alone say how many
     return replace(
         options,
         base=str(options.base or base_model_path()),
         epochs=3 if options.epochs is None else options.epochs,
         learning_rate=(1e-4 if few else 1.8e-4) if options.learning_rate is None else options.learning_rate,
-        batch_size=(16 if few else 24) if options.batch_size is None else options.batch_size,
+        batch_size=batch_size if options.batch_size is None else options.batch_size,
     )
-
-
-def resolve_precision(wanted: str) -> str:
-    """``auto`` becomes bf16 where the hardware multiplies it natively, else fp32. Raises InputError."""
-    if wanted not in {"auto", "fp32", "bf16", "fp16"}:
-        raise InputError(f"precision is {wanted!r}: choose auto, fp32, bf16 or fp16")
-    if wanted == "fp16" and not torch.cuda.is_available():
-        raise InputError("precision fp16: needs a GPU, and torch finds none: use --precision bf16 or fp32")
-    if wanted == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError("precision bf16: this GPU does not multiply bf16: use --precision fp32")
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if machine().has_bf16 else "fp32"
 
 
 def _dropout(attention: float) -> dict[str, float]:
@@ -346,6 +349,7 @@ def _dropout(attention: float) -> dict[str, float]:
 def _run(
     options: TrainOptions,
     precision: str,
+    device: torch.device,
     checkpoint: Checkpoint,
     settings: QaSettings,
     train_set: FeatureSet,
@@ -357,22 +361,13 @@ def _run(
     started: float,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Trains, and returns the content of ``metrics.json`` and the answers to the held-out (else the dev) questions."""
-    epochs, learning_rate, batch_size = options.epochs or 1, options.learning_rate or 0.0, options.batch_size or 1
+    epochs, learning_rate = options.epochs or 1, options.learning_rate or 0.0
+    # For the evaluation, where the tokens of a batch are given: as many of the longest windows as they hold.
+    batch_size = options.batch_size or max(1, (options.batch_tokens or 1) // settings.max_seq_len)
     share = processes.share(batch_size)
     passes = options.gradient_accumulation_steps
-    steps = math.ceil(math.ceil(len(train_set) / batch_size) / passes)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    say(
-        f"4 training       {sum(p.numel() for p in checkpoint.model.parameters()) / 1e6:.1f} M parameters on {device} "
-        f"in {precision}, {epochs} epochs of {steps} steps of {f'{passes} x ' if passes > 1 else ''}{batch_size} windows, "
-        f"learning rate {learning_rate:g}" + (f", {processes.count()} processes" if processes.count() > 1 else "")
-    )
-    if len(train_set.examples) < FEW_EXAMPLES:
-        say(
-            f"                 few examples ({len(train_set.examples)}): a low learning rate unless you give one, and training stops "
-            f"after {options.patience} epochs without a better dev F1"
-        )
     arguments = training_arguments(
+        device,
         output_dir=str(plan.folder / SAVES),
         num_train_epochs=float(epochs),
         learning_rate=learning_rate,
@@ -385,7 +380,6 @@ def _run(
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        use_cpu=device == "cpu",
         optim="adamw_torch_fused",
         eval_strategy="epoch",
         save_strategy="epoch",
@@ -399,12 +393,12 @@ def _run(
         report_to=[],
         seed=options.seed,
         disable_tqdm=not progress,
-        dataloader_pin_memory=device == "cuda",
+        dataloader_pin_memory=device.type == "cuda",
         logging_nan_inf_filter=False,
     )
-    first = train_set.features[0].window
-    say(f"                 e.g. a window of {len(first)} tokens -> start and end logits [1, {len(first)}] each")
-    table = EpochTable(say, plan.saved.progress["rows"] if plan.saved else [])
+    done: dict[str, Any] = plan.saved.progress if plan.saved else {"rows": []}
+    speed = Speed(device, lambda: trainer.windows_seen, processes.count(), done.get("speed", []))
+    table = EpochTable(say, done["rows"], speed.of)
     pad = checkpoint.encoder.config.pad_token_id
     trainer = SpanTrainer(
         model=checkpoint.model,
@@ -413,9 +407,12 @@ def _run(
         eval_dataset=dev_set,
         data_collator=lambda features: collate(features, pad),
         compute_metrics=lambda prediction: _metrics(dev_set, prediction, settings),
-        callbacks=[EarlyStoppingCallback(options.patience), table],
-        progress=lambda: {"rows": table.rows, "seconds": round(time.time() - started, 1)},
+        callbacks=[EarlyStoppingCallback(options.patience), speed, table],
+        progress=lambda: {"rows": table.rows, "speed": speed.rows, "seconds": round(time.time() - started, 1)},
+        batch_tokens=options.batch_tokens,
+        most_windows=options.batch_size,
     )
+    _say_training(say, options, trainer, precision, device, len(train_set))
     if options.save_steps:
         trainer.add_callback(SaveInside(options.save_steps))
     trainer.remove_callback(PrinterCallback)
@@ -431,7 +428,7 @@ def _run(
     table.header()
     if not table.rows:
         trainer.evaluate()  # the row "0": the base model before any step
-    with warnings.catch_warnings(), _memory_errors():
+    with warnings.catch_warnings(), _memory_errors(), compiled(checkpoint.model, options.torch_compile):
         # Epochs of less than a second look to the Trainer like a broken clock; it then goes by the step numbers.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
         trainer.go_on(plan.saved)
@@ -453,6 +450,7 @@ def _run(
         "settings": settings.to_dict(),
         "dev": dev_scores.to_dict(),
         "epochs": table.rows,
+        "speed": speed.summary(),
     }
     whose = "as given" if options.max_answer_len else "chosen on the dev part"
     say(f"5 evaluation     best epoch {best['epoch']}; max_answer_len {settings.max_answer_len} {whose}")
@@ -493,7 +491,9 @@ def _memory_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise FailureError("training ran out of memory: lower --batch-size or --max-seq-len") from error
+            raise FailureError(
+                "training ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len"
+            ) from error
         raise
 
 
@@ -521,6 +521,32 @@ def _metrics(features: FeatureSet, prediction: EvalPrediction, settings: QaSetti
 
 
 # ---------------------------------------------------------------- reports
+
+
+def _say_training(
+    say: Say, options: TrainOptions, trainer: SpanTrainer, precision: str, device: torch.device, windows: int
+) -> None:
+    """What is trained, where, and in which steps."""
+    passes = options.gradient_accumulation_steps
+    batch, batches = f"{options.batch_size} windows", math.ceil(windows / (options.batch_size or 1))
+    if trainer.token_batches is not None:
+        batches = len(trainer.token_batches)
+        batch = f"at most {options.batch_tokens} tokens"
+        batch += f" and {options.batch_size} windows" if options.batch_size else f" ({windows / batches:.1f} windows)"
+    say(
+        f"4 training       {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters on "
+        f"{device_name(device)} in {precision}{', products in TF32' if has_tf32(device) else ''}"
+        f"{', compiled' if options.torch_compile else ''}, {options.epochs} epochs of {math.ceil(batches / passes)} steps "
+        f"of {f'{passes} x ' if passes > 1 else ''}{batch}, learning rate {options.learning_rate:g}"
+        + (f", {processes.count()} processes" if processes.count() > 1 else "")
+    )
+    if len(trainer.train_dataset.examples) < FEW_EXAMPLES:
+        say(
+            f"                 few examples ({len(trainer.train_dataset.examples)}): a low learning rate unless you give one, and "
+            f"training stops after {options.patience} epochs without a better dev F1"
+        )
+    first = trainer.train_dataset.features[0].window
+    say(f"                 e.g. a window of {len(first)} tokens -> start and end logits [1, {len(first)}] each")
 
 
 def _say_scores(say: Say, name: str, scores: Scores) -> None:
@@ -554,6 +580,7 @@ def _feature_example(features: FeatureSet, checkpoint: Checkpoint) -> str:
 def _record(
     options: TrainOptions,
     precision: str,
+    device: torch.device,
     checkpoint: Checkpoint,
     data: DataSet,
     dev_part: Sequence[Example],
@@ -570,5 +597,5 @@ def _record(
         "eval_data_sha256": hash_examples(eval_part) if options.eval_data else None,
         "base": base_of(checkpoint),
         "versions": versions_of(_VERSIONED, missing="source"),
-        "machine": {"cpu_count": os.cpu_count(), "cuda": torch.cuda.is_available()},
+        "machine": {"cpu_count": os.cpu_count(), "device": device_name(device), "tf32": has_tf32(device)},
     }

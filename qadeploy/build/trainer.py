@@ -3,82 +3,54 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qadeploy.build import processes
+from qadeploy.build.batches import LengthGroupedSampler, TokenBatches
 from qadeploy.build.features import NO_LABEL, Feature, FeatureSet, collate_labels
 from qadeploy.build.saves import Save, mark_complete, prune, remove, writing
 from qadeploy.errors import FailureError
 from qadeploy.qa.windows import pad_batch
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """Indices in an order where neighbours have like lengths, drawn anew each epoch from the seed.
-
-    Windows are shuffled, cut into pools of 50 batches, sorted by length inside a pool, and the
-    batches of the epoch are shuffled again; the longest batch comes first, so that memory fails early.
-    """
-
-    POOL = 50
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths = np.asarray(lengths)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = np.random.default_rng((self.seed, self.epoch))
-        order = generator.permutation(len(self.lengths))
-        batches: list[Any] = []
-        for begin in range(0, len(order), self.POOL * self.batch_size):
-            pool = order[begin : begin + self.POOL * self.batch_size]
-            pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
-            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
-        # Only the very last batch may be short: the loader cuts this stream every batch_size indices.
-        full = [b for b in batches if len(b) == self.batch_size]
-        short = [b for b in batches if len(b) < self.batch_size]
-        full = [full[i] for i in generator.permutation(len(full))]
-        if full:
-            longest = max(range(len(full)), key=lambda i: int(self.lengths[full[i]].max()))
-            full[0], full[longest] = full[longest], full[0]
-        for batch in (*full, *short):
-            yield from (int(i) for i in batch)
-
-
 class SpanArguments(TrainingArguments):
-    """TrainingArguments whose device can be loaded to: with several processes accelerate says cpu:0, torch.load no."""
+    """TrainingArguments of one device a process: with several GPUs at hand, the Trainer's would train on all by threads."""
+
+    gpu = 0  # of a single process; of several each has its own
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """Where this process computes. With several processes accelerate says cpu:0, which torch.load refuses."""
         device: torch.device = super().device
+        if device.type == "cuda" and self.world_size == 1:
+            return torch.device("cuda", self.gpu)
         return torch.device("cpu") if device.type == "cpu" else device
 
+    @property
+    def n_gpu(self) -> int:
+        """How many GPUs this process computes on: 0 or 1."""
+        return min(int(super().n_gpu), 1)
 
-def training_arguments(**options: Any) -> SpanArguments:
-    """Arguments whose precision is what ``options`` say, whatever was trained in this process before.
+
+def training_arguments(device: torch.device, **options: Any) -> SpanArguments:
+    """Arguments for ``device``, whose precision is what ``options`` say, whatever was trained in this process before.
 
     The Trainer obeys the environment variable ACCELERATE_MIXED_PRECISION. TrainingArguments sets it where bf16 or
     fp16 is asked for and else keeps what it finds, so that a run in fp32 after one in bf16 would be bf16 too.
     """
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    return SpanArguments(**options)
+    arguments = SpanArguments(use_cpu=device.type == "cpu", **options)
+    if device.type == "cuda" and arguments.world_size == 1:
+        arguments.gpu = device.index or 0
+        torch.cuda.set_device(arguments.device)  # what accelerate goes by
+    return arguments
 
 
 class SaveInside(TrainerCallback):
@@ -100,12 +72,30 @@ class SpanTrainer(Trainer):
     question (their spans are equally good targets) and over start and end. Its softmax runs over
     the context and the null position, as the decoder's does.
 
+    A batch's loss is the mean of its windows'. With ``batch_tokens`` batches have few long windows or many short ones,
+    and a mean would give long ones the greater weight: there it is the sum of its windows' losses, over the mean number of
+    windows in a batch, so that all windows of an epoch weigh the same. ``most_windows`` bounds such a batch.
+
+    ``windows_seen`` counts the windows that this process has trained on.
+
     A checkpoint is marked complete once all of it is on the disk, with ``progress()`` of the run in its
     marker; only then are older ones removed.
     """
 
-    def __init__(self, *args: Any, progress: Callable[[], dict[str, Any]] = dict, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        progress: Callable[[], dict[str, Any]] = dict,
+        batch_tokens: int | None = None,
+        most_windows: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.windows_seen = 0
+        self.token_batches: TokenBatches | None = None
+        if batch_tokens:
+            lengths = [len(f.window) for f in self.train_dataset.features]
+            self.token_batches = TokenBatches(lengths, batch_tokens, self.args.seed, most_windows)
         self.model_accepts_loss_kwargs = False
         self.progress = progress
         self._running_loss: Any = None
@@ -116,6 +106,21 @@ class SpanTrainer(Trainer):
         lengths = [len(f.window) for f in features.features]
         # The batch of all processes, which accelerate deals out in slices: the same batches, however many share them.
         return LengthGroupedSampler(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The Trainer's, or one of batches by tokens."""
+        loader: DataLoader[Any]
+        if self.token_batches is None:
+            loader = super().get_train_dataloader()
+        else:
+            loader = DataLoader(
+                self.train_dataset,
+                batch_sampler=self.token_batches,
+                collate_fn=self.data_collator,
+                pin_memory=self.args.dataloader_pin_memory,
+            )
+            loader = self.accelerator.prepare(loader)
+        return loader
 
     def go_on(self, saved: Save | None) -> None:
         """Trains, after ``saved`` where there is one, and loads the best epoch's weights."""
@@ -193,6 +198,10 @@ class SpanTrainer(Trainer):
             span_loss(outputs.end_logits[rows], inputs["end_positions"][rows], mask[rows]),
         ]
         loss = (losses[0] + losses[1]) / 2
+        if model.training:
+            self.windows_seen += len(mask)
+            if self.token_batches is not None:
+                loss = loss * (len(mask) * len(self.token_batches) / len(self.train_dataset))
         logits = {"start_logits": outputs.start_logits, "end_logits": outputs.end_logits}
         return (loss, logits) if return_outputs else loss
 

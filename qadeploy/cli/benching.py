@@ -94,10 +94,10 @@ def bench(
     from qadeploy.bench.workload import draw
     from qadeploy.build.runs import find_run, held_out, known_examples
     from qadeploy.bundle import newest_bundle
-    from qadeploy.runtime.session import check_device
+    from qadeploy.runtime.devices import parse_device
 
     peers = parse_peers(against)
-    check_device(device)
+    parse_device(device)
     opened, broken = open_bundles(bundles or [newest_bundle()])
     limits = Limits(min_f1, max_f1_drop, min_speedup)
     limits.check(peers, [bundle.precision for bundle in opened[1:]])
@@ -131,7 +131,7 @@ def bench(
 @command(main, example="qadeploy doctor")
 def doctor(as_json: bool) -> None:
     """Show what this installation can do, and what stands in the way."""
-    from qadeploy.doctor import diagnose, lines
+    from qadeploy.doctor import diagnose, gpu_bundles, lines
 
-    report = diagnose()
+    report = {**diagnose(), "gpu_bundles": gpu_bundles()}
     print_result(as_json, report, lines(report))

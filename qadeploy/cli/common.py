@@ -20,7 +20,7 @@ import click
 
 from qadeploy import __version__
 from qadeploy.config import read_config, unknown_hint
-from qadeploy.errors import InputError, MachineWarning, MissingExtraError, QadeployError
+from qadeploy.errors import DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
 
 _READING = {"on_ambiguous": "error", "columns": None, "no_answer_token": None}
 _TRAIN_PACKAGES = frozenset(
@@ -90,7 +90,7 @@ class _Command(click.Command):
         except MemoryError:
             if debug:
                 raise
-            fail("the machine ran out of memory: lower --batch-size or --max-seq-len", 1)
+            fail("the machine ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len", 1)
         return None
 
 
@@ -101,13 +101,14 @@ def _plain_warnings() -> Iterator[None]:
         show = warnings.showwarning
 
         def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if issubclass(category, MachineWarning):
+            if issubclass(category, DeviceWarning | MachineWarning):
                 note(f"Warning: {message}")
             else:
                 show(message, category, *where)
 
         warnings.showwarning = say  # type: ignore[assignment]
-        warnings.simplefilter("once", MachineWarning)
+        for ours in (DeviceWarning, MachineWarning):
+            warnings.simplefilter("once", ours)
         yield
 
 

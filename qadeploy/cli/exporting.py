@@ -18,12 +18,19 @@ from qadeploy.errors import InputError
 qadeploy export --quantize
 qadeploy export runs/faq --quantize --max-f1-drop 0.3 --target throughput
 qadeploy export runs/faq --quantize --recipe int8-protected
+qadeploy export runs/faq --device cuda
 qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
 """,
 )
 @click.argument("run", required=False)
 @click.option("--out", help="Bundle folder.  [default: bundles/NAME after the run]")
 @click.option("--quantize", is_flag=True, help="Also write NAME-int8, if it keeps its F1.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="cuda (or cuda:N): also write NAME-fp16, the graph for GPUs; made and judged on the CPU where there is none.",
+)
 @click.option(
     "--optimize/--no-optimize", default=True, show_default=True, help="Also write NAME-fused, the optimised graph."
 )
@@ -56,6 +63,7 @@ def export(
     run: str | None,
     out: str | None,
     quantize: bool,
+    device: str,
     optimize: bool,
     eval_data: str | None,
     max_f1_drop: float,
@@ -77,6 +85,7 @@ def export(
         print_result(as_json, known, [f"{name:<22} {what}" for name, what in known.items()])
         return
     from qadeploy.build import export as export_step
+    from qadeploy.build import half as half_step
     from qadeploy.build import optimize as optimize_step
     from qadeploy.build import quantize as quantize_step
     from qadeploy.build.cache import cache_folder
@@ -85,6 +94,7 @@ def export(
     from qadeploy.build.runs import find_run, held_out
     from qadeploy.bundle import check_place
     from qadeploy.errors import FailureError, GateError
+    from qadeploy.runtime.devices import parse_device
 
     say = sayer(as_json)
     reading = take_reading(options)
@@ -96,8 +106,9 @@ def export(
     seconds = seconds_of("budget", budget)
     if recipe:
         quantize_step.find_recipe(recipe)
-    fused_place, int8_place = (place.with_name(place.name + end) for end in ("-fused", "-int8"))
-    for folder in (fused_place, int8_place):
+    fused_place, int8_place, fp16_place = (place.with_name(place.name + end) for end in ("-fused", "-int8", "-fp16"))
+    on_cuda = parse_device(device).kind == "cuda"
+    for folder in (fused_place, int8_place, fp16_place):
         check_place(folder)
     source, examples = held_out(found, eval_data, reading)
     say(f"exporting {found.checkpoint}, judged on {len(examples)} questions of {source}")
@@ -112,6 +123,10 @@ def export(
             raise
         except FailureError as error:
             say(f"no optimised graph: {error}")
+    if on_cuda:
+        bundles.append(half_step.half(reference, bundles[0], fp16_place, device=device, say=say))
+        for text in half_step.half_lines(bundles[-1]):
+            say(f"{fp16_place}: {text}")
     closing: list[str] = []
     if quantize:
         say(f"int8 recipes for {target}, against the fp32 model:")

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from qadeploy.cli.common import (
     command,
+    device_option,
     fail,
     main,
     note,
@@ -146,6 +147,11 @@ qadeploy train --resume --out runs/squad
     help="Windows a forward pass.  [default: by the amount of data]",
 )
 @click.option(
+    "--batch-tokens",
+    type=click.IntRange(min=1),
+    help="Tokens a forward pass at most, padding included: many short windows, or few long ones; --batch-size bounds them.",
+)
+@click.option(
     "--gradient-accumulation-steps",
     default=1,
     show_default=True,
@@ -199,6 +205,10 @@ qadeploy train --resume --out runs/squad
     show_default=True,
     help="Of the arithmetic; auto is bf16 where the hardware multiplies it natively; fp16 needs a GPU.",
 )
+@click.option(
+    "--torch-compile", is_flag=True, help="Run the model compiled (torch.compile): the first steps take long."
+)
+@device_option
 @click.option("--save-steps", type=click.IntRange(min=1), help="Also save every N steps.  [default: each epoch only]")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --out, with its options.")
 @click.option("--bf16", is_flag=True, help="The same as --precision bf16.")

@@ -349,12 +349,12 @@ class Encoder:
         return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
 
 
-def pad_batch(windows: Sequence[Window], pad_token_id: int) -> dict[str, IntArray]:
-    """Model inputs ``[windows, longest]``, padded on the right: ids, attention_mask, token_type_ids.
+def pad_batch(windows: Sequence[Window], pad_token_id: int, *, tokens: int | None = None) -> dict[str, IntArray]:
+    """Model inputs ``[windows, tokens]`` (None: the longest), padded on the right: ids, attention_mask, token_type_ids.
 
     ``token_type_ids`` is there exactly where the windows have it.
     """
-    shape = (len(windows), max(len(w) for w in windows))
+    shape = (len(windows), tokens or max(len(w) for w in windows))
     ids = np.full(shape, pad_token_id, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
     types = np.zeros(shape, dtype=np.int64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import NoReturn, Protocol
 
 from tokenizers import Tokenizer
 
-from qadeploy.bundle import MODEL, TOKENIZER, Bundle, open_bundle
+from qadeploy.bundle import MODEL, PACKED, TOKENIZER, Bundle, open_bundle
 from qadeploy.errors import BundleError, InputError, MachineWarning, QadeployError
 from qadeploy.machine import machine
 from qadeploy.qa.settings import QaSettings
@@ -121,7 +121,7 @@ class Answerer:
         ``context_cache_bytes`` bounds the memory that keeps tokenised contexts for further questions
         (default 64 MiB, 0 keeps none). Warns (MachineWarning) on a CPU of another kind than the bundle's session
         settings were measured on. Raises InputError (no such folder, options out of range), BundleError,
-        DeviceError, MissingExtraError.
+        DeviceError, MissingExtraError. On CUDA it captures the graphs of one window's run, about a second's work.
         """
         bundle = open_bundle(path)
         try:
@@ -137,9 +137,14 @@ class Answerer:
             threads=threads,
             pad_token_id=bundle.encoder.pad_token_id,
             options=bundle.manifest.get("session"),
+            longest=bundle.encoder.position_limit,
+            read_packed=(lambda: bundle.read(PACKED)) if PACKED in bundle.manifest["files"] else None,
         )
         if ("token_type_ids" in model.inputs) != bool(bundle.encoder.segments):
             raise BundleError(f"{bundle.folder}: model and encoder disagree on token_type_ids: export the bundle again")
+        if model.device == "cuda":  # the first question must not wait for the capturing of graphs
+            asked, read = encoder.encode("what"), encoder.encode("warms up")
+            model.warm_up(encoder.windows(asked, read, max_seq_len=bundle.settings.max_seq_len, doc_stride=0)[0])
         difference = machine().unlike(bundle.manifest.get("machine")) if model.device == "cpu" else ""
         if difference:
             warnings.warn(
@@ -319,10 +324,11 @@ class Answerer:
         done = 0
         for chunk in _chunks(pairs, self._chunk_pairs):
             begun = []
-            contexts: dict[str, EncodedText] = {}  # of one chunk at least, each context is tokenised once
+            # Of one chunk at least, each context is tokenised once.
+            contexts, questions = self._ahead(chunk)
             for number, (question, context) in enumerate(chunk, done + 1):
                 try:
-                    one = self._encode(question, context, settings, contexts)
+                    one = self._encode(question, context, settings, contexts, questions)
                 except InputError as error:
                     raise type(error)(f"pair {number}: {error}") from error
                 begun.append(one)
@@ -331,18 +337,34 @@ class Answerer:
             yield begun, Pending(partial(self.model.run, windows)) if alone else self.model.start(windows)
             done += len(chunk)
 
+    def _ahead(self, chunk: Sequence[Pair]) -> tuple[dict[str, EncodedText], dict[str, EncodedText]]:
+        """Contexts and questions of a chunk, tokenised on all cores where CUDA would wait for one; else empty.
+
+        On a CPU the cores are the model's. A text that cannot be tokenised is left for ``_encode`` to name.
+        """
+        if getattr(self.model, "device", "cpu") != "cuda" or len(chunk) < 2:
+            return {}, {}
+        pairs = [pair for pair in chunk if all(isinstance(text, str) and text.strip() for text in pair)]
+        try:
+            contexts = self._contexts.ahead([context for _, context in pairs], self.encoder.encode_many)
+            questions = list(dict.fromkeys(question for question, _ in pairs))
+            return contexts, dict(zip(questions, self.encoder.encode_many(questions), strict=True))
+        except InputError:
+            return {}, {}
+
     def _encode(
         self,
         question: str,
         context: str,
         settings: QaSettings,
         contexts: dict[str, EncodedText] | None = None,
+        questions: Mapping[str, EncodedText] | None = None,
         max_windows: int | None = None,
     ) -> Begun:
         _check_text("question", question)
         _check_text("context", context)
         encoded = self._contexts.get(context, contexts)
-        asked = self.encoder.encode(question)
+        asked = (questions or {}).get(question) or self.encoder.encode(question)
         windows = self.encoder.windows(
             asked,
             encoded,

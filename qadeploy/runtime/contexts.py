@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from qadeploy.errors import InputError
@@ -72,6 +72,27 @@ class ContextCache:
         found = self._find(context) if self._limit else self._tokenise(context)
         if near is not None:
             near[context] = found
+        return found
+
+    def ahead(
+        self, contexts: Sequence[str], encode_many: Callable[[Sequence[str]], list[EncodedText]]
+    ) -> dict[str, EncodedText]:
+        """Those of ``contexts`` that are not kept, tokenised together, and kept like others: ``near`` for ``get``.
+
+        Each counts as a miss here, and as a hit when ``get`` gives it out. Raises what ``encode_many`` raises.
+        """
+        with self._mine():
+            kept = {context for context, entry in self._entries.items() if entry.encoded is not None}
+        new = [context for context in dict.fromkeys(contexts) if context not in kept]
+        found = dict(zip(new, encode_many(new), strict=True)) if new else {}
+        for context, encoded in found.items():
+            entry = _Entry(encoded=encoded)
+            with self._mine():
+                self._misses += 1
+                if not self._limit or context in self._entries:  # another thread is at it
+                    continue
+                self._entries[context] = entry
+            self._keep(context, entry, encoded.nbytes)
         return found
 
     def stats(self) -> CacheStats:

@@ -2,14 +2,15 @@
 
 On a CPU each window runs alone and unpadded, on one of two sessions: the wide one gives a run all threads,
 the narrow one gives it one thread and runs as many windows side by side. Many questions run narrow, which has
-no idle threads; one question is awaited, and ``layout`` says how its windows run soonest. On CUDA
-windows of like length run in batches, padded where the model takes an attention mask.
+no idle threads; one question is awaited, and ``layout`` says how its windows run soonest. On CUDA windows run in
+batches, as ``cuda`` says.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +25,11 @@ import numpy as np
 from qadeploy.errors import BundleError, DeviceError, InputError, MissingExtraError
 from qadeploy.qa.windows import pad_batch
 from qadeploy.records import FloatArray, IntArray, Window
+from qadeploy.runtime.cuda import DeviceRunner, Place, batches
+from qadeploy.runtime.devices import CPU, CUDA, Device, parse_device, providers, refuse
 from qadeploy.runtime.layout import SessionSettings
 
 Logits = tuple[FloatArray, FloatArray]
-CUDA_BATCH_TOKENS = 16_384
 # A call is large if the squares of its windows' tokens add up to this: one of 1,024 tokens, eight of 384. After
 # large calls idle sessions give their arenas' memory back, which costs milliseconds; what smaller ones
 # leave is small, and asked for again at once.
@@ -82,6 +84,7 @@ class _Sessions:
     pid: int = field(default_factory=os.getpid)
     wide: Any = None
     narrow: Any = None
+    runner: DeviceRunner | None = None  # of CUDA
     pool: ThreadPoolExecutor | None = None
     calls: int = 0
     large: bool = False
@@ -127,7 +130,8 @@ class OnnxModel:
     """A model file as a function from windows to logits. Safe under threads, and after a fork.
 
     ``read`` gives the model's bytes; it is called once a session. ``options`` are the ``SessionSettings`` as a
-    manifest holds them. Raises InputError on an unknown device or thread count, DeviceError, BundleError
+    manifest holds them, ``longest`` is the model's longest input in tokens, ``read_packed`` gives the bytes of its graph
+    without padding, which CUDA alone runs. Raises InputError on an unknown device or thread count, DeviceError, BundleError
     on a graph that is no question-answering model and on wrong settings.
     """
 
@@ -139,23 +143,23 @@ class OnnxModel:
         threads: int | None = None,
         pad_token_id: int = 0,
         options: Mapping[str, Any] | None = None,
+        longest: int | None = None,
+        read_packed: Callable[[], bytes] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads {threads} is below 1")
         self._read = read
+        self._read_packed = read_packed
         self._pad_token_id = pad_token_id
+        self._longest = longest
         self._settings = SessionSettings.from_manifest(options)
         self.threads = threads or usable_cpus()
         self._lock = threading.Lock()
         self._sessions = _Sessions()
-        self._providers = _providers(device)
-        wide = self._session(self.threads)
-        self.device = "cuda" if wide.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
-        if device.startswith("cuda") and self.device != "cuda":
-            raise DeviceError(
-                "CUDA was asked for, but ONNX Runtime could not start it and fell back to the CPU: the driver or the "
-                "CUDA and cuDNN libraries are missing. Run qadeploy doctor, or pip install 'qadeploy[gpu]'"
-            )
+        asked = parse_device(device)
+        self._providers = providers(onnxruntime(), asked)
+        wide = self._first_session(asked)
+        self.device = "cuda" if wide.get_providers()[0] == CUDA else "cpu"
         self._kinds = {i.name: _TYPES.get(i.type) for i in wide.get_inputs()}
         self.inputs = tuple(self._kinds)
         outputs = tuple(o.name for o in wide.get_outputs())
@@ -165,7 +169,6 @@ class OnnxModel:
                 f"model.onnx: inputs {', '.join(self.inputs)} and outputs {', '.join(outputs)} are not those of a "
                 "question-answering model: export it with qadeploy export"
             )
-        self._sessions.wide = wide
         self._ones = np.ones((1, 512), dtype=np.int64)
         self._sample: Window | None = None
 
@@ -185,7 +188,7 @@ class OnnxModel:
         self._count(windows)
         try:
             if self.device == "cuda":
-                return self._run_batches(windows)
+                return self._on_device().run(windows)
             threads = self.threads
             narrow = self._settings.narrow_windows(len(windows), threads) if threads > 1 else 0
             order = _longest_first(windows)  # the shortest run wide: they gain least from a thread of their own
@@ -201,13 +204,13 @@ class OnnxModel:
         """Begins to run many windows and returns at once, so that the caller can prepare the next ones meanwhile.
 
         On a CPU each runs on one thread, behind those started before; ``threads=1`` runs them when the result
-        is asked for. CUDA works on its batches in the background.
+        is asked for. CUDA works on its batches in the background, the next ones padded meanwhile.
         """
         if not windows or (self.device != "cuda" and self.threads == 1):
             return Pending(partial(self.run, windows))
         self._count(windows)
         on_cuda = self.device == "cuda"
-        futures = [self._pool().submit(self._run_batches, windows)] if on_cuda else self._submit(windows)
+        futures = [self._pool().submit(self._on_device().run, windows)] if on_cuda else self._submit(windows)
         return Pending(partial(self.run, windows), futures, self._settle)
 
     def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
@@ -215,25 +218,47 @@ class OnnxModel:
 
         A model without ``attention_mask`` cannot tell padding from text: its windows run in one batch a length.
         """
-        return self._run_batches(windows, len(windows) * max(len(w) for w in windows))
+        if self.device == "cuda":
+            return self._on_device().run_many(windows)
+        if "attention_mask" in self.inputs:
+            return self._run_padded(windows)
+        logits: dict[int, Logits] = {}
+        for rows in batches([len(w) for w in windows], tokens=sys.maxsize, masked=False):
+            logits.update(zip(rows, self._run_padded([windows[i] for i in rows]), strict=True))
+        return [logits[i] for i in range(len(windows))]
+
+    def warm_up(self, window: Window) -> None:
+        """On CUDA captures the graphs of one window's run, of every length; it is about a second's work. Else nothing."""
+        if self.device == "cuda":
+            self._on_device().warm_up(window)
+
+    def notes(self) -> list[str]:
+        """On CUDA which paths windows take, and why not the faster ones; nothing on a CPU."""
+        return self._on_device().notes() if self.device == "cuda" else []
 
     def _run_padded(self, windows: Sequence[Window]) -> list[Logits]:
         starts, ends = self._call(self._get("wide"), pad_batch(windows, self._pad_token_id))
         return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
 
-    def _run_batches(self, windows: Sequence[Window], tokens: int = CUDA_BATCH_TOKENS) -> list[Logits]:
-        """Batches of at most ``tokens`` tokens, padding included, of like length or, without a mask, of one."""
-        order = _longest_first(windows)
-        masked = "attention_mask" in self.inputs
-        logits: dict[int, Logits] = {}
-        while order:
-            longest = len(windows[order[0]])
-            size = max(1, tokens // longest)
-            if not masked:
-                size = min(size, sum(len(windows[i]) == longest for i in order))
-            batch, order = order[:size], order[size:]
-            logits.update(zip(batch, self._run_padded([windows[i] for i in batch]), strict=True))
-        return [logits[i] for i in range(len(windows))]
+    def _on_device(self) -> DeviceRunner:
+        sessions = self._mine()
+        with self._lock:
+            if sessions.runner is None:  # in a forked child
+                sessions.runner = self._runner()
+            return sessions.runner
+
+    def _runner(self) -> DeviceRunner:
+        """The runner of the CUDA device. Raises DeviceError where CUDA does not start."""
+        number = self._providers[0][1]["device_id"]
+        read_packed = self._read_packed
+        return DeviceRunner(
+            onnxruntime(),
+            partial(self._session, self.threads),
+            place=Place("cuda", int(number)),
+            pad_token_id=self._pad_token_id,
+            longest=self._longest,
+            make_packed=read_packed and partial(self._session, self.threads, False, read_packed),
+        )
 
     def _submit(self, windows: Sequence[Window]) -> list[Future[list[Logits]]]:
         if not windows:
@@ -306,27 +331,54 @@ class OnnxModel:
         sessions = self._mine()
         with self._lock:
             if sessions.pool is None:
-                workers = 1 if self.device == "cuda" else self.threads
+                workers = 2 if self.device == "cuda" else self.threads  # one pads its batch while the other's runs
                 sessions.pool = ThreadPoolExecutor(workers, thread_name_prefix="qadeploy")
             return sessions.pool
 
-    def _session(self, threads: int) -> Any:
+    @property
+    def _on_cpu(self) -> bool:
+        return bool(self._providers == [CPU])
+
+    def _first_session(self, asked: Device) -> Any:
+        """The wide session: on CUDA, its runner's, where that is its first provider, else for ``auto`` on the CPU."""
+        reason = ""
+        if not self._on_cpu:
+            try:
+                runner = self._runner()
+                if runner.session.get_providers()[0] == CUDA:
+                    self._sessions.runner = runner
+                    return runner.session
+            except DeviceError as error:
+                reason = str(error)
+            refuse(onnxruntime(), asked, reason)
+            self._providers = [CPU]  # anew, with the settings for a CPU
+        self._sessions.wide = self._session(self.threads)
+        return self._sessions.wide
+
+    def _session(self, threads: int, graphs: bool = False, read: Callable[[], bytes] | None = None) -> Any:
+        """A session, on CUDA with ``graphs`` to be captured where asked; of ``read``'s bytes, else of the model's."""
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        on_cpu = self._providers == ["CPUExecutionProvider"]
+        on_cpu = self._on_cpu
         settings = self._settings if on_cpu else SessionSettings()
+        chosen = self._providers
+        if graphs and not on_cpu:
+            (name, values), *rest = chosen
+            chosen = [(name, {**values, "enable_cuda_graph": "1"}), *rest]
+            options.enable_mem_pattern = False  # it would allocate while a graph is captured
         try:
             for name, value in settings.config.items():
                 options.add_session_config_entry(name, value)
             with _creating:
                 session = ort.InferenceSession(
-                    self._read(),
+                    (read or self._read)(),
                     options,
-                    providers=self._providers,
+                    providers=chosen,
                     disabled_optimizers=list(settings.disabled_optimizers) or None,
+                    enable_fallback=0,  # which prints on stdout, and hides what went wrong
                 )
                 _live.add(session)
                 return session
@@ -342,29 +394,3 @@ class OnnxModel:
 def _longest_first(windows: Sequence[Window]) -> list[int]:
     """Indices by length: so that what ends last is short, and neighbours are of like length."""
     return sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-
-
-def check_device(device: str) -> str:
-    """``auto``, ``cpu`` or ``cuda``, the kind of a device name. Raises InputError on any other name."""
-    kind, _, number = device.partition(":")
-    if kind not in {"auto", "cpu", "cuda"} or (number and (kind != "cuda" or not number.isdigit())):
-        raise InputError(f"device is {device!r}: choose auto, cpu, cuda or cuda:N")
-    return kind
-
-
-def _providers(device: str) -> list[Any]:
-    """The provider list of a device name: auto, cpu, cuda or cuda:N. Raises InputError, DeviceError."""
-    kind, number = check_device(device), device.partition(":")[2]
-    ort = onnxruntime()
-    if kind == "cpu":
-        return ["CPUExecutionProvider"]
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        if kind == "auto":
-            return ["CPUExecutionProvider"]
-        raise DeviceError(
-            f"CUDA was asked for, but the installed onnxruntime {ort.__version__} is a CPU build: "
-            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'qadeploy[gpu]'"
-        )
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
-    return [("CUDAExecutionProvider", {"device_id": int(number or 0)}), "CPUExecutionProvider"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from qadeploy.errors import InputError
 from qadeploy.runtime.contexts import DEFAULT_CACHE_BYTES
-from qadeploy.runtime.session import CUDA_BATCH_TOKENS
+from qadeploy.runtime.cuda import TOKENS as CUDA_BATCH_TOKENS
 
 
 def _of(default: Any, about: str, kind: type, least: float | None = None, unset: str = "") -> Any:

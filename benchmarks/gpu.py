@@ -1,0 +1,295 @@
+"""How fast a GPU answers: our latency and throughput paths against ONNX Runtime as it comes, torch, optimum and the pipeline.
+
+    python -m benchmarks.gpu benchmarks/results/gpu.json
+    python -m benchmarks.gpu --device cpu dry-run.json      # everything once, with tiny models, to see that it runs
+
+Needs the repository alone: the base model that it ships, and models of BERT-base's and BERT-large's shape whose random
+weights are drawn here. The questions are the handbook's, so lengths are real ones.
+
+Each model has a process of its own, with a share of ``--minutes``; what it found is kept when its time is up or it dies, and the
+rest is reported as not measured. In it every variant is loaded, asked the questions of the correctness check (which
+warms it up) and then timed in turns, the order turning with the rounds. One that fails is a row with its reason. torch.compile, whose
+compiling takes long, comes last, in turns with eager torch and our paths.
+
+Model only: windows as token ids on the host in, logits on the host out. End to end: texts in, answers out. A round of what is
+short is the mean of several runs, so that the clock can tell; what is slow gets fewer rounds. ``memory_mib`` is by how much the device's used memory grew from before a
+variant was loaded until it had answered everything; ``utilisation`` is nvidia-smi's, in percent, while
+it alone works on all windows for a second. Both are null without nvidia-smi.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from benchmarks.gpu_plan import (
+    BASE,
+    COMPILED,
+    E2E_ALL,
+    E2E_ONE,
+    EAGER,
+    LATENCY,
+    MANY_384,
+    MIXED,
+    MLPERF_INT8,
+    ONE_384,
+    ORT_PLAIN,
+    PIPELINE,
+    SDPA,
+    SHARES,
+    SORTED,
+    THROUGHPUT,
+    Json,
+    Plan,
+)
+from qadeploy.doctor import diagnose
+from qadeploy.errors import QadeployError
+from qadeploy.files import write_json
+from qadeploy.runtime.session import onnxruntime
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = (sys.executable, "-m", "benchmarks.gpu_worker")
+
+
+def run_model(plan: Plan) -> list[Json]:
+    """Runs one model's process to its end or the end of its time, again without the variant it died in; its lines."""
+    rows = Path(plan.rows)
+    skip: list[str] = []
+    while True:
+        spec = rows.with_suffix(".plan.json")
+        spec.write_text(json.dumps({**asdict(plan), "skip": skip}), encoding="utf-8")
+        grace = 2.0 if plan.dry else 10.0
+        left = plan.until + grace - time.time()
+        log = rows.with_suffix(".log")
+        with log.open("a", encoding="utf-8") as stream:
+            process = subprocess.Popen([*WORKER, str(spec)], stdout=stream, stderr=stream, cwd=ROOT)
+            try:
+                code: int | None = process.wait(timeout=max(1.0, left))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                code = None
+        lines = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+        if any(line["kind"] == "done" for line in lines):
+            return lines
+        began = [line["variant"] for line in lines if line["kind"] == "begin"]
+        last = began[-1] if began else None
+        tail = " ".join(log.read_text(encoding="utf-8", errors="replace").split())[-300:]
+        reason = "the time was up" if code is None else f"its process ended with {code}: {tail}"
+        lines.append({"kind": "failed", "model": plan.model, "variant": last, "step": "process", "reason": reason})
+        with rows.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(lines[-1]) + "\n")
+        if code is None or last is None or last in skip or time.time() > plan.until - 20:
+            return lines
+        skip.append(last)
+
+
+def ratios(lines: Sequence[Json]) -> list[Json]:
+    """The targets of the GPU path that these figures can tell, with what was found; null where a part is missing."""
+
+    def median(model: str, scenario: str, *variants: str, phase: str = "main") -> float | None:
+        found = [
+            line["median_ms"]
+            for line in lines
+            if line["kind"] == "row"
+            and (line["model"], line["scenario"], line["phase"]) == (model, scenario, phase)
+            and line["variant"] in variants
+        ]
+        return min(found) if found else None
+
+    def ratio(upper: float | None, lower: float | None) -> float | None:
+        return None if upper is None or not lower else upper / lower
+
+    def target(what: str, found: float | None, limit: float, *, most: bool) -> Json:
+        met = None if found is None else (found <= limit if most else found >= limit)
+        return {"target": what, "limit": f"{'at most' if most else 'at least'} {limit:g}", "found": found, "met": met}
+
+    result = []
+    for model in SHARES:
+        ours = median(model, ONE_384, LATENCY)
+        result += [
+            target(
+                f"{model}, 1 x 384: ours / torch eager fp16", ratio(ours, median(model, ONE_384, EAGER)), 0.2, most=True
+            ),
+            target(
+                f"{model}, 1 x 384: ours / plain ONNX Runtime",
+                ratio(ours, median(model, ONE_384, ORT_PLAIN)),
+                0.7,
+                most=True,
+            ),
+        ]
+        many = median(model, MIXED, THROUGHPUT)
+        result += [
+            target(
+                f"{model}, mixed: padded ONNX Runtime / ours",
+                ratio(median(model, MIXED, ORT_PLAIN), many),
+                1.3,
+                most=False,
+            ),
+            target(
+                f"{model}, mixed: best torch fp16 / ours",
+                ratio(median(model, MIXED, EAGER, SDPA, SORTED), many),
+                1.0,
+                most=False,
+            ),
+            target(
+                f"{model}, mixed: torch compiled / ours, in turns",
+                ratio(
+                    median(model, MIXED, COMPILED, phase="compiled"), median(model, MIXED, THROUGHPUT, phase="compiled")
+                ),
+                1.0,
+                most=False,
+            ),
+            target(
+                f"{model}, many questions: pipeline / ours",
+                ratio(median(model, E2E_ALL, PIPELINE), median(model, E2E_ALL, THROUGHPUT)),
+                10,
+                most=False,
+            ),
+        ]
+    asked = [
+        line for line in lines if line["kind"] == "row" and line["scenario"] == E2E_ONE and line["variant"] == LATENCY
+    ]
+    each = next(
+        (line["median_ms"] / line["items"] for line in asked if (line["model"], line["phase"]) == (BASE, "main")), None
+    )
+    large = [line for line in lines if line["kind"] == "row" and line["scenario"] == MANY_384]
+    large = [line for line in large if (line["model"], line["variant"]) == ("BERT-large shape", THROUGHPUT)]
+    rate = large[0]["items_per_second"] if large else None
+    result += [
+        target("base model, one question end to end, ms", each, 1.0, most=True),
+        target("BERT-large shape, 32 x 384: windows a second", rate, 3000, most=False),
+        {
+            "target": "BERT-large shape: of MLPerf's best single H100 (int8, hand-written kernels)",
+            "limit": None,
+            "found": ratio(rate, MLPERF_INT8),
+            "met": None,
+        },
+    ]
+    return result
+
+
+def table(lines: Sequence[Json]) -> list[str]:
+    """The report as text: models, scenarios, variants; then correctness, failures and targets come in ``closing``."""
+    result = []
+    for model in SHARES:
+        own = [line for line in lines if line["model"] == model]
+        facts = next((line for line in own if line["kind"] == "subject"), None)
+        if facts:
+            tokens = facts["tokens"]
+            result.append(
+                f"\n{model}: {facts['questions']} questions, {facts['windows']} windows of {tokens['least']} to {tokens['most']} "
+                f"tokens (mean {tokens['mean']:.0f}); {facts['graph']['attention_nodes']} of {facts['graph']['layers']} attentions fused"
+            )
+        head = f"{'scenario':<15} {'variant':<48} {'ms (least to most)':>30} {'per second':>11} {'GPU %':>6}"
+        rows = [line for line in own if line["kind"] == "row"]
+        result += [head] if rows else []
+        for row in rows:
+            ms = f"{row['median_ms']:.3f} ({row['least_ms']:.3f} to {row['most_ms']:.3f})"
+            usage = "" if row["utilisation"] is None else f"{row['utilisation']:.0f}"
+            name = row["variant"] + (
+                " (beside compiled)" if row["phase"] == "compiled" and row["variant"] != COMPILED else ""
+            )
+            result.append(f"{row['scenario']:<15} {name:<48} {ms:>30} {row['items_per_second']:>11.1f} {usage:>6}")
+        for line in own:
+            if line["kind"] == "variant":
+                memory = "" if line["memory_mib"] is None else f", {line['memory_mib']} MiB"
+                same = (
+                    "answers not compared"
+                    if line["equal_answers"] is None
+                    else f"{100 * line['equal_answers']:.1f} % of the answers are torch fp32's, F1 {line['f1_change']:+.2f}"
+                )
+                result.append("; ".join([f"{line['variant']} ({line['precision']}{memory}): {same}", *line["notes"]]))
+            if line["kind"] == "failed":
+                result.append(f"NOT MEASURED {line['variant'] or 'this model'} ({line['step']}): {line['reason']}")
+    return result
+
+
+def closing(found: Sequence[Json]) -> list[str]:
+    """The targets as text."""
+    words = {True: "met", False: "missed", None: "-"}
+    result = ["\ntargets (an H100's; the figures of a dry run mean nothing):"]
+    for each in found:
+        value = "not measured" if each["found"] is None else f"{each['found']:.3g}"
+        result.append(f"{each['target']:<66} {value:>13} {each['limit'] or '':<14} {words[each['met']]}")
+    return result
+
+
+@click.command(help=__doc__)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--device", default="cuda", show_default=True, help="cuda, cuda:N, or cpu for a dry run with tiny models."
+)
+@click.option("--questions", type=click.IntRange(1), help="Of the handbook.  [default: 1000, on the CPU 3]")
+@click.option("--rounds", type=click.IntRange(1), help="Of each variant.  [default: 15, on the CPU 2]")
+@click.option("--minutes", type=float, help="All models together.  [default: 7.5, on the CPU 1.8]")
+@click.option(
+    "--model", "models", multiple=True, type=click.Choice(list(SHARES)), help="Only this one; may be repeated."
+)
+def main(
+    out: Path,
+    device: str,
+    questions: int | None,
+    rounds: int | None,
+    minutes: float | None,
+    models: tuple[str, ...],
+) -> None:
+    """Measures, prints the table and writes the JSON."""
+    dry = not device.startswith("cuda")
+    chosen = models or tuple(SHARES)
+    shares = {name: SHARES[name] for name in chosen}
+    lines: list[Json] = []
+    end = time.time() + 60 * (minutes or (1.8 if dry else 7.5))
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate(chosen):
+            rest = sum(shares[other] for other in chosen[number:])
+            until = time.time() + (end - time.time()) * shares[name] / rest  # what one leaves over the others share
+            rows = Path(folder) / f"{number}.jsonl"
+            plan = Plan(
+                name, device, dry, questions or (3 if dry else 1000), rounds or (2 if dry else 15), until, str(rows)
+            )
+            click.echo(f"{name}: until {time.strftime('%H:%M:%S', time.localtime(until))}", err=True)
+            lines += run_model(plan)
+    found = [{**each, "met": None} if dry else each for each in ratios(lines)]
+    for text in [*table(lines), *closing(found)]:
+        click.echo(text)
+    kept = [line for line in lines if line["kind"] != "begin"]
+    report = {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "device": device,
+        "dry_run": dry,
+        "environment": {**diagnose(), "versions": versions()},
+        "targets": found,
+        "lines": kept,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, report)
+    if not any(line["kind"] == "row" for line in lines):
+        raise SystemExit("nothing could be measured: see the reasons above")
+
+
+def versions() -> Json:
+    """What torch and ONNX Runtime were built with."""
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "onnxruntime": onnxruntime().__version__,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QadeployError as error:
+        raise SystemExit(f"Error: {error}") from error

@@ -1,0 +1,124 @@
+"""What the parts of benchmarks/gpu.py share: names, the plan of a model's process, a variant, and the watched device."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qadeploy.records import Answer, FloatArray, Window
+
+Json = dict[str, Any]
+Logits = tuple[FloatArray, FloatArray]
+
+LATENCY, THROUGHPUT = "ours, latency path", "ours, throughput path"
+ORT_PLAIN, OPTIMUM, PIPELINE = (
+    "ONNX Runtime fp16, padded, no binding or graphs",
+    "optimum ORT model",
+    "transformers pipeline",
+)
+EAGER, SDPA, SORTED = "torch eager fp16", "torch SDPA fp16, padded", "torch SDPA fp16, length-sorted"
+COMPILED = "torch compiled fp16"
+
+ONE_128, ONE_384, MANY_384, MIXED = "1 x 128", "1 x 384", "32 x 384", "mixed lengths"
+E2E_ONE, E2E_ALL = "one question", "many questions"
+EVERY = frozenset({ONE_128, ONE_384, MANY_384, MIXED, E2E_ONE, E2E_ALL})
+MLPERF_INT8 = 9369  # BERT-large samples of 384 tokens a second, one H100, int8 (MLPerf Inference, offline)
+
+# hidden, layers, heads, intermediate (Devlin et al. 2019, section 3); a dry run takes the same code through dwarfs.
+SHAPES = {"BERT-base shape": (768, 12, 12, 3072), "BERT-large shape": (1024, 24, 16, 4096)}
+DWARFS = {"BERT-base shape": (64, 2, 2, 128), "BERT-large shape": (64, 3, 2, 128)}
+BASE = "base model"
+SHARES = {BASE: 0.34, "BERT-base shape": 0.23, "BERT-large shape": 0.43}  # of the time
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one model's process is told. ``until`` is the end of its time (``time.time``), ``rows`` where it writes."""
+
+    model: str
+    device: str
+    dry: bool
+    questions: int
+    rounds: int
+    until: float
+    rows: str
+    skip: tuple[str, ...] = ()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether this is no dry run on the CPU."""
+        return self.device.startswith("cuda")
+
+
+@dataclass
+class Variant:
+    """Something to measure: ``run`` is the model alone, the other two are end to end; None where it has no such thing."""
+
+    name: str
+    precision: str
+    run: Callable[[Sequence[Window]], list[Logits]] | None = None
+    one: Callable[[str, str], Answer] | None = None
+    all: Callable[[Sequence[tuple[str, str]]], list[Answer]] | None = None
+    notes: Callable[[], list[str]] = list
+    scenarios: frozenset[str] = frozenset()
+
+
+class Gpu:
+    """nvidia-smi, watched in the background: utilisation in percent and used memory in MiB. Nothing where it is not there."""
+
+    def __init__(self, device: str) -> None:
+        self._samples: list[tuple[float, int, int]] = []
+        tool = shutil.which("nvidia-smi")
+        number = device.partition(":")[2] or "0"
+        self._process: subprocess.Popen[str] | None = None
+        if tool and device.startswith("cuda"):
+            query = [
+                "--query-gpu=utilization.gpu,memory.used",
+                "--format=csv,noheader,nounits",
+                "-lms",
+                "50",
+                "-i",
+                number,
+            ]
+            self._process = subprocess.Popen(
+                [tool, *query], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+            threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        stream = self._process.stdout if self._process else None
+        for line in stream or ():
+            parts = [part.strip() for part in line.split(",")]
+            if len(parts) == 2 and all(part.isdigit() for part in parts):
+                self._samples.append((time.monotonic(), int(parts[0]), int(parts[1])))
+
+    def memory(self) -> int | None:
+        """MiB in use now."""
+        if self._process is None:
+            return None
+        time.sleep(0.15)  # a few samples later than what was just done
+        return self._samples[-1][2] if self._samples else None
+
+    def utilisation(self, work: Callable[[], object], seconds: float = 1.0) -> float | None:
+        """Percent while ``work`` is repeated for so long."""
+        if self._process is None:
+            return None
+        started = time.monotonic()
+        while time.monotonic() - started < seconds:
+            work()
+        # nvidia-smi looks back over up to a second: the first samples tell of what was before.
+        own = [percent for at, percent, _ in self._samples if at - started > seconds / 2]
+        return float(np.mean(own)) if own else None
+
+    def close(self) -> None:
+        """Ends the watching."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()

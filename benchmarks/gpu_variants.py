@@ -1,0 +1,293 @@
+"""The variants of benchmarks/gpu.py: our two paths and the peers, each as a function from windows to logits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_plan import (
+    BASE,
+    COMPILED,
+    DWARFS,
+    E2E_ALL,
+    E2E_ONE,
+    EAGER,
+    EVERY,
+    LATENCY,
+    MANY_384,
+    MIXED,
+    ONE_128,
+    ONE_384,
+    OPTIMUM,
+    ORT_PLAIN,
+    PIPELINE,
+    SHAPES,
+    SORTED,
+    THROUGHPUT,
+    Logits,
+    Plan,
+    Variant,
+)
+from qadeploy.bench.workload import windows_of
+from qadeploy.data.readers import read
+from qadeploy.qa.windows import pad_batch
+from qadeploy.records import Answer, Window
+from qadeploy.runtime.answerer import Answerer
+from qadeploy.runtime.cuda import DeviceRunner, Place, batches
+from qadeploy.runtime.session import OnnxModel, Pending, onnxruntime
+from qadeploy.shipped import HANDBOOK, base_model_path
+from qadeploy.timing import spread
+
+
+def make_checkpoint(name: str, folder: Path, dry: bool) -> Path:
+    """The base model's folder, or random weights of a BERT's shape with the base model's tokenizer beside them."""
+    base = base_model_path()
+    if name == BASE:
+        return base
+    import torch
+    from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
+
+    hidden, layers, heads, inner = (DWARFS if dry else SHAPES)[name]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=max(len(tokenizer), 30_522),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_position_embeddings=512,
+    )
+    BertForQuestionAnswering(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Torch:
+    """A torch model on windows: padded, in batches of 32 as they come or by length within a token budget."""
+
+    def __init__(self, model: Any, pad: int, *, by_length: bool) -> None:
+        self._model, self._pad, self._by_length = model, pad, by_length
+
+    def run(self, windows: Sequence[Window]) -> list[Logits]:
+        """Start and end logits of each window, in order."""
+        import torch
+
+        lengths = [len(w) for w in windows]
+        order = (
+            batches(lengths)
+            if self._by_length
+            else [list(range(len(windows)))[i : i + 32] for i in range(0, len(windows), 32)]
+        )
+        found: dict[int, Logits] = {}
+        for rows in order:
+            own = [windows[i] for i in rows]
+            batch = {k: torch.from_numpy(v).to(self._model.device) for k, v in pad_batch(own, self._pad).items()}
+            with torch.inference_mode():
+                output = self._model(**batch)
+            starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
+            found.update({i: (starts[n, : lengths[i]], ends[n, : lengths[i]]) for n, i in enumerate(rows)})
+        return [found[i] for i in range(len(windows))]
+
+    def start(self, windows: Sequence[Window]) -> Pending:
+        """``run``, when the result is asked for."""
+        return Pending(partial(self.run, windows))
+
+
+class Plain:
+    """A session as most people run it: numpy in, numpy out, batches by length, padded."""
+
+    def __init__(self, model: bytes, pad: int, device: str) -> None:
+        self._model = OnnxSession(model, device)
+        self._pad = pad
+
+    def run(self, windows: Sequence[Window]) -> list[Logits]:
+        """Start and end logits of each window, in order."""
+        found: dict[int, Logits] = {}
+        for rows in batches([len(w) for w in windows]):
+            own = [windows[i] for i in rows]
+            starts, ends = self._model(pad_batch(own, self._pad))
+            found.update({i: (starts[n, : len(windows[i])], ends[n, : len(windows[i])]) for n, i in enumerate(rows)})
+        return [found[i] for i in range(len(windows))]
+
+    def start(self, windows: Sequence[Window]) -> Pending:
+        """``run``, when the result is asked for."""
+        return Pending(partial(self.run, windows))
+
+
+class OnnxSession:
+    """``InferenceSession`` with its defaults; raises RuntimeError where CUDA is asked for and not got."""
+
+    def __init__(self, model: bytes, device: str) -> None:
+        ort = onnxruntime()
+        if device.startswith("cuda") and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+        wanted = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self.session = ort.InferenceSession(
+            model, options, providers=list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
+        )
+        if self.session.get_providers()[0] != wanted:
+            raise RuntimeError(f"{wanted} was asked for, {self.session.get_providers()[0]} came")
+        kinds = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
+        self._kinds = {i.name: kinds[i.type] for i in self.session.get_inputs()}
+
+    def __call__(self, batch: Mapping[str, Any]) -> Logits:
+        """Start and end logits ``[rows, tokens]``."""
+        feeds = {name: batch[name].astype(kind, copy=False) for name, kind in self._kinds.items()}
+        starts, ends = self.session.run(["start_logits", "end_logits"], feeds)
+        return starts, ends
+
+
+class OursOnCpu:
+    """The runner of CUDA on the CPU provider, so that a dry run goes through it."""
+
+    def __init__(self, model: bytes, packed: bytes | None, pad: int, longest: int) -> None:
+        self.runner = DeviceRunner(
+            onnxruntime(),
+            lambda graphs: OnnxSession(model, "cpu").session,
+            place=Place("cpu"),
+            pad_token_id=pad,
+            longest=longest,
+            make_packed=(lambda: OnnxSession(packed, "cpu").session) if packed else None,
+        )
+        self.run, self.run_batch, self.notes = self.runner.run, self.runner.run_many, self.runner.notes
+
+    def start(self, windows: Sequence[Window]) -> Pending:
+        """``run``, when the result is asked for."""
+        return Pending(partial(self.run, windows))
+
+
+def first(found: Sequence[Answer]) -> Answer:
+    """The best answer, or none."""
+    return found[0] if found else Answer("", 0, 0, 0.0)
+
+
+class Subject:
+    """One model in this process: its checkpoint, its graphs, its questions, and how its variants are loaded."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        from qadeploy.build.checkpoint import load_checkpoint
+        from qadeploy.build.export import export_graph
+        from qadeploy.build.half import to_half
+        from qadeploy.bundle import MODEL
+
+        self.plan, self.folder = plan, folder
+        self.path = make_checkpoint(plan.model, folder / "checkpoint", plan.dry)
+        self.checkpoint = load_checkpoint(self.path)
+        self.encoder, self.settings = self.checkpoint.encoder, self.checkpoint.settings
+        self.pad = self.encoder.config.pad_token_id
+        (folder / "onnx").mkdir()
+        export_graph(self.checkpoint, folder / "onnx")
+        plain, config = (folder / "onnx" / MODEL).read_bytes(), self.checkpoint.model.config
+        self.half = to_half(
+            plain,
+            {
+                "model_type": config.model_type,
+                "layers": config.num_hidden_layers,
+                "heads": config.num_attention_heads,
+                "hidden": config.hidden_size,
+            },
+        )
+        self.examples = tuple(spread(read(str(HANDBOOK)).examples, plan.questions))
+        self.pairs = [(e.question, e.context) for e in self.examples]
+        self.windows = windows_of(self.encoder, self.settings, self.examples)
+        self.sample = max(self.windows, key=len)
+
+    def window(self, tokens: int) -> Window:
+        """A window of exactly so many tokens, made of real ones."""
+        tokens = min(tokens, self.encoder.config.position_limit)
+        ids = np.resize(self.sample.input_ids, tokens)
+        types = None if self.sample.token_type_ids is None else np.resize(self.sample.token_type_ids, tokens)
+        return Window(ids, types, 1, tokens - 2, 0, 0)
+
+    def around(self, name: str, precision: str, model: Any, scenarios: frozenset[str], **more: Any) -> Variant:
+        """A model with our encoder and decoder around it."""
+        answerer = Answerer(self.encoder, self.settings, model, context_cache_bytes=0)
+        return Variant(
+            name,
+            precision,
+            more.pop("run", model.run),
+            lambda q, c: first(answerer.answer(q, c)),
+            lambda pairs: [first(found) for found in answerer.answer_batch(pairs)],
+            scenarios=scenarios,
+            **more,
+        )
+
+    def load_reference(self) -> Variant:
+        """Torch fp32, whose answers are held to be right."""
+        from qadeploy.build.checkpoint import TorchModel
+
+        model = TorchModel(self.checkpoint.model.to(self.plan.device), self.pad)
+        return self.around("torch fp32", "fp32", model, frozenset())
+
+    def load_ours(self) -> Iterator[Variant]:
+        """Both paths; they share sessions."""
+        model: Any
+        if self.plan.on_gpu:
+            packed = self.half.packed
+            model = OnnxModel(
+                lambda: self.half.model,
+                device=self.plan.device,
+                pad_token_id=self.pad,
+                longest=self.encoder.config.position_limit,
+                read_packed=None if packed is None else lambda: packed,
+            )
+            model.warm_up(self.sample)
+        else:
+            model = OursOnCpu(self.half.model, self.half.packed, self.pad, self.encoder.config.position_limit)
+        one, many = frozenset({ONE_128, ONE_384, E2E_ONE}), frozenset({ONE_128, ONE_384, MANY_384, MIXED, E2E_ALL})
+        yield self.around(LATENCY, "fp16", model, one, notes=model.notes)
+        yield self.around(THROUGHPUT, "fp16", model, many, run=model.run_batch, notes=model.notes)
+
+    def load_plain(self) -> Variant:
+        """Our fp16 graph in a session with its defaults."""
+        return self.around(ORT_PLAIN, "fp16", Plain(self.half.model, self.pad, self.plan.device), EVERY)
+
+    def load_torch(self, name: str) -> Variant:
+        """The checkpoint in fp16 (fp32 on a CPU), with eager or fused attention, compiled or not."""
+        import torch
+        from transformers import AutoModelForQuestionAnswering
+
+        dtype = torch.float16 if self.plan.on_gpu else torch.float32
+        attention = "eager" if name == EAGER else "sdpa"
+        model: Any = AutoModelForQuestionAnswering.from_pretrained(
+            self.path, dtype=dtype, attn_implementation=attention
+        )
+        model = model.eval().to(self.plan.device)
+        precision = "fp16" if self.plan.on_gpu else "fp32"
+        if name == COMPILED:
+            model = torch.compile(model, dynamic=True)
+        return self.around(name, precision, Torch(model, self.pad, by_length=name in {SORTED, COMPILED}), EVERY)
+
+    def load_optimum(self) -> Variant:
+        """Optimum's ONNX model on its own export (fp32), which binds inputs and outputs by itself on CUDA."""
+        from optimum.onnxruntime import ORTModelForQuestionAnswering
+
+        from qadeploy.bench.peers.setup import quiet
+
+        self.checkpoint.model.config.save_pretrained(self.folder / "onnx")
+        provider = "CUDAExecutionProvider" if self.plan.on_gpu else "CPUExecutionProvider"
+        with quiet():
+            model = ORTModelForQuestionAnswering.from_pretrained(self.folder / "onnx", provider=provider)
+        return self.around(OPTIMUM, "fp32", Torch(model, self.pad, by_length=True), EVERY)
+
+    def load_pipeline(self) -> Variant:
+        """Transformers' question-answering pipeline on torch, as most people call it."""
+        from qadeploy.bench.peers.pipeline import load
+
+        options = {
+            "max_seq_len": self.settings.max_seq_len,
+            "doc_stride": self.settings.doc_stride,
+            "max_answer_len": self.settings.max_answer_len,
+        }
+        asker = load(str(self.path), self.plan.device, os.cpu_count() or 1, options)
+        return Variant(
+            PIPELINE, "fp32", None, asker.answer_one, asker.answer_all, scenarios=frozenset({E2E_ONE, E2E_ALL})
+        )

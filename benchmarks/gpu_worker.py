@@ -1,0 +1,256 @@
+"""The process of benchmarks/gpu.py that measures one model: ``python -m benchmarks.gpu_worker PLAN.json``."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu_plan import (
+    COMPILED,
+    E2E_ALL,
+    E2E_ONE,
+    EAGER,
+    LATENCY,
+    MANY_384,
+    MIXED,
+    ONE_128,
+    ONE_384,
+    OPTIMUM,
+    ORT_PLAIN,
+    PIPELINE,
+    SDPA,
+    SORTED,
+    THROUGHPUT,
+    Gpu,
+    Json,
+    Plan,
+    Variant,
+)
+from benchmarks.gpu_variants import Subject
+from qadeploy.qa.metrics import bootstrap_interval, score
+from qadeploy.records import Answer, Example
+from qadeploy.timing import spread, turns
+
+_SHORT = 0.02  # seconds that a round takes at least, so that the clock can tell
+_SLOW = 1.0  # seconds of a run that is not repeated to warm up
+_LONG, _FEWEST = 4.0, 3  # seconds after which a variant has had rounds enough, if it had so many
+
+
+class Worker:
+    """Measures one model and writes a line of JSON for everything as soon as it is known."""
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan, self.folder = plan, folder
+        self.gpu = Gpu(plan.device)
+        self.failed: set[str] = set()
+
+    def say(self, kind: str, **values: Any) -> None:
+        """One line."""
+        with Path(self.plan.rows).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"kind": kind, "model": self.plan.model, **values}) + "\n")
+
+    def guarded(self, name: str, step: str, work: Callable[[], object]) -> bool:
+        """A variant's step, and whether it went well: a failure is a row, the others go on.
+
+        A crash of the process is blamed on who began last.
+        """
+        self.say("begin", variant=name)
+        try:
+            if time.time() > self.plan.until:
+                raise TimeoutError("the time was up")
+            work()
+        except Exception as error:  # a variant may raise anything that its library raises
+            self.failed.add(name)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.say("failed", variant=name, step=step, reason=reason)
+            return False
+        return True
+
+    def run(self) -> None:
+        """All of it."""
+        started = time.monotonic()
+        subject = Subject(self.plan, self.folder)
+        lengths = [len(w) for w in subject.windows]
+        facts = {
+            "questions": len(subject.pairs),
+            "windows": len(lengths),
+            "tokens": {"mean": float(np.mean(lengths)), "least": min(lengths), "most": max(lengths)},
+            "graph": subject.half.to_dict(),
+            "seconds_to_export": time.monotonic() - started,
+        }
+        self.say("subject", **facts)
+        right = self.right_answers(subject)
+        loaded: dict[str, Variant] = {}
+        loaders: list[tuple[str, Callable[[], Any]]] = [
+            (LATENCY, subject.load_ours),
+            (ORT_PLAIN, subject.load_plain),
+            (EAGER, partial(subject.load_torch, EAGER)),
+            (SDPA, partial(subject.load_torch, SDPA)),
+            (SORTED, partial(subject.load_torch, SORTED)),
+            (OPTIMUM, subject.load_optimum),
+            (PIPELINE, subject.load_pipeline),
+        ]
+        for name, load in loaders:
+            self.load(name, load, loaded, subject, right)
+        self.time(subject, loaded, "main")
+        late: dict[str, Variant] = {}
+        self.load(COMPILED, partial(subject.load_torch, COMPILED), late, subject, right)
+        if late:
+            known = {k: v for k, v in loaded.items() if k in {LATENCY, THROUGHPUT, EAGER} and k not in self.failed}
+            self.time(subject, {**known, **late}, "compiled")
+        self.gpu.close()
+        self.say("done", seconds=time.monotonic() - started)
+
+    def right_answers(self, subject: Subject) -> list[Answer]:
+        """Those of torch fp32 on the same device, TF32 off."""
+        variant = subject.load_reference()
+        found = variant.all(subject.pairs) if variant.all else []
+        self.say("reference", f1=score(subject.examples, found).f1)
+        subject.checkpoint.model.to("cpu")
+        return found
+
+    def load(
+        self, name: str, load: Callable[[], Any], loaded: dict[str, Variant], subject: Subject, right: Sequence[Answer]
+    ) -> None:
+        """Loads a variant, or several that share a model, and asks each everything once."""
+        if name in self.plan.skip:
+            return
+
+        def work() -> None:
+            before, started = self.gpu.memory(), time.monotonic()
+            made = load()
+            for variant in [made] if isinstance(made, Variant) else list(made):
+                answers = [] if variant.all is None else variant.all(subject.pairs)
+                if variant.run is not None:
+                    variant.run(subject.windows)
+                if variant.name == LATENCY and variant.one is not None:  # by the path that it will be timed on
+                    answers = [variant.one(question, context) for question, context in subject.pairs]
+                after = self.gpu.memory()
+                self.say(
+                    "variant",
+                    variant=variant.name,
+                    precision=variant.precision,
+                    seconds_to_first_pass=time.monotonic() - started,
+                    memory_mib=None if before is None or after is None else after - before,
+                    notes=variant.notes(),
+                    **compare(subject.examples, answers, right),
+                )
+                loaded[variant.name] = variant
+
+        self.guarded(name, "load", work)
+
+    def time(self, subject: Subject, loaded: Mapping[str, Variant], phase: str) -> None:
+        """Every scenario, the variants in turns."""
+        one = spread(subject.pairs, 4 if self.plan.dry else 64)
+        some = spread(subject.pairs, 256)
+        many = 2 if self.plan.dry else 32
+        works: dict[str, tuple[int, Callable[[Variant], Callable[[], object] | None]]] = {
+            ONE_128: (1, lambda v: _call(v.run, [subject.window(128)])),
+            ONE_384: (1, lambda v: _call(v.run, [subject.window(384)])),
+            MANY_384: (many, lambda v: _call(v.run, [subject.window(384)] * many)),
+            MIXED: (len(subject.windows), lambda v: _call(v.run, subject.windows)),
+            E2E_ONE: (len(one), lambda v: v.one and partial(_each, v.one, one)),
+            E2E_ALL: (len(some), lambda v: _call(v.all, some)),
+        }
+        for scenario, (count, make) in works.items():
+            work = {n: f for n, v in loaded.items() if scenario in v.scenarios and (f := make(v)) is not None}
+            times = self.rounds({n: f for n, f in work.items() if n not in self.failed}, scenario)
+            for name, seconds in times.items():
+                if not seconds:
+                    continue
+                row = {
+                    "median_ms": 1e3 * float(np.median(seconds)),
+                    "least_ms": 1e3 * min(seconds),
+                    "most_ms": 1e3 * max(seconds),
+                }
+                usage = None
+                if scenario in {MIXED, E2E_ALL} and time.time() < self.plan.until:
+                    usage = self.gpu.utilisation(work[name])
+                self.say(
+                    "row",
+                    phase=phase,
+                    scenario=scenario,
+                    variant=name,
+                    rounds=len(seconds),
+                    seconds=seconds,
+                    items=count,
+                    items_per_second=count / float(np.median(seconds)),
+                    utilisation=usage,
+                    **row,
+                )
+
+    def rounds(self, work: Mapping[str, Callable[[], object]], scenario: str) -> dict[str, list[float]]:
+        """Seconds of each variant's rounds; a round of something short is the mean of several runs."""
+        times: dict[str, list[float]] = {name: [] for name in work}
+        repeats: dict[str, int] = {}
+        for name, run in work.items():
+
+            def prepare(name: str = name, run: Callable[[], object] = run) -> None:
+                seconds = 1.0
+                for _ in range(2):  # the first time is no measure, and enough of what is slow
+                    started = time.perf_counter()
+                    run()
+                    seconds = time.perf_counter() - started
+                    if seconds > _SLOW:
+                        break
+                repeats[name] = max(1, min(50, int(_SHORT / max(1e-6, seconds))))
+
+            self.guarded(name, scenario, prepare)
+        gc.collect()
+        for order in turns(list(repeats), self.plan.rounds):
+            for name in order:
+                enough = len(times[name]) >= _FEWEST and sum(times[name]) * repeats[name] > _LONG
+                if name in self.failed or enough or time.time() > self.plan.until:
+                    continue
+
+                def measure(name: str = name) -> None:
+                    started = time.perf_counter()
+                    for _ in range(repeats[name]):
+                        work[name]()
+                    times[name].append((time.perf_counter() - started) / repeats[name])
+
+                self.guarded(name, scenario, measure)
+        return times
+
+
+def _call(run: Callable[[Any], object] | None, given: Any) -> Callable[[], object] | None:
+    return None if run is None else partial(run, given)
+
+
+def _each(ask: Callable[[str, str], Answer], pairs: Sequence[tuple[str, str]]) -> list[Answer]:
+    return [ask(question, context) for question, context in pairs]
+
+
+def compare(examples: Sequence[Example], answers: Sequence[Answer], right: Sequence[Answer]) -> Json:
+    """The share of answers at the same place as torch fp32's, and the paired difference of F1 with its interval."""
+    if not answers:
+        return {"equal_answers": None, "f1": None, "f1_change": None, "f1_change_interval": None}
+    own, theirs = score(examples, answers), score(examples, right)
+    difference = own.rows_f1 - theirs.rows_f1
+    equal = [(a.text, a.start, a.end) == (b.text, b.start, b.end) for a, b in zip(answers, right, strict=True)]
+    return {
+        "equal_answers": float(np.mean(equal)),
+        "f1": own.f1,
+        "f1_change": 100 * float(difference.mean()),
+        "f1_change_interval": list(bootstrap_interval(difference)),
+    }
+
+
+def main() -> None:
+    """Reads the plan and does it."""
+    values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        Worker(Plan(**{**values, "skip": tuple(values["skip"])}), Path(folder)).run()
+
+
+if __name__ == "__main__":
+    main()

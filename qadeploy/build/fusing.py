@@ -1,0 +1,57 @@
+"""ONNX Runtime's graph fusions (``onnxruntime.transformers``), for the graphs of the CPU and of CUDA."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx
+
+# ONNX Runtime's optimizer knows families of graphs; these are built like BERT's.
+_BERT_LIKE = frozenset(
+    {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mobilebert"}
+    | {"modernbert", "mpnet", "roberta", "xlm-roberta"}
+)
+
+
+def has_fusions(kind: str) -> bool:
+    """Whether ONNX Runtime's optimizer knows graphs of this ``model_type``."""
+    return kind in _BERT_LIKE
+
+
+def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = False) -> Any:
+    """The model with what could be fused as single nodes, an ``onnxruntime.transformers`` ``OnnxModel``.
+
+    ``architecture`` is a manifest's entry. Attention takes the mask as it is, or, with ``mask_index``, the length of each
+    row, which holds where padding stands on the right, as ``pad_batch`` puts it; the packing of rows needs that form.
+    """
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    options = FusionOptions("bert")
+    options.use_raw_attention_mask(not mask_index)
+    with silent():
+        return optimize_model(
+            onnx.load_model_from_string(model),
+            model_type="bert",
+            num_heads=architecture["heads"] or 0,
+            hidden_size=architecture["hidden"] or 0,
+            opt_level=0,
+            optimization_options=options,
+        )
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Without the remarks, by log and by print, of ``onnxruntime.transformers``; what it did is counted afterwards."""
+    names = ("onnxruntime.transformers", *logging.root.manager.loggerDict)
+    for name in names:
+        if name.startswith(("onnxruntime.transformers", "fusion", "onnx_model", "optimizer", "convert_to_packing")):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

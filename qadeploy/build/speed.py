@@ -1,0 +1,124 @@
+"""How fast training is, and two settings that make it faster: TF32 and compilation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from qadeploy.errors import FailureError
+from qadeploy.machine import peak_memory
+
+AMPERE = (8, 0)  # the first compute capability whose tensor cores multiply TF32
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether products of float32 matrices can be taken in TF32 on this device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
+
+
+@contextmanager
+def tf32_products(device: torch.device) -> Iterator[None]:
+    """Within it products of float32 matrices are taken in TF32 where the device has it: 10 bits of mantissa, not 23.
+
+    What computes in float32 afterwards, such as the reference that exports are held against, does so in full.
+    """
+    before = torch.get_float32_matmul_precision()
+    if has_tf32(device):
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def compiled(model: torch.nn.Module, wanted: bool, backend: Any = "inductor") -> Iterator[None]:
+    """Within it ``model`` runs compiled, if ``wanted``; its class, its weights and their names stay as they are.
+
+    One compilation serves all lengths. Raises FailureError where the compiler fails.
+    """
+    if not wanted:
+        yield
+        return
+    import torch._dynamo.exc
+
+    model.compile(backend=backend, dynamic=True)
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+        raise FailureError(
+            f"--torch-compile: torch cannot compile this model here ({reason}): leave it out, or install what is "
+            "missing (a C++ compiler on a CPU, triton on a GPU)"
+        ) from error
+    finally:
+        model._compiled_call_impl = None
+
+
+class Speed(TrainerCallback):
+    """Windows a second and peak memory of each epoch; ``rows`` are those of a run that goes on.
+
+    ``windows`` counts the windows trained on so far, ``processes`` how many train alike. The time is that of
+    training alone, with saves inside the epoch, without the evaluation after it; of an epoch that was resumed it is
+    that of the rest. The memory is what PyTorch held at most on the GPU, on a CPU the process's largest resident set so far.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        windows: Callable[[], int],
+        processes: int = 1,
+        rows: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        self.device = device
+        self.windows = windows
+        self.processes = processes
+        self.rows = list(rows)
+        self._begun = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forgets the memory that others had before."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self._begun = (time.perf_counter(), self.windows())
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds the row of an epoch."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what was asked for is not yet done
+        windows = (self.windows() - self._begun[1]) * self.processes
+        seconds = time.perf_counter() - self._begun[0]
+        self.rows.append(
+            {
+                "epoch": round(state.epoch),
+                "windows": windows,
+                "seconds": round(seconds, 3),
+                "windows_per_second": round(windows / seconds, 1),
+                "peak_memory_bytes": self._memory(),
+            }
+        )
+
+    def of(self, epoch: int) -> dict[str, Any] | None:
+        """The row of an epoch, None for one that was not trained."""
+        return next((row for row in self.rows if row["epoch"] == epoch), None)
+
+    def summary(self) -> dict[str, Any]:
+        """The rows, and of all of them windows a second and the largest peak; None where nothing was trained."""
+        seconds = sum(row["seconds"] for row in self.rows)
+        peaks = [row["peak_memory_bytes"] for row in self.rows if row["peak_memory_bytes"] is not None]
+        return {
+            "windows_per_second": round(sum(row["windows"] for row in self.rows) / seconds, 1) if seconds else None,
+            "peak_memory_bytes": max(peaks, default=None),
+            "epochs": self.rows,
+        }
+
+    def _memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_memory()

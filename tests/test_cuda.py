@@ -1,0 +1,401 @@
+"""Windows on a device: shapes, buffers, and what is given up. On the CPU provider, through the same code."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import numpy_helper
+
+from qadeploy import Answerer
+from qadeploy.build.graph import fuse_attention
+from qadeploy.bundle import MODEL, open_bundle
+from qadeploy.errors import DeviceError, InputError
+from qadeploy.qa.windows import pad_batch
+from qadeploy.records import Window
+from qadeploy.runtime.cuda import (
+    GRAPH_ROWS,
+    LONGEST,
+    STEP,
+    DeviceRunner,
+    Place,
+    Shape,
+    batches,
+    graph_shape,
+    round_up,
+)
+from qadeploy.runtime.session import OnnxModel, Pending
+from tests.conftest import triplets
+
+LIMIT = 160  # positions of the tiny model
+
+
+def session_of(model: bytes) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def model(bundle) -> bytes:
+    return open_bundle(bundle).read(MODEL)
+
+
+@pytest.fixture(scope="module")
+def windows(bundle) -> list[Window]:
+    """Windows of several lengths, real ones."""
+    encoder = Answerer.load(bundle).encoder
+    text = "Ada keeps the lamp in room 1. Bela keeps the boat outside. " * 6
+    question = encoder.encode("Who keeps the boat?")
+    return [
+        window
+        for size in (24, 40, 64, 150)
+        for window in encoder.windows(question, encoder.encode(text), max_seq_len=size, doc_stride=8)
+    ]
+
+
+def runner_of(model: bytes, **changes: Any) -> DeviceRunner:
+    values: dict[str, Any] = {"place": Place("cpu"), "longest": LIMIT, **changes}
+    return DeviceRunner(ort, values.pop("make", lambda graphs: session_of(model)), **values)
+
+
+def assert_logits(found, wanted, tolerance=1e-4):
+    assert len(found) == len(wanted)
+    for (starts, ends), (s, e) in zip(found, wanted, strict=True):
+        assert starts.dtype == np.float32
+        assert starts.shape == s.shape
+        np.testing.assert_allclose(starts, s, atol=tolerance)
+        np.testing.assert_allclose(ends, e, atol=tolerance)
+
+
+def alone(model: bytes, windows: list[Window]) -> list[tuple[Any, Any]]:
+    """Logits by the plainest way there is: one unpadded window a run."""
+    session = session_of(model)
+    names = {i.name for i in session.get_inputs()}
+    found = []
+    for window in windows:
+        feeds = {name: value for name, value in pad_batch([window], 0).items() if name in names}
+        starts, ends = session.run(["start_logits", "end_logits"], feeds)
+        found.append((starts[0], ends[0]))
+    return found
+
+
+def shifted(model: bytes) -> bytes:
+    """The model with another bias at its answer head: a graph that runs and is wrong."""
+    proto = onnx.load_model_from_string(model)
+    bias = next(t for t in proto.graph.initializer if t.name.endswith("qa_outputs.bias"))
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(1), bias.name))
+    return proto.SerializeToString()
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted"),
+    [
+        ([1], Shape(1, STEP, graph=True)),
+        ([STEP], Shape(1, STEP, graph=True)),
+        ([STEP + 1], Shape(1, 2 * STEP, graph=True)),
+        ([20, 384, 7], Shape(4, 384, graph=True)),
+        ([384] * 5, Shape(8, 384, graph=True)),
+        ([LONGEST], Shape(1, LONGEST, graph=True)),
+        ([LONGEST + 1], None),
+        ([20] * (GRAPH_ROWS[-1] + 1), None),
+        ([], None),
+    ],
+)
+def test_few_windows_share_few_shapes(lengths, wanted):
+    assert graph_shape(lengths) == wanted
+
+
+def test_a_shape_never_exceeds_what_the_model_takes():
+    assert graph_shape([150], longest=LIMIT) == Shape(1, LIMIT, graph=True)
+    assert graph_shape([505], longest=510) == Shape(1, 510, graph=True)  # RoBERTa's kind ends at 510 or 512 less 2
+    assert (round_up(9, 8), round_up(16, 8), round_up(17, 8, 20), round_up(30, 8, 20)) == (16, 16, 20, 30)
+
+
+def test_batches_hold_every_window_once_by_length_within_the_budget():
+    lengths = np.random.default_rng(1).integers(1, 500, 300).tolist()
+    found = batches(lengths, tokens=2000)
+    assert sorted(i for batch in found for i in batch) == list(range(300))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 2000 for batch in found)
+    flat = [lengths[i] for batch in found for i in batch]
+    assert flat == sorted(flat, reverse=True)
+    assert len(found) < 1.3 * sum(lengths) / 2000 + 1
+
+
+def test_packed_batches_count_the_tokens_of_text():
+    lengths = [100] * 10 + [10] * 100
+    padded, packed = batches(lengths, tokens=1000), batches(lengths, tokens=1000, packed=True)
+    assert all(sum(lengths[i] for i in batch) <= 1000 for batch in packed)
+    assert all(len(batch) * lengths[batch[0]] <= 2000 for batch in packed)
+    assert len(packed) <= len(padded)
+
+
+def test_a_window_longer_than_the_budget_runs_by_itself():
+    assert batches([50, 5000, 60], tokens=1000) == [[1], [2, 0]]
+
+
+def test_without_a_mask_only_equal_lengths_share_a_batch():
+    found = batches([5, 7, 5, 7, 9], masked=False)
+    assert [len(batch) for batch in found] == [1, 2, 2]
+    assert all(len({[5, 7, 5, 7, 9][i] for i in batch}) == 1 for batch in found)
+
+
+# ---------------------------------------------------------------- logits
+
+
+def test_few_windows_have_the_logits_of_windows_alone(model, windows):
+    runner = runner_of(model)
+    for count in (1, 2, 3, 8):
+        assert_logits(runner.run(windows[-count:]), alone(model, windows[-count:]))
+    assert "CUDA graphs (" in runner.notes()[0]
+
+
+def test_many_windows_have_the_logits_of_windows_alone_in_their_order(model, windows):
+    shuffled = [windows[i] for i in np.random.default_rng(3).permutation(len(windows))]
+    assert len(shuffled) > GRAPH_ROWS[-1]
+    assert_logits(runner_of(model).run(shuffled), alone(model, shuffled))
+
+
+def test_buffers_are_kept_and_replaced_values_do_not_linger(model, windows):
+    runner = runner_of(model)
+    long, short = max(windows, key=len), min(windows, key=len)
+    first = runner.run([short])
+    slots = dict(runner._slots)
+    runner.run([long])
+    again = runner.run([short])
+    assert_logits(again, first, 0)
+    assert all(runner._slots[key] is slot for key, slot in slots.items())  # at the same addresses, as a graph needs
+
+
+def test_the_buffers_of_batches_are_bounded_and_those_of_graphs_stay(model, windows, monkeypatch):
+    monkeypatch.setattr("qadeploy.runtime.cuda._SLOTS", 4)
+    runner = runner_of(model)
+    runner.run(windows[:1])
+    kept = next(iter(runner._slots))
+    for count in range(9, 16):
+        assert_logits(runner.run(windows[:count]), alone(model, windows[:count]))
+    assert len(runner._slots) <= 4
+    assert kept in runner._slots
+
+
+def test_warm_up_captures_every_length_and_numbers_each_graph(model, windows):
+    runner = runner_of(model)
+    assert runner.warm_up(windows[0], rows=(1, 2)) == 2 * LIMIT / STEP
+    shapes = [shape for _, shape in runner._slots]
+    assert {shape.tokens for shape in shapes} == set(range(STEP, LIMIT + 1, STEP))
+    numbers = [slot.options.get_run_config_entry("gpu_graph_id") for slot in runner._slots.values()]
+    assert len(set(numbers)) == len(numbers)
+    assert "-1" not in numbers
+    before = set(runner._slots)
+    runner.run([max(windows, key=len)])
+    assert set(runner._slots) == before  # nothing is left to capture for one window
+
+
+def test_uncaptured_runs_say_so(model, windows):
+    runner = runner_of(model)
+    runner.run(windows[:9])
+    ids = {slot.options.get_run_config_entry("gpu_graph_id") for slot in runner._slots.values()}
+    assert ids == {"-1"}
+
+
+def test_threads_share_the_buffers_safely(model, windows):
+    runner, wanted = runner_of(model), alone(model, windows)
+    failures: list[BaseException] = []
+
+    def work(i: int) -> None:
+        try:
+            for _ in range(5):
+                assert_logits(runner.run([windows[i]]), wanted[i : i + 1])
+                assert_logits(runner.run(windows), wanted)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+# ---------------------------------------------------------------- what is given up
+
+
+def test_a_session_that_cannot_capture_is_made_again_without(model, windows):
+    asked: list[bool] = []
+
+    def make(graphs: bool) -> Any:
+        asked.append(graphs)
+        if graphs:
+            raise DeviceError("not all nodes are on the CUDA provider")
+        return session_of(model)
+
+    runner = runner_of(model, make=make)
+    assert asked == [True, False]
+    assert_logits(runner.run(windows[:2]), alone(model, windows[:2]))
+    assert runner.notes()[0] == "one question: plain runs: not all nodes are on the CUDA provider"
+    assert runner.warm_up(windows[0]) == 0
+
+
+def test_a_capture_that_fails_is_given_up_and_the_windows_answered(model, windows):
+    class Failing:
+        """The session, whose capturing breaks off as CUDA's may."""
+
+        def __init__(self) -> None:
+            self.real = session_of(model)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            if options.get_run_config_entry("gpu_graph_id") != "-1":
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.real.run_with_iobinding(binding, options)
+
+    runner = runner_of(model, make=lambda graphs: Failing() if graphs else session_of(model))
+    assert_logits(runner.run(windows[:1]), alone(model, windows[:1]))
+    assert not runner.graphs
+    assert "capturing 1 x 32 tokens failed: operation not permitted" in runner.notes()[0]
+    assert_logits(runner.run(windows[:1]), alone(model, windows[:1]))
+
+
+def test_a_graph_that_replays_something_else_is_given_up(model, windows):
+    class Stale:
+        """The session, whose replays repeat the captured run's logits."""
+
+        def __init__(self) -> None:
+            self.right, self.wrong = session_of(model), session_of(shifted(model))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.right, name)
+
+        def io_binding(self) -> Any:
+            return Both(self.right.io_binding(), self.wrong.io_binding())
+
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
+            if options.get_run_config_entry("gpu_graph_id") == "-1":
+                self.right.run_with_iobinding(binding.right, options)
+            else:
+                self.wrong.run_with_iobinding(binding.wrong, options)
+
+    class Both:
+        def __init__(self, right: Any, wrong: Any) -> None:
+            self.right, self.wrong = right, wrong
+
+        def bind_ortvalue_input(self, name: str, value: Any) -> None:
+            self.right.bind_ortvalue_input(name, value)
+            self.wrong.bind_ortvalue_input(name, value)
+
+        def bind_ortvalue_output(self, name: str, value: Any) -> None:
+            self.right.bind_ortvalue_output(name, value)
+            self.wrong.bind_ortvalue_output(name, value)
+
+    runner = runner_of(model, make=lambda graphs: Stale() if graphs else session_of(model))
+    assert_logits(runner.run(windows[:1]), alone(model, windows[:1]))
+    assert "a captured graph's logits were 1 from those of a plain run" in runner.notes()[0]
+
+
+def test_a_packed_graph_is_taken_once_it_is_proven(model, windows):
+    made: list[Any] = []
+    runner = runner_of(model, make_packed=lambda: made.append(session_of(model)) or made[-1])
+    assert runner.notes()[1] == "many questions: padding left out (not run yet)"
+    assert made == []  # not before many windows come
+    assert_logits(runner.run(windows), alone(model, windows))
+    assert len(made) == 1
+    assert runner.notes()[1] == "many questions: padding left out"
+    plain = [key for key in runner._slots if key[0] == "plain"]
+    runner.run([*windows, *windows])
+    assert [key for key in runner._slots if key[0] == "plain"] == plain  # compared once only
+
+
+def test_a_packed_graph_that_differs_is_never_used(model, windows):
+    runner = runner_of(model, make_packed=lambda: session_of(shifted(model)))
+    assert_logits(runner.run(windows), alone(model, windows))
+    assert runner.notes()[1] == (
+        "many questions: padded batches: the packed graph's logits were 1 from those of the padded one"
+    )
+    assert not runner.packed
+
+
+def test_a_packed_graph_that_does_not_start_is_given_up(model, windows):
+    def make() -> Any:
+        raise DeviceError("PackedAttention is not implemented")
+
+    runner = runner_of(model, make_packed=make)
+    assert_logits(runner.run(windows), alone(model, windows))
+    assert "the packed graph failed: PackedAttention is not implemented" in runner.notes()[1]
+
+
+def test_a_model_without_a_mask_runs_unpadded(model, windows):
+    rewritten = fuse_attention(model, heads=4)
+    assert not rewritten.takes_mask
+    runner = runner_of(rewritten.model)
+    assert runner.notes()[0] == (
+        "one question: plain runs: the model takes no attention_mask, so its windows cannot be padded"
+    )
+    for count in (3, len(windows)):
+        assert_logits(runner.run(windows[:count]), alone(model, windows[:count]))
+
+
+# ---------------------------------------------------------------- the host beside it
+
+
+def test_the_model_hands_its_windows_to_the_runner(model, windows):
+    onnx_model = OnnxModel(lambda: model, device="cpu", longest=LIMIT)
+    onnx_model.device, onnx_model._sessions.runner = "cuda", runner_of(model)  # as where there is one
+    onnx_model.warm_up(windows[0])
+    wanted = alone(model, windows)
+    assert_logits(onnx_model.run(windows), wanted)
+    assert_logits(onnx_model.start(windows).result(), wanted)
+    assert_logits(onnx_model.run_batch(windows), wanted)
+    assert_logits(onnx_model.start(windows[:1]).result(), wanted[:1])
+    assert onnx_model.notes() == [
+        "one question: CUDA graphs (5 shapes captured)",
+        "many questions: padded batches: the bundle has no packed.onnx",
+    ]
+    onnx_model.device = "cpu"
+    assert onnx_model.notes() == []
+
+
+class OnDevice:
+    """The runner as the model of an answerer, under the name of the device that it is made for."""
+
+    device = "cuda"
+
+    def __init__(self, model: bytes) -> None:
+        self.runner = runner_of(model)
+        self.run = self.runner.run
+
+    def start(self, windows: list[Window]) -> Pending:
+        return Pending(lambda: self.run(windows))
+
+
+@pytest.fixture(scope="module")
+def hosted(bundle, model) -> tuple[Answerer, Answerer]:
+    """An answerer on the runner, and the bundle's own."""
+    own = Answerer.load(bundle)
+    return Answerer(own.encoder, own.settings, OnDevice(model)), own
+
+
+def test_answers_over_the_runner_are_those_of_the_bundle(hosted):
+    ours, theirs = hosted
+    pairs = [(str(row["question"]), str(row["context"])) for row in triplets(40)]
+    pairs.append((pairs[0][0], pairs[3][1]))
+    found, wanted = ours.answer_batch(pairs), theirs.answer_batch(pairs)
+    assert [(a[0].text, a[0].start, a[0].end) for a in found] == [(a[0].text, a[0].start, a[0].end) for a in wanted]
+    assert ours.stats().entries == len({context for _, context in pairs})
+    assert ours.answer(*pairs[5])[0].text == theirs.answer(*pairs[5])[0].text
+
+
+@pytest.mark.parametrize("bad", [("", "A text."), ("Who?", "a \udc00 surrogate"), ("Who?", None)])
+def test_a_bad_text_among_many_is_named_by_its_pair(hosted, bad):
+    pairs = [("Who keeps the lamp?", "Ada keeps the lamp."), bad, ("Who keeps the boat?", "Bela keeps the boat.")]
+    with pytest.raises(InputError, match=r"^pair 2: "):
+        hosted[0].answer_batch(pairs)
