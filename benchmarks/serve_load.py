@@ -82,7 +82,7 @@ class Client:
         """POSTs a body and reads the whole response."""
         started = time.perf_counter() if due is None else due
         try:
-            pair = self.idle.pop() if self.idle else await asyncio.open_connection(self.host, self.port)
+            pair = self._kept() or await asyncio.open_connection(self.host, self.port)
             head = f"POST {path} HTTP/1.1\r\nHost: {self.host}\r\nContent-Type: application/json\r\n"
             status, keep = await self._exchange(pair, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         except (OSError, asyncio.IncompleteReadError):
@@ -92,6 +92,15 @@ class Client:
         else:
             pair[1].close()
         return Outcome(status, started, time.perf_counter() - started)
+
+    def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
+        """A connection that the server has not closed; it does so with those idle for longer than its --keep-alive."""
+        while self.idle:
+            reader, writer = self.idle.pop()
+            if not reader.at_eof():
+                return reader, writer
+            writer.close()
+        return None
 
     async def get(self, path: str) -> int:
         """The status of a GET, 0 where nobody listens."""
