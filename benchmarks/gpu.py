@@ -19,6 +19,7 @@ it alone works on all windows for a second. Both are null without nvidia-smi.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def run_model(plan: Plan) -> list[Json]:
                 process.kill()
                 process.wait()
                 code = None
-        lines = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+        lines = written(rows)
         if any(line["kind"] == "done" for line in lines):
             return lines
         began = [line["variant"] for line in lines if line["kind"] == "begin"]
@@ -86,10 +87,19 @@ def run_model(plan: Plan) -> list[Json]:
         reason = "the time was up" if code is None else f"its process ended with {code}: {tail}"
         lines.append({"kind": "failed", "model": plan.model, "variant": last, "step": "process", "reason": reason})
         with rows.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(lines[-1]) + "\n")
+            stream.write("\n" + json.dumps(lines[-1]) + "\n")  # the line before may have been cut off
         if code is None or last is None or last in skip or time.time() > plan.until - 20:
             return lines
         skip.append(last)
+
+
+def written(rows: Path) -> list[Json]:
+    """The lines of a model's process, without one that it was killed in."""
+    found = []
+    for line in rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def ratios(lines: Sequence[Json]) -> list[Json]:
@@ -259,8 +269,6 @@ def main(
             click.echo(f"{name}: until {time.strftime('%H:%M:%S', time.localtime(until))}", err=True)
             lines += run_model(plan)
     found = [{**each, "met": None} if dry else each for each in ratios(lines)]
-    for text in [*table(lines), *closing(found)]:
-        click.echo(text)
     kept = [line for line in lines if line["kind"] != "begin"]
     report = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -272,6 +280,8 @@ def main(
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, report)
+    for text in [*table(lines), *closing(found)]:
+        click.echo(text)
     if not any(line["kind"] == "row" for line in lines):
         raise SystemExit("nothing could be measured: see the reasons above")
 

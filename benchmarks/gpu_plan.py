@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import threading
@@ -25,6 +26,7 @@ ORT_PLAIN, OPTIMUM, PIPELINE = (
 )
 EAGER, SDPA, SORTED = "torch eager fp16", "torch SDPA fp16, padded", "torch SDPA fp16, length-sorted"
 COMPILED = "torch compiled fp16"
+REFERENCE = "torch fp32"
 
 ONE_128, ONE_384, MANY_384, MIXED = "1 x 128", "1 x 384", "32 x 384", "mixed lengths"
 E2E_ONE, E2E_ALL = "one question", "many questions"
@@ -70,13 +72,19 @@ class Variant:
     scenarios: frozenset[str] = frozenset()
 
 
+def smi_name(device: str) -> str:
+    """What nvidia-smi calls cuda or cuda:N: CUDA_VISIBLE_DEVICES, which it ignores, may have numbered GPUs anew."""
+    number = int(device.partition(":")[2] or 0)
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return visible[number] if number < len(visible) else str(number)
+
+
 class Gpu:
     """nvidia-smi, watched in the background: utilisation in percent and used memory in MiB. Nothing where it is not there."""
 
     def __init__(self, device: str) -> None:
         self._samples: list[tuple[float, int, int]] = []
         tool = shutil.which("nvidia-smi")
-        number = device.partition(":")[2] or "0"
         self._process: subprocess.Popen[str] | None = None
         if tool and device.startswith("cuda"):
             query = [
@@ -85,12 +93,13 @@ class Gpu:
                 "-lms",
                 "50",
                 "-i",
-                number,
+                smi_name(device),
             ]
             self._process = subprocess.Popen(
                 [tool, *query], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
-            threading.Thread(target=self._read, daemon=True).start()
+            self._reader = threading.Thread(target=self._read, daemon=True)
+            self._reader.start()
 
     def _read(self) -> None:
         stream = self._process.stdout if self._process else None
@@ -122,3 +131,6 @@ class Gpu:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
+            self._reader.join()
+            if self._process.stdout:
+                self._process.stdout.close()

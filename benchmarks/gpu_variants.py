@@ -26,6 +26,7 @@ from benchmarks.gpu_plan import (
     OPTIMUM,
     ORT_PLAIN,
     PIPELINE,
+    REFERENCE,
     SHAPES,
     SORTED,
     THROUGHPUT,
@@ -127,12 +128,11 @@ class OnnxSession:
         ort = onnxruntime()
         if device.startswith("cuda") and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-        wanted = "CUDAExecutionProvider" if device.startswith("cuda") else "CPUExecutionProvider"
+        wanted, values = provider(device)
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        self.session = ort.InferenceSession(
-            model, options, providers=list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
-        )
+        providers = [(wanted, values), "CPUExecutionProvider"] if device.startswith("cuda") else [wanted]
+        self.session = ort.InferenceSession(model, options, providers=providers)
         if self.session.get_providers()[0] != wanted:
             raise RuntimeError(f"{wanted} was asked for, {self.session.get_providers()[0]} came")
         kinds = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
@@ -162,6 +162,13 @@ class OursOnCpu:
     def start(self, windows: Sequence[Window]) -> Pending:
         """``run``, when the result is asked for."""
         return Pending(partial(self.run, windows))
+
+
+def provider(device: str) -> tuple[str, dict[str, int]]:
+    """ONNX Runtime's provider of a device, and its options."""
+    if not device.startswith("cuda"):
+        return "CPUExecutionProvider", {}
+    return "CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}
 
 
 def first(found: Sequence[Answer]) -> Answer:
@@ -225,7 +232,7 @@ class Subject:
         from qadeploy.build.checkpoint import TorchModel
 
         model = TorchModel(self.checkpoint.model.to(self.plan.device), self.pad)
-        return self.around("torch fp32", "fp32", model, frozenset())
+        return self.around(REFERENCE, "fp32", model, frozenset())
 
     def load_ours(self) -> Iterator[Variant]:
         """Both paths; they share sessions."""
@@ -267,15 +274,22 @@ class Subject:
         return self.around(name, precision, Torch(model, self.pad, by_length=name in {SORTED, COMPILED}), EVERY)
 
     def load_optimum(self) -> Variant:
-        """Optimum's ONNX model on its own export (fp32), which binds inputs and outputs by itself on CUDA."""
+        """Optimum's ONNX model on its own export (fp32), which binds inputs and outputs by itself on CUDA.
+
+        Raises RuntimeError where CUDA is asked for and not got.
+        """
         from optimum.onnxruntime import ORTModelForQuestionAnswering
 
         from qadeploy.bench.peers.setup import quiet
 
         self.checkpoint.model.config.save_pretrained(self.folder / "onnx")
-        provider = "CUDAExecutionProvider" if self.plan.on_gpu else "CPUExecutionProvider"
+        wanted, values = provider(self.plan.device)
         with quiet():
-            model = ORTModelForQuestionAnswering.from_pretrained(self.folder / "onnx", provider=provider)
+            model = ORTModelForQuestionAnswering.from_pretrained(
+                self.folder / "onnx", provider=wanted, provider_options=values
+            )
+        if model.provider != wanted:
+            raise RuntimeError(f"{wanted} was asked for, {model.provider} came")
         return self.around(OPTIMUM, "fp32", Torch(model, self.pad, by_length=True), EVERY)
 
     def load_pipeline(self) -> Variant:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
-from typing import Any
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -225,6 +230,85 @@ def test_threads_share_the_buffers_safely(model, windows):
     assert failures == []
 
 
+# ---------------------------------------------------------------- one thread
+
+
+class Capturing:
+    """The session with what ONNX Runtime's CUDA provider has beside it: graphs that belong to the thread that captured them.
+
+    ``captures`` are the threads of all captures of all sessions, ``touched`` those of everything else.
+    """
+
+    captures: ClassVar[list[tuple[int, str]]] = []
+    touched: ClassVar[set[int]] = set()
+
+    def __init__(self, model: bytes) -> None:
+        self.touched.add(threading.get_ident())
+        self.real = session_of(model)
+        self.known: set[tuple[int, str]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def io_binding(self) -> Any:
+        self.touched.add(threading.get_ident())
+        return self.real.io_binding()
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        thread, graph = threading.get_ident(), options.get_run_config_entry("gpu_graph_id")
+        self.touched.add(thread)
+        if graph != "-1" and (thread, graph) not in self.known:
+            self.known.add((thread, graph))
+            self.captures.append((thread, graph))
+        self.real.run_with_iobinding(binding, options)
+
+
+@pytest.fixture
+def capturing() -> Iterator[type[Capturing]]:
+    Capturing.captures, Capturing.touched = [], set()
+    yield Capturing
+    Capturing.captures, Capturing.touched = [], set()
+
+
+def test_each_shape_is_captured_once_whichever_threads_ask(model, windows, capturing):
+    runners = [
+        runner_of(model, make=lambda graphs: capturing(model), make_packed=lambda: capturing(model)) for _ in range(2)
+    ]
+    wanted = alone(model, windows)
+    for runner in runners:
+        runner.warm_up(windows[0])
+    with ThreadPoolExecutor(4) as pool:
+        for runner in runners:
+            found = pool.map(lambda i, runner=runner: runner.run(windows[i : i + 1])[0], range(len(windows)))
+            assert_logits(list(found), wanted)
+            assert_logits(pool.submit(runner.run, windows).result(), wanted)
+    assert len(capturing.captures) == 2 * LIMIT / STEP
+    assert len(capturing.touched) == 1  # of all runners: a capture forbids other threads to use the GPU
+    assert threading.get_ident() not in capturing.touched
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
+def test_a_forked_child_has_a_device_thread_of_its_own(model, windows):
+    runner = runner_of(model)
+    wanted = runner.run(windows[:1])
+    child = os.fork()
+    if not child:
+        own = runner_of(model).run(windows[:1])
+        os._exit(0 if np.array_equal(own[0][0], wanted[0][0]) else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_logits_are_not_those_of_the_next_run(model, windows):
+    """On a CPU OrtValue.numpy() is the buffer itself."""
+    runner = runner_of(model)
+    short, long = sorted(windows, key=len)[:2]
+    assert graph_shape([len(short)]) == graph_shape([len(long)])  # they share a buffer
+    found = runner.run([short])
+    kept = [x.copy() for x in found[0]]
+    runner.run([Window(long.input_ids[::-1].copy(), long.token_type_ids, 0, 0, 0, 0)])
+    np.testing.assert_array_equal(found[0], kept)
+
+
 # ---------------------------------------------------------------- what is given up
 
 
@@ -259,7 +343,18 @@ def test_a_capture_that_fails_is_given_up_and_the_windows_answered(model, window
                 raise RuntimeError("operation not permitted when stream is capturing")
             self.real.run_with_iobinding(binding, options)
 
-    runner = runner_of(model, make=lambda graphs: Failing() if graphs else session_of(model))
+    first: list[weakref.ref[Failing]] = []
+
+    def make(graphs: bool) -> Any:
+        if graphs:
+            failing = Failing()
+            first.append(weakref.ref(failing))
+            return failing
+        gc.collect()
+        assert first[0]() is None  # a stream that still captures would forbid this session its memory
+        return session_of(model)
+
+    runner = runner_of(model, make=make)
     assert_logits(runner.run(windows[:1]), alone(model, windows[:1]))
     assert not runner.graphs
     assert "capturing 1 x 32 tokens failed: operation not permitted" in runner.notes()[0]

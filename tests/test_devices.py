@@ -177,6 +177,34 @@ def test_other_names_are_refused_by_both_runtimes(name):
 class TestSimulated:
     pytestmark = simulated
 
+    def test_libraries_that_the_provider_does_without_are_no_obstacle(self, tmp_path):
+        """A provider in parts, as ONNX Runtime's is, that needs cuBLAS and not cuDNN; once cuBLAS is not there."""
+        compiled(tmp_path, "int Provider_GetHost = 1;", "libonnxruntime_providers_shared.so")
+        compiled(tmp_path, "int cublas = 1;", "libcublas_made_up.so.13")
+        source = tmp_path / "provider.c"
+        source.write_text(
+            "extern int Provider_GetHost, cublas; int found(void) { return Provider_GetHost + cublas; }\n"
+        )
+        library, needed = tmp_path / "libonnxruntime_providers_cuda.so", tmp_path / "libcublas_made_up.so.13"
+        flags = ["-shared", "-fPIC", "-Wl,-z,now", "-Wl,--no-as-needed", f"-Wl,-rpath,{tmp_path}"]
+        made = [str(COMPILER), *flags, "-o", str(library), str(source), f"-L{tmp_path}", f"-l:{needed.name}"]
+        subprocess.run(made, check=True, capture_output=True)
+        asks = (
+            "import sys; from pathlib import Path; from qadeploy.runtime import devices as d\n"
+            "d.missing_libraries = lambda major: {'libcudnn.so.9': 'nvidia-cudnn-cu13'}\n"
+            "loads = d.provider_loads(Path(sys.argv[1])); d.provider_loads = lambda: loads\n"
+            "build = d.Build('onnxruntime-gpu', '1.31.0', {}, (13, 0), True)\n"
+            "print(loads, len(d.obstacles(build, d.Driver(cuda=(13, 0), gpus=(d.Gpu('One', 1, (9, 0)),)))))"
+        )
+
+        def asked() -> str:
+            command = [sys.executable, "-c", asks, str(tmp_path)]
+            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.strip()
+
+        assert asked() == "True 0"
+        needed.unlink()
+        assert asked() == "False 1"
+
     def test_without_a_driver_cuda_says_so_and_auto_is_silent(self, machine, bundle):
         call = machine(libraries=FOR_13, cuda_version="13.0", package_name="onnxruntime-gpu")
         message = refused(ask(call, bundle, "cuda"))

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,6 +159,75 @@ def test_without_nvidia_smi_nothing_is_made_up():
     assert watcher.memory() is None
     assert watcher.utilisation(lambda: pytest.fail("it ran")) is None
     watcher.close()
+
+
+@pytest.mark.parametrize(
+    ("visible", "device", "name"),
+    [
+        (None, "cuda", "0"),
+        (None, "cuda:1", "1"),
+        ("3,1", "cuda", "3"),
+        ("3, GPU-8f4d", "cuda:1", "GPU-8f4d"),
+        ("", "cuda", "0"),
+        ("3", "cuda:1", "1"),
+    ],
+)
+def test_nvidia_smi_is_asked_about_the_gpu_that_cuda_means(visible, device, name, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_plan.smi_name(device) == name
+
+
+def test_a_tool_that_reports_is_read_while_it_runs(tmp_path: Path, monkeypatch):
+    """A script in nvidia-smi's place, which writes what that does, and once that a figure is not to be had."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '[N/A], 400'\nwhile true; do echo '55, 700'; sleep 0.02; done\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    watcher = gpu_plan.Gpu("cuda:0")
+    try:
+        assert watcher.memory() == 700
+        assert watcher.utilisation(lambda: time.sleep(0.01), seconds=0.2) == 55
+    finally:
+        watcher.close()
+
+
+def test_a_reference_that_fails_is_a_row_and_the_answers_are_not_compared(tmp_path: Path):
+    class Subject:
+        pairs = (("Who?", "Ada and Bela"),)
+        checkpoint = SimpleNamespace(model=SimpleNamespace(to=lambda device: None))
+
+        def load_reference(self) -> None:
+            raise RuntimeError("CUDA out of memory")
+
+    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 1, 3, time.time() + 60, str(tmp_path / "rows.jsonl"))
+    right = gpu_worker.Worker(plan, tmp_path).right_answers(Subject())
+    assert right == []
+    failed = gpu.written(tmp_path / "rows.jsonl")[-1]
+    assert (failed["kind"], failed["variant"]) == ("failed", gpu_plan.REFERENCE)
+    assert failed["reason"] == "RuntimeError: CUDA out of memory"
+    example = Example("0", "Who?", "Ada and Bela", (Annotation("Ada", 0),))
+    compared = gpu_worker.compare([example], [Answer("Ada", 0, 3, 0.9)], right)
+    assert (compared["equal_answers"], compared["f1"]) == (None, 100.0)
+
+
+def test_a_process_killed_in_a_line_loses_that_line_alone(tmp_path: Path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "stream = open(json.load(open(sys.argv[1]))['rows'], 'a')\n"
+        "print(json.dumps({'kind': 'begin', 'model': 'base model', 'variant': 'one'}), file=stream)\n"
+        'print(\'{"kind": "row", "mod\', end=\'\', file=stream, flush=True)\n'
+        "time.sleep(60)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(gpu, "WORKER", (sys.executable, str(script)))
+    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 2, 3, time.time() - 1, str(tmp_path / "rows.jsonl"))
+    lines = gpu.run_model(plan)
+    assert [line["kind"] for line in lines] == ["begin", "failed"]
+    assert lines[-1]["reason"] == "the time was up"
+    assert gpu.written(tmp_path / "rows.jsonl") == lines
 
 
 def test_dwarfs_differ_from_the_real_shapes_in_size_only():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,23 @@ def test_tf32_is_for_ampere_and_later_and_for_the_time_of_training(capability, e
     with tf32_products(CPU):
         assert torch.get_float32_matmul_precision() == before
     assert not asked
+
+
+def test_tf32_is_chosen_without_a_word_from_torch(monkeypatch):
+    """The warning is that of torch 2.9, by its real text; a CPU build has none of it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    real = torch.get_float32_matmul_precision
+
+    def warns() -> str:
+        warnings.warn(
+            "Please use the new API settings to control TF32 behavior, such as ...", UserWarning, stacklevel=1
+        )
+        return real()
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", warns)
+    with tf32_products(CUDA):
+        assert real() == "high"
+    assert real() == "highest"
 
 
 # ---------------------------------------------------------------- windows a second, memory

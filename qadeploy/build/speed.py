@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,13 +28,29 @@ def tf32_products(device: torch.device) -> Iterator[None]:
 
     What computes in float32 afterwards, such as the reference that exports are held against, does so in full.
     """
-    before = torch.get_float32_matmul_precision()
-    if has_tf32(device):
-        torch.set_float32_matmul_precision("high")
+    if not has_tf32(device):
+        yield
+        return
+    before = _products("high")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        _products(before)
+
+
+def _products(wanted: str) -> str:
+    """Sets the precision of float32 products; returns what it was.
+
+    By the calls that torch 2.9 warns of: torch.compile reads this setting itself, and fails where it was made by the new
+    fp32_precision, since torch forbids a mix (pytorch pull request 189955).
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Please use the new API settings to control TF32", category=UserWarning
+        )
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(wanted)
+    return before
 
 
 @contextmanager

@@ -8,16 +8,21 @@ bundle has one, else padded.
 Neither is taken on trust: a captured graph is compared with a plain run of the same windows, a packed graph with the padded one, on the
 first windows that come. What fails, or differs by more than ``APART``, is left off for good, and ``notes`` says so.
 
+One thread of the process does all that touches a GPU, whoever asks. ONNX Runtime's CUDA provider keeps a graph with the thread
+that captured it (its ``PerThreadContext``): any other would capture every shape anew, and keep that too. And it captures in
+CUDA's global mode (``cudaStreamCaptureModeGlobal``), where an allocation or a copy by another thread breaks the capture.
+
 The same code runs on the CPU provider, which has no graphs to capture: so the tests do.
 """
 
 from __future__ import annotations
 
-import threading
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +31,7 @@ from qadeploy.qa.windows import pad_batch
 from qadeploy.records import FloatArray, Window
 
 Logits = tuple[FloatArray, FloatArray]
+_T = TypeVar("_T")
 TOKENS = 16_384  # of a batch of many windows
 STEP = 32
 GRAPH_ROWS = (1, 2, 4, 8)
@@ -43,6 +49,22 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+
+
+def _new_thread() -> None:
+    global _thread
+    _thread = ThreadPoolExecutor(1, thread_name_prefix="qadeploy-device")
+
+
+_thread: ThreadPoolExecutor
+_new_thread()  # it starts with its first work
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_thread)
+
+
+def _on_its_thread(work: Callable[..., _T], *given: Any) -> _T:
+    """What ``work`` returns or raises, done by the thread of this process that touches GPUs. Not to be called by that one."""
+    return _thread.submit(work, *given).result()
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +153,12 @@ class _Slot:
         for name, value in self.inputs.items():
             value.update_inplace(np.ascontiguousarray(batch[name], dtype=self.kinds[name]))
         self.session.run_with_iobinding(self.binding, self.options)
-        starts, ends = (self.outputs[name].numpy() for name in _OUTPUTS)
-        return starts.astype(np.float32, copy=False), ends.astype(np.float32, copy=False)
+        starts, ends = (_copied(self.outputs[name].numpy()) for name in _OUTPUTS)
+        return starts, ends
 
 
 class DeviceRunner:
-    """Windows to logits on one device. Safe under threads: batches are padded side by side and run one by one.
+    """Windows to logits on one device. Safe under threads: batches are padded side by side and run one by one, by one thread.
 
     ``make`` makes the session, with graphs to be captured or without; ``make_packed`` the one that leaves padding out (None:
     the bundle has none). ``longest`` is the model's longest input in tokens. Raises what ``make(False)`` raises.
@@ -155,19 +177,15 @@ class DeviceRunner:
     ) -> None:
         self._ort, self._make, self._place = ort, make, place
         self._pad, self._longest = pad_token_id, longest
-        self._lock = threading.RLock()
         self._slots: OrderedDict[tuple[str, Shape], _Slot] = OrderedDict()
         self._captured = 0
         self._no_graphs = ""
         self._no_packing = "" if make_packed else no_packing
-        try:
-            self.session = make(True)
-        except DeviceError as error:
-            self._no_graphs = str(error)
-            self.session = make(False)
+        self.session: Any = _on_its_thread(self._first_session)
         self._make_packed = make_packed
         self._packed: Any = None  # made when many windows first come
         self._packed_proven = False
+        self._kinds = {i.name: _NUMPY[i.type] for i in self.session.get_inputs() if i.type in _NUMPY}
         self.masked = "attention_mask" in {i.name for i in self.session.get_inputs()}
         if not self.masked:
             self._no_graphs = self._no_graphs or "the model takes no attention_mask, so its windows cannot be padded"
@@ -207,9 +225,7 @@ class DeviceRunner:
         shape = graph_shape([len(w) for w in windows], self._longest) if self.graphs else None
         if shape is None:
             return self.run_many(windows)
-        batch = self._padded(windows, shape)
-        with self._lock:
-            found = self._replayed(shape, batch)
+        found = _on_its_thread(self._replayed, shape, self._padded(windows, shape))
         return _cut(found, windows) if found is not None else self.run_many(windows)
 
     def run_many(self, windows: Sequence[Window]) -> list[Logits]:
@@ -222,41 +238,63 @@ class DeviceRunner:
             step = 1 if not self.masked else STEP if self.packed else _PLAIN_STEP
             shape = Shape(len(rows), round_up(longest, step, self._longest) if self.masked else longest)
             batch = self._padded(own, shape)  # beside the batch that another thread has on the device
-            with self._lock:
-                found = self._without_padding(shape, batch)
-                if found is None:
-                    found = self._slot("plain", self.session, shape).run(batch)
+            found = _on_its_thread(self._batch, shape, batch)
             logits.update(zip(rows, _cut(found, own), strict=True))
         return [logits[i] for i in range(len(windows))]
 
     def _padded(self, windows: Sequence[Window], shape: Shape) -> dict[str, Any]:
-        """Inputs of this shape; rows that are too many repeat the last window."""
+        """Inputs of this shape, of the types that the session takes; rows that are too many repeat the last window."""
         rows = [*windows, *[windows[-1]] * (shape.rows - len(windows))]
-        return dict(pad_batch(rows, self._pad, tokens=shape.tokens))
+        batch = pad_batch(rows, self._pad, tokens=shape.tokens)
+        return {name: value.astype(self._kinds.get(name, value.dtype), copy=False) for name, value in batch.items()}
+
+    # What follows is called by the device's thread alone.
+
+    def _first_session(self) -> Any:
+        try:
+            return self._make(True)
+        except DeviceError as error:
+            self._no_graphs = str(error)
+        return self._make(False)
+
+    def _plain(self) -> Any:
+        """The session that pads, made anew where graphs were given up."""
+        self.session = self.session or self._make(False)
+        return self.session
+
+    def _batch(self, shape: Shape, batch: Mapping[str, Any]) -> Logits:
+        """The logits of one of many batches."""
+        found = self._without_padding(shape, batch)
+        return self._slot("plain", self._plain(), shape).run(batch) if found is None else found
 
     def _replayed(self, shape: Shape, batch: Mapping[str, Any]) -> Logits | None:
         """A graph's logits, captured first where need be; None where graphs are given up."""
-        if not self.graphs:  # another thread gave them up meanwhile
+        if not self.graphs:  # given up since this was asked for
             return None
+        found, reason = self._by_graph(shape, batch)
+        if reason:
+            self._no_graphs = reason
+            self._slots.clear()
+            self.session = None  # at once: while its stream captures, a new session would get no memory
+        return found
+
+    def _by_graph(self, shape: Shape, batch: Mapping[str, Any]) -> tuple[Logits | None, str]:
+        """A graph's logits, else None and what is wrong with graphs."""
         try:
             slot = self._slot("graph", self.session, shape)
             found = slot.run(batch)
             if slot.proven:
-                return found
-            found = slot.run(batch)  # the first run captured; this one replays
+                return found, ""
+            found = slot.run(batch)  # the first run captured, after two of ONNX Runtime's own; this one replays
             plain = _Slot(self._ort, self.session, shape, self._place, None).run(batch)
             apart = _apart(found, plain, batch)
-            if apart <= APART:
-                slot.proven = True
-                self._captured += 1
-                return found
-            reason = f"a captured graph's logits were {apart:.2g} from those of a plain run"
         except Exception as error:  # the binding raises one class a status code, all of them bare
-            reason = f"capturing {shape.rows} x {shape.tokens} tokens failed: {' '.join(str(error).split())[:200]}"
-        self._no_graphs = reason
-        self._slots.clear()
-        self.session = self._make(False)
-        return None
+            return None, f"capturing {shape.rows} x {shape.tokens} tokens failed: {' '.join(str(error).split())[:200]}"
+        if apart > APART:
+            return None, f"a captured graph's logits were {apart:.2g} from those of a plain run"
+        slot.proven = True
+        self._captured += 1
+        return found, ""
 
     def _without_padding(self, shape: Shape, batch: Mapping[str, Any]) -> Logits | None:
         """The packed graph's logits; None where there is none, or it is given up."""
@@ -267,7 +305,7 @@ class DeviceRunner:
             found = self._slot("packed", self._packed, shape).run(batch)
             if self._packed_proven:
                 return found
-            plain = self._slot("plain", self.session, shape).run(batch)
+            plain = self._slot("plain", self._plain(), shape).run(batch)
             apart = _apart(found, plain, batch)
             if apart <= APART:
                 self._packed_proven = True
@@ -293,6 +331,12 @@ class DeviceRunner:
             slot = self._slots[key] = _Slot(self._ort, session, shape, self._place, number)
         self._slots.move_to_end(key)
         return slot
+
+
+def _copied(logits: Any) -> FloatArray:
+    """Logits in float32 that the next run leaves alone: from a GPU they are a copy, on a CPU the buffer itself."""
+    copied: FloatArray = logits.astype(np.float32, copy=not logits.flags.owndata)
+    return copied
 
 
 def _cut(logits: Logits, windows: Sequence[Window]) -> list[Logits]:

@@ -24,6 +24,7 @@ from qadeploy.errors import DeviceError, DeviceWarning, InputError
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DRIVER = "libcuda.so.1"
+_PROVIDER = ("shared", "cuda")
 GPU_WHEEL = "onnxruntime-gpu"
 MEND_WHEEL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'qadeploy[gpu]'"
 # The last wheel on PyPI that was built for CUDA 12; its extras ask for nvidia-*-cu12, those of 1.27.0 for CUDA 13.
@@ -225,9 +226,24 @@ def missing_libraries(major: int) -> dict[str, str]:
     return {name: package for name, package in cuda_libraries(major).items() if not _loads(name)}
 
 
-def _loads(name: str) -> bool:
+def provider_loads(folder: Path | None = None) -> bool:
+    """Whether ONNX Runtime's CUDA provider can be loaded, so that it misses no library that it cannot do without.
+
+    Which these are differs by build: to that of 1.31 cuDNN, cuFFT and NVRTC are dispensable (``readelf -d``). ``folder`` holds
+    the provider, None: that of the installed onnxruntime.
+    """
+    if folder is None:
+        spec = find_spec("onnxruntime")
+        if spec is None or spec.origin is None:
+            return False
+        folder = Path(spec.origin).parent / "capi"
+    # The order and the mode of ONNX Runtime itself: the second one's symbols are in the first.
+    return all(_loads(str(folder / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL) for name in _PROVIDER)
+
+
+def _loads(name: str, mode: int = ctypes.DEFAULT_MODE) -> bool:
     try:
-        ctypes.CDLL(name)
+        ctypes.CDLL(name, mode)
     except OSError:
         return False
     return True
@@ -290,7 +306,8 @@ def obstacles(build: Build, driver: Driver, number: int = 0) -> list[str]:
             f"{wants}, and the driver runs CUDA {_dotted(driver.cuda)} at most: update the driver"
             + (f", or take the last build for CUDA 12{older}" if older else "")
         )
-    if missing := missing_libraries(major):
+    missing = {} if provider_loads() else missing_libraries(major)
+    if missing:
         other = next((n for n in (13, 12, 11) if n != major and _loads(f"libcudart.so.{n}")), None)
         found.append(
             f"{wants} and cuDNN 9, and cannot load {', '.join(missing)}"
