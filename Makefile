@@ -1,16 +1,19 @@
 # make        lint and tests
 # make demo   train, export, quantize, bench and answer on what the repository ships
 # make test   the tests
+# make inference-servers   an environment with Triton and MLServer, without which the tests that need them are skipped
 # Each sets up .venv by itself; on a machine with an NVIDIA driver with the GPU build of ONNX Runtime.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SERVERS := .venv-servers
+SERVERS_READY := $(SERVERS)/.ready
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BUNDLE := bundles/handbook-int8
 
-.PHONY: all setup lint format test demo clean
+.PHONY: all setup lint format test demo inference-servers clean
 
 all: lint test
 
@@ -21,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "qadeploy needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "no venv module: install your system's python3-venv package"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),serve,train,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),serve,train,triton,dev]'
 	@touch $@
 
 lint: $(READY)
@@ -37,6 +40,13 @@ format: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+inference-servers: $(SERVERS_READY)
+
+$(SERVERS_READY): tests/inference_servers/requirements.txt
+	@test -x $(SERVERS)/bin/python || $(PYTHON) -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --quiet -r tests/inference_servers/requirements.txt
+	@touch $@
+
 demo: $(READY)
 	$(BIN)/qadeploy train --data handbook --out runs/handbook
 	$(BIN)/qadeploy export runs/handbook --quantize --budget 3m --out bundles/handbook
@@ -46,4 +56,4 @@ demo: $(READY)
 		--context "The night boat leaves Carrow Quay at twenty to eleven. Hester Quill hands the sealed sacks to the coxswain, Donal Keane, who signs for them in pencil, because ink runs; at Port Ansel the sacks are counted again by lantern."
 
 clean:
-	rm -rf $(VENV) runs bundles .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SERVERS) runs bundles .mypy_cache .ruff_cache .pytest_cache .hypothesis

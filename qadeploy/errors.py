@@ -14,7 +14,8 @@ QadeployError
     ├── DeviceError           the device asked for is not to be had
     ├── GateError             an exported model lost more than it may
     ├── LogitsError           a model returned NaN or infinite logits
-    └── MissingExtraError     an optional package is not installed
+    ├── MissingExtraError     an optional package is not installed
+    └── RemoteError           an inference server cannot be reached, or is not the right one
 
 DeviceWarning                 auto took the CPU although a GPU is there (a UserWarning)
 MachineWarning                session settings were measured on another kind of machine (a UserWarning)
@@ -109,6 +110,10 @@ class MissingExtraError(FailureError):
         self.package = package
         self.fix = f"pip install 'qadeploy[{extra}]'"
         super().__init__(f"{purpose} needs the package {package}, which is not installed: {self.fix}")
+
+
+class RemoteError(FailureError):
+    """An inference server cannot be reached, has not the model, or answers something else than its logits."""
 
 
 class DeviceWarning(UserWarning):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qadeploy.cli.common import command, main, print_result, reading_options, sayer, seconds_of, take_reading
 from qadeploy.cli.progress import Progress
 from qadeploy.errors import InputError
+
+if TYPE_CHECKING:
+    from qadeploy.bundle import Bundle
 
 
 @command(
@@ -20,6 +25,8 @@ qadeploy export runs/faq --quantize --max-f1-drop 0.3 --target throughput
 qadeploy export runs/faq --quantize --recipe int8-protected
 qadeploy export runs/faq --device cuda
 qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
+qadeploy export runs/faq --quantize --triton repository
+qadeploy export bundles/faq-int8 --triton repository
 """,
 )
 @click.argument("run", required=False)
@@ -57,6 +64,15 @@ qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
     show_default=True,
     help="Keep what was measured in $QADEPLOY_CACHE (~/.cache/qadeploy), so that a search that was cut off goes on.",
 )
+@click.option(
+    "--triton",
+    help="Also add the bundles, but for NAME-fused, to this Triton model repository; of a bundle given as RUN, do only that.",
+)
+@click.option(
+    "--triton-batch",
+    type=click.IntRange(min=1),
+    help="Windows that Triton may run together.  [default: 32 for fp16, which is for GPUs, else 1]",
+)
 @reading_options
 def export(
     as_json: bool,
@@ -72,6 +88,8 @@ def export(
     list_recipes: bool,
     budget: str,
     cache: bool,
+    triton: str | None,
+    triton_batch: int | None,
     **options: Any,
 ) -> None:
     """Export RUN (a run or checkpoint folder, default the newest run) to ONNX bundles, with proof.
@@ -79,11 +97,24 @@ def export(
     With --quantize every int8 recipe is measured on this machine, and the best of those that keep their F1 is written.
     """
     from qadeploy.build.recipes import RECIPES
+    from qadeploy.bundle import MANIFEST, check_place, open_bundle
 
     if list_recipes:
         known = {name: each.what for name, each in RECIPES.items()}
         print_result(as_json, known, [f"{name:<22} {what}" for name, what in known.items()])
         return
+    if triton:
+        from qadeploy.scale.repository import check_repository
+
+        check_repository(Path(triton))
+        if run and (Path(run) / MANIFEST).is_file():
+            if out or quantize:
+                raise InputError(
+                    f"{run}: is a bundle, so it is only added to --triton: give the run for --out or --quantize"
+                )
+            added, lines = _to_triton([open_bundle(run)], Path(triton), triton_batch)
+            print_result(as_json, {"triton": added}, lines)
+            return
     from qadeploy.build import export as export_step
     from qadeploy.build import half as half_step
     from qadeploy.build import optimize as optimize_step
@@ -92,7 +123,6 @@ def export(
     from qadeploy.build.leaderboard import leaderboard_lines
     from qadeploy.build.report import make_reference, table
     from qadeploy.build.runs import find_run, held_out
-    from qadeploy.bundle import check_place
     from qadeploy.errors import FailureError, GateError
     from qadeploy.runtime.devices import parse_device
 
@@ -150,5 +180,22 @@ def export(
     rows = [(bundle.name, bundle.manifest) for bundle in bundles]
     size = 4 * bundles[0].manifest["architecture"]["parameters"]
     lines = table(reference, size, rows)
-    value = {"bundles": {str(b.folder): b.manifest for b in bundles}}
+    value: dict[str, Any] = {"bundles": {str(b.folder): b.manifest for b in bundles}}
+    if triton:
+        value["triton"], more = _to_triton([b for b in bundles if b.folder != fused_place], Path(triton), triton_batch)
+        lines = [*lines, "", *more]
     print_result(as_json, value, [*closing, "", *lines])
+
+
+def _to_triton(bundles: Sequence[Bundle], repository: Path, max_batch: int | None) -> tuple[dict[str, Any], list[str]]:
+    """Adds bundles to a model repository; what was added as JSON, by folder, and as lines."""
+    from qadeploy.scale.repository import add_bundle
+
+    value: dict[str, Any] = {}
+    lines = []
+    for bundle in bundles:
+        added = add_bundle(bundle, repository, max_batch=max_batch)
+        value[str(added.folder)] = asdict(added) | {"folder": str(added.folder)}
+        lines.append(f"{added.folder}: {'added' if added.new else 'was there already'}, version {added.version}")
+        lines += [f"  {remark}" for remark in added.remarks]
+    return value, lines
