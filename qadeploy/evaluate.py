@@ -20,7 +20,12 @@ class Predictor(Protocol):
     settings: QaSettings
 
     def answer_stream(
-        self, pairs: Iterable[tuple[str, str]], *, top_k: int = 1, allow_no_answer: bool = False
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        top_k: int = 1,
+        allow_no_answer: bool = False,
+        prefilter: int | None = None,
     ) -> Iterator[list[Answer]]:
         """The answers of each (question, context) pair, best first, in order."""
         ...
@@ -54,17 +59,19 @@ def evaluate(
     on_question: Callable[[], object] | None = None,
     *,
     allow_no_answer: bool | None = None,
+    prefilter: int | None = None,
 ) -> Evaluation:
     """Answers every example and scores the best answer; ``on_question`` is called after each.
 
     ``allow_no_answer`` None goes by ``QaSettings.null_competes``: the null answer competes where the model was
-    trained with questions without an answer, or the examples hold some.
+    trained with questions without an answer, or the examples hold some. ``prefilter`` bounds the windows of a context
+    that are read, as in ``Options``.
     """
     if allow_no_answer is None:
         allow_no_answer = predictor.settings.null_competes(examples)
     answers = []
     pairs = ((e.question, e.context) for e in examples)
-    for found in predictor.answer_stream(pairs, allow_no_answer=allow_no_answer):
+    for found in predictor.answer_stream(pairs, allow_no_answer=allow_no_answer, prefilter=prefilter):
         answers.append(found[0] if found else Answer("", 0, 0, 0.0))
         if on_question:
             on_question()

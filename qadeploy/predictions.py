@@ -133,10 +133,15 @@ class Recorder:
         self._n_best_size = n_best_size
 
     def answer_stream(
-        self, pairs: Iterable[tuple[str, str]], *, top_k: int = 1, allow_no_answer: bool = False
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        top_k: int = 1,
+        allow_no_answer: bool = False,
+        prefilter: int | None = None,
     ) -> Iterator[list[Answer]]:
         """The answerer's answers to the examples, whose questions and contexts ``pairs`` are."""
-        options = Options(top_k=top_k, allow_no_answer=allow_no_answer)
+        options = Options(top_k=top_k, allow_no_answer=allow_no_answer, prefilter=prefilter)
         for example, reading in zip(self._examples, self._answerer.read_stream(pairs, options), strict=True):
             answers = to_answers(reading, options)
             starts, ends = zip(*reading.logits, strict=True)

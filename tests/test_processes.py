@@ -73,10 +73,16 @@ def assert_near(run: Path, alone: Path) -> None:
             np.testing.assert_allclose(value, other[name], atol=1e-3, err_msg=name)
 
 
-def test_torchrun_trains_the_run_of_one_process(options, alone, tmp_path):
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2"]
+# The flags of docs/scale.md. On CPUs too: with --cpu accelerate starts one process, however many are asked for.
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_launchers_train_the_run_of_one_process(launcher, options, alone, tmp_path):
     out = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "qadeploy", *arguments(options(out)), "--json"]
+    command = [sys.executable, "-m", *launcher, "-m", "qadeploy", *arguments(options(out)), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.splitlines()) == 1

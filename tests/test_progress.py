@@ -39,6 +39,14 @@ def test_a_terminal_sees_one_line_that_says_where_it_stands(monkeypatch, capsys)
     assert capsys.readouterr().out == "a result\n"
 
 
+def test_a_count_is_shown_with_what_is_counted():
+    stream = Terminal()
+    with Progress(False, stream) as progress:
+        progress.count(5, 20, " windows read")
+        assert shown(stream.getvalue()) == "[#####---------------] 5/20 windows read"
+    assert shown(stream.getvalue()) == ""
+
+
 @pytest.mark.parametrize("as_json", [False, True])
 def test_elsewhere_only_lines_that_stay_are_printed(as_json, capsys):
     stream = io.StringIO()

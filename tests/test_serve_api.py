@@ -75,6 +75,7 @@ def test_one_question(server, answerer):
         {"max_seq_len": 40, "doc_stride": 8},
         {"align_to_words": True},
         {"allow_no_answer": True, "top_k": 2},
+        {"prefilter": 1, "top_k": 2},
         {"top_k": 2.0, "max_answer_len": None},
     ],
 )
@@ -251,6 +252,17 @@ def test_each_limit_has_an_error_that_names_it_and_its_flag(answerer, setting, v
         assert flag in found["message"]
         assert local.post("/v1/answer", {"question": "Who?", "context": "Ada"}).status_code == 200
         assert local.get("/v1/model").json()["limits"][setting] == value
+
+
+def test_a_prefilter_keeps_a_long_context_within_the_limit_of_windows(answerer):
+    body = {"question": QUESTION, "context": LONG, "trace": True}
+    with serving(answerer, max_windows=2) as local:
+        found = local.ask({**body, "prefilter": 2})
+        assert len(found["trace"]["windows"]) == len(found["trace"]["prefilter"]["read"]) == 2
+        assert len(found["trace"]["prefilter"]["scores"]) > 2
+        refused = error(local.post("/v1/answer", {**body, "prefilter": 3}), 422, "too_many_windows")
+        assert "lower prefilter" in refused["message"]
+        assert error(local.post("/v1/answer", {**body, "prefilter": 0}), 422, "invalid_request")
 
 
 def test_a_body_is_counted_while_it_streams(answerer):

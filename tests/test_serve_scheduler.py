@@ -83,6 +83,17 @@ def test_many_threads_get_the_answers_of_one_by_one(answerer, options):
         assert [a.score for a in found[one]] == pytest.approx([a.score for a in answers], abs=1e-5)
 
 
+def test_a_prefilter_bounds_what_a_long_text_is_taken_for(answerer):
+    question, longest = PAIRS[0][0], answerer.settings.max_seq_len
+    with scheduling(answerer) as scheduler:
+        whole, part = (scheduler._guess(ask(question, LONG, Options(prefilter=n))) for n in (None, 2))
+        assert whole > 2 * longest == part
+        assert scheduler._guess(ask(question, "Ada.", Options(prefilter=2))) < 20
+        answers = submit(scheduler, ask(question, LONG, Options(prefilter=2))).future.result(20)[0]
+    expected = answerer.answer(question, LONG, prefilter=2)
+    assert [(a.text, a.start) for a in answers] == [(a.text, a.start) for a in expected]
+
+
 def test_the_questions_of_one_request_come_back_in_order(answerer):
     with scheduling(answerer, workers=2) as scheduler:
         found = submit(scheduler, *(ask(q, c) for q, c in PAIRS)).future.result(20)

@@ -14,6 +14,7 @@ from qadeploy.cli.common import (
     device_option,
     load_predictor,
     main,
+    prefilter_option,
     print_result,
     read_examples,
     reading_options,
@@ -57,6 +58,7 @@ qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json -
     default=None,
     help="Whether 'no answer' competes.  [default: where the data hold questions without an answer, or the model was trained with some]",
 )
+@prefilter_option
 @device_option
 @trust_option
 @reading_options
@@ -69,6 +71,7 @@ def evaluate(
     predictions_dir: str | None,
     n_best_size: int,
     allow_no_answer: bool | None,
+    prefilter: int | None,
     device: str,
     trust_remote_code: bool,
     **options: Any,
@@ -86,7 +89,9 @@ def evaluate(
         Path(predictions_dir).mkdir(parents=True, exist_ok=True)
         predictor = Recorder(predictor, examples, n_best_size)
     with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
-        evaluation = score_all(predictor, examples, lambda: bar.update(1), allow_no_answer=allow_no_answer)
+        evaluation = score_all(
+            predictor, examples, lambda: bar.update(1), allow_no_answer=allow_no_answer, prefilter=prefilter
+        )
     if predictions:
         write_json(Path(predictions), evaluation.predictions(examples))
     if predictions_dir:
@@ -97,6 +102,7 @@ def evaluate(
         **evaluation.scores.to_dict(),
         "ece": evaluation.calibration_error,
         "allow_no_answer": evaluation.allow_no_answer,
+        "prefilter": prefilter,
         "null_threshold": predictor.settings.null_threshold,
     }
     names = {"exact_match": "exact match", "f1": "F1", "accuracy": "accuracy (exact span)"}
@@ -113,6 +119,8 @@ def evaluate(
     text.append(
         "  " + _null_rule(evaluation.allow_no_answer, predictor.settings.null_threshold, allow_no_answer is None)
     )
+    if prefilter is not None:
+        text.append(f"  at most {prefilter} windows of a context are read, the best by BM25")
     print_result(as_json, value, text)
 
 
@@ -131,6 +139,7 @@ def _null_rule(allowed: bool, threshold: float | None, by_rule: bool) -> str:
     example="""
 qadeploy ask bundles/handbook --question "When did it sail?" --context "It sailed at dawn."
 qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @notes.txt --top-k 3 --trace
+qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @book.txt --prefilter 8
 """,
 )
 @click.argument("bundle")
@@ -142,17 +151,22 @@ qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @
 @click.option("--doc-stride", type=int, help="Overlap of windows in tokens.  [default: the bundle's]")
 @click.option("--align-to-words", is_flag=True, help="Widen answers to whole words.")
 @click.option("--allow-no-answer", is_flag=True, help="Let 'no answer' compete, by the bundle's null threshold.")
+@prefilter_option
 @click.option("--trace", "show_trace", is_flag=True, help="Show the encoding, the forward pass and the span selection.")
 @device_option
 def ask(as_json: bool, bundle: str, question: str, context: str, show_trace: bool, device: str, **options: Any) -> None:
     """Answer one question from one context with BUNDLE (a run or checkpoint folder works too)."""
+    from qadeploy.cli.progress import Progress
     from qadeploy.runtime.answerer import Options, to_answers
     from qadeploy.runtime.trace import trace, trace_dict, trace_lines
 
     text = _context(context)
     answerer = load_predictor(bundle, device)
     chosen = Options(**options)
-    reading, candidates = trace(answerer, question, text, chosen)
+    with Progress(as_json) as progress:
+        reading, candidates = trace(
+            answerer, question, text, chosen, lambda done, of: progress.count(done, of, " windows read")
+        )
     answers = to_answers(reading, chosen)
     value: dict[str, Any] = {"question": question, "answers": [a.to_dict() for a in answers]}
     lines: list[str] = []

@@ -194,6 +194,16 @@ def device_option(function: _Function) -> _Function:
     return option(function)
 
 
+def prefilter_option(function: _Function) -> _Function:
+    """Adds ``--prefilter``."""
+    option = click.option(
+        "--prefilter",
+        type=click.IntRange(min=1),
+        help="Of a long context read only so many windows, those that share most with the question (BM25).  [default: all]",
+    )
+    return option(function)
+
+
 def columns_options(function: _Function) -> _Function:
     """Adds ``--columns`` and ``--no-answer-token``."""
     columns = click.option("--columns", help="The data's names for ours, e.g. context=review,answer=ans,span=indices.")

@@ -44,9 +44,13 @@ class Progress:
 
     def step(self, step: Any) -> None:
         """Shows where a search stands: recipes done of all, what is being done, the budget left (a ``search.Step``)."""
-        full = _BAR * step.done // max(1, step.of)
         left = "" if step.left is None else f"  {int(step.left) // 60}:{int(step.left) % 60:02d} of the budget left"
-        self._text = f"[{'#' * full}{'-' * (_BAR - full)}] {step.done}/{step.of}{left}  {step.doing}"
+        self.count(step.done, step.of, f"{left}  {step.doing}")
+
+    def count(self, done: int, of: int, rest: str) -> None:
+        """Shows that ``done`` are done ``of`` so many, and ``rest`` behind it."""
+        full = _BAR * done // max(1, of)
+        self._text = f"[{'#' * full}{'-' * (_BAR - full)}] {done}/{of}{rest}"
         self._draw()
 
     def _draw(self) -> None:

@@ -75,6 +75,19 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a context of ``tokens`` is cut: window i holds the tokens from ``begins[i]`` on, at most ``room`` of them.
+
+    Neighbours share ``overlap`` tokens.
+    """
+
+    begins: range
+    room: int
+    tokens: int
+    overlap: int
+
+
 class EncodedText:
     """A text tokenised once, without special tokens: immutable, and shared by threads and questions.
 
@@ -283,46 +296,69 @@ class Encoder:
         Raises QuestionTooLongError, StrideError and InputError (limits that make no sense), and, before any is
         made, TooManyWindowsError above ``max_windows``.
         """
+        cut = self.cut(question, context, max_seq_len=max_seq_len, doc_stride=doc_stride)
+        return self.make(question, context, cut, cut.begins, max_windows)
+
+    def cut(self, question: EncodedText, context: EncodedText, *, max_seq_len: int, doc_stride: int) -> Cut:
+        """Where the windows of one question over one context begin. Raises what ``windows`` raises, limits apart."""
         if doc_stride < 0:
             raise InputError(f"doc_stride {doc_stride} is negative: it is the overlap of windows in tokens")
         room = self.room(question, max_seq_len)
         total = len(context)
-        if total > room and doc_stride >= room:
+        if total <= room:
+            return Cut(range(1), room, total, doc_stride)
+        if doc_stride >= room:
             raise StrideError(
                 f"doc_stride {doc_stride} is not below the {room} context tokens that a window holds beside "
                 f"this question (max_seq_len {max_seq_len}): lower doc_stride or raise max_seq_len"
             )
-        count = 1 + -(-(total - room) // (room - doc_stride)) if total > room else 1
-        if max_windows is not None and count > max_windows:
-            raise TooManyWindowsError(
-                f"the context of {total} tokens makes {count} windows of {room} tokens that overlap by {doc_stride}, "
-                f"at most {max_windows} are taken: shorten the context, lower doc_stride or raise max_seq_len"
-            )
-        result = []
-        begin = 0
-        while True:
-            end = min(begin + room, total)
-            result.append(self._window(question, context, begin, end))
-            if end == total:
-                return result
-            begin += room - doc_stride
+        return Cut(range(0, total - doc_stride, room - doc_stride), room, total, doc_stride)
 
-    def _window(self, question: EncodedText, context: EncodedText, begin: int, end: int) -> Window:
+    def make(
+        self,
+        question: EncodedText,
+        context: EncodedText,
+        cut: Cut,
+        begins: Sequence[int],
+        max_windows: int | None = None,
+    ) -> list[Window]:
+        """The windows of a cut that begin at ``begins``. Raises TooManyWindowsError above ``max_windows``, before any is made."""
+        if max_windows is not None and len(begins) > max_windows:
+            if len(begins) < len(cut.begins):
+                raise TooManyWindowsError(
+                    f"prefilter reads {len(begins)} of {len(cut.begins)} windows, at most {max_windows} are taken: lower prefilter"
+                )
+            raise TooManyWindowsError(
+                f"the context of {cut.tokens} tokens makes {len(begins)} windows of {cut.room} tokens that overlap by {cut.overlap}, "
+                f"at most {max_windows} are taken: shorten the context, lower doc_stride, raise max_seq_len, or read only some of them "
+                "with prefilter"
+            )
+        types: dict[int, IntArray | None] = {}  # windows of one length have the same, and share them
+        windows = []
+        for begin in begins:
+            end = min(begin + cut.room, cut.tokens)
+            if end - begin not in types:
+                types[end - begin] = self._types(len(question), end - begin)
+            windows.append(self._window(question, context, begin, end, types[end - begin]))
+        return windows
+
+    def _types(self, question: int, context: int) -> IntArray | None:
+        """The token types of a window with so many tokens of each."""
+        if not self.config.segments:
+            return None
+        first, second = (context, question) if self.config.context_first else (question, context)
+        before, between, after = self._special_types
+        one, two = self._part_types
+        return np.concatenate(
+            (before, np.full(first, one, dtype=np.int64), between, np.full(second, two, dtype=np.int64), after)
+        )
+
+    def _window(
+        self, question: EncodedText, context: EncodedText, begin: int, end: int, token_type_ids: IntArray | None
+    ) -> Window:
         piece = context.ids[begin:end]
         first, second = (piece, question.ids) if self.config.context_first else (question.ids, piece)
         input_ids = np.concatenate((self._before, first, self._between, second, self._after))
-        token_type_ids = None
-        if self.config.segments:
-            before, between, after = self._special_types
-            token_type_ids = np.concatenate(
-                (
-                    before,
-                    np.full(len(first), self._part_types[0], dtype=np.int64),
-                    between,
-                    np.full(len(second), self._part_types[1], dtype=np.int64),
-                    after,
-                )
-            )
         context_begin = len(self._before)
         if not self.config.context_first:
             context_begin += len(question) + len(self._between)

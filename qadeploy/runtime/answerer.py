@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,15 +14,19 @@ from tokenizers import Tokenizer
 from qadeploy.bundle import MODEL, PACKED, TOKENIZER, Bundle, open_bundle
 from qadeploy.errors import BundleError, InputError, MachineWarning, QadeployError
 from qadeploy.machine import machine
+from qadeploy.qa.prefilter import Ranking, rank
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.spans import Decoded, Scored, decode_many, rank_answers
 from qadeploy.qa.windows import EncodedText, Encoder
 from qadeploy.records import Answer, FloatArray, Window
 from qadeploy.runtime.aio import Aside, Run
 from qadeploy.runtime.contexts import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
-from qadeploy.runtime.session import OnnxModel, Pending
+from qadeploy.runtime.session import Logits, OnnxModel, Pending
 
 Pair = tuple[str, str]
+OnWindows = Callable[[int, int], object]
+# Windows between two reports of progress: a thread of the model's on a CPU, in all on CUDA, which runs them in batches.
+_REPORTED_A_THREAD, _REPORTED_ON_CUDA = 8, 128
 # Questions taken together: enough that each thread has work for a while. Two chunks are held at a time.
 _CHUNK_PAIRS, _CHUNK_PAIRS_A_THREAD = 32, 8
 _CHUNK_CHARACTERS = 200_000
@@ -42,7 +46,11 @@ class LogitsModel(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The choices of one call; lengths in tokens. None means: what the bundle says."""
+    """The choices of one call; lengths in tokens. None means: what the bundle says.
+
+    ``prefilter`` is how many windows of a context the model reads at most: the best by BM25 (``qa.prefilter``), so that
+    answers, scores and the null answer are over these alone. None: it reads all.
+    """
 
     top_k: int = 1
     max_answer_len: int | None = None
@@ -50,11 +58,15 @@ class Options:
     doc_stride: int | None = None
     align_to_words: bool = False
     allow_no_answer: bool = False
+    prefilter: int | None = None
 
     def settings(self, stored: QaSettings) -> QaSettings:
         """The stored settings with this call's choices. Raises InputError on numbers that are none, or below 1."""
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
             raise InputError(f"option: top_k is {self.top_k!r}, a positive whole number is needed")
+        count = self.prefilter
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise InputError(f"option: prefilter is {count!r}, a positive whole number of windows is needed")
         return stored.changed(
             max_seq_len=self.max_seq_len, doc_stride=self.doc_stride, max_answer_len=self.max_answer_len
         )
@@ -62,7 +74,10 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One question read over one context: what ``trace`` shows and ``answer`` is made of."""
+    """One question read over one context: what ``trace`` shows and ``answer`` is made of.
+
+    ``ranking`` holds the scores of all windows where ``prefilter`` left some out; ``windows`` are those that were read.
+    """
 
     question: EncodedText
     context: EncodedText
@@ -70,22 +85,27 @@ class Reading:
     logits: tuple[tuple[FloatArray, FloatArray], ...]
     settings: QaSettings
     decoded: Decoded
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """One question and its context, cut into windows: what ``begin`` makes and ``finish`` takes."""
+    """One question and its context, cut into windows: what ``begin`` makes and ``finish`` takes.
+
+    ``windows`` are those to be read, ``ranking`` the scores of all where ``prefilter`` left some out.
+    """
 
     question: EncodedText
     context: EncodedText
     windows: list[Window]
+    ranking: Ranking | None = None
 
 
 class Answerer:
     """Answers questions from contexts. Safe to share between threads, event loops and a forked child.
 
     Every method takes the options of ``Options`` as keywords: ``top_k``, ``max_answer_len``,
-    ``max_seq_len``, ``doc_stride`` (tokens), ``align_to_words``, ``allow_no_answer``.
+    ``max_seq_len``, ``doc_stride`` (tokens), ``align_to_words``, ``allow_no_answer``, ``prefilter`` (windows).
     """
 
     def __init__(
@@ -173,16 +193,20 @@ class Answerer:
         doc_stride: int | None = None,
         align_to_words: bool = False,
         allow_no_answer: bool = False,
+        prefilter: int | None = None,
+        on_windows: OnWindows | None = None,
     ) -> list[Answer]:
         """The ``top_k`` best answers, best first; fewer where there are fewer.
 
         With ``allow_no_answer`` the null answer ("" at 0) competes: it is the first where its logit exceeds the
         best span's by more than the stored ``null_threshold`` (a bundle without one: by probability).
+        ``prefilter=N`` reads only the N windows of a long context that share most with the question, by BM25.
+        ``on_windows(done, of)`` is called before the first window and as the model goes on; what it raises ends the call.
         Raises InputError (empty or invalid text, options out of range), QuestionTooLongError,
         StrideError, LogitsError.
         """
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
-        return to_answers(self.read(question, context, options), options)
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
+        return to_answers(self.read(question, context, options, on_windows), options)
 
     def answer_batch(
         self,
@@ -194,9 +218,10 @@ class Answerer:
         doc_stride: int | None = None,
         align_to_words: bool = False,
         allow_no_answer: bool = False,
+        prefilter: int | None = None,
     ) -> list[list[Answer]]:
         """``answer`` for many (question, context) pairs, in order. Errors name the pair, from 1."""
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
         return list(self._stream(pairs, options))
 
     def answer_stream(
@@ -209,9 +234,10 @@ class Answerer:
         doc_stride: int | None = None,
         align_to_words: bool = False,
         allow_no_answer: bool = False,
+        prefilter: int | None = None,
     ) -> Iterator[list[Answer]]:
         """``answer`` for any iterable of pairs, lazily, in input order, in bounded memory."""
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
         return self._stream(pairs, options)
 
     async def aanswer(
@@ -225,17 +251,19 @@ class Answerer:
         doc_stride: int | None = None,
         align_to_words: bool = False,
         allow_no_answer: bool = False,
+        prefilter: int | None = None,
+        on_windows: OnWindows | None = None,
     ) -> list[Answer]:
         """``answer`` for coroutines: tokenised, run and decoded in threads, so that the event loop never waits.
 
         Any number may be awaited at once, on any event loops; twice as many as the model has threads are worked on.
-        Cancelled, a call does not begin, or stops before its next windows. Raises what ``answer`` raises.
+        Cancelled, a call does not begin, or stops before its next windows. ``on_windows`` is called in a thread. Raises what ``answer`` raises.
         """
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
 
         def work(run: Run) -> list[Answer]:
             begun = self.begin(question, context, options)
-            return to_answers(self.finish(begun, run(begun.windows), options), options)
+            return to_answers(self.finish(begun, self._run(begun.windows, run, on_windows), options), options)
 
         return await self._aside.ask(work, self.model.run, self.model.start)
 
@@ -249,9 +277,10 @@ class Answerer:
         doc_stride: int | None = None,
         align_to_words: bool = False,
         allow_no_answer: bool = False,
+        prefilter: int | None = None,
     ) -> list[list[Answer]]:
         """``answer_batch`` for coroutines; ``pairs`` are taken in a thread."""
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
         return [answers async for answers in self._aside.stream(self._stream(pairs, options))]
 
     def aanswer_stream(
@@ -264,26 +293,40 @@ class Answerer:
         doc_stride: int | None = None,
         align_to_words: bool = False,
         allow_no_answer: bool = False,
+        prefilter: int | None = None,
     ) -> AsyncGenerator[list[Answer], None]:
         """``answer_stream`` for coroutines, an async generator; ``pairs`` are taken in a thread. Closed early, it stops."""
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer)
+        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
         return self._aside.stream(self._stream(pairs, options))
 
-    def read(self, question: str, context: str, options: Options) -> Reading:
+    def read(self, question: str, context: str, options: Options, on_windows: OnWindows | None = None) -> Reading:
         """One question with everything on the way to its answers, for a trace."""
         begun = self.begin(question, context, options)
-        return self.finish(begun, self.model.run(begun.windows), options)
+        return self.finish(begun, self._run(begun.windows, self.model.run, on_windows), options)
 
     def begin(self, question: str, context: str, options: Options, *, max_windows: int | None = None) -> Begun:
         """The first half of ``read``, for callers who run the windows by themselves: all that is done before the model.
 
         Raises what ``answer`` raises for its texts and options, TooManyWindowsError above ``max_windows``.
         """
-        return self._encode(question, context, options.settings(self.settings), max_windows=max_windows)
+        return self._encode(question, context, options, options.settings(self.settings), max_windows=max_windows)
 
     def finish(self, begun: Begun, logits: Sequence[tuple[FloatArray, FloatArray]], options: Options) -> Reading:
         """The second half of ``read``: from the logits of ``begun.windows``, in order. Raises LogitsError, InputError."""
         return self._decode([begun], logits, options, options.settings(self.settings))[0]
+
+    def _run(self, windows: Sequence[Window], run: Run, on_windows: OnWindows | None) -> list[Logits]:
+        """What ``run`` gives for the windows; in parts, between which it is said how many are done, where somebody listens."""
+        if on_windows is None:
+            return run(windows)
+        on_cuda = getattr(self.model, "device", "cpu") == "cuda"
+        size = _REPORTED_ON_CUDA if on_cuda else _REPORTED_A_THREAD * getattr(self.model, "threads", 1)
+        logits: list[Logits] = []
+        on_windows(0, len(windows))
+        while len(logits) < len(windows):
+            logits += run(windows[len(logits) : len(logits) + size])
+            on_windows(len(logits), len(windows))
+        return logits
 
     def read_stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[Reading]:
         """``read`` for any iterable of pairs, lazily, in input order, in bounded memory. Errors name the pair, from 1."""
@@ -298,7 +341,7 @@ class Answerer:
         An error in a chunk comes after the readings of those before it.
         """
         settings = options.settings(self.settings)
-        chunks = self._begun(pairs, settings)
+        chunks = self._begun(pairs, options, settings)
         running: tuple[list[Begun], Pending] | None = None
         failure: Exception | None = None
         following: tuple[list[Begun], Pending] | None = None
@@ -320,7 +363,9 @@ class Answerer:
                 if begun is not None:
                     begun[1].cancel()
 
-    def _begun(self, pairs: Iterable[Pair], settings: QaSettings) -> Iterator[tuple[list[Begun], Pending]]:
+    def _begun(
+        self, pairs: Iterable[Pair], options: Options, settings: QaSettings
+    ) -> Iterator[tuple[list[Begun], Pending]]:
         done = 0
         for chunk in _chunks(pairs, self._chunk_pairs):
             begun = []
@@ -328,7 +373,7 @@ class Answerer:
             contexts, questions = self._ahead(chunk)
             for number, (question, context) in enumerate(chunk, done + 1):
                 try:
-                    one = self._encode(question, context, settings, contexts, questions)
+                    one = self._encode(question, context, options, settings, contexts, questions)
                 except InputError as error:
                     raise type(error)(f"pair {number}: {error}") from error
                 begun.append(one)
@@ -356,6 +401,7 @@ class Answerer:
         self,
         question: str,
         context: str,
+        options: Options,
         settings: QaSettings,
         contexts: dict[str, EncodedText] | None = None,
         questions: Mapping[str, EncodedText] | None = None,
@@ -365,14 +411,13 @@ class Answerer:
         _check_text("context", context)
         encoded = self._contexts.get(context, contexts)
         asked = (questions or {}).get(question) or self.encoder.encode(question)
-        windows = self.encoder.windows(
-            asked,
-            encoded,
-            max_seq_len=settings.max_seq_len,
-            doc_stride=settings.doc_stride,
-            max_windows=max_windows,
-        )
-        return Begun(asked, encoded, windows)
+        cut = self.encoder.cut(asked, encoded, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride)
+        ranking: Ranking | None = None
+        begins: Sequence[int] = cut.begins
+        if options.prefilter is not None and options.prefilter < len(cut.begins):
+            ranking = rank(asked.ids, encoded.ids, cut, options.prefilter)
+            begins = [cut.begins[i] for i in ranking.chosen]
+        return Begun(asked, encoded, self.encoder.make(asked, encoded, cut, begins, max_windows), ranking)
 
     def _decode(
         self,
@@ -402,6 +447,7 @@ class Answerer:
                 tuple(zip(own.start_logits, own.end_logits, strict=True)),
                 settings,
                 decoded,
+                one.ranking,
             )
             for one, own, decoded in zip(begun, scored, found, strict=True)
         ]

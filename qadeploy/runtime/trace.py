@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from qadeploy.qa.prefilter import Ranking
 from qadeploy.records import Window
-from qadeploy.runtime.answerer import Answerer, Options, Reading, to_answers
+from qadeploy.runtime.answerer import Answerer, OnWindows, Options, Reading, to_answers
 
 _TOP = 5
 _SHOWN_WINDOWS = 4
@@ -28,9 +29,11 @@ class Candidate:
     reason: str
 
 
-def trace(answerer: Answerer, question: str, context: str, options: Options) -> tuple[Reading, list[Candidate]]:
+def trace(
+    answerer: Answerer, question: str, context: str, options: Options, on_windows: OnWindows | None = None
+) -> tuple[Reading, list[Candidate]]:
     """One question read, and the strongest candidates of all windows, the invalid ones among them."""
-    reading = answerer.read(question, context, options)
+    reading = answerer.read(question, context, options, on_windows)
     return reading, candidates_of(reading, options)
 
 
@@ -102,6 +105,8 @@ def trace_lines(answerer: Answerer, reading: Reading, candidates: list[Candidate
         f"{len(reading.windows)} window{'s' if len(reading.windows) > 1 else ''} of at most {settings.max_seq_len} tokens, "
         f"overlap {settings.doc_stride}"
     )
+    if reading.ranking is not None:
+        yield _prefilter_line(reading.ranking)
     for number, window in enumerate(reading.windows[:_SHOWN_WINDOWS], 1):
         last = window.context_offset + window.context_length - 1
         yield f"  window {number}: {len(window)} tokens, context tokens {window.context_offset}-{last}"
@@ -142,17 +147,35 @@ def trace_lines(answerer: Answerer, reading: Reading, candidates: list[Candidate
     yield f"  scores: one softmax over all valid spans at temperature {settings.temperature:.3f}"
 
 
+def _prefilter_line(ranking: Ranking) -> str:
+    read = ranking.chosen.tolist()
+    shown = ", ".join(f"{n + 1} ({ranking.scores[n]:.2f})" for n in read[:_SHOWN_WINDOWS])
+    more = ", ..." if len(read) > _SHOWN_WINDOWS else ""
+    out = np.delete(ranking.scores, read).max()
+    none = "; no token of the question occurs, so these are the first" if not ranking.scores.any() else ""
+    return (
+        f"  prefilter: of {len(ranking.scores)} windows the {len(read)} best by BM25 are read, {shown}{more}; "
+        f"{len(ranking.scores) - len(read)} are left out, the best of them with {out:.2f}{none}"
+    )
+
+
 def trace_dict(answerer: Answerer, reading: Reading, candidates: list[Candidate]) -> dict[str, Any]:
     """The trace as plain JSON values: windows with ids, pieces of text, offsets and logits, candidates with verdicts.
 
     ``offsets`` are code points of the context, null for the question's tokens and special ones; ``context_begin``
-    is the position of a window's first context token, ``context_offset`` its number in the whole context.
+    is the position of a window's first context token, ``context_offset`` its number in the whole context. ``prefilter`` is null
+    where all windows were read, else the numbers, from 1, of those that were, and the scores of all.
     """
     offsets = reading.context.offsets
     return {
         "settings": reading.settings.to_dict(),
         "question_tokens": reading.question.tokens,
         "context_tokens": len(reading.context),
+        "prefilter": reading.ranking
+        and {
+            "read": [n + 1 for n in reading.ranking.chosen.tolist()],
+            "scores": [round(score, 4) for score in reading.ranking.scores.tolist()],
+        },
         "windows": [
             {
                 "tokens": len(window),

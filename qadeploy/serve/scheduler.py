@@ -159,7 +159,7 @@ class Scheduler:
         Raises RefusedError (429) where the queue is full, with the seconds after which it has room.
         """
         job = Job(asks, render, time.monotonic() + timeout, results=[None] * len(asks))
-        job.guess = sum(_guess(ask) for ask in asks)
+        job.guess = sum(self._guess(ask) for ask in asks)
         job.future.set_running_or_notify_cancel()  # so that nobody cancels the future behind our back
         with self._ready:
             if self._closed:
@@ -218,6 +218,12 @@ class Scheduler:
         self._tokens += tokens
         self._windows += windows
 
+    def _guess(self, ask: Ask) -> int:
+        """Tokens of the windows of texts that are not tokenised yet."""
+        tokens = int((len(ask.question) + len(ask.context)) / _CHARACTERS_A_TOKEN)
+        most = ask.options.prefilter
+        return tokens if most is None else min(tokens, most * self._longest)
+
     # ------------------------------------------------------------ texts to windows
 
     def _encode(self, job: Job) -> None:
@@ -241,9 +247,9 @@ class Scheduler:
                 return
             job.encoded += 1
             job.windows += part.left
-            job.guess -= _guess(ask)
+            job.guess -= self._guess(ask)
             job.waiting.extend((part, i) for i in range(part.left))
-            self._add(job, sum(len(w) for w in begun.windows) - _guess(ask), part.left)
+            self._add(job, sum(len(w) for w in begun.windows) - self._guess(ask), part.left)
             self._recount(job)
             if not job.in_line:
                 job.in_line = True
@@ -397,11 +403,6 @@ def deadline_passed(seconds: float) -> RefusedError:
         f"no answer within {seconds:.3g} seconds: send less text at a time, or try again when the server is less busy"
     )
     return RefusedError(504, "deadline", message, limit=seconds, setting="request_timeout")
-
-
-def _guess(ask: Ask) -> int:
-    """Tokens of the windows of texts that are not tokenised yet."""
-    return int((len(ask.question) + len(ask.context)) / _CHARACTERS_A_TOKEN)
 
 
 def _window(unit: _Unit) -> Window:

@@ -48,6 +48,13 @@ class _Choices(_Model):
     allow_no_answer: _flag(  # type: ignore[valid-type]
         "Let 'no answer' (the empty text at 0) compete, by the bundle's null threshold."
     ) = False
+    prefilter: Annotated[
+        Annotated[int, Field(ge=1, strict=True), BeforeValidator(_whole)] | None,
+        Field(
+            description="Read at most so many windows of a long context, the best by BM25: answers and scores are over these "
+            "alone, and only these count for max_windows. Null or absent: all are read."
+        ),
+    ] = None
 
     @property
     def options(self) -> Options:
@@ -59,6 +66,7 @@ class _Choices(_Model):
             self.doc_stride,
             self.align_to_words,
             self.allow_no_answer,
+            self.prefilter,
         )
 
 
@@ -132,10 +140,19 @@ class TraceWindow(BaseModel):
     end_logits: list[float]
 
 
+class TracePrefilter(BaseModel):
+    """Which windows were read where ``prefilter`` left some out."""
+
+    read: Annotated[
+        list[int], Field(description="Their numbers among all windows, from 1; ``windows`` lists these alone.")
+    ]
+    scores: Annotated[list[float], Field(description="The BM25 score of every window.")]
+
+
 class TraceCandidate(BaseModel):
     """A pair of start and end positions with its fate."""
 
-    window: Annotated[int, Field(description="From 1.")]
+    window: Annotated[int, Field(description="From 1, among those that were read.")]
     tokens: Annotated[list[int], Field(description="Start and end position in the window, both included.")]
     logit: float
     text: str
@@ -148,6 +165,7 @@ class TraceOut(BaseModel):
     settings: dict[str, Any]
     question_tokens: list[str]
     context_tokens: int
+    prefilter: TracePrefilter | None
     windows: list[TraceWindow]
     candidates: list[TraceCandidate]
     null_logit: float
