@@ -24,7 +24,7 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "qadeploy needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "no venv module: install your system's python3-venv package"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),serve,train,triton,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),scale,serve,train,triton,dev]'
 	@touch $@
 
 lint: $(READY)

@@ -74,7 +74,9 @@ def read_config(path: Path, command: click.Command, context: click.Context) -> d
             if value is None:
                 continue
             try:
-                found[param.name] = _checked(value, param, context)
+                several = value if param.multiple and isinstance(value, list) else [value]
+                checked = [_checked(one, param, context) for one in several]
+                found[param.name] = checked if param.multiple else checked[0]
             except click.BadParameter as error:
                 problems.append(f"{path}: key {key}: {error.message}")
     if problems:

@@ -480,16 +480,55 @@ def test_ask_shows_its_trace(bundle):
     assert trace["candidates"][0]["text"] == "Ada"
 
 
+def test_answer_goes_on_and_counts_what_it_sets_aside(bundle):
+    write_jsonl(Path("a.jsonl"), triplets(9))
+    write_jsonl(Path("b.jsonl"), [*triplets(2), {"context": "Ada.", "question": ""}])
+    command = ("answer", bundle, "--input", "a.jsonl", "--input", "b*.jsonl", "--output", "answers", "--shard-rows", 4)
+    result = well(*command, "--max-rejected", 0.1)
+    assert result.stdout.splitlines() == [
+        "answers: 11 answers",
+        "answers/rejected: 1 rows without one, each with its reason",
+    ]
+    Path("answers/part-00001.parquet").unlink()
+    again = well(*command, "--json")
+    assert "answers: 8 of 12 rows are done already" in again.stderr
+    assert value(again) == {"rows": 11, "rejected": 1, "output": "answers"}
+    strict = run(*command, "--max-rejected", 0.08)
+    assert strict.exit_code == 1
+    assert "Error: 8.33% of the rows were rejected, --max-rejected allows 8.00%" in strict.stderr
+    fails(2, ["answers: holds answers of another job", "b.jsonl was an input"], *command[:4], *command[6:])
+
+
+def test_answer_takes_its_inputs_from_a_config(bundle):
+    write_jsonl(Path("a.jsonl"), triplets(3))
+    write_jsonl(Path("b.jsonl"), triplets(2))
+    for inputs, rows in (('"a.jsonl"', 3), ('["a.jsonl", "b.jsonl"]', 5)):
+        Path("run.json").write_text(f'{{"input": {inputs}}}')
+        output = f"{rows}.jsonl"
+        assert value(well("answer", bundle, "--config", "run.json", "--output", output, "--json"))["rows"] == rows
+    Path("run.json").write_text('{"input": ["a.jsonl", 3]}')
+    fails(
+        2, ["key input: is a whole number, text is needed"], "answer", bundle, "--config", "run.json", "--output", "x"
+    )
+
+
+def test_options_of_ray_ask_for_ray(bundle):
+    write_jsonl(Path("a.jsonl"), triplets(3))
+    command = ("answer", bundle, "--input", "a.jsonl", "--output", "answers", "--actors", 2, "--address", "auto")
+    fails(2, ["--address, --actors: only with --engine ray"], *command)
+    assert not Path("answers").exists()
+
+
 @pytest.mark.parametrize("output", ["answers.jsonl", "answers"])
 def test_answer(output, bundle):
     rows = triplets(20)
     write_jsonl(Path("questions.jsonl"), [{k: r[k] for k in ("context", "question")} for r in rows])
     result = well("answer", bundle, "--input", "questions.jsonl", "--output", output, "--json")
-    assert value(result) == {"rows": 20, "output": output}
+    assert value(result) == {"rows": 20, "rejected": 0, "output": output}
     if output.endswith(".jsonl"):
         found = [json.loads(line) for line in Path(output).read_text().splitlines()]
     else:
-        assert [p.name for p in Path(output).iterdir()] == ["part-00000.parquet"]
+        assert sorted(p.name for p in Path(output).iterdir()) == ["_plan.json", "part-00000.parquet"]
         found = parquet.read_table(output).to_pylist()
     assert [r["answer"] for r in found] == [r["answer"] for r in rows]
     assert [r["id"] for r in found] == [f"row-{n}" for n in range(1, 21)]

@@ -13,7 +13,7 @@ import pytest
 
 import qadeploy
 
-HEAVY = ("torch", "transformers", "optimum", "datasets", "accelerate", "onnx", "pyarrow")
+HEAVY = ("torch", "transformers", "optimum", "datasets", "accelerate", "onnx", "pyarrow", "ray")
 LIGHT_SECONDS = 1.5
 
 ANSWER = """

@@ -14,6 +14,7 @@ from qadeploy.cli.common import (
     device_option,
     load_predictor,
     main,
+    note,
     prefilter_option,
     print_result,
     read_examples,
@@ -21,7 +22,7 @@ from qadeploy.cli.common import (
     take_reading,
     trust_option,
 )
-from qadeploy.errors import InputError
+from qadeploy.errors import FailureError, InputError
 
 
 @command(
@@ -197,35 +198,128 @@ def _context(value: str) -> str:
     main,
     example="""
 qadeploy answer bundles/handbook-int8 --input questions.jsonl --output answers.jsonl
-qadeploy answer bundles/handbook-int8 --input questions.parquet --output answers
+qadeploy answer bundles/handbook-int8 --input 'asked/*.parquet' --output answers
+qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answers --engine ray --actors 2
 """,
 )
 @click.argument("bundle")
-@click.option("--input", "source", required=True, help="Rows with context and question: anything that train reads.")
 @click.option(
-    "--output", required=True, type=click.Path(), help="A name in .jsonl is one file, another a folder of parquet."
+    "--input",
+    "sources",
+    required=True,
+    multiple=True,
+    help="Rows with context and question: a file, folder or glob of parquet or JSONL, here or on s3://..., or anything "
+    "that train reads. May be given several times.",
+)
+@click.option(
+    "--output",
+    required=True,
+    type=click.Path(),
+    help="A folder of parquet, into which the same command goes on after a stop; a name in .jsonl is one file.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="This process with all cores, or actors on Ray, here or on a cluster.",
 )
 @click.option("--allow-no-answer", is_flag=True, help="Let 'no answer' compete, by the bundle's null threshold.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of the local engine.  [default: all]")
+@click.option(
+    "--actors",
+    type=click.IntRange(min=1),
+    help="Ray: processes.  [default: one a core, 8 at most; on a cluster as many as fit]",
+)
+@click.option(
+    "--cpus-per-actor",
+    type=click.IntRange(min=1),
+    help="Ray: cores, and threads, of each.  [default: shared out; on a cluster 1]",
+)
+@click.option(
+    "--gpus-per-actor",
+    type=click.FloatRange(min=0),
+    default=0,
+    help="Ray: GPUs of each, 0.5 for two on one; 0 answers on CPUs.  [default: 0]",
+)
+@click.option(
+    "--address", help="Ray: the cluster to join, auto or HOST:PORT.  [default: one of its own on this machine]"
+)
+@click.option(
+    "--shard-rows", type=click.IntRange(min=1), help="Rows a part.  [default: 250, up to 8000 where there are many]"
+)
+@click.option(
+    "--max-rejected",
+    type=click.FloatRange(0, 1),
+    default=1,
+    show_default=True,
+    help="Exit with 1 where a larger share of the rows was rejected.",
+)
+@click.option("--verbose", is_flag=True, help="Show what Ray says.")
 @columns_options
 @device_option
 def answer(
     as_json: bool,
     bundle: str,
-    source: str,
+    sources: tuple[str, ...],
     output: str,
+    engine: str,
     allow_no_answer: bool,
     threads: int | None,
+    shard_rows: int | None,
+    max_rejected: float,
     device: str,
     **options: Any,
 ) -> None:
-    """Answer every question of a file with BUNDLE, one row a question, in order."""
-    from qadeploy import Answerer
-    from qadeploy.batch import answer_file, check_output
+    """Answer every row of files with BUNDLE, one row a question, in order; rows that cannot be are set aside with the reason."""
+    from qadeploy.scale.run import Progress, Request, answer_files
 
-    check_output(Path(output))
-    examples = read_examples(source, "all", take_reading(options), annotated=False)
-    answerer = Answerer.load(bundle, device=device, threads=threads)
-    with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
-        rows = answer_file(answerer, examples, Path(output), lambda: bar.update(1), allow_no_answer=allow_no_answer)
-    print_result(as_json, {"rows": rows, "output": output}, [f"{output}: {rows} answers"])
+    cluster = _cluster(engine, options)
+    request = Request(
+        bundle, sources, output, take_reading(options), allow_no_answer, device, threads, shard_rows, cluster
+    )
+    with click.progressbar(length=0, label="answering", file=sys.stderr) as bar:
+
+        def begin(rows: int, done: int) -> None:
+            bar.length = rows - done
+            if done:
+                note(f"{output}: {done} of {rows} rows are done already")
+
+        try:
+            found = answer_files(request, Progress(begin, bar.update))
+        except KeyboardInterrupt:
+            kept = (
+                ""
+                if output.endswith(".jsonl")
+                else ": the parts that are done stay, the same command goes on from there"
+            )
+            note(f"\nstopped{kept}")
+            sys.exit(130)
+    value = {"rows": found.counts.rows, "rejected": found.counts.rejected, "output": output}
+    text = [f"{output}: {found.counts.rows} answers"]
+    if found.counts.rejected:
+        text.append(f"{found.rejected_in}: {found.counts.rejected} rows without one, each with its reason")
+    print_result(as_json, value, text)
+    if found.counts.rejected > max_rejected * found.rows:
+        share = found.counts.rejected / found.rows
+        raise FailureError(f"{share:.2%} of the rows were rejected, --max-rejected allows {max_rejected:.2%}")
+
+
+def _cluster(engine: str, options: dict[str, Any]) -> Any:
+    """Takes the options of Ray out of ``options``: a ``Cluster`` with ``--engine ray``, else None."""
+    from qadeploy.scale.ray_engine import Cluster
+
+    names = {
+        "address": "address",
+        "actors": "actors",
+        "cpus_per_actor": "cpus",
+        "gpus_per_actor": "gpus",
+        "verbose": "verbose",
+    }
+    values = {ours: options.pop(name) for name, ours in names.items()}
+    if engine == "ray":
+        return Cluster(**values)
+    given = [f"--{name.replace('_', '-')}" for name, ours in names.items() if values[ours]]
+    if given:
+        raise InputError(f"{', '.join(given)}: only with --engine ray")
+    return None

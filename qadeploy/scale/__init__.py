@@ -1,1 +1,1 @@
-"""Past one machine: batch answering on Ray, Triton."""
+"""Past one machine: files of questions to a folder of answers, here or on Ray; models on a Triton server."""

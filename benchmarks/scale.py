@@ -1,0 +1,375 @@
+"""Batch answering, local and on Ray: the same answers, the throughput, the memory, and what a killed actor costs.
+
+    python -m benchmarks.scale BUNDLE --work /tmp/scale --out benchmarks/results/scale.json --plot docs/scale.svg
+
+The questions are those of ``../shared/data``, as often as it takes. A first time each stands with its own paragraph; again,
+the paragraph has one sentence of another paragraph of its article before it or behind it, a new one every time, so that no
+text comes twice and lengths stay much as they are. Ids end in the copy.
+
+First the sizes of ``--sizes``: both engines in turn, ``--rounds`` times, each a whole command from its start to its end.
+Then ``--whole`` questions with both, where one of Ray's actors is killed (SIGKILL) half-way. Memory is the resident sets
+of the command and all processes below it, added up once a second, so that shared pages count more than once. The exit code
+is 1 where the answers differ, are not complete or come twice, or where throughput or memory miss their targets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+import pyarrow
+import pyarrow.parquet as parquet
+
+from qadeploy.bundle import open_bundle
+from qadeploy.doctor import diagnose
+from qadeploy.files import write_bytes, write_json
+
+FILES = 4  # that the questions are spread over
+ENGINES = ("local", "ray")
+TARGET = 0.85  # of the local engine's throughput
+GROWTH = 1.1  # of memory, from the largest of the sizes to the whole
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A real question: all paragraphs of its article, and which of them is its own."""
+
+    id: str
+    question: str
+    paragraphs: Sequence[str]
+    own: int
+
+    def context(self, copy: int) -> str:
+        """The paragraph, from the second copy on with the first sentence of another before it or behind it."""
+        context = self.paragraphs[self.own]
+        if not copy:
+            return context
+        ahead, before = divmod(
+            copy + 1, 2
+        )  # copies 1 and 2 borrow from the next paragraph, 3 and 4 from the one after it
+        if ahead >= len(self.paragraphs):
+            raise click.ClickException(f"{self.id}: its article is too short for copy {copy}: ask fewer questions")
+        other = self.paragraphs[(self.own + ahead) % len(self.paragraphs)]
+        sentence = _SENTENCE.split(other.strip())[0]
+        return f"{context} {sentence}" if before else f"{sentence} {context}"
+
+
+def asked(data: Path) -> list[Asked]:
+    """The real questions, in the order of their files."""
+    found = []
+    for path in sorted(data.glob("*.json")):
+        for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+            texts = [paragraph["context"] for paragraph in article["paragraphs"]]
+            for own, paragraph in enumerate(article["paragraphs"]):
+                found += [Asked(qa["id"], qa["question"], texts, own) for qa in paragraph["qas"]]
+    if not found:
+        raise click.ClickException(f"{data}: no SQuAD files there")
+    return found
+
+
+def questions(data: Path, count: int) -> Iterator[dict[str, str]]:
+    """``count`` rows of questions, none with the same id."""
+    real = asked(data)
+    for number in range(count):
+        one, copy = real[number % len(real)], number // len(real)
+        yield {"id": f"{one.id}-{copy}", "question": one.question, "context": one.context(copy)}
+
+
+def write_questions(data: Path, folder: Path, count: int) -> None:
+    """Writes ``FILES`` parquet files, unless they are there."""
+    if folder.is_dir():
+        return
+    making = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    rows = list(questions(data, count))
+    each = -(-count // FILES)
+    for number in range(0, count, each):
+        table = pyarrow.Table.from_pylist(rows[number : number + each])
+        parquet.write_table(table, making / f"{number // each}.parquet", row_group_size=1000)
+    making.rename(folder)
+
+
+class Memory:
+    """Samples the resident sets of a process and all below it, in bytes, until ``stop``; ``peak`` is their largest sum."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        self.peak = 0
+        self._process = process
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._done.wait(1):
+            total = 0
+            with contextlib.suppress(psutil.Error):
+                for one in (self._process, *self._process.children(recursive=True)):
+                    with contextlib.suppress(psutil.Error):
+                        total += one.memory_info().rss
+            self.peak = max(self.peak, total)
+
+    def stop(self) -> int:
+        """The peak in MiB."""
+        self._done.set()
+        self._thread.join()
+        return round(self.peak / 2**20)
+
+
+def answer(
+    engine: str, bundle: str, source: Path, output: Path, actors: int, during: Callable[[psutil.Process], object]
+) -> dict[str, Any]:
+    """Runs ``qadeploy answer`` into an output that is not there yet: seconds, rate, peak memory, counts."""
+    shutil.rmtree(output, ignore_errors=True)
+    command = [sys.executable, "-m", "qadeploy", "answer", bundle, "--json", "--device", "cpu", "--engine", engine]
+    command += ["--input", str(source), "--output", str(output)]
+    command += ["--actors", str(actors)] if engine == "ray" else []
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        seen = psutil.Process(process.pid)
+        memory = Memory(seen)
+        during(seen)
+        out, _ = process.communicate()
+    seconds = time.perf_counter() - started
+    peak = memory.stop()
+    if process.returncode:
+        raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}")
+    found = json.loads(out)
+    rows = found["rows"] + found["rejected"]
+    return {
+        "seconds": round(seconds, 2),
+        "per_second": round(rows / seconds, 1),
+        "peak_mib": peak,
+        "rows": found["rows"],
+        "rejected": found["rejected"],
+    }
+
+
+def kill_one(output: Path, parts: int) -> Callable[[psutil.Process], dict[str, Any] | None]:
+    """Waits for so many parts, then kills one actor; what it did is in its ``killed``."""
+
+    def during(process: psutil.Process) -> dict[str, Any] | None:
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            if len(list(output.glob("part-*.parquet"))) >= parts:
+                workers = [p for p in process.children(recursive=True) if is_actor(p)]
+                if workers:
+                    pid = workers[0].pid
+                    os.kill(pid, signal.SIGKILL)
+                    during.killed = {"pid": pid, "of": len(workers), "after_parts": parts}  # type: ignore[attr-defined]
+                    return None
+            time.sleep(0.2)
+        return None
+
+    return during
+
+
+def is_actor(process: psutil.Process) -> bool:
+    """Whether a process is an actor of the pool, by the title that Ray gives it."""
+    with contextlib.suppress(psutil.Error):
+        return "".join(process.cmdline()).startswith("ray::MapWorker")
+    return False
+
+
+def compare(source: Path, one: Path, other: Path) -> dict[str, Any]:
+    """Two folders of answers: whether they are identical, and hold every question once."""
+    first, second = parquet.read_table(one), parquet.read_table(other)
+    wanted = parquet.read_table(source, columns=["id"])["id"].to_pylist()
+    ids = second["id"].to_pylist()
+    return {
+        "identical": first.equals(second),
+        "complete": ids == wanted,
+        "duplicates": len(ids) - len(set(ids)),
+    }
+
+
+def line(points: Sequence[tuple[int, float]]) -> dict[str, float]:
+    """Least squares of the relative error: seconds = start + each * questions."""
+    sizes, seconds = np.asarray(points, dtype=np.float64).T
+    design = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]
+    start, each = np.linalg.lstsq(design, np.ones_like(seconds), rcond=None)[0]
+    return {"start_seconds": round(float(start), 2), "ms_each": round(1000 * float(each), 3)}
+
+
+def points(found: dict[str, Any], engine: str) -> list[tuple[int, float]]:
+    """Questions and median seconds of each size; of the whole only where nothing was killed."""
+    sizes = [
+        (int(size), statistics.median(r["seconds"] for r in runs[engine])) for size, runs in found["sizes"].items()
+    ]
+    whole = found.get("whole", {}).get(engine)
+    if whole and not whole.get("killed"):
+        sizes.append((found["whole"]["questions"], whole["seconds"]))
+    return sorted(dict(sizes).items())
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Time against questions, both axes logarithmic, as SVG: the same for the same figures."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "scale"
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for engine, colour, marker in (("local", "#1a5ca6", "o"), ("ray", "#b0420c", "s")):
+        runs = [(int(size), r["seconds"]) for size, both in found["sizes"].items() for r in both[engine]]
+        whole = found.get("whole", {}).get(engine)
+        runs += [(found["whole"]["questions"], whole["seconds"])] if whole else []
+        axes.scatter(
+            [size for size, _ in runs], [taken for _, taken in runs], color=colour, marker=marker, s=26, zorder=3
+        )
+        fit = found["fit"].get(engine)
+        if fit:
+            sizes = np.geomspace(min(runs)[0], max(runs)[0], 60)
+            label = f"{engine}: {fit['start_seconds']:g} s + {fit['ms_each']:g} ms a question"
+            axes.plot(sizes, fit["start_seconds"] + sizes * fit["ms_each"] / 1000, color=colour, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="questions", ylabel="seconds, from the command's start to its end")
+    cpu = found["environment"]["cpu"]["model"]
+    axes.set_title(
+        f"{found['bundle']['name']}, {found['actors']} actors; {cpu}, {found['threads']} threads", fontsize=10
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with path.open("w", encoding="utf-8") as stream:
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(exists=True, file_okay=False))
+@click.option("--work", required=True, type=click.Path(file_okay=False), help="Folder for questions and answers.")
+@click.option("--data", default="../shared/data", show_default=True, help="Folder of SQuAD files.")
+@click.option("--out", type=click.Path(dir_okay=False), default="benchmarks/results/scale.json", show_default=True)
+@click.option("--plot", "picture", type=click.Path(dir_okay=False), help="SVG of time against questions.")
+@click.option("--sizes", default="1000,10000", show_default=True, help="Questions, by commas.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
+@click.option("--whole", default=100_000, show_default=True, help="Questions of the run with a killed actor; 0: none.")
+@click.option("--actors", default=2, show_default=True, type=click.IntRange(min=1))
+def main(
+    bundle: str, work: str, data: str, out: str, picture: str | None, sizes: str, rounds: int, whole: int, actors: int
+) -> None:
+    """Measure ``qadeploy answer`` with both engines."""
+    folder, path = Path(work).absolute(), Path(out)
+    found: dict[str, Any] = {
+        "bundle": {"name": Path(bundle).name, "hash": open_bundle(bundle).hash},
+        "environment": {**diagnose(), "ray": _version("ray"), "pyarrow": _version("pyarrow")},
+        "threads": len(os.sched_getaffinity(0)),
+        "actors": actors,
+        "rounds": rounds,
+        "sizes": {},
+        "fit": {},
+    }
+
+    def keep() -> None:
+        for engine in ENGINES:
+            known = points(found, engine) if all(runs[engine] for runs in found["sizes"].values()) else []
+            if len(known) > 1:
+                found["fit"][engine] = line(known)
+        write_json(path, found)
+        if picture and found["fit"].keys() == set(ENGINES):
+            write_svg(found, Path(picture))
+
+    missed = []
+    for size in (int(text) for text in sizes.split(",") if text):
+        source = folder / f"asked-{size}"
+        write_questions(Path(data), source, size)
+        runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+        for number in range(rounds):
+            for engine in ENGINES if number % 2 == 0 else ENGINES[::-1]:
+                run = answer(engine, bundle, source, folder / f"out-{size}-{engine}", actors, lambda process: None)
+                runs[engine].append(run)
+                click.echo(f"{size} questions, {engine}: {run}")
+        ratios = [one["seconds"] / other["seconds"] for one, other in zip(runs["local"], runs["ray"], strict=True)]
+        same = compare(source, *(folder / f"out-{size}-{engine}" for engine in ENGINES))
+        found["sizes"][str(size)] = {**runs, "ratio": spread(ratios), **same}
+        click.echo(f"{size} questions: ray is {found['sizes'][str(size)]['ratio']} of local; {same}")
+        missed += _missed(str(size), same)
+        keep()
+    if whole:
+        missed += _whole(found, bundle, Path(data), folder, whole, actors, keep)
+    for text in missed:
+        click.echo(f"missed: {text}")
+    sys.exit(bool(missed))
+
+
+def _whole(
+    found: dict[str, Any], bundle: str, data: Path, folder: Path, count: int, actors: int, keep: Callable[[], None]
+) -> list[str]:
+    source = folder / f"asked-{count}"
+    write_questions(data, source, count)
+    outputs = {engine: folder / f"out-{count}-{engine}-whole" for engine in ENGINES}
+    entry = found["whole"] = {"questions": count}
+    entry["local"] = answer("local", bundle, source, outputs["local"], actors, lambda process: None)
+    click.echo(f"{count} questions, local: {entry['local']}")
+    keep()
+    kill = kill_one(outputs["ray"], len(list(outputs["local"].glob("part-*.parquet"))) // 2)
+    entry["ray"] = answer("ray", bundle, source, outputs["ray"], actors, kill)
+    entry["ray"]["killed"] = getattr(kill, "killed", None)
+    entry["ratio"] = round(entry["local"]["seconds"] / entry["ray"]["seconds"], 3)
+    same = compare(source, outputs["local"], outputs["ray"])
+    entry.update(same)
+    click.echo(f"{count} questions, ray: {entry['ray']}; {entry['ratio']} of local; {same}")
+    missed = _missed(str(count), same)
+    if not entry["ray"]["killed"]:
+        missed.append("no actor was killed")
+    if entry["ratio"] < TARGET:
+        missed.append(f"throughput on Ray {entry['ratio']:.3f} of local, at least {TARGET} is the target")
+    if found["sizes"]:
+        largest = max(found["sizes"], key=int)
+        for engine in ENGINES:
+            before = max(run["peak_mib"] for run in found["sizes"][largest][engine])
+            entry[engine]["memory_growth"] = round(entry[engine]["peak_mib"] / before, 3)
+            entry[engine]["memory_growth_since"] = int(largest)
+            if entry[engine]["memory_growth"] > GROWTH:
+                missed.append(
+                    f"{engine}: peak memory {entry[engine]['memory_growth']} times that of {largest} questions"
+                )
+    keep()
+    return missed
+
+
+def _missed(what: str, same: dict[str, Any]) -> list[str]:
+    wrong = [name for name in ("identical", "complete") if not same[name]]
+    wrong += ["without duplicates"] if same["duplicates"] else []
+    return [f"{what} questions: the answers are not {name}" for name in wrong]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "most": round(max(values), 3),
+    }
+
+
+def write_svg(found: dict[str, Any], path: Path) -> None:
+    """Writes the plot, whole or not at all."""
+    making = path.with_name(f".{path.name}.tmp")
+    plot(found, making)
+    write_bytes(path, making.read_bytes())
+    making.unlink()
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)
+
+
+if __name__ == "__main__":
+    main()

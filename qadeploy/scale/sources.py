@@ -1,0 +1,211 @@
+"""The files that ``--input`` names: paths, folders and globs, here or in an object store.
+
+A name with ``://`` is opened by pyarrow's file systems (s3, gs, hdfs, abfs, file; what follows a ``?`` are its
+options, such as ``region``), any other by the system.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+from urllib.parse import quote
+
+from qadeploy.data.wording import one_line
+from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.shipped import HANDBOOK
+
+LINES = frozenset({".jsonl", ".ndjson"})
+PARQUET = ".parquet"
+_WHOLE = frozenset({".json", ".csv"})
+_KINDS = ", ".join(sorted((*LINES, PARQUET, *_WHOLE)))
+_WILD = re.compile(r"[*\[]")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One input file. ``path`` opens it on any machine that sees it; ``name`` tells it from the others in ids and messages.
+
+    ``size`` in bytes and ``modified`` in ns since 1970 are those it had when the work was planned; 0 for ``hub:NAME``.
+    """
+
+    path: str
+    name: str
+    size: int
+    modified: int
+
+    @property
+    def kind(self) -> str:
+        """The ending, in lower case; "" for ``hub:NAME``."""
+        return "" if self.path.startswith("hub:") else PurePosixPath(self.path.partition("?")[0]).suffix.lower()
+
+    @property
+    def remote(self) -> bool:
+        """Whether pyarrow's file systems open it."""
+        return "://" in self.path
+
+    def stat(self) -> Source:
+        """The same file as it is now. Raises InputError where it is gone."""
+        return replace(one(self.path), name=self.name) if self.kind else self
+
+    def open(self) -> BinaryIO:
+        """Its bytes, seekable. Raises OSError, InputError (a file system that pyarrow cannot open)."""
+        if not self.remote:
+            return open(self.path, "rb")
+        system, path = _system(self.path)
+        return cast(BinaryIO, io.BufferedReader(system.open_input_file(path), 2**20))
+
+
+def one(path: str) -> Source:
+    """The source at a path as it is now, named by it. Raises InputError where there is none."""
+    if path.startswith("hub:"):
+        return Source(path, path, 0, 0)
+    if "://" in path:
+        system, place = _system(path)
+        found = _listed(path, lambda: system.get_file_info(place))
+        if not found.is_file:
+            raise InputError(f"{path}: no such file")
+        return Source(path, path, found.size, found.mtime_ns or 0)
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no such file that can be read ({one_line(error)})") from error
+    return Source(path, path, state.st_size, state.st_mtime_ns)
+
+
+def expand(patterns: Sequence[str]) -> list[Source]:
+    """The files that patterns name, each once, in the order of the patterns and by name within one.
+
+    A pattern is a path, a folder (its files of a known ending, but those that begin with ``.`` or ``_``), a glob
+    (``**`` for folders at any depth), ``handbook`` or ``hub:NAME``; with ``://`` it lies in an object store.
+    Local paths come back absolute. Raises InputError where a pattern names nothing, or a file of another kind.
+    """
+    paths = dict.fromkeys(path for pattern in patterns for path in _expanded(pattern))
+    if not paths:
+        raise InputError("--input: name at least one file of questions")
+    sources = [one(path) for path in paths]
+    for source in sources:
+        if source.kind and source.kind not in LINES | _WHOLE | {PARQUET}:
+            raise InputError(f"{source.path}: unknown ending {source.kind!r}: give files in {_KINDS}")
+        if source.kind and not source.size:
+            raise InputError(f"{source.path}: the file is empty; it needs at least one row with context and question")
+    return [replace(source, name=name) for source, name in zip(sources, _names(sources), strict=True)]
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """What tells the sources apart: their paths below the deepest folder that holds them all."""
+    paths = [PurePosixPath(source.path.partition("?")[0]) for source in sources]
+    parents = [path.parent.parts for path in paths]
+    shared = 0
+    while all(len(parts) > shared and parts[shared] == parents[0][shared] for parts in parents):
+        shared += 1
+    return ["/".join(path.parts[shared:]) for path in paths]
+
+
+def _expanded(pattern: str) -> Iterable[str]:
+    if pattern.startswith("hub:"):
+        return [pattern]
+    if "://" in pattern:
+        return _remote(pattern)
+    if pattern == "handbook":
+        return [os.path.abspath(HANDBOOK)]
+    if os.path.isdir(pattern):
+        return [
+            os.path.abspath(path) for path in _usable(pattern, [e.path for e in os.scandir(pattern) if e.is_file()])
+        ]
+    if os.path.exists(pattern):
+        return [os.path.abspath(pattern)]
+    if not re.search(r"[*?\[]", pattern):
+        raise InputError(
+            f"{pattern}: no such file. Give files, folders or globs of {_KINDS}, 'handbook', 'hub:NAME' or s3://..."
+        )
+    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise InputError(f"{pattern}: no file matches")
+    return [os.path.abspath(path) for path in found]
+
+
+def _usable(folder: str, paths: Iterable[str]) -> list[str]:
+    """The paths that hold rows by their names, sorted. Raises InputError where there are none."""
+    named = ((path, PurePosixPath(path)) for path in sorted(paths))
+    usable = LINES | _WHOLE | {PARQUET}
+    found = [path for path, p in named if not p.name.startswith((".", "_")) and p.suffix.lower() in usable]
+    if not found:
+        raise InputError(f"{folder}: a folder without a file in {_KINDS}")
+    return found
+
+
+def _remote(pattern: str) -> list[str]:
+    """The URIs that a URI names: itself, the files of a folder, or those that a glob matches."""
+    bare, mark, query = pattern.partition("?")  # so a ? is no wildcard here
+    scheme, _, rest = bare.partition("://")
+    wild = _WILD.search(rest)
+    base = rest[: rest.rfind("/", 0, wild.start()) + 1] if wild else rest
+
+    def uri(path: str) -> str:
+        return f"{scheme}://{'/' if rest.startswith('/') else ''}{path.lstrip('/')}{mark}{query}"
+
+    system, place = _system(f"{scheme}://{base}{mark}{query}")
+    from pyarrow import fs
+
+    if not wild:
+        found = _listed(pattern, lambda: system.get_file_info(place))
+        if found.is_file:
+            return [pattern]
+        below = _listed(pattern, lambda: system.get_file_info(fs.FileSelector(place, allow_not_found=True)))
+        if not below:
+            raise InputError(f"{pattern}: no such file")
+        return [uri(path) for path in _usable(pattern, [e.path for e in below if e.is_file])]
+    deep = "/" in rest[len(base) :]
+    below = _listed(pattern, lambda: system.get_file_info(fs.FileSelector(place, recursive=deep, allow_not_found=True)))
+    wanted = rest[len(base) :].split("/")
+    head = place.rstrip("/") + "/"
+    paths = [e.path for e in below if e.is_file and _matches(e.path.removeprefix(head).split("/"), wanted)]
+    if not paths:
+        raise InputError(f"{pattern}: no file matches")
+    return [uri(path) for path in sorted(paths)]
+
+
+def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob, where ``**`` stands for any number of folders."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return _matches(parts, wanted[1:]) or (bool(parts) and _matches(parts[1:], wanted))
+    return bool(parts) and fnmatchcase(parts[0], wanted[0]) and _matches(parts[1:], wanted[1:])
+
+
+def _system(uri: str) -> tuple[Any, str]:
+    try:
+        from pyarrow import fs
+    except ImportError as error:
+        raise MissingExtraError(f"reading {uri}", "pyarrow", "scale") from error
+    bare, mark, query = uri.partition("?")
+    scheme, _, rest = bare.partition("://")
+    try:  # names are as they stand in the store; pyarrow wants them as in a URI
+        system, path = fs.FileSystem.from_uri(f"{scheme}://{quote(rest, safe='/:@')}{mark}{query}")
+    except (OSError, ValueError, TypeError, ImportError) as error:  # ArrowInvalid is a ValueError
+        raise InputError(f"{uri}: no file system that can be opened: {one_line(error)}") from error
+    return system, path
+
+
+def _listed(uri: str, ask: Any) -> Any:
+    try:
+        return ask()
+    except OSError as error:
+        raise InputError(f"{uri}: cannot be listed: {one_line(error)}") from error
+
+
+def local_folder(path: str) -> Path:
+    """The path as a folder of this system. Raises InputError on a URI."""
+    if "://" in path:
+        raise InputError(
+            f"{path}: answers go into a folder: name one here, which on a cluster every machine must see, and copy it"
+        )
+    return Path(path)
