@@ -23,7 +23,7 @@ from qadeploy.scale.output import Counts
 from qadeploy.scale.ray_engine import Cluster
 from qadeploy.scale.run import Progress, Request, answer_files
 from tests.answerers_for_tests import BREAK, EXIT, PoisonedLoad
-from tests.conftest import sealed_copy, triplets, write_jsonl
+from tests.conftest import NAMES, THINGS, sealed_copy, triplets, write_jsonl
 
 ROWS = [{"context": row["context"], "question": row["question"]} for row in triplets(60)]
 SLOW = """
@@ -157,6 +157,7 @@ def test_what_the_folder_was_begun_with_is_kept(bundle, asked):
         (request(other, asked), "the bundle was"),
         (request(bundle, asked / "a.jsonl"), "b.parquet was an input"),
         (request(bundle, asked, allow_no_answer=True), "--allow-no-answer was not given"),
+        (request(bundle, asked, prefilter=3), "--prefilter was not given, now it is 3"),
         (request(bundle, asked, reading=Reading(columns={"context": "context"})), "--columns was not given"),
         (request(bundle, asked, shard_rows=11), "--shard-rows was 10"),
     ):
@@ -167,6 +168,21 @@ def test_what_the_folder_was_begun_with_is_kept(bundle, asked):
     with pytest.raises(InputError, match=r"a.jsonl was changed \(\d+ bytes, now \d+\)"):
         answer_files(request(bundle, asked))
     assert answers() == before
+
+
+def test_a_prefilter_leaves_windows_out_as_it_does_for_one_question(bundle, asked):
+    fill = " The hall is quiet." * 30
+    context = fill.join(f"{name} keeps the {thing} in room 7." for name, thing in zip(NAMES, THINGS, strict=False))
+    rows = [{"context": context, "question": f"Who keeps the {thing}?"} for thing in THINGS[:6]]
+    source = write_jsonl(asked.parent / "long.jsonl", rows)
+    answer_files(request(bundle, source, prefilter=1))
+    answerer = Answerer.load(bundle, device="cpu", threads=1)
+    pairs = [(row["question"], row["context"]) for row in rows]
+    best = [found[0] for found in answerer.answer_batch(pairs, prefilter=1)]
+    assert [(row["answer"], row["start"], row["score"]) for row in answers()] == [
+        (a.text, a.start, round(a.score, 7)) for a in best
+    ]
+    assert [a.score for a in best] != [found[0].score for found in answerer.answer_batch(pairs)]
 
 
 def test_a_file_that_changes_meanwhile_stops_the_run(bundle, asked):

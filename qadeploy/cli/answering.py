@@ -257,6 +257,7 @@ qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answer
 )
 @click.option("--verbose", is_flag=True, help="Show what Ray says.")
 @columns_options
+@prefilter_option
 @device_option
 def answer(
     as_json: bool,
@@ -268,6 +269,7 @@ def answer(
     threads: int | None,
     shard_rows: int | None,
     max_rejected: float,
+    prefilter: int | None,
     device: str,
     **options: Any,
 ) -> None:
@@ -276,7 +278,7 @@ def answer(
 
     cluster = _cluster(engine, options)
     request = Request(
-        bundle, sources, output, take_reading(options), allow_no_answer, device, threads, shard_rows, cluster
+        bundle, sources, output, take_reading(options), allow_no_answer, device, threads, shard_rows, cluster, prefilter
     )
     with click.progressbar(length=0, label="answering", file=sys.stderr) as bar:
 

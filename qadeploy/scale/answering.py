@@ -86,7 +86,7 @@ class ShardAnswering:
         self._answerer = answerer
         self._plan = plan
         self._shard = shard
-        self._options = Options(allow_no_answer=plan.job.allow_no_answer)
+        self._options = Options(allow_no_answer=plan.job.allow_no_answer, prefilter=plan.job.prefilter)
         self._reading = plan.job.reading
         self._rows = reader.rows(shard.source, shard.part)
 
@@ -115,7 +115,9 @@ class ShardAnswering:
 
         while True:
             try:
-                for answers in self._answerer.answer_stream(pairs(), allow_no_answer=self._options.allow_no_answer):
+                for answers in self._answerer.answer_stream(
+                    pairs(), allow_no_answer=self._options.allow_no_answer, prefilter=self._options.prefilter
+                ):
                     if asked := waiting.popleft():
                         results[asked.place] = _answered(asked, answers)
             except Exception:  # by one of those waiting: each alone tells which

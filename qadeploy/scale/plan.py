@@ -24,11 +24,12 @@ _LOOKED_AT = 100  # first rows of a file of which one at least must be usable
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What decides the answers: the bundle (its hash), how rows are read, and whether "no answer" competes."""
+    """What decides the answers: the bundle (its hash), how rows are read, whether "no answer" competes, windows read at most."""
 
     bundle: str
     columns: Mapping[str, str]
     allow_no_answer: bool
+    prefilter: int | None = None
 
     @property
     def reading(self) -> Reading:
@@ -83,7 +84,7 @@ class Plan:
             value = json.loads(text)
             if value["schema"] != SCHEMA:
                 raise InputError(f"{name}: schema {value['schema']!r} is not {SCHEMA}, which this version reads")
-            job = Job(str(value["bundle"]), dict(value["columns"]), bool(value["allow_no_answer"]))
+            job = Job(str(value["bundle"]), dict(value["columns"]), bool(value["allow_no_answer"]), value["prefilter"])
             sources = tuple(Source(**entry) for entry in value["files"])
             shards = tuple(
                 Shard(number, sources[row[0]], Range(*row[1:])) for number, row in enumerate(value["shards"])
@@ -106,6 +107,9 @@ class Plan:
         if job.allow_no_answer != self.job.allow_no_answer:
             was, now = (("" if on else "not ") + "given" for on in (self.job.allow_no_answer, job.allow_no_answer))
             found.append(f"--allow-no-answer was {was}, now it is {now}")
+        if job.prefilter != self.job.prefilter:
+            was, now = (value or "not given" for value in (self.job.prefilter, job.prefilter))
+            found.append(f"--prefilter was {was}, now it is {now}")
         if step is not None and step != self.step:
             found.append(f"--shard-rows was {self.step}, now it is {step}")
         return found + _changed(self.sources, sources)

@@ -24,6 +24,7 @@ class Request:
 
     ``output`` is a folder of parquet, or one file where it ends in .jsonl, which the local engine alone writes.
     ``cluster`` is None for the local engine. ``threads`` are those of the local engine; ``shard_rows`` those of a part.
+    ``prefilter`` is that of ``Answerer.answer``.
     """
 
     bundle: str
@@ -35,6 +36,7 @@ class Request:
     threads: int | None = None
     shard_rows: int | None = None
     cluster: Cluster | None = None
+    prefilter: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ def answer_files(request: Request, progress: Progress | None = None, load: Load 
     shown = progress or Progress()
     _check(request)
     bundle = open_bundle(request.bundle)
-    job = Job(bundle.hash, dict(request.reading.columns), request.allow_no_answer)
+    job = Job(bundle.hash, dict(request.reading.columns), request.allow_no_answer, request.prefilter)
     load = load or BundleLoad(str(bundle.folder.absolute()), request.device, request.threads)
     output = local_folder(request.output)
     if output.suffix.lower() in LINES:
