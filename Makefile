@@ -1,6 +1,7 @@
 # make        lint and tests
 # make demo   train, export, quantize, bench and answer on what the repository ships
 # make test   the tests
+# make node-check   the answers of Node.js from bundles that answer by themselves (needs node 20 or newer)
 # make inference-servers   an environment with Triton and MLServer, without which the tests that need them are skipped
 # Each sets up .venv by itself; on a machine with an NVIDIA driver with the GPU build of ONNX Runtime.
 
@@ -13,7 +14,7 @@ SERVERS_READY := $(SERVERS)/.ready
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BUNDLE := bundles/handbook-int8
 
-.PHONY: all setup lint format test demo inference-servers clean
+.PHONY: all setup lint format test demo inference-servers node-check clean
 
 all: lint test
 
@@ -39,6 +40,11 @@ format: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# onnxruntime-node holds its CPU library; its install script would download the one for CUDA.
+node-check: $(READY)
+	cd docs/node && npm ci --ignore-scripts
+	$(BIN)/python -m pytest -s tests/test_node.py
 
 inference-servers: $(SERVERS_READY)
 

@@ -62,6 +62,11 @@ class Bundle:
         return hash_file(self.folder / MANIFEST)
 
     @property
+    def in_graph(self) -> str:
+        """What its graph does beside the model, so that it is for callers without qadeploy: ``spans``, ``text`` or nothing."""
+        return str(self.manifest.get("in_graph", {}).get("kind", ""))
+
+    @property
     def model_bytes(self) -> int:
         """Size of model.onnx."""
         return int(self.manifest["files"][MODEL]["size"])
@@ -199,13 +204,20 @@ def manifest_text(value: Mapping[str, Any]) -> str:
     return f'{body}{_SELF}{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 
+def is_bundle(folder: str | Path) -> bool:
+    """Whether a folder says that it is a bundle; ``open_bundle`` says whether it is a sound one."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
 def newest_bundle(folder: Path = Path("bundles")) -> Path:
     """The bundle in ``folder`` whose manifest was written last. Raises InputError where there is none.
 
-    A fused graph stands beside the bundle it was made from for comparison and is passed over; one in fp16 too, which is for GPUs.
+    A fused graph stands beside the bundle it was made from for comparison and is passed over; one in fp16 too, which is for
+    GPUs, and graphs that answer by themselves, which are for other languages.
     """
     found = [p for p in folder.iterdir() if (p / MANIFEST).is_file()] if folder.is_dir() else []
-    found = [p for p in found if not p.name.startswith(".") and not p.name.endswith(("-fused", "-fp16"))]
+    others = ("-fused", "-fp16", "-spans", "-text")
+    found = [p for p in found if not p.name.startswith(".") and not p.name.endswith(others)]
     if not found:
         raise InputError(f"{folder}: holds no bundle yet: run qadeploy export first, or name a bundle")
     return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns)

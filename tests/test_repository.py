@@ -255,7 +255,7 @@ def test_what_cannot_be_done_is_said_before_anything_is(bundle, tiny, tmp_path, 
     for args, message in (
         (
             (bundle, "--triton", "r", "--quantize"),
-            "is a bundle, so it is only added to --triton: give the run for --out",
+            "is a bundle, of which only --spans-in-graph, --strings-in-graph and --triton make more: give the run for",
         ),
         ((bundle, "--triton", bundle), "is a bundle, not a model repository"),
         ((tiny.run, "--triton", bundle), "is a bundle, not a model repository"),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qadeploy.build.front_matter import front_matter
 
 
-def bundle_card(name: str, manifest: Mapping[str, Any]) -> str:
-    """Markdown: what the model is, how to use it, what was measured."""
+def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = ()) -> str:
+    """Markdown: what the model is, how to use it (``usage``, else with the Answerer), what was measured."""
     settings, measured, parity = manifest["settings"], manifest["measured"], manifest["parity"]
     source = manifest["source"]
     base = source["run"]["base"] if source["run"] else None
@@ -27,12 +27,7 @@ def bundle_card(name: str, manifest: Mapping[str, Any]) -> str:
         f"An extractive question-answering model ({manifest['precision']}, ONNX), exported by qadeploy from "
         f"`{manifest['source']['checkpoint']}`.",
         "",
-        "```python",
-        "from qadeploy import Answerer",
-        "",
-        f'answerer = Answerer.load("{name}")',
-        'answerer.answer(question="...", context="...", top_k=3)',
-        "```",
+        *(usage or _answerer(name)),
         "",
         f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}; answers have at most "
         f"{settings['max_answer_len']} tokens. Scores are probabilities at temperature {settings['temperature']:.3f}.",
@@ -64,3 +59,14 @@ def bundle_card(name: str, manifest: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _answerer(name: str) -> list[str]:
+    return [
+        "```python",
+        "from qadeploy import Answerer",
+        "",
+        f'answerer = Answerer.load("{name}")',
+        'answerer.answer(question="...", context="...", top_k=3)',
+        "```",
+    ]

@@ -25,6 +25,8 @@ qadeploy export runs/faq --quantize --max-f1-drop 0.3 --target throughput
 qadeploy export runs/faq --quantize --recipe int8-protected
 qadeploy export runs/faq --device cuda
 qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
+qadeploy export runs/faq --quantize --spans-in-graph
+qadeploy export bundles/faq-int8 --spans-in-graph --strings-in-graph
 qadeploy export runs/faq --quantize --triton repository
 qadeploy export bundles/faq-int8 --triton repository
 """,
@@ -59,6 +61,17 @@ qadeploy export bundles/faq-int8 --triton repository
     help="Time for measuring recipes, e.g. 90s or 5m; once one keeps its F1.",
 )
 @click.option(
+    "--spans-in-graph",
+    is_flag=True,
+    help="Also write NAME-spans of each but NAME-fused: the graph takes a context mask and returns the best spans itself.",
+)
+@click.option("--span-top-k", default=20, show_default=True, help="Spans a window of --spans-in-graph.")
+@click.option(
+    "--strings-in-graph",
+    is_flag=True,
+    help="Also write NAME-text of each bundle for a CPU: one file, text in, answer out (WordPiece tokenizers).",
+)
+@click.option(
     "--cache/--no-cache",
     default=True,
     show_default=True,
@@ -87,6 +100,9 @@ def export(
     recipe: str | None,
     list_recipes: bool,
     budget: str,
+    spans_in_graph: bool,
+    span_top_k: int,
+    strings_in_graph: bool,
     cache: bool,
     triton: str | None,
     triton_batch: int | None,
@@ -95,26 +111,45 @@ def export(
     """Export RUN (a run or checkpoint folder, default the newest run) to ONNX bundles, with proof.
 
     With --quantize every int8 recipe is measured on this machine, and the best of those that keep their F1 is written.
+    RUN may be a bundle too, of which --spans-in-graph and --strings-in-graph make further ones.
     """
+    from qadeploy.build.in_graph import add_in_graph
     from qadeploy.build.recipes import RECIPES
-    from qadeploy.bundle import MANIFEST, check_place, open_bundle
+    from qadeploy.build.wordpiece import check_wordpiece
+    from qadeploy.bundle import check_place, is_bundle, open_bundle
+    from qadeploy.data.readers import read
 
     if list_recipes:
         known = {name: each.what for name, each in RECIPES.items()}
         print_result(as_json, known, [f"{name:<22} {what}" for name, what in known.items()])
         return
+    say = sayer(as_json)
+    reading = take_reading(options)
+    spans = span_top_k if spans_in_graph else None
+    if span_top_k < 1:
+        raise InputError(f"span-top-k {span_top_k} is below 1: it is the number of spans that a window returns")
     if triton:
         from qadeploy.scale.repository import check_repository
 
         check_repository(Path(triton))
-        if run and (Path(run) / MANIFEST).is_file():
-            if out or quantize:
-                raise InputError(
-                    f"{run}: is a bundle, so it is only added to --triton: give the run for --out or --quantize"
-                )
-            added, lines = _to_triton([open_bundle(run)], Path(triton), triton_batch)
-            print_result(as_json, {"triton": added}, lines)
-            return
+    if run and is_bundle(run):
+        in_graph = spans_in_graph or strings_in_graph
+        if quantize or (out and not in_graph) or not (in_graph or triton):
+            raise InputError(
+                f"{run}: is a bundle, of which only --spans-in-graph, --strings-in-graph and --triton make more: give the run "
+                "for --quantize or --out"
+            )
+        opened, place = open_bundle(run), Path(out or run)
+        value: dict[str, Any] = {}
+        lines: list[str] = []
+        if in_graph:
+            examples = read(eval_data or "handbook", reading).examples
+            further = add_in_graph(opened, place, examples, spans=spans, strings=strings_in_graph, say=say)
+            value["bundles"] = {str(b.folder): b.manifest for b in further}
+        if triton:
+            value["triton"], lines = _to_triton([opened], Path(triton), triton_batch)
+        print_result(as_json, value, lines)
+        return
     from qadeploy.build import export as export_step
     from qadeploy.build import half as half_step
     from qadeploy.build import optimize as optimize_step
@@ -126,8 +161,6 @@ def export(
     from qadeploy.errors import FailureError, GateError
     from qadeploy.runtime.devices import parse_device
 
-    say = sayer(as_json)
-    reading = take_reading(options)
     found = find_run(run)
     place = Path(out or f"bundles/{found.name}")
     check_place(place)
@@ -143,6 +176,8 @@ def export(
     source, examples = held_out(found, eval_data, reading)
     say(f"exporting {found.checkpoint}, judged on {len(examples)} questions of {source}")
     reference = make_reference(found, source, examples)
+    if strings_in_graph:
+        check_wordpiece(reference.checkpoint.tokenizer.backend_tokenizer)
     bundles = [export_step.export(reference, place)]
     say(f"{place}: logits within {bundles[0].manifest['parity']['max_abs_diff']:.1e} of PyTorch")
     if optimize:
@@ -177,10 +212,15 @@ def export(
         made = quantized.manifest["made"]
         say(f"{int8_place}: recipe {made['recipe']}, {made['what']}")
         closing = ["", *leaderboard_lines(made["leaderboard"], made["judged_on"])]
+    further = []
+    for bundle in bundles:
+        if bundle.folder != fused_place:
+            strings = strings_in_graph and bundle.folder != fp16_place
+            further += add_in_graph(bundle, bundle.folder, examples, spans=spans, strings=strings, say=say)
     rows = [(bundle.name, bundle.manifest) for bundle in bundles]
     size = 4 * bundles[0].manifest["architecture"]["parameters"]
     lines = table(reference, size, rows)
-    value: dict[str, Any] = {"bundles": {str(b.folder): b.manifest for b in bundles}}
+    value = {"bundles": {str(b.folder): b.manifest for b in [*bundles, *further]}}
     if triton:
         value["triton"], more = _to_triton([b for b in bundles if b.folder != fused_place], Path(triton), triton_batch)
         lines = [*lines, "", *more]

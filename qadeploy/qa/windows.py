@@ -75,6 +75,21 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """What stands around a pair: ids and token types of the special tokens, and the token type of either text.
+
+    The ids are int64, in the order of the window; ``types`` are those of the three in turn, ``parts`` of the first text
+    and of the second.
+    """
+
+    before: IntArray
+    between: IntArray
+    after: IntArray
+    types: tuple[IntArray, IntArray, IntArray]
+    parts: tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """How a context of ``tokens`` is cut: window i holds the tokens from ``begins[i]`` on, at most ``room`` of them.
@@ -226,6 +241,11 @@ class Encoder:
         self._special_types = (types[:a], types[b:c], types[d:])
         self._part_types = (int(types[a]), int(types[c]))
         self.special_tokens = len(ids) - 2 * size
+
+    @property
+    def frame(self) -> Frame:
+        """The special tokens around question and context, for who builds windows elsewhere."""
+        return Frame(self._before, self._between, self._after, self._special_types, self._part_types)
 
     def _raw(self, text: str) -> EncodedText:
         return EncodedText.of(text, self._encoding(text))

@@ -144,6 +144,11 @@ class Answerer:
         DeviceError, MissingExtraError. On CUDA it captures the graphs of one window's run, about a second's work.
         """
         bundle = open_bundle(path)
+        if bundle.in_graph:
+            raise BundleError(
+                f"{bundle.folder}: its graph answers by itself ({bundle.in_graph} in the graph), for callers without qadeploy: "
+                f"load the bundle that it was made from, {bundle.manifest['made']['from']}"
+            )
         try:
             tokenizer = Tokenizer.from_str(bundle.read(TOKENIZER).decode("utf-8"))
         except QadeployError:

@@ -85,6 +85,11 @@ def add_bundle(bundle: Bundle, repository: Path, *, max_batch: int | None = None
     config.pbtxt there is not of such a model, or where windows may not run together as ``max_batch`` wants, BundleError, MissingExtraError (``triton``).
     """
     check_repository(repository)
+    if bundle.in_graph:
+        raise InputError(
+            f"{bundle.folder}: has its {bundle.in_graph} in the graph, which a repository written here does not take: give the "
+            f"bundle that it was made from, {bundle.manifest['made']['from']}"
+        )
     name = bundle.folder.resolve().name
     model = repository / name
     if max_batch is not None and max_batch < 1:

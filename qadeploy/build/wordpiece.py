@@ -1,0 +1,162 @@
+"""A WordPiece tokenizer as tables of numbers, for a graph that tokenises by look-ups.
+
+Every table is asked of the tokenizer itself: each code point is normalised and pre-tokenised by it, alone, which says all,
+since BERT's normaliser and pre-tokenizer look at one character at a time. (Only the order of combining marks is not: two
+marks of which one is no accent may change places.) The pieces of the vocabulary become a trie over symbols, so that
+the longest piece at a place is found by walking it (Song et al. 2021, "Fast WordPiece Tokenization", without its failure links).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from qadeploy.errors import InputError
+from qadeploy.records import IntArray
+
+# Symbols: what a normalised character is to the tokenizer. Those of the vocabulary follow.
+LETTER, ALONE, SPACE = 0, 1, 2  # an unknown one inside a word; an unknown one that is a word by itself; white space
+_FIRST = 3
+# All code points but the surrogates, and planes 4 to 13, which hold nothing.
+_CODES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, sys.maxunicode + 1))
+_BAR = "|"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WordPiece:
+    """``characters`` to rows of ``rows`` ``[rows, width]``: the symbols of a character, filled up with -1.
+
+    Any other character is row 0. ``alone`` ``[symbols]`` says which symbols are words by themselves. The trie: ``steps`` is
+    state x symbols + symbol to the next state; states 0 (nothing), 1 (a word's begin), 2 (inside a word); ``ids``
+    ``[states]`` is the token that a state completes, -1 for none. Words longer than ``longest_word`` symbols and words that
+    the pieces do not make up are ``unknown_id``. ``longest`` is the longest piece in symbols.
+    """
+
+    characters: dict[str, int]
+    rows: IntArray
+    alone: IntArray
+    steps: dict[int, int]
+    ids: IntArray
+    unknown_id: int
+    longest_word: int
+    longest: int
+
+    @property
+    def symbols(self) -> int:
+        """How many symbols there are."""
+        return len(self.alone)
+
+
+def read_wordpiece(tokenizer: Tokenizer) -> WordPiece:
+    """The tables of a tokenizer. Raises InputError, naming its kind, where it is no WordPiece one as BERT's."""
+    model = check_wordpiece(tokenizer)
+    prefix, vocabulary = model["continuing_subword_prefix"], model["vocab"]
+    special = set(special_tokens(tokenizer))
+    known = sorted({letter for piece in vocabulary if piece not in special for letter in piece})
+    normal = _normalised(tokenizer)
+    kind = _kinds(tokenizer, sorted({letter for text in normal.values() for letter in text} | set(known)))
+    symbol = {letter: _FIRST + i for i, letter in enumerate(k for k in known if kind[k] != SPACE)}
+    alone = np.zeros(_FIRST + len(symbol), dtype=np.int64)
+    alone[ALONE] = 1
+    alone[[place for letter, place in symbol.items() if kind[letter] == ALONE]] = 1
+    characters, rows = _rows(normal, {k: symbol.get(k, v) if v != SPACE else SPACE for k, v in kind.items()})
+    pieces = {piece: i for piece, i in vocabulary.items() if piece not in special}
+    steps, ids, longest = _trie(pieces, prefix, symbol)
+    return WordPiece(
+        characters,
+        rows,
+        alone,
+        steps,
+        ids,
+        vocabulary[model["unk_token"]],
+        model["max_input_chars_per_word"],
+        longest,
+    )
+
+
+def check_wordpiece(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The model of a WordPiece tokenizer as BERT's, as ``tokenizer.json`` writes it; InputError, naming its kind, on any other."""
+    stored = json.loads(tokenizer.to_str())
+    model = stored["model"]
+    kinds = {part: (stored[part] or {}).get("type", "none") for part in ("model", "normalizer", "pre_tokenizer")}
+    if kinds != {"model": "WordPiece", "normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}:
+        raise InputError(
+            f"strings-in-graph: this model's tokenizer is {kinds['model']} with the normalizer {kinds['normalizer']} and the "
+            f"pre-tokenizer {kinds['pre_tokenizer']}; only WordPiece ones with BertNormalizer and BertPreTokenizer can be "
+            "written into a graph: take spans-in-graph, with the tokenizer of your language"
+        )
+    return dict(model)
+
+
+def _normalised(tokenizer: Tokenizer) -> dict[str, str]:
+    """Each code point that there is, normalised between bars, which keep combining marks apart."""
+    normalise = tokenizer.normalizer.normalize_str
+    letters = [chr(code) for codes in _CODES for code in codes if chr(code) != _BAR]
+    texts = normalise(_BAR.join(letters)).split(_BAR)
+    if len(texts) != len(letters):
+        texts = [normalise(letter) for letter in letters]  # a bar is no bar to this one
+    return {_BAR: normalise(_BAR), **dict(zip(letters, texts, strict=True))}
+
+
+def _kinds(tokenizer: Tokenizer, letters: list[str]) -> dict[str, int]:
+    """Whether the pre-tokenizer takes a character as part of a word (LETTER), as one (ALONE), or as none (SPACE)."""
+    line = "a" + "".join(letter + "a" for letter in letters)
+    inside, alone = set[int](), set[int]()
+    for _, (begin, end) in tokenizer.pre_tokenizer.pre_tokenize_str(line):
+        if end - begin > 1:
+            inside.update(range(begin, end))
+        else:
+            alone.add(begin)
+    places = {letter: 1 + 2 * i for i, letter in enumerate(letters)}
+    return {k: LETTER if at in inside else ALONE if at in alone else SPACE for k, at in places.items()}
+
+
+def _rows(normal: dict[str, str], symbol: dict[str, int]) -> tuple[dict[str, int], IntArray]:
+    rows: dict[tuple[int, ...], int] = {(LETTER,): 0}
+    characters = {}
+    for letter, text in normal.items():
+        row = tuple(symbol[each] for each in text)
+        if letter.isspace() and row and set(row) != {SPACE}:
+            raise InputError(
+                f"strings-in-graph: this tokenizer makes a token of the blank character U+{ord(letter):04X}, "
+                "which no answer may begin with: take spans-in-graph"
+            )
+        place = rows.setdefault(row, len(rows))
+        if place:
+            characters[letter] = place
+    width = max(len(row) for row in rows)
+    table = np.full((len(rows), width), -1, dtype=np.int64)
+    for row, place in rows.items():
+        table[place, : len(row)] = row
+    return characters, table
+
+
+def _trie(pieces: dict[str, int], prefix: str, symbol: dict[str, int]) -> tuple[dict[int, int], IntArray, int]:
+    steps: dict[int, int] = {}
+    ids = [-1, -1, -1]
+    longest, symbols = 1, _FIRST + len(symbol)
+    for piece, number in pieces.items():
+        inside = piece.startswith(prefix) and len(piece) > len(prefix)
+        text = piece.removeprefix(prefix) if inside else piece
+        if not text or any(letter not in symbol for letter in text):
+            continue  # with white space in it no word is like it
+        state = 2 if inside else 1
+        for letter in text:
+            key = state * symbols + symbol[letter]
+            if key not in steps:
+                steps[key] = len(ids)
+                ids.append(-1)
+            state = steps[key]
+        ids[state] = number
+        longest = max(longest, len(text))
+    return steps, np.asarray(ids, dtype=np.int64), longest
+
+
+def special_tokens(tokenizer: Tokenizer) -> list[str]:
+    """The tokens that a tokenizer finds in any text before all else, such as ``[SEP]``; a graph takes them for text."""
+    return [token.content for token in tokenizer.get_added_tokens_decoder().values()]
