@@ -18,7 +18,7 @@ from qadeploy.scale.ranges import FINEST, Range, Reader, scan
 from qadeploy.scale.sources import Source, expand
 
 SCHEMA = 1
-_PARTS, _MOST_ROWS = 1000, 8000  # parts are larger than FINEST rows where there would be more than so many
+_PARTS, _MOST_ROWS = 200, 8000  # parts are larger than FINEST rows where there would be more than so many
 _LOOKED_AT = 100  # first rows of a file of which one at least must be usable
 
 
@@ -108,8 +108,8 @@ class Plan:
             was, now = (("" if on else "not ") + "given" for on in (self.job.allow_no_answer, job.allow_no_answer))
             found.append(f"--allow-no-answer was {was}, now it is {now}")
         if job.prefilter != self.job.prefilter:
-            was, now = (value or "not given" for value in (self.job.prefilter, job.prefilter))
-            found.append(f"--prefilter was {was}, now it is {now}")
+            windows = [value or "not given" for value in (self.job.prefilter, job.prefilter)]
+            found.append(f"--prefilter was {windows[0]}, now it is {windows[1]}")
         if step is not None and step != self.step:
             found.append(f"--shard-rows was {self.step}, now it is {step}")
         return found + _changed(self.sources, sources)

@@ -34,6 +34,9 @@ from qadeploy.scale.work import Load, Worker
 _MOST_ACTORS = 8  # by default on one machine: each takes the memory of a bundle
 _STORE = 100 * 2**20  # bytes of a local Ray's object store, through which only numbers go
 _SECONDS = 10  # to reach a cluster's head
+# From so many shards an actor on, a second one is queued at each actor, so that it need not wait for Ray between two. With
+# few of them it would wait there while another actor is idle.
+_MANY = 4
 _BROKEN = 70  # exit code of an actor whose model broke (EX_SOFTWARE of sysexits.h)
 
 
@@ -232,8 +235,10 @@ def into_folder(folder: Path, digest: str, load: Load, shards: Sequence[Shard], 
         batch_size=1,
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
-        # A shard takes seconds: with no second one queued at an actor, none waits while another actor is idle.
-        compute=ray.data.ActorPoolStrategy(size=min(pool.actors, len(numbers)), max_tasks_in_flight_per_actor=1),
+        compute=ray.data.ActorPoolStrategy(
+            size=min(pool.actors, len(numbers)),
+            max_tasks_in_flight_per_actor=2 if len(numbers) >= _MANY * pool.actors else 1,
+        ),
     )
     try:
         for done, row in enumerate(data.iter_rows()):
