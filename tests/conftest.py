@@ -202,6 +202,19 @@ def bundle(tiny: Tiny, tiny_export: Any) -> Path:
     return tiny.bundle()
 
 
+@pytest.fixture(scope="session")
+def plain_int8(tiny: Tiny, tiny_export: Any) -> Path:
+    """The tiny model in plain int8, ``keepers-int8``; which recipe ``tiny_export`` chose is the machine's to say."""
+    from click.testing import CliRunner
+
+    from qadeploy.cli import main
+
+    command = ["export", str(tiny.run), "--no-optimize", "--quantize", "--recipe", "int8", "--max-f1-drop", "100"]
+    result = CliRunner().invoke(main, [*command, "--out", str(tiny.root / "plain" / "keepers")])
+    assert result.exit_code == 0, result.output
+    return tiny.root / "plain" / "keepers-int8"
+
+
 def sealed_copy(bundle: Path, folder: Path, model: bytes | None = None, **manifest: Any) -> Path:
     """A copy of a bundle with another model or other values in its manifest, sealed like a real one."""
     from qadeploy.bundle import MANIFEST, MODEL, open_bundle, seal

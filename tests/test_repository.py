@@ -55,8 +55,8 @@ def test_a_version_is_the_bundle_whole(bundle, repository):
     assert found.HasField("dynamic_batching")  # so that raising max_batch_size is enough
 
 
-def test_int8_runs_window_by_window_as_its_windows_move_each_other(tiny, tiny_export, repository):
-    int8 = open_bundle(tiny.bundle("int8"))
+def test_int8_runs_window_by_window_as_its_windows_move_each_other(plain_int8, repository):
+    int8 = open_bundle(plain_int8)
     effects = measure_effects(int8)
     assert effects.together > 1e-3
     assert not effects.sound
@@ -203,8 +203,8 @@ def test_a_configuration_that_is_not_of_such_a_model_is_left_as_it_is(what, bund
     assert not (repository / "keepers/2").exists()
 
 
-def test_int8_does_not_join_a_model_with_batches(tiny, tiny_export, bundle, tmp_path, repository):
-    int8 = open_bundle(tiny.bundle("int8"))
+def test_int8_does_not_join_a_model_with_batches(plain_int8, bundle, tmp_path, repository):
+    int8 = open_bundle(plain_int8)
     add_bundle(int8, repository)
     place = repository / "keepers-int8/config.pbtxt"
     place.write_text(place.read_text().replace("max_batch_size: 1", "max_batch_size: 8"))

@@ -243,6 +243,18 @@ def test_the_command_is_quiet_and_leaves_no_process(bundle, asked):
         assert none_left(process.pid) == []
 
 
+def test_what_ray_still_says_at_its_end_is_not_on_stdout(monkeypatch, capsys):
+    """Its remarks on dead workers come in ``shutdown`` where few have come before, and would be before the JSON."""
+    import ray
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray_engine, "_start", lambda *_: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: print("(raylet) Task MapWorker failed"))
+    with ray_engine.running(Cluster()):
+        pass
+    assert capsys.readouterr().out == ""
+
+
 def test_ctrl_c_ends_it_all_and_says_how_to_go_on(bundle, asked):
     rows = [row | {"context": f"{row['context']} " * 60} for row in ROWS] * 40  # enough that it is still at work
     source = write_jsonl(asked.parent / "many.jsonl", rows)

@@ -130,7 +130,9 @@ def running(cluster: Cluster) -> Iterator[Pool]:
             yield share_out(cluster, found.get("CPU", 0.0), found.get("GPU", 0.0))
     finally:
         if mine:
-            ray.shutdown()
+            # It prints what is left of the remarks, in this thread.
+            with contextlib.redirect_stdout(sys.stderr if cluster.verbose else io.StringIO()):
+                ray.shutdown()
 
 
 def _start(ray: Any, cluster: Cluster) -> None:

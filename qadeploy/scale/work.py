@@ -17,6 +17,7 @@ from qadeploy.scale.plan import Plan, Shard
 from qadeploy.scale.ranges import Reader
 
 Load = Callable[[], Answerer]
+_CONTEXT_BYTES = 8 * 2**20  # of tokenised contexts: rows with the same one lie near each other
 _SHARED = "with several machines the bundle, the input and --output must lie where each of them sees them (input also on s3://)"
 
 
@@ -30,7 +31,7 @@ class BundleLoad:
 
     def __call__(self) -> Answerer:
         """The answerer. Raises what ``Answerer.load`` raises."""
-        return Answerer.load(self.path, device=self.device, threads=self.threads)
+        return Answerer.load(self.path, device=self.device, threads=self.threads, context_cache_bytes=_CONTEXT_BYTES)
 
 
 class Worker:
