@@ -24,15 +24,16 @@ from tokenizers import Tokenizer
 
 from qadeploy.build.checkpoint import load_checkpoint
 from qadeploy.build.export import export_graph
-from qadeploy.build.in_graph import GraphModel, Placed, compare_spans, cut_windows
-from qadeploy.build.span_head import CONTEXT_MASK, SpanHead, add_span_head, context_mask
+from qadeploy.build.in_graph import Placed, compare_spans, cut_windows
+from qadeploy.build.span_head import SpanHead, add_span_head
 from qadeploy.bundle import MODEL, TOKENIZER, open_bundle
 from qadeploy.data.readers import read
 from qadeploy.doctor import diagnose
 from qadeploy.files import write_json
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import Encoder, pad_batch
+from qadeploy.qa.windows import CONTEXT_MASK, Encoder, context_mask, pad_batch
 from qadeploy.records import Example
+from qadeploy.runtime.graph import GraphModel
 from qadeploy.timing import interleave, spread
 from tests.models_for_tests import BY_NAME, Architecture
 

@@ -14,11 +14,10 @@ import pytest
 
 from qadeploy import Answerer
 from qadeploy.build.in_graph import cut_windows, spans_in_graph, strings_in_graph
-from qadeploy.build.span_head import context_mask
 from qadeploy.bundle import open_bundle
 from qadeploy.data.readers import read
 from qadeploy.qa.spans import decode
-from qadeploy.qa.windows import pad_batch
+from qadeploy.qa.windows import context_mask, pad_batch
 from qadeploy.records import Example
 
 FOLDER = Path(__file__).parent.parent / "docs" / "node"

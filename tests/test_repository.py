@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from benchmarks.span_head import bare_model
 from qadeploy import Answerer
-from qadeploy.bundle import MANIFEST, MODEL, open_bundle
+from qadeploy.build.in_graph import spans_in_graph
+from qadeploy.bundle import MANIFEST, MODEL, Bundle, open_bundle
 from qadeploy.cli import main
+from qadeploy.data.readers import read
 from qadeploy.errors import BundleError, InputError
 from qadeploy.runtime.session import usable_cpus
 from qadeploy.scale import repository as module
@@ -93,6 +96,58 @@ def tiny_half(bundle, tmp_path_factory) -> Path:
     half = to_half(opened.read(MODEL), opened.manifest["architecture"])
     folder = tmp_path_factory.mktemp("half") / "keepers-fp16"
     return sealed_copy(bundle, folder, half.model, precision="fp16", inputs=opened.manifest["inputs"])
+
+
+@pytest.fixture(scope="module")
+def spans(tiny, tiny_export, tiny_half, tmp_path_factory, plain_int8: Path) -> dict[str, Bundle]:
+    """Bundles with a span head of 5 spans: of fp32, int8 and fp16."""
+    root, examples = tmp_path_factory.mktemp("spans"), read(str(tiny.data)).examples[:4]
+    sources = [open_bundle(folder) for folder in (tiny.bundle(), plain_int8, tiny_half)]
+    return {s.precision: spans_in_graph(s, root / f"{s.name}-spans", examples, top_k=5) for s in sources}
+
+
+@pytest.mark.parametrize(("precision", "batch"), [("fp32", 1), ("int8", 1), ("fp16", 32)])
+def test_a_span_head_is_run_as_the_bundle_that_it_was_made_from(precision, batch, spans, repository):
+    made = spans[precision]
+    added = add_bundle(made, repository)
+    assert (added.folder / MODEL).read_bytes() == made.read(MODEL)
+    found = config(repository / made.name)
+    inputs = [(each.name, list(each.dims)) for each in found.input]
+    assert inputs == [(name, [-1]) for name in made.manifest["inputs"]]
+    assert inputs[-1][0] == "context_mask"
+    schema = require_schema()
+    assert [(each.name, schema.DataType.Name(each.data_type), list(each.dims)) for each in found.output] == [
+        ("start_logits", "TYPE_FP32", [-1]),
+        ("end_logits", "TYPE_FP32", [-1]),
+        ("span_scores", "TYPE_FP32", [5]),
+        ("span_starts", "TYPE_INT64", [5]),
+        ("span_ends", "TYPE_INT64", [5]),
+        ("log_sum", "TYPE_FP32", [1]),
+        ("null_scores", "TYPE_FP32", [1]),
+    ]
+    assert found.max_batch_size == batch
+    assert found.HasField("dynamic_batching") == (precision != "int8")
+    assert set(found.model_warmup[0].inputs) == set(made.manifest["inputs"])
+
+
+def test_windows_of_a_span_head_move_each_other_where_those_of_its_bundle_do(spans, tmp_path):
+    assert measure_effects(spans["fp32"]).together < 1e-5
+    assert measure_effects(spans["int8"]).together > 1e-3
+    add_bundle(spans["fp32"], tmp_path / "repository", max_batch=4)
+    with pytest.raises(InputError, match=r"keepers-int8-spans: max_batch is 4, but windows of this bundle that run"):
+        add_bundle(spans["int8"], tmp_path / "repository", max_batch=4)
+    assert os.listdir(tmp_path / "repository") == ["keepers-spans"]
+
+
+def test_a_head_of_more_spans_is_another_model(spans, bundle, tiny, tmp_path, repository):
+    add_bundle(spans["fp32"], repository)
+    examples = read(str(tiny.data)).examples[:4]
+    other = spans_in_graph(open_bundle(bundle), tmp_path / "keepers-spans", examples, top_k=4)
+    with pytest.raises(
+        InputError, match=r"span_ends TYPE_INT64 \[5\] is not the model's \(span_ends TYPE_INT64 \[4\]\)"
+    ):
+        add_bundle(other, repository)
+    assert sorted(os.listdir(repository / "keepers-spans")) == ["1", "config.pbtxt"]
 
 
 def test_what_the_session_asks_and_triton_cannot_is_said(bundle, tmp_path, repository):
@@ -223,6 +278,13 @@ def test_a_damaged_bundle_is_not_added(bundle, tmp_path, repository):
     assert not (repository / "keepers").exists()
 
 
+def test_a_graph_that_is_no_question_answering_model_is_named(bundle, tmp_path, repository):
+    odd = open_bundle(sealed_copy(bundle, tmp_path / "odd", bare_model()))
+    with pytest.raises(BundleError, match=r"odd/model\.onnx: inputs .*logits.* are not those of a question-answering"):
+        add_bundle(odd, repository)
+    assert not repository.exists()
+
+
 # ---------------------------------------------------------------- qadeploy export --triton
 
 
@@ -242,12 +304,25 @@ def test_a_bundle_on_the_command_line(bundle, repository):
 
 def test_a_run_on_the_command_line(tiny, tmp_path, repository, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = run(tiny.run, "--triton", repository, "--json")
+    found = run(tiny.run, "--spans-in-graph", "--triton", repository, "--json")
     assert found.exit_code == 0, found.output
     value = json.loads(found.stdout)
-    assert [Path(folder).name for folder in value["bundles"]] == ["keepers", "keepers-fused"]
-    assert os.listdir(repository) == ["keepers"]
-    assert list(value["triton"]) == [f"{repository}/keepers/1"]
+    assert [Path(folder).name for folder in value["bundles"]] == ["keepers", "keepers-fused", "keepers-spans"]
+    assert sorted(os.listdir(repository)) == ["keepers", "keepers-spans"]
+    assert list(value["triton"]) == [f"{repository}/keepers/1", f"{repository}/keepers-spans/1"]
+
+
+def test_a_bundle_with_text_in_its_graph_is_refused_or_said(bundle, tiny, tmp_path, repository):
+    mine = Path(shutil.copytree(bundle, tmp_path / "mine"))
+    both = run(mine, "--spans-in-graph", "--strings-in-graph", "--eval-data", tiny.data, "--triton", repository)
+    assert both.exit_code == 0, both.output
+    assert f"{mine}-text: not for Triton, as it takes one question a run: {repository} goes without it" in both.stdout
+    assert f"{repository}/mine-spans/1: added, version 1" in both.stdout
+    assert sorted(os.listdir(repository)) == ["mine", "mine-spans"]
+    refused = run(f"{mine}-text", "--triton", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert f"give the bundle that it was made from, {mine.name}, or its NAME-spans" in refused.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_done_is_said_before_anything_is(bundle, tiny, tmp_path, monkeypatch):

@@ -19,14 +19,16 @@ from onnx import TensorProto
 from benchmarks.span_head import FAMILIES, bare_model, family_model
 from qadeploy import Answerer
 from qadeploy.build.half import to_half
-from qadeploy.build.in_graph import GraphModel, compare_spans, cut_windows, spans_in_graph, strings_in_graph
-from qadeploy.build.span_head import CONTEXT_MASK, OUTPUTS, SpanHead, add_span_head, context_mask
+from qadeploy.build.in_graph import compare_spans, cut_windows, spans_in_graph, strings_in_graph
+from qadeploy.build.span_head import OUTPUTS, SpanHead, add_span_head
 from qadeploy.bundle import MODEL, newest_bundle, open_bundle
 from qadeploy.cli import main
 from qadeploy.data.readers import read
 from qadeploy.errors import BundleError, FailureError, GateError, InputError
 from qadeploy.qa.settings import QaSettings
+from qadeploy.qa.windows import CONTEXT_MASK, context_mask
 from qadeploy.records import Example, FloatArray, IntArray
+from qadeploy.runtime.graph import GraphModel
 from tests.conftest import sealed_copy
 from tests.models_for_tests import BY_NAME
 from tests.tokenizers_for_tests import NAMES, encoder, family, texts, thorough
@@ -276,11 +278,3 @@ def test_a_place_that_is_taken_is_named_before_any_work(bundle, tmp_path):
     code, output = invoke(bundle, "--spans-in-graph", "--out", tmp_path / "mine")
     assert code == 2, output
     assert "mine-spans: exists and is not a bundle" in output
-
-
-def test_a_triton_repository_names_the_bundle_that_it_takes(bundle, tiny, tmp_path):
-    made = spans_in_graph(open_bundle(bundle), tmp_path / "mine-spans", read(str(tiny.data)).examples[:4], top_k=5)
-    code, output = invoke(made.folder, "--triton", tmp_path / "repository")
-    assert code == 2
-    assert f"give the bundle that it was made from, {bundle.name}" in output
-    assert [p.name for p in tmp_path.iterdir()] == ["mine-spans"]

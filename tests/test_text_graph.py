@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, normalizers
 
 from qadeploy import Answerer
 from qadeploy.build import text_graph
-from qadeploy.build.in_graph import GraphModel, ask, compare_answers, strings_in_graph
+from qadeploy.build.in_graph import ask, compare_answers, strings_in_graph
 from qadeploy.build.nodes import Nodes
 from qadeploy.build.text_graph import OUTPUTS, text_model
 from qadeploy.build.wordpiece import WordPiece, check_wordpiece, read_wordpiece, special_tokens
@@ -29,6 +29,7 @@ from qadeploy.errors import BundleError, FailureError, GateError, InputError
 from qadeploy.qa.settings import QaSettings
 from qadeploy.records import Example
 from qadeploy.runtime.answerer import Options
+from qadeploy.runtime.graph import GraphModel
 from tests.conftest import sealed_copy, triplets
 from tests.tokenizers_for_tests import CORPUS, family, texts, thorough
 

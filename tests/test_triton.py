@@ -19,10 +19,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.http
 
 from qadeploy import Answerer
+from qadeploy.build.in_graph import spans_in_graph
 from qadeploy.bundle import MODEL, open_bundle
-from qadeploy.errors import InputError, RemoteError
+from qadeploy.data.readers import read
+from qadeploy.errors import BundleError, InputError, RemoteError
+from qadeploy.qa.spans import decode
+from qadeploy.qa.windows import CONTEXT_MASK, EncodedText, pad_batch, pad_context_masks
+from qadeploy.records import Window
 from qadeploy.runtime.answerer import Options
 from qadeploy.runtime.session import OnnxModel
 from qadeploy.scale.repository import add_bundle
@@ -30,6 +36,7 @@ from qadeploy.scale.triton import TritonModel, triton_answerer
 from tests.conftest import sealed_copy, triplets
 from tests.inference_servers_for_tests import Server, free_port, mlserver, needs_servers, triton
 
+SPANS = 5  # a window, of the bundles with their spans in the graph
 # Questions of one window and of several (of 160 tokens), so of many lengths.
 LONG = " ".join(str(row["context"]) for row in triplets(40))
 PAIRS = [
@@ -63,11 +70,16 @@ def same(answerer: Answerer, bundle: Path) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tiny, bundle, tmp_path_factory) -> Path:
-    """fp32 one by one, the same with batches, and int8."""
+    """fp32 one by one, the same with batches, and int8; fp32 (with batches) and int8 with their spans in the graph."""
     root = tmp_path_factory.mktemp("models")
     shutil.copytree(bundle, root / "batched")
     for folder, size in ((bundle, None), (root / "batched", 4), (tiny.bundle("int8"), None)):
         add_bundle(open_bundle(folder), root / "repository", max_batch=size)
+    examples = read(str(tiny.data)).examples[:4]
+    for kind, size in (("", 4), ("int8", None)):
+        source = open_bundle(tiny.bundle(kind))
+        made = spans_in_graph(source, root / f"{source.name}-spans", examples, top_k=SPANS)
+        add_bundle(made, root / "repository", max_batch=size)
     return root / "repository"
 
 
@@ -111,6 +123,45 @@ def test_batches_of_the_client_are_cut_and_padded(multiple, server, repository):
     same(answerer, repository / "batched/1")
 
 
+def infer(client: Any, name: str, windows: list[Window], contexts: list[EncodedText], pad: int) -> dict[str, Any]:
+    """What a caller without qadeploy does: all tensors in, all out."""
+    told = client.get_model_metadata(name)
+    feeds = {**pad_batch(windows, pad), CONTEXT_MASK: pad_context_masks(windows, contexts)}
+    inputs = []
+    for each in told["inputs"]:
+        assert each["datatype"] == "INT64"
+        inputs.append(tritonclient.http.InferInput(each["name"], feeds[each["name"]].shape, "INT64"))
+        inputs[-1].set_data_from_numpy(feeds[each["name"]])
+    reply = client.infer(name, inputs)
+    return {each["name"]: reply.as_numpy(each["name"]) for each in told["outputs"]}
+
+
+@needs_servers
+@pytest.mark.parametrize(("kind", "together"), [("", 1), ("", 4), ("int8", 1)])
+def test_spans_from_the_server_are_those_of_the_decoder(kind, together, server, tiny):
+    """Each window alone, and in padded batches."""
+    source = tiny.bundle(kind)
+    local = as_served(source)
+    begun = [local.begin(question, context, Options()) for question, context in PAIRS]
+    asked = [(window, each.context) for each in begun for window in each.windows]
+    assert len(asked) > len(PAIRS)
+    limits = {"max_answer_len": local.settings.max_answer_len, "temperature": local.settings.temperature}
+    with tritonclient.http.InferenceServerClient(server.url.removeprefix("http://")) as client:
+        for first in range(0, len(asked), together):
+            windows, contexts = map(list, zip(*asked[first : first + together], strict=True))
+            out = infer(client, f"{source.name}-spans", windows, contexts, open_bundle(source).encoder.pad_token_id)
+            for row, (window, context) in enumerate(zip(windows, contexts, strict=True)):
+                starts, ends = local.model.run([window])[0]
+                decoded = decode([window], [starts], [ends], context, top_k=SPANS, **limits)
+                assert len(decoded.spans) == SPANS
+                shift = window.context_offset - window.context_begin
+                places = zip(out["span_starts"][row] + shift, out["span_ends"][row] + shift, strict=True)
+                assert list(places) == [(span.start_token, span.end_token) for span in decoded.spans]
+                scores = np.exp(out["span_scores"][row] / limits["temperature"] - out["log_sum"][row])
+                assert scores == pytest.approx([span.score for span in decoded.spans], abs=1e-5)
+                assert out["null_scores"][row] == pytest.approx([decoded.null_logit], abs=1e-5)
+
+
 @needs_servers
 def test_several_threads_and_a_loop_share_an_answerer(server, repository):
     answerer = triton_answerer(server.url, repository / "keepers/1", connections=3)
@@ -150,7 +201,9 @@ def test_a_forked_child_makes_its_own_connections(server, repository):
 
 @needs_servers
 def test_a_wrong_name_lists_the_models(server, repository):
-    with pytest.raises(RemoteError, match=r"typo.* \(it has batched, keepers, keepers-int8\)"):
+    with pytest.raises(
+        RemoteError, match=r"typo.* \(it has batched, keepers, keepers-int8, keepers-int8-spans, keepers-spans\)"
+    ):
         triton_answerer(server.url, repository / "keepers/1", name="typo")
     with pytest.raises(RemoteError, match="keepers"):
         triton_answerer(server.url, repository / "keepers/1", version="9")
@@ -441,6 +494,11 @@ def test_a_server_that_takes_too_long(bundle):
 def test_what_is_no_url_is_named(url, bundle):
     with pytest.raises(InputError, match="give a URL such as http://localhost:8000"):
         triton_answerer(url, bundle)
+
+
+def test_a_bundle_with_its_spans_in_the_graph_names_the_one_to_load(repository):
+    with pytest.raises(BundleError, match=r"its graph answers by itself \(spans in the graph\).* made from, keepers$"):
+        triton_answerer("http://localhost:1", repository / "keepers-spans/1")
 
 
 @pytest.mark.parametrize(

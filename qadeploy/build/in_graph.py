@@ -7,30 +7,28 @@ say what the Python decoder says, on real windows and questions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from qadeploy.build import span_head, text_graph
 from qadeploy.build.card import bundle_card
-from qadeploy.build.span_head import SpanHead, add_span_head, context_mask
+from qadeploy.build.span_head import SpanHead, add_span_head
 from qadeploy.build.text_graph import text_model
 from qadeploy.build.wordpiece import read_wordpiece, special_tokens
 from qadeploy.bundle import CARD, MODEL, TOKENIZER, Bundle, check_place, open_bundle, seal, writing_bundle
-from qadeploy.errors import BundleError, FailureError, GateError, InputError
+from qadeploy.errors import FailureError, GateError, InputError
 from qadeploy.files import write_text
 from qadeploy.qa.settings import QaSettings
 from qadeploy.qa.spans import decode
-from qadeploy.qa.windows import EncodedText, Encoder, pad_batch
+from qadeploy.qa.windows import CONTEXT_MASK, EncodedText, Encoder, pad_batch, pad_context_masks
 from qadeploy.records import Answer, Example, Window
 from qadeploy.runtime.answerer import Answerer
-from qadeploy.runtime.layout import SessionSettings
-from qadeploy.runtime.session import onnxruntime
+from qadeploy.runtime.graph import GraphModel, Outputs
 from qadeploy.timing import spread
 
 QUESTIONS = 64
@@ -38,49 +36,6 @@ _BATCH = 8
 _SHORT = (96, 32)  # max_seq_len beside the question and doc_stride that cut contexts into several windows
 _SCORE = 1e-4  # relative: one softmax is computed in float32, the other in float64
 _NOTHING = Answer("", -1, -1, 0.0)
-Outputs = dict[str, NDArray[Any]]
-
-
-class GraphModel:
-    """A model file run by ONNX Runtime alone, on one thread, with a manifest's session settings; all of its outputs.
-
-    Raises BundleError where ONNX Runtime cannot load it.
-    """
-
-    def __init__(self, model: bytes, session: Mapping[str, Any] | None = None) -> None:
-        ort = onnxruntime()
-        settings = SessionSettings.from_manifest(session)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        for name, value in settings.config.items():
-            options.add_session_config_entry(name, value)
-        try:
-            self._session = ort.InferenceSession(
-                model,
-                options,
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(settings.disabled_optimizers) or None,
-            )
-        except Exception as error:  # the binding raises one class a status code, all of them bare
-            reason = " ".join(str(error).split())[:300]
-            raise BundleError(f"{MODEL}: ONNX Runtime cannot load it: {reason}") from error
-        self._kinds = {i.name: _KINDS[i.type] for i in self._session.get_inputs()}
-        self.inputs = tuple(self._kinds)
-        self.outputs = tuple(o.name for o in self._session.get_outputs())
-
-    def run(self, feeds: Mapping[str, Any]) -> Outputs:
-        """All outputs by name; of ``feeds`` it takes what the model takes."""
-        given = {name: np.asarray(feeds[name], dtype=kind) for name, kind in self._kinds.items()}
-        return dict(zip(self.outputs, self._session.run(None, given), strict=True))
-
-
-_KINDS: dict[str, Any] = {
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(float)": np.float32,
-    "tensor(string)": object,
-}
 
 
 # ---------------------------------------------------------------- spans
@@ -133,11 +88,9 @@ def compare_spans(model: GraphModel, head: SpanHead, cuts: Sequence[Placed], pad
     windows = spans = different = 0
     apart = 0.0
     for batch in batches:
-        feeds: dict[str, Any] = dict(pad_batch([cut.window for cut in batch], pad_token_id))
-        masks = np.zeros_like(feeds["input_ids"])
-        for mask, cut in zip(masks, batch, strict=True):
-            mask[: len(cut.window)] = context_mask(cut.window, cut.context)
-        out = model.run({**feeds, span_head.CONTEXT_MASK: masks})
+        held = [cut.window for cut in batch]
+        masks = pad_context_masks(held, [cut.context for cut in batch])
+        out = model.run({**pad_batch(held, pad_token_id), CONTEXT_MASK: masks})
         for i, cut in enumerate(batch):
             same, count, difference = _compare_window({name: value[i] for name, value in out.items()}, cut, head)
             windows, spans, different = windows + 1, spans + count, different + (not same)

@@ -1,7 +1,7 @@
 """The span head: the decoder's rules for one window as nodes behind the logits, for callers without a Python decoder.
 
 The model takes one more input, ``context_mask`` ``[batch, tokens]`` of the type of ``input_ids``: 1 where a span may start
-or end, which is at each context token that is not blank (``context_mask`` makes it). Its outputs beside the logits:
+or end, which is at each context token that is not blank (``qa.windows.context_mask`` makes it). Its outputs beside the logits:
 
     span_scores  float32 [batch, k]  start + end logit of the best spans, best first; -inf where there are fewer
     span_starts  int64   [batch, k]  the span's first token, as a position in the window; -1 where there are fewer
@@ -26,10 +26,8 @@ from onnx import TensorProto, helper
 from qadeploy.build.nodes import Nodes, default_opset
 from qadeploy.errors import FailureError, InputError
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import EncodedText, Encoder
-from qadeploy.records import IntArray, Window
+from qadeploy.qa.windows import CONTEXT_MASK, Encoder
 
-CONTEXT_MASK = "context_mask"
 LOGITS = ("start_logits", "end_logits")
 OUTPUTS = ("span_scores", "span_starts", "span_ends", "log_sum", "null_scores")
 DEFAULT_TOP_K = 20
@@ -138,11 +136,3 @@ def _write(n: Nodes, head: SpanHead, attention_mask: str | None) -> None:
         null = n("Add", size, null)
     index = n("Expand", null, n("Concat", n("Shape", starts, start=0, end=1), one, axis=0))
     n("Add", *(n("GatherElements", name, index, axis=1) for name in LOGITS), out=OUTPUTS[4])
-
-
-def context_mask(window: Window, context: EncodedText) -> IntArray:
-    """``[tokens]``: 1 at the window's context tokens that are not blank, where a span may start or end."""
-    mask = np.zeros(len(window), dtype=np.int64)
-    held = slice(window.context_offset, window.context_offset + window.context_length)
-    mask[window.context_begin : window.context_begin + window.context_length] = ~context.blank[held]
-    return mask

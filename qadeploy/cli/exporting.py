@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +79,7 @@ qadeploy export bundles/faq-int8 --triton repository
 )
 @click.option(
     "--triton",
-    help="Also add the bundles, but for NAME-fused, to this Triton model repository; of a bundle given as RUN, do only that.",
+    help="Also add the bundles, but for NAME-fused and NAME-text, to this Triton model repository; a bundle given as RUN is added as it is.",
 )
 @click.option(
     "--triton-batch",
@@ -142,12 +142,13 @@ def export(
         opened, place = open_bundle(run), Path(out or run)
         value: dict[str, Any] = {}
         lines: list[str] = []
+        further: list[Bundle] = []
         if in_graph:
             examples = read(eval_data or "handbook", reading).examples
             further = add_in_graph(opened, place, examples, spans=spans, strings=strings_in_graph, say=say)
             value["bundles"] = {str(b.folder): b.manifest for b in further}
         if triton:
-            value["triton"], lines = _to_triton([opened], Path(triton), triton_batch)
+            value["triton"], lines = _to_triton([opened, *further], Path(triton), triton_batch, say)
         print_result(as_json, value, lines)
         return
     from qadeploy.build import export as export_step
@@ -222,18 +223,27 @@ def export(
     lines = table(reference, size, rows)
     value = {"bundles": {str(b.folder): b.manifest for b in [*bundles, *further]}}
     if triton:
-        value["triton"], more = _to_triton([b for b in bundles if b.folder != fused_place], Path(triton), triton_batch)
+        served = [b for b in [*bundles, *further] if b.folder != fused_place]
+        value["triton"], more = _to_triton(served, Path(triton), triton_batch, say)
         lines = [*lines, "", *more]
     print_result(as_json, value, [*closing, "", *lines])
 
 
-def _to_triton(bundles: Sequence[Bundle], repository: Path, max_batch: int | None) -> tuple[dict[str, Any], list[str]]:
-    """Adds bundles to a model repository; what was added as JSON, by folder, and as lines."""
-    from qadeploy.scale.repository import add_bundle
+def _to_triton(
+    bundles: Sequence[Bundle], repository: Path, max_batch: int | None, say: Callable[[str], object]
+) -> tuple[dict[str, Any], list[str]]:
+    """Adds bundles to a model repository; what was added as JSON, by folder, and as lines.
+
+    One that a repository cannot hold is passed over with a line said, where there are others.
+    """
+    from qadeploy.scale.repository import add_bundle, takes
 
     value: dict[str, Any] = {}
     lines = []
     for bundle in bundles:
+        if len(bundles) > 1 and not takes(bundle):
+            say(f"{bundle.folder}: not for Triton, as it takes one question a run: {repository} goes without it")
+            continue
         added = add_bundle(bundle, repository, max_batch=max_batch)
         value[str(added.folder)] = asdict(added) | {"folder": str(added.folder)}
         lines.append(f"{added.folder}: {'added' if added.new else 'was there already'}, version {added.version}")

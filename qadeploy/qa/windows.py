@@ -33,6 +33,7 @@ from qadeploy.records import IntArray, Window
 
 DEFAULT_MAX_SEQ_LEN = 384
 DEFAULT_DOC_STRIDE = 128
+CONTEXT_MASK = "context_mask"  # the input of a graph with a span head (docs/spans-in-graph.md)
 _PROBES = ("a", "the", "1", ".", "\u4e00")
 _LONG = 2_000  # code points; shorter ones take about a millisecond at most
 _LAST_SPACE = 0x3000  # the highest code point that is white space
@@ -423,3 +424,19 @@ def pad_batch(windows: Sequence[Window], pad_token_id: int, *, tokens: int | Non
     if windows[0].token_type_ids is not None:
         batch["token_type_ids"] = types
     return batch
+
+
+def context_mask(window: Window, context: EncodedText) -> IntArray:
+    """``[tokens]``: 1 at the window's context tokens that are not blank, where a span may start or end."""
+    mask = np.zeros(len(window), dtype=np.int64)
+    held = slice(window.context_offset, window.context_offset + window.context_length)
+    mask[window.context_begin : window.context_begin + window.context_length] = ~context.blank[held]
+    return mask
+
+
+def pad_context_masks(windows: Sequence[Window], contexts: Sequence[EncodedText]) -> IntArray:
+    """``[windows, tokens of the longest]``: the ``context_mask`` of each window of its context, beside ``pad_batch``."""
+    masks = np.zeros((len(windows), max(len(w) for w in windows)), dtype=np.int64)
+    for mask, window, context in zip(masks, windows, contexts, strict=True):
+        mask[: len(window)] = context_mask(window, context)
+    return masks

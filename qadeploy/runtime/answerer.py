@@ -144,11 +144,7 @@ class Answerer:
         DeviceError, MissingExtraError. On CUDA it captures the graphs of one window's run, about a second's work.
         """
         bundle = open_bundle(path)
-        if bundle.in_graph:
-            raise BundleError(
-                f"{bundle.folder}: its graph answers by itself ({bundle.in_graph} in the graph), for callers without qadeploy: "
-                f"load the bundle that it was made from, {bundle.manifest['made']['from']}"
-            )
+        refuse_in_graph(bundle)
         try:
             tokenizer = Tokenizer.from_str(bundle.read(TOKENIZER).decode("utf-8"))
         except QadeployError:
@@ -456,6 +452,15 @@ class Answerer:
             )
             for one, own, decoded in zip(begun, scored, found, strict=True)
         ]
+
+
+def refuse_in_graph(bundle: Bundle) -> None:
+    """Raises BundleError on a bundle whose graph does the Answerer's work itself; names the one to load."""
+    if bundle.in_graph:
+        raise BundleError(
+            f"{bundle.folder}: its graph answers by itself ({bundle.in_graph} in the graph), for callers without qadeploy: "
+            f"load the bundle that it was made from, {bundle.manifest['made']['from']}"
+        )
 
 
 def to_answers(reading: Reading, options: Options) -> list[Answer]:

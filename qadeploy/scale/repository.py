@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ from qadeploy import __version__
 from qadeploy.bundle import CARD, MANIFEST, MODEL, TOKENIZER, Bundle, open_bundle
 from qadeploy.errors import BundleError, InputError
 from qadeploy.files import hash_file, sync_folder, write_text
-from qadeploy.qa.windows import Encoder
+from qadeploy.qa.windows import CONTEXT_MASK, EncodedText, Encoder, pad_batch, pad_context_masks
 from qadeploy.records import Window
+from qadeploy.runtime.cuda import batches
+from qadeploy.runtime.graph import GraphModel
 from qadeploy.runtime.layout import SessionSettings
-from qadeploy.runtime.session import Logits, OnnxModel, usable_cpus
+from qadeploy.runtime.session import Logits, usable_cpus
 from qadeploy.scale.model_config import (
     BUNDLE_PARAMETER,
     CONFIG,
@@ -47,6 +50,8 @@ _APART_ELSE = 1e-3
 _GPU_BATCH, _CPU_BATCH = 32, 1
 _GPU_DELAY = 500  # microseconds: a fraction of what a batch takes
 _SAMPLE_TOKENS = 128  # the longest of the windows that are run alone and together
+_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", CONTEXT_MASK})
+_LOGITS = ("start_logits", "end_logits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,11 @@ def check_repository(repository: Path) -> None:
             raise InputError(f"{repository}: is {what}, not a model repository: give the folder that holds the models")
 
 
+def takes(bundle: Bundle) -> bool:
+    """Whether a repository can hold the bundle: all but those with the text in the graph."""
+    return bundle.in_graph in {"", "spans"}
+
+
 def add_bundle(bundle: Bundle, repository: Path, *, max_batch: int | None = None) -> Added:
     """Adds a verified bundle to a model repository, which is made where it is missing; other models are left alone.
 
@@ -82,13 +92,13 @@ def add_bundle(bundle: Bundle, repository: Path, *, max_batch: int | None = None
     A model of the bundle's name gets one more version, the newest, which Triton serves by default; its config.pbtxt stays
     as it is, edited by hand or not, but for one parameter more. The bundle that is the newest already is not added again.
     A version stands whole or not at all. Raises InputError where ``repository`` cannot hold models or the
-    config.pbtxt there is not of such a model, or where windows may not run together as ``max_batch`` wants, BundleError, MissingExtraError (``triton``).
+    config.pbtxt there is not of such a model, or the bundle has the text in its graph, or where windows may not run together as ``max_batch`` wants, BundleError, MissingExtraError (``triton``).
     """
     check_repository(repository)
-    if bundle.in_graph:
+    if not takes(bundle):
         raise InputError(
-            f"{bundle.folder}: has its {bundle.in_graph} in the graph, which a repository written here does not take: give the "
-            f"bundle that it was made from, {bundle.manifest['made']['from']}"
+            f"{bundle.folder}: has its {bundle.in_graph} in the graph, one question a run, where Triton needs a batch in front: "
+            f"give the bundle that it was made from, {bundle.manifest['made']['from']}, or its NAME-spans"
         )
     name = bundle.folder.resolve().name
     model = repository / name
@@ -249,18 +259,42 @@ def measure_effects(bundle: Bundle) -> Effects:
     unset += [f"{key} {value}" for key, value in stored.config.items()]
     if bundle.precision == "fp16":
         unset = []  # they hold on a CPU only
-    windows = _sample(bundle)
+    windows, card = _sample(bundle)
     served = _model(bundle, None)
-    alone = [served.run([window])[0] for window in windows]
-    together = _apart(alone, served.run_batch(windows))
-    own = _model(bundle, bundle.manifest.get("session")) if unset else served
-    settings = _apart(alone, [own.run([window])[0] for window in windows]) if unset else 0.0
+    single = [[i] for i in range(len(windows))]
+    alone = _run(served, windows, card, single, bundle.encoder.pad_token_id)
+    # All as one batch; without a mask those of one length.
+    joined = batches([len(w) for w in windows], tokens=sys.maxsize, masked="attention_mask" in served.inputs)
+    together = _apart(alone, _run(served, windows, card, joined, bundle.encoder.pad_token_id))
+    settings = 0.0
+    if unset:
+        own = _model(bundle, bundle.manifest.get("session"))
+        settings = _apart(alone, _run(own, windows, card, single, bundle.encoder.pad_token_id))
     return Effects(together, settings, tuple(unset), together <= _APART.get(bundle.precision, _APART_ELSE))
 
 
-def _model(bundle: Bundle, session: Mapping[str, Any] | None) -> OnnxModel:
-    pad = bundle.encoder.pad_token_id
-    return OnnxModel(lambda: bundle.read(MODEL), device="cpu", threads=1, pad_token_id=pad, options=session)
+def _model(bundle: Bundle, session: Mapping[str, Any] | None) -> GraphModel:
+    model = GraphModel(bundle.read(MODEL), session)
+    if not set(model.inputs) <= _INPUTS or not set(_LOGITS) <= set(model.outputs):
+        raise BundleError(
+            f"{bundle.folder / MODEL}: inputs {', '.join(model.inputs)} and outputs {', '.join(model.outputs)} are not those of "
+            "a question-answering model: export it with qadeploy export"
+        )
+    return model
+
+
+def _run(
+    model: GraphModel, windows: Sequence[Window], context: EncodedText, groups: Sequence[Sequence[int]], pad: int
+) -> list[Logits]:
+    """Start and end logits of windows of one context, in order, those of a group in one run."""
+    logits: dict[int, Logits] = {}
+    for group in groups:
+        held = [windows[i] for i in group]
+        masks = pad_context_masks(held, [context] * len(held))
+        out = model.run({**pad_batch(held, pad), CONTEXT_MASK: masks})
+        starts, ends = (out[name] for name in _LOGITS)
+        logits |= {i: (starts[row, : len(windows[i])], ends[row, : len(windows[i])]) for row, i in enumerate(group)}
+    return [logits[i] for i in range(len(windows))]
 
 
 def _apart(some: Sequence[Logits], others: Sequence[Logits]) -> float:
@@ -268,7 +302,8 @@ def _apart(some: Sequence[Logits], others: Sequence[Logits]) -> float:
     return max(float(np.max(np.abs(a - b))) for a, b in pairs)
 
 
-def _sample(bundle: Bundle) -> list[Window]:
+def _sample(bundle: Bundle) -> tuple[list[Window], EncodedText]:
+    """Windows, and the card that they are of."""
     encoder = Encoder(Tokenizer.from_str(bundle.read(TOKENIZER).decode("utf-8")), bundle.encoder)
     card = encoder.encode(bundle.read(CARD).decode("utf-8"))
     longest = min(_SAMPLE_TOKENS, bundle.settings.max_seq_len)
@@ -281,4 +316,4 @@ def _sample(bundle: Bundle) -> list[Window]:
         raise BundleError(
             f"{bundle.folder / CARD}: is too short to tell whether windows may run together: export it again"
         )
-    return windows
+    return windows, card

@@ -29,7 +29,7 @@ from qadeploy.bundle import TOKENIZER, Bundle, open_bundle
 from qadeploy.errors import InputError, MissingExtraError, RemoteError
 from qadeploy.qa.windows import Encoder, pad_batch
 from qadeploy.records import FloatArray, Window
-from qadeploy.runtime.answerer import Answerer
+from qadeploy.runtime.answerer import Answerer, refuse_in_graph
 from qadeploy.runtime.contexts import DEFAULT_CACHE_BYTES
 from qadeploy.runtime.cuda import batches
 from qadeploy.runtime.session import Pending
@@ -77,9 +77,10 @@ def triton_answerer(
     ``bundle`` is the folder of the same bundle that the server runs, such as a version's in the model repository: it gives
     tokenizer and settings. ``name`` is the model's on the server (default: the folder's, or that of its model in a
     repository); the other options are those of ``TritonModel``. Raises what ``TritonModel`` does, and InputError and
-    BundleError for the folder.
+    BundleError for the folder, which must not be of a bundle with its spans in the graph.
     """
     opened = open_bundle(bundle)
+    refuse_in_graph(opened)
     encoder = Encoder(Tokenizer.from_str(opened.read(TOKENIZER).decode("utf-8")), opened.encoder)
     model = TritonModel(
         url,
