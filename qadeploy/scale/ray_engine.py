@@ -122,16 +122,17 @@ def running(cluster: Cluster) -> Iterator[Pool]:
     except ImportError as error:
         raise MissingExtraError("--engine ray", error.name or "ray", "scale") from error
     mine = not ray.is_initialized()
-    if mine:
-        _start(ray, cluster)
-    try:
-        with _quiet(ray, cluster.verbose), contextlib.redirect_stdout(_Apart(sys.stdout, cluster.verbose)):
-            found = ray.cluster_resources()
-            yield share_out(cluster, found.get("CPU", 0.0), found.get("GPU", 0.0))
-    finally:
+    apart = _Apart(sys.stdout, cluster.verbose)
+    with contextlib.redirect_stdout(apart):
         if mine:
-            # It prints what is left of the remarks, in this thread.
-            with contextlib.redirect_stdout(sys.stderr if cluster.verbose else io.StringIO()):
+            _start(ray, cluster)
+        try:
+            with _quiet(ray, cluster.verbose):
+                found = ray.cluster_resources()
+                yield share_out(cluster, found.get("CPU", 0.0), found.get("GPU", 0.0))
+        finally:
+            if mine:
+                apart.ending = True
                 ray.shutdown()
 
 
@@ -147,8 +148,13 @@ def _start(ray: Any, cluster: Cluster) -> None:
         with contextlib.nullcontext() if cluster.verbose else _silent_library():
             ray.init(**common)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
-        where = f"--address {cluster.address}" if cluster.address else "Ray on this machine"
-        raise InputError(f"{where}: cannot be reached: {one_line(error)}") from error
+        if not cluster.address:
+            raise InputError(f"Ray on this machine: does not start: {one_line(error)}") from error
+        raise InputError(
+            f"--address {cluster.address}: cannot be reached: {one_line(error)}. Does the same version of Ray run there? "
+            "Where it asks for a token, as Ray does by default, set RAY_AUTH_MODE=token and have ~/.ray/auth_token, or "
+            "give --address auto on one of its machines"
+        ) from error
 
 
 def _check_address(address: str) -> None:
@@ -167,16 +173,20 @@ def _check_address(address: str) -> None:
 
 
 class _Apart(io.TextIOBase):
-    """Stdout for the thread that made this. What others write is Ray's remarks on dead workers: for stderr, or nobody."""
+    """Stdout for the thread that made this. What others write is Ray's remarks on dead workers: for stderr, or nobody.
+
+    So is all that is written once it is ``ending``: Ray says then what it kept back because it had said it before.
+    """
 
     def __init__(self, stdout: TextIO, verbose: bool) -> None:
         self._stdout = stdout
         self._verbose = verbose
         self._thread = threading.get_ident()
+        self.ending = False
 
     def write(self, text: str) -> int:
         """Writes the text where it belongs."""
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread and not self.ending:
             return self._stdout.write(text)
         return sys.stderr.write(text) if self._verbose else len(text)
 

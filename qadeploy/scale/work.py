@@ -17,7 +17,8 @@ from qadeploy.scale.plan import Plan, Shard
 from qadeploy.scale.ranges import Reader
 
 Load = Callable[[], Answerer]
-_CONTEXT_BYTES = 8 * 2**20  # of tokenised contexts: rows with the same one lie near each other
+# Of tokenised contexts that a worker keeps: rows on one context stand together as a rule, so few are asked for again later.
+_CONTEXTS = 8 * 2**20
 _SHARED = "with several machines the bundle, the input and --output must lie where each of them sees them (input also on s3://)"
 
 
@@ -31,7 +32,7 @@ class BundleLoad:
 
     def __call__(self) -> Answerer:
         """The answerer. Raises what ``Answerer.load`` raises."""
-        return Answerer.load(self.path, device=self.device, threads=self.threads, context_cache_bytes=_CONTEXT_BYTES)
+        return Answerer.load(self.path, device=self.device, threads=self.threads, context_cache_bytes=_CONTEXTS)
 
 
 class Worker:
