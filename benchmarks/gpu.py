@@ -197,8 +197,13 @@ def table(lines: Sequence[Json]) -> list[str]:
             tokens = facts["tokens"]
             result.append(
                 f"\n{model}: {facts['questions']} questions, {facts['windows']} windows of {tokens['least']} to {tokens['most']} "
-                f"tokens (mean {tokens['mean']:.0f}); {facts['graph']['attention_nodes']} of {facts['graph']['layers']} attentions fused"
+                f"tokens (mean {tokens['mean']:.0f})"
             )
+        result += [
+            f"attention: {line['graph']['operators']}; {line['graph']['operators_ms']}"
+            for line in own
+            if line["kind"] == "graph"
+        ]
         head = f"{'scenario':<15} {'variant':<48} {'ms (least to most)':>30} {'per second':>11} {'GPU %':>6}"
         rows = [line for line in own if line["kind"] == "row"]
         result += [head] if rows else []
@@ -238,9 +243,15 @@ def closing(found: Sequence[Json]) -> list[str]:
 @click.option(
     "--device", default="cuda", show_default=True, help="cuda, cuda:N, or cpu for a dry run with tiny models."
 )
-@click.option("--questions", type=click.IntRange(1), help="Of the handbook.  [default: 1000, on the CPU 3]")
-@click.option("--rounds", type=click.IntRange(1), help="Of each variant.  [default: 15, on the CPU 2]")
-@click.option("--minutes", type=float, help="All models together.  [default: 7.5, on the CPU 1.8]")
+@click.option("--questions", type=click.IntRange(1), help="Of the handbook.  [default: 400, on the CPU 3]")
+@click.option("--rounds", type=click.IntRange(1), help="Of each variant.  [default: 9, on the CPU 2]")
+@click.option("--minutes", type=float, help="All models together.  [default: 3, on the CPU 1.8]")
+@click.option(
+    "--exports",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keeps the exported models here, and takes them from here.",
+)
+@click.option("--only-export", is_flag=True, help="Makes --exports, side by side, and measures nothing.")
 @click.option(
     "--model", "models", multiple=True, type=click.Choice(list(SHARES)), help="Only this one; may be repeated."
 )
@@ -250,21 +261,37 @@ def main(
     questions: int | None,
     rounds: int | None,
     minutes: float | None,
+    exports: Path | None,
+    only_export: bool,
     models: tuple[str, ...],
 ) -> None:
     """Measures, prints the table and writes the JSON."""
     dry = not device.startswith("cuda")
     chosen = models or tuple(SHARES)
+    if only_export:
+        if exports is None:
+            raise click.UsageError("--only-export needs --exports")
+        kind = "dry" if dry else "full"
+        command = [sys.executable, "-m", "benchmarks.gpu_variants"]
+        running = [subprocess.Popen([*command, name, str(exports), kind], cwd=ROOT) for name in chosen]
+        raise SystemExit(max(process.wait() for process in running))
     shares = {name: SHARES[name] for name in chosen}
     lines: list[Json] = []
-    end = time.time() + 60 * (minutes or (1.8 if dry else 7.5))
+    end = time.time() + 60 * (minutes or (1.8 if dry else 3))
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(chosen):
             rest = sum(shares[other] for other in chosen[number:])
             until = time.time() + (end - time.time()) * shares[name] / rest  # what one leaves over the others share
             rows = Path(folder) / f"{number}.jsonl"
             plan = Plan(
-                name, device, dry, questions or (3 if dry else 1000), rounds or (2 if dry else 15), until, str(rows)
+                name,
+                device,
+                dry,
+                questions or (3 if dry else 400),
+                rounds or (2 if dry else 9),
+                until,
+                str(rows),
+                str(exports or Path(folder) / "exports"),
             )
             click.echo(f"{name}: until {time.strftime('%H:%M:%S', time.localtime(until))}", err=True)
             lines += run_model(plan)

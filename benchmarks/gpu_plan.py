@@ -42,7 +42,10 @@ SHARES = {BASE: 0.34, "BERT-base shape": 0.23, "BERT-large shape": 0.43}  # of t
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one model's process is told. ``until`` is the end of its time (``time.time``), ``rows`` where it writes."""
+    """What one model's process is told.
+
+    ``until`` is the end of its time (``time.time``), ``rows`` the file that it writes, ``exports`` the folder of the models.
+    """
 
     model: str
     device: str
@@ -51,6 +54,7 @@ class Plan:
     rounds: int
     until: float
     rows: str
+    exports: str
     skip: tuple[str, ...] = ()
 
     @property
@@ -122,8 +126,12 @@ class Gpu:
         started = time.monotonic()
         while time.monotonic() - started < seconds:
             work()
-        # nvidia-smi looks back over up to a second: the first samples tell of what was before.
-        own = [percent for at, percent, _ in self._samples if at - started > seconds / 2]
+        return self.since(started)
+
+    def since(self, started: float) -> float | None:
+        """Percent in the second half of the time since ``started`` (``time.monotonic``)."""
+        middle = (started + time.monotonic()) / 2  # nvidia-smi looks back over up to a second
+        own = [percent for at, percent, _ in self._samples if at > middle]
         return float(np.mean(own)) if own else None
 
     def close(self) -> None:

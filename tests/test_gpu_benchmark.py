@@ -77,8 +77,10 @@ def test_correctness_is_paired_and_counts_equal_places():
 
 
 def test_a_variant_that_fails_is_a_row_and_the_others_are_timed(tmp_path: Path):
-    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 2, 3, time.time() + 60, str(tmp_path / "rows.jsonl"))
-    worker = gpu_worker.Worker(plan, tmp_path)
+    plan = gpu_plan.Plan(
+        gpu_plan.BASE, "cpu", True, 2, 3, time.time() + 60, str(tmp_path / "rows.jsonl"), str(tmp_path)
+    )
+    worker = gpu_worker.Worker(plan)
     calls = {"good": 0, "late": 0}
 
     def good() -> None:
@@ -105,7 +107,9 @@ def test_a_variant_that_fails_is_a_row_and_the_others_are_timed(tmp_path: Path):
 
 def test_what_is_short_is_repeated_and_what_is_slow_has_fewer_rounds(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(gpu_worker, "_LONG", 0.25)
-    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 2, 9, time.time() + 60, str(tmp_path / "rows.jsonl"))
+    plan = gpu_plan.Plan(
+        gpu_plan.BASE, "cpu", True, 2, 9, time.time() + 60, str(tmp_path / "rows.jsonl"), str(tmp_path)
+    )
     calls = {"short": 0, "slow": 0}
 
     def short() -> None:
@@ -116,7 +120,7 @@ def test_what_is_short_is_repeated_and_what_is_slow_has_fewer_rounds(tmp_path: P
         calls["slow"] += 1
         time.sleep(0.1)
 
-    times = gpu_worker.Worker(plan, tmp_path).rounds({"short": short, "slow": slow}, gpu_plan.MIXED)
+    times = gpu_worker.Worker(plan).rounds({"short": short, "slow": slow}, gpu_plan.MIXED)
     assert (len(times["short"]), len(times["slow"])) == (9, 3)
     assert calls["slow"] == 2 + 3
     assert calls["short"] > 2 + 9
@@ -124,8 +128,8 @@ def test_what_is_short_is_repeated_and_what_is_slow_has_fewer_rounds(tmp_path: P
 
 
 def test_when_the_time_is_up_nothing_more_begins(tmp_path: Path):
-    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 2, 3, time.time() - 1, str(tmp_path / "rows.jsonl"))
-    worker = gpu_worker.Worker(plan, tmp_path)
+    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 2, 3, time.time() - 1, str(tmp_path / "rows.jsonl"), str(tmp_path))
+    worker = gpu_worker.Worker(plan)
     assert worker.rounds({"any": lambda: pytest.fail("it ran")}, gpu_plan.MIXED) == {"any": []}
     assert "TimeoutError: the time was up" in (tmp_path / "rows.jsonl").read_text()
 
@@ -146,7 +150,9 @@ def test_a_process_that_dies_is_blamed_on_who_began_last_and_tried_again_without
         encoding="utf-8",
     )
     monkeypatch.setattr(gpu, "WORKER", (sys.executable, str(script)))
-    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 2, 3, time.time() + 60, str(tmp_path / "rows.jsonl"))
+    plan = gpu_plan.Plan(
+        gpu_plan.BASE, "cpu", True, 2, 3, time.time() + 60, str(tmp_path / "rows.jsonl"), str(tmp_path)
+    )
     lines = gpu.run_model(plan)
     assert lines[-1]["kind"] == "done"
     failed = [line for line in lines if line["kind"] == "failed"]
@@ -201,8 +207,10 @@ def test_a_reference_that_fails_is_a_row_and_the_answers_are_not_compared(tmp_pa
         def load_reference(self) -> None:
             raise RuntimeError("CUDA out of memory")
 
-    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 1, 3, time.time() + 60, str(tmp_path / "rows.jsonl"))
-    right = gpu_worker.Worker(plan, tmp_path).right_answers(Subject())
+    plan = gpu_plan.Plan(
+        gpu_plan.BASE, "cpu", True, 1, 3, time.time() + 60, str(tmp_path / "rows.jsonl"), str(tmp_path)
+    )
+    right = gpu_worker.Worker(plan).right_answers(Subject())
     assert right == []
     failed = gpu.written(tmp_path / "rows.jsonl")[-1]
     assert (failed["kind"], failed["variant"]) == ("failed", gpu_plan.REFERENCE)
@@ -223,7 +231,7 @@ def test_a_process_killed_in_a_line_loses_that_line_alone(tmp_path: Path, monkey
         encoding="utf-8",
     )
     monkeypatch.setattr(gpu, "WORKER", (sys.executable, str(script)))
-    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 2, 3, time.time() - 1, str(tmp_path / "rows.jsonl"))
+    plan = gpu_plan.Plan(gpu_plan.BASE, "cpu", True, 2, 3, time.time() - 1, str(tmp_path / "rows.jsonl"), str(tmp_path))
     lines = gpu.run_model(plan)
     assert [line["kind"] for line in lines] == ["begin", "failed"]
     assert lines[-1]["reason"] == "the time was up"

@@ -8,29 +8,33 @@ operators run on CUDA only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import helper
 
+from qadeploy.build.attention import packed_multi_head_attention, standard_attention
 from qadeploy.build.fusing import fuse, has_fusions, silent
 from qadeploy.build.graph import Graph
 from qadeploy.build.manifest import finish_bundle
+from qadeploy.build.parity import parity_windows
 from qadeploy.build.report import Reference, make_answerer
 from qadeploy.build.runs import known_examples
 from qadeploy.bundle import MODEL, PACKED, Bundle, open_bundle, writing_bundle
-from qadeploy.errors import DeviceError, FailureError, GateError
+from qadeploy.errors import BundleError, DeviceError, FailureError, GateError
 from qadeploy.evaluate import evaluate
 from qadeploy.qa.metrics import bootstrap_interval
-from qadeploy.records import Example
+from qadeploy.records import Example, Window
 from qadeploy.runtime.cuda import PACKING
 from qadeploy.runtime.session import OnnxModel
-from qadeploy.timing import spread
+from qadeploy.timing import interleave, spread
 from qadeploy.tuning import Tuning
 
 # A logit of 10 rounds by 2^-11 x 10 = 0.005 in fp16: about twenty such roundings.
@@ -38,6 +42,10 @@ FP16_TOLERANCE = 0.1
 MAX_F1_DROP = 0.1
 QUESTIONS = 1000  # fewer cannot tell a tenth of a point
 LOGITS = ("start_logits", "end_logits")
+ATTENTION, STANDARD = "com.microsoft.Attention", "ai.onnx.Attention"
+PACKED_ATTENTION, PACKED_MULTI_HEAD = "com.microsoft.PackedAttention", "com.microsoft.PackedMultiHeadAttention"
+_ROUNDS = 9
+_REPEATED = 8  # the windows of a parity check, so that there are many
 _ON_CPU = "fp16 weights; where the CPU has no fp16 kernel ONNX Runtime computes in fp32 (measured without a GPU)"
 _ON_CUDA = "fp16 weights and arithmetic, on CUDA"
 _INTEGERS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
@@ -48,7 +56,8 @@ _DOMAIN = "com.microsoft"
 class Half:
     """A model in fp16: its graph, the one without padding (or why there is none), and what was done.
 
-    ``attentions`` are the attention nodes, of ``layers``; ``exact`` the names of nodes that stay in fp32.
+    ``attentions`` are the attention nodes, of ``layers``; ``exact`` the names of nodes that stay in fp32. ``operators``
+    compute attention in ``model`` and in ``packed``; ``operators_ms`` says how long others took, where they were timed.
     """
 
     model: bytes
@@ -58,6 +67,8 @@ class Half:
     layers: int
     int32_inputs: bool
     exact: tuple[str, ...]
+    operators: tuple[str, str | None] = (ATTENTION, PACKED_ATTENTION)
+    operators_ms: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """What was done, as plain JSON values."""
@@ -69,6 +80,8 @@ class Half:
             "fp32_nodes": len(self.exact),
             "packed": self.packed is not None,
             "no_packing": self.no_packing or None,
+            "operators": {"few_windows": self.operators[0], "many_windows": self.operators[1]},
+            "operators_ms": {name: dict(values) for name, values in self.operators_ms.items()},
         }
 
 
@@ -127,6 +140,74 @@ def pack(proto: onnx.ModelProto) -> tuple[bytes | None, str]:
     if after["PackedAttention"] != before["Attention"] or (after["RemovePadding"], after["RestorePadding"]) != (1, 1):
         return None, "ONNX Runtime's convert_to_packing_mode left the graph as it was"
     return made.model.SerializeToString(), ""
+
+
+Load = Callable[[bytes, bytes | None], OnnxModel]
+
+
+def fastest(made: Half, load: Load, windows: Sequence[Window]) -> Half:
+    """The model with the operators whose attention is the fastest on a GPU, which differs by GPU.
+
+    Args:
+        made: A model in fp16.
+        load: Gives the session of a graph and of its packed one (None: without), on the GPU.
+        windows: Windows of usual lengths. The longest is timed alone, all of them together.
+
+    Returns:
+        ``made`` with the fastest graphs and the times of all in milliseconds (or why one did not run).
+    """
+    few: dict[str, bytes] = {ATTENTION: made.model}
+    if made.attentions:
+        with contextlib.suppress(ValueError):
+            few[STANDARD] = standard_attention(made.model)
+    longest = [max(windows, key=len)]
+    times, alone = _timed({name: partial(load, model, None) for name, model in few.items()}, lambda m: m.run(longest))
+    best = min(times, key=times.__getitem__, default=ATTENTION)
+    many: dict[str, bytes | None] = {best: None}
+    if made.packed is not None:
+        many |= {PACKED_ATTENTION: made.packed, PACKED_MULTI_HEAD: packed_multi_head_attention(made.packed)}
+    loads = {name: partial(load, few[best], packed) for name, packed in many.items()}
+    times, together = _timed(loads, lambda m: m.run_batch(windows))
+    best_of_many = min(times, key=times.__getitem__, default=best)
+    packed = many[best_of_many]
+    return replace(
+        made,
+        model=few[best],
+        packed=packed,
+        no_packing=""
+        if packed
+        else f"padded batches through {best} are faster here"
+        if made.packed
+        else made.no_packing,
+        operators=(best, best_of_many),
+        operators_ms={"few_windows": alone, "many_windows": together},
+    )
+
+
+def _timed(
+    loads: Mapping[str, Callable[[], OnnxModel]], run: Callable[[OnnxModel], object]
+) -> tuple[dict[str, float], dict[str, float | str]]:
+    """Median milliseconds of a run of those that load and run, and of all, with the reason of one that does not."""
+    models: dict[str, OnnxModel] = {}
+    said: dict[str, float | str] = {}
+    for name, load in loads.items():
+        try:
+            model = load()
+            for _ in range(3):
+                run(model)
+        except (DeviceError, BundleError) as error:
+            said[name] = str(error)
+            continue
+        given_up = [note for note in model.notes() if "failed" in note or "logits were" in note]
+        if given_up:
+            said[name] = given_up[-1]
+        else:
+            models[name] = model
+    if not models:
+        return {}, said
+    timings = interleave({name: partial(run, model) for name, model in models.items()}, _ROUNDS)
+    times = {name: 1000 * timing.median for name, timing in timings.items()}
+    return times, said | times
 
 
 def exact_nodes(proto: onnx.ModelProto) -> tuple[str, ...]:
@@ -193,6 +274,13 @@ def half(
         say(f"{error}\nso the fp16 bundle is judged on the CPU")
         device = "cpu"
         answerer = make_answerer(reference, made.model, {}, device=device)
+    if isinstance(answerer.model, OnnxModel) and answerer.model.device == "cuda":
+        made = fastest(
+            made,
+            lambda graph, packed: _loaded(reference, graph, packed, device),
+            parity_windows(reference.checkpoint, reference.examples) * _REPEATED,
+        )
+        answerer = make_answerer(reference, made.model, {}, device=device, packed=made.packed)
     model = answerer.model
     measured_on = model.device if isinstance(model, OnnxModel) else "cpu"
     examples = judging(reference, questions)
@@ -245,6 +333,12 @@ def half(
             device=device,
         )
     return open_bundle(out)
+
+
+def _loaded(reference: Reference, model: bytes, packed: bytes | None, device: str) -> OnnxModel:
+    loaded = make_answerer(reference, model, {}, device=device, packed=packed).model
+    assert isinstance(loaded, OnnxModel)  # noqa: S101 - for the type checker
+    return loaded
 
 
 def judging(reference: Reference, questions: int = QUESTIONS) -> Sequence[Example]:

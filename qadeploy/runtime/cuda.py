@@ -43,6 +43,8 @@ _SLOTS = 96  # shapes that keep buffers: 16 lengths x 4 rows of graphs, and the 
 _NO_GRAPH = "-1"  # ONNX Runtime's id for a run that neither captures nor replays
 _GRAPH_ID = "gpu_graph_id"
 _OUTPUTS = ("start_logits", "end_logits")
+# Of bfc_arena.cc, CUDA (cudaErrorMemoryAllocation) and cuBLAS.
+_NO_MEMORY = ("failed to allocate memory", "available memory of", "out of memory", "cublas_status_alloc_failed")
 _NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
@@ -126,6 +128,10 @@ def batches(
     return found
 
 
+class _OutOfMemoryError(Exception):
+    """The GPU's memory does not hold a batch."""
+
+
 class _Slot:
     """The buffers of one shape on the device, bound to a session once."""
 
@@ -179,6 +185,7 @@ class DeviceRunner:
         self._pad, self._longest = pad_token_id, longest
         self._slots: OrderedDict[tuple[str, Shape], _Slot] = OrderedDict()
         self._captured = 0
+        self._tokens = TOKENS  # of a batch; fewer once the device's memory has run out
         self._no_graphs = ""
         self._no_packing = "" if make_packed else no_packing
         self.session: Any = _on_its_thread(self._first_session)
@@ -204,6 +211,8 @@ class DeviceRunner:
         """Which paths windows take, and why not the faster ones: a line each for few windows and for many."""
         few = f"CUDA graphs ({self._captured} shapes captured)" if self.graphs else f"plain runs: {self._no_graphs}"
         many = PACKING if self.packed else f"padded batches: {self._no_packing}"
+        if self._tokens < TOKENS:
+            many += f" (at most {self._tokens} tokens per batch: memory ran out)"
         if self.packed and not self._packed_proven:
             many += " (not run yet)"
         return [f"one question: {few}", f"many questions: {many}"]
@@ -229,10 +238,26 @@ class DeviceRunner:
         return _cut(found, windows) if found is not None else self.run_many(windows)
 
     def run_many(self, windows: Sequence[Window]) -> list[Logits]:
-        """Like ``run``, in batches by length."""
+        """Like ``run``, in batches by length.
+
+        Raises DeviceError if the device's memory does not hold the longest window alone, or if a run fails.
+        """
+        while True:
+            try:
+                return self._in_batches(windows)
+            except _OutOfMemoryError as error:
+                if self._tokens <= max(len(w) for w in windows):
+                    raise DeviceError(
+                        f"the GPU's memory does not hold one window of {max(len(w) for w in windows)} tokens: end what "
+                        f"else uses the GPU, or give another --device ({error})"
+                    ) from error
+                self._tokens //= 2
+                _on_its_thread(self._slots.clear)
+
+    def _in_batches(self, windows: Sequence[Window]) -> list[Logits]:
         logits: dict[int, Logits] = {}
         lengths = [len(w) for w in windows]
-        for rows in batches(lengths, masked=self.masked, packed=self.packed):
+        for rows in batches(lengths, tokens=self._tokens, masked=self.masked, packed=self.packed):
             own = [windows[i] for i in rows]
             longest = lengths[rows[0]]
             step = 1 if not self.masked else STEP if self.packed else _PLAIN_STEP
@@ -263,9 +288,15 @@ class DeviceRunner:
         return self.session
 
     def _batch(self, shape: Shape, batch: Mapping[str, Any]) -> Logits:
-        """The logits of one of many batches."""
-        found = self._without_padding(shape, batch)
-        return self._slot("plain", self._plain(), shape).run(batch) if found is None else found
+        """The logits of one of many batches. Raises _OutOfMemoryError, DeviceError."""
+        try:
+            found = self._without_padding(shape, batch)
+            return self._slot("plain", self._plain(), shape).run(batch) if found is None else found
+        except (DeviceError, _OutOfMemoryError):
+            raise
+        except Exception as error:  # the binding raises one class per status code, all of them bare
+            _raise_if_out_of_memory(error)
+            raise DeviceError(f"a run on the GPU failed: {_short(error)}") from error
 
     def _replayed(self, shape: Shape, batch: Mapping[str, Any]) -> Logits | None:
         """A graph's logits, captured first where need be; None where graphs are given up."""
@@ -288,8 +319,8 @@ class DeviceRunner:
             found = slot.run(batch)  # the first run captured, after two of ONNX Runtime's own; this one replays
             plain = _Slot(self._ort, self.session, shape, self._place, None).run(batch)
             apart = _apart(found, plain, batch)
-        except Exception as error:  # the binding raises one class a status code, all of them bare
-            return None, f"capturing {shape.rows} x {shape.tokens} tokens failed: {' '.join(str(error).split())[:200]}"
+        except Exception as error:  # the binding raises one class per status code, all of them bare
+            return None, f"capturing {shape.rows} x {shape.tokens} tokens failed: {_short(error)}"
         if apart > APART:
             return None, f"a captured graph's logits were {apart:.2g} from those of a plain run"
         slot.proven = True
@@ -312,7 +343,8 @@ class DeviceRunner:
                 return found
             reason = f"the packed graph's logits were {apart:.2g} from those of the padded one"
         except Exception as error:
-            reason = f"the packed graph failed: {' '.join(str(error).split())[:200]}"
+            _raise_if_out_of_memory(error)
+            reason = f"the packed graph failed: {_short(error)}"
         self._no_packing = reason
         self._packed = None
         for key in [key for key in self._slots if key[0] == "packed"]:
@@ -331,6 +363,17 @@ class DeviceRunner:
             slot = self._slots[key] = _Slot(self._ort, session, shape, self._place, number)
         self._slots.move_to_end(key)
         return slot
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _raise_if_out_of_memory(error: Exception) -> None:
+    """Raises _OutOfMemoryError if that is what ONNX Runtime's arena, CUDA or cuBLAS says in ``error``."""
+    said = str(error).lower()
+    if any(words in said for words in _NO_MEMORY):
+        raise _OutOfMemoryError(_short(error)) from error
 
 
 def _copied(logits: Any) -> FloatArray:
