@@ -199,11 +199,6 @@ def table(lines: Sequence[Json]) -> list[str]:
                 f"\n{model}: {facts['questions']} questions, {facts['windows']} windows of {tokens['least']} to {tokens['most']} "
                 f"tokens (mean {tokens['mean']:.0f})"
             )
-        result += [
-            f"attention: {line['graph']['operators']}; {line['graph']['operators_ms']}"
-            for line in own
-            if line["kind"] == "graph"
-        ]
         head = f"{'scenario':<15} {'variant':<48} {'ms (least to most)':>30} {'per second':>11} {'GPU %':>6}"
         rows = [line for line in own if line["kind"] == "row"]
         result += [head] if rows else []

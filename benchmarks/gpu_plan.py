@@ -19,8 +19,9 @@ Json = dict[str, Any]
 Logits = tuple[FloatArray, FloatArray]
 
 LATENCY, THROUGHPUT = "ours, latency path", "ours, throughput path"
-ORT_PLAIN, OPTIMUM, PIPELINE = (
-    "ONNX Runtime fp16, padded, no binding or graphs",
+ORT_PLAIN, ORT_SORTED, OPTIMUM, PIPELINE = (
+    "ONNX Runtime fp16, padded",
+    "ONNX Runtime fp16, length-sorted",
     "optimum ORT model",
     "transformers pipeline",
 )

@@ -27,6 +27,7 @@ from benchmarks.gpu_plan import (
     ONE_384,
     OPTIMUM,
     ORT_PLAIN,
+    ORT_SORTED,
     PIPELINE,
     REFERENCE,
     SHAPES,
@@ -73,6 +74,13 @@ def make_checkpoint(name: str, folder: Path, dry: bool) -> Path:
     return folder
 
 
+def in_batches(windows: Sequence[Window], by_length: bool) -> list[list[int]]:
+    """Indices by length within a budget of tokens, as our runner has them, or 32 by 32 as they come."""
+    if by_length:
+        return batches([len(w) for w in windows])
+    return [list(range(i, min(i + 32, len(windows)))) for i in range(0, len(windows), 32)]
+
+
 class Torch:
     """A torch model on windows: padded, in batches of 32 as they come or by length within a token budget."""
 
@@ -84,13 +92,8 @@ class Torch:
         import torch
 
         lengths = [len(w) for w in windows]
-        order = (
-            batches(lengths)
-            if self._by_length
-            else [list(range(len(windows)))[i : i + 32] for i in range(0, len(windows), 32)]
-        )
         found: dict[int, Logits] = {}
-        for rows in order:
+        for rows in in_batches(windows, self._by_length):
             own = [windows[i] for i in rows]
             batch = {k: torch.from_numpy(v).to(self._model.device) for k, v in pad_batch(own, self._pad).items()}
             with torch.inference_mode():
@@ -105,16 +108,15 @@ class Torch:
 
 
 class Plain:
-    """A session as most people run it: numpy in, numpy out, batches by length, padded."""
+    """A session as most people run it: numpy in, numpy out, padded batches of 32 as they come, or by length."""
 
-    def __init__(self, model: bytes, pad: int, device: str) -> None:
-        self._model = OnnxSession(model, device)
-        self._pad = pad
+    def __init__(self, model: OnnxSession, pad: int, *, by_length: bool) -> None:
+        self._model, self._pad, self._by_length = model, pad, by_length
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, in order."""
         found: dict[int, Logits] = {}
-        for rows in batches([len(w) for w in windows]):
+        for rows in in_batches(windows, self._by_length):
             own = [windows[i] for i in rows]
             starts, ends = self._model(pad_batch(own, self._pad))
             found.update({i: (starts[n, : len(windows[i])], ends[n, : len(windows[i])]) for n, i in enumerate(rows)})
@@ -152,14 +154,13 @@ class OnnxSession:
 class OursOnCpu:
     """The runner of CUDA on the CPU provider, so that a dry run goes through it."""
 
-    def __init__(self, model: bytes, packed: bytes | None, pad: int, longest: int) -> None:
+    def __init__(self, model: bytes, pad: int, longest: int) -> None:
         self.runner = DeviceRunner(
             onnxruntime(),
             lambda graphs: OnnxSession(model, "cpu").session,
             place=Place("cpu"),
             pad_token_id=pad,
             longest=longest,
-            make_packed=(lambda: OnnxSession(packed, "cpu").session) if packed else None,
         )
         self.run, self.run_batch, self.notes = self.runner.run, self.runner.run_many, self.runner.notes
 
@@ -220,7 +221,6 @@ class Subject:
         self.checkpoint = load_checkpoint(self.path)
         self.encoder, self.settings = self.checkpoint.encoder, self.checkpoint.settings
         self.pad = self.encoder.config.pad_token_id
-        self.plain: bytes = self.half.model  # the graph as ONNX Runtime's own fusions leave it
         self.examples = tuple(spread(read(str(HANDBOOK)).examples, plan.questions))
         self.pairs = [(e.question, e.context) for e in self.examples]
         self.windows = windows_of(self.encoder, self.settings, self.examples)
@@ -255,32 +255,26 @@ class Subject:
 
     def load_ours(self) -> Iterator[Variant]:
         """Both paths; they share sessions."""
-        from qadeploy.build.half import fastest
-
         model: Any
         if self.plan.on_gpu:
-            self.half = fastest(self.half, self.on_gpu, self.windows[:256])
-            model = self.on_gpu(self.half.model, self.half.packed)
+            model = OnnxModel(
+                lambda: self.half.model,
+                device=self.plan.device,
+                pad_token_id=self.pad,
+                longest=self.encoder.config.position_limit,
+            )
             model.warm_up(self.sample)
         else:
-            model = OursOnCpu(self.half.model, self.half.packed, self.pad, self.encoder.config.position_limit)
+            model = OursOnCpu(self.half.model, self.pad, self.encoder.config.position_limit)
         one, many = frozenset({ONE_128, ONE_384, E2E_ONE}), frozenset({ONE_128, ONE_384, MANY_384, MIXED, E2E_ALL})
         yield self.around(LATENCY, "fp16", model, one, notes=model.notes)
         yield self.around(THROUGHPUT, "fp16", model, many, run=model.run_batch, notes=model.notes)
 
-    def on_gpu(self, model: bytes, packed: bytes | None) -> OnnxModel:
-        """A graph, and its packed one, in our runner on the GPU."""
-        return OnnxModel(
-            lambda: model,
-            device=self.plan.device,
-            pad_token_id=self.pad,
-            longest=self.encoder.config.position_limit,
-            read_packed=None if packed is None else lambda: packed,
-        )
-
-    def load_plain(self) -> Variant:
+    def load_plain(self) -> Iterator[Variant]:
         """Our fp16 graph in a session with its defaults."""
-        return self.around(ORT_PLAIN, "fp16", Plain(self.plain, self.pad, self.plan.device), EVERY)
+        session = OnnxSession(self.half.model, self.plan.device)
+        for name, by_length in ((ORT_PLAIN, False), (ORT_SORTED, True)):
+            yield self.around(name, "fp16", Plain(session, self.pad, by_length=by_length), EVERY)
 
     def load_torch(self, name: str) -> Variant:
         """The checkpoint in fp16 (fp32 on a CPU), with eager or fused attention, compiled or not."""

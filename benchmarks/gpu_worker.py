@@ -86,6 +86,7 @@ class Worker:
             "questions": len(subject.pairs),
             "windows": len(lengths),
             "tokens": {"mean": float(np.mean(lengths)), "least": min(lengths), "most": max(lengths)},
+            "graph": subject.half.to_dict(),
             "seconds_to_load": time.monotonic() - started,
         }
         self.say("subject", **facts)
@@ -103,7 +104,6 @@ class Worker:
             loaders.append((OPTIMUM, subject.load_optimum))
         for name, load in loaders:
             self.load(name, load, loaded, subject, right)
-        self.say("graph", graph=subject.half.to_dict())
         self.time(subject, loaded, "main")
         late: dict[str, Variant] = {}
         self.load(COMPILED, partial(subject.load_torch, COMPILED), late, subject, right)

@@ -30,7 +30,6 @@ from qadeploy.qa.windows import EncoderConfig
 SCHEMA = 1
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
-PACKED = "packed.onnx"  # the same model without padding, which runs on CUDA only; not in every bundle
 TOKENIZER = "tokenizer.json"
 CARD = "README.md"
 _REQUIRED = (MODEL, TOKENIZER, CARD)
@@ -127,7 +126,7 @@ def open_bundle(folder: str | Path) -> Bundle:
     _check_names(folder, set(names))
     for name in names:
         data = bundle.read(name)
-        if name in {MODEL, PACKED} and has_external_data(data):
+        if name.endswith(".onnx") and has_external_data(data):
             raise BundleError(f"{folder / name}: keeps weights in another file, which a bundle must not")
     return bundle
 

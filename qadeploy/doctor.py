@@ -91,7 +91,7 @@ def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
         try:
             made = json.loads(path.read_text(encoding="utf-8"))["made"]
             if made["for"] == "cuda":
-                names = ("measured_on", "packed", "no_packing", "paths")
+                names = ("measured_on", "paths")
                 found.append({"bundle": str(path.parent), **{name: made[name] for name in names}})
         except (OSError, ValueError, LookupError, TypeError):  # another kind of bundle, or none: loading it says so
             continue
@@ -116,12 +116,11 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 
 def _gpu_line(bundle: dict[str, Any]) -> str:
-    packing = "leaves padding out" if bundle["packed"] else f"pads: {bundle['no_packing']}"
     paths = (
         "; ".join(bundle["paths"])
         or f"measured on {bundle['measured_on']}, its paths are tried when it is loaded on a GPU"
     )
-    return f"{bundle['bundle']}: {packing}; {paths}"
+    return f"{bundle['bundle']}: {paths}"
 
 
 def _version(name: str) -> str | None:

@@ -103,12 +103,12 @@ def shifted(model: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("lengths", "wanted"),
     [
-        ([1], Shape(1, STEP, graph=True)),
-        ([STEP], Shape(1, STEP, graph=True)),
-        ([STEP + 1], Shape(1, 2 * STEP, graph=True)),
-        ([20, 384, 7], Shape(4, 384, graph=True)),
-        ([384] * 5, Shape(8, 384, graph=True)),
-        ([LONGEST], Shape(1, LONGEST, graph=True)),
+        ([1], Shape(1, STEP)),
+        ([STEP], Shape(1, STEP)),
+        ([STEP + 1], Shape(1, 2 * STEP)),
+        ([20, 384, 7], Shape(4, 384)),
+        ([384] * 5, Shape(8, 384)),
+        ([LONGEST], Shape(1, LONGEST)),
         ([LONGEST + 1], None),
         ([20] * (GRAPH_ROWS[-1] + 1), None),
         ([], None),
@@ -119,8 +119,8 @@ def test_few_windows_share_few_shapes(lengths, wanted):
 
 
 def test_a_shape_never_exceeds_what_the_model_takes():
-    assert graph_shape([150], longest=LIMIT) == Shape(1, LIMIT, graph=True)
-    assert graph_shape([505], longest=510) == Shape(1, 510, graph=True)  # RoBERTa's kind ends at 510 or 512 less 2
+    assert graph_shape([150], longest=LIMIT) == Shape(1, LIMIT)
+    assert graph_shape([505], longest=510) == Shape(1, 510)  # RoBERTa's kind ends at 510 or 512 less 2
     assert (round_up(9, 8), round_up(16, 8), round_up(17, 8, 20), round_up(30, 8, 20)) == (16, 16, 20, 30)
 
 
@@ -132,14 +132,6 @@ def test_batches_hold_every_window_once_by_length_within_the_budget():
     flat = [lengths[i] for batch in found for i in batch]
     assert flat == sorted(flat, reverse=True)
     assert len(found) < 1.3 * sum(lengths) / 2000 + 1
-
-
-def test_packed_batches_count_the_tokens_of_text():
-    lengths = [100] * 10 + [10] * 100
-    padded, packed = batches(lengths, tokens=1000), batches(lengths, tokens=1000, packed=True)
-    assert all(sum(lengths[i] for i in batch) <= 1000 for batch in packed)
-    assert all(len(batch) * lengths[batch[0]] <= 2000 for batch in packed)
-    assert len(packed) <= len(padded)
 
 
 def test_a_window_longer_than_the_budget_runs_by_itself():
@@ -179,21 +171,10 @@ def test_buffers_are_kept_and_replaced_values_do_not_linger(model, windows):
     assert all(runner._slots[key] is slot for key, slot in slots.items())  # at the same addresses, as a graph needs
 
 
-def test_the_buffers_of_batches_are_bounded_and_those_of_graphs_stay(model, windows, monkeypatch):
-    monkeypatch.setattr("qadeploy.runtime.cuda._SLOTS", 4)
-    runner = runner_of(model)
-    runner.run(windows[:1])
-    kept = next(iter(runner._slots))
-    for count in range(9, 16):
-        assert_logits(runner.run(windows[:count]), alone(model, windows[:count]))
-    assert len(runner._slots) <= 4
-    assert kept in runner._slots
-
-
 def test_warm_up_captures_every_length_and_numbers_each_graph(model, windows):
     runner = runner_of(model)
     assert runner.warm_up(windows[0], rows=(1, 2)) == 2 * LIMIT / STEP
-    shapes = [shape for _, shape in runner._slots]
+    shapes = list(runner._slots)
     assert {shape.tokens for shape in shapes} == set(range(STEP, LIMIT + 1, STEP))
     numbers = [slot.options.get_run_config_entry("gpu_graph_id") for slot in runner._slots.values()]
     assert len(set(numbers)) == len(numbers)
@@ -201,13 +182,6 @@ def test_warm_up_captures_every_length_and_numbers_each_graph(model, windows):
     before = set(runner._slots)
     runner.run([max(windows, key=len)])
     assert set(runner._slots) == before  # nothing is left to capture for one window
-
-
-def test_uncaptured_runs_say_so(model, windows):
-    runner = runner_of(model)
-    runner.run(windows[:9])
-    ids = {slot.options.get_run_config_entry("gpu_graph_id") for slot in runner._slots.values()}
-    assert ids == {"-1"}
 
 
 def test_threads_share_the_buffers_safely(model, windows):
@@ -254,6 +228,10 @@ class Capturing:
         self.touched.add(threading.get_ident())
         return self.real.io_binding()
 
+    def run(self, *given: Any) -> Any:
+        self.touched.add(threading.get_ident())
+        return self.real.run(*given)
+
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
         thread, graph = threading.get_ident(), options.get_run_config_entry("gpu_graph_id")
         self.touched.add(thread)
@@ -271,9 +249,7 @@ def capturing() -> Iterator[type[Capturing]]:
 
 
 def test_each_shape_is_captured_once_whichever_threads_ask(model, windows, capturing):
-    runners = [
-        runner_of(model, make=lambda graphs: capturing(model), make_packed=lambda: capturing(model)) for _ in range(2)
-    ]
+    runners = [runner_of(model, make=lambda graphs: capturing(model)) for _ in range(2)]
     wanted = alone(model, windows)
     for runner in runners:
         runner.warm_up(windows[0])
@@ -397,35 +373,48 @@ def test_a_graph_that_replays_something_else_is_given_up(model, windows):
     assert "a captured graph's logits were 1 from those of a plain run" in runner.notes()[0]
 
 
-def test_a_packed_graph_is_taken_once_it_is_proven(model, windows):
-    made: list[Any] = []
-    runner = runner_of(model, make_packed=lambda: made.append(session_of(model)) or made[-1])
-    assert runner.notes()[1] == "many questions: padding left out (not run yet)"
-    assert made == []  # not before many windows come
-    assert_logits(runner.run(windows), alone(model, windows))
-    assert len(made) == 1
-    assert runner.notes()[1] == "many questions: padding left out"
-    plain = [key for key in runner._slots if key[0] == "plain"]
-    runner.run([*windows, *windows])
-    assert [key for key in runner._slots if key[0] == "plain"] == plain  # compared once only
+def test_batches_shrink_when_memory_runs_out_and_every_window_is_answered(model, windows):
+    class Small:
+        """The session on a device whose memory holds 200 tokens."""
 
+        def __init__(self) -> None:
+            self.real = session_of(model)
 
-def test_a_packed_graph_that_differs_is_never_used(model, windows):
-    runner = runner_of(model, make_packed=lambda: session_of(shifted(model)))
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def run(self, outputs: Any, feeds: Any, options: Any = None) -> Any:
+            if feeds["input_ids"].size > 200:
+                raise RuntimeError("bfc_arena.cc:360 Failed to allocate memory for requested buffer of size 1474560")
+            return self.real.run(outputs, feeds, options)
+
+    runner = runner_of(model, make=lambda graphs: Small())
     assert_logits(runner.run(windows), alone(model, windows))
     assert runner.notes()[1] == (
-        "many questions: padded batches: the packed graph's logits were 1 from those of the padded one"
+        "many questions: batches by length of at most 128 tokens, since the GPU's memory ran out"
     )
-    assert not runner.packed
 
 
-def test_a_packed_graph_that_does_not_start_is_given_up(model, windows):
-    def make() -> Any:
-        raise DeviceError("PackedAttention is not implemented")
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("CUDA failure 2: out of memory", r"memory does not hold one window of \d+ tokens: .* give another --device"),
+        ("CUDNN_STATUS_EXECUTION_FAILED", r"a run on the GPU failed: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
+)
+def test_a_run_that_fails_is_an_error_of_ours(model, windows, said, wanted):
+    class Failing:
+        def __init__(self) -> None:
+            self.real = session_of(model)
 
-    runner = runner_of(model, make_packed=make)
-    assert_logits(runner.run(windows), alone(model, windows))
-    assert "the packed graph failed: PackedAttention is not implemented" in runner.notes()[1]
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.real, name)
+
+        def run(self, *given: Any) -> Any:
+            raise RuntimeError(said)
+
+    with pytest.raises(DeviceError, match=wanted):
+        runner_of(model, make=lambda graphs: Failing()).run(windows)
 
 
 def test_a_model_without_a_mask_runs_unpadded(model, windows):
@@ -453,7 +442,7 @@ def test_the_model_hands_its_windows_to_the_runner(model, windows):
     assert_logits(onnx_model.start(windows[:1]).result(), wanted[:1])
     assert onnx_model.notes() == [
         "one question: CUDA graphs (5 shapes captured)",
-        "many questions: padded batches: the bundle has no packed.onnx",
+        "many questions: batches by length of at most 16384 tokens",
     ]
     onnx_model.device = "cpu"
     assert onnx_model.notes() == []

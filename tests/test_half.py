@@ -1,4 +1,4 @@
-"""fp16 bundles: what is fused, what stays exact, what is packed, and the gate. Run by the CPU provider where it can."""
+"""fp16 bundles: what is fused, what stays exact, and the gate. Run by the CPU provider where it can."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
@@ -16,15 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 from qadeploy import Answerer
 from qadeploy.build.checkpoint import TorchModel, load_checkpoint
 from qadeploy.build.export import export_graph
-from qadeploy.build.half import FP16_TOLERANCE, Half, exact_nodes, half, half_lines, judging, pack, to_half
+from qadeploy.build.half import FP16_TOLERANCE, Half, exact_nodes, half, half_lines, judging, to_half
 from qadeploy.build.report import Reference, make_reference
 from qadeploy.build.runs import dev_part, find_run
-from qadeploy.bundle import MANIFEST, MODEL, PACKED, newest_bundle, open_bundle
+from qadeploy.bundle import MANIFEST, MODEL, newest_bundle, open_bundle
 from qadeploy.cli import main
 from qadeploy.doctor import diagnose, gpu_bundles, lines
-from qadeploy.errors import BundleError, FailureError, GateError
+from qadeploy.errors import FailureError, GateError
 from qadeploy.runtime.session import OnnxModel
-from tests.conftest import sealed_copy
 from tests.models_for_tests import BY_NAME
 
 FUSED = ("BERT", "DistilBERT", "RoBERTa", "XLM-R", "ELECTRA")  # every attention one node
@@ -149,54 +147,6 @@ def test_exact_nodes_end_where_the_integers_begin():
     assert set(exact_nodes(helper.make_model(graph))) == {"mul", "log", "cast"}
 
 
-# ---------------------------------------------------------------- packing
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_packing_replaces_every_attention_and_opens_and_closes_once(made, name):
-    packed = made(name).half.packed
-    assert packed is not None
-    count = nodes(packed)
-    assert (count["PackedAttention"], count["RemovePadding"], count["RestorePadding"]) == (2, 1, 1)
-    assert count["Attention"] == 0
-    proto = onnx.load_model_from_string(packed)
-    remove = next(n for n in proto.graph.node if n.op_type == "RemovePadding")
-    restore = next(n for n in proto.graph.node if n.op_type == "RestorePadding")
-    attentions = [n for n in proto.graph.node if n.op_type == "PackedAttention"]
-    assert {n.input[3] for n in attentions} == {remove.output[1]} == {restore.input[1]}  # one table of places
-    assert {n.input[4] for n in attentions} == {remove.output[2]}  # one of row ends
-    order = [n.op_type for n in proto.graph.node]
-    assert order.index("RemovePadding") < order.index("PackedAttention") < order.index("RestorePadding")
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_a_packed_graph_takes_and_gives_what_the_padded_one_does(made, name):
-    one, other = (onnx.load_model_from_string(m) for m in (made(name).half.model, made(name).half.packed))
-    for field in ("input", "output"):
-        facts = [{v.name: v.type.tensor_type.elem_type for v in getattr(proto.graph, field)} for proto in (one, other)]
-        assert facts[0] == facts[1]
-    assert {t.name for t in other.graph.initializer} <= {t.name for t in one.graph.initializer}
-
-
-def test_the_cpu_has_no_operators_for_packed_rows(made):
-    with pytest.raises(Exception, match=r"RemovePadding|PackedAttention|RestorePadding"):
-        ort.InferenceSession(made("BERT").half.packed, providers=["CPUExecutionProvider"])
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_where_attention_is_no_single_node_the_reason_is_given(made, name):
-    found = made(name).half
-    assert found.packed is None
-    assert "pack" in found.no_packing
-    assert found.to_dict() | {"packed": False, "graph": "plain"} == found.to_dict()
-
-
-def test_half_fused_attention_is_not_packed(made):
-    proto = onnx.load_model_from_string(made("BERT").half.model)
-    proto.graph.node.append(helper.make_node("Softmax", [proto.graph.output[0].name], ["spare"]))
-    assert pack(proto)[1] == "1 of its attentions are no single nodes, which cannot be packed"
-
-
 def test_a_graph_that_cannot_be_converted_is_an_error_of_ours():
     with pytest.raises(FailureError, match="cannot convert this bert model to fp16"):
         to_half(b"no model", {"model_type": "bert", "layers": 2, "heads": 2, "hidden": 32})
@@ -220,17 +170,15 @@ def written(reference, tiny, tiny_export, tmp_path_factory) -> Any:
 def test_the_bundle_says_what_it_is_and_where_it_was_measured(written):
     made, judged = written.manifest["made"], written.manifest["made"]["judged_on"]
     assert written.precision == "fp16"
-    assert (made["graph"], made["attention_nodes"], made["inputs"], made["packed"]) == ("fused", 2, "int32", True)
+    assert (made["graph"], made["attention_nodes"], made["inputs"]) == ("fused", 2, "int32")
     assert (made["measured_on"], written.manifest["measured"]["device"]) == ("cpu", "cpu")
     assert made["arithmetic"].startswith("fp16 weights; where the CPU has no fp16 kernel")
-    assert not made["packing_measured"]
-    assert set(written.manifest["files"]) == {MODEL, PACKED, "tokenizer.json", "README.md"}
+    assert set(written.manifest["files"]) == {MODEL, "tokenizer.json", "README.md"}
     assert 0 < written.manifest["parity"]["max_abs_diff"] <= FP16_TOLERANCE
     assert (judged["held_out"], judged["enough"]) == (6, False)
     assert judged["questions"] == 96  # all that the run has
     assert judged["f1_change"] >= -0.1
     assert "fewer than 1000 questions" in half_lines(written)[-1]
-    assert "(checked when it first runs on a GPU)" in half_lines(written)[0]
 
 
 def test_doctor_tells_of_the_bundles_for_gpus(written, tmp_path):
@@ -241,12 +189,10 @@ def test_doctor_tells_of_the_bundles_for_gpus(written, tmp_path):
     assert one == {
         "bundle": str(written.folder),
         "measured_on": "cpu",
-        "packed": True,
-        "no_packing": None,
         "paths": [],
     }
     line = next(line for line in lines({**diagnose(), "gpu_bundles": [one]}) if "keepers-fp16" in line)
-    assert line.endswith("leaves padding out; measured on cpu, its paths are tried when it is loaded on a GPU")
+    assert line.endswith("measured on cpu, its paths are tried when it is loaded on a GPU")
     assert gpu_bundles(tmp_path / "nothing") == []
 
 
@@ -256,33 +202,6 @@ def test_the_bundle_answers_like_fp32(written, tiny, reference):
     theirs = Answerer.load(tiny.bundle()).answer_batch(pairs)
     assert [(a[0].start, a[0].end) for a in ours] == [(a[0].start, a[0].end) for a in theirs]
     assert written.model_bytes < 0.6 * open_bundle(tiny.bundle()).model_bytes
-
-
-def test_a_packed_graph_with_weights_elsewhere_is_refused(written, tmp_path):
-    folder = sealed_copy(written.folder, tmp_path / "copy")
-    proto = onnx.load(folder / PACKED)
-    tensor = max(proto.graph.initializer, key=lambda t: len(t.raw_data))
-    tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    tensor.external_data.add(key="location", value="elsewhere.bin")
-    (folder / PACKED).write_bytes(proto.SerializeToString())
-    with pytest.raises(BundleError, match=r"packed.onnx: keeps weights in another file"):
-        open_bundle(sealed_copy_of_changed(folder, tmp_path / "sealed"))
-
-
-def sealed_copy_of_changed(folder, out):
-    """A folder whose files were changed, sealed anew."""
-    import json
-    import shutil
-
-    from qadeploy.bundle import seal
-
-    manifest = json.loads((folder / MANIFEST).read_text())
-    kept = {k: v for k, v in manifest.items() if k not in {"schema", "files", "manifest_sha256"}}
-    shutil.copytree(folder, out)
-    (out / MANIFEST).unlink()
-    seal(out, kept)
-    return out
 
 
 def test_answers_that_got_worse_are_not_written(reference, tiny, tiny_export, tmp_path, monkeypatch):
@@ -318,7 +237,6 @@ def test_export_for_cuda_without_one_says_so_and_measures_on_the_cpu(tiny, tmp_p
     done = CliRunner().invoke(main, ["export", str(tiny.run), "--out", str(out), "--device", "cuda", "--no-optimize"])
     assert done.exit_code == 0, done.output
     assert "so the fp16 bundle is judged on the CPU" in done.output
-    assert "packed.onnx leaves padding out" in done.output
     made = open_bundle(tmp_path / "keepers-fp16").manifest["made"]
     assert (made["from"], made["measured_on"]) == ("keepers", "cpu")
     assert newest_bundle(tmp_path).name == "keepers"  # one for GPUs must be asked for

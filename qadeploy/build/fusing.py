@@ -27,7 +27,7 @@ def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = Fa
     """The model with what could be fused as single nodes, an ``onnxruntime.transformers`` ``OnnxModel``.
 
     ``architecture`` is a manifest's entry. Attention takes the mask as it is, or, with ``mask_index``, the length of each
-    row, which holds where padding stands on the right, as ``pad_batch`` puts it; the packing of rows needs that form.
+    row, which holds where padding stands on the right, as ``pad_batch`` puts it.
     """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -50,7 +50,7 @@ def silent() -> Iterator[None]:
     """Without the remarks, by log and by print, of ``onnxruntime.transformers``; what it did is counted afterwards."""
     names = ("onnxruntime.transformers", *logging.root.manager.loggerDict)
     for name in names:
-        if name.startswith(("onnxruntime.transformers", "fusion", "onnx_model", "optimizer", "convert_to_packing")):
+        if name.startswith(("onnxruntime.transformers", "fusion", "onnx_model", "optimizer")):
             logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

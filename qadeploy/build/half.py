@@ -1,40 +1,36 @@
 """Half precision: an fp32 bundle to an fp16 one for CUDA, its graph fused, held to PyTorch's logits and a gate of F1.
 
 Weights and activations are fp16, the logits that come out fp32. What must be exact stays in fp32: numbers that
-end as integers (positions, buckets of distances) and the angles of rotary positions. Where every attention is one node, a
-second graph joins the bundle that leaves the padding out (``packed.onnx``, ``convert_to_packing_mode``); its
-operators run on CUDA only.
+end as integers (positions, buckets of distances) and the angles of rotary positions.
+
+Tried on an H200 and left out, since none was faster (``benchmarks/results/gpu_attention.json``): ``PackedAttention`` and
+``PackedMultiHeadAttention``, which leave padding out, and ``ai.onnx.Attention`` with ``nonpad_kv_seqlen``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import helper
 
-from qadeploy.build.attention import packed_multi_head_attention, standard_attention
 from qadeploy.build.fusing import fuse, has_fusions, silent
 from qadeploy.build.graph import Graph
 from qadeploy.build.manifest import finish_bundle
-from qadeploy.build.parity import parity_windows
 from qadeploy.build.report import Reference, make_answerer
 from qadeploy.build.runs import known_examples
-from qadeploy.bundle import MODEL, PACKED, Bundle, open_bundle, writing_bundle
-from qadeploy.errors import BundleError, DeviceError, FailureError, GateError
+from qadeploy.bundle import MODEL, Bundle, open_bundle, writing_bundle
+from qadeploy.errors import DeviceError, FailureError, GateError
 from qadeploy.evaluate import evaluate
 from qadeploy.qa.metrics import bootstrap_interval
-from qadeploy.records import Example, Window
-from qadeploy.runtime.cuda import PACKING
+from qadeploy.records import Example
 from qadeploy.runtime.session import OnnxModel
-from qadeploy.timing import interleave, spread
+from qadeploy.timing import spread
 from qadeploy.tuning import Tuning
 
 # A logit of 10 rounds by 2^-11 x 10 = 0.005 in fp16: about twenty such roundings.
@@ -42,10 +38,6 @@ FP16_TOLERANCE = 0.1
 MAX_F1_DROP = 0.1
 QUESTIONS = 1000  # fewer cannot tell a tenth of a point
 LOGITS = ("start_logits", "end_logits")
-ATTENTION, STANDARD = "com.microsoft.Attention", "ai.onnx.Attention"
-PACKED_ATTENTION, PACKED_MULTI_HEAD = "com.microsoft.PackedAttention", "com.microsoft.PackedMultiHeadAttention"
-_ROUNDS = 9
-_REPEATED = 8  # the windows of a parity check, so that there are many
 _ON_CPU = "fp16 weights; where the CPU has no fp16 kernel ONNX Runtime computes in fp32 (measured without a GPU)"
 _ON_CUDA = "fp16 weights and arithmetic, on CUDA"
 _INTEGERS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
@@ -54,21 +46,16 @@ _DOMAIN = "com.microsoft"
 
 @dataclass(frozen=True, slots=True)
 class Half:
-    """A model in fp16: its graph, the one without padding (or why there is none), and what was done.
+    """A model in fp16, and what was done.
 
-    ``attentions`` are the attention nodes, of ``layers``; ``exact`` the names of nodes that stay in fp32. ``operators``
-    compute attention in ``model`` and in ``packed``; ``operators_ms`` says how long others took, where they were timed.
+    ``attentions`` are the attention nodes, of ``layers``; ``exact`` the names of nodes that stay in fp32.
     """
 
     model: bytes
-    packed: bytes | None
-    no_packing: str
     attentions: int
     layers: int
     int32_inputs: bool
     exact: tuple[str, ...]
-    operators: tuple[str, str | None] = (ATTENTION, PACKED_ATTENTION)
-    operators_ms: Mapping[str, Mapping[str, float | str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """What was done, as plain JSON values."""
@@ -78,10 +65,6 @@ class Half:
             "layers": self.layers,
             "inputs": "int32" if self.int32_inputs else "int64",
             "fp32_nodes": len(self.exact),
-            "packed": self.packed is not None,
-            "no_packing": self.no_packing or None,
-            "operators": {"few_windows": self.operators[0], "many_windows": self.operators[1]},
-            "operators_ms": {name: dict(values) for name, values in self.operators_ms.items()},
         }
 
 
@@ -107,7 +90,6 @@ def to_half(model: bytes, architecture: dict[str, Any]) -> Half:
             int32 = _casts(narrow.model) <= _casts(made.model)
             made = narrow if int32 else made
             _tidy(made)
-        packed, reason = pack(made.model)
     except Exception as error:  # the converters raise whatever their checks and libraries raise
         reason = " ".join(str(error).split())[:300]
         raise FailureError(
@@ -115,99 +97,7 @@ def to_half(model: bytes, architecture: dict[str, Any]) -> Half:
         ) from error
     attentions = Counter(node.op_type for node in made.model.graph.node)["Attention"]
     layers = architecture["layers"] or 0
-    return Half(made.model.SerializeToString(), packed, reason, attentions, layers, int32, exact)
-
-
-def pack(proto: onnx.ModelProto) -> tuple[bytes | None, str]:
-    """The graph without padding between its embeddings and its head, else None and the reason.
-
-    Needs one ``Attention`` node an attention, all with the same mask of row lengths. The graph takes the same padded
-    batches: ``RemovePadding`` lines the rows' tokens up behind the embeddings, ``RestorePadding`` puts them back.
-    """
-    from onnxruntime.transformers.convert_to_packing_mode import PackingMode
-    from onnxruntime.transformers.onnx_model import OnnxModel as Editable
-
-    before = Counter(node.op_type for node in proto.graph.node)
-    if not before["Attention"]:
-        return None, "no attention of this graph is one that ONNX Runtime can pack"
-    if before["Softmax"]:
-        return None, f"{before['Softmax']} of its attentions are no single nodes, which cannot be packed"
-    made = Editable(copy.deepcopy(proto))
-    with silent():
-        PackingMode(made).convert()
-        _tidy(made)
-    after = Counter(node.op_type for node in made.model.graph.node)
-    if after["PackedAttention"] != before["Attention"] or (after["RemovePadding"], after["RestorePadding"]) != (1, 1):
-        return None, "ONNX Runtime's convert_to_packing_mode left the graph as it was"
-    return made.model.SerializeToString(), ""
-
-
-Load = Callable[[bytes, bytes | None], OnnxModel]
-
-
-def fastest(made: Half, load: Load, windows: Sequence[Window]) -> Half:
-    """The model with the operators whose attention is the fastest on a GPU, which differs by GPU.
-
-    Args:
-        made: A model in fp16.
-        load: Gives the session of a graph and of its packed one (None: without), on the GPU.
-        windows: Windows of usual lengths. The longest is timed alone, all of them together.
-
-    Returns:
-        ``made`` with the fastest graphs and the times of all in milliseconds (or why one did not run).
-    """
-    few: dict[str, bytes] = {ATTENTION: made.model}
-    if made.attentions:
-        with contextlib.suppress(ValueError):
-            few[STANDARD] = standard_attention(made.model)
-    longest = [max(windows, key=len)]
-    times, alone = _timed({name: partial(load, model, None) for name, model in few.items()}, lambda m: m.run(longest))
-    best = min(times, key=times.__getitem__, default=ATTENTION)
-    many: dict[str, bytes | None] = {best: None}
-    if made.packed is not None:
-        many |= {PACKED_ATTENTION: made.packed, PACKED_MULTI_HEAD: packed_multi_head_attention(made.packed)}
-    loads = {name: partial(load, few[best], packed) for name, packed in many.items()}
-    times, together = _timed(loads, lambda m: m.run_batch(windows))
-    best_of_many = min(times, key=times.__getitem__, default=best)
-    packed = many[best_of_many]
-    return replace(
-        made,
-        model=few[best],
-        packed=packed,
-        no_packing=""
-        if packed
-        else f"padded batches through {best} are faster here"
-        if made.packed
-        else made.no_packing,
-        operators=(best, best_of_many),
-        operators_ms={"few_windows": alone, "many_windows": together},
-    )
-
-
-def _timed(
-    loads: Mapping[str, Callable[[], OnnxModel]], run: Callable[[OnnxModel], object]
-) -> tuple[dict[str, float], dict[str, float | str]]:
-    """Median milliseconds of a run of those that load and run, and of all, with the reason of one that does not."""
-    models: dict[str, OnnxModel] = {}
-    said: dict[str, float | str] = {}
-    for name, load in loads.items():
-        try:
-            model = load()
-            for _ in range(3):
-                run(model)
-        except (DeviceError, BundleError) as error:
-            said[name] = str(error)
-            continue
-        given_up = [note for note in model.notes() if "failed" in note or "logits were" in note]
-        if given_up:
-            said[name] = given_up[-1]
-        else:
-            models[name] = model
-    if not models:
-        return {}, said
-    timings = interleave({name: partial(run, model) for name, model in models.items()}, _ROUNDS)
-    times = {name: 1000 * timing.median for name, timing in timings.items()}
-    return times, said | times
+    return Half(made.model.SerializeToString(), attentions, layers, int32, exact)
 
 
 def exact_nodes(proto: onnx.ModelProto) -> tuple[str, ...]:
@@ -269,18 +159,11 @@ def half(
     """
     made = to_half(source.read(MODEL), source.manifest["architecture"])
     try:
-        answerer = make_answerer(reference, made.model, {}, device=device, packed=made.packed)
+        answerer = make_answerer(reference, made.model, {}, device=device)
     except DeviceError as error:
         say(f"{error}\nso the fp16 bundle is judged on the CPU")
         device = "cpu"
         answerer = make_answerer(reference, made.model, {}, device=device)
-    if isinstance(answerer.model, OnnxModel) and answerer.model.device == "cuda":
-        made = fastest(
-            made,
-            lambda graph, packed: _loaded(reference, graph, packed, device),
-            parity_windows(reference.checkpoint, reference.examples) * _REPEATED,
-        )
-        answerer = make_answerer(reference, made.model, {}, device=device, packed=made.packed)
     model = answerer.model
     measured_on = model.device if isinstance(model, OnnxModel) else "cpu"
     examples = judging(reference, questions)
@@ -288,9 +171,6 @@ def half(
     allow = reference.checkpoint.settings.null_competes(examples)
     ours, theirs = (evaluate(each, examples, allow_no_answer=allow) for each in (answerer, plain))
     paths = model.notes() if isinstance(model, OnnxModel) else []
-    packing_measured = any(path.endswith(PACKING) for path in paths)
-    if measured_on == "cuda" and made.packed is not None and not packing_measured:
-        made = replace(made, packed=None, no_packing=paths[-1])  # it ran, and was given up
     difference = ours.scores.rows_f1 - theirs.scores.rows_f1
     change, interval = 100.0 * float(difference.mean()), bootstrap_interval(difference)
     same = [(a.start, a.end) == (b.start, b.end) for a, b in zip(ours.answers, theirs.answers, strict=True)]
@@ -313,15 +193,12 @@ def half(
         "for": "cuda",
         "measured_on": measured_on,
         "arithmetic": _ON_CUDA if measured_on == "cuda" else _ON_CPU,
-        "packing_measured": packing_measured,
         "paths": paths,
         "max_f1_drop": max_f1_drop,
         "judged_on": judged,
     }
     with writing_bundle(out) as work:
         (work / MODEL).write_bytes(made.model)
-        if made.packed is not None:
-            (work / PACKED).write_bytes(made.packed)
         finish_bundle(
             reference,
             work,
@@ -333,12 +210,6 @@ def half(
             device=device,
         )
     return open_bundle(out)
-
-
-def _loaded(reference: Reference, model: bytes, packed: bytes | None, device: str) -> OnnxModel:
-    loaded = make_answerer(reference, model, {}, device=device, packed=packed).model
-    assert isinstance(loaded, OnnxModel)  # noqa: S101 - for the type checker
-    return loaded
 
 
 def judging(reference: Reference, questions: int = QUESTIONS) -> Sequence[Example]:
@@ -360,11 +231,8 @@ def half_lines(bundle: Bundle) -> list[str]:
     made, parity = bundle.manifest["made"], bundle.manifest["parity"]
     judged = made["judged_on"]
     low, high = judged["f1_change_interval"]
-    packing = "packed.onnx leaves padding out" if made["packed"] else f"no packing: {made['no_packing']}"
-    if made["packed"] and not made["packing_measured"]:
-        packing += " (checked when it first runs on a GPU)"
     lines = [
-        f"fp16, {made['attention_nodes']} of {made['layers']} attentions single nodes, {made['inputs']} inputs; {packing}",
+        f"fp16, {made['attention_nodes']} of {made['layers']} attentions single nodes, {made['inputs']} inputs",
         f"logits within {parity['max_abs_diff']:.1e} of PyTorch; F1 {judged['f1_change']:+.2f} ({low:+.2f} to {high:+.2f}) "
         f"against fp32 on {judged['questions']} questions, {100 * judged['equal_answers']:.1f} % of the answers equal",
         f"measured on {made['measured_on']}: {made['arithmetic']}",

@@ -11,7 +11,7 @@ from qadeploy.build.card import bundle_card
 from qadeploy.build.parity import measure_parity, require_parity
 from qadeploy.build.provenance import versions_of
 from qadeploy.build.report import Reference, make_answerer, measure
-from qadeploy.bundle import CARD, MODEL, PACKED, TOKENIZER, seal
+from qadeploy.bundle import CARD, MODEL, TOKENIZER, seal
 from qadeploy.files import hash_file
 from qadeploy.machine import machine
 from qadeploy.runtime.session import onnxruntime
@@ -63,8 +63,7 @@ def finish_bundle(
     if tuning is None:
         tuning = tune_model(reference, model, tolerance=tolerance)
     session = tuning.session
-    packed = (work / PACKED).read_bytes() if (work / PACKED).is_file() else None
-    answerer = make_answerer(reference, model, session, device=device, packed=packed)
+    answerer = make_answerer(reference, model, session, device=device)
     onnx = model_of(answerer)
     parity = measure_parity(checkpoint, onnx, reference.examples)
     if tolerance is not None:

@@ -62,9 +62,8 @@ def make_answerer(
     session: Mapping[str, Any],
     *,
     device: str = "cpu",
-    packed: bytes | None = None,
 ) -> Answerer:
-    """An answerer for a model that is not in a bundle yet; ``packed`` is its graph without padding, for CUDA."""
+    """An answerer for a model that is not in a bundle yet."""
     config = reference.checkpoint.encoder.config
     onnx = OnnxModel(
         lambda: model,
@@ -72,7 +71,6 @@ def make_answerer(
         pad_token_id=config.pad_token_id,
         options=session,
         longest=config.position_limit,
-        read_packed=None if packed is None else lambda: packed,
     )
     return Answerer(reference.checkpoint.encoder, reference.checkpoint.settings, onnx)
 

@@ -11,7 +11,7 @@ from typing import NoReturn, Protocol
 
 from tokenizers import Tokenizer
 
-from qadeploy.bundle import MODEL, PACKED, TOKENIZER, Bundle, open_bundle
+from qadeploy.bundle import MODEL, TOKENIZER, Bundle, open_bundle
 from qadeploy.errors import BundleError, InputError, MachineWarning, QadeployError
 from qadeploy.machine import machine
 from qadeploy.qa.prefilter import Ranking, rank
@@ -159,7 +159,6 @@ class Answerer:
             pad_token_id=bundle.encoder.pad_token_id,
             options=bundle.manifest.get("session"),
             longest=bundle.encoder.position_limit,
-            read_packed=(lambda: bundle.read(PACKED)) if PACKED in bundle.manifest["files"] else None,
         )
         if ("token_type_ids" in model.inputs) != bool(bundle.encoder.segments):
             raise BundleError(f"{bundle.folder}: model and encoder disagree on token_type_ids: export the bundle again")

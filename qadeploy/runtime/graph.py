@@ -33,7 +33,7 @@ class GraphModel:
         settings = SessionSettings.from_manifest(session)
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         for name, value in settings.config.items():
             options.add_session_config_entry(name, value)
         try:

@@ -69,6 +69,9 @@ def onnxruntime() -> Any:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError("answering", "onnxruntime", "cpu") from error
+    ort.set_default_logger_severity(
+        4
+    )  # what goes wrong is raised too; on CUDA every session brought a remark on stderr
     return ort
 
 
@@ -130,8 +133,7 @@ class OnnxModel:
     """A model file as a function from windows to logits. Safe under threads, and after a fork.
 
     ``read`` gives the model's bytes; it is called once a session. ``options`` are the ``SessionSettings`` as a
-    manifest holds them, ``longest`` is the model's longest input in tokens, ``read_packed`` gives the bytes of its graph
-    without padding, which CUDA alone runs. Raises InputError on an unknown device or thread count, DeviceError, BundleError
+    manifest holds them, ``longest`` is the model's longest input in tokens. Raises InputError on an unknown device or thread count, DeviceError, BundleError
     on a graph that is no question-answering model and on wrong settings.
     """
 
@@ -144,12 +146,10 @@ class OnnxModel:
         pad_token_id: int = 0,
         options: Mapping[str, Any] | None = None,
         longest: int | None = None,
-        read_packed: Callable[[], bytes] | None = None,
     ) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads {threads} is below 1")
         self._read = read
-        self._read_packed = read_packed
         self._pad_token_id = pad_token_id
         self._longest = longest
         self._settings = SessionSettings.from_manifest(options)
@@ -250,14 +250,12 @@ class OnnxModel:
     def _runner(self) -> DeviceRunner:
         """The runner of the CUDA device. Raises DeviceError where CUDA does not start."""
         number = self._providers[0][1]["device_id"]
-        read_packed = self._read_packed
         return DeviceRunner(
             onnxruntime(),
             partial(self._session, self.threads),
             place=Place("cuda", int(number)),
             pad_token_id=self._pad_token_id,
             longest=self._longest,
-            make_packed=read_packed and partial(self._session, self.threads, False, read_packed),
         )
 
     def _submit(self, windows: Sequence[Window]) -> list[Future[list[Logits]]]:
@@ -355,13 +353,13 @@ class OnnxModel:
         self._sessions.wide = self._session(self.threads)
         return self._sessions.wide
 
-    def _session(self, threads: int, graphs: bool = False, read: Callable[[], bytes] | None = None) -> Any:
-        """A session, on CUDA with ``graphs`` to be captured where asked; of ``read``'s bytes, else of the model's."""
+    def _session(self, threads: int, graphs: bool = False) -> Any:
+        """A session; with ``graphs``, one that can capture CUDA graphs."""
         ort = onnxruntime()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         on_cpu = self._on_cpu
         settings = self._settings if on_cpu else SessionSettings()
         chosen = self._providers
@@ -374,7 +372,7 @@ class OnnxModel:
                 options.add_session_config_entry(name, value)
             with _creating:
                 session = ort.InferenceSession(
-                    (read or self._read)(),
+                    self._read(),
                     options,
                     providers=chosen,
                     disabled_optimizers=list(settings.disabled_optimizers) or None,
