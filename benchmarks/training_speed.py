@@ -38,6 +38,7 @@ from qadeploy.build.checkpoint import Checkpoint, load_checkpoint, torch_answere
 from qadeploy.build.features import FeatureSet, make_features
 from qadeploy.build.train import TrainOptions
 from qadeploy.build.trainer import SpanTrainer, collate, training_arguments
+from qadeploy.build.training_set import TrainingSet
 from qadeploy.data.readers import hash_examples, read
 from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
@@ -209,7 +210,7 @@ def train_own(plan: Plan, checkpoint: Checkpoint, seed: int, precision: str, fol
     trainer = SpanTrainer(
         model=checkpoint.model,
         args=arguments(plan, seed, precision, folder, remove_unused_columns=False),
-        train_dataset=features,
+        train_dataset=TrainingSet(features),
         data_collator=lambda batch: collate(batch, pad),
     )
     return run_loop(trainer, len(features))

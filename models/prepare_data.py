@@ -1,8 +1,16 @@
-"""Splits SQuAD-shifts into the base model's training data and the two parts that are held out from it.
+"""Splits the base model's data into what it is trained on and what is held out from it.
 
-    python models/prepare_data.py FOLDER_WITH_SQUADSHIFTS OUT
+    python models/prepare_data.py FOLDER OUT
 
-Held out: 8 of the 48 Wikipedia articles and 10 % of the Reddit paragraphs, whole, drawn with seed 13.
+FOLDER holds the new-Wikipedia, Reddit and Amazon parts of SQuAD-shifts and QAMR in SQuAD's format. Held out, whole, drawn with seed
+13: 8 of the 48 Wikipedia articles, 10 % of the Reddit posts and of the Amazon reviews. Of QAMR's many questions on each sentence
+``QAMR_QUESTIONS`` are drawn.
+
+Beside the plain questions the Wikipedia articles make three harder sets:
+
+- ``moved``: each question twice, on its paragraph and on another one of its article in which none of its answers occurs;
+- ``removed``: each question twice, on its paragraph and on that paragraph without the sentences of its answers;
+- ``articles``: each question on its whole article.
 """
 
 from __future__ import annotations
@@ -10,42 +18,98 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qadeploy.build.negatives import holds_answer, without_answer
+from qadeploy.records import Annotation, Example
+
 SEED = 13
+QAMR_QUESTIONS = 6
+Row = dict[str, Any]
+Paragraph = dict[str, Any]
 
 
-def rows(paragraphs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows(paragraphs: list[Paragraph]) -> list[Row]:
     """Flat rows with every annotator's answer, offsets as published."""
-    return [
-        {
-            "id": qa["id"],
-            "context": paragraph["context"],
-            "question": qa["question"],
-            "answers": {
-                "text": [a["text"] for a in qa["answers"]],
-                "answer_start": [a["answer_start"] for a in qa["answers"]],
-            },
-        }
-        for paragraph in paragraphs
-        for qa in paragraph["qas"]
-    ]
+    return [row_of(example(paragraph, qa)) for paragraph in paragraphs for qa in paragraph["qas"]]
+
+
+def example(paragraph: Paragraph, qa: dict[str, Any], context: str | None = None, shift: int = 0) -> Example:
+    """A question as published, or on a ``context`` in which its paragraph begins at ``shift``."""
+    answers = tuple(Annotation(a["text"], a["answer_start"] + shift) for a in qa["answers"])
+    return Example(str(qa["id"]), qa["question"], context or paragraph["context"], answers)
+
+
+def row_of(one: Example) -> Row:
+    """The row that ``qadeploy train`` and ``evaluate`` read."""
+    answers = {"text": [a.text for a in one.answers], "answer_start": [a.start for a in one.answers]}
+    row: Row = {"id": one.id, "context": one.context, "question": one.question, "answers": answers}
+    return row if one.answers else {**row, "is_impossible": True}
+
+
+def moved(articles: list[Any], generator: random.Random) -> Iterator[Row]:
+    """Each question on its paragraph and on another one of its article."""
+    for article in articles:
+        contexts = [p["context"] for p in article["paragraphs"]]
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                one = example(paragraph, qa)
+                others = [c for c in contexts if c != one.context and not holds_answer(one, c)]
+                if others:
+                    yield row_of(one)
+                    yield row_of(Example(f"{one.id}#moved", one.question, generator.choice(others)))
+
+
+def removed(articles: list[Any]) -> Iterator[Row]:
+    """Each question on its paragraph and on what is left of that without its answer."""
+    for paragraph in (p for article in articles for p in article["paragraphs"]):
+        for qa in paragraph["qas"]:
+            one = example(paragraph, qa)
+            rest = without_answer(one)
+            if rest:
+                yield row_of(one)
+                yield row_of(Example(f"{one.id}#removed", one.question, rest))
+
+
+def whole(articles: list[Any]) -> Iterator[Row]:
+    """Each question on its whole article."""
+    for article in articles:
+        text = "\n\n".join(p["context"] for p in article["paragraphs"])
+        shift = 0
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph["qas"]:
+                yield row_of(example(paragraph, qa, text, shift))
+            shift += len(paragraph["context"]) + 2
+
+
+def read(source: Path, name: str) -> list[Any]:
+    """The articles of a file."""
+    return list(json.loads((source / f"{name}.json").read_text(encoding="utf-8"))["data"])
 
 
 def main(source: Path, out: Path) -> None:
-    """Writes train.jsonl, held_out_wiki.jsonl and held_out_reddit.jsonl into ``out``."""
-    articles = json.loads((source / "squadshifts_new_wiki.json").read_text())["data"]
-    posts = [p for a in json.loads((source / "squadshifts_reddit.json").read_text())["data"] for p in a["paragraphs"]]
+    """Writes ``train.jsonl`` and the held-out sets into ``out``."""
     generator = random.Random(SEED)
-    held_titles = set(generator.sample(sorted(a["title"] for a in articles), 8))
-    held_posts = set(generator.sample(range(len(posts)), len(posts) // 10))
-    parts = {
-        "train": rows([p for a in articles if a["title"] not in held_titles for p in a["paragraphs"]])
-        + rows([p for i, p in enumerate(posts) if i not in held_posts]),
-        "held_out_wiki": rows([p for a in articles if a["title"] in held_titles for p in a["paragraphs"]]),
-        "held_out_reddit": rows([p for i, p in enumerate(posts) if i in held_posts]),
-    }
+    articles = read(source, "squadshifts_new_wiki")
+    titles = set(generator.sample(sorted(a["title"] for a in articles), 8))
+    held = [a for a in articles if a["title"] in titles]
+    parts = {"train": rows([p for a in articles if a["title"] not in titles for p in a["paragraphs"]])}
+    parts["held_out_wiki"] = rows([p for a in held for p in a["paragraphs"]])
+    for name in ("reddit", "amazon"):
+        texts = [p for a in read(source, f"squadshifts_{name}") for p in a["paragraphs"]]
+        drawn = set(generator.sample(range(len(texts)), len(texts) // 10))
+        parts["train"] += rows([p for i, p in enumerate(texts) if i not in drawn])
+        parts[f"held_out_{name}"] = rows([p for i, p in enumerate(texts) if i in drawn])
+    for article in read(source, "qamr_wiki"):
+        for paragraph in article["paragraphs"]:
+            asked = paragraph["qas"]
+            chosen = generator.sample(asked, min(QAMR_QUESTIONS, len(asked)))
+            parts["train"] += rows([{**paragraph, "qas": chosen}])
+    parts["held_out_moved"] = list(moved(held, generator))
+    parts["held_out_removed"] = list(removed(held))
+    parts["held_out_articles"] = list(whole(held))
     out.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         with (out / f"{name}.jsonl").open("w", encoding="utf-8") as stream:

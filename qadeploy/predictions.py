@@ -58,6 +58,8 @@ def predict(
     At most ``n_best_size`` candidates are listed, and where the null answer competes it always is, as one more if
     it must. Where there is no span at all its null odds are the largest float. Raises what ``decode`` raises.
     """
+    scored = settings.scored(windows, start_logits, end_logits, context)
+    start_logits, end_logits = scored.start_logits, scored.end_logits
     decoded = decode(
         windows,
         start_logits,

@@ -1,4 +1,4 @@
-"""Batches by tokens: what they hold, and that an epoch is one."""
+"""Batches of units: what they hold, and that an epoch is one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.build.batches import TokenBatches
+from qadeploy.build.batches import UnitBatches
 from qadeploy.errors import InputError
 
 
-def epochs(batches: TokenBatches, count: int = 3) -> list[list[list[int]]]:
+def singles(lengths: list[int], tokens: int, seed: int, most: int | None = None) -> UnitBatches:
+    """Batches of windows that need no company."""
+    return UnitBatches([[i] for i in range(len(lengths))], lengths, seed, tokens=tokens, most=most)
+
+
+def epochs(batches: UnitBatches, count: int = 3) -> list[list[list[int]]]:
     found = []
     for epoch in range(count):
         batches.set_epoch(epoch)
@@ -27,7 +32,7 @@ def epochs(batches: TokenBatches, count: int = 3) -> list[list[list[int]]]:
 )
 def test_an_epoch_holds_each_window_once_in_batches_that_fit(lengths, room, most, seed):
     tokens = max(lengths) + room
-    batches = TokenBatches(lengths, tokens, seed, most)
+    batches = singles(lengths, tokens, seed, most)
     for found in epochs(batches):
         assert len(found) == len(batches)  # of every epoch, or the Trainer's count of steps would be wrong
         assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
@@ -35,12 +40,34 @@ def test_an_epoch_holds_each_window_once_in_batches_that_fit(lengths, room, most
             assert 1 <= len(batch) <= (most or len(lengths))
             assert len(batch) * max(lengths[i] for i in batch) <= tokens
         assert max(lengths) in [lengths[i] for i in found[0]]  # the longest first: memory fails early
-    assert epochs(TokenBatches(lengths, tokens, seed, most)) == epochs(batches)  # the seed alone decides
+    assert epochs(singles(lengths, tokens, seed, most)) == epochs(batches)  # the seed alone decides
+
+
+@given(
+    units=st.lists(st.lists(st.integers(1, 64), min_size=1, max_size=5), min_size=1, max_size=30),
+    tokens=st.none() | st.integers(64, 400),
+    most=st.none() | st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_a_unit_stays_whole_and_every_epoch_has_as_many_batches(units, tokens, most, seed):
+    lengths = [length for unit in units for length in unit]
+    numbers = iter(range(len(lengths)))
+    indices = [[next(numbers) for _ in unit] for unit in units]
+    batches = UnitBatches(indices, lengths, seed, tokens=tokens, most=most)
+    for found in epochs(batches):
+        assert len(found) == len(batches)
+        assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+        for batch in found:
+            inside = [unit for unit in indices if unit[0] in batch]
+            assert sorted(i for unit in inside for i in unit) == sorted(batch)
+            if len(inside) > 1:
+                assert len(batch) <= (most or len(batch))
+                assert len(batch) * max(lengths[i] for i in batch) <= (tokens or 10**9)
 
 
 def test_no_batch_could_take_the_next_window():
     lengths = np.random.default_rng(5).gamma(9.0, 19.0, size=3000).clip(40, 384).astype(int)
-    batches = TokenBatches([int(n) for n in lengths], 4096, 13)
+    batches = singles([int(n) for n in lengths], 4096, 13)
     found = sorted((sorted((int(lengths[i]) for i in b), reverse=True) for b in list(batches)), reverse=True)
     for batch in found[:-1]:
         assert (len(batch) + 1) * batch[0] > 4096
@@ -49,13 +76,13 @@ def test_no_batch_could_take_the_next_window():
 
 
 def test_windows_of_one_length_and_the_batches_change_places_each_epoch():
-    first, second, third = epochs(TokenBatches([10] * 40 + [20] * 40, 80, 3))
+    first, second, third = epochs(singles([10] * 40 + [20] * 40, 80, 3))
     assert first != second != third != first
     as_sets = [{frozenset(batch) for batch in found} for found in (first, second, third)]
     assert as_sets[0] != as_sets[1]
-    assert epochs(TokenBatches([10] * 40 + [20] * 40, 80, 4))[0] != first
+    assert epochs(singles([10] * 40 + [20] * 40, 80, 4))[0] != first
 
 
 def test_a_window_that_does_not_fit_is_refused_by_name():
     with pytest.raises(InputError, match=r"batch-tokens 63 .* longest has 64 tokens. Give --batch-tokens 64 or more"):
-        TokenBatches([3, 64, 9], 63, 13)
+        singles([3, 64, 9], 63, 13)

@@ -217,6 +217,8 @@ def test_without_questions_of_both_kinds_the_threshold_stays(tiny_checkpoint, fe
 
 def test_what_epochs_are_judged_with_owes_nothing_to_the_base():
     stored = replace(NULL, null_threshold=4.0, temperature=2.0)
-    assert unchosen_settings(stored, examples()) == replace(NULL, null_threshold=0.0, temperature=1.0)
+    assert unchosen_settings(stored, examples()) == replace(
+        NULL, null_threshold=0.0, temperature=1.0, relative_to_null=True
+    )
     answerable = [e for e in examples() if e.answers]
     assert unchosen_settings(stored, answerable) == replace(NULL, null_threshold=None, temperature=1.0)

@@ -43,7 +43,7 @@ def test_the_loss_of_one_annotation_is_cross_entropy_over_the_mask():
     logits, mask = torch.randn(5, 11), torch.rand(5, 11) > 0.3
     positions = torch.tensor([int(row.nonzero()[i % 2]) for i, row in enumerate(mask)])
     expected = torch.nn.functional.cross_entropy(logits.masked_fill(~mask, -math.inf), positions)
-    torch.testing.assert_close(span_loss(logits, positions[:, None], mask), expected)
+    torch.testing.assert_close(span_loss(logits, positions[:, None], mask).mean(), expected)
 
 
 def test_the_loss_of_several_annotations_is_their_mean():
@@ -51,12 +51,12 @@ def test_the_loss_of_several_annotations_is_their_mean():
     mask = torch.ones(2, 4, dtype=torch.bool)
     positions = torch.tensor([[0, 2, 1], [0, -100, -100]])
     by_hand = ((math.log(2) + math.log(8) + math.log(4)) / 3 - math.log(0.7)) / 2
-    assert float(span_loss(logits, positions, mask)) == pytest.approx(by_hand, rel=1e-6)
+    assert float(span_loss(logits, positions, mask).mean()) == pytest.approx(by_hand, rel=1e-6)
 
 
 def test_what_the_mask_hides_gets_no_gradient():
     logits = torch.zeros(1, 4, requires_grad=True)
-    span_loss(logits, torch.tensor([[1]]), torch.tensor([[True, True, False, True]])).backward()
+    span_loss(logits, torch.tensor([[1]]), torch.tensor([[True, True, False, True]])).mean().backward()
     assert logits.grad is not None
     torch.testing.assert_close(logits.grad, torch.tensor([[1 / 3, -2 / 3, 0.0, 1 / 3]]))
 
@@ -190,9 +190,10 @@ def test_observations(before, now, remark):
 def evaluated(rows: list[tuple[float | None, float]]) -> tuple[EpochTable, list[str]]:
     """The table after epochs with these (train loss, eval loss), from epoch 0 on."""
     said: list[str] = []
-    table = EpochTable(said.append)
-    for epoch, (train_loss, eval_loss) in enumerate(rows):
-        state = SimpleNamespace(epoch=epoch, log_history=[] if train_loss is None else [{"loss": train_loss}])
+    losses = iter([train_loss for train_loss, _ in rows])
+    table = EpochTable(said.append, loss_of=lambda: next(losses))
+    for epoch, (_, eval_loss) in enumerate(rows):
+        state = SimpleNamespace(epoch=epoch)
         metrics = {"eval_loss": eval_loss, "eval_accuracy": 0.5, "eval_exact_match": 50.0, "eval_f1": 60.0}
         table.on_evaluate(None, state, None, metrics)
     return table, said

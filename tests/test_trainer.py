@@ -12,10 +12,18 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from qadeploy.build.batches import LengthGroupedSampler, TokenBatches
+from qadeploy.build.batches import LengthGroupedSampler, UnitBatches
 from qadeploy.build.checkpoint import load_checkpoint
 from qadeploy.build.features import Feature, FeatureSet, make_features
-from qadeploy.build.trainer import SpanTrainer, collate, training_arguments
+from qadeploy.build.trainer import (
+    SpanTrainer,
+    collate,
+    distillation_loss,
+    shared_loss,
+    span_loss,
+    training_arguments,
+)
+from qadeploy.build.training_set import Item, TrainingSet
 from qadeploy.data.readers import read
 from qadeploy.qa.settings import QaSettings
 from tests.conftest import triplets, write_jsonl
@@ -46,8 +54,8 @@ def batches_seen(
     number = {id(f): i for i, f in enumerate(features.features)}
     seen: list[list[int]] = []
 
-    def watched(rows: list[Feature]) -> dict[str, Any]:
-        seen.append([number[id(f)] for f in rows])
+    def watched(rows: list[Feature | Item]) -> dict[str, Any]:
+        seen.append([number[id(f.feature if isinstance(f, Item) else f)] for f in rows])
         return dict(collate(rows, checkpoint.encoder.config.pad_token_id))
 
     arguments = TrainingArguments(
@@ -67,7 +75,7 @@ def batches_seen(
     trainer = SpanTrainer(
         model=checkpoint.model,
         args=arguments,
-        train_dataset=features,
+        train_dataset=TrainingSet(features),
         eval_dataset=features,
         data_collator=watched,
         **options,
@@ -98,7 +106,7 @@ def test_the_loop_takes_the_samplers_order_of_each_epoch_and_evaluates_in_order(
 def test_the_loop_takes_token_batches_anew_each_epoch(tiny_checkpoint, features, tmp_path):
     lengths = [len(f.window) for f in features.features]
     trained, evaluated = batches_seen(tiny_checkpoint, features, tmp_path, batch_tokens=150, most_windows=5)
-    batches = TokenBatches(lengths, 150, 13, 5)
+    batches = UnitBatches([[i] for i in range(len(lengths))], lengths, 13, tokens=150, most=5)
     expected = []
     for epoch in range(2):
         batches.set_epoch(epoch)
@@ -128,7 +136,11 @@ def epoch_of(features: FeatureSet, folder: Path, **options: Any) -> tuple[torch.
         CPU, output_dir=str(folder), report_to=[], remove_unused_columns=False, per_device_train_batch_size=1
     )
     trainer = SpanTrainer(
-        model=model, args=arguments, train_dataset=features, data_collator=lambda rows: collate(rows, 0), **options
+        model=model,
+        args=arguments,
+        train_dataset=TrainingSet(features),
+        data_collator=lambda rows: collate(rows, 0),
+        **options,
     )
     losses = [trainer.compute_loss(model, batch) for batch in trainer.get_train_dataloader()]
     torch.stack(losses).mean().backward()
@@ -142,6 +154,63 @@ def test_every_window_weighs_the_same_however_many_are_in_its_batch(features, tm
         gradient, mean = epoch_of(features, tmp_path, batch_tokens=tokens)
         torch.testing.assert_close(gradient, alone, rtol=1e-6, atol=1e-9)  # span_loss computes in float32
         assert mean == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_teachers_loss_is_the_cross_entropy_at_its_temperature():
+    """By hand: logits 2 and 0 at T = 2 are 1 and 0, so log shares -0.31326 and -1.31326; the third token is masked."""
+    logits, mask = torch.tensor([[2.0, 0.0, 9.0]]), torch.tensor([[True, True, False]])
+    found = distillation_loss(logits, torch.tensor([[0.75, 0.25, 0.0]]), mask, 2.0)
+    assert float(found) == pytest.approx(4 * (0.75 * 0.313262 + 0.25 * 1.313262), rel=1e-5)
+
+
+def test_windows_of_one_question_share_one_softmax():
+    """Three windows, null at 0: two of question 7 (the answer at 2 of the first), and one of question 9 by itself."""
+    logits = torch.tensor([[5.0, 1.0, 2.0], [5.0, 3.0, 0.0], [1.0, 1.0, 1.0]], requires_grad=True)
+    positions = torch.tensor([[2, -100], [0, -100], [1, 2]])
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, True, True]])
+    found = shared_loss(logits, positions, mask, torch.tensor([7, 7, 9]), torch.zeros(3, dtype=torch.int64))
+    # exp(2) among exp(1), exp(2) and exp(3): null positions and the masked token do not count.
+    by_hand = -np.log(np.exp(2) / (np.exp(1) + np.exp(2) + np.exp(3)))
+    assert found.tolist() == pytest.approx([by_hand], rel=1e-6)
+    found.sum().backward()
+    assert logits.grad[:, 0].abs().max() == 0
+    assert logits.grad[2].abs().max() == 0
+
+
+def test_annotators_of_one_question_add_their_shares():
+    logits, mask = torch.tensor([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0]]), torch.ones(2, 3, dtype=torch.bool)
+    positions = torch.tensor([[1, 2], [0, -100]])
+    found = shared_loss(logits, positions, mask, torch.tensor([0, 0]), torch.zeros(2, dtype=torch.int64))
+    shares = np.exp([1, 2, 0, 0])
+    assert found.tolist() == pytest.approx([-np.log(shares[:2].sum() / shares.sum())], rel=1e-6)
+
+
+def test_the_parts_of_the_loss_are_weighed_as_they_were_asked(features, tmp_path):
+    """Of a labelled and an unlabelled window with a teacher: (1 - w) x hard + w x taught, and w x taught alone."""
+    from qadeploy.build.training_set import SoftLabels
+
+    soft = [
+        SoftLabels(
+            np.asarray([f.window.context_begin]), np.ones(1, np.float32), np.asarray([0]), np.ones(1, np.float32)
+        )
+        for f in features.features
+    ]
+    data = TrainingSet(features, unlabelled=1, soft=soft)
+    items = [data[0], data[len(data) - 1]]
+    assert [item.labelled for item in items] == [True, False]
+    batch = collate(items, 0)
+    model = Constant(batch["input_ids"].shape[1])
+    arguments = training_arguments(CPU, output_dir=str(tmp_path), report_to=[], remove_unused_columns=False)
+    trainer = SpanTrainer(model=model, args=arguments, train_dataset=data, distill_weight=0.25, temperature=2.0)
+    model.train()
+    loss = float(trainer.compute_loss(model, batch).detach())
+    mask = batch["answer_mask"]
+    zeros = torch.zeros(mask.shape)
+    hard = sum(span_loss(zeros, batch[f"{s}_positions"], mask)[0] for s in ("start", "end")) / 2
+    taught = sum(distillation_loss(zeros, batch[f"soft_{s}s"], mask, 2.0) for s in ("start", "end")) / 2
+    assert loss == pytest.approx(float((0.75 * hard + 0.25 * taught.sum()) / 2), rel=1e-6)
+    assert trainer.epoch_loss() == pytest.approx(float(hard), rel=1e-6)
+    assert trainer.epoch_loss() is None
 
 
 def test_one_device_a_process(tmp_path, monkeypatch):

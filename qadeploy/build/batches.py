@@ -53,22 +53,42 @@ class LengthGroupedSampler(Sampler[int]):
             yield from (int(i) for i in batch)
 
 
-class TokenBatches(Sampler[list[int]]):
-    """Batches of like length that hold at most ``tokens`` tokens, padding included, drawn anew each epoch from the seed.
+class UnitBatches(Sampler[list[int]]):
+    """Batches of whole units of like length, drawn anew each epoch from the seed.
 
-    Windows are sorted by length, those of one length in an order drawn each epoch, and cut greedily; the
-    batches come in an order drawn each epoch, one of the longest windows first, so that memory fails early. Where the cuts
-    lie depends on the lengths alone: every epoch has the same number of batches, and each window is in one of them.
+    A unit is the windows that must share a batch: one, or those of a question and its negatives. Units are sorted by
+    their longest window, those alike in an order drawn each epoch, and cut greedily. The batches come in an order drawn
+    each epoch, one of the longest windows first, so that memory fails early. Where the cuts lie depends on the lengths
+    alone: every epoch has the same number of batches, and each window is in one of them.
 
-    ``most`` bounds the windows of a batch. Raises InputError where a window alone has more tokens.
+    Args:
+        units: Indices of windows, unit by unit.
+        lengths: ``[windows]``, in tokens.
+        seed: Of the orders.
+        tokens: The most tokens of a batch, padding included; None for no bound.
+        most: The most windows of a batch; None for no bound. A larger unit has a batch to itself.
+
+    Raises:
+        InputError: A window alone has more tokens than a batch may hold.
     """
 
-    def __init__(self, lengths: Sequence[int], tokens: int, seed: int, most: int | None = None) -> None:
-        check_tokens(tokens, lengths)
-        self.lengths = np.asarray(lengths)
+    def __init__(
+        self,
+        units: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        seed: int,
+        *,
+        tokens: int | None = None,
+        most: int | None = None,
+    ) -> None:
+        if tokens:
+            check_tokens(tokens, lengths)
+        self.units = [list(unit) for unit in units]
+        # Sorted by both, so that the cuts are the same whatever the order of units alike.
+        self.sizes = np.asarray([(max(lengths[i] for i in unit), len(unit)) for unit in self.units])
         self.seed = seed
         self.epoch = 0
-        self.cuts = _cuts(-np.sort(-self.lengths), tokens, most)
+        self.cuts = _cuts(self.sizes[np.lexsort((-self.sizes[:, 1], -self.sizes[:, 0]))], tokens, most)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader at the start of each epoch."""
@@ -79,10 +99,10 @@ class TokenBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        shuffled = generator.permutation(len(self.lengths))
-        order = shuffled[np.argsort(-self.lengths[shuffled], kind="stable")]
+        shuffled = generator.permutation(len(self.units))
+        order = shuffled[np.lexsort((-self.sizes[shuffled, 1], -self.sizes[shuffled, 0]))]
         for number in (0, *(int(n) + 1 for n in generator.permutation(len(self) - 1))):
-            yield [int(i) for i in order[self.cuts[number] : self.cuts[number + 1]]]
+            yield [i for unit in order[self.cuts[number] : self.cuts[number + 1]] for i in self.units[unit]]
 
 
 def check_tokens(tokens: int, lengths: Sequence[int]) -> None:
@@ -94,10 +114,14 @@ def check_tokens(tokens: int, lengths: Sequence[int]) -> None:
         )
 
 
-def _cuts(lengths: IntArray, tokens: int, most: int | None) -> list[int]:
-    """Where batches of the windows begin, and their end; ``lengths`` fall, so that a batch is as long as its first."""
-    cuts = [0]
-    while cuts[-1] < len(lengths):
-        size = tokens // int(lengths[cuts[-1]])
-        cuts.append(min(cuts[-1] + min(size, most or size), len(lengths)))
-    return cuts
+def _cuts(sizes: IntArray, tokens: int | None, most: int | None) -> list[int]:
+    """Where batches of units begin, and their end. ``sizes`` ``[units, 2]`` are lengths, which fall, and windows."""
+    cuts, longest, windows = [0], 0, 0
+    for number, (length, count) in enumerate(sizes.tolist()):
+        full = most is not None and windows + count > most
+        if windows and (full or (tokens is not None and longest * (windows + count) > tokens)):
+            cuts.append(number)
+            windows = 0
+        longest = length if not windows else longest
+        windows += count
+    return [*cuts, len(sizes)]

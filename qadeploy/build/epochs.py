@@ -13,6 +13,7 @@ from qadeploy.errors import FailureError
 
 Say = Callable[[str], None]
 SpeedOf = Callable[[int], dict[str, Any] | None]
+LossOf = Callable[[], float | None]
 
 
 class QuietProgress(ProgressCallback):
@@ -26,12 +27,19 @@ class EpochTable(TrainerCallback):
     """Prints a row an epoch, and keeps the rows; ``rows`` are those of a run that goes on.
 
     Warns once, where the gap between train and eval loss opens. ``speed_of`` gives ``Speed``'s row of an epoch,
-    whose figures are printed and not kept: two runs alike differ in them.
+    whose figures are printed and not kept: two runs alike differ in them. ``loss_of`` gives the epoch's mean training loss.
     """
 
-    def __init__(self, say: Say, rows: Sequence[dict[str, Any]] = (), speed_of: SpeedOf = lambda epoch: None) -> None:
+    def __init__(
+        self,
+        say: Say,
+        rows: Sequence[dict[str, Any]] = (),
+        speed_of: SpeedOf = lambda epoch: None,
+        loss_of: LossOf = lambda: None,
+    ) -> None:
         self.say = say
         self.speed_of = speed_of
+        self.loss_of = loss_of
         self.rows: list[dict[str, Any]] = []
         self.gap_opened: int | None = None  # the first epoch of overfitting
         for row in rows:
@@ -55,11 +63,9 @@ class EpochTable(TrainerCallback):
         """Adds the row of the epoch that was just evaluated on the dev part."""
         if "eval_f1" not in metrics:
             return
-        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-        epoch = round(state.epoch or 0)
         row = {
-            "epoch": epoch,
-            "train_loss": float(losses[-1]) if losses and epoch else None,
+            "epoch": round(state.epoch or 0),
+            "train_loss": self.loss_of(),
             **{k: float(metrics[k]) for k in ("eval_loss", "eval_accuracy", "eval_exact_match", "eval_f1")},
         }
         if not math.isfinite(row["eval_loss"] or 0.0) or not math.isfinite(row["train_loss"] or 0.0):

@@ -24,7 +24,7 @@ from qadeploy.qa.calibration import (
 )
 from qadeploy.qa.metrics import Scores, score
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.spans import Decoded, Scored, decode_many, least_null_logit, rank_answers, span_table
+from qadeploy.qa.spans import Decoded, decode_many, least_null_logit, rank_answers, span_table
 from qadeploy.records import Answer, Example, FloatArray
 
 ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
@@ -35,11 +35,16 @@ Logits = tuple[FloatArray, FloatArray]
 def unchosen_settings(settings: QaSettings, train_part: Sequence[Example]) -> QaSettings:
     """The settings that epochs are judged with, before anything is chosen on the dev part.
 
-    Temperature 1; a null threshold of 0 where any training question has no answer, else none, whatever
-    the base model had.
+    Temperature 1; a null threshold of 0, and ranking relative to the null logits, where any training question has no
+    answer, else neither, whatever the base model had.
     """
     unanswerable = any(not e.answers for e in train_part)
-    return replace(settings, null_threshold=0.0 if unanswerable else None, temperature=1.0)
+    return replace(
+        settings,
+        null_threshold=0.0 if unanswerable else None,
+        temperature=1.0,
+        relative_to_null=unanswerable,
+    )
 
 
 def answers_of(features: FeatureSet, logits: Logits, settings: QaSettings) -> list[Answer]:
@@ -181,7 +186,7 @@ def _decoded(features: FeatureSet, logits: Logits, settings: QaSettings, allow_n
     for i, context in enumerate(features.contexts):
         rows = _rows(features, i)
         windows = [f.window for f in features.features[rows]]
-        scored.append(Scored(windows, list(logits[0][rows]), list(logits[1][rows]), context))
+        scored.append(settings.scored(windows, list(logits[0][rows]), list(logits[1][rows]), context))
     return decode_many(
         scored,
         max_answer_len=settings.max_answer_len,
@@ -223,7 +228,8 @@ def _fitted_temperature(features: FeatureSet, logits: Logits, settings: QaSettin
         for i in drawn:
             context, rows = features.contexts[i], _rows(features, i)
             windows = [f.window for f in features.features[rows]]
-            starts, ends = list(logits[0][rows]), list(logits[1][rows])
+            scored = settings.scored(windows, list(logits[0][rows]), list(logits[1][rows]), context)
+            starts, ends = scored.start_logits, scored.end_logits
             spans = span_table(windows, starts, ends, context, settings.max_answer_len).ravel()
             spans = spans[np.isfinite(spans)]
             best = int(spans.argmax()) if len(spans) else 0

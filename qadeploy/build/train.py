@@ -38,9 +38,11 @@ from qadeploy.build.batches import check_tokens
 from qadeploy.build.cache import Part, cache_folder, cached_features
 from qadeploy.build.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
 from qadeploy.build.curves import terminal_chart
+from qadeploy.build.distill import keep_layers, load_teacher, teach
 from qadeploy.build.drawings import draw_run
 from qadeploy.build.epochs import EpochTable, QuietProgress, Say
 from qadeploy.build.features import FeatureSet
+from qadeploy.build.negatives import Paired, with_negatives
 from qadeploy.build.provenance import base_name, base_of, versions_of
 from qadeploy.build.resume import SAVES, Plan, check_unfinished, finish, open_run
 from qadeploy.build.saves import writing
@@ -55,6 +57,7 @@ from qadeploy.build.selection import (
 from qadeploy.build.speed import Speed, compiled, has_tf32, tf32_products
 from qadeploy.build.torch_device import device_name, resolve_precision, training_device
 from qadeploy.build.trainer import SaveInside, SpanTrainer, collate, training_arguments
+from qadeploy.build.training_set import TrainingSet
 from qadeploy.build.workers import make_features_in
 from qadeploy.data.carriers import load_rows
 from qadeploy.data.check import check_rows
@@ -84,6 +87,7 @@ _COUNTS = (
     "n_best_size",
     "gradient_accumulation_steps",
     "preprocessing_num_workers",
+    "layers",
 )
 _INDENT = " " * 17
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
@@ -106,6 +110,11 @@ class TrainOptions:
     are ``Hub``'s, for the base; ``token`` opens hub data too, and is recorded nowhere. ``save_steps`` adds
     checkpoints inside epochs, every so many steps. ``cache`` keeps the windows for the next run.
 
+    ``negatives`` are made per training question, see ``build/negatives.py``; the dev part gets one each. ``teacher`` is
+    a model to learn from, see ``build/distill.py``: ``distill_weight`` of the loss of each window, at
+    ``distill_temperature``. The questions in ``unlabelled`` have no answers and are taught by it alone. ``layers``
+    keeps so many of the base's.
+
     ``device`` is auto, cpu, cuda or cuda:N. With ``batch_tokens`` a batch holds so many tokens at most, padding included,
     and ``batch_size`` windows where that is given. ``torch_compile`` runs the model compiled.
     """
@@ -127,6 +136,12 @@ class TrainOptions:
     max_seq_len: int | None = None
     doc_stride: int | None = None
     attention_dropout: float = 0.0
+    negatives: int = 0
+    teacher: str | None = None
+    distill_weight: float = 0.7
+    distill_temperature: float = 2.0
+    unlabelled: str | None = None
+    layers: int | None = None
     precision: str = "auto"
     device: str = "auto"
     torch_compile: bool = False
@@ -204,6 +219,9 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
         raise InputError(f"{options.base}: this kind of model has no gradient checkpointing: leave it out")
     settings = checkpoint.settings.changed(max_seq_len=options.max_seq_len, doc_stride=options.doc_stride)
 
+    if options.layers is not None:
+        keep_layers(checkpoint.model, options.layers)
+    teacher = load_teacher(options.teacher, device, hub) if options.teacher else None
     example = train_part[0]
     say(f"1 raw data       {len(data.examples)} questions on {_passages(data.examples)} passages from {data.source}")
     for count, what in (
@@ -222,6 +240,14 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
         f"answer at code points {example.answers[0].start}-{example.answers[0].end}" if example.answers else "no answer"
     )
     say(f"                 e.g. {where} of {len(example.context)}")
+    unlabelled = _unlabelled(options)
+    paired = with_negatives(train_part, options.negatives, [e.context for e in unlabelled])
+    dev_paired = with_negatives(dev_part, min(options.negatives, 1))
+    for name, made in (("train", paired), ("dev", dev_paired)):
+        if made.elsewhere or made.removed:
+            say(
+                f"{_INDENT}{name} negatives: {made.elsewhere} on other passages, {made.removed} on their own without the answer"
+            )
     for name, part, seen in (("dev", dev_part, train_part), ("held-out", eval_part, (*train_part, *dev_part))):
         leaked = {e.context for e in part} & {e.context for e in seen}
         if leaked:
@@ -232,7 +258,10 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
     def make(part: Sequence[Example], encoder: Encoder, settings: QaSettings, source: str) -> FeatureSet:
         return make_features_in(options.preprocessing_num_workers, part, encoder, settings, source)
 
-    parts = [Part(train_part, options.data), Part(dev_part, options.dev_data or options.data)]
+    parts = [
+        Part((*paired.examples, *unlabelled), options.data),
+        Part(dev_paired.examples, options.dev_data or options.data),
+    ]
     parts += [Part(eval_part, options.eval_data or options.data)] if eval_part else []
     folder = cache_folder() if options.cache else None
     kept = cached_features(parts, checkpoint.encoder, settings, folder, lambda line: say(_INDENT + line), make=make)
@@ -250,6 +279,17 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
 
     if options.batch_tokens:
         check_tokens(options.batch_tokens, [len(f.window) for f in train_set.features])
+    soft = []
+    if teacher:
+        soft = teach(
+            teacher,
+            train_set,
+            questions=[e.question for e in train_set.examples],
+            temperature=options.distill_temperature,
+            folder=folder,
+            say=say,
+        )
+    training_set = TrainingSet(train_set, _groups(paired, len(unlabelled)), len(unlabelled), soft)
     record = _record(options, precision, device, checkpoint, data, dev_part, eval_part)
     with open_run(out, record, resume, say) as plan, tf32_products(device):
         if plan.finished:
@@ -258,7 +298,18 @@ def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_m
         if plan.saved:
             started -= plan.saved.progress["seconds"]
         result, answers = _run(
-            options, precision, device, checkpoint, settings, train_set, dev_set, eval_set, plan, say, progress, started
+            options,
+            precision,
+            device,
+            checkpoint,
+            settings,
+            training_set,
+            dev_set,
+            eval_set,
+            plan,
+            say,
+            progress,
+            started,
         )
         result |= {"data_check": checked.to_dict(), **more_metrics}
         if processes.is_first():
@@ -283,6 +334,9 @@ def check(options: TrainOptions, resume: bool = False) -> None:
         "attention_dropout": (0.0, 1.0),
         "null_score_diff_threshold": (-math.inf, math.inf),
         "seed": (0, 2**32 - 1),
+        "distill_weight": (0.0, 1.0),
+        "distill_temperature": (0.1, 100.0),
+        "negatives": (0, 100),
     }
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
@@ -338,6 +392,23 @@ def _resolve(options: TrainOptions, questions: int) -> TrainOptions:
     )
 
 
+def _unlabelled(options: TrainOptions) -> tuple[Example, ...]:
+    """The questions that a teacher alone labels."""
+    if options.unlabelled is None:
+        return ()
+    if options.teacher is None:
+        raise InputError("--unlabelled: only a teacher can label these questions: give --teacher, or leave it out")
+    found = read(options.unlabelled, Reading.of(asdict(options)), token=options.token, annotated=False).examples
+    return tuple(replace(e, answers=()) for e in found)
+
+
+def _groups(paired: Paired, unlabelled: int) -> tuple[int, ...]:
+    """The question of each training example, () if each is its own."""
+    if len(set(paired.groups)) == len(paired.groups):
+        return ()
+    return (*paired.groups, *range(len(paired.groups), len(paired.groups) + unlabelled))
+
+
 def _dropout(attention: float) -> dict[str, float]:
     names = ("attention_probs_dropout_prob", "attention_dropout")  # BERT's kind, DistilBERT's kind
     return dict.fromkeys(names, attention)
@@ -352,7 +423,7 @@ def _run(
     device: torch.device,
     checkpoint: Checkpoint,
     settings: QaSettings,
-    train_set: FeatureSet,
+    training_set: TrainingSet,
     dev_set: FeatureSet,
     eval_set: FeatureSet | None,
     plan: Plan,
@@ -403,7 +474,7 @@ def _run(
     trainer = SpanTrainer(
         model=checkpoint.model,
         args=arguments,
-        train_dataset=train_set,
+        train_dataset=training_set,
         eval_dataset=dev_set,
         data_collator=lambda features: collate(features, pad),
         compute_metrics=lambda prediction: _metrics(dev_set, prediction, settings),
@@ -411,8 +482,11 @@ def _run(
         progress=lambda: {"rows": table.rows, "speed": speed.rows, "seconds": round(time.time() - started, 1)},
         batch_tokens=options.batch_tokens,
         most_windows=options.batch_size,
+        distill_weight=options.distill_weight if options.teacher else 0.0,
+        temperature=options.distill_temperature,
     )
-    _say_training(say, options, trainer, precision, device, len(train_set))
+    table.loss_of = trainer.epoch_loss
+    _say_training(say, options, trainer, precision, device, len(training_set))
     if options.save_steps:
         trainer.add_callback(SaveInside(options.save_steps))
     trainer.remove_callback(PrinterCallback)
@@ -421,7 +495,7 @@ def _run(
         trainer.add_callback(QuietProgress)
 
     held_out_base = _held_out(trainer, eval_set, settings) if eval_set else None
-    settings = unchosen_settings(settings, train_set.examples)
+    settings = unchosen_settings(settings, training_set.features.examples)
     threshold = options.null_score_diff_threshold
     given = threshold is not None
     settings = replace(settings, null_threshold=threshold) if given else settings
@@ -529,10 +603,11 @@ def _say_training(
     """What is trained, where, and in which steps."""
     passes = options.gradient_accumulation_steps
     batch, batches = f"{options.batch_size} windows", math.ceil(windows / (options.batch_size or 1))
-    if trainer.token_batches is not None:
-        batches = len(trainer.token_batches)
-        batch = f"at most {options.batch_tokens} tokens"
-        batch += f" and {options.batch_size} windows" if options.batch_size else f" ({windows / batches:.1f} windows)"
+    if trainer.batches is not None:
+        batches = len(trainer.batches)
+        bounds = [f"{options.batch_tokens} tokens"] if options.batch_tokens else []
+        bounds += [f"{options.batch_size} windows"] if options.batch_size else []
+        batch = f"at most {' and '.join(bounds)} ({windows / batches:.1f} windows)"
     say(
         f"4 training       {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters on "
         f"{device_name(device)} in {precision}{', products in TF32' if has_tf32(device) else ''}"
@@ -540,12 +615,12 @@ def _say_training(
         f"of {f'{passes} x ' if passes > 1 else ''}{batch}, learning rate {options.learning_rate:g}"
         + (f", {processes.count()} processes" if processes.count() > 1 else "")
     )
-    if len(trainer.train_dataset.examples) < FEW_EXAMPLES:
+    if len(trainer.train_dataset.features.examples) < FEW_EXAMPLES:
         say(
-            f"                 few examples ({len(trainer.train_dataset.examples)}): a low learning rate unless you give one, and "
+            f"                 few examples ({len(trainer.train_dataset.features.examples)}): a low learning rate unless you give one, and "
             f"training stops after {options.patience} epochs without a better dev F1"
         )
-    first = trainer.train_dataset.features[0].window
+    first = trainer.train_dataset[0].feature.window
     say(f"                 e.g. a window of {len(first)} tokens -> start and end logits [1, {len(first)}] each")
 
 

@@ -13,11 +13,26 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qadeploy.build import processes
-from qadeploy.build.batches import LengthGroupedSampler, TokenBatches
-from qadeploy.build.features import NO_LABEL, Feature, FeatureSet, collate_labels
+from qadeploy.build.batches import LengthGroupedSampler, UnitBatches
+from qadeploy.build.features import NO_LABEL
 from qadeploy.build.saves import Save, mark_complete, prune, remove, writing
+from qadeploy.build.training_set import TrainingSet
+from qadeploy.build.training_set import collate as collate_arrays
 from qadeploy.errors import FailureError
-from qadeploy.qa.windows import pad_batch
+
+_LABELS = frozenset(
+    {
+        "start_positions",
+        "end_positions",
+        "answer_mask",
+        "null_positions",
+        "groups",
+        "labelled",
+        "soft_starts",
+        "soft_ends",
+    }
+)
+_NEVER = -1e9  # a logit without probability
 
 
 class SpanArguments(TrainingArguments):
@@ -72,9 +87,14 @@ class SpanTrainer(Trainer):
     question (their spans are equally good targets) and over start and end. Its softmax runs over
     the context and the null position, as the decoder's does.
 
-    A batch's loss is the mean of its windows'. With ``batch_tokens`` batches have few long windows or many short ones,
-    and a mean would give long ones the greater weight: there it is the sum of its windows' losses, over the mean number of
-    windows in a batch, so that all windows of an epoch weigh the same. ``most_windows`` bounds such a batch.
+    Two parts may join it. With a teacher, ``distill_weight`` of it is the cross entropy with the teacher's distribution at
+    ``temperature``, times its square. And questions that have negatives add the loss of their start and end positions among
+    all context positions of all windows of theirs (Clark and Gardner 2018, section 3.2: the summed objective), so that
+    logits compare between windows; they share a batch for it.
+
+    A batch's loss is the mean of its windows'. Batches of units (with ``batch_tokens``, or negatives) have few windows or many,
+    and a mean would give those of few the greater weight: there it is the sum of its windows' losses, over the mean number
+    of windows in a batch, so that all windows of an epoch weigh the same. ``most_windows`` bounds such a batch.
 
     ``windows_seen`` counts the windows that this process has trained on.
 
@@ -88,34 +108,40 @@ class SpanTrainer(Trainer):
         progress: Callable[[], dict[str, Any]] = dict,
         batch_tokens: int | None = None,
         most_windows: int | None = None,
+        distill_weight: float = 0.0,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.windows_seen = 0
-        self.token_batches: TokenBatches | None = None
-        if batch_tokens:
-            lengths = [len(f.window) for f in self.train_dataset.features]
-            self.token_batches = TokenBatches(lengths, batch_tokens, self.args.seed, most_windows)
+        self.batches: UnitBatches | None = None
+        training_set: TrainingSet | None = self.train_dataset
+        self.grouped = bool(training_set and training_set.groups) and self.args.world_size == 1
+        if training_set and (batch_tokens or self.grouped):
+            units = training_set.units if self.grouped else [[i] for i in range(len(training_set))]
+            self.batches = UnitBatches(
+                units, training_set.lengths, self.args.seed, tokens=batch_tokens, most=most_windows
+            )
         self.model_accepts_loss_kwargs = False
         self.progress = progress
-        self._running_loss: Any = None
-        self._carried: tuple[float, int] | None = None
+        self._distill_weight, self._temperature = distill_weight, temperature
+        self._loss_sum: Any = 0.0  # of the annotated labels alone, so that it compares with the eval loss
+        self._loss_windows: Any = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        features: FeatureSet = train_dataset if train_dataset is not None else self.train_dataset
-        lengths = [len(f.window) for f in features.features]
         # The batch of all processes, which accelerate deals out in slices: the same batches, however many share them.
-        return LengthGroupedSampler(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+        together = self.args.train_batch_size * self.args.world_size
+        return LengthGroupedSampler(self.train_dataset.lengths, together, self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The Trainer's, or one of batches by tokens."""
+        """The Trainer's, or one of batches of units."""
         loader: DataLoader[Any]
-        if self.token_batches is None:
+        if self.batches is None:
             loader = super().get_train_dataloader()
         else:
             loader = DataLoader(
                 self.train_dataset,
-                batch_sampler=self.token_batches,
+                batch_sampler=self.batches,
                 collate_fn=self.data_collator,
                 pin_memory=self.args.dataloader_pin_memory,
             )
@@ -135,7 +161,8 @@ class SpanTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(saved.folder / TRAINER_STATE_NAME))
             self._load_best_model()
         else:
-            self._carried = (saved.progress["loss"], saved.progress["loss_since"])
+            if processes.is_first():
+                self._loss_sum, self._loss_windows = saved.progress["loss"]
             self.train(resume_from_checkpoint=str(saved.folder))
 
     def _has_unused_parameters(self) -> bool:
@@ -154,13 +181,18 @@ class SpanTrainer(Trainer):
     def _checkpoint(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{step}"
 
-    def _maybe_log_save_evaluate(self, tr_loss: Any, *args: Any, **kwargs: Any) -> None:
-        if self._carried:  # the part of the epoch before the interruption counts in its mean loss
-            loss, self._globalstep_last_logged = self._carried
-            tr_loss += loss
-            self._carried = None
-        self._running_loss = tr_loss
-        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+    def _losses(self) -> list[float]:
+        """The sum of the losses with the annotated labels since the last ``epoch_loss``, and their windows, of all processes."""
+        own = torch.tensor(
+            [float(self._loss_sum), float(self._loss_windows)], dtype=torch.float64, device=self.args.device
+        )
+        return [float(x) for x in self.accelerator.reduce(own, "sum")]
+
+    def epoch_loss(self) -> float | None:
+        """The mean loss with the annotated labels of the windows trained on since it was last asked for."""
+        total, windows = self._losses()
+        self._loss_sum, self._loss_windows = 0.0, 0
+        return round(total / windows, 6) if windows else None  # so that a run in two parts has the same
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, best = self.state.global_step, self.state.best_global_step
@@ -169,8 +201,7 @@ class SpanTrainer(Trainer):
             **self.progress(),
             "stopped": self.control.should_training_stop,
             "best_step": best,
-            "loss": self._nested_gather(self._running_loss).mean().item(),
-            "loss_since": self._globalstep_last_logged,
+            "loss": self._losses(),
         }
         try:
             with writing(folder):
@@ -189,21 +220,37 @@ class SpanTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch, and with ``return_outputs`` its logits."""
-        labels = ("start_positions", "end_positions", "answer_mask")
-        outputs = model(**{k: v for k, v in inputs.items() if k not in labels})
-        mask = inputs["answer_mask"]
-        rows = slice(None if model.training else self._own_rows(len(mask)))
-        losses = [
-            span_loss(outputs.start_logits[rows], inputs["start_positions"][rows], mask[rows]),
-            span_loss(outputs.end_logits[rows], inputs["end_positions"][rows], mask[rows]),
-        ]
-        loss = (losses[0] + losses[1]) / 2
+        outputs = model(**{k: v for k, v in inputs.items() if k not in _LABELS})
+        sides = (("start", outputs.start_logits), ("end", outputs.end_logits))
         if model.training:
-            self.windows_seen += len(mask)
-            if self.token_batches is not None:
-                loss = loss * (len(mask) * len(self.token_batches) / len(self.train_dataset))
+            loss = sum(self._training_loss(side, logits, inputs) for side, logits in sides) / 2
+            self.windows_seen += len(inputs["groups"])
+            if self.batches is not None:
+                loss = loss * (len(inputs["groups"]) * len(self.batches) / len(self.train_dataset))
+        else:
+            mask = inputs["answer_mask"]
+            rows = slice(self._own_rows(len(mask)))
+            loss = sum(
+                span_loss(logits[rows], inputs[f"{side}_positions"][rows], mask[rows]).mean() for side, logits in sides
+            ) / len(sides)
         logits = {"start_logits": outputs.start_logits, "end_logits": outputs.end_logits}
         return (loss, logits) if return_outputs else loss
+
+    def _training_loss(self, side: str, logits: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """The mean loss of a batch's windows for their start or end positions."""
+        positions, mask, labelled = inputs[f"{side}_positions"], inputs["answer_mask"], inputs["labelled"]
+        hard = span_loss(logits, positions, mask) * labelled
+        with torch.no_grad():
+            self._loss_sum += hard.sum().double() / 2  # half of it is the starts', half the ends'
+            self._loss_windows += labelled.sum() / 2
+        soft = inputs.get(f"soft_{side}s")
+        if soft is not None:
+            taught = distillation_loss(logits, soft, mask, self._temperature)
+            hard = (1 - self._distill_weight) * hard + self._distill_weight * taught
+        total: torch.Tensor = hard.sum()
+        if self.grouped:
+            total = total + shared_loss(logits, positions, mask, inputs["groups"], inputs["null_positions"]).sum()
+        return total / len(mask)
 
     def _own_rows(self, rows: int) -> int:
         """How many windows of an evaluation batch count: the last one is filled up, so that all processes have as many.
@@ -218,15 +265,69 @@ class SpanTrainer(Trainer):
 
 
 def span_loss(logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy. ``logits`` [windows, tokens], ``positions`` [windows, annotations] (-100 fills), ``mask`` [windows, tokens]."""
-    log_probabilities = torch.log_softmax(logits.float().masked_fill(~mask, -1e9), dim=-1)
+    """The cross entropy of each window, averaged over its annotations.
+
+    Args:
+        logits: ``[windows, tokens]``.
+        positions: ``[windows, annotations]``, -100 fills.
+        mask: ``[windows, tokens]``, true where a position is possible.
+
+    Returns:
+        ``[windows]``.
+    """
+    log_probabilities = torch.log_softmax(logits.float().masked_fill(~mask, _NEVER), dim=-1)
     valid = positions != NO_LABEL
     picked = log_probabilities.gather(1, positions.clamp(min=0)) * valid
-    return -(picked.sum(1) / valid.sum(1)).mean()
+    return -picked.sum(1) / valid.sum(1)
 
 
-def collate(features: Sequence[Feature], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Model inputs and labels of a batch, padded to its longest window."""
-    batch: dict[str, Any] = dict(pad_batch([f.window for f in features], pad_token_id))
-    batch.update(collate_labels(features, batch["input_ids"].shape[1]))
-    return {name: torch.from_numpy(values) for name, values in batch.items()}
+def distillation_loss(
+    logits: torch.Tensor, shares: torch.Tensor, mask: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """The cross entropy with a teacher's distribution at a temperature, times its square (Hinton et al. 2015, section 2).
+
+    Args:
+        logits: The student's, ``[windows, tokens]``.
+        shares: The teacher's probabilities at this temperature, ``[windows, tokens]``.
+        mask: ``[windows, tokens]``, true where a position is possible.
+        temperature: T.
+
+    Returns:
+        ``[windows]``.
+    """
+    log_probabilities = torch.log_softmax(logits.float().masked_fill(~mask, _NEVER) / temperature, dim=-1)
+    return -(shares * log_probabilities.masked_fill(~mask, 0.0)).sum(1) * temperature**2
+
+
+def shared_loss(
+    logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, groups: torch.Tensor, nulls: torch.Tensor
+) -> torch.Tensor:
+    """The loss of each question's annotated positions among all context positions of all its windows.
+
+    Minus the logarithm of their summed probability under one softmax (Clark and Gardner 2018, section 3.2).
+
+    Args:
+        logits: ``[windows, tokens]``.
+        positions: ``[windows, annotations]``, -100 fills, the null position in windows without an answer.
+        mask: ``[windows, tokens]``, true on context tokens and the null position.
+        groups: ``[windows]``, the question of each.
+        nulls: ``[windows]``, the null position of each.
+
+    Returns:
+        ``[questions with an answer and more than one window]``.
+    """
+    scores = logits.float().masked_fill(~mask, _NEVER).scatter(1, nulls[:, None], _NEVER)
+    right = (positions != NO_LABEL) & (positions != nulls[:, None])
+    targets = torch.zeros_like(scores).scatter_add(1, positions.clamp(min=0), right.float()) > 0
+    every = torch.logsumexp(scores, dim=1)
+    wanted = torch.logsumexp(scores.masked_fill(~targets, _NEVER), dim=1)
+    of, own = torch.unique(groups, return_inverse=True)
+    member = own[None, :] == torch.arange(len(of), device=own.device)[:, None]  # [questions, windows]
+    totals = [torch.logsumexp(x[None, :].masked_fill(~member, _NEVER), dim=1) for x in (every, wanted)]
+    counts = (member & targets.any(1)[None, :]).any(1) & (member.sum(1) > 1)
+    return (totals[0] - totals[1])[counts]
+
+
+def collate(items: Sequence[Any], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """``training_set.collate`` as tensors."""
+    return {name: torch.from_numpy(values) for name, values in collate_arrays(items, pad_token_id).items()}

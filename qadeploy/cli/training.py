@@ -197,6 +197,26 @@ qadeploy train --resume --out runs/squad
     type=click.IntRange(min=1),
     help="Candidates a question in nbest_predictions.json; changes nothing else.",
 )
+@click.option(
+    "--negatives",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 100),
+    help="Per question, so many texts that do not answer it, so that the model learns to say so.",
+)
+@click.option("--teacher", help="Learn from this bundle, run, checkpoint or hub model too (distillation).")
+@click.option(
+    "--distill-weight",
+    default=0.7,
+    show_default=True,
+    type=click.FloatRange(0, 1),
+    help="The teacher's share of the loss.",
+)
+@click.option(
+    "--distill-temperature", default=2.0, show_default=True, help="Flattens the teacher's distributions where above 1."
+)
+@click.option("--unlabelled", help="Questions and contexts without answers, which the teacher alone labels.")
+@click.option("--layers", type=click.IntRange(min=1), help="Keep so many of the base's layers, evenly chosen.")
 @click.option("--attention-dropout", default=0.0, show_default=True, help="0 allows PyTorch's fused attention.")
 @click.option(
     "--precision",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from qadeploy.errors import InputError
-from qadeploy.qa.spans import DEFAULT_MAX_ANSWER_LEN
-from qadeploy.qa.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN
-from qadeploy.records import Example
+from qadeploy.qa.spans import DEFAULT_MAX_ANSWER_LEN, Scored
+from qadeploy.qa.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, EncodedText
+from qadeploy.records import Example, FloatArray, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,8 @@ class QaSettings:
     ``null_threshold``: where "no answer" is allowed it wins if its logit exceeds the best span's by more than this;
     None for a model that was trained on answerable questions alone, which is 0 where it is asked for all the same.
     ``temperature``: the logits are divided by it before the softmax that makes scores (Guo et al. 2017).
+    ``relative_to_null``: spans are ranked by their logit less the null logit of their window, the odds that the window
+    holds them, which compare between windows of a model that was trained to tell windows without an answer.
     """
 
     max_seq_len: int = DEFAULT_MAX_SEQ_LEN
@@ -27,6 +29,29 @@ class QaSettings:
     max_answer_len: int = DEFAULT_MAX_ANSWER_LEN
     null_threshold: float | None = None
     temperature: float = 1.0
+    relative_to_null: bool = False
+
+    def scored(
+        self,
+        windows: Sequence[Window],
+        start_logits: Sequence[FloatArray],
+        end_logits: Sequence[FloatArray],
+        context: EncodedText,
+    ) -> Scored:
+        """Windows with a model's logits as these settings rank them, for the decoder.
+
+        Args:
+            windows: Those of one question over one context.
+            start_logits: Float32 ``[tokens]`` of each window, or more.
+            end_logits: The same for the ends.
+            context: The context.
+        """
+        if self.relative_to_null:
+            start_logits, end_logits = (
+                [x - x[w.null_index] for w, x in zip(windows, logits, strict=True)]
+                for logits in (start_logits, end_logits)
+            )
+        return Scored(windows, start_logits, end_logits, context)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON values."""
@@ -35,10 +60,9 @@ class QaSettings:
     def null_competes(self, examples: Iterable[Example]) -> bool:
         """Whether "no answer" competes when ``examples`` are scored: the one rule for training, gates and evaluation.
 
-        It does where the model was trained with questions without an answer (it has a ``null_threshold``), and
-        where any of the examples has none.
+        It does if any of the examples has no answer. Where all have one, as in SQuAD v1.1, every question is answered.
         """
-        return self.null_threshold is not None or any(not e.answers for e in examples)
+        return any(not e.answers for e in examples)
 
     def changed(
         self, *, max_seq_len: int | None = None, doc_stride: int | None = None, max_answer_len: int | None = None
@@ -62,6 +86,11 @@ class QaSettings:
         for name in cls.__slots__:
             value = values.get(name)
             if value is None:
+                continue
+            if name == "relative_to_null":
+                if not isinstance(value, bool):
+                    raise InputError(f"{where}: {name} is {value!r}, true or false is needed")
+                found[name] = value
                 continue
             if name in {"null_threshold", "temperature"}:
                 found[name] = _number(value, name, where)

@@ -16,7 +16,7 @@ from qadeploy.errors import BundleError, InputError, MachineWarning, QadeployErr
 from qadeploy.machine import machine
 from qadeploy.qa.prefilter import Ranking, rank
 from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.spans import Decoded, Scored, decode_many, rank_answers
+from qadeploy.qa.spans import Decoded, decode_many, rank_answers
 from qadeploy.qa.windows import EncodedText, Encoder
 from qadeploy.records import Answer, FloatArray, Window
 from qadeploy.runtime.aio import Aside, Run
@@ -430,7 +430,7 @@ class Answerer:
         for one in begun:
             part = logits[first : first + len(one.windows)]
             first += len(part)
-            scored.append(Scored(one.windows, [s for s, _ in part], [e for _, e in part], one.context))
+            scored.append(settings.scored(one.windows, [s for s, _ in part], [e for _, e in part], one.context))
         found = decode_many(
             scored,
             top_k=options.top_k,

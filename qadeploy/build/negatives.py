@@ -1,0 +1,153 @@
+"""Questions on texts that do not answer them, made from the training data itself, so that a model learns to say so.
+
+Two kinds, both labelled "no answer":
+
+- the question on another passage in which none of its answers occurs: in turns the best by BM25 (Robertson and Zaragoza 2009)
+  and the nearest in the data, which is most often of the same document;
+- the question on its own passage without the sentences that hold its answer. There is none if the answer occurs elsewhere
+  in the passage too, or if nothing else is left.
+
+Training normalises the windows of a question and of its negatives together (Clark and Gardner, "Simple and Effective Multi-Paragraph
+Reading Comprehension", ACL 2018), so ``groups`` says which belong together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise, zip_longest
+
+from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.records import Example
+
+LONGEST = 2_000  # code points of another passage: of a longer one a part is taken
+_SHORTEST = 30  # code points that must be left of a passage without its answer
+_LOOKED_AT = 16  # candidates per negative that is wanted: many hold the answer too
+# A sentence ends at a full stop, question or exclamation mark, closing quotes and brackets included, or at a line break.
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])[\"'”’)\]]*\s+|(?<=[。！？])|\n+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Questions with their negatives.
+
+    Attributes:
+        examples: The questions as given, then the negatives.
+        groups: ``[examples]``, the number of the question that each belongs to; a question's own number is its place.
+        elsewhere: How many negatives are on another passage.
+        removed: How many are on their own passage without its answer.
+    """
+
+    examples: tuple[Example, ...]
+    groups: tuple[int, ...]
+    elsewhere: int
+    removed: int
+
+
+def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[str] = ()) -> Paired:
+    """Adds ``count`` negatives to each question that has an answer.
+
+    One in two is the question's own passage without its answer where ``count`` is 1, one of ``count`` where it is more; the
+    others are other passages, and stand in for what cannot be made.
+
+    Args:
+        examples: The questions. Those without an answer get no negatives.
+        count: Negatives per question; 0 adds none.
+        passages: Further passages to take negatives from.
+
+    Returns:
+        The questions and their negatives. A question that nothing could be made for stands alone.
+
+    Raises:
+        InputError: ``count`` is below 0.
+        MissingExtraError: bm25s is not installed.
+    """
+    if count < 0:
+        raise InputError(f"negatives is {count}: it is how many to make per question, 0 for none")
+    answered = [number for number, example in enumerate(examples) if example.answers]
+    if not count or not answered:
+        return Paired(tuple(examples), tuple(range(len(examples))), 0, 0)
+    texts = list(dict.fromkeys((*(e.context for e in examples), *passages)))
+    place = {text: number for number, text in enumerate(texts)}
+    known = {(e.question, e.context) for e in examples}
+    ranked = _ranked([examples[number].question for number in answered], texts, count * _LOOKED_AT)
+    made: list[Example] = []
+    groups = list(range(len(examples)))
+    counts = {"elsewhere": 0, "removed": 0}
+    for turn, (number, order) in enumerate(zip(answered, ranked, strict=True)):
+        example = examples[number]
+        own: list[tuple[str, str]] = []
+        if count > 1 or turn % 2:
+            rest = without_answer(example)
+            own += [("removed", rest)] if rest else []
+        near = _nearest(place[example.context], len(texts))
+        candidates = _in_turns(order, near) if turn % 4 < 2 else _in_turns(near, order)
+        others = _elsewhere(example, (texts[i] for i in candidates), known)
+        own += [("elsewhere", text) for text in islice(others, count - len(own))]
+        for which, (kind, text) in enumerate(own, 1):
+            counts[kind] += 1
+            made.append(replace(example, id=f"{example.id}#{kind}-{which}", context=text, answers=(), also=()))
+            groups.append(number)
+    return Paired((*examples, *made), tuple(groups), counts["elsewhere"], counts["removed"])
+
+
+def without_answer(example: Example) -> str | None:
+    """The context less the sentences that an annotated answer touches, None if that is no negative."""
+    borders = [0, *(match.end() for match in _SENTENCE_END.finditer(example.context)), len(example.context)]
+    sentences = list(pairwise(borders))
+    kept = [(a, b) for a, b in sentences if not any(x.start < b and x.end > a for x in example.answers)]
+    text = "".join(example.context[a:b] for a, b in kept).strip()
+    return None if len(text) < _SHORTEST or holds_answer(example, text) else text
+
+
+def holds_answer(example: Example, text: str) -> bool:
+    """Whether one of the answers occurs in ``text`` as whole words, in any case of letters."""
+    return any(re.search(rf"(?<!\w){re.escape(a.text)}(?!\w)", text, re.IGNORECASE) for a in example.answers)
+
+
+def _nearest(place: int, count: int) -> list[int]:
+    """The numbers around a place, nearest first."""
+    return [i for step in range(1, _LOOKED_AT) for i in (place + step, place - step) if 0 <= i < count]
+
+
+def _in_turns(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """The items of both, one of each at a time, none twice."""
+    pairs = zip_longest(first, second)
+    return list(dict.fromkeys(i for pair in pairs for i in pair if i is not None))
+
+
+def _elsewhere(example: Example, texts: Iterable[str], known: set[tuple[str, str]]) -> Iterator[str]:
+    """The passages, or parts of them, that are negatives of a question."""
+    for text in texts:
+        if text != example.context and (example.question, text) not in known:
+            part = _part(text, example)
+            if part:
+                yield part
+
+
+def _part(text: str, example: Example) -> str | None:
+    """The first part of a passage, cut at white space, that is not too long and holds no answer."""
+    for begin in range(0, len(text), LONGEST):
+        part = text[begin : begin + LONGEST]
+        if begin + LONGEST < len(text):
+            part = part.rpartition(" ")[0] or part
+        part = part.strip()
+        if len(part) >= _SHORTEST and not holds_answer(example, part):
+            return part
+    return None
+
+
+def _ranked(questions: Sequence[str], texts: Sequence[str], most: int) -> list[list[int]]:
+    """For each question the texts' numbers, best first by BM25; texts that share no word with it are left out."""
+    try:
+        import bm25s
+    except ImportError as error:
+        raise MissingExtraError("training with negatives", "bm25s", "train") from error
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)
+    asked = bm25s.tokenize(list(questions), stopwords="en", show_progress=False)
+    numbers, scores = index.retrieve(asked, k=min(most, len(texts)), show_progress=False)
+    return [
+        [int(i) for i, s in zip(row, values, strict=True) if s > 0] for row, values in zip(numbers, scores, strict=True)
+    ]
