@@ -24,8 +24,9 @@ from qadeploy.records import Example
 LONGEST = 2_000  # code points of another passage: of a longer one a part is taken
 _SHORTEST = 30  # code points that must be left of a passage without its answer
 _LOOKED_AT = 16  # candidates per negative that is wanted: many hold the answer too
-# A sentence ends at a full stop, question or exclamation mark, closing quotes and brackets included, or at a line break.
-_SENTENCE_END = re.compile(r"(?:(?<=[.!?])[\"'”’)\]]*\s+|(?<=[。！？])|\n+)")
+# A sentence ends at a full stop, question or exclamation mark, closing quotes and brackets included, that no small letter
+# follows, or at a line break.
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])[\"'”’)\]]*\s+(?![a-zß-ÿ])|(?<=[。！？])|\n+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,238 @@
+"""What a teacher says reaches the student's tokens, whatever the two tokenizers are, and is asked once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qadeploy.build import distill
+from qadeploy.build.checkpoint import TorchModel, load_checkpoint
+from qadeploy.build.distill import keep_layers, load_teacher, teach
+from qadeploy.build.features import FeatureSet, make_features
+from qadeploy.build.train import train
+from qadeploy.data.readers import read
+from qadeploy.errors import CheckpointError, InputError
+from qadeploy.qa.settings import QaSettings
+from tests.conftest import tiny_options, triplets, write_jsonl
+from tests.models_for_tests import BY_NAME
+
+CPU = torch.device("cpu")
+SETTINGS = QaSettings(max_seq_len=48, doc_stride=12, max_answer_len=10)
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch) -> None:
+    """In float32 on every machine."""
+    monkeypatch.setattr(distill, "resolve_precision", lambda wanted, device: "fp32")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints of three tokenizers: word pieces, byte pairs, sentence pieces."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: BY_NAME[name].save(root / name) for name in ("BERT", "RoBERTa", "XLM-R")}
+
+
+def features_of(folder: Path, rows: list[dict[str, Any]], tmp_path: Path) -> FeatureSet:
+    data = read(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    return make_features(data.examples, load_checkpoint(folder).encoder, SETTINGS, "rows.jsonl")
+
+
+def taught(teacher: str | Path, features: FeatureSet, folder: Path | None = None, temperature: float = 1.0) -> Any:
+    said: list[str] = []
+    found = teach(
+        load_teacher(str(teacher), CPU),
+        features,
+        questions=[e.question for e in features.examples],
+        temperature=temperature,
+        folder=folder,
+        say=said.append,
+    )
+    return found, said
+
+
+def test_a_teacher_with_the_students_tokenizer_teaches_its_own_distribution(folders, tmp_path):
+    features = features_of(folders["BERT"], triplets(6), tmp_path)
+    checkpoint = load_checkpoint(folders["BERT"])
+    logits = TorchModel(checkpoint.model, checkpoint.encoder.config.pad_token_id).run(
+        [f.window for f in features.features]
+    )
+    contexts = {
+        id(feature): context
+        for i, context in enumerate(features.contexts)
+        for feature in features.features[features.first[i] : features.first[i + 1]]
+    }
+    for temperature in (1.0, 3.0):
+        found, _ = taught(folders["BERT"], features, temperature=temperature)
+        for soft, feature, (starts, ends) in zip(found, features.features, logits, strict=True):
+            window = feature.window
+            if window.context_length < len(contexts[id(feature)]):
+                continue  # where a window ends inside a word, the teacher reads another one
+            held = np.r_[window.null_index, window.context_begin : window.context_begin + window.context_length]
+            for positions, shares, own in (
+                (soft.starts, soft.start_shares, starts),
+                (soft.ends, soft.end_shares, ends),
+            ):
+                exact = np.zeros(len(own))
+                best = held[1:][np.argsort(-own[held[1:]])]  # of these the highest are kept, and null
+                kept = np.append(best[: distill.KEPT - 1], window.null_index)
+                exact[kept] = np.exp((own[kept] - own[kept].max()) / temperature)
+                exact /= exact.sum()
+                dense = np.zeros(len(own))
+                dense[positions] = shares
+                assert np.abs(dense - exact).max() < 0.02  # fp16, and shares below a thousandth left out
+
+
+@pytest.mark.parametrize("teacher", ["RoBERTa", "XLM-R"])
+def test_between_tokenizers_a_place_stays_the_same_character(folders, teacher, tmp_path):
+    """The student's token of every taught place holds the character that the teacher's token begins or ends with."""
+    rows = [{**row, "context": f"  {row['context']}\u00a0 Zoë’s naïve café — 東京 — ends it."} for row in triplets(4)]
+    features = features_of(folders["BERT"], rows, tmp_path)
+    found, _ = taught(folders[teacher], features, tmp_path / "kept")
+    theirs = load_checkpoint(folders[teacher]).encoder
+    checked = 0
+    for number, context in enumerate(features.contexts):
+        begins = {
+            theirs.encode(context.text).visible(int(a), int(b))[0] for a, b in theirs.encode(context.text).offsets
+        }
+        for i in range(features.first[number], features.first[number + 1]):
+            window = features.features[i].window
+            for position in found[i].starts:
+                if position == window.null_index:
+                    continue
+                token = window.context_offset + int(position) - window.context_begin
+                start, end = context.offsets[token]
+                after = context.offsets[token + 1, 0] if token + 1 < len(context) else len(context.text)
+                checked += 1
+                if window.context_length == len(context):
+                    assert any(start <= c < max(end, after) for c in begins)
+    assert checked > 20
+
+
+def test_the_logits_are_asked_once_and_an_interrupted_pass_goes_on(folders, tmp_path, monkeypatch):
+    features = features_of(folders["BERT"], triplets(10), tmp_path)
+    monkeypatch.setattr(distill, "_PART", 4)
+    asked: list[int] = []
+    real = distill._ask
+
+    cut_off = [True]
+
+    def counted(teacher: Any, pairs: Any) -> Any:
+        if len(asked) == 2 and cut_off:
+            cut_off.clear()
+            raise InterruptedError
+        asked.append(len(pairs))
+        return real(teacher, pairs)
+
+    monkeypatch.setattr(distill, "_ask", counted)
+    with pytest.raises(InterruptedError):
+        taught(folders["RoBERTa"], features, tmp_path / "cache")
+    assert asked == [4, 4]
+    asked.clear()
+    first, said = taught(folders["RoBERTa"], features, tmp_path / "cache")
+    assert sum(asked) == len(features) - 8
+    assert said[-1] == f"teacher          {len(features) - 8} of {len(features) - 8} windows"
+    asked.clear()
+    again, _ = taught(folders["RoBERTa"], features, tmp_path / "cache")
+    assert asked == []
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.starts, other.starts)
+        np.testing.assert_array_equal(one.end_shares, other.end_shares)
+
+
+def test_a_damaged_part_is_asked_for_again(folders, tmp_path):
+    features = features_of(folders["BERT"], triplets(3), tmp_path)
+    first, _ = taught(folders["BERT"], features, tmp_path / "cache")
+    (part,) = (tmp_path / "cache").rglob("*.npz")
+    part.write_bytes(part.read_bytes()[:200])
+    again, _ = taught(folders["BERT"], features, tmp_path / "cache")
+    np.testing.assert_array_equal(first[0].starts, again[0].starts)
+
+
+def test_a_teacher_that_finds_nothing_is_refused_before_training(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "_JUDGED", 8)
+    features = features_of(folders["BERT"], triplets(16), tmp_path)
+    with pytest.raises(InputError, match=r"finds \d\.\d % of \d+ annotated answers exactly: it knows another task"):
+        taught(folders["RoBERTa"], features)  # random weights
+
+
+def test_a_bundle_teaches_what_its_checkpoint_does(tiny, tiny_export, tmp_path):
+    features = make_features(
+        read(str(tiny.data)).examples[:8], load_checkpoint(tiny.run / "checkpoint").encoder, SETTINGS, "keepers"
+    )
+    by_run, _ = taught(tiny.run, features)
+    by_bundle, _ = taught(tiny.bundle(), features)
+    for one, other in zip(by_run, by_bundle, strict=True):
+        assert set(one.starts) & set(other.starts)
+        assert one.starts[one.start_shares.argmax()] == other.starts[other.start_shares.argmax()]
+
+
+def test_a_bare_encoder_cannot_teach(tiny_checkpoint, tmp_path):
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(tiny_checkpoint)
+    model.save_pretrained(tmp_path / "bare")
+    transformers.AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path / "bare")
+    with pytest.raises(CheckpointError, match="no question-answering head"):
+        load_teacher(str(tmp_path / "bare"), CPU)
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, [0]), (2, [0, 5]), (3, [0, 2, 5]), (6, [0, 1, 2, 3, 4, 5])])
+def test_the_layers_that_stay_are_evenly_chosen(count, kept):
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=6, num_attention_heads=2, intermediate_size=8, vocab_size=30
+    )
+    model = transformers.BertForQuestionAnswering(config)
+    layers = list(model.bert.encoder.layer)
+    keep_layers(model, count)
+    assert [layers.index(layer) for layer in model.bert.encoder.layer] == kept
+    assert model.config.num_hidden_layers == count
+    assert model(torch.tensor([[1, 2, 3]])).start_logits.shape == (1, 3)
+
+
+def test_layers_that_are_not_there_are_refused(folders):
+    with pytest.raises(InputError, match="--layers 9: the base has 2 layers"):
+        keep_layers(load_checkpoint(folders["BERT"]).model, 9)
+
+
+def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkpoint, tmp_path):
+    """Half of the rows have no answer given: the teacher labels them. Negatives and fewer layers besides."""
+    rows = triplets(96)
+    data = write_jsonl(tmp_path / "few.jsonl", rows[:40])
+    rest = [{"context": r["context"], "question": r["question"]} for r in rows[40:]]
+    others = write_jsonl(tmp_path / "others.jsonl", rest)
+    options = replace(
+        tiny_options(data, tiny_checkpoint, tmp_path / "student"),
+        teacher=str(tiny.run),
+        unlabelled=str(others),
+        negatives=1,
+        layers=1,
+        cache=False,
+    )
+    said: list[str] = []
+    result = train(options, said.append, progress=False)
+    text = "\n".join(said)
+    assert "teacher          " in text
+    assert "train negatives: " in text
+    record = json.loads((result.folder / "run.json").read_text())
+    assert record["options"]["teacher"] == str(tiny.run)
+    config = json.loads((result.folder / "checkpoint" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    assert result.metrics["settings"]["relative_to_null"] is True
+    assert result.metrics["settings"]["null_threshold"] is not None
+
+
+def test_questions_that_only_a_teacher_can_label_need_one(tiny_checkpoint, tmp_path):
+    data = write_jsonl(tmp_path / "few.jsonl", triplets(20))
+    options = replace(tiny_options(data, tiny_checkpoint, tmp_path / "run"), unlabelled=str(data))
+    with pytest.raises(InputError, match="--unlabelled: only a teacher can label these questions"):
+        train(options, lambda line: None, progress=False)
+    assert not (tmp_path / "run").exists()
