@@ -24,19 +24,19 @@ import onnx
 import torch
 
 from qadeploy import Answerer
-from qadeploy.build.checkpoint import Checkpoint
-from qadeploy.build.export import export
-from qadeploy.build.optimize import optimize
-from qadeploy.build.parity import parity_windows
-from qadeploy.build.quantize import quantize
-from qadeploy.build.report import Reference, make_reference
-from qadeploy.build.runs import dev_part, find_run
-from qadeploy.build.train import TrainOptions, train
-from qadeploy.bundle import MODEL, Bundle
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
+from qadeploy.export.fused import optimize
+from qadeploy.export.onnx import export
+from qadeploy.export.parity import parity_windows
+from qadeploy.export.quantize.int8 import quantize
+from qadeploy.export.reference import Reference, make_reference
 from qadeploy.files import write_json
+from qadeploy.inference.bundle import MODEL, Bundle
+from qadeploy.inference.doctor import diagnose
 from qadeploy.records import Annotation, Example, FloatArray
+from qadeploy.training.checkpoint import Checkpoint
+from qadeploy.training.runs import dev_part, find_run
+from qadeploy.training.train import TrainOptions, train
 from tests.conftest import triplets, write_jsonl
 from tests.models_for_tests import ARCHITECTURES, Architecture
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qadeploy.doctor import diagnose
 from qadeploy.files import write_json
+from qadeploy.inference.doctor import diagnose
 
 
 def main(run: Path, bundle: Path, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""transformers' question-answering pipeline beside ``qadeploy.compat`` on the same model: equal answers, and why others differ.
+"""transformers' question-answering pipeline beside ``qadeploy.integrations.transformers_pipeline`` on the same model: equal answers, and why others differ.
 
     python benchmarks/compare_pipeline.py bundles/handbook runs/handbook/checkpoint
     python benchmarks/compare_pipeline.py      # only writes the table of docs/migrating.md anew from the JSON
@@ -30,17 +30,17 @@ import numpy as np
 
 from qadeploy.bench.peers.setup import quiet
 from qadeploy.bench.workload import draw
-from qadeploy.bundle import open_bundle
 from qadeploy.compat import QuestionAnsweringPipeline, pipeline
+from qadeploy.core.calibration import expected_calibration_error
+from qadeploy.core.decoding import span_table
+from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.data.readers import hash_examples, read
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
 from qadeploy.files import write_json
-from qadeploy.qa.calibration import expected_calibration_error
-from qadeploy.qa.metrics import bootstrap_interval, score
-from qadeploy.qa.spans import span_table
+from qadeploy.inference.answerer import Options, Reading
+from qadeploy.inference.bundle import open_bundle
+from qadeploy.inference.doctor import diagnose
 from qadeploy.records import Answer, Example, FloatArray
-from qadeploy.runtime.answerer import Options, Reading
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "compare_pipeline.json"

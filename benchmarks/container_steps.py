@@ -29,9 +29,9 @@ from typing import Any
 
 import click
 
-from qadeploy.doctor import diagnose
 from qadeploy.errors import FailureError, InputError, QadeployError
 from qadeploy.files import write_json
+from qadeploy.inference.doctor import diagnose
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = {"question": "Who keeps the lamp?", "context": "Ada keeps the lamp in room 7."}

@@ -18,14 +18,14 @@ from typing import Any
 
 import click
 
-from qadeploy.build.cache import Part, cached_features
-from qadeploy.build.checkpoint import load_checkpoint
+from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.data.readers import hash_examples, read
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
 from qadeploy.files import write_json
-from qadeploy.qa.windows import Encoder, EncoderConfig
+from qadeploy.inference.doctor import diagnose
 from qadeploy.shipped import base_model_path
+from qadeploy.training.checkpoint import load_checkpoint
+from qadeploy.training.feature_cache import Part, cached_features
 
 VARIANTS = ("no cache", "first run", "second run")
 

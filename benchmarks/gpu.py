@@ -51,10 +51,10 @@ from benchmarks.gpu_plan import (
     Json,
     Plan,
 )
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
 from qadeploy.files import write_json
-from qadeploy.runtime.session import onnxruntime
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.session import onnxruntime
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = (sys.executable, "-m", "benchmarks.gpu_worker")

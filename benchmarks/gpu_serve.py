@@ -26,9 +26,9 @@ from benchmarks.gpu_plan import Gpu
 from benchmarks.serve_load import Client, Outcome, closed_loop, open_loop, spread, statuses
 from qadeploy import Answerer
 from qadeploy.data.readers import read
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
 from qadeploy.files import write_json
+from qadeploy.inference.doctor import diagnose
 
 T = TypeVar("T")
 CONNECTIONS, QUEUE = 64, 64

@@ -38,12 +38,12 @@ from benchmarks.gpu_plan import (
     Variant,
 )
 from qadeploy.bench.workload import windows_of
+from qadeploy.core.windows import pad_batch
 from qadeploy.data.readers import read
-from qadeploy.qa.windows import pad_batch
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.cuda import DeviceRunner, Place, batches
+from qadeploy.inference.session import OnnxModel, Pending, onnxruntime
 from qadeploy.records import Answer, Window
-from qadeploy.runtime.answerer import Answerer
-from qadeploy.runtime.cuda import DeviceRunner, Place, batches
-from qadeploy.runtime.session import OnnxModel, Pending, onnxruntime
 from qadeploy.shipped import HANDBOOK, base_model_path
 from qadeploy.timing import spread
 
@@ -183,10 +183,10 @@ def first(found: Sequence[Answer]) -> Answer:
 
 def export(name: str, folder: Path, dry: bool) -> Path:
     """A model's checkpoint, ONNX graph and fp16 graphs in a folder of ``folder``; made unless they are there already."""
-    from qadeploy.build.checkpoint import load_checkpoint
-    from qadeploy.build.export import export_graph
-    from qadeploy.build.half import to_half
-    from qadeploy.bundle import MODEL
+    from qadeploy.export.fp16 import to_half
+    from qadeploy.export.onnx import export_graph
+    from qadeploy.inference.bundle import MODEL
+    from qadeploy.training.checkpoint import load_checkpoint
 
     place = folder / name.replace(" ", "-")
     if (place / HALF).is_file():
@@ -214,7 +214,7 @@ class Subject:
     """One model in this process: its checkpoint, its graphs, its questions, and how its variants are loaded."""
 
     def __init__(self, plan: Plan) -> None:
-        from qadeploy.build.checkpoint import load_checkpoint
+        from qadeploy.training.checkpoint import load_checkpoint
 
         self.plan, self.folder = plan, export(plan.model, Path(plan.exports), plan.dry)
         self.path, self.half = pickle.loads((self.folder / HALF).read_bytes())
@@ -248,7 +248,7 @@ class Subject:
 
     def load_reference(self) -> Variant:
         """Torch fp32, whose answers are held to be right."""
-        from qadeploy.build.checkpoint import TorchModel
+        from qadeploy.training.checkpoint import TorchModel
 
         model = TorchModel(self.checkpoint.model.to(self.plan.device), self.pad)
         return self.around(REFERENCE, "fp32", model, frozenset())

@@ -37,7 +37,7 @@ from benchmarks.gpu_plan import (
     Variant,
 )
 from benchmarks.gpu_variants import Subject
-from qadeploy.qa.metrics import bootstrap_interval, score
+from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.records import Answer, Example
 from qadeploy.timing import spread, turns
 

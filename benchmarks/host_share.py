@@ -27,14 +27,14 @@ import numpy as np
 
 from qadeploy import Answerer
 from qadeploy.bench.workload import draw
-from qadeploy.bundle import MODEL, open_bundle
 from qadeploy.data.readers import hash_examples, read
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
 from qadeploy.files import write_json
+from qadeploy.inference.answerer import Options
+from qadeploy.inference.bundle import MODEL, open_bundle
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.session import Pending, onnxruntime
 from qadeploy.records import FloatArray, Window
-from qadeploy.runtime.answerer import Options
-from qadeploy.runtime.session import Pending, onnxruntime
 
 FIRST_ANSWER = """
 import json, sys, time

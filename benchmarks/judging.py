@@ -3,7 +3,7 @@
     python benchmarks/judging.py runs/handbook bundles/handbook benchmarks/results/judging.json
 
 Every recipe's model and the fp32 bundle answer the dev part, the held-out questions and the training part. The
-training part's figures stand there twice: plain, and by the weights of ``qadeploy/build/judging.py``.
+training part's figures stand there twice: plain, and by the weights of ``qadeploy/export/quantize/judging.py``.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 import click
 import numpy as np
 
-from qadeploy.build.judging import weights
-from qadeploy.build.parity import parity_windows
-from qadeploy.build.recipes import RECIPES, Material
-from qadeploy.build.report import Reference, make_answerer, make_reference
-from qadeploy.build.runs import find_run, held_out, known_examples
-from qadeploy.bundle import MODEL, open_bundle
-from qadeploy.doctor import diagnose
 from qadeploy.errors import InputError, QadeployError
-from qadeploy.evaluate import Evaluation, evaluate
+from qadeploy.evaluation.scoring import Evaluation, evaluate
+from qadeploy.export.parity import parity_windows
+from qadeploy.export.quantize.judging import weights
+from qadeploy.export.quantize.recipes import RECIPES, Material
+from qadeploy.export.reference import Reference, make_answerer, make_reference
 from qadeploy.files import write_json
+from qadeploy.inference.bundle import MODEL, open_bundle
+from qadeploy.inference.doctor import diagnose
 from qadeploy.records import Example
+from qadeploy.training.runs import find_run, held_out, known_examples
 
 
 @click.command(help=__doc__)

@@ -5,7 +5,7 @@
 Windows of one length and random tokens through bare sessions with the bundle's settings, the ways in turn. A round counts only
 if other processes took less than ``--others`` of the machine meanwhile (from /proc/stat), so that it may
 take a while on one that is shared. The speedup of a wide run gives Amdahl's parallel share, ``PARALLEL_SHARE`` of
-``qadeploy/runtime/layout.py``.
+``qadeploy/inference/layout.py``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 import click
 import numpy as np
 
-from qadeploy.bundle import MODEL, Bundle, open_bundle
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
 from qadeploy.files import write_json
-from qadeploy.runtime.layout import SessionSettings
-from qadeploy.runtime.session import onnxruntime, usable_cpus
+from qadeploy.inference.bundle import MODEL, Bundle, open_bundle
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.layout import SessionSettings
+from qadeploy.inference.session import onnxruntime, usable_cpus
 
 LENGTHS, COUNTS = (64, 175, 384), (1, 2, 3, 4, 5)
 

@@ -36,14 +36,14 @@ import click
 import numpy as np
 
 from qadeploy import Answerer
-from qadeploy.bundle import open_bundle
+from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.data.readers import hash_examples
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
 from qadeploy.files import write_json
-from qadeploy.qa.metrics import bootstrap_interval, score
+from qadeploy.inference.answerer import Options, Reading, to_answers
+from qadeploy.inference.bundle import open_bundle
+from qadeploy.inference.doctor import diagnose
 from qadeploy.records import Annotation, Answer, Example
-from qadeploy.runtime.answerer import Options, Reading, to_answers
 
 COUNTS: tuple[int | None, ...] = (1, 2, 3, 5, 8, 12, 20, None)
 HERE = Path(__file__).parent

@@ -27,18 +27,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from qadeploy.build.checkpoint import TorchModel, load_checkpoint
-from qadeploy.build.features import make_features
-from qadeploy.build.selection import choose_settings, unchosen_settings
-from qadeploy.build.train import TrainOptions, train
+from qadeploy.core.metrics import Scores, bootstrap_interval
 from qadeploy.data.readers import read
-from qadeploy.doctor import diagnose
-from qadeploy.evaluate import Evaluation, evaluate
+from qadeploy.evaluation.scoring import Evaluation, evaluate
 from qadeploy.files import write_json
-from qadeploy.qa.metrics import Scores, bootstrap_interval
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.session import Pending
 from qadeploy.records import Example, FloatArray, Window
-from qadeploy.runtime.answerer import Answerer
-from qadeploy.runtime.session import Pending
+from qadeploy.training.checkpoint import TorchModel, load_checkpoint
+from qadeploy.training.features import make_features
+from qadeploy.training.selection import choose_settings, unchosen_settings
+from qadeploy.training.train import TrainOptions, train
 
 SEED = 13  # of models/prepare_data.py
 UNSEEN = 8  # articles that the base model has not seen, half of them the first half

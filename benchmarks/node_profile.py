@@ -22,14 +22,14 @@ import onnx
 
 from qadeploy import Answerer
 from qadeploy.bench.peak import measure_peak
-from qadeploy.bundle import MODEL
+from qadeploy.core.windows import pad_batch
 from qadeploy.data.readers import read
-from qadeploy.doctor import diagnose
 from qadeploy.files import write_json
-from qadeploy.qa.windows import pad_batch
+from qadeploy.inference.bundle import MODEL
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.layout import SessionSettings
+from qadeploy.inference.session import onnxruntime
 from qadeploy.records import Window
-from qadeploy.runtime.layout import SessionSettings
-from qadeploy.runtime.session import onnxruntime
 
 RUNS = 40
 INT8 = {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "MatMulNBits", "QLinearMatMul"}

@@ -36,9 +36,9 @@ import psutil
 import pyarrow
 import pyarrow.parquet as parquet
 
-from qadeploy.bundle import open_bundle
-from qadeploy.doctor import diagnose
 from qadeploy.files import write_bytes, write_json
+from qadeploy.inference.bundle import open_bundle
+from qadeploy.inference.doctor import diagnose
 
 FILES = 4  # that the questions are spread over
 ENGINES = ("local", "ray")

@@ -31,10 +31,10 @@ from urllib.parse import urlparse
 import click
 import numpy as np
 
-from qadeploy.bundle import open_bundle
 from qadeploy.data.readers import read
-from qadeploy.doctor import diagnose
 from qadeploy.files import write_json
+from qadeploy.inference.bundle import open_bundle
+from qadeploy.inference.doctor import diagnose
 
 OFFLINE = """
 import json, os, sys, time

@@ -22,19 +22,19 @@ import numpy as np
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer
 
-from qadeploy.build.checkpoint import load_checkpoint
-from qadeploy.build.export import export_graph
-from qadeploy.build.in_graph import Placed, compare_spans, cut_windows
-from qadeploy.build.span_head import SpanHead, add_span_head
-from qadeploy.bundle import MODEL, TOKENIZER, open_bundle
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import CONTEXT_MASK, Encoder, context_mask, pad_batch
 from qadeploy.data.readers import read
-from qadeploy.doctor import diagnose
+from qadeploy.export.onnx import export_graph
 from qadeploy.files import write_json
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import CONTEXT_MASK, Encoder, context_mask, pad_batch
+from qadeploy.inference.bundle import MODEL, TOKENIZER, open_bundle
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.graph_model import GraphModel
+from qadeploy.integrations.onnx_standalone.in_graph import Placed, compare_spans, cut_windows
+from qadeploy.integrations.onnx_standalone.span_head import SpanHead, add_span_head
 from qadeploy.records import Example
-from qadeploy.runtime.graph import GraphModel
 from qadeploy.timing import interleave, spread
+from qadeploy.training.checkpoint import load_checkpoint
 from tests.models_for_tests import BY_NAME, Architecture
 
 RESULTS = Path(__file__).parent / "results" / "span_head.json"

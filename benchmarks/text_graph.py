@@ -22,14 +22,14 @@ import click
 from tokenizers import Tokenizer
 
 from qadeploy import Answerer
-from qadeploy.build.in_graph import ask, compare_answers, strings_in_graph
-from qadeploy.build.wordpiece import special_tokens
-from qadeploy.bundle import MODEL, TOKENIZER, Bundle, open_bundle
 from qadeploy.data.readers import read
-from qadeploy.doctor import diagnose
 from qadeploy.files import write_json
+from qadeploy.inference.bundle import MODEL, TOKENIZER, Bundle, open_bundle
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.graph_model import GraphModel
+from qadeploy.integrations.onnx_standalone.in_graph import ask, compare_answers, strings_in_graph
+from qadeploy.integrations.onnx_standalone.wordpiece import special_tokens
 from qadeploy.records import Example
-from qadeploy.runtime.graph import GraphModel
 from qadeploy.timing import interleave, spread
 
 HERE = Path(__file__).parent

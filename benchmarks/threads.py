@@ -22,13 +22,13 @@ from typing import Any
 import click
 
 from qadeploy import Answer, Answerer
-from qadeploy.build.export import export
-from qadeploy.build.report import make_reference
-from qadeploy.build.runs import dev_part, find_run
-from qadeploy.build.train import train
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
+from qadeploy.export.onnx import export
+from qadeploy.export.reference import make_reference
 from qadeploy.files import write_json
+from qadeploy.inference.doctor import diagnose
+from qadeploy.training.runs import dev_part, find_run
+from qadeploy.training.train import train
 from tests.conftest import make_tiny_checkpoint, tiny_options, triplets, write_jsonl
 
 OPTIONS: tuple[dict[str, Any], ...] = (

@@ -34,20 +34,20 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from qadeploy.build.checkpoint import Checkpoint, load_checkpoint, torch_answerer
-from qadeploy.build.features import FeatureSet, make_features
-from qadeploy.build.train import TrainOptions
-from qadeploy.build.trainer import SpanTrainer, collate, training_arguments
-from qadeploy.build.training_set import TrainingSet
+from qadeploy.core.metrics import Scores, bootstrap_interval
+from qadeploy.core.settings import QaSettings
 from qadeploy.data.readers import hash_examples, read
-from qadeploy.doctor import diagnose
 from qadeploy.errors import QadeployError
-from qadeploy.evaluate import evaluate
+from qadeploy.evaluation.scoring import evaluate
 from qadeploy.files import hash_file, write_json
-from qadeploy.qa.metrics import Scores, bootstrap_interval
-from qadeploy.qa.settings import QaSettings
+from qadeploy.inference.doctor import diagnose
 from qadeploy.records import Example
 from qadeploy.shipped import base_model_path
+from qadeploy.training.checkpoint import Checkpoint, load_checkpoint, torch_answerer
+from qadeploy.training.features import FeatureSet, make_features
+from qadeploy.training.train import TrainOptions
+from qadeploy.training.trainer import SpanTrainer, collate, training_arguments
+from qadeploy.training.training_set import TrainingSet
 
 LENGTH, OVERLAP = 384, 128
 HELD_OUT_SEED, HELD_OUT_ARTICLES = 13, 8  # the articles that models/prepare_data.py keeps from the base model

@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qadeploy.build.negatives import holds_answer, without_answer
 from qadeploy.records import Annotation, Example
+from qadeploy.training.negatives import holds_answer, without_answer
 
 SEED = 13
 QAMR_QUESTIONS = 6

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForQuestionAnswering
 
-from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
+from qadeploy.core.metrics import Scores, bootstrap_interval, score
 from qadeploy.data.readers import read
-from qadeploy.evaluate import evaluate
-from qadeploy.qa.metrics import Scores, bootstrap_interval, score
+from qadeploy.evaluation.scoring import evaluate
+from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 
 PARTS = {"held_out_wiki": "8 held-out Wikipedia articles", "held_out_reddit": "10 % of the Reddit posts, held out"}
 

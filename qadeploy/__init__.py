@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from qadeploy.inference.answerer import Answerer
 from qadeploy.records import Answer, Example
-from qadeploy.runtime.answerer import Answerer
 
 __all__ = ["Answer", "Answerer", "Example", "__version__"]
 __version__ = "0.1.0"

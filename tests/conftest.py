@@ -124,7 +124,7 @@ class Tiny:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Tiny:
     """A finished run, trained once through the real ``train``."""
-    from qadeploy.build.train import train
+    from qadeploy.training.train import train
 
     root = tmp_path_factory.mktemp("keepers")
     data = write_jsonl(root / "keepers.jsonl", triplets())
@@ -135,7 +135,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Tin
 
 def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
     """Options under which the tiny model learns its task in seconds."""
-    from qadeploy.build.train import TrainOptions
+    from qadeploy.training.train import TrainOptions
 
     options: dict[str, Any] = {
         "data": str(data),
@@ -217,7 +217,7 @@ def plain_int8(tiny: Tiny, tiny_export: Any) -> Path:
 
 def sealed_copy(bundle: Path, folder: Path, model: bytes | None = None, **manifest: Any) -> Path:
     """A copy of a bundle with another model or other values in its manifest, sealed like a real one."""
-    from qadeploy.bundle import MANIFEST, MODEL, open_bundle, seal
+    from qadeploy.inference.bundle import MANIFEST, MODEL, open_bundle, seal
 
     values = {k: v for k, v in open_bundle(bundle).manifest.items() if k not in {"schema", "files"}}
     shutil.copytree(bundle, folder)

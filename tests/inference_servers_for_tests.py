@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-from qadeploy.bundle import MODEL, open_bundle
-from qadeploy.scale.model_config import tensors_of
+from qadeploy.inference.bundle import MODEL, open_bundle
+from qadeploy.integrations.triton.model_config import tensors_of
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = Path(os.environ.get("QADEPLOY_INFERENCE_SERVERS", HERE.parent / ".venv-servers"))

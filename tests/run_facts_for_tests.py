@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qadeploy.build.run_report import Part, RunFacts, make_facts
 from qadeploy.records import Annotation, Answer, Example
+from qadeploy.reports.run_report import Part, RunFacts, make_facts
 
 EVIL = (
     '</style></script><script>document.title = "owned"</script><img src="http://evil.example/x.png" onerror=alert(1)>'

@@ -13,8 +13,8 @@ import pytest
 
 from qadeploy import Answerer
 from qadeploy.errors import InputError, LogitsError
+from qadeploy.inference.session import Logits
 from qadeploy.records import Window
-from qadeploy.runtime.session import Logits
 from tests.test_session_answerer import GOLD, LONG, MIXED, PAIRS, run_script, same
 
 OPTIONS = [

@@ -13,14 +13,14 @@ import torch
 from transformers import XLNetConfig, XLNetForQuestionAnsweringSimple
 
 from benchmarks.architectures import DOCS, RESULTS, run_architecture, table, written
-from qadeploy.build.checkpoint import Checkpoint, TorchModel, encoder_config, load_checkpoint
-from qadeploy.build.export import export_graph
-from qadeploy.build.parity import measure_parity, require_parity
+from qadeploy.core.windows import pad_batch
 from qadeploy.data.readers import read
-from qadeploy.qa.windows import pad_batch
+from qadeploy.export.onnx import export_graph
+from qadeploy.export.parity import measure_parity, require_parity
+from qadeploy.inference.session import OnnxModel
+from qadeploy.inference.tuning import FP32_TOLERANCE
 from qadeploy.records import Window
-from qadeploy.runtime.session import OnnxModel
-from qadeploy.tuning import FP32_TOLERANCE
+from qadeploy.training.checkpoint import Checkpoint, TorchModel, encoder_config, load_checkpoint
 from tests.conftest import triplets, write_jsonl
 from tests.models_for_tests import ARCHITECTURES, BY_NAME, LONGEST, Architecture
 from tests.tokenizers_for_tests import family
@@ -59,7 +59,7 @@ def settled(row: dict[str, Any]) -> dict[str, Any]:
 def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Any], architecture: Architecture
 ) -> None:
-    monkeypatch.setattr("qadeploy.runtime.session.usable_cpus", lambda: 1)  # tiny models gain nothing from threads
+    monkeypatch.setattr("qadeploy.inference.session.usable_cpus", lambda: 1)  # tiny models gain nothing from threads
     row = run_architecture(architecture, tmp_path)
     assert settled(row) in [settled(recorded) for recorded in results["rows"]]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.build.batches import UnitBatches
 from qadeploy.errors import InputError
+from qadeploy.training.batches import UnitBatches
 
 
 def singles(lengths: list[int], tokens: int, seed: int, most: int | None = None) -> UnitBatches:

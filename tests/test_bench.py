@@ -24,10 +24,10 @@ from qadeploy.bench.peers import PEERS
 from qadeploy.bench.split import PARTS, measure_split
 from qadeploy.bench.variant import NO_ANSWER, Asker, Variant
 from qadeploy.bench.workload import draw
-from qadeploy.bundle import open_bundle
 from qadeploy.cli import main
 from qadeploy.data.readers import read
 from qadeploy.errors import FailureError
+from qadeploy.inference.bundle import open_bundle
 from tests.conftest import sealed_copy
 from tests.test_report_page import Reader
 

@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 
 from qadeploy.bench.peak import SHAPES, Peak, measure_peak, product
-from qadeploy.build.operations import Operations, count_operations
 from qadeploy.errors import FailureError, MissingExtraError
-from qadeploy.runtime.session import usable_cpus
+from qadeploy.export.quantize.operations import Operations, count_operations
+from qadeploy.inference.session import usable_cpus
 from tests.test_imports import run
 
 

@@ -15,9 +15,9 @@ from qadeploy.bench.peers import PEERS, parse_peers
 from qadeploy.bench.peers.setup import Setup
 from qadeploy.bench.variant import Variant
 from qadeploy.bench.workload import calibration, draw, windows_of
-from qadeploy.bundle import open_bundle
 from qadeploy.data.readers import read
 from qadeploy.errors import BundleError, FailureError, InputError, MissingExtraError
+from qadeploy.inference.bundle import open_bundle
 from qadeploy.timing import spread
 from tests.conftest import sealed_copy
 

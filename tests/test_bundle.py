@@ -17,7 +17,11 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from qadeploy.bundle import (
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import EncoderConfig
+from qadeploy.errors import BundleError, InputError
+from qadeploy.files import hash_file
+from qadeploy.inference.bundle import (
     Bundle,
     has_external_data,
     manifest_text,
@@ -26,10 +30,6 @@ from qadeploy.bundle import (
     seal,
     writing_bundle,
 )
-from qadeploy.errors import BundleError, InputError
-from qadeploy.files import hash_file
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import EncoderConfig
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 FILES = ("README.md", "model.onnx", "tokenizer.json")

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 
 import qadeploy
-from qadeploy.build.cache import LIMIT_BYTES, CachedFeatures, Part, cache_folder, cached_features
-from qadeploy.build.features import FeatureSet, make_features
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import Encoder
 from qadeploy.errors import DataError, InputError
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import Encoder
 from qadeploy.records import Annotation, Example
+from qadeploy.training.feature_cache import LIMIT_BYTES, CachedFeatures, Part, cache_folder, cached_features
+from qadeploy.training.features import FeatureSet, make_features
 from tests.conftest import tiny_options, triplets, write_jsonl
 from tests.tokenizers_for_tests import CORPUS, NAMES, encoder, family
 
@@ -223,15 +223,16 @@ from pathlib import Path
 
 root, folder, tokenizer, config = sys.argv[1:]
 sys.path.insert(0, root)
-from qadeploy.build import cache, features
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import Encoder, EncoderConfig
+from qadeploy.training import feature_cache
+from qadeploy.training import features
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.records import Example
 
 assert Path(features.__file__).is_relative_to(root)
 encoder = Encoder.from_file(tokenizer, EncoderConfig.from_dict(json.loads(config)))
-parts = [cache.Part([Example("a", "Who?", "Ada keeps it.")], "here")]
-print(cache.cached_features(parts, encoder, QaSettings(), Path(folder), print).found)
+parts = [feature_cache.Part([Example("a", "Who?", "Ada keeps it.")], "here")]
+print(feature_cache.cached_features(parts, encoder, QaSettings(), Path(folder), print).found)
 """
 
 
@@ -244,7 +245,7 @@ def test_code_that_makes_features_anew_does_not_find_those_of_the_old(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     assert [found(), found()] == ["False", "True"]
-    for module in ("build/features.py", "qa/windows.py", "build/cache.py"):
+    for module in ("training/features.py", "core/windows.py", "training/feature_cache.py"):
         path = root / "qadeploy" / module
         path.write_text(path.read_text() + "\nCHANGED = True\n")
         assert found() == "False"
@@ -254,7 +255,7 @@ def test_code_that_makes_features_anew_does_not_find_those_of_the_old(tmp_path):
 @pytest.mark.parametrize("name", ["bert", "roberta", "albert"])
 def test_the_digest_is_the_same_in_every_process(name, tmp_path):
     code = (
-        "import json, sys; from qadeploy.qa.windows import Encoder, EncoderConfig;"
+        "import json, sys; from qadeploy.core.windows import Encoder, EncoderConfig;"
         "print(Encoder.from_file(sys.argv[1], EncoderConfig.from_dict(json.loads(sys.argv[2]))).digest)"
     )
     command = [sys.executable, "-c", code, *saved(name, tmp_path)]
@@ -443,10 +444,10 @@ def test_what_a_killed_writer_left_goes_after_a_day(tmp_path):
 WRITER = """
 import json, sys
 from pathlib import Path
-from qadeploy.build.cache import Part, cached_features
-from qadeploy.build.features import make_features
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import Encoder, EncoderConfig
+from qadeploy.training.feature_cache import Part, cached_features
+from qadeploy.training.features import make_features
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.records import Example
 
 folder, tokenizer, config, context = sys.argv[1:]
@@ -506,14 +507,14 @@ def test_a_user_without_a_home_has_no_cache(tmp_path):
     code = (
         "import os; os.environ.clear();"
         "import pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid));"  # a container's unknown user
-        "from qadeploy.build.cache import cache_folder; print(cache_folder())"
+        "from qadeploy.training.feature_cache import cache_folder; print(cache_folder())"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert found.stdout.strip() == "None"
 
 
 def test_train_keeps_its_windows_and_a_second_run_is_the_same_run(tiny_checkpoint, tmp_path, monkeypatch):
-    from qadeploy.build.train import train  # torch, which nothing above needs
+    from qadeploy.training.train import train  # torch, which nothing above needs
 
     cache = tmp_path / "cache"
     monkeypatch.setenv("QADEPLOY_CACHE", str(cache))

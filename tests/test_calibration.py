@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qadeploy.qa.calibration import (
+from qadeploy.core.calibration import (
     TEMPERATURES,
     answer_loss,
     best_null_threshold,

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from qadeploy.build.charts import Series, curves, facts_charts, reliability, strip
+from qadeploy.reports.charts import Series, curves, facts_charts, reliability, strip
 from tests.run_facts_for_tests import facts
 
 
@@ -53,8 +53,8 @@ def test_every_chart_of_a_run_is_well_formed_and_shows_each_epoch():
 
 
 def test_a_perfectly_calibrated_bin_stands_on_the_diagonal():
-    from qadeploy.build.run_report import Calibration
-    from qadeploy.qa.calibration import ConfidenceBin
+    from qadeploy.core.calibration import ConfidenceBin
+    from qadeploy.reports.run_report import Calibration
 
     bins = (ConfidenceBin(0.0, 0.1, 0, 0.0, 0.0), ConfidenceBin(0.5, 0.6, 8, 0.55, 0.55))
     svg = str(reliability(Calibration(bins, 0.0, 0.55, 0.55), "Title"))

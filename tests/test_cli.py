@@ -20,9 +20,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qadeploy import Answerer, __version__
-from qadeploy.bundle import MANIFEST, MODEL, open_bundle
 from qadeploy.cli import main
-from qadeploy.runtime.answerer import Options
+from qadeploy.inference.answerer import Options
+from qadeploy.inference.bundle import MANIFEST, MODEL, open_bundle
 from tests.conftest import sealed_copy, triplets, unanswerable, write_jsonl
 
 COMMANDS = sorted(main.commands)
@@ -216,7 +216,7 @@ def test_train_by_a_config_file(tiny_checkpoint):
 
 @pytest.mark.parametrize("kind", ["run", "bundle"])
 def test_evaluate_writes_the_files_that_train_wrote(kind, tiny, bundle):
-    from qadeploy.build.runs import dev_part, find_run
+    from qadeploy.training.runs import dev_part, find_run
 
     part = dev_part(find_run(tiny.run))
     rows = [{"id": e.id, "context": e.context, "question": e.question, "answer": e.answers[0].text} for e in part]
@@ -282,7 +282,7 @@ def test_an_interrupted_run_is_named_and_goes_on_with_its_own_options(tiny_check
         "fp32",
     )
     with monkeypatch.context() as patch:
-        patch.setattr("qadeploy.build.trainer.prune", interrupt)  # Ctrl-C after the first save
+        patch.setattr("qadeploy.training.trainer.prune", interrupt)  # Ctrl-C after the first save
         assert "kept; its last complete checkpoint is checkpoint-1" in run(*begin, "--no-progress").output
     fails(2, ["runs/few: holds an unfinished run", "--resume"], *begin)
     hint = "runs/few is not finished (interrupted, or still training): qadeploy train --resume --out runs/few"

@@ -22,13 +22,13 @@ from transformers.data import SquadExample as TheirExample
 from benchmarks.compare_pipeline import DOCS, RESULTS, compare, figures, without_adding, written
 from qadeploy import Answerer
 from qadeploy.bench.peers.setup import quiet
-from qadeploy.build.checkpoint import Checkpoint, encoder_config, load_checkpoint, torch_answerer
-from qadeploy.bundle import open_bundle
 from qadeploy.compat import QuestionAnsweringPipeline, SquadExample, pipeline
+from qadeploy.core.windows import Encoder
 from qadeploy.errors import BundleError, CallError, CallKeyError, DeviceError, InputError, QuestionTooLongError
-from qadeploy.qa.windows import Encoder
+from qadeploy.inference.bundle import open_bundle
 from qadeploy.records import Annotation, Example
 from qadeploy.shipped import base_model_path
+from qadeploy.training.checkpoint import Checkpoint, encoder_config, load_checkpoint, torch_answerer
 from tests.conftest import sealed_copy, triplets
 from tests.models_for_tests import BY_NAME
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from qadeploy.cli import main
-from qadeploy.config import fold, read_config
+from qadeploy.cli.config import fold, read_config
 from qadeploy.errors import InputError
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "run-qa.md"
@@ -159,7 +159,7 @@ def run(*args: str) -> Result:
 @pytest.fixture
 def echo(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``train`` was called with, instead of training."""
-    from qadeploy.build import train as module
+    from qadeploy.training import train as module
 
     seen: dict[str, Any] = {}
 

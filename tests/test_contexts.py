@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qadeploy.errors import InputError
-from qadeploy.runtime.contexts import CacheStats, ContextCache
+from qadeploy.inference.context_cache import CacheStats, ContextCache
 from tests.tokenizers_for_tests import CORPUS, encoder
 
 ENCODER = encoder("bert")

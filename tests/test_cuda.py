@@ -17,12 +17,11 @@ import pytest
 from onnx import numpy_helper
 
 from qadeploy import Answerer
-from qadeploy.build.graph import fuse_attention
-from qadeploy.bundle import MODEL, open_bundle
+from qadeploy.core.windows import pad_batch
 from qadeploy.errors import DeviceError, InputError
-from qadeploy.qa.windows import pad_batch
-from qadeploy.records import Window
-from qadeploy.runtime.cuda import (
+from qadeploy.export.graph import fuse_attention
+from qadeploy.inference.bundle import MODEL, open_bundle
+from qadeploy.inference.cuda import (
     GRAPH_ROWS,
     LONGEST,
     STEP,
@@ -33,7 +32,8 @@ from qadeploy.runtime.cuda import (
     graph_shape,
     round_up,
 )
-from qadeploy.runtime.session import OnnxModel, Pending
+from qadeploy.inference.session import OnnxModel, Pending
+from qadeploy.records import Window
 from tests.conftest import triplets
 
 LIMIT = 160  # positions of the tiny model

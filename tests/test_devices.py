@@ -19,10 +19,10 @@ import onnxruntime
 import pytest
 import torch
 
-from qadeploy.build.torch_device import torch_device
 from qadeploy.errors import DeviceError, DeviceWarning, InputError
-from qadeploy.runtime import devices
-from qadeploy.runtime.devices import Build, Device, Driver, Gpu, obstacles, parse_device
+from qadeploy.inference import devices
+from qadeploy.inference.devices import Build, Device, Driver, Gpu, obstacles, parse_device
+from qadeploy.training.torch_device import torch_device
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("cc")
@@ -190,7 +190,7 @@ class TestSimulated:
         made = [str(COMPILER), *flags, "-o", str(library), str(source), f"-L{tmp_path}", f"-l:{needed.name}"]
         subprocess.run(made, check=True, capture_output=True)
         asks = (
-            "import sys; from pathlib import Path; from qadeploy.runtime import devices as d\n"
+            "import sys; from pathlib import Path; from qadeploy.inference import devices as d\n"
             "d.missing_libraries = lambda major: {'libcudnn.so.9': 'nvidia-cudnn-cu13'}\n"
             "loads = d.provider_loads(Path(sys.argv[1])); d.provider_loads = lambda: loads\n"
             "build = d.Build('onnxruntime-gpu', '1.31.0', {}, (13, 0), True)\n"
@@ -402,6 +402,6 @@ def test_torch_takes_a_gpu_only_after_it_computed_there(monkeypatch):
         raise RuntimeError("CUDA error: busy")
 
     monkeypatch.setattr(torch, "zeros", full)
-    monkeypatch.setattr("qadeploy.build.torch_device.has_driver", lambda: True)
+    monkeypatch.setattr("qadeploy.training.torch_device.has_driver", lambda: True)
     with pytest.warns(DeviceWarning, match=r"torch cannot use cuda:0 \(CUDA error: busy\)"):
         assert torch_device("auto") == torch.device("cpu")

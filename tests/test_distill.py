@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from qadeploy.build import distill
-from qadeploy.build.checkpoint import TorchModel, load_checkpoint
-from qadeploy.build.distill import keep_layers, load_teacher, teach
-from qadeploy.build.features import FeatureSet, make_features
-from qadeploy.build.train import train
+from qadeploy.core.settings import QaSettings
 from qadeploy.data.readers import read
 from qadeploy.errors import CheckpointError, InputError
-from qadeploy.qa.settings import QaSettings
+from qadeploy.training import distill
+from qadeploy.training.checkpoint import TorchModel, load_checkpoint
+from qadeploy.training.distill import keep_layers, load_teacher, teach
+from qadeploy.training.features import FeatureSet, make_features
+from qadeploy.training.train import train
 from tests.conftest import tiny_options, triplets, write_jsonl
 from tests.models_for_tests import BY_NAME
 

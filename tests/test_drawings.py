@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qadeploy.build import drawings
-from qadeploy.build.drawings import draw_run
-from qadeploy.build.features import FeatureSet
 from qadeploy.data.readers import DataSet
+from qadeploy.training import drawings
+from qadeploy.training.drawings import draw_run
+from qadeploy.training.features import FeatureSet
 from tests.run_facts_for_tests import ANSWERS, METRICS, RECORD, parts
 
 FILES = ("README.md", "curves.png", "report.html")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.build.excerpts import excerpt
+from qadeploy.reports.excerpts import excerpt
 
 TEXT = st.text(alphabet=st.sampled_from("ab \n\u0301\u200d\U0001f468م日"), max_size=300)
 

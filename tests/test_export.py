@@ -17,22 +17,22 @@ from onnx import numpy_helper
 from transformers import FNetConfig, FNetForQuestionAnswering
 
 from qadeploy import Answerer
-from qadeploy.build.checkpoint import TorchModel, load_checkpoint
-from qadeploy.build.export import export, read_shared_weights
-from qadeploy.build.optimize import fusion_line, optimize
-from qadeploy.build.parity import Parity, parity_windows, require_parity
-from qadeploy.build.quantize import quantize
-from qadeploy.build.recipes import RECIPES
-from qadeploy.build.report import Reference, make_reference
-from qadeploy.build.runs import Run, dev_part, find_run, held_out
-from qadeploy.build.train import train
-from qadeploy.bundle import CARD, MANIFEST, MODEL, open_bundle
 from qadeploy.data.readers import read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
+from qadeploy.export.fused import fusion_line, optimize
+from qadeploy.export.onnx import export, read_shared_weights
+from qadeploy.export.parity import Parity, parity_windows, require_parity
+from qadeploy.export.quantize.int8 import quantize
+from qadeploy.export.quantize.recipes import RECIPES
+from qadeploy.export.reference import Reference, make_reference
+from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, open_bundle
+from qadeploy.inference.tuning import SPINNING
 from qadeploy.records import Example, Window
 from qadeploy.shipped import base_model_path
-from qadeploy.tuning import SPINNING
+from qadeploy.training.checkpoint import TorchModel, load_checkpoint
+from qadeploy.training.runs import Run, dev_part, find_run, held_out
+from qadeploy.training.train import train
 from tests.conftest import sealed_copy, tiny_options, triplets, write_jsonl
 
 KINDS = ("", "fused", "int8")

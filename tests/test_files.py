@@ -10,9 +10,9 @@ import time
 
 import pytest
 
+from qadeploy.core.settings import QaSettings
 from qadeploy.errors import InputError
 from qadeploy.files import hash_file, sync_folder, write_json, write_text
-from qadeploy.qa.settings import QaSettings
 from qadeploy.timing import Timing, interleave
 
 # ---------------------------------------------------------------- files

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qadeploy.build import findings
-from qadeploy.build.run_report import Group, Grouping, ScoreFacts
+from qadeploy.reports import findings
+from qadeploy.reports.run_report import Group, Grouping, ScoreFacts
 from tests.run_facts_for_tests import epoch, facts
 
 

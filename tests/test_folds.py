@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from qadeploy.build import folds as module
-from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
-from qadeploy.build.folds import cross_validate
-from qadeploy.build.train import TrainOptions, train
 from qadeploy.cli import main
 from qadeploy.data.readers import read
 from qadeploy.data.splits import folds_by_passage
 from qadeploy.errors import FailureError, InputError
-from qadeploy.evaluate import evaluate
+from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Annotation, Example
+from qadeploy.training import folds as module
+from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
+from qadeploy.training.folds import cross_validate
+from qadeploy.training.train import TrainOptions, train
 from tests.conftest import tiny_arguments, tiny_options, triplets, unanswerable, write_jsonl
 
 # ---------------------------------------------------------------- splitting

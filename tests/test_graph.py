@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from qadeploy.errors import BundleError
-from qadeploy.runtime.graph import GraphModel
+from qadeploy.inference.graph_model import GraphModel
 
 
 def double(kind: int) -> bytes:

@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy import Answerer
-from qadeploy.build.checkpoint import TorchModel, load_checkpoint
-from qadeploy.build.export import export_graph
-from qadeploy.build.half import FP16_TOLERANCE, Half, exact_nodes, half, half_lines, judging, to_half
-from qadeploy.build.report import Reference, make_reference
-from qadeploy.build.runs import dev_part, find_run
-from qadeploy.bundle import MANIFEST, MODEL, newest_bundle, open_bundle
 from qadeploy.cli import main
-from qadeploy.doctor import diagnose, gpu_bundles, lines
 from qadeploy.errors import FailureError, GateError
-from qadeploy.runtime.session import OnnxModel
+from qadeploy.export.fp16 import FP16_TOLERANCE, Half, exact_nodes, half, half_lines, judging, to_half
+from qadeploy.export.onnx import export_graph
+from qadeploy.export.reference import Reference, make_reference
+from qadeploy.inference.bundle import MANIFEST, MODEL, newest_bundle, open_bundle
+from qadeploy.inference.doctor import diagnose, gpu_bundles, lines
+from qadeploy.inference.session import OnnxModel
+from qadeploy.training.checkpoint import TorchModel, load_checkpoint
+from qadeploy.training.runs import dev_part, find_run
 from tests.models_for_tests import BY_NAME
 
 FUSED = ("BERT", "DistilBERT", "RoBERTa", "XLM-R", "ELECTRA")  # every attention one node
@@ -215,7 +215,7 @@ def test_answers_that_got_worse_are_not_written(reference, tiny, tiny_export, tm
         weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
         return replace(found, model=proto.SerializeToString())
 
-    monkeypatch.setattr("qadeploy.build.half.to_half", broken)
+    monkeypatch.setattr("qadeploy.export.fp16.to_half", broken)
     out = tmp_path / "bad"
     with pytest.raises(GateError, match=r"bad: fp16 loses \d+\.\d\d points of F1 against fp32 .* more than 0.1"):
         half(reference, open_bundle(tiny.bundle()), out, device="cpu")

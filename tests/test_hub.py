@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from qadeploy.build.checkpoint import Hub, load_checkpoint
-from qadeploy.build.train import train
 from qadeploy.errors import CheckpointError
+from qadeploy.training.checkpoint import Hub, load_checkpoint
+from qadeploy.training.train import train
 from tests.conftest import tiny_options, triplets, write_jsonl
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -63,7 +63,7 @@ def hub(tiny_checkpoint: Path) -> Iterator[tuple[str, list[tuple[str, str | None
 LOAD = """
 import json
 import sys
-from qadeploy.build.checkpoint import Hub, load_checkpoint
+from qadeploy.training.checkpoint import Hub, load_checkpoint
 from qadeploy.errors import CheckpointError
 
 found = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qadeploy.errors import BundleError
-from qadeploy.runtime.layout import SessionSettings
+from qadeploy.inference.layout import SessionSettings
 
 
 @pytest.mark.parametrize("values", [None, {}, {"layout": {}}, {"layout": {"one": None}, "another": 1}])

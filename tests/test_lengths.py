@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 
+from qadeploy.core.settings import QaSettings
 from qadeploy.data.carriers import Row
 from qadeploy.data.check import check_rows
 from qadeploy.data.fields import Reading
+from qadeploy.data.lengths import histogram, load_encoder, measure
 from qadeploy.errors import InputError
-from qadeploy.lengths import histogram, load_encoder, measure
-from qadeploy.qa.settings import QaSettings
 from qadeploy.shipped import base_model_path
 
 

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from qadeploy import Answerer
 from qadeploy.cli.progress import Progress
+from qadeploy.core import decoding as decoder
+from qadeploy.core.decoding import Scored, decode
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.errors import LogitsError
-from qadeploy.qa import spans as decoder
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.spans import Scored, decode
-from qadeploy.qa.windows import Encoder, EncoderConfig
+from qadeploy.inference.answerer import Options
+from qadeploy.inference.session import Logits, Pending
 from qadeploy.records import Window
-from qadeploy.runtime.answerer import Options
-from qadeploy.runtime.session import Logits, Pending
 from tests.conftest import triplets
 from tests.test_cli import value, well
 from tests.test_spans import brute_force, random_logits, rows

@@ -13,8 +13,8 @@ import pytest
 
 from qadeploy import Answerer
 from qadeploy.errors import MachineWarning
+from qadeploy.inference.session import OnnxModel
 from qadeploy.machine import INSTRUCTION_SETS, Machine, entry_has_vnni, machine, parse
-from qadeploy.runtime.session import OnnxModel
 from tests.conftest import sealed_copy
 
 XEON = """processor\t: 0
@@ -114,7 +114,7 @@ def test_on_cuda_nothing_is_said(foreign, monkeypatch):
         model.warm_up = lambda window: None  # which needs it
         return model
 
-    monkeypatch.setattr("qadeploy.runtime.answerer.OnnxModel", on_cuda)
+    monkeypatch.setattr("qadeploy.inference.answerer.OnnxModel", on_cuda)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Answerer.load(foreign, device="cuda")

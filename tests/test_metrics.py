@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.qa.metrics import Scores, bootstrap_interval, exact_match, f1, normalize, score
+from qadeploy.core.metrics import Scores, bootstrap_interval, exact_match, f1, normalize, score
 from qadeploy.records import Annotation, Answer, Example
 from tests.tokenizers_for_tests import thorough
 

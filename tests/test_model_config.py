@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from qadeploy.bundle import MODEL
 from qadeploy.errors import BundleError, InputError
-from qadeploy.scale.model_config import (
+from qadeploy.inference.bundle import MODEL
+from qadeploy.integrations.triton.model_config import (
     Running,
     Tensor,
     Tensors,
@@ -170,7 +170,7 @@ def test_without_its_packages_the_pip_line_is_named(package):
     script = f"""
 import sys
 sys.modules[{package!r}] = None  # so that importing it fails
-from qadeploy.scale.model_config import require_schema
+from qadeploy.integrations.triton.model_config import require_schema
 from qadeploy.errors import MissingExtraError
 try:
     require_schema()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qadeploy.build.negatives import LONGEST, holds_answer, with_negatives, without_answer
 from qadeploy.errors import InputError
 from qadeploy.records import Annotation, Example
+from qadeploy.training.negatives import LONGEST, holds_answer, with_negatives, without_answer
 
 
 def example(question: str, context: str, *answers: str, number: int = 0) -> Example:

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from qadeploy import Answerer
-from qadeploy.build.in_graph import cut_windows, spans_in_graph, strings_in_graph
-from qadeploy.bundle import open_bundle
+from qadeploy.core.decoding import decode
+from qadeploy.core.windows import context_mask, pad_batch
 from qadeploy.data.readers import read
-from qadeploy.qa.spans import decode
-from qadeploy.qa.windows import context_mask, pad_batch
+from qadeploy.inference.bundle import open_bundle
+from qadeploy.integrations.onnx_standalone.in_graph import cut_windows, spans_in_graph, strings_in_graph
 from qadeploy.records import Example
 
 FOLDER = Path(__file__).parent.parent / "docs" / "node"

@@ -239,7 +239,7 @@ def test_examples_come_with_questions_and_what_was_typed_comes_back(browser, url
 
 @needs_chromium
 def test_the_null_answer_is_offered_where_the_model_has_a_threshold(browser, bundle, tmp_path):
-    from qadeploy.bundle import open_bundle
+    from qadeploy.inference.bundle import open_bundle
 
     settings = {**open_bundle(bundle).manifest["settings"], "null_threshold": -1000.0}  # so low that it always wins
     with serving(sealed_copy(bundle, tmp_path / "null", settings=settings)) as (url, _), opened(browser, url) as desk:

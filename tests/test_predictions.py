@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.evaluate import evaluate
-from qadeploy.predictions import Recorder, predict, write_predictions
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.spans import decode, rank_answers
+from qadeploy.core.decoding import decode, rank_answers
+from qadeploy.core.settings import QaSettings
+from qadeploy.evaluation.predictions import Recorder, predict, write_predictions
+from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Answer, Example, Window
 from tests.conftest import Tiny
 from tests.tokenizers_for_tests import encoder, thorough

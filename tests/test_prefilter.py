@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from qadeploy import Answerer
 from qadeploy.cli import main
+from qadeploy.core.decoding import decode
+from qadeploy.core.prefilter import rank
+from qadeploy.core.windows import Cut
 from qadeploy.data.readers import read
 from qadeploy.errors import InputError, TooManyWindowsError
-from qadeploy.evaluate import evaluate
-from qadeploy.predictions import Recorder
-from qadeploy.qa.prefilter import rank
-from qadeploy.qa.spans import decode
-from qadeploy.qa.windows import Cut
-from qadeploy.runtime.answerer import Options
-from qadeploy.runtime.trace import trace, trace_dict, trace_lines
+from qadeploy.evaluation.predictions import Recorder
+from qadeploy.evaluation.scoring import evaluate
+from qadeploy.inference.answerer import Options
+from qadeploy.inference.trace import trace, trace_dict, trace_lines
 from tests.conftest import NAMES, THINGS, write_jsonl
 from tests.test_cli import value, well
 from tests.tokenizers_for_tests import thorough

@@ -18,8 +18,8 @@ import pytest
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from qadeploy.build.train import TrainOptions, train
 from qadeploy.cli import main
+from qadeploy.training.train import TrainOptions, train
 from tests.conftest import make_tiny_checkpoint, tiny_options, triplets, write_jsonl
 from tests.test_resume import FORKS, KillAt, assert_same
 
@@ -140,7 +140,7 @@ def test_an_interrupted_run_of_two_is_resumed_by_two(options, log, tmp_path):
         return arguments(replace(options(tmp_path / name), save_steps=4, attention_dropout=0.1))
 
     assert run_two(command("whole"), log)[0] == [0, 0]
-    codes, printed = run_two(command("run"), log, {0: KillAt("qadeploy.build.trainer", "prune", 2)})
+    codes, printed = run_two(command("run"), log, {0: KillAt("qadeploy.training.trainer", "prune", 2)})
     assert codes == [-signal.SIGKILL, 1]
     assert printed.count("Error: another of the 2 processes ended without a word") == 1
     assert "Traceback" not in printed
@@ -166,7 +166,12 @@ def limit_files() -> None:
             "Error: batch-size 5 cannot be shared by 2 processes: give --batch-size 4 or 6\n",
         ),
         ({}, {1: limit_files}, [1, 1], "checkpoint-13: cannot be written, the disk "),
-        ({}, {1: KillAt("qadeploy.build.processes", "wait", 1)}, [1, -9], "Error: another of the 2 processes ended"),
+        (
+            {},
+            {1: KillAt("qadeploy.training.distributed", "wait", 1)},
+            [1, -9],
+            "Error: another of the 2 processes ended",
+        ),
     ],
 )
 def test_an_error_ends_all_processes_with_one_message(changes, before, codes, message, options, log, tmp_path):

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from qadeploy.build.search import Step
 from qadeploy.cli.progress import Progress
+from qadeploy.export.quantize.search import Step
 
 
 class Terminal(io.StringIO):

@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qadeploy.build.graph import fuse_attention
-from qadeploy.build.parity import parity_windows
-from qadeploy.build.products import TOKENS, Activations, find_products, measure_activations, rounding_error
-from qadeploy.build.protect import choose, protect, smoothing_scales
-from qadeploy.build.quantizers import quantize_dynamic_int8, quantize_embeddings
-from qadeploy.build.recipes import RECIPES, Material
-from qadeploy.build.report import make_reference
-from qadeploy.build.runs import dev_part, find_run
-from qadeploy.build.sensitivity import Harm, rank_products, worst
-from qadeploy.bundle import MODEL, open_bundle
-from qadeploy.runtime.session import OnnxModel
+from qadeploy.export.graph import fuse_attention
+from qadeploy.export.parity import parity_windows
+from qadeploy.export.quantize.matmuls import TOKENS, Activations, find_products, measure_activations, rounding_error
+from qadeploy.export.quantize.quantizers import quantize_dynamic_int8, quantize_embeddings
+from qadeploy.export.quantize.recipes import RECIPES, Material
+from qadeploy.export.quantize.sensitivity import Harm, rank_products, worst
+from qadeploy.export.quantize.smoothquant import choose, protect, smoothing_scales
+from qadeploy.export.reference import make_reference
+from qadeploy.inference.bundle import MODEL, open_bundle
+from qadeploy.inference.session import OnnxModel
+from qadeploy.training.runs import dev_part, find_run
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qadeploy.build.report_page import report_page
+from qadeploy.reports.report_page import report_page
 from tests.run_facts_for_tests import ARABIC, EVIL, FAMILY, LONG, facts
 
 CHECK = {

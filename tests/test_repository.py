@@ -13,15 +13,15 @@ from click.testing import CliRunner, Result
 
 from benchmarks.span_head import bare_model
 from qadeploy import Answerer
-from qadeploy.build.in_graph import spans_in_graph
-from qadeploy.bundle import MANIFEST, MODEL, Bundle, open_bundle
 from qadeploy.cli import main
 from qadeploy.data.readers import read
 from qadeploy.errors import BundleError, InputError
-from qadeploy.runtime.session import usable_cpus
-from qadeploy.scale import repository as module
-from qadeploy.scale.model_config import check_config, require_schema, tensors_of
-from qadeploy.scale.repository import add_bundle, measure_effects
+from qadeploy.inference.bundle import MANIFEST, MODEL, Bundle, open_bundle
+from qadeploy.inference.session import usable_cpus
+from qadeploy.integrations.onnx_standalone.in_graph import spans_in_graph
+from qadeploy.integrations.triton import repository as module
+from qadeploy.integrations.triton.model_config import check_config, require_schema, tensors_of
+from qadeploy.integrations.triton.repository import add_bundle, measure_effects
 from tests.conftest import sealed_copy
 
 
@@ -90,7 +90,7 @@ def test_fp16_is_for_gpus(tiny_half, repository):
 @pytest.fixture(scope="module")
 def tiny_half(bundle, tmp_path_factory) -> Path:
     """The tiny bundle in half precision, by the converter of the export."""
-    from qadeploy.build.half import to_half
+    from qadeploy.export.fp16 import to_half
 
     opened = open_bundle(bundle)
     half = to_half(opened.read(MODEL), opened.manifest["architecture"])

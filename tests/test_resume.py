@@ -26,12 +26,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qadeploy.build.resume import find_differences, open_run, recorded_options
-from qadeploy.build.runs import find_run, read_status
-from qadeploy.build.saves import MARKER, find_flaw, mark_complete, newest_complete, prune, writing
-from qadeploy.build.train import TrainOptions, train
 from qadeploy.errors import CheckpointError, FailureError, InputError, QadeployError
 from qadeploy.shipped import base_model_path
+from qadeploy.training.resume import find_differences, open_run, recorded_options
+from qadeploy.training.runs import find_run, read_status
+from qadeploy.training.saves import MARKER, find_flaw, mark_complete, newest_complete, prune, writing
+from qadeploy.training.train import TrainOptions, train
 from tests.conftest import make_tiny_checkpoint, tiny_options, triplets, write_jsonl
 
 FORKS = multiprocessing.get_context("forkserver")  # torch is imported once, then each process is there at once
@@ -180,7 +180,7 @@ SAVES_OF_STEPS = [2, 4, 5, 6, 8, 10]
 @pytest.mark.parametrize(("name", "step", "resumes"), [("mark_complete", 8, 6), ("prune", 5, 5)])
 def test_a_run_killed_while_or_after_it_saves(name, step, resumes, whole, options, fast):
     out = fast / "run"
-    killer = KillAt("qadeploy.build.trainer", name, SAVES_OF_STEPS.index(step) + 1)
+    killer = KillAt("qadeploy.training.trainer", name, SAVES_OF_STEPS.index(step) + 1)
     assert run(options(out), before=killer) == -signal.SIGKILL
     said: list[str] = []
     train(options(out), said.append, progress=False, resume=True)
@@ -203,7 +203,7 @@ def test_a_run_by_tokens_goes_on_inside_an_epoch_to_the_same_weights(options, fa
     saves = sorted({*range(2, steps + 1, 2), steps // 2, steps})
     step = next(s for s in saves if s > steps // 2 and s % 2 == 0 and s != steps)  # in the second epoch, not at its end
     out = fast / "killed"
-    killer = KillAt("qadeploy.build.trainer", "prune", saves.index(step) + 1)
+    killer = KillAt("qadeploy.training.trainer", "prune", saves.index(step) + 1)
     assert run(make("killed"), before=killer) == -signal.SIGKILL
     assert run(make("killed"), resume=True) == 0
     assert json.loads((out / "run.json").read_text())["resumed_at_steps"] == [step]
@@ -223,7 +223,7 @@ def test_patience_goes_on_counting(options, fast):
     assert [row["epoch"] for row in metrics["epochs"]] == [0, 1, 2, 3]  # the second and the third are no better
     for begun in (2, 3):  # epochs when it is killed: one without a gain, and one when all that is left is to choose
         out = fast / f"killed{begun}"
-        assert run(make(out.name), before=KillAt("qadeploy.build.trainer", "prune", begun)) == -signal.SIGKILL
+        assert run(make(out.name), before=KillAt("qadeploy.training.trainer", "prune", begun)) == -signal.SIGKILL
         assert run(make(out.name), resume=True) == 0
         assert json.loads((out / "run.json").read_text())["resumed_at_steps"] == [5 * begun]
         assert_same(out, fast / "whole")
@@ -235,7 +235,7 @@ def test_a_finished_run_stands_until_a_new_one_is_whole(name, whole, options, fa
     shutil.copytree(whole, out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     old = weights(out)
-    assert run(options(out, seed=14), before=KillAt("qadeploy.build.resume", name, 1)) == -signal.SIGKILL
+    assert run(options(out, seed=14), before=KillAt("qadeploy.training.resume", name, 1)) == -signal.SIGKILL
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in fast.iterdir()) == ["run", "run.unfinished"]
     with pytest.raises(InputError, match=r"run\.unfinished: holds an unfinished run .*give --resume"):
@@ -325,7 +325,7 @@ def interrupt(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> list[st
     """Presses Ctrl-C after the first save; what was said."""
     said: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr("qadeploy.build.trainer.prune", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr("qadeploy.training.trainer.prune", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             train(options, said.append, progress=False)
     return said

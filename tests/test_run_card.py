@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from qadeploy.build.front_matter import base_label, front_matter, license_of
-from qadeploy.build.run_card import run_card
+from qadeploy.inference.front_matter import base_label, front_matter, license_of
+from qadeploy.reports.run_card import run_card
 from tests.run_facts_for_tests import EXAMPLES, RECORD, facts
 
 
@@ -63,7 +63,7 @@ def test_a_card_without_held_out_questions_says_that_the_scores_flatter():
 
 
 def test_names_cannot_break_the_markdown():
-    from qadeploy.build.run_card import _code, _code_block
+    from qadeploy.reports.run_card import _code, _code_block
 
     assert _code("a `b`` c\nd") == "``` a `b`` c d ```"
     assert _code_block("sh", "x ```` y").startswith("`````sh\n")

@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from qadeploy.build.run_report import (
+from qadeploy.cli import main
+from qadeploy.core.metrics import exact_match, f1, score
+from qadeploy.reports.run_report import (
     SMALLEST_GROUP,
     SURE,
     count_words,
@@ -17,8 +19,6 @@ from qadeploy.build.run_report import (
     wilson_interval,
     worst_mistakes,
 )
-from qadeploy.cli import main
-from qadeploy.qa.metrics import exact_match, f1, score
 from tests.run_facts_for_tests import ANSWERS, EXAMPLES, JUDGED, METRICS, RECORD, facts
 
 ROWS = [
@@ -195,7 +195,7 @@ def test_flags_and_mappings_are_written_as_the_command_line_takes_them():
 
 
 def test_a_run_without_mistakes():
-    from qadeploy.build.run_report import make_facts
+    from qadeploy.reports.run_report import make_facts
     from tests.run_facts_for_tests import parts
 
     *learned, judged = parts()

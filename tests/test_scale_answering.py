@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from qadeploy import Answerer
-from qadeploy.scale.answering import Answered, BrokenModelError, Rejected, Result, ShardAnswering, of_dict, to_dict
-from qadeploy.scale.plan import Job, Plan, make_plan
-from qadeploy.scale.ranges import Reader
+from qadeploy.batch.answering import Answered, BrokenModelError, Rejected, Result, ShardAnswering, of_dict, to_dict
+from qadeploy.batch.plan import Job, Plan, make_plan
+from qadeploy.batch.ranges import Reader
 from tests.answerers_for_tests import BREAK, NAN, RAISE, PoisonedLoad
 from tests.conftest import triplets
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from qadeploy.batch.answering import Answered, Rejected
+from qadeploy.batch.journal import Journal
 from qadeploy.errors import FailureError
-from qadeploy.scale.answering import Answered, Rejected
-from qadeploy.scale.journal import Journal
 
 ONE = Answered("a", "Ada", 0.1 + 0.2, 3, 6)
 TWO = Rejected("x.jsonl", 2, "question", "b", "is empty")

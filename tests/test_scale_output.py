@@ -10,10 +10,10 @@ from pathlib import Path
 import pyarrow.parquet as parquet
 import pytest
 
+from qadeploy.batch.answering import COLUMNS, Answered, Rejected
+from qadeploy.batch.output import Counts, Folder, OneFile, explain
+from qadeploy.batch.plan import Job, Plan, make_plan
 from qadeploy.errors import InputError
-from qadeploy.scale.answering import COLUMNS, Answered, Rejected
-from qadeploy.scale.output import Counts, Folder, OneFile, explain
-from qadeploy.scale.plan import Job, Plan, make_plan
 from tests.conftest import triplets, write_jsonl
 
 GOOD = [Answered(f"r{n}", "naïve 🙂", 0.1 + n, n, n + 7) for n in range(3)]

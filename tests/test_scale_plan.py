@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
+from qadeploy.batch import plan as planning
+from qadeploy.batch.plan import Job, Plan, make_plan
+from qadeploy.batch.sources import expand
 from qadeploy.errors import InputError
-from qadeploy.scale import plan as planning
-from qadeploy.scale.plan import Job, Plan, make_plan
-from qadeploy.scale.sources import expand
 from tests.conftest import triplets, write_jsonl
 
 JOB = Job("ab" * 32, {}, False)
@@ -65,7 +65,7 @@ def test_a_later_schema_is_named(files):
 def test_parts_grow_with_the_rows(files, monkeypatch):
     monkeypatch.setattr(planning, "FINEST", 2)
     monkeypatch.setattr(planning, "_PARTS", 4)
-    monkeypatch.setattr("qadeploy.scale.ranges.FINEST", 2)
+    monkeypatch.setattr("qadeploy.batch.ranges.FINEST", 2)
     for most, step in ((999, 16), (4, 4)):
         monkeypatch.setattr(planning, "_MOST_ROWS", most)
         plan = make_plan(JOB, [str(files)])

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qadeploy.batch import ranges
+from qadeploy.batch.ranges import Reader, scan
+from qadeploy.batch.sources import one
 from qadeploy.data.carriers import Row, load_rows
 from qadeploy.data.fields import Reading
 from qadeploy.errors import InputError
-from qadeploy.scale import ranges
-from qadeploy.scale.ranges import Reader, scan
-from qadeploy.scale.sources import one
 
 ROWS = [{"id": f"q{n}", "context": f"Ada keeps lamp {n}.", "question": "Who?"} for n in range(700)]
 LINE = st.one_of(

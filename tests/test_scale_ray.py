@@ -18,11 +18,11 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 
+from qadeploy.batch import ray_engine
+from qadeploy.batch.output import Counts
+from qadeploy.batch.ray_engine import Cluster, Pool, share_out
+from qadeploy.batch.run import Progress, Request, answer_files
 from qadeploy.errors import BundleError, FailureError, InputError
-from qadeploy.scale import ray_engine
-from qadeploy.scale.output import Counts
-from qadeploy.scale.ray_engine import Cluster, Pool, share_out
-from qadeploy.scale.run import Progress, Request, answer_files
 from tests.answerers_for_tests import BREAK, RAISE, SEGFAULT, PoisonedLoad
 from tests.conftest import triplets, write_jsonl
 

@@ -15,13 +15,13 @@ import pyarrow.parquet as parquet
 import pytest
 
 from qadeploy import Answerer
-from qadeploy.bundle import open_bundle
+from qadeploy.batch import local
+from qadeploy.batch.output import Counts
+from qadeploy.batch.ray_engine import Cluster
+from qadeploy.batch.run import Progress, Request, answer_files
 from qadeploy.data.fields import Reading
 from qadeploy.errors import BundleError, FailureError, InputError
-from qadeploy.scale import local
-from qadeploy.scale.output import Counts
-from qadeploy.scale.ray_engine import Cluster
-from qadeploy.scale.run import Progress, Request, answer_files
+from qadeploy.inference.bundle import open_bundle
 from tests.answerers_for_tests import BREAK, EXIT, PoisonedLoad
 from tests.conftest import NAMES, THINGS, sealed_copy, triplets, write_jsonl
 
@@ -29,7 +29,7 @@ ROWS = [{"context": row["context"], "question": row["question"]} for row in trip
 SLOW = """
 import sys
 from tests.answerers_for_tests import PoisonedLoad
-from qadeploy.scale.run import Request, answer_files
+from qadeploy.batch.run import Request, answer_files
 
 bundle, source, output, seconds = sys.argv[1:]
 answer_files(Request(bundle, (source,), output, shard_rows=10), load=PoisonedLoad(bundle, seconds=float(seconds)))
@@ -261,7 +261,7 @@ def test_the_next_shard_begins_only_after_the_one_before_stands(bundle, asked):
             assert seen == list(range(number))
             return Counts(1, 0)
 
-    from qadeploy.scale.plan import Job, make_plan
+    from qadeploy.batch.plan import Job, make_plan
 
     plan = make_plan(Job("h", {}, False), [str(asked)], 10)
     local.into_folder(Fake(), plan.shards, lambda shard, counts: seen.append(shard.number))  # type: ignore[arg-type]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qadeploy.batch.sources import Source, expand, local_folder, one
 from qadeploy.errors import InputError
-from qadeploy.scale.sources import Source, expand, local_folder, one
 
 TREE = ("a/2.jsonl", "a/10.jsonl", "a/_skip.jsonl", "a/.hidden.jsonl", "a/notes.txt", "a/deep/3.parquet", "b/1.jsonl")
 

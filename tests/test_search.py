@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from qadeploy.build import judging
-from qadeploy.build.judging import find_judges, weights
-from qadeploy.build.leaderboard import leaderboard, leaderboard_lines
-from qadeploy.build.parity import parity_windows
-from qadeploy.build.quantize import quantize
-from qadeploy.build.recipes import RECIPES, Made, Material, Recipe
-from qadeploy.build.report import Reference, make_answerer, make_reference
-from qadeploy.build.runs import dev_part, find_run, known_examples
-from qadeploy.build.search import Candidate, Search, Step, duel_line, rank
-from qadeploy.bundle import MODEL, open_bundle
 from qadeploy.cli import main
+from qadeploy.core.metrics import bootstrap_interval
 from qadeploy.errors import GateError
-from qadeploy.qa.metrics import bootstrap_interval
-from qadeploy.runtime.answerer import Answerer
-from qadeploy.tuning import SESSIONS
+from qadeploy.export.parity import parity_windows
+from qadeploy.export.quantize import judging
+from qadeploy.export.quantize.int8 import quantize
+from qadeploy.export.quantize.judging import find_judges, weights
+from qadeploy.export.quantize.leaderboard import leaderboard, leaderboard_lines
+from qadeploy.export.quantize.recipes import RECIPES, Made, Material, Recipe
+from qadeploy.export.quantize.search import Candidate, Search, Step, duel_line, rank
+from qadeploy.export.reference import Reference, make_answerer, make_reference
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.bundle import MODEL, open_bundle
+from qadeploy.inference.tuning import SESSIONS
+from qadeploy.training.runs import dev_part, find_run, known_examples
 from tests.timing_for_tests import Clock, Slowed
 
 
@@ -204,8 +204,8 @@ def test_the_two_best_are_put_in_order_by_their_own_rounds(seconds, order, why, 
         slowed = Slowed(model, session, clock, lambda *_: seconds[models.index(model)])
         return Answerer(reference.checkpoint.encoder, reference.checkpoint.settings, slowed)
 
-    monkeypatch.setattr("qadeploy.build.search.RECIPES", made)
-    monkeypatch.setattr("qadeploy.build.search.make_answerer", make)
+    monkeypatch.setattr("qadeploy.export.quantize.search.RECIPES", made)
+    monkeypatch.setattr("qadeploy.export.quantize.search.make_answerer", make)
     said: list[str] = []
     close = [candidate("first", 2.0, lost=0.4), candidate("second", 1.95, lost=0.1), candidate("third", 1.9)]
     ranked, duel = search(reference, material, say=said.append).settle(close)

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qadeploy.build.checkpoint import load_checkpoint
-from qadeploy.build.features import FeatureSet, make_features
-from qadeploy.build.selection import (
+from qadeploy.core.metrics import exact_match, f1
+from qadeploy.core.settings import QaSettings
+from qadeploy.records import Annotation, Example
+from qadeploy.training.checkpoint import load_checkpoint
+from qadeploy.training.features import FeatureSet, make_features
+from qadeploy.training.selection import (
     ANSWER_LENGTHS,
     answers_of,
     calibration_report,
@@ -24,9 +27,6 @@ from qadeploy.build.selection import (
     tells_thresholds,
     unchosen_settings,
 )
-from qadeploy.qa.metrics import exact_match, f1
-from qadeploy.qa.settings import QaSettings
-from qadeploy.records import Annotation, Example
 
 NULL = QaSettings(40, 12, 15, null_threshold=0.0)
 TEXT = "Ada keeps the lamp in room 3. Bela keeps the boat outside. The hall is quiet. Cora keeps the bell. " * 2

@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from qadeploy import Answerer
 from qadeploy.errors import InputError
-from qadeploy.runtime.answerer import Options
+from qadeploy.inference.answerer import Options
 from qadeploy.serve.logs import JsonFormatter
 from qadeploy.serve.settings import Settings
 from tests.conftest import triplets

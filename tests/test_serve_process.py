@@ -26,7 +26,7 @@ HEAVY = ("torch", "transformers", "optimum", "datasets", "accelerate", "onnx", "
 # ``qadeploy serve`` whose model takes its time once it is warm, so that requests are running when the signal comes.
 SLOW = """
 import sys, time
-from qadeploy.runtime.session import OnnxModel
+from qadeploy.inference.session import OnnxModel
 
 run, runs = OnnxModel.run, []
 

@@ -11,7 +11,7 @@ import pytest
 
 from qadeploy import Answerer
 from qadeploy.errors import LogitsError, QuestionTooLongError, TooManyWindowsError
-from qadeploy.runtime.answerer import Options, to_answers
+from qadeploy.inference.answerer import Options, to_answers
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.scheduler import Ask, Job, Scheduler

@@ -16,8 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy import Answer, Answerer
-from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
-from qadeploy.bundle import open_bundle
+from qadeploy.core.decoding import decode
 from qadeploy.errors import (
     BundleError,
     DeviceError,
@@ -27,10 +26,11 @@ from qadeploy.errors import (
     StrideError,
     TooManyWindowsError,
 )
-from qadeploy.qa.spans import decode
+from qadeploy.inference.answerer import Options, to_answers
+from qadeploy.inference.bundle import open_bundle
+from qadeploy.inference.session import Logits, OnnxModel
 from qadeploy.records import Window
-from qadeploy.runtime.answerer import Options, to_answers
-from qadeploy.runtime.session import Logits, OnnxModel
+from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from tests.conftest import NAMES, THINGS, sealed_copy, triplets
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
@@ -367,8 +367,8 @@ MEMORY = """
 import sys
 import numpy as np
 from qadeploy.records import Window
-from qadeploy.runtime import session
-from qadeploy.runtime.session import OnnxModel
+from qadeploy.inference import session
+from qadeploy.inference.session import OnnxModel
 
 def resident():
     with open("/proc/self/status") as status:

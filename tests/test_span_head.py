@@ -18,17 +18,17 @@ from onnx import TensorProto
 
 from benchmarks.span_head import FAMILIES, bare_model, family_model
 from qadeploy import Answerer
-from qadeploy.build.half import to_half
-from qadeploy.build.in_graph import compare_spans, cut_windows, spans_in_graph, strings_in_graph
-from qadeploy.build.span_head import OUTPUTS, SpanHead, add_span_head
-from qadeploy.bundle import MODEL, newest_bundle, open_bundle
 from qadeploy.cli import main
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import CONTEXT_MASK, context_mask
 from qadeploy.data.readers import read
 from qadeploy.errors import BundleError, FailureError, GateError, InputError
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import CONTEXT_MASK, context_mask
+from qadeploy.export.fp16 import to_half
+from qadeploy.inference.bundle import MODEL, newest_bundle, open_bundle
+from qadeploy.inference.graph_model import GraphModel
+from qadeploy.integrations.onnx_standalone.in_graph import compare_spans, cut_windows, spans_in_graph, strings_in_graph
+from qadeploy.integrations.onnx_standalone.span_head import OUTPUTS, SpanHead, add_span_head
 from qadeploy.records import Example, FloatArray, IntArray
-from qadeploy.runtime.graph import GraphModel
 from tests.conftest import sealed_copy
 from tests.models_for_tests import BY_NAME
 from tests.tokenizers_for_tests import NAMES, encoder, family, texts, thorough
@@ -194,7 +194,8 @@ def test_a_head_that_differs_is_not_written(bundle, tiny, tmp_path, monkeypatch)
     broken = SpanHead.of
     monkeypatch.setattr(SpanHead, "of", lambda *a: replace(broken(*a), null_index=2))
     monkeypatch.setattr(
-        "qadeploy.build.in_graph.add_span_head", lambda m, h: add_span_head(m, replace(h, null_index=1))
+        "qadeploy.integrations.onnx_standalone.in_graph.add_span_head",
+        lambda m, h: add_span_head(m, replace(h, null_index=1)),
     )
     with pytest.raises(GateError, match=r"mine: the spans of the graph differ .* on \d+ of \d+ windows"):
         spans_in_graph(open_bundle(bundle), tmp_path / "mine", read(str(tiny.data)).examples[:3])

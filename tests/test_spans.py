@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from qadeploy.core import decoding as decoder
+from qadeploy.core.decoding import Decoded, Scored, decode, decode_many, least_null_logit, rank_answers, span_table
+from qadeploy.core.windows import EncodedText, Encoder, EncoderConfig
 from qadeploy.errors import InputError, LogitsError
-from qadeploy.qa import spans as decoder
-from qadeploy.qa.spans import Decoded, Scored, decode, decode_many, least_null_logit, rank_answers, span_table
-from qadeploy.qa.windows import EncodedText, Encoder, EncoderConfig
 from qadeploy.records import Answer, FloatArray, Window
 from tests.tokenizers_for_tests import NAMES, encoder, family, texts, thorough
 

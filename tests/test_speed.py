@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from qadeploy.build import speed
-from qadeploy.build.checkpoint import load_checkpoint
-from qadeploy.build.speed import Speed, compiled, has_tf32, tf32_products
-from qadeploy.build.train import train
 from qadeploy.errors import FailureError, InputError
+from qadeploy.training import speed
+from qadeploy.training.checkpoint import load_checkpoint
+from qadeploy.training.speed import Speed, compiled, has_tf32, tf32_products
+from qadeploy.training.train import train
 from tests.conftest import tiny_options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
@@ -222,7 +222,7 @@ def test_a_model_that_does_not_compile_is_an_error_that_says_what_to_do(tiny_che
 
 def test_a_run_that_is_compiled_learns_the_same(tiny, tiny_checkpoint, tmp_path, monkeypatch):
     counting = Counting()
-    monkeypatch.setattr("qadeploy.build.train.compiled", partial(compiled, backend=counting))
+    monkeypatch.setattr("qadeploy.training.train.compiled", partial(compiled, backend=counting))
     options = tiny_options(tiny.data, tiny_checkpoint, tmp_path / "run", torch_compile=True)
     said: list[str] = []
     found = train(options, said.append, progress=False).metrics

@@ -17,19 +17,19 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, normalizers
 
 from qadeploy import Answerer
-from qadeploy.build import text_graph
-from qadeploy.build.in_graph import ask, compare_answers, strings_in_graph
-from qadeploy.build.nodes import Nodes
-from qadeploy.build.text_graph import OUTPUTS, text_model
-from qadeploy.build.wordpiece import WordPiece, check_wordpiece, read_wordpiece, special_tokens
-from qadeploy.bundle import MODEL, TOKENIZER, newest_bundle, open_bundle, seal
 from qadeploy.cli import main
+from qadeploy.core.settings import QaSettings
 from qadeploy.data.readers import read
 from qadeploy.errors import BundleError, FailureError, GateError, InputError
-from qadeploy.qa.settings import QaSettings
+from qadeploy.inference.answerer import Options
+from qadeploy.inference.bundle import MODEL, TOKENIZER, newest_bundle, open_bundle, seal
+from qadeploy.inference.graph_model import GraphModel
+from qadeploy.integrations.onnx_standalone import text_graph
+from qadeploy.integrations.onnx_standalone.in_graph import ask, compare_answers, strings_in_graph
+from qadeploy.integrations.onnx_standalone.nodes import Nodes
+from qadeploy.integrations.onnx_standalone.text_graph import OUTPUTS, text_model
+from qadeploy.integrations.onnx_standalone.wordpiece import WordPiece, check_wordpiece, read_wordpiece, special_tokens
 from qadeploy.records import Example
-from qadeploy.runtime.answerer import Options
-from qadeploy.runtime.graph import GraphModel
 from tests.conftest import sealed_copy, triplets
 from tests.tokenizers_for_tests import CORPUS, family, texts, thorough
 
@@ -254,7 +254,7 @@ def test_answers_that_differ_are_not_written(bundle, tiny, tmp_path, monkeypatch
     def other(model, pieces, encoder, settings: QaSettings) -> bytes:
         return text_model(model, replace(pieces, unknown_id=0, longest_word=2), encoder, settings)
 
-    monkeypatch.setattr("qadeploy.build.in_graph.text_model", other)
+    monkeypatch.setattr("qadeploy.integrations.onnx_standalone.in_graph.text_model", other)
     with pytest.raises(GateError, match=r"mine: \d+ of 10 answers of the graph differ"):
         strings_in_graph(open_bundle(bundle), tmp_path / "mine", read(str(tiny.data)).examples[:10])
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.threads import FORMS, calls, hammer
 from qadeploy import Answerer
-from qadeploy.qa.windows import Encoder
+from qadeploy.core.windows import Encoder
 
 
 @pytest.fixture(scope="module")

@@ -18,21 +18,21 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, BertConfig, BertModel, FlaubertConfig, FlaubertForQuestionAnsweringSimple
 
-from qadeploy.build.batches import LengthGroupedSampler
-from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
-from qadeploy.build.curves import terminal_chart
-from qadeploy.build.epochs import EpochTable, observe
-from qadeploy.build.features import collate_labels, label, make_features
-from qadeploy.build.runs import dev_part, find_run, held_out
-from qadeploy.build.torch_device import resolve_precision
-from qadeploy.build.train import train
-from qadeploy.build.trainer import span_loss
+from qadeploy.core.settings import QaSettings
 from qadeploy.data.readers import hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, DataError, FailureError, InputError
-from qadeploy.evaluate import evaluate
-from qadeploy.qa.settings import QaSettings
+from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Annotation, Example, Window
+from qadeploy.reports.curves import terminal_chart
+from qadeploy.training.batches import LengthGroupedSampler
+from qadeploy.training.callbacks import EpochTable, observe
+from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
+from qadeploy.training.features import collate_labels, label, make_features
+from qadeploy.training.runs import dev_part, find_run, held_out
+from qadeploy.training.torch_device import resolve_precision
+from qadeploy.training.train import train
+from qadeploy.training.trainer import span_loss
 from tests.conftest import tiny_options, triplets, write_jsonl
 
 # ---------------------------------------------------------------- loss

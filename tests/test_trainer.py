@@ -12,10 +12,12 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from qadeploy.build.batches import LengthGroupedSampler, UnitBatches
-from qadeploy.build.checkpoint import load_checkpoint
-from qadeploy.build.features import Feature, FeatureSet, make_features
-from qadeploy.build.trainer import (
+from qadeploy.core.settings import QaSettings
+from qadeploy.data.readers import read
+from qadeploy.training.batches import LengthGroupedSampler, UnitBatches
+from qadeploy.training.checkpoint import load_checkpoint
+from qadeploy.training.features import Feature, FeatureSet, make_features
+from qadeploy.training.trainer import (
     SpanTrainer,
     collate,
     distillation_loss,
@@ -23,9 +25,7 @@ from qadeploy.build.trainer import (
     span_loss,
     training_arguments,
 )
-from qadeploy.build.training_set import Item, TrainingSet
-from qadeploy.data.readers import read
-from qadeploy.qa.settings import QaSettings
+from qadeploy.training.training_set import Item, TrainingSet
 from tests.conftest import triplets, write_jsonl
 
 BATCH = 4
@@ -187,7 +187,7 @@ def test_annotators_of_one_question_add_their_shares():
 
 def test_the_parts_of_the_loss_are_weighed_as_they_were_asked(features, tmp_path):
     """Of a labelled and an unlabelled window with a teacher: (1 - w) x hard + w x taught, and w x taught alone."""
-    from qadeploy.build.training_set import SoftLabels
+    from qadeploy.training.training_set import SoftLabels
 
     soft = [
         SoftLabels(

@@ -22,17 +22,17 @@ import pytest
 import tritonclient.http
 
 from qadeploy import Answerer
-from qadeploy.build.in_graph import spans_in_graph
-from qadeploy.bundle import MODEL, open_bundle
+from qadeploy.core.decoding import decode
+from qadeploy.core.windows import CONTEXT_MASK, EncodedText, pad_batch, pad_context_masks
 from qadeploy.data.readers import read
 from qadeploy.errors import BundleError, InputError, RemoteError
-from qadeploy.qa.spans import decode
-from qadeploy.qa.windows import CONTEXT_MASK, EncodedText, pad_batch, pad_context_masks
+from qadeploy.inference.answerer import Options
+from qadeploy.inference.bundle import MODEL, open_bundle
+from qadeploy.inference.session import OnnxModel
+from qadeploy.integrations.onnx_standalone.in_graph import spans_in_graph
+from qadeploy.integrations.triton.client import TritonModel, triton_answerer
+from qadeploy.integrations.triton.repository import add_bundle
 from qadeploy.records import Window
-from qadeploy.runtime.answerer import Options
-from qadeploy.runtime.session import OnnxModel
-from qadeploy.scale.repository import add_bundle
-from qadeploy.scale.triton import TritonModel, triton_answerer
 from tests.conftest import sealed_copy, triplets
 from tests.inference_servers_for_tests import Server, free_port, mlserver, needs_servers, triton
 
@@ -177,7 +177,7 @@ def test_several_threads_and_a_loop_share_an_answerer(server, repository):
 
 FORK = """
 import os, sys
-from qadeploy.scale.triton import triton_answerer
+from qadeploy.integrations.triton.client import triton_answerer
 
 answerer = triton_answerer(*sys.argv[1:3])
 pair = sys.argv[3:5]

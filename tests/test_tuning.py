@@ -11,12 +11,12 @@ import pytest
 from click.testing import CliRunner
 
 from qadeploy import Answerer
-from qadeploy.bundle import MANIFEST, MODEL, open_bundle, rewrite_manifest
 from qadeploy.cli import main
 from qadeploy.errors import BundleError, InputError
+from qadeploy.inference.bundle import MANIFEST, MODEL, open_bundle, rewrite_manifest
+from qadeploy.inference.tuning import FP32_TOLERANCE, ROUNDS, SPINNING, Tuning, tune
 from qadeploy.machine import INSTRUCTION_SETS, Machine, machine
 from qadeploy.timing import Timing, interleave, spread
-from qadeploy.tuning import FP32_TOLERANCE, ROUNDS, SPINNING, Tuning, tune
 from tests.conftest import sealed_copy, triplets, write_jsonl
 from tests.timing_for_tests import Clock, Slowed
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from qadeploy.core.windows import EncodedText, Encoder, EncoderConfig, pad_batch
 from qadeploy.errors import InputError, QuestionTooLongError, StrideError, TooManyWindowsError
-from qadeploy.qa.windows import EncodedText, Encoder, EncoderConfig, pad_batch
 from qadeploy.records import Window
 from tests.tokenizers_for_tests import CORPUS, NAMES, encoder, family, texts, thorough
 

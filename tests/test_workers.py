@@ -11,12 +11,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from qadeploy.build.checkpoint import load_checkpoint
-from qadeploy.build.features import FeatureSet, make_features
-from qadeploy.build.workers import make_features_in
+from qadeploy.core.settings import QaSettings
 from qadeploy.errors import DataError
-from qadeploy.qa.settings import QaSettings
 from qadeploy.records import Annotation, Example
+from qadeploy.training.checkpoint import load_checkpoint
+from qadeploy.training.features import FeatureSet, make_features
+from qadeploy.training.workers import make_features_in
 from tests.conftest import triplets
 from tests.tokenizers_for_tests import encoder
 
@@ -86,9 +86,9 @@ import pickle
 import sys
 from pathlib import Path
 
-from qadeploy.build.workers import make_features_in
+from qadeploy.training.workers import make_features_in
 from qadeploy.errors import FailureError
-from qadeploy.qa.settings import QaSettings
+from qadeploy.core.settings import QaSettings
 from qadeploy.records import Example
 
 tool = pickle.loads(Path(sys.argv[1]).read_bytes())

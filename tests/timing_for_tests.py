@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qadeploy.runtime.session import OnnxModel
+from qadeploy.inference.session import OnnxModel
 
 
 class Clock:
@@ -17,7 +17,7 @@ class Clock:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in ("qadeploy.timing", "qadeploy.tuning"):
+        for module in ("qadeploy.timing", "qadeploy.inference.tuning"):
             patch.setattr(f"{module}.time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def take(self, seconds: float) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from qadeploy.qa.windows import Encoder, EncoderConfig
+from qadeploy.core.windows import Encoder, EncoderConfig
 
 CORPUS = (
     "The library opens at nine and closes at half past six.",

@@ -20,16 +20,16 @@ from qadeploy.bench.peers.setup import Setup
 from qadeploy.bench.split import Split, measure_split
 from qadeploy.bench.variant import Asker, Variant
 from qadeploy.bench.workload import Workload, calibration, windows_of
-from qadeploy.bundle import Bundle
-from qadeploy.doctor import diagnose
+from qadeploy.core.metrics import Scores, bootstrap_interval, score
 from qadeploy.errors import FailureError, MissingExtraError
-from qadeploy.qa.metrics import Scores, bootstrap_interval, score
+from qadeploy.inference.bundle import Bundle
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.session import OnnxModel, usable_cpus
 from qadeploy.records import Answer, Example
-from qadeploy.runtime.session import OnnxModel, usable_cpus
 from qadeploy.timing import spread, turns
 
 if TYPE_CHECKING:
-    from qadeploy.build.operations import Operations
+    from qadeploy.export.quantize.operations import Operations
 
 _WARM_UP_QUESTIONS = 8
 _ROW = 10  # questions asked one at a time before another variant has its turn
@@ -353,7 +353,7 @@ def source_of(bundle: Bundle) -> Path:
 
 def _operations(checkpoint: Path) -> tuple[Operations | None, str]:
     try:
-        from qadeploy.build.operations import count_operations
+        from qadeploy.export.quantize.operations import count_operations
 
         return count_operations(checkpoint), ""
     except ImportError as error:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qadeploy.bench.variant import Asker, Variant, around
-from qadeploy.bundle import Bundle, open_bundle
 from qadeploy.errors import FailureError, InputError
-from qadeploy.runtime.answerer import Answerer
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.bundle import Bundle, open_bundle
 
 
 def open_bundles(paths: Sequence[str | Path]) -> tuple[list[Bundle], dict[str, FailureError]]:

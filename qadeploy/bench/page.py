@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.bench import plot, table
-from qadeploy.build import svg
-from qadeploy.build.page import render, value
 from qadeploy.files import write_bytes, write_json, write_text
+from qadeploy.reports import svg
+from qadeploy.reports.page import render, value
 
 _TEMPLATE = Path(__file__).with_name("bench.html.j2")
 

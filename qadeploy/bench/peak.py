@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qadeploy.errors import MissingExtraError
-from qadeploy.runtime.session import onnxruntime
+from qadeploy.inference.session import onnxruntime
 
 SHAPES = ((256, 512, 512), (384, 2048, 512))  # m, k, n; what is best differs by CPU
 _BURST = 0.004  # seconds of one timing

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qadeploy.build import svg
+from qadeploy.reports import svg
 
 X_TITLE, Y_TITLE = "ms for one question (median)", "F1 (%)"
 OURS, PEER = ("a", "circle"), ("b", "square")

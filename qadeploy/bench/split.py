@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from qadeploy.bench.variant import Pairs
-from qadeploy.qa.spans import Scored, decode_many, rank_answers
-from qadeploy.runtime.answerer import Answerer
+from qadeploy.core.decoding import Scored, decode_many, rank_answers
+from qadeploy.inference.answerer import Answerer
 
 PARTS = ("tokenise", "run", "decode")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qadeploy.bundle import TOKENIZER, open_bundle
-from qadeploy.qa.windows import Encoder
+from qadeploy.core.windows import Encoder
+from qadeploy.inference.answerer import Answerer, LogitsModel
+from qadeploy.inference.bundle import TOKENIZER, open_bundle
 from qadeploy.records import Answer
-from qadeploy.runtime.answerer import Answerer, LogitsModel
 
 Pairs = Sequence[tuple[str, str]]
 NO_ANSWER = Answer("", 0, 0, 0.0)

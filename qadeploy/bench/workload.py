@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import Encoder
 from qadeploy.errors import InputError
-from qadeploy.qa.settings import QaSettings
-from qadeploy.qa.windows import Encoder
 from qadeploy.records import Example, Window
 from qadeploy.timing import spread
 

@@ -78,9 +78,9 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Score MODEL (a run, a bundle or a checkpoint folder) on annotated questions."""
-    from qadeploy.evaluate import evaluate as score_all
+    from qadeploy.evaluation.predictions import Recorder, write_predictions
+    from qadeploy.evaluation.scoring import evaluate as score_all
     from qadeploy.files import write_json
-    from qadeploy.predictions import Recorder, write_predictions
 
     if predictions and not Path(predictions).absolute().parent.is_dir():
         raise InputError(f"{Path(predictions).parent}: no such folder to write --predictions into")
@@ -158,8 +158,8 @@ qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @
 def ask(as_json: bool, bundle: str, question: str, context: str, show_trace: bool, device: str, **options: Any) -> None:
     """Answer one question from one context with BUNDLE (a run or checkpoint folder works too)."""
     from qadeploy.cli.progress import Progress
-    from qadeploy.runtime.answerer import Options, to_answers
-    from qadeploy.runtime.trace import trace, trace_dict, trace_lines
+    from qadeploy.inference.answerer import Options, to_answers
+    from qadeploy.inference.trace import trace, trace_dict, trace_lines
 
     text = _context(context)
     answerer = load_predictor(bundle, device)
@@ -274,7 +274,7 @@ def answer(
     **options: Any,
 ) -> None:
     """Answer every row of files with BUNDLE, one row a question, in order; rows that cannot be are set aside with the reason."""
-    from qadeploy.scale.run import Progress, Request, answer_files
+    from qadeploy.batch.run import Progress, Request, answer_files
 
     cluster = _cluster(engine, options)
     request = Request(
@@ -309,7 +309,7 @@ def answer(
 
 def _cluster(engine: str, options: dict[str, Any]) -> Any:
     """Takes the options of Ray out of ``options``: a ``Cluster`` with ``--engine ray``, else None."""
-    from qadeploy.scale.ray_engine import Cluster
+    from qadeploy.batch.ray_engine import Cluster
 
     names = {
         "address": "address",

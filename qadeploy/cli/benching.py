@@ -92,9 +92,9 @@ def bench(
     from qadeploy.bench.own import open_bundles
     from qadeploy.bench.peers import parse_peers
     from qadeploy.bench.workload import draw
-    from qadeploy.build.runs import find_run, held_out, known_examples
-    from qadeploy.bundle import newest_bundle
-    from qadeploy.runtime.devices import parse_device
+    from qadeploy.inference.bundle import newest_bundle
+    from qadeploy.inference.devices import parse_device
+    from qadeploy.training.runs import find_run, held_out, known_examples
 
     peers = parse_peers(against)
     parse_device(device)
@@ -131,7 +131,7 @@ def bench(
 @command(main, example="qadeploy doctor")
 def doctor(as_json: bool) -> None:
     """Show what this installation can do, and what stands in the way."""
-    from qadeploy.doctor import diagnose, gpu_bundles, lines
+    from qadeploy.inference.doctor import diagnose, gpu_bundles, lines
 
     report = {**diagnose(), "gpu_bundles": gpu_bundles()}
     print_result(as_json, report, lines(report))

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import click
 
 from qadeploy import __version__
-from qadeploy.config import read_config, unknown_hint
+from qadeploy.cli.config import read_config, unknown_hint
 from qadeploy.errors import DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
 
 _READING = {"on_ambiguous": "error", "columns": None, "no_answer_token": None}
@@ -232,18 +232,18 @@ def take_reading(options: dict[str, Any]) -> Any:
 
 def load_predictor(path: str, device: str, threads: int | None = None, trust_remote_code: bool = False) -> Any:
     """An answerer for a bundle, or for a run or checkpoint through PyTorch."""
-    from qadeploy.bundle import MANIFEST
+    from qadeploy.inference.bundle import MANIFEST
 
     if (Path(path) / MANIFEST).exists():
         from qadeploy import Answerer
 
         return Answerer.load(path, device=device, threads=threads)
-    from qadeploy.build.runs import find_run
+    from qadeploy.training.runs import find_run
 
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such folder: give a bundle, a run or a checkpoint folder")
     run = find_run(path)
-    from qadeploy.build.checkpoint import Hub, load_checkpoint, torch_answerer
+    from qadeploy.training.checkpoint import Hub, load_checkpoint, torch_answerer
 
     return torch_answerer(load_checkpoint(run.checkpoint, Hub(trust_remote_code=trust_remote_code)), device)
 

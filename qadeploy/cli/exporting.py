@@ -14,7 +14,7 @@ from qadeploy.cli.progress import Progress
 from qadeploy.errors import InputError
 
 if TYPE_CHECKING:
-    from qadeploy.bundle import Bundle
+    from qadeploy.inference.bundle import Bundle
 
 
 @command(
@@ -113,11 +113,11 @@ def export(
     With --quantize every int8 recipe is measured on this machine, and the best of those that keep their F1 is written.
     RUN may be a bundle too, of which --spans-in-graph and --strings-in-graph make further ones.
     """
-    from qadeploy.build.in_graph import add_in_graph
-    from qadeploy.build.recipes import RECIPES
-    from qadeploy.build.wordpiece import check_wordpiece
-    from qadeploy.bundle import check_place, is_bundle, open_bundle
     from qadeploy.data.readers import read
+    from qadeploy.export.quantize.recipes import RECIPES
+    from qadeploy.inference.bundle import check_place, is_bundle, open_bundle
+    from qadeploy.integrations.onnx_standalone.in_graph import add_in_graph
+    from qadeploy.integrations.onnx_standalone.wordpiece import check_wordpiece
 
     if list_recipes:
         known = {name: each.what for name, each in RECIPES.items()}
@@ -129,7 +129,7 @@ def export(
     if span_top_k < 1:
         raise InputError(f"span-top-k {span_top_k} is below 1: it is the number of spans that a window returns")
     if triton:
-        from qadeploy.scale.repository import check_repository
+        from qadeploy.integrations.triton.repository import check_repository
 
         check_repository(Path(triton))
     if run and is_bundle(run):
@@ -151,16 +151,16 @@ def export(
             value["triton"], lines = _to_triton([opened, *further], Path(triton), triton_batch, say)
         print_result(as_json, value, lines)
         return
-    from qadeploy.build import export as export_step
-    from qadeploy.build import half as half_step
-    from qadeploy.build import optimize as optimize_step
-    from qadeploy.build import quantize as quantize_step
-    from qadeploy.build.cache import cache_folder
-    from qadeploy.build.leaderboard import leaderboard_lines
-    from qadeploy.build.report import make_reference, table
-    from qadeploy.build.runs import find_run, held_out
     from qadeploy.errors import FailureError, GateError
-    from qadeploy.runtime.devices import parse_device
+    from qadeploy.export import fp16 as half_step
+    from qadeploy.export import fused as optimize_step
+    from qadeploy.export import onnx as export_step
+    from qadeploy.export.quantize import int8 as quantize_step
+    from qadeploy.export.quantize.leaderboard import leaderboard_lines
+    from qadeploy.export.reference import make_reference, table
+    from qadeploy.inference.devices import parse_device
+    from qadeploy.training.feature_cache import cache_folder
+    from qadeploy.training.runs import find_run, held_out
 
     found = find_run(run)
     place = Path(out or f"bundles/{found.name}")
@@ -236,7 +236,7 @@ def _to_triton(
 
     One that a repository cannot hold is passed over with a line said, where there are others.
     """
-    from qadeploy.scale.repository import add_bundle, takes
+    from qadeploy.integrations.triton.repository import add_bundle, takes
 
     value: dict[str, Any] = {}
     lines = []

@@ -22,7 +22,7 @@ from qadeploy.cli.common import (
     take_reading,
     trust_option,
 )
-from qadeploy.config import fold
+from qadeploy.cli.config import fold
 from qadeploy.errors import InputError
 
 
@@ -62,12 +62,12 @@ def check(
     A row is no_answer, empty, exact, shifted, utf16, whitespace, case, detokenised or absent, the first of these that
     fits. An answer without an offset that occurs several times is rejected by --fix, unless --on-ambiguous first.
     """
+    from qadeploy.core.settings import QaSettings
     from qadeploy.data.carriers import load_rows
     from qadeploy.data.check import check_rows
+    from qadeploy.data.lengths import load_encoder, measure
     from qadeploy.data.repair import check_places, write_fixed
     from qadeploy.data.table import lines
-    from qadeploy.lengths import load_encoder, measure
-    from qadeploy.qa.settings import QaSettings
     from qadeploy.shipped import base_model_path
 
     if fix:
@@ -250,11 +250,11 @@ def train(
 
     Under torchrun (torchrun --nproc-per-node 2 -m qadeploy train ...) the processes share each step's batch.
     """
-    from qadeploy.build.folds import train_with_folds
-    from qadeploy.build.processes import count, is_first
-    from qadeploy.build.resume import recorded_options
-    from qadeploy.build.train import TrainOptions
-    from qadeploy.build.train import train as run
+    from qadeploy.training.distributed import count, is_first
+    from qadeploy.training.folds import train_with_folds
+    from qadeploy.training.resume import recorded_options
+    from qadeploy.training.train import TrainOptions
+    from qadeploy.training.train import train as run
 
     ctx = click.get_current_context()
     dataset = options.pop("dataset_name")

@@ -45,11 +45,11 @@ def tune(
     windows on threads are timed in turns. Settings change only where others are clearly faster and the logits stay.
     """
     from qadeploy import Answerer
-    from qadeploy.bundle import MODEL, rewrite_manifest
+    from qadeploy.inference.bundle import MODEL, rewrite_manifest
+    from qadeploy.inference.session import OnnxModel, onnxruntime
+    from qadeploy.inference.tuning import FP32_TOLERANCE, model_of
+    from qadeploy.inference.tuning import tune as tune_session
     from qadeploy.machine import entry_has_vnni, machine
-    from qadeploy.runtime.session import OnnxModel, onnxruntime
-    from qadeploy.tuning import FP32_TOLERANCE, model_of
-    from qadeploy.tuning import tune as tune_session
 
     examples = read_examples(data, "all", take_reading(options), annotated=False)
     with warnings.catch_warnings():

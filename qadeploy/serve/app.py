@@ -19,9 +19,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from qadeploy import __version__
 from qadeploy.errors import LogitsError
+from qadeploy.inference.answerer import Reading, to_answers
+from qadeploy.inference.trace import candidates_of, trace_dict
 from qadeploy.records import Answer
-from qadeploy.runtime.answerer import Reading, to_answers
-from qadeploy.runtime.trace import candidates_of, trace_dict
 from qadeploy.serve.auth import Auth
 from qadeploy.serve.calls import Calls, call_of, response
 from qadeploy.serve.errors import RefusedError, clean, refusal

@@ -25,8 +25,8 @@ from itertools import islice
 from typing import Any
 
 from qadeploy.errors import InputError
+from qadeploy.inference.answerer import Answerer, Begun, Options, Reading
 from qadeploy.records import FloatArray, Window
-from qadeploy.runtime.answerer import Answerer, Begun, Options, Reading
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.metrics import Metrics
 

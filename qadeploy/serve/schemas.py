@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from qadeploy.runtime.answerer import Options
+from qadeploy.inference.answerer import Options
 
 
 def _whole(value: Any) -> Any:

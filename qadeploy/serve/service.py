@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qadeploy.runtime.answerer import Answerer, Options
+from qadeploy.inference.answerer import Answerer, Options
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.scheduler import Scheduler
 from qadeploy.serve.settings import Settings

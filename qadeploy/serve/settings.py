@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from qadeploy.errors import InputError
-from qadeploy.runtime.contexts import DEFAULT_CACHE_BYTES
-from qadeploy.runtime.cuda import TOKENS as CUDA_BATCH_TOKENS
+from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES
+from qadeploy.inference.cuda import TOKENS as CUDA_BATCH_TOKENS
 
 
 def _of(default: Any, about: str, kind: type, least: float | None = None, unset: str = "") -> Any:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qadeploy.files import write_json
+from qadeploy.inference.session import onnxruntime, usable_cpus
 from qadeploy.machine import machine
-from qadeploy.runtime.session import onnxruntime, usable_cpus
 
 _ROUND_SECONDS = 0.25
 _ROUNDS = 3

@@ -40,7 +40,7 @@ def _prepare(setup: Setup, precision: str, itemsize: int) -> Variant:
 def load(checkpoint: str, bundle: str, precision: str, device: str, threads: int, allow_no_answer: bool) -> Asker:
     """The checkpoint as ``torch_answerer`` runs it, its weights and arithmetic in ``precision``."""
     torch = torch_with(threads)
-    from qadeploy.build.checkpoint import load_checkpoint, torch_answerer
+    from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 
     found = load_checkpoint(checkpoint)
     answerer = torch_answerer(found, device)

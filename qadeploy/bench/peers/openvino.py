@@ -18,11 +18,11 @@ import numpy as np
 from qadeploy.bench.peers.setup import Setup, exported, quiet
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.bench.workload import windows_of
-from qadeploy.bundle import TOKENIZER
+from qadeploy.core.windows import Encoder
 from qadeploy.errors import FailureError, MissingExtraError
-from qadeploy.qa.windows import Encoder
+from qadeploy.inference.bundle import TOKENIZER
+from qadeploy.inference.session import Pending
 from qadeploy.records import FloatArray, Window
-from qadeploy.runtime.session import Pending
 
 _CALIBRATION_WINDOWS = 128
 

@@ -17,8 +17,8 @@ from qadeploy.bench.peers.pipeline import in_pipeline, options
 from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.errors import MissingExtraError
+from qadeploy.inference.session import Pending
 from qadeploy.records import FloatArray, Window
-from qadeploy.runtime.session import Pending
 
 
 def prepare(setup: Setup) -> Variant:
@@ -81,7 +81,7 @@ def _load(model: str, device: str, threads: int) -> Any:
     torch_with(threads)
     from optimum.onnxruntime import ORTModelForQuestionAnswering
 
-    from qadeploy.runtime.session import onnxruntime
+    from qadeploy.inference.session import onnxruntime
 
     session = onnxruntime().SessionOptions()
     session.intra_op_num_threads = threads

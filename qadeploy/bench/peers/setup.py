@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadeploy.bundle import Bundle
 from qadeploy.errors import FailureError, MissingExtraError
+from qadeploy.inference.bundle import Bundle
 from qadeploy.records import Example
 
 

@@ -1,0 +1,1 @@
+"""Scores and prediction files of any predictor."""

@@ -1,0 +1,1 @@
+"""A run folder to ONNX bundles, with proof at every step."""

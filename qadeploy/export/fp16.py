@@ -1,0 +1,242 @@
+"""Half precision: an fp32 bundle to an fp16 one for CUDA, its graph fused, held to PyTorch's logits and a gate of F1.
+
+Weights and activations are fp16, the logits that come out fp32. What must be exact stays in fp32: numbers that
+end as integers (positions, buckets of distances) and the angles of rotary positions.
+
+Tried on an H200 and left out, since none was faster (``benchmarks/results/gpu_attention.json``): ``PackedAttention`` and
+``PackedMultiHeadAttention``, which leave padding out, and ``ai.onnx.Attention`` with ``nonpad_kv_seqlen``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from qadeploy.core.metrics import bootstrap_interval
+from qadeploy.errors import DeviceError, FailureError, GateError
+from qadeploy.evaluation.scoring import evaluate
+from qadeploy.export.fusion import fuse, has_fusions, silent
+from qadeploy.export.graph import Graph
+from qadeploy.export.manifest import finish_bundle
+from qadeploy.export.reference import Reference, make_answerer
+from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
+from qadeploy.inference.session import OnnxModel
+from qadeploy.inference.tuning import Tuning
+from qadeploy.records import Example
+from qadeploy.timing import spread
+from qadeploy.training.runs import known_examples
+
+# A logit of 10 rounds by 2^-11 x 10 = 0.005 in fp16: about twenty such roundings.
+FP16_TOLERANCE = 0.1
+MAX_F1_DROP = 0.1
+QUESTIONS = 1000  # fewer cannot tell a tenth of a point
+LOGITS = ("start_logits", "end_logits")
+_ON_CPU = "fp16 weights; where the CPU has no fp16 kernel ONNX Runtime computes in fp32 (measured without a GPU)"
+_ON_CUDA = "fp16 weights and arithmetic, on CUDA"
+_INTEGERS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
+_DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """A model in fp16, and what was done.
+
+    ``attentions`` are the attention nodes, of ``layers``; ``exact`` the names of nodes that stay in fp32.
+    """
+
+    model: bytes
+    attentions: int
+    layers: int
+    int32_inputs: bool
+    exact: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was done, as plain JSON values."""
+        return {
+            "graph": "fused" if self.attentions else "plain",
+            "attention_nodes": self.attentions,
+            "layers": self.layers,
+            "inputs": "int32" if self.int32_inputs else "int64",
+            "fp32_nodes": len(self.exact),
+        }
+
+
+def to_half(model: bytes, architecture: dict[str, Any]) -> Half:
+    """Converts a plain fp32 model. ``architecture`` is a manifest's entry.
+
+    Raises FailureError where ONNX Runtime cannot convert the graph.
+    """
+    from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
+
+    heads, hidden = architecture["heads"] or 0, architecture["hidden"] or 0
+    try:
+        if has_fusions(architecture["model_type"]):
+            made = fuse(model, architecture, mask_index=True)
+        else:
+            made = BertOnnxModel(onnx.load_model_from_string(model), heads, hidden)
+        exact = exact_nodes(made.model)
+        with silent():
+            made.convert_float_to_float16(keep_io_types=list(LOGITS), node_block_list=list(exact))
+            # int32 saves casts where the embedding takes it (as the fused one does), and costs some where Gather reads the ids.
+            narrow = BertOnnxModel(copy.deepcopy(made.model), heads, hidden)
+            narrow.change_graph_inputs_to_int32()
+            int32 = _casts(narrow.model) <= _casts(made.model)
+            made = narrow if int32 else made
+            _tidy(made)
+    except Exception as error:  # the converters raise whatever their checks and libraries raise
+        reason = " ".join(str(error).split())[:300]
+        raise FailureError(
+            f"ONNX Runtime cannot convert this {architecture['model_type']} model to fp16: {reason}"
+        ) from error
+    attentions = Counter(node.op_type for node in made.model.graph.node)["Attention"]
+    layers = architecture["layers"] or 0
+    return Half(made.model.SerializeToString(), attentions, layers, int32, exact)
+
+
+def exact_nodes(proto: onnx.ModelProto) -> tuple[str, ...]:
+    """The names of the nodes that must not be rounded to fp16; nodes without a name get one.
+
+    Those are the sines and cosines, and all arithmetic that ends in a cast to integers: MPNet's buckets of distances
+    (a logarithm, cut off) came out wrong in fp16, and angles of rotary positions beyond 2,048 are not even countable.
+    """
+    for number, node in enumerate(proto.graph.node):
+        node.name = node.name or f"{node.op_type}_unnamed_{number}"
+    graph = Graph(proto)
+    found: dict[str, None] = {}
+    stack = [node for node in proto.graph.node if node.op_type in {"Sin", "Cos"} or _to_integers(node)]
+    while stack:
+        node = stack.pop()
+        if node.name in found:
+            continue
+        found[node.name] = None
+        if node.op_type not in {"Shape", "Gather"}:
+            stack += [graph.makers[name] for name in node.input if name in graph.makers]
+    return tuple(found)
+
+
+def _to_integers(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Cast" and any(a.name == "to" and a.i in _INTEGERS for a in node.attribute)
+
+
+def _casts(proto: onnx.ModelProto) -> int:
+    return sum(node.op_type == "Cast" for node in proto.graph.node)
+
+
+def _tidy(made: Any) -> None:
+    made.prune_graph()
+    made.topological_sort()
+    if _DOMAIN not in {opset.domain for opset in made.model.opset_import}:
+        made.model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+
+
+# ---------------------------------------------------------------- the bundle
+
+
+def half(
+    reference: Reference,
+    source: Bundle,
+    out: Path,
+    *,
+    max_f1_drop: float = MAX_F1_DROP,
+    device: str = "auto",
+    questions: int = QUESTIONS,
+    say: Callable[[str], object] = lambda _: None,
+) -> Bundle:
+    """Writes the fp16 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
+
+    Measured on ``device`` (auto, cpu, cuda, cuda:N), or on the CPU where CUDA is not to be had; ``say`` is told why, and the
+    manifest says where.
+    Answers are compared with the fp32 bundle's in pairs, on the held-out questions and as many that the run knew as make
+    ``questions``. Raises FailureError where the graph cannot be converted, GateError where logits or answers lose too much, and
+    then ``out`` is left as it was.
+    """
+    made = to_half(source.read(MODEL), source.manifest["architecture"])
+    try:
+        answerer = make_answerer(reference, made.model, {}, device=device)
+    except DeviceError as error:
+        say(f"{error}\nso the fp16 bundle is judged on the CPU")
+        device = "cpu"
+        answerer = make_answerer(reference, made.model, {}, device=device)
+    model = answerer.model
+    measured_on = model.device if isinstance(model, OnnxModel) else "cpu"
+    examples = judging(reference, questions)
+    plain = make_answerer(reference, source.read(MODEL), source.manifest["session"], device="cpu")
+    allow = reference.checkpoint.settings.null_competes(examples)
+    ours, theirs = (evaluate(each, examples, allow_no_answer=allow) for each in (answerer, plain))
+    paths = model.notes() if isinstance(model, OnnxModel) else []
+    difference = ours.scores.rows_f1 - theirs.scores.rows_f1
+    change, interval = 100.0 * float(difference.mean()), bootstrap_interval(difference)
+    same = [(a.start, a.end) == (b.start, b.end) for a, b in zip(ours.answers, theirs.answers, strict=True)]
+    if not change >= -max_f1_drop:
+        raise GateError(
+            f"{out}: fp16 loses {-change:.2f} points of F1 against fp32 ({interval[0]:+.2f} to {interval[1]:+.2f}, on "
+            f"{len(examples)} questions), more than {max_f1_drop}: it was not written; serve the fp32 bundle on the GPU"
+        )
+    judged = {
+        "questions": len(examples),
+        "held_out": min(len(reference.examples), len(examples)),
+        "f1_change": change,
+        "f1_change_interval": list(interval),
+        "equal_answers": sum(same) / max(1, len(same)),
+        "enough": len(examples) >= QUESTIONS,
+    }
+    entry = {
+        **made.to_dict(),
+        "from": source.name,
+        "for": "cuda",
+        "measured_on": measured_on,
+        "arithmetic": _ON_CUDA if measured_on == "cuda" else _ON_CPU,
+        "paths": paths,
+        "max_f1_drop": max_f1_drop,
+        "judged_on": judged,
+    }
+    with writing_bundle(out) as work:
+        (work / MODEL).write_bytes(made.model)
+        finish_bundle(
+            reference,
+            work,
+            out.name,
+            precision="fp16",
+            made=entry,
+            tolerance=FP16_TOLERANCE,
+            tuning=Tuning.none(getattr(model, "threads", 1)),  # session settings hold on a CPU only
+            device=device,
+        )
+    return open_bundle(out)
+
+
+def judging(reference: Reference, questions: int = QUESTIONS) -> Sequence[Example]:
+    """All held-out questions, and, where those are fewer than ``questions``, more that the run learned from or chose by.
+
+    Answers of fp16 and fp32 are compared in pairs, so questions that the model knows by heart are of use too.
+    """
+    held_out = reference.examples
+    asked = {(e.question, e.context) for e in held_out}
+    missing = questions - len(held_out)
+    if missing <= 0:
+        return held_out
+    more = [e for e in known_examples(reference.run.checkpoint) if (e.question, e.context) not in asked]
+    return (*held_out, *spread(more, missing))
+
+
+def half_lines(bundle: Bundle) -> list[str]:
+    """What was made and how it was judged, as text."""
+    made, parity = bundle.manifest["made"], bundle.manifest["parity"]
+    judged = made["judged_on"]
+    low, high = judged["f1_change_interval"]
+    lines = [
+        f"fp16, {made['attention_nodes']} of {made['layers']} attentions single nodes, {made['inputs']} inputs",
+        f"logits within {parity['max_abs_diff']:.1e} of PyTorch; F1 {judged['f1_change']:+.2f} ({low:+.2f} to {high:+.2f}) "
+        f"against fp32 on {judged['questions']} questions, {100 * judged['equal_answers']:.1f} % of the answers equal",
+        f"measured on {made['measured_on']}: {made['arithmetic']}",
+    ]
+    if not judged["enough"]:
+        lines.append(f"judged on fewer than {QUESTIONS} questions, which cannot tell a tenth of a point of F1")
+    return lines

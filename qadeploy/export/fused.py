@@ -1,0 +1,60 @@
+"""Graph optimisation: an fp32 bundle to a new one whose attention and normalisation are fused.
+
+Fusing is ONNX Runtime's (``onnxruntime.transformers``). It often pays on a GPU and can cost speed
+on a CPU, so the fused bundle stands beside the plain one, and both say how fast they were.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from qadeploy.errors import FailureError
+from qadeploy.export.fusion import fuse, has_fusions
+from qadeploy.export.manifest import finish_bundle
+from qadeploy.export.reference import Reference
+from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
+from qadeploy.inference.tuning import FP32_TOLERANCE
+
+_COUNTED = (
+    "Attention",
+    "EmbedLayerNormalization",
+    "SkipLayerNormalization",
+    "LayerNormalization",
+    "BiasGelu",
+    "FastGelu",
+    "Gelu",
+)
+
+
+def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
+    """Writes the fused bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
+
+    Raises FailureError where no fusion is known for the model or nothing fused, GateError where the
+    logits move by more than the fp32 tolerance.
+    """
+    architecture = source.manifest["architecture"]
+    kind = architecture["model_type"]
+    if not has_fusions(kind):
+        raise FailureError(f"ONNX Runtime's graph optimisation has no fusions for {kind} models")
+    with writing_bundle(out) as work:
+        fused = fuse(source.read(MODEL), architecture)
+        layers = architecture["layers"] or 0
+        counts = Counter(node.op_type for node in fused.model.graph.node)
+        report = {name: counts.get(name, 0) for name in _COUNTED}
+        if not any(report.values()):
+            raise FailureError(f"ONNX Runtime's graph optimisation fused nothing in this {kind} model")
+        (work / MODEL).write_bytes(fused.model.SerializeToString())
+        made = {"graph": "fused", "from": source.name, "fused_nodes": report, "layers": layers}
+        finish_bundle(reference, work, out.name, precision="fp32", made=made, tolerance=FP32_TOLERANCE)
+    return open_bundle(out)
+
+
+def fusion_line(bundle: Bundle) -> str:
+    """What fused, in one line: attention nodes against layers."""
+    made = bundle.manifest["made"]
+    nodes = ", ".join(f"{count} {name}" for name, count in made["fused_nodes"].items() if count)
+    line = f"fused {made['fused_nodes']['Attention']} of {made['layers']} attention layers ({nodes})"
+    if made["fused_nodes"]["Attention"] < made["layers"]:
+        line += ": not every attention layer has a form that ONNX Runtime knows"
+    return line

@@ -1,0 +1,105 @@
+"""What every exported bundle gets: parity, measurements, tokenizer, card, manifest, seal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qadeploy.export.parity import measure_parity, require_parity
+from qadeploy.export.reference import Reference, make_answerer, measure
+from qadeploy.files import hash_file
+from qadeploy.inference.bundle import CARD, MODEL, TOKENIZER, seal
+from qadeploy.inference.bundle_card import bundle_card
+from qadeploy.inference.session import onnxruntime
+from qadeploy.inference.tuning import Tuning, model_of, tune
+from qadeploy.machine import machine
+from qadeploy.training.provenance import versions_of
+
+_VERSIONED = ("qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+
+
+_TUNING_SECONDS = 20.0
+
+
+def tune_model(
+    reference: Reference,
+    model: bytes,
+    stored: Mapping[str, Any] | None = None,
+    *,
+    target: str = "latency",
+    tolerance: float | None = None,
+) -> Tuning:
+    """The session settings that are best for a model on this machine, by the questions that choose; see ``tune``."""
+    return tune(
+        lambda session: make_answerer(reference, model, session),
+        [(e.question, e.context) for e in reference.choosing],
+        stored,
+        target="throughput" if target == "throughput" else "latency",
+        tolerance=tolerance,
+        seconds=_TUNING_SECONDS,
+    )
+
+
+def finish_bundle(
+    reference: Reference,
+    work: Path,
+    name: str,
+    *,
+    precision: str,
+    made: dict[str, Any],
+    tolerance: float | None,
+    tuning: Tuning | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Measures the model in ``work`` on ``device``, adds tokenizer, card and manifest; returns the manifest's content.
+
+    ``tuning`` are the session settings found for it, measured here where they are None. ``tolerance`` is how far a
+    logit may be from PyTorch's, else GateError is raised; None allows any distance.
+    """
+    checkpoint = reference.checkpoint
+    model = (work / MODEL).read_bytes()
+    if tuning is None:
+        tuning = tune_model(reference, model, tolerance=tolerance)
+    session = tuning.session
+    answerer = make_answerer(reference, model, session, device=device)
+    onnx = model_of(answerer)
+    parity = measure_parity(checkpoint, onnx, reference.examples)
+    if tolerance is not None:
+        require_parity(parity, name, tolerance)
+    (work / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
+    config = checkpoint.model.config
+    weights = reference.run.checkpoint / "model.safetensors"
+    manifest: dict[str, Any] = {
+        "name": name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "precision": precision,
+        "made": made,
+        "architecture": {
+            "model_type": config.model_type,
+            "layers": getattr(config, "num_hidden_layers", None),
+            "heads": getattr(config, "num_attention_heads", None),
+            "hidden": getattr(config, "hidden_size", None),
+            "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
+        },
+        "encoder": checkpoint.encoder.config.to_dict(),
+        "settings": checkpoint.settings.to_dict(),
+        "session": session,
+        "machine": machine().to_dict(threads=tuning.threads, onnxruntime=onnxruntime().__version__),
+        "tuning": tuning.to_dict(),
+        "inputs": list(onnx.inputs),
+        "outputs": ["start_logits", "end_logits"],
+        "parity": parity.to_dict(),
+        "measured": {**measure(reference, answerer), "device": onnx.device},
+        "source": {
+            "checkpoint": str(reference.run.checkpoint),
+            "checkpoint_sha256": hash_file(weights) if weights.is_file() else None,
+            "run": reference.run.record
+            and {k: reference.run.record[k] for k in ("options", "seed", "data_sha256", "base")},
+        },
+        "versions": versions_of(_VERSIONED, missing="none"),
+    }
+    (work / CARD).write_text(bundle_card(name, manifest), encoding="utf-8")
+    seal(work, manifest)
+    return manifest

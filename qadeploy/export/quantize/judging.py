@@ -1,0 +1,125 @@
+"""The questions that choose between candidates, and what a candidate loses on them against the float model.
+
+A small dev part decides by single answers: of 86, one is 1.16 points of F1. So further questions of the training part join
+in, asked in pairs: the same question to the float model and to the candidate. The model knows those by heart: it is surer of
+its answers, which rounding then turns less often. Counted as they are they would understate the loss. So every question counts as
+often as questions of its kind stand in the dev part, the kind being how sure the float model is of its answer (four classes
+of the dev part's scores; post-stratification, Holt & Smith 1979). Where the training part has no unsure questions, the dev
+part's stand for their class alone, and the interval says what that is worth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qadeploy.core.metrics import bootstrap_interval
+from qadeploy.evaluation.scoring import evaluate
+from qadeploy.export.reference import Reference
+from qadeploy.inference.answerer import Answerer
+from qadeploy.records import Example
+from qadeploy.timing import spread
+from qadeploy.training.runs import known_examples
+
+ENOUGH = 500  # dev questions that need no others
+MOST = 400  # questions of the training part
+_CLASSES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a candidate changes, points of F1: over all judging questions by their weights, with its 95 % interval.
+
+    ``dev`` and ``training`` are the plain means over each part (None without questions of the training part).
+    """
+
+    f1: float
+    interval: tuple[float, float]
+    dev: float
+    training: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Judges:
+    """The judging questions, the ``dev`` first of them the dev part's; the float model's F1 on each, 0 to 1.
+
+    ``weights`` ``[questions]`` have a mean of 1.
+    """
+
+    examples: tuple[Example, ...]
+    dev: int
+    rows_f1: NDArray[np.float64]
+    weights: NDArray[np.float64]
+    allow_no_answer: bool
+
+    @property
+    def worth(self) -> float:
+        """So many questions of equal weight would tell as much (Kish's effective sample size)."""
+        return float(self.weights.sum() ** 2 / (self.weights**2).sum()) if len(self.weights) else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """How many questions of each part, as plain JSON values."""
+        return {"dev": self.dev, "training": len(self.examples) - self.dev, "worth": round(self.worth, 1)}
+
+    def change(self, candidate: Answerer) -> Change:
+        """What the candidate changes against the float model, question by question."""
+        found = evaluate(candidate, self.examples, allow_no_answer=self.allow_no_answer).scores.rows_f1
+        difference = found - self.rows_f1
+        weighed = self.weights * difference
+        training = 100 * float(difference[self.dev :].mean()) if self.dev < len(difference) else None
+        dev = 100 * float(difference[: self.dev].mean())
+        return Change(100 * float(weighed.mean()), bootstrap_interval(weighed), dev, training)
+
+
+def find_judges(reference: Reference, model: Answerer, seconds: float | None = None) -> Judges:
+    """The judging questions of a run: its dev part, and of a small one's training part as many as ``seconds`` allow.
+
+    ``model`` is the float model; it answers them all. Contexts that the dev part or the held-out
+    questions ask about are left out. Without a training part to be had, the dev part judges alone.
+    """
+    dev = reference.choosing
+    further = _training_part(reference, dev) if reference.dev and len(dev) < ENOUGH else []
+    allow = reference.checkpoint.settings.null_competes((*dev, *further))
+    started = time.monotonic()
+    judged = evaluate(model, dev, allow_no_answer=allow)
+    each = (time.monotonic() - started) / max(1, len(dev))
+    count = min(MOST, ENOUGH - len(dev), len(further)) if further else 0
+    # Halved until it fits, so that the next search on this machine takes as many, and finds what this one kept.
+    while seconds is not None and count and (len(dev) + count) * each > seconds:
+        count //= 2
+    further = spread(further, count) if count else []
+    more = evaluate(model, further, allow_no_answer=allow)
+    sure = [np.asarray([a.score for a in part.answers]) for part in (judged, more)]
+    return Judges(
+        (*dev, *further),
+        len(dev),
+        np.concatenate([judged.scores.rows_f1, more.scores.rows_f1]),
+        weights(sure[0], sure[1]),
+        allow,
+    )
+
+
+def weights(dev: NDArray[np.float64], training: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights ``[dev + training]`` with a mean of 1 for scores ``[dev]`` and ``[training]`` of the float model.
+
+    Each class of scores, a quarter of the dev part, weighs as much as it does there, shared among all questions in it.
+    """
+    every = np.concatenate([dev, training])
+    if not len(training) or not len(dev):
+        return np.ones(len(every))
+    edges = np.quantile(dev, np.arange(1, _CLASSES) / _CLASSES)
+    classes = np.searchsorted(edges, every, side="right")
+    of_dev = np.bincount(classes[: len(dev)], minlength=_CLASSES) / len(dev)
+    # A class without dev questions (equal scores at an edge) weighs nothing, its training questions neither.
+    of_all = np.bincount(classes, minlength=_CLASSES) / len(every)
+    return np.asarray((of_dev / np.maximum(of_all, 1e-12))[classes])
+
+
+def _training_part(reference: Reference, dev: Sequence[Example]) -> list[Example]:
+    asked = {e.context for e in (*dev, *reference.examples)}
+    return [e for e in known_examples(reference.run.checkpoint) if e.context not in asked]

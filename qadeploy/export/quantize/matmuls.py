@@ -1,0 +1,180 @@
+"""The products of a graph with constant weights, Y = X W, and X as it really comes on windows of text.
+
+Everything that decides on int8 looks at these: how much rounding would harm a product, and what protects it. A product
+whose result is added to the residual stream is judged by what it does to the sum: the same error weighs less where
+the stream it joins is large.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from qadeploy.core.windows import pad_batch
+from qadeploy.inference.session import onnxruntime
+from qadeploy.records import FloatArray, Window
+
+TOKENS = 8  # of each window
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Product:
+    """A MatMul node: its name, the value that is X, and W ``[depth, columns]``.
+
+    ``joins`` is the sum of its result, bias included, and a value that is no constant; None where there is none.
+    """
+
+    name: str
+    source: str
+    weight: FloatArray
+    joins: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activations:
+    """What products meet on windows of text, from the float model: every X whole by its ranges, and some of its rows.
+
+    ``rows`` are tokens of each X by name, ``[rows, depth]``, the same ones of each, ``windows`` ``[rows]`` which window
+    each is from; ``lows`` and ``highs`` the least and largest of all its tokens, and zero, ``[windows, depth]``;
+    ``norms`` of the values that products join, by name, ``[rows]``.
+    """
+
+    rows: Mapping[str, FloatArray]
+    windows: NDArray[np.int64]
+    lows: Mapping[str, FloatArray]
+    highs: Mapping[str, FloatArray]
+    norms: Mapping[str, FloatArray]
+
+    def peaks(self, source: str) -> FloatArray:
+        """The largest absolute value of each channel of an X, ``[depth]``."""
+        return np.asarray(np.maximum(-self.lows[source], self.highs[source]).max(axis=0), dtype=np.float32)
+
+    def error(
+        self,
+        products: Sequence[Product],
+        scales: FloatArray | None = None,
+        float_rows: NDArray[np.int64] | None = None,
+    ) -> float:
+        """The ``rounding_error`` of products that read one X, taken together; each window has ranges of its own."""
+        source = products[0].source
+        weight = np.concatenate([p.weight for p in products], axis=1)
+        joins = products[0].joins if len(products) == 1 else None
+        lows, highs = self.lows[source], self.highs[source]
+        if scales is not None:
+            lows, highs = lows / scales, highs / scales
+        if float_rows is not None:
+            lows, highs = np.delete(lows, float_rows, axis=1), np.delete(highs, float_rows, axis=1)
+        ranges = (lows.min(axis=1)[self.windows], highs.max(axis=1)[self.windows])
+        return rounding_error(self.rows[source], weight, scales, float_rows, self.norms.get(joins or ""), ranges)
+
+
+def find_products(proto: onnx.ModelProto) -> list[Product]:
+    """Every MatMul of two dimensions with constant weights, in the order of the graph."""
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in proto.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+
+    def joins(value: str) -> str | None:
+        while len(readers[value]) == 1 and readers[value][0].op_type == "Add":
+            add = readers[value][0]
+            value = add.output[0]
+            if not any(name in constants for name in add.input):
+                return value
+        return None
+
+    return [
+        Product(node.name, node.input[0], numpy_helper.to_array(constants[node.input[1]]), joins(node.output[0]))
+        for node in proto.graph.node
+        if node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 2
+    ]
+
+
+def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
+    """Runs the float model on the windows; ``TOKENS`` of each, evenly spread, are kept."""
+    proto = onnx.load_model_from_string(model)
+    products = find_products(proto)
+    sources = list(dict.fromkeys(p.source for p in products))
+    names = list(dict.fromkeys([*sources, *(p.joins for p in products if p.joins)]))
+    known = {output.name for output in proto.graph.output}
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in known)
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    taken = [i.name for i in session.get_inputs()]
+    kept: dict[str, list[FloatArray]] = defaultdict(list)
+    lows: dict[str, list[FloatArray]] = defaultdict(list)
+    highs: dict[str, list[FloatArray]] = defaultdict(list)
+    numbers: list[int] = []
+    for number, window in enumerate(windows):
+        batch = pad_batch([window], 0)
+        tokens = ((np.arange(min(TOKENS, len(window))) + 0.5) * len(window) / min(TOKENS, len(window))).astype(np.int64)
+        numbers += [number] * len(tokens)
+        values = session.run(names, {name: batch[name] for name in taken})
+        for name, value in zip(names, values, strict=True):
+            rows = value.reshape(-1, value.shape[-1])
+            kept[name].append(rows[tokens])
+            lows[name].append(np.minimum(rows.min(axis=0), 0))
+            highs[name].append(np.maximum(rows.max(axis=0), 0))
+    whole = {name: np.concatenate(parts) for name, parts in kept.items()}
+    return Activations(
+        {name: whole[name] for name in sources},
+        np.asarray(numbers, dtype=np.int64),
+        {name: np.stack(lows[name]) for name in sources},
+        {name: np.stack(highs[name]) for name in sources},
+        {p.joins: np.linalg.norm(whole[p.joins], axis=1) for p in products if p.joins},
+    )
+
+
+def rounding_error(
+    inputs: FloatArray,
+    weight: FloatArray,
+    scales: FloatArray | None = None,
+    float_rows: NDArray[np.int64] | None = None,
+    norms: FloatArray | None = None,
+    ranges: tuple[FloatArray, FloatArray] | None = None,
+) -> float:
+    """Relative error of X W under dynamic int8; ``[rows, depth]``, ``[depth, columns]``.
+
+    It is the root mean square over rows of ||y - y8|| / ||y||: every token counts the same, or the few with huge values
+    (separators, mostly) would hide what happens to the others. ``norms`` ``[rows]`` stand in for ||y|| where given.
+
+    Int8 rounds X with one scale a tensor and W with one a column. ``scales`` ``[depth]`` divide X's columns and
+    multiply W's rows before; ``float_rows`` of W, with X's columns, are left out of the rounding and added in float.
+    ``ranges`` are the least and largest of the tensor that each row is from, scales and float rows regarded,
+    ``[rows]`` each; without them the rows are the tensor.
+    """
+    exact = inputs @ weight
+    rest_inputs, rest_weight, rounded = inputs, weight, np.zeros_like(exact)
+    if scales is not None:
+        rest_inputs, rest_weight = rest_inputs / scales, rest_weight * scales[:, None]
+    if float_rows is not None and len(float_rows):
+        rounded = inputs[:, float_rows] @ weight[float_rows]
+        rest_inputs, rest_weight = rest_inputs.copy(), rest_weight.copy()
+        rest_inputs[:, float_rows] = 0
+        rest_weight[float_rows] = 0
+    rounded = rounded + _round_inputs(rest_inputs, ranges) @ _round_columns(rest_weight)
+    lengths = np.maximum(np.linalg.norm(exact, axis=1) if norms is None else norms, 1e-12)
+    return float(np.sqrt(np.mean((np.linalg.norm(exact - rounded, axis=1) / lengths) ** 2)))
+
+
+def _round_inputs(values: FloatArray, ranges: tuple[FloatArray, FloatArray] | None) -> FloatArray:
+    low, high = ranges or (values.min(initial=0, keepdims=True)[0], values.max(initial=0, keepdims=True)[0])
+    scale = np.asarray((high - low) / 255, dtype=np.float32)
+    scale[scale == 0] = 1.0
+    zero, scale = np.rint(-low / scale)[:, None], scale[:, None]
+    return np.asarray((np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale, dtype=np.float32)
+
+
+def _round_columns(weight: FloatArray) -> FloatArray:
+    scale = np.abs(weight).max(axis=0, keepdims=True) / 127
+    scale[scale == 0] = 1.0
+    return np.asarray(np.clip(np.rint(weight / scale), -127, 127) * scale, dtype=np.float32)

@@ -1,0 +1,143 @@
+"""Ways to make a graph smaller: embedding tables, dynamic and static int8, weights alone. Model bytes to model bytes."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from qadeploy.core.windows import pad_batch
+from qadeploy.inference.bundle import MODEL
+from qadeploy.machine import machine
+from qadeploy.records import Window
+
+LARGE_TABLE = 1000  # rows
+BLOCK = 128  # weights that share a scale where weights alone are rounded
+
+
+def quantize_embeddings(model: bytes) -> bytes:
+    """The model with large embedding tables in int8, one scale a row: Gather(rows) * Gather(scales).
+
+    ONNX Runtime's own quantizer gives a whole table one scale, which costs more than all of a row's.
+    """
+    proto = onnx.load_model_from_string(model)
+    graph = proto.graph
+    tables = {t.name: t for t in graph.initializer}
+    users = Counter(name for node in graph.node for name in node.input)
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        table = tables.get(node.input[0]) if node.op_type == "Gather" else None
+        if table is None or not _is_large(table) or users[table.name] > 1:
+            nodes.append(node)
+            continue
+        rows = onnx.numpy_helper.to_array(table)
+        scales = np.abs(rows).max(axis=1, keepdims=True) / 127
+        scales[scales == 0] = 1.0
+        name, ids, out = table.name, node.input[1], node.output[0]
+        graph.initializer.remove(table)
+        rounded = np.rint(rows / scales).astype(np.int8)
+        graph.initializer.append(onnx.numpy_helper.from_array(rounded, f"{name}_int8"))
+        graph.initializer.append(onnx.numpy_helper.from_array(scales.astype(np.float32), f"{name}_scale"))
+        nodes += [
+            onnx.helper.make_node("Gather", [f"{name}_int8", ids], [f"{out}_int8"], f"{node.name}_int8"),
+            onnx.helper.make_node("Gather", [f"{name}_scale", ids], [f"{out}_scale"], f"{node.name}_scale"),
+            onnx.helper.make_node(
+                "Cast", [f"{out}_int8"], [f"{out}_cast"], f"{node.name}_cast", to=onnx.TensorProto.FLOAT
+            ),
+            onnx.helper.make_node("Mul", [f"{out}_cast", f"{out}_scale"], [out], f"{node.name}_mul"),
+        ]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return bytes(proto.SerializeToString())
+
+
+def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = ()) -> bytes:
+    """The model with int8 weights, one scale a column, and activations rounded as they come.
+
+    Only products with constant weights are touched: attention's own stay in float. ``float_nodes`` (names) stay too.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quietly(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        quantize_dynamic(
+            onnx.load_model_from_string(model),
+            path,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=not machine().has_vnni,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(float_nodes),
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+        return path.read_bytes()
+
+
+def quantize_static_int8(model: bytes, windows: Sequence[Window], float_nodes: Iterable[str] = ()) -> bytes:
+    """The model with int8 weights, one scale a column, and activations by the ranges that ``windows`` showed."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    taken = [i.name for i in onnx.load_model_from_string(model).graph.input]
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter([{name: pad_batch([w], 0)[name] for name in taken} for w in windows])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    with _quietly(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MODEL
+        quantize_static(
+            onnx.load_model_from_string(model),
+            path,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            reduce_range=not machine().has_vnni,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(float_nodes),
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+        return path.read_bytes()
+
+
+def quantize_weights_int8(model: bytes) -> bytes:
+    """The model with 8-bit weights, one scale a ``BLOCK`` of each column; activations are rounded a block at a time."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    with _quietly():
+        config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=8)
+        quantizer = MatMulNBitsQuantizer(onnx.load_model_from_string(model), algo_config=config)
+        quantizer.process()
+        return bytes(quantizer.model.model.SerializeToString())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The quantizers warn through the root logger that they would like other shapes, and tell what they do."""
+    loggers = [logging.getLogger(), logging.getLogger("onnxruntime.quantization")]
+    loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("onnxruntime.")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _is_large(table: onnx.TensorProto) -> bool:
+    """True for a float table of many rows, each long enough that a scale of its own costs little."""
+    rows, columns = table.dims if len(table.dims) == 2 else (0, 0)
+    return bool(table.data_type == onnx.TensorProto.FLOAT and rows >= LARGE_TABLE and columns >= 8)

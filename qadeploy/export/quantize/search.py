@@ -1,0 +1,313 @@
+"""The search over recipes: what every candidate costs in F1 and gains in speed on this machine, and the best of them.
+
+What was measured is kept by content hash, so that a search that was cut off goes on and a second one is over at once.
+Models are not kept: the chosen one is made again, from the same bytes to the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qadeploy.data.readers import hash_examples
+from qadeploy.errors import InputError
+from qadeploy.export import graph
+from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, sensitivity, smoothquant
+from qadeploy.export.quantize.judging import Judges, find_judges
+from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
+from qadeploy.export.reference import Reference, make_answerer
+from qadeploy.files import write_json
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.session import onnxruntime, usable_cpus
+from qadeploy.inference.tuning import ROUNDS, SESSIONS
+from qadeploy.machine import machine
+from qadeploy.timing import interleave, spread
+
+TARGETS = ("latency", "throughput", "size")
+_ROUNDS = 5
+_TIMED = 12
+_DUEL_TIMED = 16
+_JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Where a search stands: recipes ``done`` of ``of``, what is being done, seconds of the budget left (None: endless)."""
+
+    done: int
+    of: int
+    doing: str
+    left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A recipe's model as measured: points of F1 lost on the judging questions, speed as times the fp32 model's.
+
+    ``f1_lost`` is the mean by the judges' weights, ``f1_change_interval`` that of the change (gains above 0), 95 %.
+    ``latency`` is one question at a time, ``throughput`` many at once, with the least and the most of its rounds, both with the
+    better of the known session settings for it; ``session`` the settings that are better for the target. ``failed`` says why there
+    is no model.
+    """
+
+    recipe: str
+    f1_lost: float = 0.0
+    f1_change_interval: tuple[float, float] = (0.0, 0.0)
+    f1_change_dev: float = 0.0
+    f1_change_training: float | None = None
+    latency: float = 0.0
+    latency_range: tuple[float, float] = (0.0, 0.0)
+    throughput: float = 0.0
+    throughput_range: tuple[float, float] = (0.0, 0.0)
+    size: int = 0
+    session: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    failed: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The candidate as plain JSON values."""
+        return asdict(self)
+
+    def speed_range(self, target: str) -> tuple[float, float]:
+        """The least and the most of the speed that the target goes by."""
+        return self.throughput_range if target == "throughput" else self.latency_range
+
+
+class _Speed(NamedTuple):
+    median: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """The two best timed against each other once more: how often ``second``'s time goes into ``first``'s, with its range."""
+
+    first: str
+    second: str
+    ratio: float
+    ratio_range: tuple[float, float]
+    chosen: str
+    why: str
+
+
+@dataclass
+class Search:
+    """A search over recipes for one model: ``source`` is its fp32 model.
+
+    ``cache`` is where measurements are kept, ``budget`` the seconds that all may take, about.
+    """
+
+    reference: Reference
+    source: bytes
+    material: Material
+    target: str
+    cache: Path | None
+    budget: float | None = None
+    say: Say = lambda _: None
+    on_step: Callable[[Step], object] = lambda _: None
+    _started: float = field(default_factory=time.monotonic, init=False)
+    _at: tuple[int, int] = field(default=(0, 0), init=False)
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise InputError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
+
+    def run(self, chosen: Sequence[Recipe], max_f1_drop: float, done: int = 0) -> list[Candidate]:
+        """Measures the recipes in turn until the budget is used up and one loses at most ``max_f1_drop``.
+
+        ``done`` recipes were measured before these.
+        """
+        found: list[Candidate] = []
+        of = done + len(chosen)
+        for number, recipe in enumerate(chosen, done + 1):
+            if self._left() == 0 and rank(found, self.target, max_f1_drop):
+                self.say(
+                    f"  the budget of {self.budget:.0f} s is used up: {recipe.name} and what follows was not tried"
+                )
+                break
+            self._at = (number - 1, of)
+            candidate = self._kept(recipe) or self._measure(recipe)
+            found.append(candidate)
+            self._at = (number, of)
+            self.say(f"  {number}/{of} {line(candidate)}")
+        return found
+
+    def _left(self) -> float | None:
+        return None if self.budget is None else max(0.0, self.budget - (time.monotonic() - self._started))
+
+    def step(self, doing: str) -> None:
+        """Says what is being done now."""
+        self.on_step(Step(*self._at, doing, self._left()))
+
+    @cached_property
+    def judges(self) -> Judges:
+        """The questions that candidates are judged on, answered by the float model."""
+        self.step("answering with the fp32 model")
+        share = None if self.budget is None else self.budget * _JUDGING / (len(RECIPES) + 1)
+        return find_judges(self.reference, self._floats[0], share)
+
+    def _measure(self, recipe: Recipe) -> Candidate:
+        judges = self.judges
+        started = time.monotonic()
+        try:
+            self.step(f"{recipe.name}: making the model")
+            made = recipe.make(self.material)
+            answerers = [make_answerer(self.reference, made.model, session) for session in SESSIONS]
+            self.step(f"{recipe.name}: answering {len(judges.examples)} questions")
+            change = judges.change(answerers[0])
+        except Exception as error:  # the quantizers raise anything on a graph that they do not know, and others may run
+            candidate = Candidate(recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        else:
+            self.step(f"{recipe.name}: timing one question at a time")
+            latency = self._speeds(answerers, one=True)
+            self.step(f"{recipe.name}: timing many at once")
+            throughput = self._speeds(answerers, one=False)
+            deciding = throughput if self.target == "throughput" else latency
+            single, many = max(latency), max(throughput)
+            candidate = Candidate(
+                recipe.name,
+                -change.f1,
+                change.interval,
+                change.dev,
+                change.training,
+                single.median,
+                (single.least, single.most),
+                many.median,
+                (many.least, many.most),
+                len(made.model),
+                SESSIONS[deciding.index(max(deciding))],
+                round(time.monotonic() - started, 1),
+            )
+        self._keep(recipe, candidate)
+        return candidate
+
+    @cached_property
+    def _floats(self) -> list[Answerer]:
+        """The fp32 model with each of the known session settings."""
+        return [make_answerer(self.reference, self.source, session) for session in SESSIONS]
+
+    def _timed(self, count: int) -> list[tuple[str, str]]:
+        return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
+
+    def _speeds(self, answerers: Sequence[Answerer], *, one: bool) -> list[_Speed]:
+        """Each answerer's speed as times the fp32 model's with its better settings: interleaved rounds on dev questions."""
+        pairs = self._timed(_TIMED)
+        variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(self._floats)}
+        variants |= {str(i): _asking(answerer, pairs, one) for i, answerer in enumerate(answerers)}
+        timings = interleave(variants, _ROUNDS)
+        floats = np.min([timings[f"float {i}"].seconds for i in range(len(self._floats))], axis=0)
+        ratios = [floats / np.asarray(timings[str(i)].seconds) for i in range(len(answerers))]
+        return [_Speed(float(np.median(r)), float(r.min()), float(r.max())) for r in ratios]
+
+    def settle(self, ranked: Sequence[Candidate]) -> tuple[list[Candidate], Duel | None]:
+        """The ranked candidates, the first two in the order that timing them against each other gives.
+
+        Only where their ranges overlap. Where neither is clearly faster, the one that loses less F1 comes first.
+        """
+        if self.target == "size" or len(ranked) < 2:
+            return list(ranked), None
+        first, second = ranked[:2]
+        if first.speed_range(self.target)[0] > second.speed_range(self.target)[1]:
+            return list(ranked), None
+        self.step(f"timing {first.recipe} against {second.recipe}")
+        pairs, one = self._timed(_DUEL_TIMED), self.target != "throughput"
+        variants = {}
+        for candidate in (first, second):
+            model = RECIPES[candidate.recipe].make(self.material).model
+            answerer = make_answerer(self.reference, model, candidate.session)
+            variants[candidate.recipe] = _asking(answerer, pairs, one)
+        timings = interleave(variants, ROUNDS)
+        a, b = timings[first.recipe], timings[second.recipe]
+        if b.clearly_faster(a) or b.clearly_slower(a):
+            chosen, why = (second if b.clearly_faster(a) else first), "faster"
+        else:
+            chosen, why = min((first, second), key=lambda c: c.f1_lost), "as fast and loses less F1"
+        duel = Duel(first.recipe, second.recipe, b.speedup, b.speedup_range, chosen.recipe, why)
+        self.say(f"  {duel_line(duel)}")
+        return [chosen, second if chosen is first else first, *ranked[2:]], duel
+
+    # ------------------------------------------------------------ what is kept
+
+    @cached_property
+    def _ground(self) -> str:
+        """Everything but the recipe that decides on a measurement: model, settings, questions, target, machine, code."""
+        parts = (
+            hashlib.sha256(self.source).hexdigest(),
+            self.reference.checkpoint.settings.to_dict(),
+            hash_examples(self.judges.examples),
+            self.judges.dev,
+            hash_examples(self.reference.choosing),
+            self.target,
+            machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
+            [_ROUNDS, _TIMED, SESSIONS],
+            [inspect.getsource(m) for m in (graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)],
+        )
+        return json.dumps(parts, sort_keys=True)
+
+    def _path(self, recipe: Recipe) -> Path | None:
+        if self.cache is None:
+            return None
+        return self.cache / f"recipe-{hashlib.sha256((self._ground + recipe.name).encode()).hexdigest()}.json"
+
+    def _kept(self, recipe: Recipe) -> Candidate | None:
+        path = self._path(recipe)
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8")) if path else None
+            pairs = ("f1_change_interval", "latency_range", "throughput_range")
+            return kept and Candidate(**{**kept, **{name: tuple(kept[name]) for name in pairs}})
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _keep(self, recipe: Recipe, candidate: Candidate) -> None:
+        path = self._path(recipe)
+        if path is None or candidate.failed:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, asdict(candidate))
+        except OSError as error:
+            self.say(f"  measurements are not kept: {path.parent}: {error.strerror}")
+
+
+def rank(candidates: Sequence[Candidate], target: str, max_f1_drop: float) -> list[Candidate]:
+    """The candidates that lose at most ``max_f1_drop`` points of F1, the best for the target first."""
+    sound = [c for c in candidates if not c.failed and c.f1_lost <= max_f1_drop]
+    if target == "size":
+        return sorted(sound, key=lambda c: (c.size, -c.latency))
+    return sorted(sound, key=lambda c: -(c.throughput if target == "throughput" else c.latency))
+
+
+def line(candidate: Candidate) -> str:
+    """One line of the leaderboard."""
+    if candidate.failed:
+        return f"{candidate.recipe:<22} {candidate.failed}"
+    return (
+        f"{candidate.recipe:<22} {candidate.size / 1e6:>6.1f} MB  F1 {-candidate.f1_lost:+6.2f}  "
+        f"one at a time x{candidate.latency:.2f}  many x{candidate.throughput:.2f}"
+    )
+
+
+def duel_line(duel: Duel) -> str:
+    """What timing the best two against each other said."""
+    low, high = duel.ratio_range
+    return (
+        f"{duel.second} against {duel.first}: x{duel.ratio:.2f} ({low:.2f} to {high:.2f}), {ROUNDS} rounds in turns: "
+        f"{duel.chosen} is {duel.why}"
+    )
+
+
+def _asking(answerer: Answerer, pairs: Sequence[tuple[str, str]], one: bool) -> Callable[[], object]:
+    if one:
+        return lambda: [answerer.answer(question, context) for question, context in pairs]
+    return lambda: answerer.answer_batch(pairs)

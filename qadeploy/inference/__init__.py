@@ -1,0 +1,1 @@
+"""Bundles answered through ONNX Runtime, without torch."""

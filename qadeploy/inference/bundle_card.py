@@ -1,0 +1,72 @@
+"""The model card of a bundle, filled from its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qadeploy.inference.front_matter import front_matter
+
+
+def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = ()) -> str:
+    """Markdown: what the model is, how to use it (``usage``, else with the Answerer), what was measured."""
+    settings, measured, parity = manifest["settings"], manifest["measured"], manifest["parity"]
+    source = manifest["source"]
+    base = source["run"]["base"] if source["run"] else None
+    lines = [
+        front_matter(
+            name,
+            library="qadeploy",
+            base=base,
+            source=measured["data"],
+            scores=measured,
+            tags=["onnx", manifest["precision"]],
+        )
+        + f"# {name}",
+        "",
+        f"An extractive question-answering model ({manifest['precision']}, ONNX), exported by qadeploy from "
+        f"`{manifest['source']['checkpoint']}`.",
+        "",
+        *(usage or _answerer(name)),
+        "",
+        f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}; answers have at most "
+        f"{settings['max_answer_len']} tokens. Scores are probabilities at temperature {settings['temperature']:.3f}.",
+        "",
+    ]
+    if settings["null_threshold"] is not None:
+        lines += [
+            "Trained with questions that have no answer: with `allow_no_answer=True` the null answer (the empty text) comes "
+            f"first where its logit exceeds the best span's by more than {settings['null_threshold']:.3f}.",
+            "",
+        ]
+    if measured:
+        low, high = measured["f1_interval"]
+        lines += [
+            f"Measured on {measured['data']} ({measured['total']} questions): EM {measured['exact_match']:.1f}, "
+            f"F1 {measured['f1']:.1f} (95 % interval {low:.1f} to {high:.1f}); "
+            f"change of F1 against PyTorch {measured['f1_change']:+.2f}.",
+            "",
+        ]
+        if "NoAns_total" in measured and "HasAns_total" in measured:
+            lines += [
+                f"F1 {measured['HasAns_f1']:.1f} on the {measured['HasAns_total']} questions with an answer, "
+                f"{measured['NoAns_f1']:.1f} on the {measured['NoAns_total']} without.",
+                "",
+            ]
+    lines += [
+        f"Logits against PyTorch on {parity['windows']} real windows of {parity['shortest']} to {parity['longest']} tokens: "
+        f"at most {parity['max_abs_diff']:.1e} apart.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _answerer(name: str) -> list[str]:
+    return [
+        "```python",
+        "from qadeploy import Answerer",
+        "",
+        f'answerer = Answerer.load("{name}")',
+        'answerer.answer(question="...", context="...", top_k=3)',
+        "```",
+    ]

@@ -1,0 +1,137 @@
+"""Tokenised contexts kept for further questions, within a bound of memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from qadeploy.core.windows import EncodedText
+from qadeploy.errors import InputError
+
+DEFAULT_CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """``misses``: contexts tokenised; ``hits``: contexts that were at hand; ``entries`` and ``bytes``: what is kept now."""
+
+    hits: int
+    misses: int
+    entries: int
+    bytes: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    """A context, or the promise of one: who holds ``lock`` tokenises it. ``size`` is its part of the sum of bytes."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    encoded: EncodedText | None = None
+    size: int = 0
+
+
+class ContextCache:
+    """The contexts last asked about, tokenised, of at most ``limit`` bytes together. Safe under threads and forks.
+
+    ``encode`` tokenises. Threads that ask for the same new context at once wait for one of them. A
+    context larger than the limit is not kept, nor is any where the limit is 0. Raises InputError on
+    a limit that is no whole number or below 0.
+    """
+
+    def __init__(self, encode: Callable[[str], EncodedText], limit: int = DEFAULT_CACHE_BYTES) -> None:
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+            raise InputError(f"context_cache_bytes is {limit!r}: give a whole number of bytes, 0 to keep no context")
+        self._encode = encode
+        self._limit = limit
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._bytes = self._hits = self._misses = 0
+
+    def _mine(self) -> threading.Lock:
+        if self._pid != os.getpid():  # a thread of the parent may have held the lock
+            self._clear()
+        return self._lock
+
+    def get(self, context: str, near: dict[str, EncodedText] | None = None) -> EncodedText:
+        """The context tokenised. ``near`` is looked into first, and gets it: the contexts of one call.
+
+        Raises what ``encode`` raises.
+        """
+        found = None if near is None else near.get(context)
+        if found is not None:
+            with self._mine():
+                self._hits += 1
+            return found
+        found = self._find(context) if self._limit else self._tokenise(context)
+        if near is not None:
+            near[context] = found
+        return found
+
+    def ahead(
+        self, contexts: Sequence[str], encode_many: Callable[[Sequence[str]], list[EncodedText]]
+    ) -> dict[str, EncodedText]:
+        """Those of ``contexts`` that are not kept, tokenised together, and kept like others: ``near`` for ``get``.
+
+        Each counts as a miss here, and as a hit when ``get`` gives it out. Raises what ``encode_many`` raises.
+        """
+        with self._mine():
+            kept = {context for context, entry in self._entries.items() if entry.encoded is not None}
+        new = [context for context in dict.fromkeys(contexts) if context not in kept]
+        found = dict(zip(new, encode_many(new), strict=True)) if new else {}
+        for context, encoded in found.items():
+            entry = _Entry(encoded=encoded)
+            with self._mine():
+                self._misses += 1
+                if not self._limit or context in self._entries:  # another thread is at it
+                    continue
+                self._entries[context] = entry
+            self._keep(context, entry, encoded.nbytes)
+        return found
+
+    def stats(self) -> CacheStats:
+        """The counters of this process."""
+        with self._mine():
+            return CacheStats(self._hits, self._misses, len(self._entries), self._bytes)
+
+    def _find(self, context: str) -> EncodedText:
+        with self._mine():
+            entry = self._entries.setdefault(context, _Entry())
+            self._entries.move_to_end(context)
+        with entry.lock:
+            if entry.encoded is not None:
+                with self._lock:
+                    self._hits += 1
+                return entry.encoded
+            try:
+                encoded = entry.encoded = self._tokenise(context)
+            except BaseException:
+                self._keep(context, entry, self._limit + 1)
+                raise
+            self._keep(context, entry, encoded.nbytes)
+        return encoded
+
+    def _keep(self, context: str, entry: _Entry, size: int) -> None:
+        """Makes room for an entry by dropping those asked for longest ago, or drops the entry, if it is too large."""
+        with self._lock:
+            if self._entries.get(context) is not entry:
+                return  # dropped for others meanwhile
+            if size > self._limit:
+                del self._entries[context]
+                return
+            entry.size = size
+            self._bytes += size
+            while self._bytes > self._limit:
+                self._bytes -= self._entries.popitem(last=False)[1].size
+
+    def _tokenise(self, context: str) -> EncodedText:
+        encoded = self._encode(context)
+        with self._mine():
+            self._misses += 1
+        return encoded

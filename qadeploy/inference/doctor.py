@@ -1,0 +1,183 @@
+"""What this installation can do: packages, providers, conflicts, the base model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from qadeploy.errors import CheckpointError
+from qadeploy.inference import devices
+from qadeploy.inference.bundle import MANIFEST
+from qadeploy.inference.session import onnxruntime, usable_cpus
+from qadeploy.machine import machine
+from qadeploy.shipped import base_model_path
+
+_PACKAGES = {
+    "runtime": ("numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
+    "train": ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "datasets", "accelerate", "pyarrow"),
+    "peers": ("openvino", "nncf"),
+}
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions, CPU, GPU, providers, and ``problems``: one line each, with what to do. Imports no torch.
+
+    Initialises CUDA where there is a driver, and loads CUDA's libraries where ONNX Runtime is a build for it.
+    """
+    driver, torch_cuda = devices.find_driver(), devices.torch_cuda()
+    packages = {name: _version(name) for names in _PACKAGES.values() for name in names}
+    report: dict[str, Any] = {
+        "qadeploy": _version("qadeploy"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "cpu": {"model": machine().cpu, "usable": usable_cpus(), "features": list(machine().instruction_sets)},
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "packages": packages,
+        "nvidia_driver": str(driver) or None,
+        "gpus": [
+            {"name": g.name, "memory_gib": g.memory_gib, "compute_capability": ".".join(map(str, g.capability))}
+            for g in driver.gpus
+        ],
+        "providers": [],
+        "onnxruntime_build": None,
+        "cuda": {
+            "driver": _dotted(driver.cuda),
+            "driver_problem": driver.problem or None,
+            "onnxruntime": None,
+            "torch": _dotted(torch_cuda),
+            "libraries": {},
+        },
+    }
+    problems: list[str] = []
+    if find_spec("onnxruntime") is None:
+        problems.append("onnxruntime is not installed, so nothing can be answered: pip install 'qadeploy[cpu]'")
+    else:
+        try:
+            _add_build(report, driver, problems)
+        except AttributeError:  # what is left where one of two builds was uninstalled
+            problems.append(
+                "onnxruntime is broken (both builds were installed and one was removed?): pip uninstall -y onnxruntime "
+                "onnxruntime-gpu, then install the one you want again"
+            )
+    if driver.gpus and packages["torch"] and torch_cuda is None:
+        problems.append(f"an NVIDIA driver answers, but torch is a CPU build and trains there: {devices.torch_line()}")
+    missing = [name for name in _PACKAGES["train"] if not packages[name]]
+    if missing:
+        problems.append(
+            f"train and export need {', '.join(missing)}: pip install 'qadeploy[train]' (answering does not)"
+        )
+    try:
+        report["base_model"] = base_model_path().name
+    except CheckpointError as error:
+        report["base_model"] = None
+        problems.append(str(error))
+    report["problems"] = problems
+    return report
+
+
+def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
+    """What the manifests of the fp16 bundles in ``folder`` say of their way on a GPU; they are not verified for it.
+
+    ``paths`` are the notes of the runtime where the export had a GPU.
+    """
+    found = []
+    for path in sorted(folder.glob(f"*/{MANIFEST}")):
+        try:
+            made = json.loads(path.read_text(encoding="utf-8"))["made"]
+            if made["for"] == "cuda":
+                names = ("measured_on", "paths")
+                found.append({"bundle": str(path.parent), **{name: made[name] for name in names}})
+        except (OSError, ValueError, LookupError, TypeError):  # another kind of bundle, or none: loading it says so
+            continue
+    return found
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    cpu = report["cpu"]
+    result = [
+        f"qadeploy {report['qadeploy']}, Python {report['python']}",
+        f"CPU: {cpu['model']}, {cpu['usable']} usable, {', '.join(cpu['features']) or 'no known vector features'}; "
+        f"{report['memory_gib']} GiB of memory",
+        f"NVIDIA driver: {report['nvidia_driver'] or 'none'}",
+        _runtime_line(report),
+        f"CUDA: {_cuda_line(report['cuda'])}",
+        "packages: " + ", ".join(f"{name} {found or '-'}" for name, found in report["packages"].items()),
+    ]
+    result += [_gpu_line(bundle) for bundle in report.get("gpu_bundles", [])]
+    result += [f"PROBLEM: {problem}" for problem in report["problems"]] or ["no problems found"]
+    return result
+
+
+def _gpu_line(bundle: dict[str, Any]) -> str:
+    paths = (
+        "; ".join(bundle["paths"])
+        or f"measured on {bundle['measured_on']}, its paths are tried when it is loaded on a GPU"
+    )
+    return f"{bundle['bundle']}: {paths}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with ``+`` where it was changed; None elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _add_build(report: dict[str, Any], driver: devices.Driver, problems: list[str]) -> None:
+    """What the installed onnxruntime is, and what it lacks for the GPUs that are there."""
+    ort = onnxruntime()
+    report["providers"] = ort.get_available_providers()
+    build = devices.find_build(ort)
+    report["onnxruntime_build"] = {"package": build.package, "version": build.version, "installed": dict(build.wheels)}
+    report["cuda"]["onnxruntime"] = _dotted(build.cuda)
+    if build.conflict:
+        problems.append(build.conflict)
+    if build.has_cuda:
+        devices.preload(ort)
+        if build.cuda:
+            missing = devices.missing_libraries(build.cuda[0])
+            report["cuda"]["libraries"] = {name: name not in missing for name in devices.cuda_libraries(build.cuda[0])}
+    if driver.cuda or build.has_cuda:  # a CPU build on a machine without a driver is as it should be
+        problems += [problem for problem in devices.obstacles(build, driver) if problem != build.conflict]
+    if majors := devices.cuda_majors(build):
+        problems.append(majors)
+
+
+def _runtime_line(report: dict[str, Any]) -> str:
+    build = report["onnxruntime_build"]
+    providers = ", ".join(report["providers"]) or "none"
+    if build is None:
+        return f"ONNX Runtime: none; providers: {providers}"
+    return f"ONNX Runtime: {build['package'] or 'onnxruntime'} {build['version']}; providers: {providers}"
+
+
+def _cuda_line(cuda: dict[str, Any]) -> str:
+    parts = [f"{name} {cuda[name] or '-'}" for name in ("driver", "onnxruntime", "torch")]
+    for state, word in ((True, "loaded"), (False, "missing")):
+        names = [name for name, found in cuda["libraries"].items() if found is state]
+        parts += [f"{word} {' '.join(names)}"] * bool(names)
+    return "; ".join(parts)
+
+
+def _dotted(version: tuple[int, int] | None) -> str | None:
+    return None if version is None else f"{version[0]}.{version[1]}"

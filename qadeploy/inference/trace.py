@@ -1,0 +1,209 @@
+"""The three layers of a prediction in a form that people can read: encoding, forward pass, selection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qadeploy.core.prefilter import Ranking
+from qadeploy.inference.answerer import Answerer, OnWindows, Options, Reading, to_answers
+from qadeploy.records import Window
+
+_TOP = 5
+_SHOWN_WINDOWS = 4
+_SHOWN_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A pair of start and end positions with its fate: ``reason`` says why it won or lost."""
+
+    window: int
+    start_token: int
+    end_token: int
+    logit: float
+    text: str
+    reason: str
+
+
+def trace(
+    answerer: Answerer, question: str, context: str, options: Options, on_windows: OnWindows | None = None
+) -> tuple[Reading, list[Candidate]]:
+    """One question read, and the strongest candidates of all windows, the invalid ones among them."""
+    reading = answerer.read(question, context, options, on_windows)
+    return reading, candidates_of(reading, options)
+
+
+def candidates_of(reading: Reading, options: Options) -> list[Candidate]:
+    """The strongest candidates of all windows, the invalid ones among them, best first."""
+    return list(_candidates(reading, options))
+
+
+def _candidates(reading: Reading, options: Options) -> Iterator[Candidate]:
+    pairs: list[tuple[float, int, int, int]] = []
+    for number, (window, (starts, ends)) in enumerate(zip(reading.windows, reading.logits, strict=True)):
+        size = len(window)
+        pairs += [
+            (float(starts[s] + ends[e]), number, int(s), int(e))
+            for s in np.argsort(-starts[:size])[:_TOP]
+            for e in np.argsort(-ends[:size])[:_TOP]
+        ]
+    pairs.sort(key=lambda p: -p[0])
+    answers = to_answers(reading, options)
+    seen: dict[tuple[int, int], int] = {}
+    rank = 0
+    for logit, number, start, end in pairs[: 4 * _TOP]:
+        window = reading.windows[number]
+        fault = _fault(reading, window, start, end)
+        text = ""
+        if fault is None:
+            first, last = _span(reading, window, start, end)
+            text = reading.context.text[first:last]
+            if (first, last) in seen:
+                fault = f"the same text as number {seen[first, last]}, seen in another window or by other tokens"
+            else:
+                rank += 1
+                seen[first, last] = rank
+                chosen = next((a for a in answers if (a.start, a.end) == (first, last)), None)
+                fault = (
+                    f"answer {answers.index(chosen) + 1}, score {chosen.score:.4f}" if chosen else "valid, outscored"
+                )
+        yield Candidate(number + 1, start, end, logit, text, fault)
+
+
+def _span(reading: Reading, window: Window, start: int, end: int) -> tuple[int, int]:
+    shift = window.context_offset - window.context_begin
+    offsets = reading.context.offsets
+    return reading.context.visible(int(offsets[start + shift, 0]), int(offsets[end + shift, 1]))
+
+
+def _fault(reading: Reading, window: Window, start: int, end: int) -> str | None:
+    inside = range(window.context_begin, window.context_begin + window.context_length)
+    if start == end == window.null_index:
+        return "the null position: no answer in this window"
+    if start not in inside or end not in inside:
+        return "lies outside the context (in the question or a special token)"
+    if end < start:
+        return "ends before it starts"
+    if end - start + 1 > reading.settings.max_answer_len:
+        return f"is {end - start + 1} tokens long, max_answer_len is {reading.settings.max_answer_len}"
+    shift = window.context_offset - window.context_begin
+    if reading.context.blank[start + shift] or reading.context.blank[end + shift]:
+        return "begins or ends on white space"
+    return None
+
+
+def trace_lines(answerer: Answerer, reading: Reading, candidates: list[Candidate]) -> Iterator[str]:
+    """The trace as lines of text."""
+    encoder, settings = answerer.encoder, reading.settings
+    yield "1 INPUT ENCODING"
+    yield (
+        f"  question {len(reading.question)} tokens, context {len(reading.context)} tokens, "
+        f"{len(reading.windows)} window{'s' if len(reading.windows) > 1 else ''} of at most {settings.max_seq_len} tokens, "
+        f"overlap {settings.doc_stride}"
+    )
+    if reading.ranking is not None:
+        yield _prefilter_line(reading.ranking)
+    for number, window in enumerate(reading.windows[:_SHOWN_WINDOWS], 1):
+        last = window.context_offset + window.context_length - 1
+        yield f"  window {number}: {len(window)} tokens, context tokens {window.context_offset}-{last}"
+        shown = min(len(window), _SHOWN_TOKENS)
+        types = window.token_type_ids
+        yield f"    {'position':>8} {'token':<16} {'id':>6} {'mask':>4} {'segment':>7}"
+        for position in range(shown if number == 1 else min(shown, 6)):
+            token = encoder.token_text(int(window.input_ids[position]))
+            segment = "-" if types is None else str(int(types[position]))
+            yield f"    {position:>8} {token:<16} {int(window.input_ids[position]):>6} {1:>4} {segment:>7}"
+        if len(window) > shown or number > 1:
+            yield "         ..."
+    if len(reading.windows) > _SHOWN_WINDOWS:
+        yield f"  ... and {len(reading.windows) - _SHOWN_WINDOWS} more windows"
+    yield ""
+    yield "2 FORWARD PASS"
+    for number, (window, (starts, ends)) in enumerate(zip(reading.windows, reading.logits, strict=True), 1):
+        if number > _SHOWN_WINDOWS:
+            yield f"  ... and {len(reading.windows) - _SHOWN_WINDOWS} more windows"
+            break
+        size = len(window)
+        yield f"  window {number}: input_ids [1, {size}] -> start_logits [1, {size}], end_logits [1, {size}]"
+        for name, logits in (("start", starts), ("end", ends)):
+            best = np.argsort(-logits[:size])[:_TOP]
+            tops = ", ".join(f"{p}:{encoder.token_text(int(window.input_ids[p]))} {logits[p]:+.2f}" for p in best)
+            yield f"    top {name:<5} {tops}"
+    yield ""
+    yield f"3 SPAN SELECTION (best valid start <= end, at most {settings.max_answer_len} tokens, over all windows)"
+    yield f"  {'window':>6} {'tokens':>9} {'logit':>8}  verdict"
+    for c in candidates[: 2 * _TOP + 2]:
+        text = f' "{c.text}"' if c.text else ""
+        yield f"  {c.window:>6} {f'{c.start_token}-{c.end_token}':>9} {c.logit:>+8.2f} {text} {c.reason}"
+    threshold = settings.null_threshold or 0.0
+    yield (
+        f"  null logit {reading.decoded.null_logit:+.2f} (the least over windows): where the null answer is allowed, it wins if "
+        f"it exceeds the best span's by more than {threshold:.2f}"
+    )
+    yield f"  scores: one softmax over all valid spans at temperature {settings.temperature:.3f}"
+
+
+def _prefilter_line(ranking: Ranking) -> str:
+    read = ranking.chosen.tolist()
+    shown = ", ".join(f"{n + 1} ({ranking.scores[n]:.2f})" for n in read[:_SHOWN_WINDOWS])
+    more = ", ..." if len(read) > _SHOWN_WINDOWS else ""
+    out = np.delete(ranking.scores, read).max()
+    none = "; no token of the question occurs, so these are the first" if not ranking.scores.any() else ""
+    return (
+        f"  prefilter: of {len(ranking.scores)} windows the {len(read)} best by BM25 are read, {shown}{more}; "
+        f"{len(ranking.scores) - len(read)} are left out, the best of them with {out:.2f}{none}"
+    )
+
+
+def trace_dict(answerer: Answerer, reading: Reading, candidates: list[Candidate]) -> dict[str, Any]:
+    """The trace as plain JSON values: windows with ids, pieces of text, offsets and logits, candidates with verdicts.
+
+    ``offsets`` are code points of the context, null for the question's tokens and special ones; ``context_begin``
+    is the position of a window's first context token, ``context_offset`` its number in the whole context. ``prefilter`` is null
+    where all windows were read, else the numbers, from 1, of those that were, and the scores of all.
+    """
+    offsets = reading.context.offsets
+    return {
+        "settings": reading.settings.to_dict(),
+        "question_tokens": reading.question.tokens,
+        "context_tokens": len(reading.context),
+        "prefilter": reading.ranking
+        and {
+            "read": [n + 1 for n in reading.ranking.chosen.tolist()],
+            "scores": [round(score, 4) for score in reading.ranking.scores.tolist()],
+        },
+        "windows": [
+            {
+                "tokens": len(window),
+                "context_begin": window.context_begin,
+                "context_offset": window.context_offset,
+                "context_length": window.context_length,
+                "input_ids": window.input_ids.tolist(),
+                "pieces": [answerer.encoder.token_text(number) for number in window.input_ids.tolist()],
+                "offsets": [
+                    *[None] * window.context_begin,
+                    *offsets[window.context_offset : window.context_offset + window.context_length].tolist(),
+                    *[None] * (len(window) - window.context_begin - window.context_length),
+                ],
+                "token_type_ids": None if window.token_type_ids is None else window.token_type_ids.tolist(),
+                "start_logits": [round(float(x), 4) for x in starts],
+                "end_logits": [round(float(x), 4) for x in ends],
+            }
+            for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True)
+        ],
+        "candidates": [
+            {
+                "window": c.window,
+                "tokens": [c.start_token, c.end_token],
+                "logit": c.logit,
+                "text": c.text,
+                "verdict": c.reason,
+            }
+            for c in candidates
+        ],
+        "null_logit": reading.decoded.null_logit,
+    }

@@ -1,0 +1,1 @@
+"""Other ways in: transformers' pipeline, Triton, graphs that answer by themselves."""

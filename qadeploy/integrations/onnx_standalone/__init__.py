@@ -1,0 +1,1 @@
+"""Bundles whose graph answers by itself, for other languages."""

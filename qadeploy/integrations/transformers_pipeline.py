@@ -1,0 +1,418 @@
+"""The question-answering pipeline of transformers 4.57 on a bundle, without torch: its calls, its shapes, its ValueErrors.
+
+    from qadeploy.integrations.transformers_pipeline import pipeline
+
+    qa = pipeline("question-answering", model="bundles/faq")
+    qa(question="Who keeps the lamp?", context="Mungo Strand keeps the lamp.")
+    # {"score": 0.97, "start": 0, "end": 12, "answer": "Mungo Strand"}
+
+The answers are the ``Answerer``'s: one softmax over all windows instead of added-up scores, never a token of the
+question. ``docs/migrating.md`` lists every difference; the tests run both side by side.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN
+from qadeploy.errors import CallError, CallKeyError, InputError
+from qadeploy.inference.answerer import Answerer, Pair
+from qadeploy.records import Answer
+
+__all__ = ["QuestionAnsweringPipeline", "SquadExample", "pipeline"]
+
+TASK = "question-answering"
+_LEAST = {
+    "top_k": 1,
+    "max_answer_len": 1,
+    "max_seq_len": 1,
+    "doc_stride": 0,
+    "max_question_len": 1,
+    "batch_size": 1,
+    "num_workers": 0,
+}
+_SWITCHES = ("handle_impossible_answer", "align_to_words")
+_PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
+_INPUTS = ("X", "data", "question", "context")
+_FORMS = "give question= and context=, a dict with both, or a list of such dicts"
+_DTYPES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16"}
+_STAND_IN = "-"  # asked in place of a blank context, so that the questions of a batch keep their numbers
+
+
+@dataclass(frozen=True, slots=True)
+class SquadExample:
+    """One question on one context, as ``QuestionAnsweringPipeline.create_sample`` makes it."""
+
+    question_text: str
+    context_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Parameters:
+    """What a call goes by, with the pipeline's defaults; None: by the model. Lengths in tokens."""
+
+    top_k: int = 1
+    max_answer_len: int = 15
+    max_seq_len: int | None = None
+    doc_stride: int | None = None
+    max_question_len: int | None = None
+    handle_impossible_answer: bool = False
+    align_to_words: bool = True
+    batch_size: int = 1
+
+    def changed(self, given: Mapping[str, Any]) -> _Parameters:
+        """These with those ``given`` that are not None. Raises CallError on values that make no sense.
+
+        Names that the pipeline does not know it passes over in silence; here a UserWarning names them.
+        """
+        values = {name: value for name, value in given.items() if value is not None}
+        if "topk" in values:
+            old = values.pop("topk")
+            values.setdefault("top_k", old)
+        chosen: dict[str, Any] = {name: _whole(name, values.pop(name)) for name in _LEAST if name in values}
+        chosen.update({name: bool(values.pop(name)) for name in _SWITCHES if name in values})
+        padding = values.pop("padding", False)
+        if padding not in _PADDINGS:
+            raise CallError(f"padding is {padding!r}: longest, max_length and do_not_pad are known")
+        chosen.pop("num_workers", None)  # windows are made on the tokenizer's own threads
+        if values:
+            known = ", ".join(sorted((*_LEAST, *_SWITCHES, "padding")))
+            warnings.warn(
+                f"the pipeline has no option {', '.join(values)}, so nothing comes of it: there are {known}",
+                UserWarning,
+                stacklevel=3,
+            )
+        return replace(self, **chosen)
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise CallError(f"{name} is {value!r}: a whole number is needed") from None
+    if number < _LEAST[name]:
+        raise CallError(f"{name} is {number}: at least {_LEAST[name]} is needed")
+    return number
+
+
+class QuestionAnsweringPipeline:
+    """Answers in the calls and shapes of transformers' pipeline of that name; ``pipeline`` makes it. Safe under threads.
+
+    ``answerer`` is what answers, for all that the pipeline's calls cannot say.
+    """
+
+    task = TASK
+
+    def __init__(self, answerer: Answerer, parameters: _Parameters) -> None:
+        self.answerer = answerer
+        self._parameters = parameters
+
+    @staticmethod
+    def create_sample(question: str | list[str], context: str | list[str]) -> SquadExample | list[SquadExample]:
+        """A question with its context, or a list of them where both are lists. Raises CallError on other types."""
+        pairs = _paired(question, context, "")
+        samples = [SquadExample(pair["question"], pair["context"]) for pair in pairs]
+        return samples if isinstance(question, list) else samples[0]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer ``{"score", "start", "end", "answer"}`` to each question; with ``top_k`` above 1 a list of such.
+
+        ``start`` and ``end`` are code points: ``context[start:end] == answer``. Where nothing in the context can be an
+        answer, it is "" at 0. Questions come as
+
+        - ``question=`` and ``context=``: two texts, a list of questions on one context, or two lists of one length;
+        - a dict with these keys, several, or a list of them (``create_sample``'s too), also as ``data=`` or ``X=``;
+        - a generator, which is answered while the answers are iterated, ``batch_size`` of its questions at a time, or
+          a torch ``Dataset``, likewise, as often as it is iterated.
+
+        One question (a list of one too) gives its answer, more give a list. Options: ``top_k`` (or ``topk``),
+        ``max_answer_len`` (15), ``max_seq_len`` (384 or what the model takes), ``doc_stride`` (128, at most half of
+        ``max_seq_len``), ``max_question_len`` (longer questions are cut; default: none is), all in tokens,
+        ``handle_impossible_answer``, ``align_to_words`` (true); ``padding`` and ``num_workers`` change nothing.
+
+        Raises CallError, a ValueError, on a call or value that makes no sense; CallKeyError, a KeyError too, where
+        a dict lacks a key; and what ``Answerer.answer`` raises.
+        """
+        named = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
+        inputs = _inputs(args, named)
+        parameters = self._parameters.changed(kwargs)
+        options = self._options(parameters)
+        if isinstance(inputs, types.GeneratorType):
+            return self._lazily(inputs, parameters, options)
+        if _is_dataset(inputs):
+            return _Answers(inputs, lambda rows: self._lazily(rows, parameters, options))
+        pairs, alone = _eager(inputs)
+        answers = self._answer(pairs, parameters, options) if pairs else []
+        return answers[0] if alone else answers
+
+    def predict(self, inputs: Any) -> Any:
+        """``self(inputs)``, as scikit-learn calls it."""
+        return self(inputs)
+
+    transform = predict
+
+    def _options(self, parameters: _Parameters) -> dict[str, Any]:
+        """The options of the answerer's call. Raises CallError on a ``doc_stride`` that leaves no room for new text."""
+        encoder = self.answerer.encoder
+        length = parameters.max_seq_len or min(encoder.config.position_limit, DEFAULT_MAX_SEQ_LEN)
+        stride = parameters.doc_stride
+        if (
+            stride is not None and stride > length - encoder.special_tokens + 1
+        ):  # transformers' bound, whatever the text
+            raise CallError(
+                f"doc_stride {stride} is too large for max_seq_len {length}: it is the tokens of context that neighbouring "
+                "windows share, so it must be below what a window holds beside the question"
+            )
+        return {
+            # More than asked for: answers whose text is the same are one.
+            "top_k": 1 if parameters.top_k == 1 else 2 * parameters.top_k + 10,
+            "max_answer_len": parameters.max_answer_len,
+            "max_seq_len": length,
+            "doc_stride": min(length // 2, DEFAULT_DOC_STRIDE) if stride is None else stride,
+            "align_to_words": parameters.align_to_words,
+            "allow_no_answer": parameters.handle_impossible_answer,
+        }
+
+    def _lazily(self, items: Iterable[Any], parameters: _Parameters, options: dict[str, Any]) -> Iterator[Any]:
+        rows = iter(items)
+        first = 1
+        while batch := list(islice(rows, parameters.batch_size)):
+            pairs = [_streamed(item, f"question {number}: ") for number, item in enumerate(batch, first)]
+            try:
+                answers = self._answer(pairs, parameters, options)
+            except InputError as error:
+                last = first + len(batch) - 1
+                where = f"question {first}" if first == last else f"questions {first} to {last}"
+                raise type(error)(f"{where}: {error}") from error
+            yield from answers
+            first += len(batch)
+
+    def _answer(self, pairs: Sequence[Pair], parameters: _Parameters, options: dict[str, Any]) -> list[Any]:
+        asked = [
+            (self._cut(question, parameters.max_question_len), context if context.strip() else _STAND_IN)
+            for question, context in pairs
+        ]
+        if len(asked) == 1:
+            found = [self.answerer.answer(*asked[0], **options)]
+        else:
+            found = self.answerer.answer_batch(asked, **options)
+        return [
+            _shaped(answers if context.strip() else [], parameters)
+            for answers, (_, context) in zip(found, pairs, strict=True)
+        ]
+
+    def _cut(self, question: str, longest: int | None) -> str:
+        """The question's first ``longest`` tokens."""
+        if longest is None:
+            return question
+        tokens = self.answerer.encoder.encode(question)
+        return question if len(tokens) <= longest else question[: int(tokens.offsets[longest - 1, 1])]
+
+
+class _Answers:
+    """The answers of a data set, found while iterated, and anew each time."""
+
+    def __init__(self, data: Any, answers: Callable[[Iterable[Any]], Iterator[Any]]) -> None:
+        self._data = data
+        self._answers = answers
+
+    def __iter__(self) -> Iterator[Any]:
+        whole = hasattr(self._data, "__iter__")
+        return self._answers(self._data if whole else (self._data[i] for i in range(len(self._data))))
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+
+def _shaped(answers: Sequence[Answer], parameters: _Parameters) -> Any:
+    """One dict for ``top_k`` 1, else a list. Of answers whose texts differ in case at most, the best stays."""
+    best: dict[str, Answer] = {}
+    for answer in answers or [Answer("", 0, 0, float(parameters.handle_impossible_answer))]:
+        best.setdefault(answer.text.lower(), answer)
+    rows = [{"score": a.score, "start": a.start, "end": a.end, "answer": a.text} for a in best.values()]
+    return rows[0] if parameters.top_k == 1 else rows[: parameters.top_k]
+
+
+# ---------------------------------------------------------------- what a call may hold
+
+
+def _inputs(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The questions of a call in whatever form. Raises CallError where there are none, or two forms at once."""
+    if args and named:
+        raise CallError(f"questions come once, but the call has some without a name and {', '.join(named)}= too")
+    if len(args) == 1:
+        return args[0]
+    if args:
+        pair = len(args) == 2 and all(isinstance(text, str) for text in args)
+        return [{"question": args[0], "context": args[1]}] if pair else list(args)
+    if len(named) == 1 and ("X" in named or "data" in named):
+        return next(iter(named.values()))
+    if set(named) == {"question", "context"}:
+        return _paired(named["question"], named["context"], "")
+    found = " and ".join(f"{name}=" for name in named) or "nothing"
+    raise CallError(f"the call holds {found}: {_FORMS}")
+
+
+def _paired(question: Any, context: Any, where: str) -> list[dict[str, Any]]:
+    """Questions and contexts given as texts or lists, as one dict a question. Raises CallError on other types."""
+    if isinstance(question, str) and isinstance(context, str):
+        return [{"question": question, "context": context}]
+    if not isinstance(question, list) or not isinstance(context, str | list):
+        kinds = f"question is {type(question).__name__}, context is {type(context).__name__}"
+        raise CallError(f"{where}{kinds}: two texts, a list of questions and a text, or two lists are needed")
+    contexts = [context] * len(question) if isinstance(context, str) else context
+    if len(contexts) != len(question):
+        raise CallError(
+            f"{where}there are {len(question)} questions and {len(contexts)} contexts: give one context each"
+        )
+    return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
+
+
+def _eager(inputs: Any) -> tuple[list[Pair], bool]:
+    """All pairs of an input that is no generator, and whether it is one question by itself.
+
+    Raises CallError, CallKeyError.
+    """
+    if isinstance(inputs, str):
+        raise CallError(f"a text alone is no question on a context: {_FORMS}")
+    if not isinstance(inputs, Iterable):
+        raise CallError(f"{type(inputs).__name__} holds no questions: {_FORMS}")
+    items = [inputs] if isinstance(inputs, dict) else list(inputs)
+    alone = len(items) == 1
+    if alone and isinstance(items[0], dict) and isinstance(items[0].get("question"), list):
+        _check_keys(items[0], "")
+        items, alone = _paired(items[0]["question"], items[0]["context"], ""), False
+    pairs = []
+    for number, item in enumerate(items, 1):
+        where = "" if len(items) == 1 else f"question {number}: "
+        if isinstance(item, dict):
+            _check_keys(item, where)
+            if len(item) > 2:
+                extra = ", ".join(str(key) for key in item if key not in {"question", "context"})
+                raise CallError(f"{where}has {extra} beside question and context: leave it out (or pass a generator)")
+            if item["context"] == "":
+                raise CallError(f"{where}context is empty: give it some text")
+        pairs.append(_streamed(item, where))
+    return pairs, alone
+
+
+def _check_keys(item: dict[Any, Any], where: str) -> None:
+    for key in ("question", "context"):
+        if key not in item:
+            raise CallKeyError(f"{where}has no {key}: a dict with question and context is needed")
+
+
+def _streamed(item: Any, where: str) -> Pair:
+    """The pair of a dict or of a ``SquadExample``, ours or transformers'. Raises CallError, CallKeyError."""
+    if isinstance(item, dict):
+        _check_keys(item, where)
+        question, context = item["question"], item["context"]
+    elif hasattr(item, "question_text") and hasattr(item, "context_text"):
+        question, context = item.question_text, item.context_text
+    else:
+        raise CallError(f"{where}{type(item).__name__} is no question on a context: {_FORMS}")
+    for name, text in (("question", question), ("context", context)):
+        if not isinstance(text, str):
+            raise CallError(f"{where}{name} is {type(text).__name__}: text is needed")
+    if not question.strip():
+        raise CallError(f"{where}question is empty: give it some text")
+    return question, context
+
+
+def _is_dataset(inputs: Any) -> bool:
+    """Whether it is a torch ``Dataset``; where torch was not imported, nothing is."""
+    data = sys.modules.get("torch.utils.data")
+    return data is not None and isinstance(inputs, data.Dataset)
+
+
+# ---------------------------------------------------------------- making one
+
+
+def pipeline(
+    task: str | None = None,
+    model: Any = None,
+    config: Any = None,
+    tokenizer: Any = None,
+    *,
+    device: Any = None,
+    device_map: Any = None,
+    dtype: Any = None,
+    torch_dtype: Any = None,
+    revision: str | None = None,
+    framework: str | None = None,
+    use_fast: bool = True,
+    token: Any = None,
+    trust_remote_code: bool | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **defaults: Any,
+) -> QuestionAnsweringPipeline:
+    """A question-answering pipeline on a bundle, called like ``transformers.pipeline``.
+
+    ``model`` is a bundle folder, or an ``Answerer`` that is loaded (with ``threads=`` and the like chosen).
+    ``device``: -1 or "cpu", N or "cuda:N", a ``torch.device``; None or ``device_map="auto"``: CUDA where it is to be
+    had. ``defaults`` are the options of every call, ``batch_size`` among them. ``tokenizer`` and ``config`` may name
+    the bundle again and nothing else, since a bundle brings its own; ``dtype`` may name the bundle's precision.
+    ``framework``, ``use_fast``, ``token`` and ``trust_remote_code`` have no meaning here and change nothing.
+
+    Raises CallError on what cannot be, CallKeyError on another task, and what ``Answerer.load`` raises.
+    """
+    if task not in (None, TASK):
+        raise CallKeyError(f"task is {task!r}: {TASK} is the one there is")
+    parameters = _Parameters().changed(defaults)
+    for name, value in (("config", config), ("tokenizer", tokenizer)):
+        if value is not None and not _names(value, model):
+            raise CallError(f"{name} is {value!r}: a bundle brings its own, so leave it out")
+    if revision not in (None, "main") or model_kwargs:
+        name = "model_kwargs" if model_kwargs else "revision"
+        raise CallError(f"{name} is for models of the hub, and a bundle is a folder: leave it out")
+    answerer = _answerer(model, _device(device, device_map))
+    for value in (dtype, torch_dtype):
+        _check_dtype(value, answerer)
+    return QuestionAnsweringPipeline(answerer, parameters)
+
+
+def _names(value: object, model: object) -> bool:
+    """Whether both name the same folder."""
+    both = isinstance(value, str | Path) and isinstance(model, str | Path)
+    return both and Path(str(value)).resolve() == Path(str(model)).resolve()
+
+
+def _answerer(model: object, device: str | None) -> Answerer:
+    if isinstance(model, Answerer):
+        if device is not None:
+            raise CallError(f"device is {device}, but the Answerer is loaded already: choose it in Answerer.load")
+        return model
+    if not isinstance(model, str | Path):
+        found = "missing" if model is None else f"a {type(model).__name__}"
+        raise CallError(f"model is {found}: name a bundle folder, which qadeploy export makes of a trained model")
+    return Answerer.load(model, device=device or "auto")
+
+
+def _device(device: Any, device_map: Any) -> str | None:
+    """The device as ``Answerer.load`` names it; None where none was chosen."""
+    if device_map not in (None, "auto"):
+        raise CallError(f"device_map is {device_map!r}: a bundle runs on one device, so give device= or 'auto'")
+    if device is None:
+        return None if device_map is None else "auto"
+    try:
+        number = operator.index(device)
+    except TypeError:
+        return str(device)  # torch.device("cuda", 0) reads cuda:0
+    return "cpu" if number < 0 else f"cuda:{number}"
+
+
+def _check_dtype(dtype: Any, answerer: Answerer) -> None:
+    name = str(dtype).removeprefix("torch.")
+    own = answerer.bundle.precision if answerer.bundle else None
+    if dtype is not None and name != "auto" and (own is None or _DTYPES.get(name) != own):
+        raise CallError(
+            f"dtype is {name}, but the bundle is {own or 'none'}: leave it out, or name a bundle of that precision"
+        )

@@ -1,0 +1,1 @@
+"""A Triton model repository of bundles, and a client of it."""

@@ -1,1 +1,0 @@
-"""Text to token windows, logits to spans, predictions to scores. Needs numpy and tokenizers only."""

@@ -1,0 +1,1 @@
+"""What a run and a bench show to people: pages, charts, cards."""

@@ -1,1 +1,0 @@
-"""Bundles to answers through ONNX Runtime: no torch, no transformers."""

@@ -1,1 +1,0 @@
-"""Past one machine: files of questions to a folder of answers, here or on Ray; models on a Triton server."""

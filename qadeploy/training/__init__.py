@@ -1,0 +1,1 @@
+"""Fine-tuning: examples to a run folder."""

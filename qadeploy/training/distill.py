@@ -1,0 +1,367 @@
+"""Distillation: a teacher's start and end logits for the windows that a student is trained on.
+
+The teacher reads the text of each of the student's windows with its own tokenizer. Its logits are kept by character, so that
+the two tokenizers may differ, and only the highest ``KEPT`` of each window: what is left out has next to no probability. They
+are kept on disk by what they were computed from, in parts, so that an interrupted pass goes on where it was, and
+a second run asks only for what is new.
+
+The student's loss is the cross entropy with the teacher's distribution at temperature T (Hinton, Vinyals and Dean, "Distilling
+the Knowledge in a Neural Network", 2015, section 2), over the context and the null position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qadeploy.core.windows import EncodedText, Encoder, pad_batch
+from qadeploy.errors import CheckpointError, InputError
+from qadeploy.files import hash_file
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.bundle import is_bundle, open_bundle
+from qadeploy.inference.cuda import batches
+from qadeploy.records import FloatArray, IntArray, Window
+from qadeploy.training.checkpoint import Hub, load_checkpoint
+from qadeploy.training.features import Feature, FeatureSet
+from qadeploy.training.runs import find_run
+from qadeploy.training.torch_device import resolve_precision
+from qadeploy.training.training_set import SoftLabels
+
+KEPT = 16
+_PART = 4_096  # windows per file, and between two reports
+_BATCH_TOKENS = 32_768
+_NULL, _NONE = -1, -2  # places: the null position, and nothing
+_SHARE = 1e-3  # probabilities below it are left out
+_AGREE, _DOUBT = 0.05, 0.3  # shares of annotated windows that the teacher must find, and should
+_JUDGED = 200
+_FIELDS = ("start_places", "start_logits", "end_places", "end_logits")
+Rows = dict[str, NDArray[Any]]
+
+
+class Run(Protocol):
+    """Windows to logits, in order, as fast as they go."""
+
+    def __call__(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+        """Start and end logits of each window, float32 ``[tokens]`` each."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A trained model to learn from.
+
+    Attributes:
+        name: As it was given.
+        digest: SHA-256 of its weights and of its encoder.
+        encoder: Its own.
+        longest: The most tokens of its windows.
+        run: Windows to logits.
+    """
+
+    name: str
+    digest: str
+    encoder: Encoder
+    longest: int
+    run: Run
+
+
+def load_teacher(name: str, device: torch.device, hub: Hub | None = None) -> Teacher:
+    """Loads a teacher.
+
+    Args:
+        name: A bundle, a run, a checkpoint folder or a hub name.
+        device: Where it computes. A bundle on a CPU runs through ONNX Runtime.
+        hub: How a model of the hub is fetched.
+
+    Raises:
+        CheckpointError: It does not load, has no fast tokenizer, or no trained answer head.
+        BundleError: The bundle is damaged.
+    """
+    if is_bundle(name):
+        bundle, answerer = open_bundle(name), Answerer.load(name, device=str(device))
+        model = answerer.model
+        digest = _digest(bundle.hash, answerer.encoder)
+        return Teacher(name, digest, answerer.encoder, answerer.settings.max_seq_len, lambda w: model.start(w).result())
+    folder = Path(name)
+    found = find_run(name).checkpoint if (folder / "run.json").is_file() else name
+    checkpoint = load_checkpoint(found, hub)
+    if checkpoint.new_head:
+        raise CheckpointError(f"{name}: has no question-answering head, only an encoder: train it before it teaches")
+    weights = Path(found) / "model.safetensors"
+    known = hash_file(weights) if weights.is_file() else f"{found}@{(hub or Hub()).revision}"
+    model = checkpoint.model.to(device)
+    bf16 = resolve_precision("auto", device.type) == "bf16"
+    pad = checkpoint.encoder.config.pad_token_id
+    return Teacher(
+        name,
+        _digest(known, checkpoint.encoder),
+        checkpoint.encoder,
+        checkpoint.settings.max_seq_len,
+        lambda windows: _torch_logits(model, windows, pad, bf16),
+    )
+
+
+def _digest(weights: str, encoder: Encoder) -> str:
+    return hashlib.sha256(f"{weights} {encoder.digest}".encode()).hexdigest()
+
+
+def _torch_logits(model: Any, windows: Sequence[Window], pad: int, bf16: bool) -> list[tuple[FloatArray, FloatArray]]:
+    found: dict[int, tuple[FloatArray, FloatArray]] = {}
+    for rows in batches([len(w) for w in windows], tokens=_BATCH_TOKENS):
+        own = [windows[i] for i in rows]
+        batch = {name: torch.from_numpy(values).to(model.device) for name, values in pad_batch(own, pad).items()}
+        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            output = model(**batch)
+        starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
+        found.update({i: (starts[n, : len(windows[i])], ends[n, : len(windows[i])]) for n, i in enumerate(rows)})
+    return [found[i] for i in range(len(windows))]
+
+
+def teach(
+    teacher: Teacher,
+    features: FeatureSet,
+    *,
+    questions: Sequence[str],
+    temperature: float,
+    folder: Path | None,
+    say: Callable[[str], object],
+) -> list[SoftLabels]:
+    """What a teacher says of every window of the training set.
+
+    Args:
+        teacher: Who is asked.
+        features: The student's windows.
+        questions: ``[examples]``, the questions' texts.
+        temperature: T; above 1 it flattens the teacher's distributions.
+        folder: Where its logits are kept, None keeps them nowhere.
+        say: Gets a line per part, and the teacher's agreement with the annotators.
+
+    Returns:
+        Its distributions, ``[windows]``.
+
+    Raises:
+        InputError: It finds next to none of the annotated answers.
+    """
+    pieces = [
+        (question, _piece(context, feature.window), feature, context)
+        for number, (question, context) in enumerate(zip(questions, features.contexts, strict=True))
+        for feature in features.features[features.first[number] : features.first[number + 1]]
+    ]
+    keys = [_key(question, text) for question, (text, _), _, _ in pieces]
+    store = _Store(folder and folder / f"teacher-{teacher.digest[:16]}")
+    wanted = {key: (question, text) for key, (question, (text, _), _, _) in zip(keys, pieces, strict=True)}
+    missing = [(key, *pair) for key, pair in wanted.items() if key not in store]
+    for begin in range(0, len(missing), _PART):
+        part = missing[begin : begin + _PART]
+        store.add([key for key, _, _ in part], _ask(teacher, [(q, t) for _, q, t in part]))
+        say(f"teacher          {min(begin + _PART, len(missing))} of {len(missing)} windows")
+        if begin == 0:
+            _judge(teacher, pieces, keys, store, say)
+    if not missing:
+        _judge(teacher, pieces, keys, store, say)
+    return [
+        _soft(store[key], feature, context, start, temperature)
+        for key, (_, (_, start), feature, context) in zip(keys, pieces, strict=True)
+    ]
+
+
+def _piece(context: EncodedText, window: Window) -> tuple[str, int]:
+    """The text that a window holds, and where it begins in the context."""
+    if window.context_length == len(context):
+        return context.text, 0
+    last = window.context_offset + window.context_length - 1
+    start, end = int(context.offsets[window.context_offset, 0]), int(context.offsets[last, 1])
+    return context.text[start:end], start
+
+
+def _key(question: str, text: str) -> bytes:
+    return hashlib.sha256(json.dumps((question, text)).encode()).digest()[:16]
+
+
+def _ask(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> Rows:
+    """The highest logits of each question on each text, by character."""
+    encoder = teacher.encoder
+    texts = list(dict.fromkeys(text for _, text in pairs))
+    encoded = dict(zip(texts, encoder.encode_many(texts), strict=True))
+    questions = encoder.encode_many([question for question, _ in pairs])
+    windows: list[Window] = []
+    owners: list[int] = []
+    for number, (question, (_, text)) in enumerate(zip(questions, pairs, strict=True)):
+        stride = min(64, max(0, encoder.room(question, teacher.longest) // 2))
+        cut = encoder.windows(question, encoded[text], max_seq_len=teacher.longest, doc_stride=stride)
+        windows += cut
+        owners += [number] * len(cut)
+    rows: Rows = {
+        "start_places": np.full((len(pairs), KEPT), _NONE, dtype=np.int32),
+        "start_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
+        "end_places": np.full((len(pairs), KEPT), _NONE, dtype=np.int32),
+        "end_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
+    }
+    logits = teacher.run(windows)
+    begin = 0
+    for number, (_, text) in enumerate(pairs):
+        end = begin
+        while end < len(owners) and owners[end] == number:
+            end += 1
+        places = _places(encoded[text])
+        for side, name in enumerate(("start", "end")):
+            where, values = _highest(windows[begin:end], [logits[i][side] for i in range(begin, end)], places[:, side])
+            rows[f"{name}_places"][number, : len(where)] = where
+            rows[f"{name}_logits"][number, : len(where)] = values
+        begin = end
+    return rows
+
+
+def _places(text: EncodedText) -> IntArray:
+    """``[tokens, 2]``: the first and the last visible character of each token, ``_NONE`` for a blank one."""
+    codes = np.asarray([not c.isspace() for c in text.text], dtype=bool)
+    nexts = np.append(np.where(codes, np.arange(len(codes)), len(codes)), len(codes))
+    nexts = np.minimum.accumulate(nexts[::-1])[::-1]
+    before = np.maximum.accumulate(np.append(-1, np.where(codes, np.arange(len(codes)), -1)))
+    places = np.stack((nexts[text.offsets[:, 0]], before[text.offsets[:, 1]]), axis=1)
+    places[text.blank] = _NONE
+    return np.asarray(places, dtype=np.int64)
+
+
+def _highest(windows: Sequence[Window], logits: Sequence[FloatArray], places: IntArray) -> tuple[IntArray, FloatArray]:
+    """The places of the ``KEPT`` highest logits, and these; a token in several windows has its highest, null its least."""
+    best = np.full(len(places), -np.inf, dtype=np.float32)
+    null = np.inf
+    for window, values in zip(windows, logits, strict=True):
+        held = slice(window.context_offset, window.context_offset + window.context_length)
+        own = values[window.context_begin : window.context_begin + window.context_length]
+        best[held] = np.maximum(best[held], own)
+        null = min(null, float(values[window.null_index]))
+    best[places == _NONE] = -np.inf
+    order = np.argsort(-best, kind="stable")[: KEPT - 1]
+    order = order[np.isfinite(best[order])]
+    return np.append(_NULL, places[order]), np.append(np.float32(null), best[order])
+
+
+def _soft(row: Rows, feature: Feature, context: EncodedText, shift: int, temperature: float) -> SoftLabels:
+    """The teacher's distributions on the student's tokens."""
+    window = feature.window
+    held = slice(window.context_offset, window.context_offset + window.context_length)
+    offsets = context.offsets[held] - shift
+    found: list[Any] = []
+    for name in ("start", "end"):
+        places, logits = row[f"{name}_places"], row[f"{name}_logits"].astype(np.float32)
+        used = places != _NONE
+        places, logits = places[used], logits[used] / temperature
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        # The last token that begins at or before the character; characters that no token covers belong to it too.
+        tokens = np.searchsorted(offsets[:, 0], places, side="right") - 1
+        positions = np.where(places == _NULL, window.null_index, window.context_begin + np.maximum(tokens, 0))
+        own, inverse = np.unique(positions, return_inverse=True)
+        summed = np.bincount(inverse, weights=shares)
+        kept = summed >= _SHARE
+        found += [own[kept], (summed[kept] / summed[kept].sum()).astype(np.float32)]
+    return SoftLabels(*found)
+
+
+def _judge(
+    teacher: Teacher,
+    pieces: Sequence[tuple[str, tuple[str, int], Feature, EncodedText]],
+    keys: Sequence[bytes],
+    store: _Store,
+    say: Callable[[str], object],
+) -> None:
+    """Says how often the teacher's best start and end are an annotator's. Raises InputError if that is next to never."""
+    hits: list[bool] = []
+    for key, (_, (_, shift), feature, context) in zip(keys, pieces, strict=True):
+        if key in store and feature.positions[0, 0] != feature.window.null_index:
+            soft = _soft(store[key], feature, context, shift, 1.0)
+            answer = [_best(soft.starts, soft.start_shares), _best(soft.ends, soft.end_shares)]
+            hits.append(any(answer == row.tolist() for row in feature.positions))
+        if len(hits) >= 5 * _JUDGED:
+            break
+    if len(hits) < _JUDGED // 4:
+        return
+    share = float(np.mean(hits))
+    line = f"the teacher {teacher.name} finds {100 * share:.1f} % of {len(hits)} annotated answers exactly"
+    if share < _AGREE:
+        raise InputError(f"{line}: it knows another task or language, and would teach that: give another --teacher")
+    say(f"teacher          {'WARNING: ' if share < _DOUBT else ''}{line}")
+
+
+def _best(positions: IntArray, shares: FloatArray) -> int:
+    return int(positions[int(shares.argmax())])
+
+
+class _Store:
+    """Rows by key, in memory and, with a folder, in files of ``_PART`` rows, each written whole or not at all."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._rows: dict[bytes, tuple[Rows, int]] = {}
+        for path in sorted(folder.glob("*.npz")) if folder and folder.is_dir() else []:
+            try:
+                with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+                    rows = {name: archive[name] for name in _FIELDS}
+                    self._keep([key.tobytes() for key in archive["keys"]], rows)
+            except Exception:  # noqa: S112 - on a damaged file numpy and zipfile raise anything: its rows are asked for again
+                continue
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: bytes) -> Rows:
+        rows, number = self._rows[key]
+        return {name: values[number] for name, values in rows.items()}
+
+    def add(self, keys: Sequence[bytes], rows: Rows) -> None:
+        """Keeps rows under their keys."""
+        self._keep(keys, rows)
+        if self._folder is None:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
+        temporary = self._folder / f"{name}.{os.getpid()}.tmp"
+        with temporary.open("wb") as stream:
+            np.savez_compressed(
+                stream, allow_pickle=False, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), **rows
+            )
+        temporary.rename(self._folder / f"{name}.npz")
+
+    def _keep(self, keys: Sequence[bytes], rows: Rows) -> None:
+        self._rows.update({key: (rows, number) for number, key in enumerate(keys)})
+
+
+def keep_layers(model: Any, count: int) -> Any:
+    """The model with ``count`` of its layers, evenly chosen, the first and the last among them.
+
+    Args:
+        model: A transformers model whose layers are one list, as BERT's are.
+        count: How many to keep.
+
+    Returns:
+        The same model, its configuration changed.
+
+    Raises:
+        InputError: It has not so many layers, or they cannot be told.
+    """
+    names = ("num_hidden_layers", "n_layers", "num_layers")
+    name = next((n for n in names if isinstance(getattr(model.config, n, None), int)), None)
+    total = getattr(model.config, name) if name else 0
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total]
+    if name is None or len(lists) != 1:
+        raise InputError(f"--layers: the layers of a {model.config.model_type} model are not one list, so none can go")
+    if not 1 <= count <= total:
+        raise InputError(f"--layers {count}: the base has {total} layers")
+    chosen = np.unique(np.round(np.linspace(0, total - 1, count)).astype(int)) if count > 1 else np.asarray([0])
+    layers = [lists[0][int(i)] for i in chosen]
+    for index in reversed(range(total)):
+        del lists[0][index]
+    lists[0].extend(layers)
+    setattr(model.config, name, count)
+    return model

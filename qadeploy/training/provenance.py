@@ -1,0 +1,47 @@
+"""Where a run and a bundle come from: the base model and the versions of what made them, as their records say it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qadeploy.errors import CheckpointError
+from qadeploy.files import hash_file
+from qadeploy.inference.front_matter import license_of
+from qadeploy.shipped import base_model_path
+from qadeploy.training.checkpoint import Checkpoint
+
+
+def versions_of(names: Iterable[str], *, missing: str) -> dict[str, str]:
+    """The versions of Python and of the packages; ``missing`` where one is not installed as a package."""
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = missing
+    return found
+
+
+def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The base's name, the SHA-256 of its weights, its commit on the hub and its licence; None where not known."""
+    weights = Path(checkpoint.name) / "model.safetensors"
+    commit = getattr(checkpoint.model.config, "_commit_hash", None)  # whatever branch or tag was asked for
+    return {
+        "name": base_name(checkpoint.name),
+        "sha256": hash_file(weights) if weights.is_file() else None,
+        "commit": str(commit) if commit else None,
+        "license": license_of(checkpoint.name),
+    }
+
+
+def base_name(name: str) -> str:
+    """The base as a reader of the record knows it: the model that ships by its name, not by where it is installed."""
+    with suppress(CheckpointError):
+        if name == str(base_model_path()):
+            return base_model_path().name
+    return name

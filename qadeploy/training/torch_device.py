@@ -1,0 +1,95 @@
+"""The device that torch computes on, by the names that the runtime knows, with the same errors; its precision."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from qadeploy.errors import DeviceError, DeviceWarning, InputError
+from qadeploy.inference.devices import find_driver, has_driver, parse_device, torch_cuda, torch_line
+from qadeploy.machine import machine
+from qadeploy.training import distributed
+
+
+def torch_device(name: str) -> torch.device:
+    """The device of a name: auto, cpu, cuda or cuda:N; CUDA only after a tensor was made on it.
+
+    ``auto`` takes the CPU where CUDA does not work, and warns (DeviceWarning) where a driver is there all the
+    same. Raises InputError on another name, DeviceError where CUDA is asked for and not to be had.
+    """
+    asked = parse_device(name)
+    if asked.kind == "cpu":
+        return torch.device("cpu")
+    why = _why_not(asked.index)
+    if not why:
+        return torch.device("cuda", asked.index)
+    if asked.kind == "cuda":
+        raise DeviceError(f"{asked} was asked for and is not to be had: {why}. Or give --device cpu")
+    if has_driver():
+        warnings.warn(f"this runs on the CPU, though a GPU driver is there: {why}", DeviceWarning, stacklevel=2)
+    return torch.device("cpu")
+
+
+def training_device(name: str) -> torch.device:
+    """``torch_device`` of this process: of several on a machine each takes a GPU of its own.
+
+    Raises what it raises, and InputError where several are to share the one GPU that was named.
+    """
+    asked = parse_device(name)
+    if distributed.count() == 1:
+        return torch_device(name)
+    if asked.number is not None:
+        raise InputError(f"--device {asked}: {distributed.count()} processes take a GPU each: give --device cuda")
+    if asked.kind == "auto" and not torch.cuda.is_available():
+        return torch_device("auto")
+    return torch_device("cpu" if asked.kind == "cpu" else f"cuda:{distributed.local_rank()}")
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu``, or ``cuda`` with the GPU's name."""
+    return device.type if device.type == "cpu" else f"{device.type} ({torch.cuda.get_device_name(device)})"
+
+
+def resolve_precision(wanted: str, device: str) -> str:
+    """``auto`` becomes bf16 where the ``device``, cpu or cuda, multiplies it natively, else fp32. Raises InputError."""
+    if wanted not in {"auto", "fp32", "bf16", "fp16"}:
+        raise InputError(f"precision is {wanted!r}: choose auto, fp32, bf16 or fp16")
+    on_gpu = device == "cuda"
+    if wanted == "fp16" and not on_gpu:
+        raise InputError("precision fp16: needs a GPU, and this trains on the CPU: use --precision bf16 or fp32")
+    native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bf16" and on_gpu and not native:
+        raise InputError("precision bf16: this GPU does not multiply bf16: use --precision fp32")
+    if wanted != "auto":
+        return wanted
+    if on_gpu:
+        return "bf16" if native else "fp32"
+    return "bf16" if machine().has_bf16 else "fp32"
+
+
+def _why_not(number: int) -> str:
+    """Why torch cannot compute on the GPU ``number``, with what mends it; empty where it can."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if number >= count:
+            return f"there is no cuda:{number}, " + ("only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}")
+        try:
+            torch.zeros(1, device=torch.device("cuda", number))
+        except RuntimeError as error:  # another holds it, its memory is full, torch has no kernels for it
+            return f"torch cannot use cuda:{number} ({' '.join(str(error).split())[:200]})"
+        return ""
+    found = []
+    built = torch_cuda()
+    if built is None:
+        found.append(f"the installed torch {torch.__version__} is a CPU build: {torch_line()}")
+    driver = find_driver()
+    if driver.problem:
+        found.append(driver.problem)
+    elif built and driver.cuda and driver.cuda[0] < built[0]:
+        older = f", or {torch_line(driver.cuda[0])}" if driver.cuda[0] == 12 else ""
+        found.append(
+            f"torch {torch.__version__} wants CUDA {built[0]}, and the driver runs CUDA {driver.cuda[0]}.{driver.cuda[1]} "
+            f"at most: update the driver{older}"
+        )
+    return ". ".join(found) or f"torch {torch.__version__} finds no GPU and does not say why: see qadeploy doctor"
