@@ -107,6 +107,7 @@ def main(source: Path, out: Path) -> None:
             asked = paragraph["qas"]
             chosen = generator.sample(asked, min(QAMR_QUESTIONS, len(asked)))
             parts["train"] += rows([{**paragraph, "qas": chosen}])
+    random.Random(SEED).shuffle(parts["train"])
     parts["held_out_moved"] = list(moved(held, generator))
     parts["held_out_removed"] = list(removed(held))
     parts["held_out_articles"] = list(whole(held))
