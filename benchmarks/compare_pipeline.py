@@ -1,15 +1,15 @@
-"""transformers' question-answering pipeline beside ``qadeploy.integrations.transformers_pipeline`` on the same model: equal answers, and why others differ.
+"""transformers' question-answering pipeline and ``qadeploy.integrations.transformers_pipeline`` on one model: where answers differ, and why.
 
-    python benchmarks/compare_pipeline.py bundles/handbook runs/handbook/checkpoint
-    python benchmarks/compare_pipeline.py      # only writes the table of docs/migrating.md anew from the JSON
+    python -m benchmarks.compare_pipeline bundles/handbook runs/handbook/checkpoint
+    python -m benchmarks.compare_pipeline      # only writes the table of docs/migrating.md again from the JSON
 
-Both answer the same questions with the pipeline's default options. Every answer of the pipeline's that is not ours falls into
-the first class that fits:
+Both answer the same questions with the pipeline's default options. Each answer of the pipeline that is not ours gets the
+first class that fits:
 
-- same text: the same words, but another place in the context;
-- added up: the pipeline's answer is ours once it no longer adds up the scores of equal texts (its ``get_answer`` finds none);
-- window by window: it also goes by a softmax that each window has to itself. Shown on our own logits: the span of the highest
-  such probability is the pipeline's, the span of the highest logits is ours;
+- same text: the same words at another place in the context;
+- added up: the pipeline's answer is ours if it does not add up the scores of equal texts (its ``get_answer`` finds none);
+- window by window: the pipeline also takes a softmax per window. By our own logits, the span of the highest such
+  probability is the pipeline's, and the span of the highest logits is ours;
 - other: anything else.
 
 Writes ``results/compare_pipeline.json`` and the table between the markers in docs/migrating.md.
@@ -18,9 +18,7 @@ Writes ``results/compare_pipeline.json`` and the table between the markers in do
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,41 +26,42 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.harness import (
+    RESULTS,
+    Json,
+    bundle_facts,
+    read_report,
+    report,
+    run,
+    where_measured,
+    write_report,
+    write_table,
+)
 from qadeploy.bench.peers.setup import quiet
 from qadeploy.bench.workload import draw
 from qadeploy.compat import QuestionAnsweringPipeline, pipeline
 from qadeploy.core.calibration import expected_calibration_error
-from qadeploy.core.decoding import span_table
+from qadeploy.core.decoding import WindowLogits, span_table
 from qadeploy.core.metrics import bootstrap_interval, score
-from qadeploy.data.readers import hash_examples, read
-from qadeploy.errors import QadeployError
-from qadeploy.files import write_json
-from qadeploy.inference.answerer import Options, Reading
-from qadeploy.inference.bundle import open_bundle
-from qadeploy.inference.doctor import diagnose
+from qadeploy.core.settings import Options
+from qadeploy.data.loading import hash_examples, read
+from qadeploy.inference.answerer import DecodedPair
 from qadeploy.records import Answer, Example, FloatArray
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "compare_pipeline.json"
-DOCS = HERE.parent / "docs" / "migrating.md"
-BEGIN, END = "<!-- compared: begin -->", "<!-- compared: end -->"
+REPORT = "compare_pipeline.json"
 CLASSES = ("equal", "same text", "added up", "window by window", "other")
-DEFAULTS = {
-    "max_seq_len": 384,
-    "doc_stride": 128,
-    "max_answer_len": 15,
-}  # the pipeline's, for a model of 384 tokens or more
-Json = dict[str, Any]
+# The pipeline's, for a model of 384 tokens or more.
+DEFAULTS = {"max_seq_len": 384, "doc_stride": 128, "max_answer_len": 15}
 Place = tuple[int, int]
 
 
 def place(found: Json) -> Place:
-    """Where an answer of either pipeline stands."""
+    """The place of an answer of either pipeline."""
     return found["start"], found["end"]
 
 
 def without_adding(theirs: Any, items: Sequence[Json], **options: int) -> list[Json]:
-    """What transformers' pipeline answers if equal texts do not get their scores added up."""
+    """What transformers' pipeline answers if it does not add up the scores of equal texts."""
     theirs.get_answer = lambda answers, target: None
     try:
         with quiet():
@@ -71,12 +70,12 @@ def without_adding(theirs: Any, items: Sequence[Json], **options: int) -> list[J
         del theirs.get_answer
 
 
-def best_by_window(reading: Reading) -> Place:
-    """The word-aligned span whose probability in one window, softmax of starts times softmax of ends, is highest of all windows."""
+def best_by_window(reading: DecodedPair) -> Place:
+    """The word-aligned span of the highest probability within a window (softmax of starts times softmax of ends)."""
     best, found = -np.inf, (0, 0)
     words = reading.context.words
     for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True):
-        table = span_table([window], [starts], [ends], reading.context, reading.settings.max_answer_len)
+        table = span_table([WindowLogits([window], [starts], [ends], reading.context)], reading.settings.max_answer_len)
         free = [window.null_index, *range(window.context_begin, window.context_begin + window.context_length)]
         table = table - _log_sum(starts[free]) - _log_sum(ends[free])
         first, extra = divmod(int(table.argmax()), table.shape[1])
@@ -90,8 +89,8 @@ def _log_sum(logits: FloatArray) -> float:
     return float(np.logaddexp.reduce(logits.astype(np.float64)))
 
 
-def kind_of(theirs: Json, unadded: Json, ours: Json, reading: Reading) -> str:
-    """The class of a question by the answers of both, and by the pipeline's without adding."""
+def kind_of(theirs: Json, unadded: Json, ours: Json, reading: DecodedPair) -> str:
+    """The class of a question, by the answers of both and by the pipeline's without adding."""
     if place(theirs) == place(ours):
         return "equal"
     if theirs["answer"].lower() == ours["answer"].lower():
@@ -104,7 +103,7 @@ def kind_of(theirs: Json, unadded: Json, ours: Json, reading: Reading) -> str:
 
 
 def figures(examples: Sequence[Example], rows: Sequence[Json]) -> Json:
-    """What is said of some questions: the classes, and how right either side is."""
+    """The figures of some questions: the classes, and the scores of either side."""
     sides: Json = {}
     f1 = {}
     for side in ("pipeline", "qadeploy"):
@@ -140,7 +139,7 @@ def _equal(rows: Any) -> int:
 def compare(
     theirs: Any, ours: QuestionAnsweringPipeline, examples: Sequence[Example], options: Mapping[str, Any]
 ) -> list[Json]:
-    """One row a question: both answers, its windows, its class. ``options`` are the lengths of ``DEFAULTS``."""
+    """One row per question: both answers, its windows, its class. ``options`` are the lengths of ``DEFAULTS``."""
     items = [{"question": e.question, "context": e.context} for e in examples]
     with quiet():
         found = theirs(list(items), **options)
@@ -155,7 +154,7 @@ def compare(
     return rows
 
 
-def run(bundle: Path, checkpoint: Path, data: str, questions: int, threads: int) -> Json:
+def measure(bundle: Path, checkpoint: Path, data: str, questions: int, threads: int) -> Json:
     """The content of results/compare_pipeline.json."""
     import torch
     from transformers import pipeline as transformers_pipeline
@@ -170,26 +169,24 @@ def run(bundle: Path, checkpoint: Path, data: str, questions: int, threads: int)
     whole = read(data)
     examples = draw(data, whole.examples, questions).examples
     rows = compare(theirs, ours, examples, DEFAULTS)
-    opened = open_bundle(bundle)
     held_out = [i for i, e in enumerate(examples) if e.split == "validation"]
     parts = {"all": figures(examples, rows)}
     if 0 < len(held_out) < len(examples):
         parts["held out"] = figures([examples[i] for i in held_out], [rows[i] for i in held_out])
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "environment": {**diagnose(), "threads": threads, "load_average": os.getloadavg()[0]},
-        "bundle": {"name": bundle.name, "precision": opened.precision, "sha256": opened.hash},
-        "data": data,
-        "data_sha256": hash_examples(examples),
-        "parts": parts,
-        "seconds": round(time.time() - started, 1),
-        "differences": [row for row in rows if row["class"] != "equal"],
-    }
+    return report(
+        environment={"threads": threads},
+        bundle=bundle_facts(bundle),
+        data=data,
+        data_sha256=hash_examples(examples),
+        parts=parts,
+        seconds=round(time.time() - started, 1),
+        differences=[row for row in rows if row["class"] != "equal"],
+    )
 
 
-def table(report: Json) -> list[str]:
+def table(found: Json) -> list[str]:
     """The figures as a table in Markdown."""
-    parts = report["parts"]
+    parts = found["parts"]
 
     def shown(name: str, cells: Any) -> str:
         return f"| {name} | {' | '.join(cells)} |"
@@ -223,22 +220,12 @@ def table(report: Json) -> list[str]:
         shown("highest score: pipeline, qadeploy", both("highest_score", ".2f")),
         shown("calibration error: pipeline, qadeploy", both("calibration_error", ".3f")),
     ]
-    environment = report["environment"]
-    packages = environment["packages"]
     lines += [
         "",
-        f"{report['bundle']['name']} ({report['bundle']['precision']}) on {report['data']}, both with the pipeline's default options; "
-        f"{environment['cpu']['model']}, {environment['threads']} threads, transformers {packages['transformers']}, torch {packages['torch']}, "
-        f"ONNX Runtime {packages['onnxruntime'] or packages['onnxruntime-gpu']}, commit {environment['commit']}.",
+        f"{found['bundle']['name']} ({found['bundle']['precision']}) on {found['data']}, both with the pipeline's default options; "
+        f"{where_measured(found['environment'], 'transformers', 'torch')}.",
     ]
     return lines
-
-
-def written(docs: str, report: Json) -> str:
-    """The text of docs/migrating.md with the table of this report in its place."""
-    before, _, rest = docs.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return "\n".join([before + BEGIN, *table(report), END + after])
 
 
 @click.command(help=__doc__)
@@ -247,24 +234,21 @@ def written(docs: str, report: Json) -> str:
 @click.option("--data", default="handbook", show_default=True)
 @click.option("--questions", default=1000, show_default=True, type=click.IntRange(min=1))
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1))
-def main(bundle: Path | None, checkpoint: Path | None, data: str, questions: int, threads: int) -> None:
+@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+def main(bundle: Path | None, checkpoint: Path | None, check: bool, **options: Any) -> None:
     """Compares, prints the table, and writes the JSON and the docs."""
     if bundle is not None:
         if checkpoint is None:
-            raise click.UsageError("give the checkpoint that the bundle was exported from too")
-        report = run(bundle, checkpoint, data, questions, threads)
-        write_json(RESULTS, report)
-        for row in report["differences"]:
+            raise click.UsageError("also give the checkpoint that the bundle was exported from")
+        measured = measure(bundle, checkpoint, **options)
+        write_report(RESULTS / REPORT, measured)
+        for row in measured["differences"]:
             if row["class"] == "other":
                 click.echo(f"other: {json.dumps(row, ensure_ascii=False)}")
-        click.echo(str(Counter(row["class"] for row in report["differences"])))
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    DOCS.write_text(written(DOCS.read_text(encoding="utf-8"), report), encoding="utf-8")
-    click.echo("\n".join(table(report)))
+    lines = table(read_report(REPORT))
+    write_table("docs/migrating.md", "compared", lines, check=check)
+    click.echo("\n".join(lines))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QadeployError as error:
-        raise SystemExit(f"Error: {error}") from error
+    run(main)

@@ -1,20 +1,21 @@
-"""How fast a GPU answers: our latency and throughput paths against ONNX Runtime as it comes, torch, optimum and the pipeline.
+"""How fast a GPU answers: our latency and throughput paths, ONNX Runtime with its defaults, torch, optimum and the pipeline.
 
     python -m benchmarks.gpu benchmarks/results/gpu.json
-    python -m benchmarks.gpu --device cpu dry-run.json      # everything once, with tiny models, to see that it runs
+    python -m benchmarks.gpu --device cpu dry-run.json      # each part once, with tiny models, to see that it runs
 
-Needs the repository alone: the base model that it ships, and models of BERT-base's and BERT-large's shape whose random
-weights are drawn here. The questions are the handbook's, so lengths are real ones.
+Needs only the repository: the base model that ships, and models of BERT-base's and BERT-large's shape with random weights.
+The questions are the handbook's, so lengths are real.
 
-Each model has a process of its own, with a share of ``--minutes``; what it found is kept when its time is up or it dies, and the
-rest is reported as not measured. In it every variant is loaded, asked the questions of the correctness check (which
-warms it up) and then timed in turns, the order turning with the rounds. One that fails is a row with its reason. torch.compile, whose
-compiling takes long, comes last, in turns with eager torch and our paths.
+Each model has a process of its own, with a share of ``--minutes``. What it found is kept if its time is up or it dies, and
+the rest is reported as not measured. In it, each variant is loaded and asked the questions of the correctness check, which
+warms it up; then all are timed in turns, in an order that rotates with the rounds. A variant that fails is a row with its
+reason. torch.compile, which takes long, comes last, in turns with eager torch and our paths.
 
-Model only: windows as token ids on the host in, logits on the host out. End to end: texts in, answers out. A round of what is
-short is the mean of several runs, so that the clock can tell; what is slow gets fewer rounds. ``memory_mib`` is by how much the device's used memory grew from before a
-variant was loaded until it had answered everything; ``utilisation`` is nvidia-smi's, in percent, while
-it alone works on all windows for a second. Both are null without nvidia-smi.
+Model only: windows as token ids on the host in, logits on the host out. End to end: texts in, answers out. A round of
+something short is the mean of several runs, so that the clock can resolve it; something slow gets fewer rounds.
+``memory_mib`` is how much the device's used memory grew from before a variant was loaded until it had answered everything;
+``utilisation`` is nvidia-smi's, in percent, while the variant alone works on all windows for a second. Both are null
+without nvidia-smi.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -48,20 +50,16 @@ from benchmarks.gpu_plan import (
     SHARES,
     SORTED,
     THROUGHPUT,
-    Json,
-    Plan,
+    ModelPlan,
 )
-from qadeploy.errors import QadeployError
-from qadeploy.files import write_json
-from qadeploy.inference.doctor import diagnose
+from benchmarks.harness import ROOT, Json, report, run, write_report
 from qadeploy.inference.session import onnxruntime
 
-ROOT = Path(__file__).resolve().parent.parent
 WORKER = (sys.executable, "-m", "benchmarks.gpu_worker")
 
 
-def run_model(plan: Plan) -> list[Json]:
-    """Runs one model's process to its end or the end of its time, again without the variant it died in; its lines."""
+def run_model(plan: ModelPlan) -> list[Json]:
+    """The lines of one model's process, run to its end or until its time is up; if it dies, again without that variant."""
     rows = Path(plan.rows)
     skip: list[str] = []
     while True:
@@ -94,7 +92,7 @@ def run_model(plan: Plan) -> list[Json]:
 
 
 def written(rows: Path) -> list[Json]:
-    """The lines of a model's process, without one that it was killed in."""
+    """The lines of a model's process, without a last one that was cut off."""
     found = []
     for line in rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -103,7 +101,7 @@ def written(rows: Path) -> list[Json]:
 
 
 def ratios(lines: Sequence[Json]) -> list[Json]:
-    """The targets of the GPU path that these figures can tell, with what was found; null where a part is missing."""
+    """The targets of the GPU path with what was found; null if a part is missing."""
 
     def median(model: str, scenario: str, *variants: str, phase: str = "main") -> float | None:
         found = [
@@ -176,7 +174,7 @@ def ratios(lines: Sequence[Json]) -> list[Json]:
     rate = large[0]["items_per_second"] if large else None
     result += [
         target("base model, one question end to end, ms", each, 1.0, most=True),
-        target("BERT-large shape, 32 x 384: windows a second", rate, 3000, most=False),
+        target("BERT-large shape, 32 x 384: windows per second", rate, 3000, most=False),
         {
             "target": "BERT-large shape: of MLPerf's best single H100 (int8, hand-written kernels)",
             "limit": None,
@@ -188,7 +186,7 @@ def ratios(lines: Sequence[Json]) -> list[Json]:
 
 
 def table(lines: Sequence[Json]) -> list[str]:
-    """The report as text: models, scenarios, variants; then correctness, failures and targets come in ``closing``."""
+    """The report as text: models, scenarios, variants, correctness, failures."""
     result = []
     for model in SHARES:
         own = [line for line in lines if line["model"] == model]
@@ -251,14 +249,7 @@ def closing(found: Sequence[Json]) -> list[str]:
     "--model", "models", multiple=True, type=click.Choice(list(SHARES)), help="Only this one; may be repeated."
 )
 def main(
-    out: Path,
-    device: str,
-    questions: int | None,
-    rounds: int | None,
-    minutes: float | None,
-    exports: Path | None,
-    only_export: bool,
-    models: tuple[str, ...],
+    out: Path, device: str, exports: Path | None, only_export: bool, models: tuple[str, ...], **limits: Any
 ) -> None:
     """Measures, prints the table and writes the JSON."""
     dry = not device.startswith("cuda")
@@ -270,38 +261,23 @@ def main(
         command = [sys.executable, "-m", "benchmarks.gpu_variants"]
         running = [subprocess.Popen([*command, name, str(exports), kind], cwd=ROOT) for name in chosen]
         raise SystemExit(max(process.wait() for process in running))
+    defaults = {"questions": 3, "rounds": 2, "minutes": 1.8} if dry else {"questions": 400, "rounds": 9, "minutes": 3}
+    limits = {name: limits[name] or default for name, default in defaults.items()}
     shares = {name: SHARES[name] for name in chosen}
     lines: list[Json] = []
-    end = time.time() + 60 * (minutes or (1.8 if dry else 3))
+    end = time.time() + 60 * limits.pop("minutes")
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(chosen):
             rest = sum(shares[other] for other in chosen[number:])
-            until = time.time() + (end - time.time()) * shares[name] / rest  # what one leaves over the others share
-            rows = Path(folder) / f"{number}.jsonl"
-            plan = Plan(
-                name,
-                device,
-                dry,
-                questions or (3 if dry else 400),
-                rounds or (2 if dry else 9),
-                until,
-                str(rows),
-                str(exports or Path(folder) / "exports"),
-            )
+            until = time.time() + (end - time.time()) * shares[name] / rest  # the others share the time that one leaves
+            rows, place = Path(folder) / f"{number}.jsonl", exports or Path(folder) / "exports"
+            plan = ModelPlan(name, device, dry, until=until, rows=str(rows), exports=str(place), **limits)
             click.echo(f"{name}: until {time.strftime('%H:%M:%S', time.localtime(until))}", err=True)
             lines += run_model(plan)
     found = [{**each, "met": None} if dry else each for each in ratios(lines)]
     kept = [line for line in lines if line["kind"] != "begin"]
-    report = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "device": device,
-        "dry_run": dry,
-        "environment": {**diagnose(), "versions": versions()},
-        "targets": found,
-        "lines": kept,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, report)
+    facts = {"device": device, "dry_run": dry, "targets": found, "lines": kept}
+    write_report(out, report(environment={"versions": versions()}, **facts))
     for text in [*table(lines), *closing(found)]:
         click.echo(text)
     if not any(line["kind"] == "row" for line in lines):
@@ -309,7 +285,7 @@ def main(
 
 
 def versions() -> Json:
-    """What torch and ONNX Runtime were built with."""
+    """The builds of torch and ONNX Runtime, and the GPU's name."""
     import torch
 
     return {
@@ -321,7 +297,4 @@ def versions() -> Json:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QadeployError as error:
-        raise SystemExit(f"Error: {error}") from error
+    run(main)

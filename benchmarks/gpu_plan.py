@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: names, the plan of a model's process, a variant, and the watched device."""
+"""What the parts of benchmarks/gpu.py share: names, the plan of a model's process, a variant, and the watched GPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from qadeploy.records import Answer, FloatArray, Window
-
-Json = dict[str, Any]
-Logits = tuple[FloatArray, FloatArray]
+from qadeploy.records import Answer, Logits, Window
 
 LATENCY, THROUGHPUT = "ours, latency path", "ours, throughput path"
 ORT_PLAIN, ORT_SORTED, OPTIMUM, PIPELINE = (
@@ -32,9 +28,9 @@ REFERENCE = "torch fp32"
 ONE_128, ONE_384, MANY_384, MIXED = "1 x 128", "1 x 384", "32 x 384", "mixed lengths"
 E2E_ONE, E2E_ALL = "one question", "many questions"
 EVERY = frozenset({ONE_128, ONE_384, MANY_384, MIXED, E2E_ONE, E2E_ALL})
-MLPERF_INT8 = 9369  # BERT-large samples of 384 tokens a second, one H100, int8 (MLPerf Inference, offline)
+MLPERF_INT8 = 9369  # BERT-large samples of 384 tokens per second, one H100, int8 (MLPerf Inference, offline)
 
-# hidden, layers, heads, intermediate (Devlin et al. 2019, section 3); a dry run takes the same code through dwarfs.
+# hidden, layers, heads, intermediate (Devlin et al. 2019, section 3); a dry run uses dwarfs in their place.
 SHAPES = {"BERT-base shape": (768, 12, 12, 3072), "BERT-large shape": (1024, 24, 16, 4096)}
 DWARFS = {"BERT-base shape": (64, 2, 2, 128), "BERT-large shape": (64, 3, 2, 128)}
 BASE = "base model"
@@ -42,10 +38,10 @@ SHARES = {BASE: 0.34, "BERT-base shape": 0.23, "BERT-large shape": 0.43}  # of t
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What one model's process is told.
+class ModelPlan:
+    """The task of one model's process.
 
-    ``until`` is the end of its time (``time.time``), ``rows`` the file that it writes, ``exports`` the folder of the models.
+    ``until`` is when its time is up (``time.time``), ``rows`` the file that it writes, ``exports`` the folder of the models.
     """
 
     model: str
@@ -60,13 +56,13 @@ class Plan:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether this is no dry run on the CPU."""
+        """Whether this is a real run, not a dry run on the CPU."""
         return self.device.startswith("cuda")
 
 
 @dataclass
-class Variant:
-    """Something to measure: ``run`` is the model alone, the other two are end to end; None where it has no such thing."""
+class GpuVariant:
+    """Something to measure: ``run`` is the model alone, ``one`` and ``all`` are end to end; None if it cannot do that."""
 
     name: str
     precision: str
@@ -78,14 +74,14 @@ class Variant:
 
 
 def smi_name(device: str) -> str:
-    """What nvidia-smi calls cuda or cuda:N: CUDA_VISIBLE_DEVICES, which it ignores, may have numbered GPUs anew."""
+    """nvidia-smi's name of cuda or cuda:N: it ignores CUDA_VISIBLE_DEVICES, which may number GPUs differently."""
     number = int(device.partition(":")[2] or 0)
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return visible[number] if number < len(visible) else str(number)
 
 
-class Gpu:
-    """nvidia-smi, watched in the background: utilisation in percent and used memory in MiB. Nothing where it is not there."""
+class GpuWatch:
+    """nvidia-smi, watched in the background: utilisation in percent and used memory in MiB; None without nvidia-smi."""
 
     def __init__(self, device: str) -> None:
         self._samples: list[tuple[float, int, int]] = []
@@ -117,11 +113,11 @@ class Gpu:
         """MiB in use now."""
         if self._process is None:
             return None
-        time.sleep(0.15)  # a few samples later than what was just done
+        time.sleep(0.15)  # until samples later than the last step are there
         return self._samples[-1][2] if self._samples else None
 
     def utilisation(self, work: Callable[[], object], seconds: float = 1.0) -> float | None:
-        """Percent while ``work`` is repeated for so long."""
+        """Percent while ``work`` is repeated for ``seconds``."""
         if self._process is None:
             return None
         started = time.monotonic()

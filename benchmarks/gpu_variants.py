@@ -1,8 +1,7 @@
-"""The variants of benchmarks/gpu.py: our two paths and the peers, each as a function from windows to logits."""
+"""The variants of benchmarks/gpu.py: our two paths and the peers, each a function from windows to logits."""
 
 from __future__ import annotations
 
-import os
 import pickle
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,21 +32,21 @@ from benchmarks.gpu_plan import (
     SHAPES,
     SORTED,
     THROUGHPUT,
-    Logits,
-    Plan,
-    Variant,
+    GpuVariant,
+    ModelPlan,
 )
 from qadeploy.bench.workload import windows_of
 from qadeploy.core.windows import pad_batch
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.cuda import DeviceRunner, Place, batches
-from qadeploy.inference.session import OnnxModel, Pending, onnxruntime
-from qadeploy.records import Answer, Window
+from qadeploy.inference.session import OnnxModel, Pending, onnxruntime, session_options
+from qadeploy.machine import usable_cpus
+from qadeploy.records import Answer, Logits, Window
 from qadeploy.shipped import HANDBOOK, base_model_path
 from qadeploy.timing import spread
 
-HALF = "half.pickle"
+FP16 = "fp16.pickle"
 
 
 def make_checkpoint(name: str, folder: Path, dry: bool) -> Path:
@@ -75,14 +74,14 @@ def make_checkpoint(name: str, folder: Path, dry: bool) -> Path:
 
 
 def in_batches(windows: Sequence[Window], by_length: bool) -> list[list[int]]:
-    """Indices by length within a budget of tokens, as our runner has them, or 32 by 32 as they come."""
+    """Indices in batches by length within a token budget, like our runner's, or 32 by 32 in the given order."""
     if by_length:
         return batches([len(w) for w in windows])
     return [list(range(i, min(i + 32, len(windows)))) for i in range(0, len(windows), 32)]
 
 
 class Torch:
-    """A torch model on windows: padded, in batches of 32 as they come or by length within a token budget."""
+    """A torch model on windows: padded, in batches of 32 in the given order or by length within a token budget."""
 
     def __init__(self, model: Any, pad: int, *, by_length: bool) -> None:
         self._model, self._pad, self._by_length = model, pad, by_length
@@ -108,7 +107,7 @@ class Torch:
 
 
 class Plain:
-    """A session as most people run it: numpy in, numpy out, padded batches of 32 as they come, or by length."""
+    """A session as most people run it: numpy in, numpy out, padded batches of 32 in the given order, or by length."""
 
     def __init__(self, model: OnnxSession, pad: int, *, by_length: bool) -> None:
         self._model, self._pad, self._by_length = model, pad, by_length
@@ -128,19 +127,17 @@ class Plain:
 
 
 class OnnxSession:
-    """``InferenceSession`` with its defaults; raises RuntimeError where CUDA is asked for and not got."""
+    """``InferenceSession`` with its defaults; raises RuntimeError if CUDA is requested but not available."""
 
     def __init__(self, model: bytes, device: str) -> None:
         ort = onnxruntime()
         if device.startswith("cuda") and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         wanted, values = provider(device)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
         providers = [(wanted, values), "CPUExecutionProvider"] if device.startswith("cuda") else [wanted]
-        self.session = ort.InferenceSession(model, options, providers=providers)
+        self.session = ort.InferenceSession(model, session_options(), providers=providers)
         if self.session.get_providers()[0] != wanted:
-            raise RuntimeError(f"{wanted} was asked for, {self.session.get_providers()[0]} came")
+            raise RuntimeError(f"{wanted} was requested, but {self.session.get_providers()[0]} came")
         kinds = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
         self._kinds = {i.name: kinds[i.type] for i in self.session.get_inputs()}
 
@@ -182,21 +179,21 @@ def first(found: Sequence[Answer]) -> Answer:
 
 
 def export(name: str, folder: Path, dry: bool) -> Path:
-    """A model's checkpoint, ONNX graph and fp16 graphs in a folder of ``folder``; made unless they are there already."""
-    from qadeploy.export.fp16 import to_half
+    """A model's checkpoint, ONNX graph and fp16 graph in a folder below ``folder``; made unless they exist already."""
+    from qadeploy.export.fp16 import to_fp16
     from qadeploy.export.onnx import export_graph
     from qadeploy.inference.bundle import MODEL
     from qadeploy.training.checkpoint import load_checkpoint
 
     place = folder / name.replace(" ", "-")
-    if (place / HALF).is_file():
+    if (place / FP16).is_file():
         return place
     (place / "onnx").mkdir(parents=True, exist_ok=True)
     path = make_checkpoint(name, place / "checkpoint", dry)
     checkpoint = load_checkpoint(path)
     export_graph(checkpoint, place / "onnx")
     config = checkpoint.model.config
-    half = to_half(
+    converted = to_fp16(
         (place / "onnx" / MODEL).read_bytes(),
         {
             "model_type": config.model_type,
@@ -205,19 +202,19 @@ def export(name: str, folder: Path, dry: bool) -> Path:
             "hidden": config.hidden_size,
         },
     )
-    (place / f"{HALF}.tmp").write_bytes(pickle.dumps((path, half)))
-    (place / f"{HALF}.tmp").rename(place / HALF)
+    (place / f"{FP16}.tmp").write_bytes(pickle.dumps((path, converted)))
+    (place / f"{FP16}.tmp").rename(place / FP16)
     return place
 
 
 class Subject:
     """One model in this process: its checkpoint, its graphs, its questions, and how its variants are loaded."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ModelPlan) -> None:
         from qadeploy.training.checkpoint import load_checkpoint
 
         self.plan, self.folder = plan, export(plan.model, Path(plan.exports), plan.dry)
-        self.path, self.half = pickle.loads((self.folder / HALF).read_bytes())
+        self.path, self.fp16 = pickle.loads((self.folder / FP16).read_bytes())
         self.checkpoint = load_checkpoint(self.path)
         self.encoder, self.settings = self.checkpoint.encoder, self.checkpoint.settings
         self.pad = self.encoder.config.pad_token_id
@@ -233,10 +230,10 @@ class Subject:
         types = None if self.sample.token_type_ids is None else np.resize(self.sample.token_type_ids, tokens)
         return Window(ids, types, 1, tokens - 2, 0, 0)
 
-    def around(self, name: str, precision: str, model: Any, scenarios: frozenset[str], **more: Any) -> Variant:
+    def around(self, name: str, precision: str, model: Any, scenarios: frozenset[str], **more: Any) -> GpuVariant:
         """A model with our encoder and decoder around it."""
         answerer = Answerer(self.encoder, self.settings, model, context_cache_bytes=0)
-        return Variant(
+        return GpuVariant(
             name,
             precision,
             more.pop("run", model.run),
@@ -246,37 +243,37 @@ class Subject:
             **more,
         )
 
-    def load_reference(self) -> Variant:
+    def load_reference(self) -> GpuVariant:
         """Torch fp32, whose answers are held to be right."""
         from qadeploy.training.checkpoint import TorchModel
 
         model = TorchModel(self.checkpoint.model.to(self.plan.device), self.pad)
         return self.around(REFERENCE, "fp32", model, frozenset())
 
-    def load_ours(self) -> Iterator[Variant]:
+    def load_ours(self) -> Iterator[GpuVariant]:
         """Both paths; they share sessions."""
         model: Any
         if self.plan.on_gpu:
             model = OnnxModel(
-                lambda: self.half.model,
+                lambda: self.fp16.model,
                 device=self.plan.device,
                 pad_token_id=self.pad,
                 longest=self.encoder.config.position_limit,
             )
             model.warm_up(self.sample)
         else:
-            model = OursOnCpu(self.half.model, self.pad, self.encoder.config.position_limit)
+            model = OursOnCpu(self.fp16.model, self.pad, self.encoder.config.position_limit)
         one, many = frozenset({ONE_128, ONE_384, E2E_ONE}), frozenset({ONE_128, ONE_384, MANY_384, MIXED, E2E_ALL})
         yield self.around(LATENCY, "fp16", model, one, notes=model.notes)
         yield self.around(THROUGHPUT, "fp16", model, many, run=model.run_batch, notes=model.notes)
 
-    def load_plain(self) -> Iterator[Variant]:
+    def load_plain(self) -> Iterator[GpuVariant]:
         """Our fp16 graph in a session with its defaults."""
-        session = OnnxSession(self.half.model, self.plan.device)
+        session = OnnxSession(self.fp16.model, self.plan.device)
         for name, by_length in ((ORT_PLAIN, False), (ORT_SORTED, True)):
             yield self.around(name, "fp16", Plain(session, self.pad, by_length=by_length), EVERY)
 
-    def load_torch(self, name: str) -> Variant:
+    def load_torch(self, name: str) -> GpuVariant:
         """The checkpoint in fp16 (fp32 on a CPU), with eager or fused attention, compiled or not."""
         import torch
         from transformers import AutoModelForQuestionAnswering
@@ -292,10 +289,10 @@ class Subject:
             model = torch.compile(model, dynamic=True)
         return self.around(name, precision, Torch(model, self.pad, by_length=name in {SORTED, COMPILED}), EVERY)
 
-    def load_optimum(self) -> Variant:
+    def load_optimum(self) -> GpuVariant:
         """Optimum's ONNX model on its own export (fp32), which binds inputs and outputs by itself on CUDA.
 
-        Raises RuntimeError where CUDA is asked for and not got.
+        Raises RuntimeError if CUDA is requested but not available.
         """
         from optimum.onnxruntime import ORTModelForQuestionAnswering
 
@@ -308,10 +305,10 @@ class Subject:
                 self.folder / "onnx", provider=wanted, provider_options=values
             )
         if model.provider != wanted:
-            raise RuntimeError(f"{wanted} was asked for, {model.provider} came")
+            raise RuntimeError(f"{wanted} was requested, but {model.provider} came")
         return self.around(OPTIMUM, "fp32", Torch(model, self.pad, by_length=True), EVERY)
 
-    def load_pipeline(self) -> Variant:
+    def load_pipeline(self) -> GpuVariant:
         """Transformers' question-answering pipeline on torch, as most people call it."""
         from qadeploy.bench.peers.pipeline import load
 
@@ -320,8 +317,8 @@ class Subject:
             "doc_stride": self.settings.doc_stride,
             "max_answer_len": self.settings.max_answer_len,
         }
-        asker = load(str(self.path), self.plan.device, os.cpu_count() or 1, options)
-        return Variant(
+        asker = load(str(self.path), self.plan.device, usable_cpus(), options)
+        return GpuVariant(
             PIPELINE, "fp32", None, asker.answer_one, asker.answer_all, scenarios=frozenset({E2E_ONE, E2E_ALL})
         )
 

@@ -31,12 +31,12 @@ from benchmarks.gpu_plan import (
     SDPA,
     SORTED,
     THROUGHPUT,
-    Gpu,
-    Json,
-    Plan,
-    Variant,
+    GpuVariant,
+    GpuWatch,
+    ModelPlan,
 )
 from benchmarks.gpu_variants import Subject
+from benchmarks.harness import Json
 from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.records import Answer, Example
 from qadeploy.timing import spread, turns
@@ -47,23 +47,23 @@ _SLOW = 1.0  # seconds of a run that is not repeated to warm up
 _LONG, _FEWEST = 1.5, 3  # seconds after which a variant has had rounds enough, if it had so many
 
 
-class Worker:
-    """Measures one model and writes a line of JSON for everything as soon as it is known."""
+class GpuWorker:
+    """Measures one model and writes a line of JSON for each fact as soon as it is known."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ModelPlan) -> None:
         self.plan = plan
-        self.gpu = Gpu(plan.device)
+        self.gpu = GpuWatch(plan.device)
         self.failed: set[str] = set()
 
     def say(self, kind: str, **values: Any) -> None:
-        """One line."""
+        """Writes one line."""
         with Path(self.plan.rows).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"kind": kind, "model": self.plan.model, **values}) + "\n")
 
     def guarded(self, name: str, step: str, work: Callable[[], object]) -> bool:
-        """A variant's step, and whether it went well: a failure is a row, the others go on.
+        """Runs a variant's step and returns whether it succeeded; a failure is a row, and the others go on.
 
-        A crash of the process is blamed on who began last.
+        If the process crashes, the variant that began last is blamed.
         """
         self.say("begin", variant=name)
         try:
@@ -78,7 +78,7 @@ class Worker:
         return True
 
     def run(self) -> None:
-        """All of it."""
+        """Loads and times every variant."""
         started = time.monotonic()
         subject = Subject(self.plan)
         lengths = [len(w) for w in subject.windows]
@@ -86,12 +86,12 @@ class Worker:
             "questions": len(subject.pairs),
             "windows": len(lengths),
             "tokens": {"mean": float(np.mean(lengths)), "least": min(lengths), "most": max(lengths)},
-            "graph": subject.half.to_dict(),
+            "graph": subject.fp16.to_dict(),
             "seconds_to_load": time.monotonic() - started,
         }
         self.say("subject", **facts)
         right = self.right_answers(subject)
-        loaded: dict[str, Variant] = {}
+        loaded: dict[str, GpuVariant] = {}
         loaders: list[tuple[str, Callable[[], Any]]] = [
             (LATENCY, subject.load_ours),
             (ORT_PLAIN, subject.load_plain),
@@ -105,7 +105,7 @@ class Worker:
         for name, load in loaders:
             self.load(name, load, loaded, subject, right)
         self.time(subject, loaded, "main")
-        late: dict[str, Variant] = {}
+        late: dict[str, GpuVariant] = {}
         self.load(COMPILED, partial(subject.load_torch, COMPILED), late, subject, right)
         if late:
             known = {k: v for k, v in loaded.items() if k in {LATENCY, THROUGHPUT, EAGER} and k not in self.failed}
@@ -114,7 +114,7 @@ class Worker:
         self.say("done", seconds=time.monotonic() - started)
 
     def right_answers(self, subject: Subject) -> list[Answer]:
-        """Those of torch fp32 on the same device, TF32 off; none where it fails, and then nothing is compared with it."""
+        """The answers of torch fp32 on the same device, TF32 off; none if it fails, and then nothing is compared."""
         found: list[Answer] = []
 
         def work() -> None:
@@ -128,9 +128,14 @@ class Worker:
         return found
 
     def load(
-        self, name: str, load: Callable[[], Any], loaded: dict[str, Variant], subject: Subject, right: Sequence[Answer]
+        self,
+        name: str,
+        load: Callable[[], Any],
+        loaded: dict[str, GpuVariant],
+        subject: Subject,
+        right: Sequence[Answer],
     ) -> None:
-        """Loads a variant, or several that share a model, and asks each everything once."""
+        """Loads a variant, or several that share a model, and asks each all questions once."""
         if name in self.plan.skip:
             return
 
@@ -138,7 +143,7 @@ class Worker:
             self.release()
             before, started = self.gpu.memory(), time.monotonic()
             made = load()
-            for variant in [made] if isinstance(made, Variant) else list(made):
+            for variant in [made] if isinstance(made, GpuVariant) else list(made):
                 answers = [] if variant.all is None else variant.all(subject.pairs)
                 if variant.run is not None:
                     variant.run(subject.windows)
@@ -159,19 +164,19 @@ class Worker:
         self.guarded(name, "load", work)
 
     def release(self) -> None:
-        """Gives back what torch keeps of the memory of those before, which would count as the next one's."""
+        """Frees the memory that torch keeps from earlier variants, which would count as the next one's."""
         gc.collect()
         if self.plan.on_gpu:
             import torch
 
             torch.cuda.empty_cache()
 
-    def time(self, subject: Subject, loaded: Mapping[str, Variant], phase: str) -> None:
+    def time(self, subject: Subject, loaded: Mapping[str, GpuVariant], phase: str) -> None:
         """Every scenario, the variants in turns."""
         one = spread(subject.pairs, 4 if self.plan.dry else 64)
         some = spread(subject.pairs, 128)
         many = 2 if self.plan.dry else 32
-        works: dict[str, tuple[int, Callable[[Variant], Callable[[], object] | None]]] = {
+        works: dict[str, tuple[int, Callable[[GpuVariant], Callable[[], object] | None]]] = {
             ONE_128: (1, lambda v: _call(v.run, [subject.window(128)])),
             ONE_384: (1, lambda v: _call(v.run, [subject.window(384)])),
             MANY_384: (many, lambda v: _call(v.run, [subject.window(384)] * many)),
@@ -214,7 +219,7 @@ class Worker:
 
             def prepare(name: str = name, run: Callable[[], object] = run) -> None:
                 seconds = 1.0
-                for _ in range(2):  # the first time is no measure, and enough of what is slow
+                for _ in range(2):  # the first run does not count; a slow one is not repeated
                     started = time.perf_counter()
                     run()
                     seconds = time.perf_counter() - started
@@ -268,7 +273,7 @@ def main() -> None:
     """Reads the plan and does it."""
     spec = Path(sys.argv[1])
     values = json.loads(spec.read_text(encoding="utf-8"))
-    Worker(Plan(**{**values, "skip": tuple(values["skip"])})).run()
+    GpuWorker(ModelPlan(**{**values, "skip": tuple(values["skip"])})).run()
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@ r"""Long documents: what ``prefilter`` saves and costs, and what a document of a
     python models/prepare_data.py ../shared/data DATA
     python -m benchmarks.long_documents bundles/base-int8 ../shared/data/squadshifts_new_wiki.json \
         --held-out DATA/held_out_wiki.jsonl
-    python -m benchmarks.long_documents      # only writes the table of docs/scale.md anew from the JSON
+    python -m benchmarks.long_documents      # only writes the table of docs/scale.md again from the JSON
 
-All paragraphs of an article are one context, so that a question's answer lies in one of some dozen windows. Each question is
-answered from its article with every N and without one, one after another in an order that turns, so that ratios of times
-are of neighbours: the median over tenths of the questions, with the least and the most. The article is tokenised once
-("context at hand"); tokenising it is timed beside, and added to both sides in "first question". F1 is SQuAD's, its difference to all
-windows a mean over questions with a 95 % bootstrap interval. "gold read" is the share of questions one of whose annotated answers
-lies whole in a window that was read.
+All paragraphs of an article are one context, so the answer lies in one of a few dozen windows. Each question is answered
+with every N and without one, in turns, so that ratios compare neighbouring runs: the median over tenths of the
+questions, with the least and the most. The article is tokenised once, before; the time for it is measured separately and
+added to both sides in "first question". F1 is SQuAD's; its difference to all windows is a mean over questions with a 95 %
+bootstrap interval. "gold read" is the share of questions with an annotated answer that lies whole in a window that was read.
 
 A document of a million characters, many articles joined, is answered in a process of its own, with and without
 ``prefilter``: seconds, and the highest resident memory above that of an answerer that has answered one short question.
@@ -21,11 +20,11 @@ Writes ``results/long_documents.json`` and the table between the markers in docs
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,21 +34,28 @@ from typing import Any
 import click
 import numpy as np
 
+from benchmarks.harness import (
+    RESULTS,
+    Json,
+    bundle_facts,
+    read_report,
+    report,
+    run,
+    spread,
+    where_measured,
+    write_report,
+    write_table,
+)
 from qadeploy import Answerer
 from qadeploy.core.metrics import bootstrap_interval, score
-from qadeploy.data.readers import hash_examples
-from qadeploy.errors import QadeployError
-from qadeploy.files import write_json
-from qadeploy.inference.answerer import Options, Reading, to_answers
-from qadeploy.inference.bundle import open_bundle
-from qadeploy.inference.doctor import diagnose
+from qadeploy.core.settings import Options
+from qadeploy.data.loading import hash_examples
+from qadeploy.inference.answerer import DecodedPair, to_answers
 from qadeploy.records import Annotation, Answer, Example
 
 COUNTS: tuple[int | None, ...] = (1, 2, 3, 5, 8, 12, 20, None)
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "long_documents.json"
-DOCS = HERE.parent / "docs" / "scale.md"
-BEGIN, END = "<!-- long documents: begin -->", "<!-- long documents: end -->"
+REPORT = "long_documents.json"
+Articles = dict[str, list[Json]]  # paragraphs by title
 JOIN = "\n\n"
 CHARACTERS = 1_000_000
 MEMORY = """
@@ -81,20 +87,20 @@ print(json.dumps({
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A question on a whole article."""
+class ArticleQuestion:
+    """A question about a whole article."""
 
     example: Example
     article: str
 
 
-def articles(source: Path) -> dict[str, list[dict[str, Any]]]:
-    """The paragraphs of each article of a file in SQuAD's form, by title."""
+def articles(source: Path) -> Articles:
+    """The paragraphs of each article of a SQuAD file, by title."""
     return {article["title"]: article["paragraphs"] for article in json.loads(source.read_text())["data"]}
 
 
-def joined(paragraphs: Sequence[dict[str, Any]]) -> tuple[str, list[Example]]:
-    """The text of an article, and its questions with the places of their answers in it."""
+def joined(paragraphs: Sequence[Json]) -> tuple[str, list[Example]]:
+    """The text of an article, and its questions with the places of their answers in that text."""
     context = JOIN.join(p["context"] for p in paragraphs)
     examples, begin = [], 0
     for paragraph in paragraphs:
@@ -105,20 +111,20 @@ def joined(paragraphs: Sequence[dict[str, Any]]) -> tuple[str, list[Example]]:
     return context, examples
 
 
-def asked_of(found: dict[str, list[dict[str, Any]]], held: set[str], count: int, seed: int) -> list[Asked]:
-    """Questions drawn from the articles that hold any of the contexts ``held`` (none: from all)."""
+def asked_of(found: Articles, held: set[str], count: int, seed: int) -> list[ArticleQuestion]:
+    """Questions drawn from the articles that contain any of the contexts ``held`` (from all if it is empty)."""
     rows = []
     for title, paragraphs in found.items():
         if not held or any(p["context"] in held for p in paragraphs):
-            rows += [Asked(example, title) for example in joined(paragraphs)[1]]
+            rows += [ArticleQuestion(example, title) for example in joined(paragraphs)[1]]
     if not rows:
         raise SystemExit("Error: none of the articles holds a context of --held-out")
     random.Random(seed).shuffle(rows)
     return rows[:count]
 
 
-def gold_read(reading: Reading, example: Example) -> bool:
-    """Whether an annotated answer lies whole in a window that was read."""
+def gold_read(reading: DecodedPair, example: Example) -> bool:
+    """Whether a whole annotated answer lies in a window that was read."""
     spans = [reading.context.tokens_of(a.start, a.end) for a in example.answers]
     return any(
         w.context_offset <= span[0] and span[1] < w.context_offset + w.context_length
@@ -132,23 +138,23 @@ def gold_read(reading: Reading, example: Example) -> bool:
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.argument("data", type=click.Path(path_type=Path, exists=True), required=False)
 @click.option(
-    "--held-out", type=click.Path(path_type=Path, exists=True), help="Ask of the articles in this JSONL only."
+    "--held-out", type=click.Path(path_type=Path, exists=True), help="Only ask about the articles in this JSONL file."
 )
 @click.option("--questions", default=300, show_default=True, type=click.IntRange(min=10))
 @click.option("--seed", default=7, show_default=True)
-def main(bundle: Path | None, data: Path | None, held_out: Path | None, questions: int, seed: int) -> None:
+@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+def main(bundle: Path | None, data: Path | None, check: bool, **options: Any) -> None:
     """Measures, writes the JSON and the docs, and prints the table."""
     if bundle is not None:
         if data is None:
-            raise click.UsageError("give the file in SQuAD's form whose articles are to be read too")
-        write_json(RESULTS, run(bundle, data, held_out, questions, seed))
-    shown = table(json.loads(RESULTS.read_text(encoding="utf-8")))
-    before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-    DOCS.write_text("\n".join([before + BEGIN, *shown, END + rest.partition(END)[2]]), encoding="utf-8")
-    click.echo("\n".join(shown))
+            raise click.UsageError("also give the SQuAD file whose articles are to be read")
+        write_report(RESULTS / REPORT, measure(bundle, data, **options))
+    lines = table(read_report(REPORT))
+    write_table("docs/scale.md", "long documents", lines, check=check)
+    click.echo("\n".join(lines))
 
 
-def run(bundle: Path, data: Path, held_out: Path | None, questions: int, seed: int) -> dict[str, Any]:
+def measure(bundle: Path, data: Path, held_out: Path | None, questions: int, seed: int) -> Json:
     """The content of results/long_documents.json."""
     found = articles(data)
     held = {json.loads(line)["context"] for line in held_out.read_text().splitlines()} if held_out else set()
@@ -165,7 +171,7 @@ def run(bundle: Path, data: Path, held_out: Path | None, questions: int, seed: i
             started = time.perf_counter()
             answerer.encoder.encode(example.context)
             tokenising.append(time.perf_counter() - started)
-            answerer.begin(example.question, example.context, Options())  # at hand from here on
+            answerer.encode(example.question, example.context, Options())  # tokenised from here on
             turn = number % len(COUNTS)
             for count in COUNTS[turn:] + COUNTS[:turn]:
                 options = Options(prefilter=count)
@@ -178,7 +184,7 @@ def run(bundle: Path, data: Path, held_out: Path | None, questions: int, seed: i
                 read[count].append(len(reading.windows))
     scores = {count: score(examples, answers[count]) for count in COUNTS}
     whole = scores[None]
-    figures: list[dict[str, Any]] = []
+    figures: list[Json] = []
     for count in COUNTS:
         differences = scores[count].rows_f1 - whole.rows_f1
         figures.append(
@@ -198,50 +204,46 @@ def run(bundle: Path, data: Path, held_out: Path | None, questions: int, seed: i
                 ),
             }
         )
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "environment": {**diagnose(), "load_average": os.getloadavg()[0], "threads": answerer.model.threads},  # type: ignore[attr-defined]
-        "bundle": {"name": bundle.name, "sha256": open_bundle(bundle).hash},
-        "data": data.name,
-        "data_sha256": hash_examples(examples),
-        "held_out": held_out is not None,
-        "seed": seed,
-        "questions": len(rows),
-        "articles": len({row.article for row in rows}),
-        "characters_an_article": statistics.mean(len(e.context) for e in examples),
-        "settings": answerer.settings.to_dict(),
-        "ms_to_tokenise": 1000 * statistics.mean(tokenising),
-        "table": figures,
-        "million": _million(bundle, found, examples[0].question, RESULTS.parent),
-    }
+    return report(
+        environment={"threads": answerer.model.threads},  # type: ignore[attr-defined]
+        bundle=bundle_facts(bundle),
+        data=data.name,
+        data_sha256=hash_examples(examples),
+        held_out=held_out is not None,
+        seed=seed,
+        questions=len(rows),
+        articles=len({row.article for row in rows}),
+        characters_an_article=statistics.mean(len(e.context) for e in examples),
+        settings=answerer.settings.to_dict(),
+        ms_to_tokenise=1000 * statistics.mean(tokenising),
+        table=figures,
+        million=_million(bundle, found, examples[0].question),
+    )
 
 
-def table(report: dict[str, Any]) -> list[str]:
+def table(found: Json) -> list[str]:
     """The figures as tables in Markdown."""
 
-    def ratio(found: dict[str, float]) -> str:
-        return f"{found['median']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
+    def ratio(values: dict[str, float]) -> str:
+        return f"{values['median']:.2f} ({values['least']:.2f} to {values['most']:.2f})"
 
     lines = [
         "| `prefilter` | x all windows | the first question | F1 | F1 against all windows | EM | answer in what was read | windows |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in report["table"]:
+    for row in found["table"]:
         low, high = row["f1_difference_interval"]
         lines.append(
             f"| {row['prefilter'] or 'none'} | {ratio(row['speed_up'])} | {row['speed_up_of_the_first_question']['median']:.2f} "
             f"| {row['f1']:.1f} | {row['f1_difference']:+.1f} ({low:+.1f} to {high:+.1f}) | {row['exact_match']:.1f} "
             f"| {row['gold_read']:.1f} % | {row['windows_read']:.1f} |"
         )
-    environment = report["environment"]
-    machine = (
-        f"{environment['cpu']['model']}, {environment['threads']} threads, ONNX Runtime {environment['packages']['onnxruntime']}, "
-        f"commit {environment['commit']}, load average {environment['load_average']:.1f}"
-    )
+    environment = found["environment"]
+    machine = f"{where_measured(environment)}, load average {environment['load_average']:.1f}"
     lines += [
         "",
-        f"{report['questions']} questions on {report['articles']} {'held-out ' if report['held_out'] else ''}articles of {report['data']}, "
-        f"of {report['characters_an_article']:,.0f} characters in the mean of the questions; {report['bundle']['name']}; {machine}.",
+        f"{found['questions']} questions on {found['articles']} {'held-out ' if found['held_out'] else ''}articles of {found['data']}, "
+        f"of {found['characters_an_article']:,.0f} characters in the mean of the questions; {found['bundle']['name']}; {machine}.",
         "",
         "| a million characters | windows read | the first question | tokenising in it | the next | memory above start |",
         "|---|---|---|---|---|---|",
@@ -249,7 +251,7 @@ def table(report: dict[str, Any]) -> list[str]:
     lines += [
         f"| {name} | {m['windows_read']} | {m['seconds']:.1f} s | {m['seconds_to_tokenise']:.1f} s "
         f"| {m['seconds_of_the_next_question']:.1f} s | {m['peak_bytes'] / 1e6:.0f} MB |"
-        for name, m in report["million"].items()
+        for name, m in found["million"].items()
     ]
     return lines
 
@@ -258,32 +260,24 @@ def _ratios(whole: Sequence[float], part: Sequence[float]) -> dict[str, float]:
     """The time of all windows over that of some, in each tenth of the questions."""
     tenths = np.array_split(np.arange(len(whole)), 10)
     found = [float(np.asarray(whole)[i].sum() / np.asarray(part)[i].sum()) for i in tenths]
-    return {"median": statistics.median(found), "least": min(found), "most": max(found)}
+    return spread(found)
 
 
-def _million(
-    bundle: Path, found: dict[str, list[dict[str, Any]]], question: str, folder: Path
-) -> dict[str, dict[str, Any]]:
+def _million(bundle: Path, found: Articles, question: str) -> dict[str, Json]:
     """One document of ``CHARACTERS`` in a new process, with all windows and with 5."""
     text = JOIN.join(joined(paragraphs)[0] for paragraphs in found.values())
     text = (text * (1 + CHARACTERS // len(text)))[:CHARACTERS]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f".long-{os.getpid()}.txt"
-    path.write_text(text, encoding="utf-8")
-    report = {}
-    try:
+    measured = {}
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as file:
+        file.write(text)
+        file.flush()
         for name, count in (("all windows", 0), ("prefilter 5", 5)):
-            command = [sys.executable, "-c", MEMORY, str(bundle), str(path), question, str(count)]
+            command = [sys.executable, "-c", MEMORY, str(bundle), file.name, question, str(count)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            report[name] = {"characters": len(text), **json.loads(done.stdout)}
-            report[name]["peak_bytes_a_character"] = report[name]["peak_bytes"] / len(text)
-    finally:
-        path.unlink()
-    return report
+            measured[name] = {"characters": len(text), **json.loads(done.stdout)}
+            measured[name]["peak_bytes_a_character"] = measured[name]["peak_bytes"] / len(text)
+    return measured
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QadeployError as error:
-        raise SystemExit(f"Error: {error}") from error
+    run(main)

@@ -1,31 +1,55 @@
-"""Writes the README's tables from the measurements under ``benchmarks/results``: nothing there is typed by hand.
+"""Writes the README's tables from ``benchmarks/results``.
 
-    python benchmarks/readme_table.py
+    python -m benchmarks.readme_table                                    writes the tables again
+    python -m benchmarks.readme_table runs/handbook bundles/handbook     first collects a run's figures into handbook_run.json
 
-Reads ``results/handbook_run.json`` (what training, export and quantization reached, see ``collect_run.py``) and, as written by
-``qadeploy bench --out``, ``results/handbook_bench.json`` and ``results/wikipedia_bench.json`` (the base model on questions about
-articles that its training left out, see ``models/minilm-l6-qa/README.md``); replaces what stands between the markers.
+The others, ``handbook_bench.json`` and ``wikipedia_bench.json`` (the base model on articles that its training left out, see
+``models/minilm-l6-qa/README.md``), are written by ``qadeploy bench --out``.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+import click
+
+from benchmarks.harness import RESULTS, Json, read_report, report, run, where_measured, write_report, write_table
+
+RUN = "handbook_run.json"
 BENCHES = {
     "handbook_bench.json": "the handbook, fine-tuned model",
     "wikipedia_bench.json": "Wikipedia articles, base model",
 }
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
-def run_table(run: dict[str, Any]) -> list[str]:
+def collect(run: Path, bundle: Path) -> Json:
+    """What a run and its bundles measured, as the content of results/handbook_run.json."""
+    metrics = json.loads((run / "metrics.json").read_text())
+    plain = json.loads((bundle / "manifest.json").read_text())
+    weights = (run / "checkpoint" / "model.safetensors").stat().st_size
+    rows = [
+        _row("base model, before fine-tuning", metrics["held_out_base"], weights),
+        _row("fine-tuned, PyTorch", plain["measured"]["pytorch"], weights),
+    ]
+    for suffix, name in (("", "ONNX fp32"), ("-fused", "ONNX fp32, fused graph"), ("-int8", "ONNX int8")):
+        path = bundle.with_name(bundle.name + suffix) / "manifest.json"
+        if path.is_file():
+            manifest = json.loads(path.read_text())
+            rows.append(_row(name, manifest["measured"], manifest["files"]["model.onnx"]["size"]))
+    record = json.loads((run / "run.json").read_text())
+    return report(run=record, epochs=metrics["epochs"], seconds=metrics["seconds"], rows=rows)
+
+
+def _row(name: str, scores: Json, size: int) -> Json:
+    kept = ("exact_match", "f1", "accuracy", "total", "exact_match_interval", "f1_interval", "accuracy_interval")
+    return {"name": name, "size_bytes": size, **{key: scores[key] for key in kept}}
+
+
+def run_table(found: Json) -> list[str]:
     """EM and F1 on the handbook's held-out questions, from the base model to int8."""
     lines = ["| on the handbook's held-out questions | size | EM | F1 (95 % interval) |", "|---|---|---|---|"]
-    for row in run["rows"]:
+    for row in found["rows"]:
         low, high = row["f1_interval"]
         size = f"{row['size_bytes'] / 1e6:.0f} MB"
         lines.append(
@@ -34,10 +58,10 @@ def run_table(run: dict[str, Any]) -> list[str]:
     return lines
 
 
-def bench_table(bench: dict[str, Any], what: str) -> list[str]:
-    """Questions a second and latency against the peers; ``what`` was asked heads the table."""
+def bench_table(bench: Json, title: str) -> list[str]:
+    """Questions per second and latency against the peers."""
     lines = [
-        f"| {what} | x pipeline (range) | questions/s | p50 | p95 | F1 | size | memory | start |",
+        f"| {title} | x pipeline (range) | questions/s | p50 | p95 | F1 | size | memory | start |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for v in bench["variants"]:
@@ -50,30 +74,27 @@ def bench_table(bench: dict[str, Any], what: str) -> list[str]:
             f"| {v['latency_ms']['p50']:.1f} ms | {v['latency_ms']['p95']:.1f} ms | {v['f1']:.1f} | {v['size_bytes'] / 1e6:.0f} MB "
             f"| {f'{memory / 1e6:.0f} MB' if memory else '–'} | {f'{start:.2f} s' if start else '–'} |"
         )
-    environment = bench["environment"]
-    packages = environment["packages"]
-    lines += [
+    workload = bench["workload"]
+    return [
+        *lines,
         "",
-        f"{bench['workload']['questions']} questions in {bench['workload']['windows']} windows, text in to answers out, median of {bench['rounds']} interleaved rounds in one process; "
-        f"{environment['cpu']['model']}, {environment['threads']} threads, ONNX Runtime {packages['onnxruntime'] or packages['onnxruntime-gpu']}, "
-        f"torch {packages['torch']}, transformers {packages['transformers']}, commit {environment['commit']}.",
+        f"{workload['questions']} questions in {workload['windows']} windows, text in to answers out, median of {bench['rounds']} "
+        f"interleaved rounds in one process; {where_measured(bench['environment'], 'torch', 'transformers')}.",
     ]
-    return lines
 
 
-def main() -> None:
+@click.command(help=__doc__)
+@click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--check", is_flag=True, help="Only fail if the README's tables are not those of the results.")
+def main(folders: tuple[Path, ...], check: bool) -> None:
     """Rewrites the README in place."""
-    run = json.loads((HERE / "results" / "handbook_run.json").read_text())
-    tables = []
-    for name, what in BENCHES.items():
-        bench = json.loads((HERE / "results" / name).read_text())
-        tables += ["", *bench_table(bench, what)]
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    body = "\n".join([BEGIN, *run_table(run), *tables, END])
-    README.write_text(before + body + after, encoding="utf-8")
+    if folders:
+        write_report(RESULTS / RUN, collect(*folders))
+    lines = run_table(read_report(RUN))
+    for name, title in BENCHES.items():
+        lines += ["", *bench_table(read_report(name), title)]
+    write_table("README.md", "results", lines, check=check)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,15 +1,15 @@
-"""Batch answering, local and on Ray: the same answers, the throughput, the memory, and what a killed actor costs.
+"""Batch answering, local and on Ray: equal answers, throughput, memory, and the cost of a killed actor.
 
     python -m benchmarks.scale BUNDLE --work /tmp/scale --out benchmarks/results/scale.json --plot docs/scale.svg
 
-The questions are those of ``../shared/data``, as often as it takes. A first time each stands with its own paragraph; again,
-the paragraph has one sentence of another paragraph of its article before it or behind it, a new one every time, so that no
-text comes twice and lengths stay much as they are. Ids end in the copy.
+The questions are those of ``../shared/data``, repeated as needed. The first time, each comes with its own paragraph; after
+that, with a sentence of another paragraph of its article before or behind it, a new one each time, so that no text comes
+twice and lengths stay about the same. Ids end in the number of the copy.
 
-First the sizes of ``--sizes``: both engines in turn, ``--rounds`` times, each a whole command from its start to its end.
-Then ``--whole`` questions with both, where one of Ray's actors is killed (SIGKILL) half-way. Memory is the resident sets
-of the command and all processes below it, added up once a second, so that shared pages count more than once. The exit code
-is 1 where the answers differ, are not complete or come twice, or where throughput or memory miss their targets.
+First the sizes of ``--sizes``: both engines in turns, ``--rounds`` times, each a whole command from start to end. Then
+``--whole`` questions with both, and one of Ray's actors is killed (SIGKILL) half-way. Memory is the sum of the resident
+sets of the command and all processes below it, once per second, so shared pages count more than once. The exit code is 1 if
+the answers differ, are not complete or come twice, or if throughput or memory miss their targets.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,11 @@ import psutil
 import pyarrow
 import pyarrow.parquet as parquet
 
-from qadeploy.files import write_bytes, write_json
-from qadeploy.inference.bundle import open_bundle
-from qadeploy.inference.doctor import diagnose
+from benchmarks.harness import Json, bundle_facts, report, run, spread, write_report
+from qadeploy.files import write_bytes
+from qadeploy.timing import turns
 
-FILES = 4  # that the questions are spread over
+FILES = 4  # of questions
 ENGINES = ("local", "ray")
 TARGET = 0.85  # of the local engine's throughput
 GROWTH = 1.1  # of memory, from the largest of the sizes to the whole
@@ -48,7 +49,49 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Comparison:
+    """What to run both engines on: the command line's values."""
+
+    bundle: str
+    work: Path
+    data: Path
+    sizes: str
+    rounds: int
+    whole: int
+    actors: int
+
+    def questions(self, count: int) -> Path:
+        """A folder of so many questions."""
+        folder = self.work / f"asked-{count}"
+        write_questions(self.data, folder, count)
+        return folder
+
+    def answer(
+        self, engine: str, source: Path, output: Path, during: Callable[[psutil.Process], object] = lambda _: None
+    ) -> Json:
+        """Runs ``qadeploy answer`` into a new output: seconds, rate, peak memory, counts."""
+        shutil.rmtree(output, ignore_errors=True)
+        command = [sys.executable, "-m", "qadeploy", "answer", self.bundle, "--json", "--device", "cpu"]
+        command += ["--engine", engine, "--input", str(source), "--output", str(output)]
+        command += ["--actors", str(self.actors)] if engine == "ray" else []
+        started = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            seen = psutil.Process(process.pid)
+            memory = Memory(seen)
+            during(seen)
+            out, _ = process.communicate()
+        seconds = time.perf_counter() - started
+        peak = memory.stop()
+        if process.returncode:
+            raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}")
+        found = json.loads(out)
+        rate = (found["rows"] + found["rejected"]) / seconds
+        measured = {"seconds": round(seconds, 2), "per_second": round(rate, 1), "peak_mib": peak}
+        return {**measured, "rows": found["rows"], "rejected": found["rejected"]}
+
+
+@dataclass(frozen=True, slots=True)
+class ParagraphQuestion:
     """A real question: all paragraphs of its article, and which of them is its own."""
 
     id: str
@@ -57,7 +100,7 @@ class Asked:
     own: int
 
     def context(self, copy: int) -> str:
-        """The paragraph, from the second copy on with the first sentence of another before it or behind it."""
+        """The paragraph; from the second copy on with the first sentence of another before or behind it."""
         context = self.paragraphs[self.own]
         if not copy:
             return context
@@ -71,14 +114,14 @@ class Asked:
         return f"{context} {sentence}" if before else f"{sentence} {context}"
 
 
-def asked(data: Path) -> list[Asked]:
+def asked(data: Path) -> list[ParagraphQuestion]:
     """The real questions, in the order of their files."""
     found = []
     for path in sorted(data.glob("*.json")):
         for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
             texts = [paragraph["context"] for paragraph in article["paragraphs"]]
             for own, paragraph in enumerate(article["paragraphs"]):
-                found += [Asked(qa["id"], qa["question"], texts, own) for qa in paragraph["qas"]]
+                found += [ParagraphQuestion(qa["id"], qa["question"], texts, own) for qa in paragraph["qas"]]
     if not found:
         raise click.ClickException(f"{data}: no SQuAD files there")
     return found
@@ -108,7 +151,7 @@ def write_questions(data: Path, folder: Path, count: int) -> None:
 
 
 class Memory:
-    """Samples the resident sets of a process and all below it, in bytes, until ``stop``; ``peak`` is their largest sum."""
+    """Samples the resident sets of a process and all below it until ``stop``; ``peak`` is their largest sum in bytes."""
 
     def __init__(self, process: psutil.Process) -> None:
         self.peak = 0
@@ -133,39 +176,10 @@ class Memory:
         return round(self.peak / 2**20)
 
 
-def answer(
-    engine: str, bundle: str, source: Path, output: Path, actors: int, during: Callable[[psutil.Process], object]
-) -> dict[str, Any]:
-    """Runs ``qadeploy answer`` into an output that is not there yet: seconds, rate, peak memory, counts."""
-    shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "qadeploy", "answer", bundle, "--json", "--device", "cpu", "--engine", engine]
-    command += ["--input", str(source), "--output", str(output)]
-    command += ["--actors", str(actors)] if engine == "ray" else []
-    started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        seen = psutil.Process(process.pid)
-        memory = Memory(seen)
-        during(seen)
-        out, _ = process.communicate()
-    seconds = time.perf_counter() - started
-    peak = memory.stop()
-    if process.returncode:
-        raise click.ClickException(f"{' '.join(command)} ended with {process.returncode}")
-    found = json.loads(out)
-    rows = found["rows"] + found["rejected"]
-    return {
-        "seconds": round(seconds, 2),
-        "per_second": round(rows / seconds, 1),
-        "peak_mib": peak,
-        "rows": found["rows"],
-        "rejected": found["rejected"],
-    }
+def kill_one(output: Path, parts: int) -> Callable[[psutil.Process], Json | None]:
+    """Waits for so many parts, then kills one actor; its ``killed`` says which."""
 
-
-def kill_one(output: Path, parts: int) -> Callable[[psutil.Process], dict[str, Any] | None]:
-    """Waits for so many parts, then kills one actor; what it did is in its ``killed``."""
-
-    def during(process: psutil.Process) -> dict[str, Any] | None:
+    def during(process: psutil.Process) -> Json | None:
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             if len(list(output.glob("part-*.parquet"))) >= parts:
                 workers = [p for p in process.children(recursive=True) if is_actor(p)]
@@ -181,14 +195,14 @@ def kill_one(output: Path, parts: int) -> Callable[[psutil.Process], dict[str, A
 
 
 def is_actor(process: psutil.Process) -> bool:
-    """Whether a process is an actor of the pool, by the title that Ray gives it."""
+    """Whether a process is an actor of the pool, by Ray's title."""
     with contextlib.suppress(psutil.Error):
         return "".join(process.cmdline()).startswith("ray::MapWorker")
     return False
 
 
-def compare(source: Path, one: Path, other: Path) -> dict[str, Any]:
-    """Two folders of answers: whether they are identical, and hold every question once."""
+def compare(source: Path, one: Path, other: Path) -> Json:
+    """Whether two folders of answers are identical and hold every question once."""
     first, second = parquet.read_table(one), parquet.read_table(other)
     wanted = parquet.read_table(source, columns=["id"])["id"].to_pylist()
     ids = second["id"].to_pylist()
@@ -207,8 +221,8 @@ def line(points: Sequence[tuple[int, float]]) -> dict[str, float]:
     return {"start_seconds": round(float(start), 2), "ms_each": round(1000 * float(each), 3)}
 
 
-def points(found: dict[str, Any], engine: str) -> list[tuple[int, float]]:
-    """Questions and median seconds of each size; of the whole only where nothing was killed."""
+def points(found: Json, engine: str) -> list[tuple[int, float]]:
+    """Questions and median seconds of each size; of the whole only if nothing was killed."""
     sizes = [
         (int(size), statistics.median(r["seconds"] for r in runs[engine])) for size, runs in found["sizes"].items()
     ]
@@ -218,8 +232,8 @@ def points(found: dict[str, Any], engine: str) -> list[tuple[int, float]]:
     return sorted(dict(sizes).items())
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Time against questions, both axes logarithmic, as SVG: the same for the same figures."""
+def plot(found: Json, path: Path) -> None:
+    """Time against questions, both axes logarithmic, as SVG; equal figures give equal files."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -236,7 +250,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         fit = found["fit"].get(engine)
         if fit:
             sizes = np.geomspace(min(runs)[0], max(runs)[0], 60)
-            label = f"{engine}: {fit['start_seconds']:g} s + {fit['ms_each']:g} ms a question"
+            label = f"{engine}: {fit['start_seconds']:g} s + {fit['ms_each']:g} ms per question"
             axes.plot(sizes, fit["start_seconds"] + sizes * fit["ms_each"] / 1000, color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel="questions", ylabel="seconds, from the command's start to its end")
     cpu = found["environment"]["cpu"]["model"]
@@ -251,73 +265,72 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False))
-@click.option("--work", required=True, type=click.Path(file_okay=False), help="Folder for questions and answers.")
-@click.option("--data", default="../shared/data", show_default=True, help="Folder of SQuAD files.")
-@click.option("--out", type=click.Path(dir_okay=False), default="benchmarks/results/scale.json", show_default=True)
-@click.option("--plot", "picture", type=click.Path(dir_okay=False), help="SVG of time against questions.")
-@click.option("--sizes", default="1000,10000", show_default=True, help="Questions, by commas.")
+@click.option(
+    "--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Holds questions and answers."
+)
+@click.option(
+    "--data", default="../shared/data", show_default=True, type=click.Path(path_type=Path), help="SQuAD files."
+)
+@click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/scale.json", show_default=True)
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="SVG of time against questions.")
+@click.option("--sizes", default="1000,10000", show_default=True, help="Questions, separated by commas.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
 @click.option("--whole", default=100_000, show_default=True, help="Questions of the run with a killed actor; 0: none.")
 @click.option("--actors", default=2, show_default=True, type=click.IntRange(min=1))
-def main(
-    bundle: str, work: str, data: str, out: str, picture: str | None, sizes: str, rounds: int, whole: int, actors: int
-) -> None:
+def main(bundle: str, work: Path, out: Path, picture: Path | None, **options: Any) -> None:
     """Measure ``qadeploy answer`` with both engines."""
-    folder, path = Path(work).absolute(), Path(out)
-    found: dict[str, Any] = {
-        "bundle": {"name": Path(bundle).name, "hash": open_bundle(bundle).hash},
-        "environment": {**diagnose(), "ray": _version("ray"), "pyarrow": _version("pyarrow")},
-        "threads": len(os.sched_getaffinity(0)),
-        "actors": actors,
-        "rounds": rounds,
-        "sizes": {},
-        "fit": {},
-    }
+    plan = Comparison(bundle, work.absolute(), **options)
+    found = report(
+        environment={"ray": version("ray"), "pyarrow": version("pyarrow")},
+        bundle=bundle_facts(bundle),
+        threads=len(os.sched_getaffinity(0)),
+        actors=plan.actors,
+        rounds=plan.rounds,
+        sizes={},
+        fit={},
+    )
 
     def keep() -> None:
         for engine in ENGINES:
             known = points(found, engine) if all(runs[engine] for runs in found["sizes"].values()) else []
             if len(known) > 1:
                 found["fit"][engine] = line(known)
-        write_json(path, found)
+        write_report(out, found)
         if picture and found["fit"].keys() == set(ENGINES):
-            write_svg(found, Path(picture))
+            write_svg(found, picture)
 
     missed = []
-    for size in (int(text) for text in sizes.split(",") if text):
-        source = folder / f"asked-{size}"
-        write_questions(Path(data), source, size)
-        runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
-        for number in range(rounds):
-            for engine in ENGINES if number % 2 == 0 else ENGINES[::-1]:
-                run = answer(engine, bundle, source, folder / f"out-{size}-{engine}", actors, lambda process: None)
-                runs[engine].append(run)
-                click.echo(f"{size} questions, {engine}: {run}")
+    for size in (int(text) for text in plan.sizes.split(",") if text):
+        source = plan.questions(size)
+        outputs = {engine: plan.work / f"out-{size}-{engine}" for engine in ENGINES}
+        runs: dict[str, list[Json]] = {engine: [] for engine in ENGINES}
+        for order in turns(ENGINES, plan.rounds):
+            for engine in order:
+                runs[engine].append(plan.answer(engine, source, outputs[engine]))
+                click.echo(f"{size} questions, {engine}: {runs[engine][-1]}")
         ratios = [one["seconds"] / other["seconds"] for one, other in zip(runs["local"], runs["ray"], strict=True)]
-        same = compare(source, *(folder / f"out-{size}-{engine}" for engine in ENGINES))
-        found["sizes"][str(size)] = {**runs, "ratio": spread(ratios), **same}
+        same = compare(source, *outputs.values())
+        found["sizes"][str(size)] = {**runs, "ratio": spread(ratios, 3), **same}
         click.echo(f"{size} questions: ray is {found['sizes'][str(size)]['ratio']} of local; {same}")
         missed += _missed(str(size), same)
         keep()
-    if whole:
-        missed += _whole(found, bundle, Path(data), folder, whole, actors, keep)
+    if plan.whole:
+        missed += _whole(found, plan, keep)
     for text in missed:
         click.echo(f"missed: {text}")
     sys.exit(bool(missed))
 
 
-def _whole(
-    found: dict[str, Any], bundle: str, data: Path, folder: Path, count: int, actors: int, keep: Callable[[], None]
-) -> list[str]:
-    source = folder / f"asked-{count}"
-    write_questions(data, source, count)
-    outputs = {engine: folder / f"out-{count}-{engine}-whole" for engine in ENGINES}
+def _whole(found: Json, plan: Comparison, keep: Callable[[], None]) -> list[str]:
+    count = plan.whole
+    source = plan.questions(count)
+    outputs = {engine: plan.work / f"out-{count}-{engine}-whole" for engine in ENGINES}
     entry = found["whole"] = {"questions": count}
-    entry["local"] = answer("local", bundle, source, outputs["local"], actors, lambda process: None)
+    entry["local"] = plan.answer("local", source, outputs["local"])
     click.echo(f"{count} questions, local: {entry['local']}")
     keep()
     kill = kill_one(outputs["ray"], len(list(outputs["local"].glob("part-*.parquet"))) // 2)
-    entry["ray"] = answer("ray", bundle, source, outputs["ray"], actors, kill)
+    entry["ray"] = plan.answer("ray", source, outputs["ray"], kill)
     entry["ray"]["killed"] = getattr(kill, "killed", None)
     entry["ratio"] = round(entry["local"]["seconds"] / entry["ray"]["seconds"], 3)
     same = compare(source, outputs["local"], outputs["ray"])
@@ -327,37 +340,26 @@ def _whole(
     if not entry["ray"]["killed"]:
         missed.append("no actor was killed")
     if entry["ratio"] < TARGET:
-        missed.append(f"throughput on Ray {entry['ratio']:.3f} of local, at least {TARGET} is the target")
+        missed.append(f"throughput on Ray is {entry['ratio']:.3f} of local; the target is at least {TARGET}")
     if found["sizes"]:
         largest = max(found["sizes"], key=int)
         for engine in ENGINES:
             before = max(run["peak_mib"] for run in found["sizes"][largest][engine])
-            entry[engine]["memory_growth"] = round(entry[engine]["peak_mib"] / before, 3)
-            entry[engine]["memory_growth_since"] = int(largest)
-            if entry[engine]["memory_growth"] > GROWTH:
-                missed.append(
-                    f"{engine}: peak memory {entry[engine]['memory_growth']} times that of {largest} questions"
-                )
+            growth = round(entry[engine]["peak_mib"] / before, 3)
+            entry[engine] |= {"memory_growth": growth, "memory_growth_since": int(largest)}
+            if growth > GROWTH:
+                missed.append(f"{engine}: peak memory is {growth} times that of {largest} questions")
     keep()
     return missed
 
 
-def _missed(what: str, same: dict[str, Any]) -> list[str]:
+def _missed(what: str, same: Json) -> list[str]:
     wrong = [name for name in ("identical", "complete") if not same[name]]
     wrong += ["without duplicates"] if same["duplicates"] else []
     return [f"{what} questions: the answers are not {name}" for name in wrong]
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
-    return {
-        "median": round(statistics.median(values), 3),
-        "least": round(min(values), 3),
-        "most": round(max(values), 3),
-    }
-
-
-def write_svg(found: dict[str, Any], path: Path) -> None:
+def write_svg(found: Json, path: Path) -> None:
     """Writes the plot, whole or not at all."""
     making = path.with_name(f".{path.name}.tmp")
     plot(found, making)
@@ -365,11 +367,5 @@ def write_svg(found: dict[str, Any], path: Path) -> None:
     making.unlink()
 
 
-def _version(name: str) -> str:
-    from importlib.metadata import version
-
-    return version(name)
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

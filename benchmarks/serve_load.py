@@ -4,9 +4,9 @@
 
 In this order: start; offline throughput of ``answer_batch`` on the server's core, before and after the closed loop;
 solo latency; open-loop Poisson arrivals at half the offline throughput; 64 connections in a closed loop; arrivals at
-three times the offline throughput and the recovery after them; a soak with contexts of 200 to 50,000 characters; SIGKILL and a
-restart; SIGTERM. The questions are the handbook's held-out ones, in the open loops drawn at random. Latencies of the open loops count from the
-time at which a request was due. The exit code is 1 where a target was missed.
+three times the offline throughput and the recovery after them; a soak with contexts of 200 to 50,000 characters; SIGKILL
+and a restart; SIGTERM. The questions are the handbook's held-out ones, drawn at random in the open loops. Latencies of
+the open loops count from the time at which a request was due. The exit code is 1 if a target was missed.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ from urllib.parse import urlparse
 import click
 import numpy as np
 
-from qadeploy.data.readers import read
-from qadeploy.files import write_json
-from qadeploy.inference.bundle import open_bundle
-from qadeploy.inference.doctor import diagnose
+from benchmarks.harness import bundle_facts, report, run, write_report
+from qadeploy.data.loading import read
 
 OFFLINE = """
 import json, os, sys, time
@@ -56,14 +54,26 @@ CONNECTIONS = 64
 LONGEST, SHORTEST = 50_000, 200
 SOAK_CONNECTIONS = 4
 RETRY_SECONDS = 1.0  # the least that Retry-After says
-WARM_UP = 0.1  # of the soak, before it: until the cache of contexts is full, memory grows by its 64 MiB
+WARM_UP = 0.1  # of the soak's time, before it: memory grows by 64 MiB until the context cache is full
 SEED = 6
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """How long each part takes, in seconds (the soak: in minutes), and what else the command line says."""
+
+    poisson_seconds: float
+    closed_seconds: float
+    overload_seconds: float
+    soak_minutes: float
+    offline_rounds: int
+    request_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
-    """One request: ``status`` 0 where the connection failed; ``at`` and ``seconds`` of this process's clock."""
+    """One request: ``status`` is 0 if the connection failed; ``at`` and ``seconds`` are by this process's clock."""
 
     status: int
     at: float
@@ -72,7 +82,7 @@ class Outcome:
 
 @dataclass
 class Client:
-    """Requests over connections that are kept; as many as are needed at a time."""
+    """Sends requests over connections that are kept open, as many as needed at a time."""
 
     host: str
     port: int
@@ -94,7 +104,7 @@ class Client:
         return Outcome(status, started, time.perf_counter() - started)
 
     def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-        """A connection that the server has not closed; it does so with those idle for longer than its --keep-alive."""
+        """A connection that the server has not closed (it closes those idle for longer than its --keep-alive)."""
         while self.idle:
             reader, writer = self.idle.pop()
             if not reader.at_eof():
@@ -103,7 +113,7 @@ class Client:
         return None
 
     async def get(self, path: str) -> int:
-        """The status of a GET, 0 where nobody listens."""
+        """The status of a GET, or 0 if nobody listens."""
         try:
             pair = await asyncio.open_connection(self.host, self.port)
             status, _ = await self._exchange(pair, f"GET {path} HTTP/1.1\r\nHost: {self.host}\r\n\r\n".encode())
@@ -133,20 +143,18 @@ class Server:
     """The process under test."""
 
     bundle: str
-    core: int
-    timeout: float
+    flags: Sequence[str]
+    core: int | None = None
     port: int = 0
     process: subprocess.Popen[str] | None = None
 
     def start(self) -> float:
         """Starts it and waits until it is ready; seconds from the start of the process."""
         started = time.perf_counter()
-        command = [sys.executable, "-m", "qadeploy", "serve", self.bundle, "--json", "--device", "cpu"]
-        command += ["--threads", "1", "--drain-delay", "1", "--port", str(self.port), "--log-level", "warning"]
-        command += ["--request-timeout", str(self.timeout)]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, {self.core})
-        )
+        command = [sys.executable, "-m", "qadeploy", "serve", self.bundle, "--json", "--port", str(self.port)]
+        command += ["--log-level", "warning", *self.flags]
+        pin = [] if self.core is None else ["taskset", "-c", str(self.core)]
+        self.process = subprocess.Popen([*pin, *command], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -159,6 +167,18 @@ class Server:
     def client(self) -> Client:
         """A client of it."""
         return Client("127.0.0.1", self.port)
+
+    def run(self, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+        """What a coroutine returns, given a client whose connections belong to its loop."""
+        client = self.client()
+
+        async def inside() -> T:
+            try:
+                return await work(client)
+            finally:
+                client.close()
+
+        return asyncio.run(inside())
 
     def stop(self, number: signal.Signals) -> int:
         """Sends a signal and waits for the exit code."""
@@ -198,9 +218,9 @@ def sampling(server: Server, every: float = 1.0) -> Iterator[list[tuple[float, i
 
 
 async def open_loop(client: Client, bodies: Sequence[bytes], rate: float, seconds: float) -> list[Outcome]:
-    """Poisson arrivals at ``rate`` a second, each of a body drawn at random; waits for all of them.
+    """Poisson arrivals at ``rate`` per second, each of a body drawn at random; waits for all of them.
 
-    In the file's order the ten questions on one long paper would come in a row, which no Poisson process does.
+    In the file's order the ten questions on one long paper would come in a row, unlike in a Poisson process.
     """
     chance = random.Random(SEED)
     tasks: list[asyncio.Task[Outcome]] = []
@@ -215,7 +235,7 @@ async def open_loop(client: Client, bodies: Sequence[bytes], rate: float, second
 async def closed_loop(
     client: Client, body: Callable[[int], tuple[str, bytes]], connections: int, seconds: float
 ) -> tuple[list[Outcome], float]:
-    """``connections`` callers that ask again at once; and the seconds that it took."""
+    """``connections`` callers that ask again at once, and the seconds that it took."""
     count, outcomes, started = 0, [], time.perf_counter()
 
     async def caller() -> None:
@@ -232,6 +252,17 @@ async def closed_loop(
     return outcomes, time.perf_counter() - started
 
 
+async def ask_alone(client: Client, bodies: Sequence[bytes]) -> list[Outcome]:
+    """One request after another, after one to warm up."""
+    await client.ask(bodies[0])
+    return [await client.ask(body) for body in bodies]
+
+
+def in_turn(bodies: Sequence[bytes]) -> Callable[[int], tuple[str, bytes]]:
+    """The path and the body of each request of a closed loop."""
+    return lambda number: ("/v1/answer", bodies[number % len(bodies)])
+
+
 async def recovery(client: Client, body: bytes, normal: float) -> float:
     """Seconds until an answer takes at most twice its normal time again."""
     started = time.perf_counter()
@@ -244,14 +275,14 @@ async def recovery(client: Client, body: bytes, normal: float) -> float:
     return float("inf")
 
 
-def spread(seconds: Sequence[float]) -> dict[str, float]:
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """Milliseconds: median, p95, p99 and the most."""
     found = np.percentile(np.asarray(seconds or [float("nan")]) * 1000, [50, 95, 99, 100])
     return {name: round(float(x), 2) for name, x in zip(("p50", "p95", "p99", "most"), found, strict=True)}
 
 
 def statuses(outcomes: Sequence[Outcome]) -> dict[str, int]:
-    """How many requests ended with which status; 0 is a failed connection."""
+    """How many requests ended with each status; 0 is a failed connection."""
     return {str(status): count for status, count in sorted(Counter(o.status for o in outcomes).items())}
 
 
@@ -262,7 +293,7 @@ def quarters(values: Sequence[float]) -> tuple[float, float]:
 
 
 def soak_bodies(pairs: Sequence[tuple[str, str]]) -> Callable[[int], tuple[str, bytes]]:
-    """Requests of every form, contexts from 200 to 50,000 characters, their lengths even on a logarithmic scale."""
+    """Requests of every form on contexts of 200 to 50,000 characters, whose lengths are even on a logarithmic scale."""
     everything = "\n".join(dict.fromkeys(context for _, context in pairs))
     everything *= 1 + 2 * LONGEST // len(everything)
     chance = random.Random(SEED)
@@ -288,13 +319,13 @@ def _dump(value: Any) -> bytes:
 
 
 @dataclass
-class Report:
-    """The figures, and whether each target was met."""
+class Targets:
+    """The figures, and whether each target is met."""
 
     figures: dict[str, Any] = field(default_factory=dict)
     lines: list[tuple[str, str, str, bool]] = field(default_factory=list)
 
-    def hold(self, what: str, value: str, target: str, met: bool) -> None:
+    def check(self, what: str, value: str, target: str, met: bool) -> None:
         """A line of the table."""
         self.lines.append((what, value, target, met))
         click.echo(f"{'ok  ' if met else 'MISS'}  {what:<46} {value:<44} {target}")
@@ -307,86 +338,57 @@ class Report:
     "--poisson-seconds",
     default=300.0,
     show_default=True,
-    help="Long, since the p99 of a queue settles slowly: after a minute it is off by a fifth either way.",
+    help="The p99 of a queue settles slowly: after a minute it is off by a fifth either way.",
 )
 @click.option("--closed-seconds", default=60.0, show_default=True)
 @click.option("--overload-seconds", default=60.0, show_default=True)
 @click.option("--soak-minutes", default=20.0, show_default=True, help="0 leaves the soak out.")
 @click.option("--offline-rounds", default=3, show_default=True)
 @click.option("--request-timeout", default=30.0, show_default=True, help="The server's.")
-def main(
-    bundle: str,
-    out: Path | None,
-    poisson_seconds: float,
-    closed_seconds: float,
-    overload_seconds: float,
-    soak_minutes: float,
-    offline_rounds: int,
-    request_timeout: float,
-) -> None:
-    """Runs all of it."""
+def main(bundle: str, out: Path | None, **options: Any) -> None:
+    """Runs all parts."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise click.ClickException("two CPUs are needed: one for the server, one for the client")
     os.sched_setaffinity(0, {cores[1]})
     pairs = [(e.question, e.context) for e in read("handbook").part("validation")]
-    bodies = [_dump({"question": q, "context": c}) for q, c in pairs]
-    report, server = Report(), Server(bundle, cores[0], request_timeout)
-    load = (poisson_seconds, closed_seconds, overload_seconds, 60 * soak_minutes)
+    load, targets = Load(**options), Targets()
+    flags = ["--device", "cpu", "--threads", "1", "--drain-delay", "1", "--request-timeout", str(load.request_timeout)]
+    server = Server(bundle, flags, cores[0])
     try:
-        _measure(report, server, pairs, bodies, load, offline_rounds)
+        _measure(targets, server, pairs, load)
     finally:
         if server.process is not None and server.process.poll() is None:
             server.process.kill()
-    report.figures |= {
-        "what": " ".join((__doc__ or "").split()),
-        "bundle": {"name": open_bundle(bundle).name, "hash": open_bundle(bundle).hash},
-        "questions": len(pairs),
-        "server_core": cores[0],
-        "client_core": cores[1],
-        "server_threads": 1,
-        "load_average_at_end": os.getloadavg(),
-        "targets": [
-            {"what": what, "value": value, "target": target, "met": met} for what, value, target, met in report.lines
-        ],
-        "environment": diagnose(),
-    }
     if out:
-        write_json(out, report.figures)
-    sys.exit(not all(met for *_, met in report.lines))
+        lines = [dict(zip(("what", "value", "target", "met"), line, strict=True)) for line in targets.lines]
+        facts = {"questions": len(pairs), "server_core": cores[0], "client_core": cores[1], "server_threads": 1}
+        what = " ".join((__doc__ or "").split())
+        write_report(out, report(**targets.figures, what=what, bundle=bundle_facts(bundle), **facts, targets=lines))
+    sys.exit(not all(met for *_, met in targets.lines))
 
 
-def _measure(
-    report: Report,
-    server: Server,
-    pairs: Sequence[tuple[str, str]],
-    bodies: Sequence[bytes],
-    load: tuple[float, float, float, float],
-    rounds: int,
-) -> None:
-    poisson_seconds, closed_seconds, overload_seconds, soak_seconds = load
-    figures = report.figures
+def _measure(report: Targets, server: Server, pairs: Sequence[tuple[str, str]], load: Load) -> None:
+    bodies = [_dump({"question": q, "context": c}) for q, c in pairs]
+    figures, rounds = report.figures, load.offline_rounds
     first, first_cpu = _offline(server, pairs, rounds)
     figures["start_seconds"] = round(server.start(), 2)
 
-    solo = _run(server, lambda client: _solo(client, bodies))
+    solo = server.run(lambda client: ask_alone(client, bodies))
     normal = statistics.fmean(o.seconds for o in solo)
-    figures["solo_ms"] = {"mean": round(1000 * normal, 2), **spread([o.seconds for o in solo])}
+    figures["solo_ms"] = {"mean": round(1000 * normal, 2), **percentiles([o.seconds for o in solo])}
 
-    arrivals = _run(server, lambda client: open_loop(client, bodies, 0.5 * first, poisson_seconds))
-    latency = spread([o.seconds for o in arrivals if o.status == 200])
+    arrivals = server.run(lambda client: open_loop(client, bodies, 0.5 * first, load.poisson_seconds))
+    latency = percentiles([o.seconds for o in arrivals if o.status == 200])
     figures["poisson"] = {"rate": 0.5 * first, "statuses": statuses(arrivals), "ms": latency}
     dropped = sum(o.status != 200 for o in arrivals)
-    report.hold("Poisson at 0.5 of offline: requests dropped", f"{dropped} of {len(arrivals)}", "none", not dropped)
+    report.check("Poisson at 0.5 of offline: requests dropped", f"{dropped} of {len(arrivals)}", "none", not dropped)
     ratio = latency["p99"] / (1000 * normal)
     value = f"{ratio:.2f} ({latency['p99']:.0f} ms, solo {1000 * normal:.0f} ms)"
-    report.hold("  p99 over the mean solo latency", value, "at most 7", ratio <= 7)
+    report.check("  p99 over the mean solo latency", value, "at most 7", ratio <= 7)
 
-    turn = [("/v1/answer", body) for body in bodies]
     busy = server.cpu()
-    closed, seconds = _run(
-        server, lambda client: closed_loop(client, lambda i: turn[i % len(turn)], CONNECTIONS, closed_seconds)
-    )
+    closed, seconds = server.run(lambda client: closed_loop(client, in_turn(bodies), CONNECTIONS, load.closed_seconds))
     server_cpu = (server.cpu() - busy) / max(1, sum(o.status == 200 for o in closed))
     server_rate = sum(o.status == 200 for o in closed) / seconds
     second, second_cpu = _offline(server, pairs, rounds)
@@ -396,31 +398,31 @@ def _measure(
         "per_second": server_rate,
         "cpu_ms_a_question": {"server": 1000 * server_cpu, "offline": [1000 * first_cpu, 1000 * second_cpu]},
         "statuses": statuses(closed),
-        "ms": spread([o.seconds for o in closed if o.status == 200]),
+        "ms": percentiles([o.seconds for o in closed if o.status == 200]),
     }
     share = server_rate / offline
-    report.hold(
+    report.check(
         f"closed loop, {CONNECTIONS} connections: share of offline",
-        f"{share:.3f} ({server_rate:.1f} of {offline:.1f} a second)",
+        f"{share:.3f} ({server_rate:.1f} of {offline:.1f} per second)",
         "at least 0.85",
         share >= 0.85,
     )
 
-    _overload(report, server, bodies, 3 * offline, overload_seconds, normal)
-    if soak_seconds:
-        _soak(report, server, pairs, soak_seconds)
+    _overload(report, server, bodies, 3 * offline, normal, load)
+    if load.soak_minutes:
+        _soak(report, server, pairs, 60 * load.soak_minutes)
 
     code = server.stop(signal.SIGKILL)
     seconds = server.start()
     figures["restart_seconds"] = round(seconds, 2)
-    report.hold("ready again after SIGKILL", f"{seconds:.2f} s (ended with {code})", "within 3 s", seconds <= 3)
+    report.check("ready again after SIGKILL", f"{seconds:.2f} s (ended with {code})", "within 3 s", seconds <= 3)
     code = server.stop(signal.SIGTERM)
-    report.hold("exit code after SIGTERM", str(code), "0", code == 0)
+    report.check("exit code after SIGTERM", str(code), "0", code == 0)
 
 
-def _overload(
-    report: Report, server: Server, bodies: Sequence[bytes], rate: float, seconds: float, normal: float
-) -> None:
+def _overload(report: Targets, server: Server, bodies: Sequence[bytes], rate: float, normal: float, load: Load) -> None:
+    seconds = load.overload_seconds
+
     async def run(client: Client) -> tuple[list[Outcome], float, list[tuple[float, int]]]:
         with sampling(server) as samples:
             outcomes = await open_loop_then(client, bodies, rate, seconds)
@@ -429,34 +431,34 @@ def _overload(
     async def open_loop_then(
         client: Client, bodies: Sequence[bytes], rate: float, seconds: float
     ) -> tuple[list[Outcome], float]:
-        load = asyncio.ensure_future(open_loop(client, bodies, rate, seconds))
+        arriving = asyncio.ensure_future(open_loop(client, bodies, rate, seconds))
         await asyncio.sleep(seconds)
         took = await recovery(client, bodies[0], normal)
-        return await load, took
+        return await arriving, took
 
-    outcomes, took, samples = _run(server, run)
+    outcomes, took, samples = server.run(run)
     found = statuses(outcomes)
     answered = [o.seconds for o in outcomes if o.status == 200]
     early, late = quarters([memory for memory, _ in samples])
     report.figures["overload"] = {
         "rate": rate,
         "statuses": found,
-        "answered_ms": spread(answered),
-        "refused_ms": spread([o.seconds for o in outcomes if o.status == 429]),
+        "answered_ms": percentiles(answered),
+        "refused_ms": percentiles([o.seconds for o in outcomes if o.status == 429]),
         "rss_mib": [round(memory, 1) for memory, _ in samples],
         "recovery_seconds": took,
     }
-    report.hold(
+    report.check(
         "overload at 3 times offline: statuses", str(found), "200, 429, 504", set(found) <= {"200", "429", "504"}
     )
     slowest = max(answered, default=float("inf"))
-    in_time = slowest <= server.timeout and "504" not in found
-    report.hold("  slowest accepted request", f"{slowest:.2f} s", f"within its {server.timeout:g} s", in_time)
-    report.hold("  memory, first and last quarter", f"{early:.1f}, {late:.1f} MiB", "within 5 %", late <= 1.05 * early)
-    report.hold("  recovery", f"{took:.2f} s", "within 5 s", took <= 5)
+    in_time = slowest <= load.request_timeout and "504" not in found
+    report.check("  slowest accepted request", f"{slowest:.2f} s", f"within its {load.request_timeout:g} s", in_time)
+    report.check("  memory, first and last quarter", f"{early:.1f}, {late:.1f} MiB", "within 5 %", late <= 1.05 * early)
+    report.check("  recovery", f"{took:.2f} s", "within 5 s", took <= 5)
 
 
-def _soak(report: Report, server: Server, pairs: Sequence[tuple[str, str]], seconds: float) -> None:
+def _soak(report: Targets, server: Server, pairs: Sequence[tuple[str, str]], seconds: float) -> None:
     async def run(client: Client) -> tuple[list[Outcome], list[tuple[float, int]], list[tuple[float, int]]]:
         bodies = soak_bodies(pairs)
         with sampling(server) as before:
@@ -465,49 +467,32 @@ def _soak(report: Report, server: Server, pairs: Sequence[tuple[str, str]], seco
             outcomes, _ = await closed_loop(client, bodies, SOAK_CONNECTIONS, seconds)
         return outcomes, samples, before
 
-    outcomes, samples, before = _run(server, run)
+    outcomes, samples, before = server.run(run)
     memory, descriptors = [m for m, _ in samples], [d for _, d in samples[1:]]
     early, late = quarters(memory)
     report.figures["soak"] = {
         "seconds": seconds,
         "statuses": statuses(outcomes),
-        "ms": spread([o.seconds for o in outcomes if o.status == 200]),
+        "ms": percentiles([o.seconds for o in outcomes if o.status == 200]),
         "warm_up_seconds": WARM_UP * seconds,
         "warm_up_rss_mib": [round(m, 1) for m, _ in before],
         "rss_mib": [round(m, 1) for m in memory],
         "descriptors": sorted(set(descriptors)),
     }
     found = statuses(outcomes)
-    report.hold(f"soak of {seconds / 60:.0f} min: statuses", str(found), "200", set(found) == {"200"})
-    report.hold(
+    report.check(f"soak of {seconds / 60:.0f} min: statuses", str(found), "200", set(found) == {"200"})
+    report.check(
         "  memory, first and last quarter",
         f"{early:.1f}, {late:.1f} MiB",
         "within 5 %",
         abs(late - early) <= 0.05 * early,
     )
     constant = max(descriptors) == min(descriptors)
-    report.hold("  file descriptors", f"{min(descriptors)} to {max(descriptors)}", "constant", constant)
-
-
-async def _solo(client: Client, bodies: Sequence[bytes]) -> list[Outcome]:
-    await client.ask(bodies[0])
-    return [await client.ask(body) for body in bodies]
-
-
-def _run(server: Server, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-    client = server.client()
-
-    async def run() -> T:
-        try:
-            return await work(client)
-        finally:
-            client.close()
-
-    return asyncio.run(run())
+    report.check("  file descriptors", f"{min(descriptors)} to {max(descriptors)}", "constant", constant)
 
 
 def _offline(server: Server, pairs: Sequence[tuple[str, str]], rounds: int) -> tuple[float, float]:
-    """Questions a second of ``answer_batch`` on the server's core, which must be idle, and its CPU seconds a question."""
+    """Questions per second of ``answer_batch`` on the server's core, which must be idle, and CPU seconds per question."""
     command = [sys.executable, "-c", OFFLINE, server.bundle, str(server.core), str(rounds)]
     done = subprocess.run(command, input=json.dumps(pairs), capture_output=True, text=True, check=True)
     rate, busy = json.loads(done.stdout)
@@ -515,4 +500,4 @@ def _offline(server: Server, pairs: Sequence[tuple[str, str]], rounds: int) -> t
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

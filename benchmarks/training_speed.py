@@ -1,6 +1,6 @@
-"""Training windows a second: qadeploy's training against the recipe of transformers' run_qa.py, side by side.
+"""Training windows per second: qadeploy's training against the recipe of transformers' run_qa.py, side by side.
 
-    python benchmarks/training_speed.py SQUAD.json benchmarks/results/training_speed.json
+    python -m benchmarks.training_speed SQUAD.json benchmarks/results/training_speed.json
 
 The recipe, written here from its documented behaviour: a fast tokenizer pads every window to 384 tokens
 (``padding="max_length"``, overlap 128), the first annotated answer is the target, the plain Trainer with
@@ -34,18 +34,17 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from benchmarks.harness import Json, report, run, write_report
 from qadeploy.core.metrics import Scores, bootstrap_interval
 from qadeploy.core.settings import QaSettings
-from qadeploy.data.readers import hash_examples, read
-from qadeploy.errors import QadeployError
+from qadeploy.data.loading import hash_examples, read
 from qadeploy.evaluation.scoring import evaluate
-from qadeploy.files import hash_file, write_json
-from qadeploy.inference.doctor import diagnose
+from qadeploy.files import hash_file
 from qadeploy.records import Example
 from qadeploy.shipped import base_model_path
 from qadeploy.training.checkpoint import Checkpoint, load_checkpoint, torch_answerer
 from qadeploy.training.features import FeatureSet, make_features
-from qadeploy.training.train import TrainOptions
+from qadeploy.training.options import TrainOptions
 from qadeploy.training.trainer import SpanTrainer, collate, training_arguments
 from qadeploy.training.training_set import TrainingSet
 
@@ -55,7 +54,7 @@ PEER = "recipe fp32"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TrainingPlan:
     """What all variants share."""
 
     base: str
@@ -121,7 +120,7 @@ def _draw(generator: random.Random, examples: Sequence[Example], count: int) -> 
 # ---------------------------------------------------------------- the two trainings
 
 
-def arguments(plan: Plan, seed: int, precision: str, folder: str, **more: Any) -> TrainingArguments:
+def arguments(plan: TrainingPlan, seed: int, precision: str, folder: str, **more: Any) -> TrainingArguments:
     """What both trainings are told alike; the schedule and the decay are qadeploy's defaults."""
     options = TrainOptions()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,7 +162,7 @@ def run_loop(trainer: Trainer, windows: int) -> Loop:
     return Loop(watch.seconds, watch.cpu_seconds, steps, round(windows * trainer.args.num_train_epochs), tokens)
 
 
-def train_recipe(plan: Plan, checkpoint: Checkpoint, seed: int, precision: str, folder: str) -> Loop:
+def train_recipe(plan: TrainingPlan, checkpoint: Checkpoint, seed: int, precision: str, folder: str) -> Loop:
     """The recipe of run_qa.py with its defaults for windows and padding."""
     rows = recipe_features(plan.train, checkpoint.tokenizer)
     trainer = Trainer(
@@ -176,7 +175,7 @@ def train_recipe(plan: Plan, checkpoint: Checkpoint, seed: int, precision: str, 
 
 
 def recipe_features(examples: Sequence[Example], tokenizer: Any) -> list[dict[str, list[int] | int]]:
-    """Windows padded to ``LENGTH`` by the tokenizer itself, labelled with the first answer, or CLS where it is not inside."""
+    """Windows padded to ``LENGTH`` by the tokenizer itself, labelled with the first answer, or CLS if it is not inside."""
     encoded = tokenizer(
         [e.question.lstrip() for e in examples],
         [e.context for e in examples],
@@ -203,7 +202,7 @@ def recipe_features(examples: Sequence[Example], tokenizer: Any) -> list[dict[st
     return rows
 
 
-def train_own(plan: Plan, checkpoint: Checkpoint, seed: int, precision: str, folder: str) -> Loop:
+def train_own(plan: TrainingPlan, checkpoint: Checkpoint, seed: int, precision: str, folder: str) -> Loop:
     """Training as ``qadeploy train`` does it."""
     features = own_features(plan.train, checkpoint)
     pad = checkpoint.encoder.config.pad_token_id
@@ -223,12 +222,12 @@ def own_features(examples: Sequence[Example], checkpoint: Checkpoint) -> Feature
 
 # ---------------------------------------------------------------- measuring
 
-Train = Callable[[Plan, Checkpoint, int, str, str], Loop]
+Train = Callable[[TrainingPlan, Checkpoint, int, str, str], Loop]
 KINDS: dict[str, Train] = {"recipe": train_recipe, "qadeploy": train_own}
 
 
-def check_windows(plan: Plan) -> dict[str, Any]:
-    """What the windows are. Raises SystemExit where the two trainings would not see the same ones."""
+def check_windows(plan: TrainingPlan) -> dict[str, Any]:
+    """The facts about the windows. Raises SystemExit if the two trainings would see different ones."""
     checkpoint = load_checkpoint(plan.base)
     own = own_features(plan.train, checkpoint)
     padded = recipe_features(plan.train, checkpoint.tokenizer)
@@ -252,7 +251,7 @@ def check_windows(plan: Plan) -> dict[str, Any]:
     }
 
 
-def measure(plan: Plan, kind: str, precision: str, seed: int) -> tuple[Loop, Scores]:
+def measure(plan: TrainingPlan, kind: str, precision: str, seed: int) -> tuple[Loop, Scores]:
     """Trains one variant from the base, and scores it in fp32 on the held-out questions."""
     set_seed(seed)
     own = kind == "qadeploy"
@@ -268,7 +267,7 @@ def measure(plan: Plan, kind: str, precision: str, seed: int) -> tuple[Loop, Sco
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TrainedRun:
     """One variant trained with one seed."""
 
     seed: int
@@ -283,7 +282,7 @@ RATES: dict[str, Callable[[Loop], float]] = {
 }
 
 
-def summary(name: str, runs: Sequence[Run], peers: Sequence[Run], real_tokens: int) -> dict[str, Any]:
+def summary(name: str, runs: Sequence[TrainedRun], peers: Sequence[TrainedRun], real_tokens: int) -> dict[str, Any]:
     """Medians and ranges of a variant; its ratios and differences to the peer, within each seed."""
     result: dict[str, Any] = {"name": name}
     for unit, rate in RATES.items():
@@ -311,7 +310,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _run_values(run: Run) -> dict[str, Any]:
+def _run_values(run: TrainedRun) -> dict[str, Any]:
     scores = {"f1": run.scores.f1, "exact_match": run.scores.exact_match}
     return {"seed": run.seed, **asdict(run.loop), **scores, "load_average_before": run.load_average}
 
@@ -325,15 +324,15 @@ def _ratios(runs: dict[str, list[dict[str, Any]]], name: str, peer: str, seconds
     return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
-def lines(report: dict[str, Any]) -> list[str]:
+def lines(found: Json) -> list[str]:
     """The report as a table in Markdown."""
     result = [
         f"| training | windows/s | x {PEER} | by CPU time | x the recipe in the same precision, by CPU time | real tokens "
         f"of all computed | F1 by seed | F1 against {PEER} |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    runs = report["runs"]
-    for v in report["variants"]:
+    runs = found["runs"]
+    for v in found["variants"]:
         name = v["name"]
         alike = f"recipe {name.split()[1]}"
         low, high = v["f1_difference"]["interval"]
@@ -344,9 +343,9 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"| {100 * v['real_tokens_share']:.0f} % | {seeds} "
             f"| {v['f1_difference']['mean']:+.1f} ({low:+.1f} to {high:+.1f}) |"
         )
-    setting, environment = report["setting"], report["environment"]
+    setting, environment = found["setting"], found["environment"]
     windows, packages = setting["windows"], environment["packages"]
-    base_f1 = "" if report["base_f1"] is None else f" ({report['base_f1']:.1f} before training)"
+    base_f1 = "" if found["base_f1"] is None else f" ({found['base_f1']:.1f} before training)"
     result += [
         "",
         f"{windows['count']} windows of {setting['train_questions']} questions of {setting['data']}, {windows['mean_tokens']} tokens "
@@ -359,18 +358,16 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 
 def make_report(
-    plan: Plan, data: str, windows: dict[str, Any], base_f1: float | None, runs: dict[str, list[Run]]
+    plan: TrainingPlan, data: str, windows: dict[str, Any], base_f1: float | None, runs: dict[str, list[TrainedRun]]
 ) -> dict[str, Any]:
     """Everything as plain JSON values."""
     weights = Path(plan.base) / "model.safetensors"
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "environment": {
-            **diagnose(),
+    return report(
+        environment={
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },
-        "setting": {
+        setting={
             "data": Path(data).name,
             "train_sha256": hash_examples(plan.train),
             "held_out_sha256": hash_examples(plan.held_out),
@@ -386,11 +383,11 @@ def make_report(
             "window_tokens": LENGTH,
             "overlap_tokens": OVERLAP,
         },
-        "base_f1": base_f1,
-        "peer": PEER,
-        "variants": [summary(n, runs[n], runs[PEER], windows["tokens"] * plan.epochs) for n in runs],
-        "runs": {name: [_run_values(run) for run in done] for name, done in runs.items()},
-    }
+        base_f1=base_f1,
+        peer=PEER,
+        variants=[summary(n, runs[n], runs[PEER], windows["tokens"] * plan.epochs) for n in runs],
+        runs={name: [_run_values(run) for run in done] for name, done in runs.items()},
+    )
 
 
 @click.command(help=__doc__)
@@ -405,34 +402,30 @@ def make_report(
 @click.option("--seeds", default="1,2,3", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of PyTorch.  [default: all]")
 def main(data: str, out: Path, base: str | None, seeds: str, threads: int | None, **options: Any) -> None:
-    """Measures, prints the table and writes the JSON, anew after each seed."""
+    """Measures, prints the table and writes the JSON, again after each seed."""
     if threads:
         torch.set_num_threads(threads)
     train, held_out = parts(data, options.pop("train_questions"), options.pop("held_out_questions"))
-    plan = Plan(base or str(base_model_path()), train, held_out, **options)
+    plan = TrainingPlan(base or str(base_model_path()), train, held_out, **options)
     windows = check_windows(plan)
     start = load_checkpoint(plan.base)
     base_f1 = None if start.new_head else evaluate(torch_answerer(start, "auto"), held_out).scores.f1
     click.echo(f"{len(train)} training questions, windows {windows}, base F1 {base_f1}", err=True)
     variants = [(kind, precision) for precision in ("fp32", "bf16") for kind in KINDS]
-    runs: dict[str, list[Run]] = {f"{kind} {precision}": [] for kind, precision in variants}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    runs: dict[str, list[TrainedRun]] = {f"{kind} {precision}": [] for kind, precision in variants}
     for turn, seed in enumerate(int(s) for s in seeds.split(",")):
         shift = turn % len(variants)
         for kind, precision in variants[shift:] + variants[:shift]:
             load = os.getloadavg()[0]
             loop, scores = measure(plan, kind, precision, seed)
-            runs[f"{kind} {precision}"].append(Run(seed, loop, scores, load))
+            runs[f"{kind} {precision}"].append(TrainedRun(seed, loop, scores, load))
             rates = ", ".join(f"{rate(loop):.2f} windows {unit}" for unit, rate in RATES.items())
             click.echo(f"seed {seed}, {kind} {precision}: {rates}, F1 {scores.f1:.2f}", err=True)
-        report = make_report(plan, data, windows, base_f1, runs)
-        write_json(out, report)
-    for line in lines(report):
+        found = make_report(plan, data, windows, base_f1, runs)
+        write_report(out, found)
+    for line in lines(found):
         click.echo(line)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except QadeployError as error:
-        raise SystemExit(f"Error: {error}") from error
+    run(main)

@@ -6,4 +6,4 @@ from qadeploy.inference.answerer import Answerer
 from qadeploy.records import Answer, Example
 
 __all__ = ["Answer", "Answerer", "Example", "__version__"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

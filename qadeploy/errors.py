@@ -1,24 +1,25 @@
 """Every error that qadeploy raises on purpose.
 
 QadeployError
-├── InputError                what the user gave cannot be used            (exit code 2)
-│   ├── CallError             a call of compat's pipeline; a ValueError too
-│   │   └── CallKeyError      a field or task it does not know; a KeyError too
-│   ├── DataError             a data file: names the file, row and field
+├── InputError                the input cannot be used                  (exit code 2)
+│   ├── CallError             a wrong call of compat's pipeline; also a ValueError
+│   │   └── CallKeyError      a field or task is unknown; also a KeyError
+│   ├── DataError             rows of a data file; names file, row and field
 │   ├── QuestionTooLongError  the question leaves no room for the context
-│   ├── StrideError           doc_stride leaves windows no way forward
-│   └── TooManyWindowsError   a context makes more windows than the caller takes
-└── FailureError              the input was fine, the work did not succeed (exit code 1)
+│   ├── StrideError           doc_stride is not below max_seq_len
+│   └── TooManyWindowsError   a context needs more windows than allowed
+└── FailureError              the input was fine, but the work failed   (exit code 1)
     ├── BundleError           a bundle is incomplete, damaged or unsafe
     ├── CheckpointError       a run or checkpoint folder cannot be loaded
-    ├── DeviceError           the device asked for is not to be had
-    ├── GateError             an exported model lost more than it may
+    ├── DeviceError           the requested device is not available
+    ├── GateError             an exported model lost more than allowed
     ├── LogitsError           a model returned NaN or infinite logits
     ├── MissingExtraError     an optional package is not installed
-    └── RemoteError           an inference server cannot be reached, or is not the right one
+    └── RemoteError           an inference server is unreachable or does not fit
 
-DeviceWarning                 auto took the CPU although a GPU is there (a UserWarning)
-MachineWarning                session settings were measured on another kind of machine (a UserWarning)
+DataWarning                   data were read in a way that may not be meant (a UserWarning)
+DeviceWarning                 auto chose the CPU although there is a GPU (a UserWarning)
+MachineWarning                session settings come from another kind of machine (a UserWarning)
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from collections.abc import Sequence
 
 
 class QadeployError(Exception):
-    """Base class: ``str(error)`` is one message a user can act on."""
+    """Base class: ``str(error)`` is one message that a user can act on."""
 
     exit_code = 1
 
 
 class InputError(QadeployError):
-    """What the user gave cannot be used: a path, an option, a text."""
+    """The input cannot be used: a path, an option, a text."""
 
     exit_code = 2
 
 
 class CallError(InputError, ValueError):
-    """A call of ``compat``'s pipeline that cannot be understood; also a ValueError, which transformers' raises."""
+    """A wrong call of ``compat``'s pipeline; also a ValueError, which transformers' pipeline raises."""
 
 
 class CallKeyError(CallError, KeyError):
-    """A field that a question lacks, or an unknown task; also a KeyError, which transformers' pipeline raises."""
+    """A missing field of a question, or an unknown task; also a KeyError, which transformers' pipeline raises."""
 
     __str__ = CallError.__str__  # a KeyError shows its message in quotes
 
@@ -51,8 +52,9 @@ class CallKeyError(CallError, KeyError):
 class DataError(InputError):
     """Rows of a data file that cannot be used.
 
-    ``problems`` holds one line a row (``FILE: row 4, field answer: ...``), all of them;
-    the message shows the first ``SHOWN`` and counts the rest.
+    Attributes:
+        problems: One line per faulty row, ``FILE: row 4, field answer: ...``. The message shows the first ``SHOWN``
+            and counts the rest.
     """
 
     SHOWN = 20
@@ -72,11 +74,11 @@ class QuestionTooLongError(InputError):
 
 
 class StrideError(InputError):
-    """``doc_stride`` is at least the room left for context, so windows would not move forward."""
+    """``doc_stride`` is not below ``max_seq_len``: more overlap than any window holds."""
 
 
 class TooManyWindowsError(InputError):
-    """A question and its context make more windows than the caller takes."""
+    """A question and its context need more windows than the caller allows."""
 
 
 class FailureError(QadeployError):
@@ -92,7 +94,7 @@ class CheckpointError(FailureError):
 
 
 class DeviceError(FailureError):
-    """The device asked for is not to be had; the message says what is missing."""
+    """The requested device is not available; the message says what is missing."""
 
 
 class GateError(FailureError):
@@ -104,7 +106,7 @@ class LogitsError(FailureError):
 
 
 class MissingExtraError(FailureError):
-    """An optional package is not installed; the message gives the pip line, ``fix`` alone holds it."""
+    """An optional package is not installed; the message ends with the pip line, ``fix`` is that line alone."""
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
         self.package = package
@@ -113,12 +115,16 @@ class MissingExtraError(FailureError):
 
 
 class RemoteError(FailureError):
-    """An inference server cannot be reached, has not the model, or answers something else than its logits."""
+    """An inference server cannot be reached, lacks the model, or does not return its logits."""
+
+
+class DataWarning(UserWarning):
+    """Data were read in a way that may not be what their author meant; the message says how to say what is meant."""
 
 
 class DeviceWarning(UserWarning):
-    """``auto`` took the CPU although a GPU's driver is there; the message says what CUDA lacks."""
+    """``auto`` chose the CPU although a GPU driver is installed; the message says what CUDA lacks."""
 
 
 class MachineWarning(UserWarning):
-    """A bundle's session settings were measured on a machine with other instruction sets: it answers, perhaps slower."""
+    """A bundle's session settings were measured on a CPU with other instruction sets: it works, but may be slower."""

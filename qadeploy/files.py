@@ -1,44 +1,301 @@
-"""Files on disk: hashing, and writing so that nobody ever reads half a file."""
+"""Files on disk: hashing, writing so that nobody reads half a file, and places that one writer has at a time.
+
+What is written goes to a temporary beside its place, ``.NAME.qadeploy-RANDOM.tmp``, and is renamed into place. Its writer holds a
+lock on the temporary as a sign of life, which ends with the process, in any container of the host: so the next writer can
+delete what a killed one left, and nothing of one that is still at work.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
+import io
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from qadeploy.errors import InputError
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.qadeploy-[0-9a-f]{16}\.(?P<kind>tmp|old)", re.DOTALL)
+_LOCK = "qadeploy lock: "
+_NO_REPLACE, _EXCHANGE, _HERE = 1, 2, -100  # RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD of Linux
+# A kernel, a file system or a container's filter that does not know the flags of renameat2.
+_CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
+
+
+def cache_folder() -> Path | None:
+    """Returns ``$QADEPLOY_CACHE``, or ``qadeploy`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; None without a home."""
+    own, shared = os.environ.get("QADEPLOY_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    if own:
+        return Path(own)
+    if Path(shared).is_absolute():  # the XDG specification says to ignore relative paths
+        return Path(shared) / "qadeploy"
+    try:
+        return Path.home() / ".cache" / "qadeploy"
+    except RuntimeError:
+        return None
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal text."""
+    """Returns the SHA-256 of a file, as hexadecimal text."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+# ---------------------------------------------------------------- writing
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes text as UTF-8, like ``write_bytes``."""
+    """Writes text as UTF-8, the way ``write_bytes`` does."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, the way ``write_text`` does."""
+    write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """A value as indented JSON. A path whose bytes are no UTF-8 is kept as escapes."""
+    return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes bytes beside ``path``, flushes them to the disk, and renames them into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path) as stream:
+        stream.write(data)
+
+
+class _Named(io.FileIO):
+    """A stream whose errors name the file: of several that are written together, a full disk does not say which."""
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        super().__init__(descriptor, "wb")
+        self._path = path
+
+    def write(self, data: Any, /) -> int:
+        """Writes bytes. Raises OSError with the name of the file."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
+
+
+@contextmanager
+def writing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
+    """Opens a stream beside ``path``; at the end its bytes are flushed to the disk and renamed into place, unless there was an error.
+
+    With ``new`` it raises FileExistsError if there is something at ``path`` by then.
+    """
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        temporary, descriptor = _begin(path, lambda at: os.open(at, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            with io.BufferedWriter(_Named(descriptor, path)) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+                (_rename_new if new else os.replace)(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say by itself which file it was
+        if error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name):
+            error.filename = str(path)  # a full disk does not name the file
         raise
+
+
+@contextmanager
+def temporary_folder(place: Path) -> Iterator[Path]:
+    """A new folder beside ``place``, to be renamed to it; at the end it is deleted if it still has its name.
+
+    Folders above it are made. Those that killed writers of ``place`` left are deleted first.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    sweep(place.parent, place.name)
+    temporary, descriptor = _begin(place, _make_folder)
+    try:
+        yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Deletes the temporaries in ``folder`` whose writers are gone: those of the file or folder ``name``, or all."""
+    for path in _temporaries(folder, name, "tmp"):
+        with suppress(OSError):  # another sweeps too
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if lock(descriptor):
+                    _delete(path)
+            finally:
+                os.close(descriptor)
+
+
+def _begin(place: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new temporary and a descriptor of it, which is locked. ``make`` makes and opens it."""
+    while True:
+        path = _beside(place, "tmp")
+        try:
+            descriptor = make(path)
+        except FileNotFoundError:
+            if not place.parent.is_dir():
+                raise
+            continue  # swept before it was opened
+        with suppress(BlockingIOError, FileNotFoundError):  # being swept, or swept, before it was locked
+            lock(descriptor)
+            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return path, descriptor
+        os.close(descriptor)
+
+
+def _make_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _beside(place: Path, kind: str) -> Path:
+    return place.with_name(f".{place.name}.qadeploy-{secrets.token_hex(8)}.{kind}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is that of a temporary or a lock of this module."""
+    return bool(_TEMPORARY.fullmatch(name)) or (name.startswith(".") and name.endswith(".qadeploy-lock"))
+
+
+def _temporaries(folder: Path, name: str | None, kind: str) -> list[Path]:
+    try:
+        found = [(_TEMPORARY.fullmatch(entry.name), Path(entry.path)) for entry in os.scandir(folder)]
+    except OSError:
+        return []
+    return [path for match, path in found if match and match["kind"] == kind and name in {None, match["name"]}]
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- one writer at a time
+
+
+def lock(descriptor: int) -> bool:
+    """Locks an open file or folder until it is closed. False if its file system has no locks.
+
+    Raises BlockingIOError if another holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def holding(place: Path, shown: Path | None = None) -> Iterator[None]:
+    """Holds a place for one writer, and cleans up after those that were killed.
+
+    Their temporaries go, and what one of them had moved away in order to replace it comes back. The lock is on ``.NAME.qadeploy-lock`` beside the place, which is removed at the end, and which the system releases if its
+    holder dies. It holds across containers that share the folder, and across hosts if their file system has locks.
+
+    Args:
+        place: A file or folder, which need not be there.
+        shown: What messages call it.
+
+    Raises:
+        InputError: Another process, or thread, holds the place; the message says which, if that is known.
+    """
+    path = place.with_name(f".{place.name}.qadeploy-lock")
+    descriptor, locked = _acquire(path, shown or place)
+    try:
+        if locked:
+            sweep(place.parent, place.name)
+            for old in _temporaries(place.parent, place.name, "old"):
+                _delete(old) if os.path.lexists(place) else os.replace(old, place)
+            os.ftruncate(descriptor, 0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.pwrite(descriptor, f"{_LOCK}process {os.getpid()} on {socket.gethostname()}, since {since}".encode(), 0)
+        yield
+    finally:
+        if locked:
+            path.unlink(missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for children that were forked meanwhile
+        os.close(descriptor)
+
+
+def _acquire(path: Path, place: Path) -> tuple[int, bool]:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            error.filename = str(place)
+            raise
+        try:
+            holder = os.pread(descriptor, 300, 0).decode(errors="replace")
+            if holder and not holder.startswith(_LOCK):
+                raise InputError(f"{path}: is in the way and not a lock of qadeploy: move it away")
+            locked = lock(descriptor)
+            if not locked or os.path.samestat(os.fstat(descriptor), path.lstat()):
+                return descriptor, locked
+        except FileNotFoundError:
+            pass  # its holder has just removed it
+        except BlockingIOError as error:
+            os.close(descriptor)
+            known = "".join(letter for letter in holder.removeprefix(_LOCK) if letter.isprintable())
+            raise InputError(
+                f"{place}: another command is writing it{f' ({known})' if known else ''}: wait until it ends, or give another "
+                "name"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+@contextmanager
+def new_file(place: Path, flag: str) -> Iterator[Path]:
+    """Holds the place of a file that is yet to be written, so that none is overwritten.
+
+    Args:
+        place: The file.
+        flag: The option that names it, for messages.
+
+    Raises:
+        InputError: There is something already, another command is writing it, or its folder does not exist.
+    """
+    require_new(place, flag)
+    with holding(place):
+        require_new(place, flag)  # nobody else has written it meanwhile
+        yield place
+
+
+def require_new(place: Path, flag: str) -> None:
+    """Raises InputError if there is something at ``place``, or its folder does not exist; ``flag`` is the option that names it."""
+    if not place.absolute().parent.is_dir():
+        raise InputError(f"{flag} {place}: its folder does not exist")
+    if os.path.lexists(place):
+        raise InputError(f"{place}: exists already: remove it or give another {flag}")
+
+
+# ---------------------------------------------------------------- folders
 
 
 def sync(path: Path) -> None:
-    """Flushes a file's bytes, or the names in a folder, to the disk."""
+    """Flushes a file's bytes, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,25 +304,63 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes every file and folder below ``folder``, and itself, to the disk."""
+    """Flushes a folder and everything in it to the disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Renames the folder ``new`` to ``place``. What was there goes only when the new one stands, else comes back."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    if place.exists():
-        os.replace(place, old)
-    try:
+    """Renames the folder ``new`` to ``place``, which is exchanged for a folder that is there; that one is then deleted.
+
+    A kill at any moment leaves the old or the new one. Where the system cannot exchange, the old one is moved away and comes
+    back on failure, or, after a kill in between, when the place is held the next time.
+    """
+    if not os.path.lexists(place):
         os.replace(new, place)
-    except BaseException:
-        if old.exists():
+    elif _rename(new, place, _EXCHANGE):
+        _delete(new)
+    else:
+        old = _beside(place, "old")
+        os.replace(place, old)
+        try:
+            os.replace(new, place)
+        except BaseException:
             os.replace(old, place)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            raise
+        _delete(old)
+    sync(place.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, like ``write_text``."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def _rename_new(source: Path, place: Path) -> None:
+    """Renames, and raises FileExistsError if there is something at ``place``."""
+    if _rename(source, place, _NO_REPLACE):
+        return
+    if os.path.lexists(place):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(place))
+    os.rename(source, place)
+
+
+def _rename(source: Path, place: Path, flags: int) -> bool:
+    """Whether the rename was done; False if the system or the file system cannot do it with these flags. Raises OSError."""
+    function = _renameat2()
+    if function is None:
+        return False
+    import ctypes
+
+    if function(_HERE, os.fsencode(source), _HERE, os.fsencode(place), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(place))
+
+
+@cache
+def _renameat2() -> Callable[..., int] | None:
+    import ctypes
+
+    try:
+        function: Callable[..., int] = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # no glibc, or one before 2.28
+        return None
+    return function

@@ -1,19 +1,21 @@
 """The machine that this process runs on: its CPU and the instruction sets that decide which settings are fast.
 
-Linux alone tells (``/proc/cpuinfo``); elsewhere no instruction set is known.
+They are read from ``/proc/cpuinfo``; on systems without it no instruction set is known.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-# As the kernel names them (arch/x86/include/asm/cpufeatures.h, Documentation/arch/arm64/elf_hwcaps.rst): those for
-# which ONNX Runtime's matrix products (MLAS) have kernels of their own, and those that torch trains in bf16 with.
+# As the kernel names them (arch/x86/include/asm/cpufeatures.h, Documentation/arch/arm64/elf_hwcaps.rst): those with
+# matmul kernels of their own in ONNX Runtime (MLAS), and those that torch needs for training in bf16.
 INSTRUCTION_SETS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
     *("asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme"),
@@ -24,23 +26,23 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A CPU's name, and those of ``INSTRUCTION_SETS`` that all its cores have."""
+    """A CPU's name, and the ``INSTRUCTION_SETS`` that all its cores have."""
 
     cpu: str
     instruction_sets: tuple[str, ...]
 
     @property
     def has_vnni(self) -> bool:
-        """True where the CPU adds int8 products in 32 bits; without it 8-bit weights can saturate."""
+        """Whether the CPU accumulates int8 matmuls in 32 bits; without it 8-bit weights can saturate."""
         return not _VNNI.isdisjoint(self.instruction_sets)
 
     @property
     def has_bf16(self) -> bool:
-        """True where an x86 CPU multiplies bf16 natively."""
+        """Whether an x86 CPU multiplies bf16 natively."""
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(self.instruction_sets)
 
     def to_dict(self, *, threads: int, onnxruntime: str) -> dict[str, Any]:
-        """A manifest's ``machine`` entry: this machine, and what session settings were measured with."""
+        """Returns a manifest's ``machine`` entry: this machine, and the threads and runtime of the measurements."""
         return {
             "cpu": self.cpu,
             "instruction_sets": list(self.instruction_sets),
@@ -49,14 +51,14 @@ class Machine:
         }
 
     def unlike(self, entry: object) -> str:
-        """What instruction sets it lacks and has besides those of a ``machine`` entry, in words.
+        """Says which instruction sets this machine lacks, and has besides, compared with a ``machine`` entry.
 
-        "" where there is no difference, no entry that can be read, or where this system does not tell.
+        Returns "" if there is no difference, the entry is unreadable, or this system names no instruction sets.
         """
         stored = entry.get("instruction_sets") if isinstance(entry, Mapping) else None
         if not isinstance(stored, list) or not stored or not self.instruction_sets:
             return ""
-        # Names that this version does not know, a later one may have written: it cannot tell whether they are here.
+        # A later version may have written names that this one does not know, so it cannot say whether they are here.
         lacks = [name for name in INSTRUCTION_SETS if name in stored and name not in self.instruction_sets]
         more = [name for name in self.instruction_sets if name not in stored]
         parts = [f"lacks {', '.join(lacks)}"] if lacks else []
@@ -65,22 +67,40 @@ class Machine:
 
 
 def entry_has_vnni(entry: object) -> bool:
-    """Whether the machine of a manifest's ``machine`` entry had VNNI; true where it does not say."""
+    """Returns whether the machine of a manifest's ``machine`` entry had VNNI; True if it does not say."""
     stored = entry.get("instruction_sets") if isinstance(entry, Mapping) else None
     return not (isinstance(stored, list) and stored) or any(name in stored for name in _VNNI)
 
 
+def saturation_warning(precision: str, exported_on: object) -> str:
+    """Says what to do if int8 matmuls of a bundle may saturate on this machine; "" if they cannot.
+
+    An export on a machine without VNNI gives the weights 7 bits, so that nothing saturates.
+
+    Args:
+        precision: The bundle's.
+        exported_on: The ``machine`` entry of the machine that exported it.
+    """
+    here = machine()
+    if precision != "int8" or here.has_vnni or not here.instruction_sets or not entry_has_vnni(exported_on):
+        return ""
+    return (
+        "this machine has no VNNI, so 8-bit matmuls may saturate, which costs accuracy and no setting repairs: "
+        "export the run again on this machine (qadeploy export RUN --quantize)"
+    )
+
+
 @cache
 def machine() -> Machine:
-    """The machine of this process, read once."""
+    """Returns the machine of this process, read once."""
     try:
-        return parse(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
+        return parse_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
     except OSError:
-        return parse("")
+        return parse_cpuinfo("")
 
 
-def parse(cpuinfo: str) -> Machine:
-    """The machine that the text of ``/proc/cpuinfo`` describes."""
+def parse_cpuinfo(cpuinfo: str) -> Machine:
+    """Parses the text of ``/proc/cpuinfo``."""
     name = ""
     shared: set[str] | None = None
     for line in cpuinfo.splitlines():
@@ -94,10 +114,10 @@ def parse(cpuinfo: str) -> Machine:
 
 
 def peak_memory() -> int | None:
-    """The largest resident set of this process so far in bytes, None where the system does not say.
+    """Returns the peak resident set size of this process in bytes, None if the system does not report it.
 
-    VmHWM (proc_pid_status(5)) and not getrusage's ru_maxrss: that one survives execve, so a child of a large process
-    would be given the parent's size.
+    It is VmHWM (proc_pid_status(5)), because getrusage's ru_maxrss survives execve: the child of a large process
+    would report its parent's size.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as stream:
@@ -105,3 +125,54 @@ def peak_memory() -> int | None:
     except OSError:
         return None
     return 1024 * int(found[0]) if found else None
+
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def usable_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_GROUPS) -> int:
+    """Returns how many CPUs this process may use: its affinity, limited by the quotas of its control groups, rounded up.
+
+    A group cannot use more than the groups that it lies in, so the smallest quota on the way up counts.
+
+    Args:
+        cgroups: Where control groups of version 1 or 2 are mounted.
+        own: Names the groups of this process (cgroups(7), ``/proc/PID/cgroup``).
+    """
+    cpus: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [quota for folder in _groups(cgroups, own) if (quota := _quota(folder))]
+    return min([cpus, *(max(1, math.ceil(quota)) for quota in quotas)])
+
+
+def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
+    """The folders of the groups that may bound the CPUs, each with those that it lies in.
+
+    In a container the path may be the host's, of which the mount shows the end alone: then a part of the way is not there, but the
+    mount's root is the container's own group.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
+    except OSError:
+        lines = []
+    paths = {names: path for _, names, path in (line for line in lines if len(line) == 3)}
+    cpu = next((names for names in paths if "cpu" in names.split(",")), "")
+    mounts = {cgroups: "", cgroups / "unified": "", cgroups / "cpu": cpu, cgroups / "cpu,cpuacct": cpu}
+    mounts[cgroups / "cpuacct,cpu"] = cpu
+    for mount, names in mounts.items():
+        group = PurePosixPath(paths.get(names, "/").lstrip("/"))
+        for part in (group, *group.parents):
+            if ".." not in part.parts:  # a group outside of this namespace
+                yield mount / part
+
+
+def _quota(folder: Path) -> float | None:
+    """Returns the CPUs that a control group allows, None if it sets no limit or cannot be read."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = (int(text) for text in " ".join((folder / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # "max" is no limit
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None

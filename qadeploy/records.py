@@ -1,4 +1,4 @@
-"""The values that pass between the floors of qadeploy. All offsets count Unicode code points."""
+"""The values that the rooms of qadeploy exchange. All offsets count Unicode code points."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+Logits = tuple[FloatArray, FloatArray]  # start and end logits: [tokens] of one window, or [windows, tokens] of a batch
+LOGIT_NAMES = ("start_logits", "end_logits")  # a model's outputs, as transformers and ONNX graphs name them
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +31,15 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question on one context. No ``answers`` means that the context holds no answer.
+    """One question on one context.
 
-    ``split`` is ``"train"`` or ``"validation"`` where the data fixes it, else ``""``. ``also`` holds the
-    ids of further rows on the same question and context, whose answers are among ``answers``.
+    Attributes:
+        id: Unique in its data set.
+        question: The question.
+        context: The context.
+        answers: The annotated answers, empty if the context holds none.
+        split: ``"train"`` or ``"validation"`` if the data fixes it, else ``""``.
+        also: Ids of further rows on the same question and context, whose answers are among ``answers``.
     """
 
     id: str
@@ -45,10 +54,13 @@ class Example:
 class Window:
     """One model input: the question and a run of context tokens, with special tokens, unpadded.
 
-    ``input_ids`` and ``token_type_ids`` are int64 ``[tokens]``; ``token_type_ids`` is None where the
-    model takes none. The context tokens stand at positions ``context_begin : context_begin +
-    context_length`` and are tokens ``context_offset : context_offset + context_length`` of the whole
-    context. ``null_index`` is the position that stands for "no answer in this window".
+    Attributes:
+        input_ids: Int64 ``[tokens]``.
+        token_type_ids: Int64 ``[tokens]``, None if the model takes none.
+        context_begin: Position of the first context token in the window.
+        context_length: Number of context tokens.
+        context_offset: Index of the first context token in the whole context.
+        null_index: Position that stands for "no answer in this window".
     """
 
     input_ids: IntArray
@@ -66,9 +78,13 @@ class Window:
 class Span:
     """A candidate answer inside a context.
 
-    ``start_token``/``end_token`` are inclusive token indices into the whole context, ``start``/``end``
-    code points (end exclusive), ``logit`` the sum of its start and end logits in its best window,
-    ``score`` its probability (one softmax over all valid spans of all windows, at the model's temperature).
+    Attributes:
+        start: Its first code point.
+        end: One past its last code point.
+        start_token: Its first token in the whole context.
+        end_token: Its last token, inclusive.
+        logit: Sum of its start and end logits in its best window.
+        score: Its probability: one softmax over all valid spans of all windows, at the model's temperature.
     """
 
     start: int
@@ -92,5 +108,8 @@ class Answer:
     score: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as plain JSON values."""
+        """Returns the answer as plain JSON values."""
         return asdict(self)
+
+
+NO_ANSWER = Answer("", 0, 0, 0.0)  # if no span of the context can be an answer

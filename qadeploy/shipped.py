@@ -1,22 +1,41 @@
-"""Where the base model and the data set lie that qadeploy ships. Imports nothing heavy."""
+"""Where the models and the data set that qadeploy ships lie. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qadeploy.errors import CheckpointError
+from qadeploy.errors import BundleError, CheckpointError
 
 BASE_MODEL = "minilm-l6-qa"
+BASE_BUNDLE = "minilm-l6-qa-int8"
 HANDBOOK = Path(__file__).parent / "data" / "handbook.jsonl"
 
 
 def base_model_path() -> Path:
     """The folder of the base model that qadeploy ships, in the installed package or the checkout.
 
-    Raises CheckpointError where neither has it.
+    Raises:
+        CheckpointError: Neither has it.
     """
+    found = _folder(BASE_MODEL, "model.safetensors")
+    if found is None:
+        raise CheckpointError(f"the base model models/{BASE_MODEL} is not part of this installation: give --base PATH")
+    return found
+
+
+def base_bundle_path() -> Path:
+    """The bundle of the base model that qadeploy ships: int8, for a CPU.
+
+    Raises:
+        BundleError: Neither the installed package nor the checkout has it.
+    """
+    found = _folder(BASE_BUNDLE, "manifest.json")
+    if found is None:
+        raise BundleError(f"the bundle models/{BASE_BUNDLE} is not in this installation: name a bundle")
+    return found
+
+
+def _folder(name: str, file: str) -> Path | None:
     package = Path(__file__).resolve().parent
-    for folder in (package / "models" / BASE_MODEL, package.parent / "models" / BASE_MODEL):
-        if (folder / "model.safetensors").is_file():
-            return folder
-    raise CheckpointError(f"the base model models/{BASE_MODEL} is not in this installation: give --base PATH")
+    folders = (package / "models" / name, package.parent / "models" / name)
+    return next((folder for folder in folders if (folder / file).is_file()), None)

@@ -1,4 +1,4 @@
-"""Timing variants against each other: interleaved rounds, medians and spread, ratios within a round."""
+"""Timing variants against each other: interleaved rounds, medians, ranges, ratios within a round."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from typing import TypeVar
 
 import numpy as np
 
-_Row = TypeVar("_Row")
+from qadeploy.errors import InputError
+
+_T = TypeVar("_T")
 WORTH = 1.02  # a smaller gain is not worth a change
-_AWRY = 1 / 9  # the share of rounds that may go the other way
+_CONTRARY = 1 / 9  # the share of rounds that may go the other way
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds a round of one variant: all, median, least and most, and the ratio to the first variant.
+    """The timing of one variant.
 
-    ``speedup`` is the median over rounds of (first variant's seconds / this one's) in the same round,
-    ``speedup_range`` its least and most: above 1 is faster.
+    Attributes:
+        seconds: Seconds of each round.
+        median: Median seconds.
+        least: Seconds of the fastest round.
+        most: Seconds of the slowest round.
+        speedup: Median over rounds of (first variant's seconds / this one's); above 1 is faster.
+        speedup_range: The least and the largest of these ratios.
     """
 
     seconds: tuple[float, ...]
@@ -30,20 +37,26 @@ class Timing:
     speedup_range: tuple[float, float]
 
     def clearly_faster(self, first: Timing) -> bool:
-        """True where this variant beat ``first``, of the same rounds, beyond what chance brings.
+        """Returns whether this variant beat ``first``, timed in the same rounds, by more than chance.
 
-        In the median by 2 % at least, and in 8 rounds of 9: two variants of like speed come out so in 1 of 51 cases
-        (sign test). With fewer than 9 rounds, in all of them.
+        It must win by at least 2 % in the median, and in 8 of 9 rounds, which two equally fast variants do in 1 of 51
+        cases (sign test). With fewer than 9 rounds it must win all of them.
         """
         return _beats(first.seconds, self.seconds)
 
     def clearly_slower(self, first: Timing) -> bool:
-        """True where ``first`` beat this variant in the same way."""
+        """Returns whether ``first`` beat this variant in the same way."""
         return _beats(self.seconds, first.seconds)
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Timing]:
-    """Runs every variant once a round, after one warm-up round that is not counted, in the order of ``turns``."""
+    """Times variants against each other.
+
+    Args:
+        variants: Name to function; ratios are to the first.
+        rounds: How often each is timed, in the order of ``turns``.
+        warm_up: Whether to run each once before, uncounted.
+    """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names if warm_up else ():
@@ -69,19 +82,36 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, war
     return result
 
 
+def seconds_of(name: str, text: str) -> float:
+    """Converts a time such as 90s, 5m or 1h to seconds; a bare number is seconds.
+
+    Raises:
+        InputError: The text is not a time; the message names ``name``.
+    """
+    units = {"s": 1, "m": 60, "h": 3600}
+    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
+    try:
+        seconds = float(number) * units[unit]
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise InputError(f"{name} is {text!r}: give a time such as 90s, 5m or 1h")
+    return seconds
+
+
 def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
-    """The names in each round's order, which turns with the rounds, so that none is always the first."""
+    """Yields the names in each round's order, rotated by one per round so that none is always first."""
     for number in range(rounds):
         turn = number % max(1, len(names))
         yield [*names[turn:], *names[:turn]]
 
 
-def spread(rows: Sequence[_Row], count: int) -> list[_Row]:
-    """At most ``count`` rows at even distances."""
+def spread(rows: Sequence[_T], count: int) -> list[_T]:
+    """Returns at most ``count`` rows at even distances."""
     step = max(1.0, len(rows) / count)
     return [rows[int(i * step)] for i in range(min(count, len(rows)))]
 
 
 def _beats(slow: Sequence[float], fast: Sequence[float]) -> bool:
     ratio = np.asarray(slow) / np.asarray(fast)
-    return bool(np.median(ratio) >= WORTH and (ratio <= 1).sum() <= int(_AWRY * len(ratio)))
+    return bool(np.median(ratio) >= WORTH and (ratio <= 1).sum() <= int(_CONTRARY * len(ratio)))

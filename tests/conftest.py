@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads but waiting
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else no child would see Ctrl-C, as after nohup
 
 NAMES = ("Ada", "Bela", "Cora", "Dora", "Elin", "Fay", "Gail", "Hilde", "Ines", "Judith", "Kaya", "Lena")
 THINGS = ("lamp", "boat", "ladder", "kettle", "piano", "bell", "rope", "clock")
@@ -135,7 +140,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Tin
 
 def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
     """Options under which the tiny model learns its task in seconds."""
-    from qadeploy.training.train import TrainOptions
+    from qadeploy.training.options import TrainOptions
 
     options: dict[str, Any] = {
         "data": str(data),
@@ -146,6 +151,7 @@ def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
         "learning_rate": 3e-3,
         "batch_size": 8,
         "precision": "fp32",
+        "negatives": 0,
     }
     return TrainOptions(**{**options, **changes})
 
@@ -154,7 +160,18 @@ def tiny_arguments(data: Path, base: Path, out: Path, *more: str) -> list[str]:
     """``qadeploy train`` on the command line, with the options of ``tiny_options`` but for two epochs."""
     return [
         *("train", "--data", str(data), "--base", str(base), "--out", str(out), "--epochs", "2", "--batch-size", "8"),
-        *("--learning-rate", "0.003", "--precision", "fp32", "--dev-fraction", "0.2", "--no-progress", *more),
+        *(
+            "--learning-rate",
+            "0.003",
+            "--precision",
+            "fp32",
+            "--dev-fraction",
+            "0.2",
+            "--negatives",
+            "0",
+            "--no-progress",
+            *more,
+        ),
     ]
 
 
@@ -224,5 +241,6 @@ def sealed_copy(bundle: Path, folder: Path, model: bytes | None = None, **manife
     (folder / MANIFEST).unlink()
     if model is not None:
         (folder / MODEL).write_bytes(model)
+        values.pop("probe", None)  # another model has other logits
     seal(folder, {**values, **manifest})
     return folder

@@ -32,6 +32,8 @@ needs_servers = pytest.mark.skipif(
     not (ENVIRONMENT / "bin/python").exists(), reason=f"{ENVIRONMENT} is not there: make inference-servers"
 )
 _SECONDS = 60
+_FIRST = 10_000 + os.getpid() * 97 % 4_000  # each process of a test run begins elsewhere
+_ports = iter(range(_FIRST, 16_000))
 
 
 @dataclass
@@ -154,6 +156,9 @@ def _packages() -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, given out once. It lies below those that a kernel hands to outgoing connections."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port is left")

@@ -8,13 +8,20 @@ transformers' own 0.02 it is nearly even, and a lost mask would hide within the 
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from onnx import TensorProto, helper
 
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import Encoder
+from qadeploy.export.onnx import export_graph
+from qadeploy.inference.bundle import MODEL
+from qadeploy.training.checkpoint import load_checkpoint
 from tests.tokenizers_for_tests import family
 
 VOCABULARY = 1024  # rows, so that the embedding counts as a large table when it is quantized
@@ -133,3 +140,45 @@ ARCHITECTURES = (
     ),
 )
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An ONNX model without a bundle, and what reads texts for it."""
+
+    model: bytes
+    encoder: Encoder
+    settings: QaSettings
+
+
+def exported_model(architecture: Architecture) -> ExportedModel:
+    """A tiny model, exported by optimum like any other."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = load_checkpoint(architecture.save(Path(folder) / "checkpoint"))
+        export_graph(checkpoint, Path(folder) / "graph")
+        model = (Path(folder) / "graph" / MODEL).read_bytes()
+    return ExportedModel(model, checkpoint.encoder, checkpoint.settings.changed(max_seq_len=architecture.limit))
+
+
+def bare_model(
+    *,
+    mask: bool = False,
+    opset: int = 18,
+    kind: int = TensorProto.FLOAT,
+    outputs: tuple[str, str] = ("start_logits", "end_logits"),
+) -> bytes:
+    """A model whose logits are an input ``[batch, tokens, 2]``, to try a head on."""
+    info, shape = helper.make_tensor_value_info, ["batch", "tokens"]
+    names = ["input_ids", "attention_mask"] if mask else ["input_ids"]
+    inputs = [info(name, TensorProto.INT64, shape) for name in names] + [info("logits", kind, [*shape, 2])]
+    nodes = [
+        helper.make_node(
+            "Split", ["logits"], ["first", "second"], axis=2, **({"num_outputs": 2} if opset > 17 else {})
+        ),
+        helper.make_node("Squeeze", ["first", "last"], [outputs[0]]),
+        helper.make_node("Squeeze", ["second", "last"], [outputs[1]]),
+    ]
+    last = helper.make_tensor("last", TensorProto.INT64, [1], [2])
+    graph = helper.make_graph(nodes, "bare", inputs, [info(name, kind, shape) for name in outputs], [last])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return bytes(made.SerializeToString())

@@ -1,11 +1,11 @@
-"""A run made up for the tests of its report: awkward texts in several scripts, and what training would record."""
+"""An invented run for the tests of its report: awkward texts in several scripts, and what training would record."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from qadeploy.records import Annotation, Answer, Example
-from qadeploy.reports.run_report import Part, RunFacts, make_facts
+from qadeploy.reports.run_report import Part, RunFacts, RunRecord, make_facts
 
 EVIL = (
     '</style></script><script>document.title = "owned"</script><img src="http://evil.example/x.png" onerror=alert(1)>'
@@ -15,7 +15,7 @@ FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one emoji of five code 
 
 
 def example(name: str, question: str, context: str, *answers: str) -> Example:
-    """An example whose answers stand where they first occur."""
+    """An example whose answers are at their first place in the context."""
     return Example(name, question, context, tuple(Annotation(a, context.index(a)) for a in answers))
 
 
@@ -116,4 +116,4 @@ def parts(held_out: bool = True) -> list[Part]:
 
 def facts(metrics: dict[str, Any] | None = None, *, held_out: bool = True, **changes: Any) -> RunFacts:
     """The facts of the run, with changed metrics."""
-    return make_facts("fa q", RECORD, {**METRICS, **(metrics or {})}, parts(held_out), ANSWERS, **changes)
+    return make_facts(RunRecord("fa q", RECORD, {**METRICS, **(metrics or {})}), parts(held_out), ANSWERS, **changes)

@@ -19,8 +19,8 @@ import httpx
 import numpy as np
 
 from qadeploy import Answerer
-from qadeploy.inference.session import Logits, Pending
-from qadeploy.records import Window
+from qadeploy.inference.session import Pending
+from qadeploy.records import Logits, Window
 from qadeploy.serve.app import create_app
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings

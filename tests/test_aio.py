@@ -6,15 +6,15 @@ import asyncio
 import itertools
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from qadeploy import Answerer
 from qadeploy.errors import InputError, LogitsError
-from qadeploy.inference.session import Logits
-from qadeploy.records import Window
+from qadeploy.inference import session
+from tests.sessions_for_tests import Sessions, until
 from tests.test_session_answerer import GOLD, LONG, MIXED, PAIRS, run_script, same
 
 OPTIONS = [
@@ -28,31 +28,27 @@ OPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
+def watched() -> Iterator[Sessions]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield Sessions(patch)
+
+
+@pytest.fixture(scope="module")
+def answerer(bundle: Path, watched: Sessions) -> Answerer:
     return Answerer.load(bundle, device="cpu", threads=2)
 
 
-class Held:
-    """Stands between an answerer and its model: counts the windows that began, and holds them until released."""
+@pytest.fixture
+def sessions(watched: Sessions) -> Iterator[Sessions]:
+    """The sessions of all answerers here, whole again after the test."""
+    yield watched
+    watched.broken = False
+    watched.release()
 
-    def __init__(self, answerer: Answerer, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.release, self.begun = threading.Event(), 0
-        self._lock = threading.Lock()
-        self._alone = answerer.model._run_one
-        monkeypatch.setattr(answerer.model, "_run_one", self.run)
 
-    def run(self, session: object, window: Window) -> Logits:
-        with self._lock:
-            self.begun += 1
-        assert self.release.wait(60)
-        return self._alone(session, window)
-
-    async def until_begun(self) -> None:
-        for _ in range(600):
-            if self.begun:
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError("nothing has begun within six seconds")
+async def soon(condition: Callable[[], object]) -> None:
+    """Waits in a thread until a condition holds."""
+    await asyncio.to_thread(until, condition)
 
 
 def test_many_awaits_at_once_answer_like_serial_calls(answerer):
@@ -76,61 +72,65 @@ def test_batches_and_streams_answer_like_their_sync_forms(answerer):
     assert asyncio.run(answerer.aanswer_batch([])) == []
 
 
-def test_what_is_awaited_is_worked_on_by_a_bounded_number_of_threads(answerer, monkeypatch):
-    held = Held(answerer, monkeypatch)
+def test_what_is_awaited_is_worked_on_by_a_bounded_number_of_threads(answerer, sessions, monkeypatch):
     encoded: list[str] = []
-    begin = answerer.begin
-    monkeypatch.setattr(answerer, "begin", lambda *a: encoded.append(a[0]) or begin(*a))
+    encode = answerer.encode
+    monkeypatch.setattr(answerer, "encode", lambda *a: encoded.append(a[0]) or encode(*a))
+    sessions.hold()
+
+    def waiting() -> tuple[int, int]:
+        return len(encoded), sum(run.threads == 1 for run in sessions.begun)
 
     async def ask():
         calls = [asyncio.ensure_future(answerer.aanswer(*pair)) for pair in PAIRS * 10]
-        await held.until_begun()
+        await soon(lambda: waiting() >= (4, 2))
         await asyncio.sleep(0.2)  # time in which more would begin
-        waiting = len(encoded), held.begun
-        held.release.set()
-        return waiting, await asyncio.gather(*calls)
+        found = waiting()
+        sessions.release()
+        return found, await asyncio.gather(*calls)
 
-    (tokenised, begun), found = asyncio.run(ask())
-    assert (tokenised, begun) == (4, 2)  # two threads of the model, twice as many work for coroutines
+    waited, found = asyncio.run(ask())
+    assert waited == (4, 2)  # two threads of the model, twice as many work for coroutines
     assert [answers[0].text for answers in found] == GOLD * 10
 
 
-def test_the_event_loop_goes_on_while_a_document_is_tokenised_and_read(answerer, monkeypatch):
-    held = Held(answerer, monkeypatch)
-    tokenise, gate = answerer.encoder.encode, threading.Event()
-    monkeypatch.setattr(answerer._contexts, "_encode", lambda text: gate.wait(60) and tokenise(text))
-    document = f"{LONG} Only here."
+def test_the_event_loop_goes_on_while_a_document_is_tokenised_and_read(answerer, sessions, monkeypatch):
+    document, gate = f"{LONG} Only here.", threading.Event()
+    tokenise, expected = answerer.encoder.encode, answerer.answer("Who keeps the kettle?", document)
+    monkeypatch.setattr(answerer.encoder, "encode", lambda text: gate.wait(60) and tokenise(text))
+    own = Answerer(answerer.encoder, answerer.settings, answerer.model)
+    sessions.hold()
 
     async def ask():
-        call = asyncio.ensure_future(answerer.aanswer("Who keeps the kettle?", document))
+        call = asyncio.ensure_future(own.aanswer("Who keeps the kettle?", document))
         for _ in range(20):  # the loop turns while the tokeniser waits,
             await asyncio.sleep(0.001)
-        assert held.begun == 0
+        assert not sessions.begun
         gate.set()
-        await held.until_begun()  # and while the model does
+        await soon(lambda: sessions.begun)  # and while the model does
         assert not call.done()
-        held.release.set()
+        sessions.release()
         return await call
 
-    assert same([asyncio.run(ask())], [answerer.answer("Who keeps the kettle?", document)])
+    assert same([asyncio.run(ask())], [expected])
 
 
-def test_what_is_cancelled_before_it_begins_is_never_tokenised(answerer, monkeypatch):
-    held = Held(answerer, monkeypatch)
+def test_what_is_cancelled_before_it_begins_is_never_tokenised(answerer, sessions, monkeypatch):
     encoded: list[str] = []
-    begin = answerer.begin
-    monkeypatch.setattr(answerer, "begin", lambda *a: encoded.append(a[0]) or begin(*a))
+    encode = answerer.encode
+    monkeypatch.setattr(answerer, "encode", lambda *a: encoded.append(a[0]) or encode(*a))
+    sessions.hold()
 
     async def ask():
         first = [asyncio.ensure_future(answerer.aanswer(*pair)) for pair in PAIRS[:4]]
-        await held.until_begun()
+        await soon(lambda: sessions.begun)
         rest = [asyncio.ensure_future(answerer.aanswer(*pair)) for pair in PAIRS[4:]]
         await asyncio.sleep(0.05)
         for call in rest:
             call.cancel()
         results = await asyncio.gather(*rest, return_exceptions=True)
         assert all(isinstance(result, asyncio.CancelledError) for result in results)
-        held.release.set()
+        sessions.release()
         assert [answers[0].text for answers in await asyncio.gather(*first)] == GOLD[:4]
         assert (await answerer.aanswer(*PAIRS[5]))[0].text == GOLD[5]
 
@@ -139,26 +139,29 @@ def test_what_is_cancelled_before_it_begins_is_never_tokenised(answerer, monkeyp
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_long_document_stops_before_its_next_windows(bundle, monkeypatch, threads):
+def test_a_long_document_stops_before_its_next_windows(bundle, sessions, threads):
     own = Answerer.load(bundle, device="cpu", threads=threads)
-    held = Held(own, monkeypatch)
     windows = len(
         own.encoder.windows(own.encoder.encode("Who?"), own.encoder.encode(LONG), max_seq_len=24, doc_stride=8)
     )
+    sessions.hold()
 
     async def ask():
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
-                await own.aanswer("Who?", LONG, max_seq_len=24, doc_stride=8)
-        held.release.set()
+        call = asyncio.ensure_future(own.aanswer("Who?", LONG, max_seq_len=24, doc_stride=8))
+        await soon(lambda: sessions.begun)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        sessions.release()
         assert (await own.aanswer(*PAIRS[0]))[0].text == GOLD[0]
 
     asyncio.run(ask())
     assert windows > 40
-    assert held.begun <= 8 * threads + 1
+    assert len(sessions.begun) <= 8 * threads + 1
 
 
-def test_a_stream_that_is_left_or_cancelled_drops_its_work(answerer):
+def test_a_stream_that_is_left_or_cancelled_drops_its_work(answerer, sessions, monkeypatch):
+    monkeypatch.setattr(session, "LARGE", 1)  # every call
     taken = 0
 
     def source():
@@ -178,13 +181,14 @@ def test_a_stream_that_is_left_or_cancelled_drops_its_work(answerer):
                 await answerer.aanswer_batch(source())  # without end
         assert (await answerer.aanswer(*PAIRS[1]))[0].text == GOLD[1]
 
+    def quiet() -> bool:
+        before = taken, len(sessions.begun)
+        time.sleep(0.2)
+        return before == (taken, len(sessions.begun))
+
     asyncio.run(ask())
-    until = time.monotonic() + 10
-    while answerer.model._sessions.calls and time.monotonic() < until:
-        time.sleep(0.01)
-    before = taken
-    time.sleep(0.1)
-    assert (taken, answerer.model._sessions.calls) == (before, 0)
+    until(quiet)
+    until(lambda: sessions.shrink_after(lambda: answerer.answer(*PAIRS[1])))  # no call counts as running
 
 
 def test_event_loops_in_several_threads_share_one_answerer(answerer):
@@ -204,19 +208,15 @@ def test_event_loops_in_several_threads_share_one_answerer(answerer):
     assert found == [GOLD * 2] * 3
 
 
-def test_errors_are_those_of_the_sync_forms(answerer, monkeypatch):
+def test_errors_are_those_of_the_sync_forms(answerer, sessions):
     with pytest.raises(InputError, match=r"^question is empty"):
         asyncio.run(answerer.aanswer("", "Some text."))
-    with pytest.raises(InputError, match=r"top_k is '3'"):
+    with pytest.raises(InputError, match=r"top_k must be a whole number from 1, not '3'"):
         asyncio.run(answerer.aanswer("Who?", "Some text.", top_k="3"))
     with pytest.raises(InputError, match=r"^pair 2: context is empty"):
         asyncio.run(answerer.aanswer_batch([PAIRS[0], ("Who?", " ")]))
 
-    def broken(session: object, window: Window) -> Logits:
-        wrong = np.full(len(window), np.nan, dtype=np.float32)
-        return wrong, wrong
-
-    monkeypatch.setattr(answerer.model, "_run_one", broken)
+    sessions.broken = True
     with pytest.raises(LogitsError):
         asyncio.run(answerer.aanswer(*PAIRS[0]))
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from transformers import XLNetConfig, XLNetForQuestionAnsweringSimple
 
-from benchmarks.architectures import DOCS, RESULTS, run_architecture, table, written
 from qadeploy.core.windows import pad_batch
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.export.onnx import export_graph
 from qadeploy.export.parity import measure_parity, require_parity
 from qadeploy.inference.session import OnnxModel
 from qadeploy.inference.tuning import FP32_TOLERANCE
 from qadeploy.records import Window
 from qadeploy.training.checkpoint import Checkpoint, TorchModel, encoder_config, load_checkpoint
+from tests.architectures_for_tests import DOCS, RESULTS, run_architecture, table, written
 from tests.conftest import triplets, write_jsonl
 from tests.models_for_tests import ARCHITECTURES, BY_NAME, LONGEST, Architecture
 from tests.tokenizers_for_tests import family

@@ -1,4 +1,4 @@
-"""The machine's peak and a model's operations: real products, and the count by the textbook formula."""
+"""The machine's peak and a model's operations: real matmuls, and the count by the textbook formula."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from qadeploy.bench.peak import SHAPES, Peak, measure_peak, product
+from qadeploy.bench.peak import SHAPES, Peak, matmul_model, measure_peak
 from qadeploy.errors import FailureError, MissingExtraError
 from qadeploy.export.quantize.operations import Operations, count_operations
-from qadeploy.inference.session import usable_cpus
+from qadeploy.machine import usable_cpus
 from tests.test_imports import run
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_the_product_is_what_it_says(kind):
-    session = ort.InferenceSession(product(kind, 64, 32), providers=["CPUExecutionProvider"])
+def test_the_matmul_is_what_it_says(kind):
+    session = ort.InferenceSession(matmul_model(kind, 64, 32), providers=["CPUExecutionProvider"])
     generator = np.random.default_rng(0)
     a = generator.integers(0, 256, (8, 64)).astype(np.uint8 if kind == "int8" else np.float32)
     (found,) = session.run(None, {"a": a})
@@ -43,8 +43,12 @@ def test_the_peak_is_plausible_and_int8_is_faster_where_the_cpu_has_vnni():
 
 @pytest.mark.skipif(usable_cpus() < 2, reason="one CPU has no second thread")
 def test_threads_are_added_up():
-    one, two = measure_peak(1).int8, measure_peak(2).int8
-    assert 0.8 * one < two < 3 * one  # two threads of one core share its units
+    one, two = measure_peak(1), measure_peak(2)
+    for _ in range(4):  # the best of several: other work on the machine only ever lowers a figure
+        if 0.8 * one.int8 < two.int8 < 3 * one.int8:  # two threads of one core share its units
+            break
+        one, two = one.best(measure_peak(1)), two.best(measure_peak(2))
+    assert 0.8 * one.int8 < two.int8 < 3 * one.int8
 
 
 def test_a_model_is_held_against_the_peak_of_its_precision():
@@ -57,13 +61,13 @@ def test_a_model_is_held_against_the_peak_of_its_precision():
 def test_without_onnx_the_peak_names_the_pip_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(MissingExtraError, match=r"qadeploy\[train\]"):
-        product("fp32", 4, 4)
+        matmul_model("fp32", 4, 4)
 
 
 def test_operations_are_those_of_the_textbook(tiny_checkpoint):
     config = json.loads((tiny_checkpoint / "config.json").read_text())
     h, i, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    # Four projections and two feed-forward products a layer, scores and weighted values, and the head's two columns.
+    # Four projections and two feed-forward matmuls per layer, scores and weighted values, and the head's two columns.
     found = count_operations(tiny_checkpoint)
     assert found == Operations(0.0, layers * 2.0 * (4 * h * h + 2 * h * i) + 2 * 2 * h, layers * 4.0 * h)
     assert found.of([10, 20]) == 30 * found.per_token + 500 * found.per_square

@@ -15,7 +15,7 @@ from qadeploy.bench.peers import PEERS, parse_peers
 from qadeploy.bench.peers.setup import Setup
 from qadeploy.bench.variant import Variant
 from qadeploy.bench.workload import calibration, draw, windows_of
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.errors import BundleError, FailureError, InputError, MissingExtraError
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.timing import spread
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_is_gone_is_named(tiny, tiny_export, examples, tmp_pat
     given = setup(tiny, examples, tmp_path)
     gone = Setup(tmp_path / "gone", given.bundle, "cpu", 1, False, (), tmp_path)
     for name in ("pipeline", "torch", "optimum"):
-        with pytest.raises(FailureError, match="gone: the bundle's source checkpoint is not there any more"):
+        with pytest.raises(FailureError, match="gone: the bundle's source checkpoint no longer exists"):
             PEERS[name](gone)
 
 

@@ -21,8 +21,9 @@ from click.testing import CliRunner, Result
 
 from qadeploy import Answerer, __version__
 from qadeploy.cli import main
-from qadeploy.inference.answerer import Options
+from qadeploy.core.settings import Options
 from qadeploy.inference.bundle import MANIFEST, MODEL, open_bundle
+from qadeploy.shipped import base_bundle_path
 from tests.conftest import sealed_copy, triplets, unanswerable, write_jsonl
 
 COMMANDS = sorted(main.commands)
@@ -109,19 +110,42 @@ def test_check_prints_counts_examples_and_lengths():
         "  offsets are off by +1 (1) code points",
         "context tokens: 1, median 5, 95 % at most 5, longest 5",
         "answer tokens: 3, median 1, 95 % at most 1, longest 1",
-        "windows a question (max_seq_len 384, doc_stride 128): 3, median 1, 95 % at most 1, longest 1",
-        "answers cut by a window's border: 0 (0.0%); whole in no window: 0 (0.0%)",
+        "windows per question (max_seq_len 384, doc_stride 128): 3, median 1, 95 % at most 1, longest 1",
+        "answers cut by a window border: 0 (0.0%); whole in no window: 0 (0.0%)",
     ):
         assert line in shown.splitlines()
 
 
+def test_check_of_a_file_without_a_usable_row_is_exit_code_1():
+    write_jsonl(Path("bad.jsonl"), [{"context": "A lamp.", "question": "?", "answer": "boat"}])
+    result = run("check", "bad.jsonl")
+    assert (result.exit_code, result.stderr) == (1, "Error: bad.jsonl: holds no row that can be used\n")
+
+
+def test_a_question_without_room_is_set_aside_and_named():
+    rows = triplets(3)
+    rows[1]["question"] = "Who keeps it? " * 200
+    write_jsonl(Path("long.jsonl"), rows)
+    result = well("check", "long.jsonl", "--fix", "clean.jsonl")
+    assert "questions that leave no room for context in 384 tokens: 1 (row 2)" in result.stdout
+    (rejected,) = map(json.loads, Path("clean.rejected.jsonl").read_text().splitlines())
+    assert rejected["row"] == 2
+    assert rejected["reason"].startswith("question: leaves no room for the context in windows of 384 tokens")
+
+
+def test_a_configuration_needs_its_data_set():
+    result = run("train", "--dataset-config-name", "plain_text")
+    assert result.exit_code == 2
+    assert "--dataset-config-name names a configuration of --dataset-name: give both" in result.stderr
+
+
 def test_check_counts_as_json():
     write_jsonl(Path("faq.jsonl"), DIRTY)
-    names = ["exact", "shifted", "whitespace", "case", "detokenised", "utf16"]
+    names = ["exact", "shifted", "whitespace", "case", "detokenised", "utf16", "utf8"]
     names += ["repeated", "absent", "empty", "duplicate", "no_answer"]
     found = value(well("check", "faq.jsonl", "--json"))
     counts = {**dict.fromkeys(names, 0), "exact": 1, "case": 1, "absent": 1, "shifted": 1}
-    assert found == {"rows": 4, "classes": counts, "repaired": 2, "rejected": 1}
+    assert found == {"rows": 4, "classes": counts, "repaired": 2, "rejected": 1, "same_ids": 0, "empty_answers": 0}
 
 
 def test_check_repairs_what_train_then_reads(tiny_checkpoint):
@@ -140,6 +164,29 @@ def test_check_repairs_what_train_then_reads(tiny_checkpoint):
     well("train", "--data", "clean.jsonl", "--base", tiny_checkpoint, "--out", "runs/x", "--epochs", 1)
     metrics = json.loads(Path("runs/x/metrics.json").read_text())
     assert metrics["data_check"]["classes"]["exact"] == 59
+
+
+@pytest.mark.parametrize(
+    ("taken", "flag"),
+    [
+        ("mine.json", "--predictions"),
+        ("rows.jsonl", "--predictions"),
+        ("folder/nbest_predictions.json", "--predictions-dir"),
+        ("clean.jsonl", "--fix"),
+        ("clean.rejected.jsonl", "--fix"),
+    ],
+)
+def test_no_file_is_overwritten(taken, flag, bundle):
+    write_jsonl(Path("rows.jsonl"), triplets(3))
+    Path("folder").mkdir()
+    if taken != "rows.jsonl":
+        Path(taken).write_text("ten years of work")
+    before = {path: path.read_text() for path in Path().rglob("*.json*")}
+    where = {"--predictions-dir": "folder", "--fix": "clean.jsonl"}.get(flag, taken)
+    command = ("check", "rows.jsonl") if flag == "--fix" else ("evaluate", bundle, "--data", "rows.jsonl")
+    fails(2, [f"{taken}: exists already: remove it or give another {flag}"], *command, flag, where)
+    assert {path: path.read_text() for path in Path().rglob("*.json*")} == before
+    assert not [*Path().rglob(".*")]
 
 
 @pytest.mark.parametrize(("limit", "code"), [(0.75, 0), (0.74, 1), (0, 1), (1, 0)])
@@ -167,7 +214,7 @@ def test_any_column_names(command, tiny_checkpoint, bundle):
     if command == "train":
         assert json.loads(Path("runs/x/run.json").read_text())["options"]["columns"] == columns[1]
         exported = well("export", "runs/x", "--no-optimize")  # reads the data again, by the run's mapping
-        assert "questions of faq.jsonl (dev part)" in exported.stdout
+        assert "questions of faq.jsonl (dev set)" in exported.stdout
 
 
 def test_train(tiny_checkpoint):
@@ -190,7 +237,7 @@ def test_a_command_line_of_run_qa_moves_over_with_few_edits(tiny_checkpoint):
         --max_answer_length 6 --n_best_size 3 --weight_decay 0.02 --warmup_ratio 0.1 --gradient_accumulation_steps 2
         --max_train_samples 20 --max_eval_samples 6 --preprocessing_num_workers 2 --seed 7 --output_dir out
     """
-    found = value(well("train", *line.split(), "--precision", "fp32", "--no-progress", "--json"))
+    found = value(well("train", *line.split(), "--negatives", 0, "--precision", "fp32", "--no-progress", "--json"))
     assert found["run"] == "out"
     options = json.loads(Path("out/run.json").read_text())["options"]
     assert {name: options[name] for name in ("base", "data", "eval_data", "epochs", "batch_size", "seed")} == {
@@ -216,9 +263,9 @@ def test_train_by_a_config_file(tiny_checkpoint):
 
 @pytest.mark.parametrize("kind", ["run", "bundle"])
 def test_evaluate_writes_the_files_that_train_wrote(kind, tiny, bundle):
-    from qadeploy.training.runs import dev_part, find_run
+    from qadeploy.training.runs import dev_set, find_run
 
-    part = dev_part(find_run(tiny.run))
+    part = dev_set(find_run(tiny.run))
     rows = [{"id": e.id, "context": e.context, "question": e.question, "answer": e.answers[0].text} for e in part]
     write_jsonl(Path("dev.jsonl"), rows)
     model = bundle if kind == "bundle" else tiny.run
@@ -242,14 +289,14 @@ def test_evaluate_writes_the_files_that_train_wrote(kind, tiny, bundle):
         "--data",
         "dev.jsonl",
         "--predictions-dir",
-        "new/folder",
+        "other",
         "--allow-no-answer",
         "--n-best-size",
         2,
     )
-    odds = json.loads(Path("new/folder/null_odds.json").read_text())
+    odds = json.loads(Path("other/null_odds.json").read_text())
     assert list(odds) == list(ours)
-    predicted = json.loads(Path("new/folder/predictions.json").read_text())
+    predicted = json.loads(Path("other/predictions.json").read_text())
     assert {i for i, text in predicted.items() if not text} == {i for i, value in odds.items() if value > 0}
 
 
@@ -278,6 +325,8 @@ def test_an_interrupted_run_is_named_and_goes_on_with_its_own_options(tiny_check
         2,
         "--seed",
         5,
+        "--negatives",
+        0,
         "--precision",
         "fp32",
     )
@@ -405,22 +454,22 @@ def test_evaluate_reports_with_and_without_an_answer_as_the_official_script(unsu
     assert 0 < found["NoAns_f1"] < 100
     assert (found["allow_no_answer"], found["null_threshold"]) == (True, open_bundle(unsure).settings.null_threshold)
     assert 0 <= found["ece"] <= 1
-    text = well(*command).stdout
+    text = well(*command[:-2]).stdout
     assert re.search(rf"without an answer +{found['NoAns_f1']:.2f}  F1, exact match .*, 8 questions", text)
     assert re.search(rf"calibration error +{found['ece']:.3f}", text)
-    assert "'no answer' competes (the model was trained with such questions; null threshold" in text
+    assert "'no answer' competes (the data holds such questions; null threshold" in text
 
-    always = well(*command, "--always-answer")
+    always = well(*command[:-1], "always.json", "--always-answer")
     assert "every question is answered (as asked)" in always.stdout
-    assert all(json.loads(Path("predictions.json").read_text()).values())
+    assert all(json.loads(Path("always.json").read_text()).values())
 
 
 def test_evaluate_by_probability_where_the_model_has_no_threshold(bundle):
     write_jsonl(Path("rows.jsonl"), unanswerable(6))
-    assert "(the data hold such questions; by probability" in well("evaluate", bundle, "--data", "rows.jsonl").stdout
+    assert "(the data holds such questions; by probability" in well("evaluate", bundle, "--data", "rows.jsonl").stdout
     write_jsonl(Path("rows.jsonl"), triplets(6))
     text = well("evaluate", bundle, "--data", "rows.jsonl").stdout
-    assert "every question is answered (neither the data nor the model's training" in text
+    assert "every question is answered (all of the data has an answer)" in text
     assert not re.search(r"without an answer +\d", text)
     text = well("evaluate", bundle, "--data", "rows.jsonl", "--allow-no-answer").stdout
     assert "(as asked; by probability" in text
@@ -429,21 +478,21 @@ def test_evaluate_by_probability_where_the_model_has_no_threshold(bundle):
 def test_ask_and_answer_by_the_threshold_of_the_bundle(unsure):
     rows = unanswerable(24)
     write_jsonl(Path("rows.jsonl"), [{k: r[k] for k in ("context", "question")} for r in rows])
-    well("answer", unsure, "--input", "rows.jsonl", "--output", "null.jsonl", "--allow-no-answer")
+    well("answer", unsure, "--input", "rows.jsonl", "--output", "null.jsonl")  # a model that was trained for it may
     found = [json.loads(line) for line in Path("null.jsonl").read_text().splitlines()]
     assert sum(not row["answer"] for row in found) == 8
     assert all((row["start"], row["end"]) == (0, 0) for row in found if not row["answer"])
-    well("answer", unsure, "--input", "rows.jsonl", "--output", "always.jsonl")
+    well("answer", unsure, "--input", "rows.jsonl", "--output", "always.jsonl", "--always-answer")
     assert all(json.loads(line)["answer"] for line in Path("always.jsonl").read_text().splitlines())
 
     number = next(n for n, row in enumerate(found) if not row["answer"])
     asked = ("--question", rows[number]["question"], "--context", rows[number]["context"])
-    text = well("ask", unsure, *asked, "--allow-no-answer", "--trace").stdout
+    text = well("ask", unsure, *asked, "--top-k", 3, "--trace").stdout
     threshold, t = (getattr(open_bundle(unsure).settings, name) for name in ("null_threshold", "temperature"))
     assert re.search(r"\n1\. \(no answer in this text\)   score 0\.\d{4}, code points 0-0\n2\. ", text)
-    assert f"exceeds the best span's by more than {threshold:.2f}" in text
+    assert f"exceeds the logit of the best span by more than {threshold:.2f}" in text
     assert f"at temperature {t:.3f}" in text
-    assert "no answer" not in well("ask", unsure, *asked).stdout
+    assert "no answer" not in well("ask", unsure, *asked, "--always-answer").stdout
 
 
 def test_evaluate_scores_the_validation_split_unless_told(bundle):
@@ -457,16 +506,46 @@ def test_evaluate_scores_the_validation_split_unless_told(bundle):
     assert re.search(r"exact match +100\.00  \(100\.00 to 100\.00\)", text)
 
 
+def test_a_reader_that_goes_away_ends_a_command_quietly(tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", triplets(400))
+    command = f"{sys.executable} -m qadeploy check {data} --show 400 | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith(str(data))
+    assert "pipe" not in done.stderr.lower()
+
+
 def test_ask(bundle, tiny):
     Path("notes.txt").write_text("Ada keeps the lamp in room 0. Fay keeps the boat outside.")
     question = ("--question", "Who keeps the lamp?", "--context", "@notes.txt")
-    text = well("ask", bundle, *question).stdout
+    text = well("ask", bundle, *question, "--top-k", 3).stdout
     assert re.match(r"1\. Ada   score 0\.\d{4}, code points 0-3\n2\. ", text)
     answers = value(well("ask", bundle, *question, "--top-k", 2, "--json"))["answers"]
     assert answers[0]["text"] == "Ada"
     assert len(answers) == 2
     by_torch = value(well("ask", tiny.run, *question, "--top-k", 2, "--json"))["answers"]
     assert [(a["text"], a["start"]) for a in by_torch] == [(a["text"], a["start"]) for a in answers]
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_ask_counts_places_in_the_file_itself(bundle, mark):
+    text = "\r\n\r\r\nAda keeps the l\u00e5mp in room 0.\r\nFay keeps the boat outside.\r"
+    Path("notes.txt").write_bytes(mark + text.encode())
+    question = ("--question", "Who keeps the lamp?", "--context", "@notes.txt", "--top-k", 9, "--json")
+    answers = value(well("ask", bundle, *question))["answers"]
+    assert (answers[0]["text"], answers[0]["start"]) == ("Ada", 5)
+    assert [a["text"] for a in answers] == [text[a["start"] : a["end"]] for a in answers]
+
+
+def test_ask_takes_a_text_that_begins_with_an_at_sign(bundle):
+    question = ("ask", bundle, "--question", "Who keeps the lamp?", "--top-k", 9, "--json", "--context")
+    answers = value(well(*question, "@@ada keeps the lamp in room 0."))["answers"]
+    expected = Answerer.load(bundle).answer("Who keeps the lamp?", "@ada keeps the lamp in room 0.", top_k=9)
+    assert [(a["text"], a["start"]) for a in answers] == [(a.text, a.start) for a in expected]
+    result = run(*question, "@home")
+    assert (result.exit_code, "--context @home: no such file" in result.stderr) == (2, True)
+    Path("old.txt").write_bytes(b"Ada keeps the caf\xe9.")
+    result = run(*question, "@old.txt")
+    assert (result.exit_code, "not UTF-8 text (byte 17)" in result.stderr) == (2, True)
 
 
 def test_ask_shows_its_trace(bundle):
@@ -487,11 +566,11 @@ def test_answer_goes_on_and_counts_what_it_sets_aside(bundle):
     result = well(*command, "--max-rejected", 0.1)
     assert result.stdout.splitlines() == [
         "answers: 11 answers",
-        "answers/rejected: 1 rows without one, each with its reason",
+        "answers/rejected: 1 rows without an answer, each with its reason",
     ]
     Path("answers/part-00001.parquet").unlink()
     again = well(*command, "--json")
-    assert "answers: 8 of 12 rows are done already" in again.stderr
+    assert "answers: 8 of 12 rows are already done" in again.stderr
     assert value(again) == {"rows": 11, "rejected": 1, "output": "answers"}
     strict = run(*command, "--max-rejected", 0.08)
     assert strict.exit_code == 1
@@ -507,9 +586,7 @@ def test_answer_takes_its_inputs_from_a_config(bundle):
         output = f"{rows}.jsonl"
         assert value(well("answer", bundle, "--config", "run.json", "--output", output, "--json"))["rows"] == rows
     Path("run.json").write_text('{"input": ["a.jsonl", 3]}')
-    fails(
-        2, ["key input: is a whole number, text is needed"], "answer", bundle, "--config", "run.json", "--output", "x"
-    )
+    fails(2, ["key input: must be text, not a whole number"], "answer", bundle, "--config", "run.json", "--output", "x")
 
 
 def test_options_of_ray_ask_for_ray(bundle):
@@ -544,8 +621,19 @@ def test_bench_bare_takes_the_newest_bundle_and_names_a_peer_that_fails(tiny, ti
     newest = max((tiny.root / "bundles").iterdir(), key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
     assert f"({newest.name})" in text
     assert re.search(
-        r"^pipeline +failed: FailureError: .*gone: the bundle's source checkpoint is not there", text, re.M
+        r"^pipeline +failed: FailureError: .*gone: the bundle's source checkpoint no longer exists", text, re.M
     )
+
+
+def test_without_a_bundle_the_newest_is_taken_else_the_one_that_ships(plain_int8):
+    ask = ("ask", "--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp.", "--json")
+    result = well(*ask)
+    assert f"using the bundle {base_bundle_path()}" in result.stderr
+    assert value(result)["answers"][0]["text"] == "Ada"
+    assert Answerer.load().answer("What is the capital of Japan?", "Warsaw is on the Vistula.")[0].text == ""
+    Path("bundles").symlink_to(plain_int8.parent)
+    assert f"using the bundle bundles/{plain_int8.name}" in well(*ask).stderr
+    assert Answerer.load().bundle.folder == Path("bundles") / plain_int8.name
 
 
 def test_doctor():
@@ -582,7 +670,7 @@ DATA_FAULTS: dict[str, tuple[Callable[[Path], Any], str, list[str]]] = {
         ["x.jsonl: row 2", "not valid JSON"],
     ),
     "unknown ending": (lambda p: p.write_text("hello"), "x.txt", ["unknown ending '.txt': use .json"]),
-    "not parquet": (lambda p: p.write_text("hello"), "x.parquet", ["not a parquet file"]),
+    "not parquet": (lambda p: p.write_text("hello"), "x.parquet", ["not a readable parquet file"]),
     "not UTF-8": (lambda p: p.write_bytes(b'{"context": "caf\xe9"}'), "x.jsonl", ["not UTF-8 text (byte 16)", "iconv"]),
     "missing column": (
         lambda p: write_jsonl(p, [SEED, {"passage": "a", "question": "b", "answer": "c"}]),
@@ -592,7 +680,7 @@ DATA_FAULTS: dict[str, tuple[Callable[[Path], Any], str, list[str]]] = {
     "numbers": (
         lambda p: write_jsonl(p, [{**SEED, "question": 7}]),
         "x.jsonl",
-        ["row 1, field question: is a number, text is needed"],
+        ["row 1, field question: must be text, not a number"],
     ),
     "empty context": (lambda p: write_jsonl(p, [{**SEED, "context": " "}]), "x.jsonl", ["field context: is empty"]),
     "empty question": (lambda p: write_jsonl(p, [{**SEED, "question": ""}]), "x.jsonl", ["field question: is empty"]),
@@ -605,7 +693,7 @@ DATA_FAULTS: dict[str, tuple[Callable[[Path], Any], str, list[str]]] = {
     "ambiguous answer": (
         lambda p: write_jsonl(p, [{**SEED, "context": "Ada saw Ada, and Ada smiled.", "answer": "Ada"}]),
         "x.jsonl",
-        ['"Ada" occurs 3 times in the context: add answer_start', "--on-ambiguous first|skip"],
+        ['"Ada" occurs 3 times in the context', "--on-ambiguous first|skip"],
     ),
     "wrong offset": (
         lambda p: write_jsonl(p, [{**SEED, "answer_start": 10}]),
@@ -716,8 +804,18 @@ def test_what_is_there_is_not_overwritten(tiny, tiny_checkpoint, bundle):
     fails(2, clash, "train", "--data", tiny.data, "--base", tiny_checkpoint, "--out", "mine")
     fails(2, clash, "export", tiny.run, "--out", "mine")
     fails(2, clash, "answer", bundle, "--input", tiny.data, "--output", "mine")
-    fails(2, ["nowhere: no such folder"], "answer", bundle, "--input", tiny.data, "--output", "nowhere/out.jsonl")
-    fails(2, ["nowhere: no such folder"], "evaluate", bundle, "--data", tiny.data, "--predictions", "nowhere/p.json")
+    missing = "--output nowhere/out.jsonl: its folder does not exist"
+    fails(2, [missing], "answer", bundle, "--input", tiny.data, "--output", "nowhere/out.jsonl")
+    fails(
+        2,
+        ["--predictions nowhere/p.json: its folder does not exist"],
+        "evaluate",
+        bundle,
+        "--data",
+        tiny.data,
+        "--predictions",
+        "nowhere/p.json",
+    )
 
 
 @pytest.mark.parametrize(
@@ -726,11 +824,11 @@ def test_what_is_there_is_not_overwritten(tiny, tiny_checkpoint, bundle):
         (["ask", "--question", "", "--context", "Ada."], "question is empty"),
         (["ask", "--question", "Who?", "--context", " "], "context is empty"),
         (["ask", "--question", "Who?", "--context", "@gone.txt"], "--context @gone.txt: no such file"),
-        (["ask", "--question", "Who?", "--context", "Ada.", "--top-k", 0], "top_k 0 is below 1"),
+        (["ask", "--question", "Who?", "--context", "Ada.", "--top-k", 0], "0 is not in the range x>=1"),
         (["ask", "--question", "Who?", "--context", "Ada.", "--max-seq-len", 999], "limit of 160 tokens"),
         (["ask", "--question", "Who?", "--context", "Ada.", "--device", "tpu"], "choose auto, cpu, cuda or cuda:N"),
         (["bench", "--against", "pipeline,keras"], "unknown peer keras: choose from pipeline, torch"),
-        (["bench", "--questions", 0], "questions 0 is below 1"),
+        (["bench", "--questions", 0], "'--questions': 0 is not in the range"),
     ],
 )
 def test_bad_options_are_named(args, message, tiny, bundle):

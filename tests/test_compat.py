@@ -1,4 +1,4 @@
-"""The pipeline's calls on a bundle, held against transformers' pipeline on the checkpoint that the bundle was made of."""
+"""The pipeline's calls on a bundle, compared with transformers' pipeline on the checkpoint that the bundle was made from."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ import torch
 import transformers
 from transformers.data import SquadExample as TheirExample
 
-from benchmarks.compare_pipeline import DOCS, RESULTS, compare, figures, without_adding, written
 from qadeploy import Answerer
 from qadeploy.bench.peers.setup import quiet
 from qadeploy.compat import QuestionAnsweringPipeline, SquadExample, pipeline
+from qadeploy.core.decoding import WindowLogits, span_table
+from qadeploy.core.settings import Options
 from qadeploy.core.windows import Encoder
 from qadeploy.errors import BundleError, CallError, CallKeyError, DeviceError, InputError, QuestionTooLongError
+from qadeploy.inference.answerer import DecodedPair
 from qadeploy.inference.bundle import open_bundle
-from qadeploy.records import Annotation, Example
 from qadeploy.shipped import base_model_path
 from qadeploy.training.checkpoint import Checkpoint, encoder_config, load_checkpoint, torch_answerer
 from tests.conftest import sealed_copy, triplets
@@ -37,6 +38,7 @@ LAMP, BOAT = "Who keeps the lamp?", "Who keeps the boat?"
 ONE, TWO = {"question": LAMP, "context": CONTEXT}, {"question": BOAT, "context": CONTEXT}
 ROWS = triplets(300)
 LONG = [" ".join(str(row["context"]) for row in ROWS[i : i + 6]) for i in range(90)]
+DOCS = Path(__file__).parents[1] / "docs" / "migrating.md"
 Form = Callable[[Any], Any]
 # transformers hands torch's tensors to numpy 2 as they are.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.pipelines")
@@ -260,7 +262,7 @@ def test_an_error_in_a_stream_names_the_question_and_comes_after_the_answers_bef
         list(ours(row for row in (ONE, long)))
     with pytest.raises(QuestionTooLongError, match=r"^questions 3 to 4: pair 2: the question has"):
         list(ours((row for row in (ONE, TWO, ONE, long)), batch_size=2))
-    with pytest.raises(CallError, match=r"^question 2: tuple is no question"):
+    with pytest.raises(CallError, match=r"^question 2: tuple is not a question"):
         list(ours(row for row in (ONE, (LAMP, CONTEXT))))
 
 
@@ -316,23 +318,38 @@ def test_it_raises_where_the_pipeline_does(form, theirs, ours):
 
 # What the pipeline raises (None: it answers), what is raised here, and what that says.
 OTHER_ERRORS: dict[str, tuple[type[BaseException] | None, type[InputError], str, Form]] = {
-    "another field": (TypeError, CallError, "has id beside question and context", lambda qa: qa({**ONE, "id": 1})),
+    "another field": (TypeError, CallError, "has id besides question and context", lambda qa: qa({**ONE, "id": 1})),
     "lists in one of many": (
         AttributeError,
         CallError,
-        "question 1: question is list",
+        "question 1: question must be text, not list",
         lambda qa: qa([{"question": [LAMP], "context": [CONTEXT]}, ONE]),
     ),
-    "contexts in a dict": (TypeError, CallError, "context is list", lambda qa: qa({**ONE, "context": [CONTEXT] * 2})),
+    "contexts in a dict": (
+        TypeError,
+        CallError,
+        "context must be text, not list",
+        lambda qa: qa({**ONE, "context": [CONTEXT] * 2}),
+    ),
     "pairs in a stream": (
         AttributeError,
         CallError,
         "question 1: tuple",
         lambda qa: list(qa(row for row in ((LAMP, CONTEXT),))),
     ),
-    "top_k in words": (TypeError, CallError, "top_k is '3': a whole number", lambda qa: qa(ONE, top_k="3")),
-    "top_k no whole number": (TypeError, CallError, "top_k is 2.0: a whole number", lambda qa: qa(ONE, top_k=2.0)),
-    "max_seq_len in words": (TypeError, CallError, "max_seq_len is '30'", lambda qa: qa(ONE, max_seq_len="30")),
+    "top_k in words": (TypeError, CallError, "top_k must be a whole number, not '3'", lambda qa: qa(ONE, top_k="3")),
+    "top_k no whole number": (
+        TypeError,
+        CallError,
+        "top_k must be a whole number, not 2.0",
+        lambda qa: qa(ONE, top_k=2.0),
+    ),
+    "max_seq_len in words": (
+        TypeError,
+        CallError,
+        "max_seq_len must be a whole number, not '30'",
+        lambda qa: qa(ONE, max_seq_len="30"),
+    ),
     "doc_stride below 0": (OverflowError, CallError, "doc_stride is -1", lambda qa: qa(ONE, doc_stride=-1)),
     "a question without room": (
         Exception,
@@ -348,7 +365,12 @@ OTHER_ERRORS: dict[str, tuple[type[BaseException] | None, type[InputError], str,
         lambda qa: qa(question=LAMP, context=CONTEXT * 20, max_seq_len=500),
     ),
     "max_seq_len 0": (None, CallError, "max_seq_len is 0", lambda qa: qa(ONE, max_seq_len=0)),
-    "half a token": (None, CallError, "max_answer_len is 2.5", lambda qa: qa(ONE, max_answer_len=2.5)),
+    "half a token": (
+        None,
+        CallError,
+        "max_answer_len must be a whole number, not 2.5",
+        lambda qa: qa(ONE, max_answer_len=2.5),
+    ),
     "a blank question": (None, CallError, "question is empty", lambda qa: qa(question="  ", context=CONTEXT)),
     "an empty question in a stream": (
         None,
@@ -362,7 +384,7 @@ OTHER_ERRORS: dict[str, tuple[type[BaseException] | None, type[InputError], str,
         "2 questions and 1 contexts",
         lambda qa: qa({"question": [LAMP, BOAT], "context": [CONTEXT]}),
     ),
-    "inputs twice": (None, CallError, "questions come once", lambda qa: qa(ONE, context=CONTEXT)),
+    "inputs twice": (None, CallError, "give questions once", lambda qa: qa(ONE, context=CONTEXT)),
 }
 
 
@@ -378,13 +400,14 @@ def test_where_the_pipeline_breaks_or_guesses_the_error_says_what_is_wrong(form,
         call(ours)
 
 
-def test_a_stride_without_room_beside_a_long_question_is_an_error_where_the_pipeline_panics(theirs, ours):
+def test_a_stride_without_room_beside_a_long_question_is_lowered_where_the_pipeline_panics(theirs, ours):
     call = {"question": "Who keeps the lamp in the hall?", "context": CONTEXT, "max_seq_len": 20, "doc_stride": 15}
     with pytest.raises(BaseException, match="must be strictly less than") as panic:
         theirs(**call)
     assert not isinstance(panic.value, Exception)
-    with pytest.raises(InputError, match="doc_stride 15 is not below"):
-        ours(**call)
+    room = 20 - len(ours.answerer.encoder.encode(call["question"])) - ours.answerer.encoder.special_tokens
+    assert room < 15
+    assert ours(**call) == ours(**call | {"doc_stride": room // 2})
 
 
 def test_an_unknown_option_changes_nothing_but_is_named(theirs, ours, bundle):
@@ -425,21 +448,21 @@ def test_a_gpu_is_asked_for_by_number_or_name(device, bundle):
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime can do it")
-    with pytest.raises(DeviceError, match=r"cuda(:0)? was asked for and is not to be had"):
+    with pytest.raises(DeviceError, match=r"cuda(:0)? was requested but is not available"):
         pipeline(model=bundle, device=device)
 
 
 @pytest.mark.parametrize(
     ("error", "said", "options"),
     [
-        (CallKeyError, "task is 'summarization': question-answering is", {"task": "summarization"}),
+        (CallKeyError, "task is 'summarization': only question-answering is", {"task": "summarization"}),
         (CallError, "model is missing: name a bundle folder", {"model": None}),
         (CallError, "model is a Linear: name a bundle folder", {"model": torch.nn.Linear(1, 1)}),
         (InputError, "no such bundle folder: make one with qadeploy export", {"model": "deepset/roberta-base-squad2"}),
         (CallError, "tokenizer is 'bert-base-cased': a bundle brings its own", {"tokenizer": "bert-base-cased"}),
         (CallError, "config is {}: a bundle brings its own", {"config": {}}),
-        (CallError, "revision is for models of the hub", {"revision": "v2"}),
-        (CallError, "model_kwargs is for models of the hub", {"model_kwargs": {"low_cpu_mem_usage": True}}),
+        (CallError, "revision is for models of the Hub", {"revision": "v2"}),
+        (CallError, "model_kwargs is for models of the Hub", {"model_kwargs": {"low_cpu_mem_usage": True}}),
         (CallError, "device_map is {'': 0}", {"device_map": {"": 0}}),
         (CallError, "dtype is float16, but the bundle is fp32", {"torch_dtype": torch.float16}),
         (CallError, "dtype is int8, but the bundle is fp32", {"dtype": "int8"}),
@@ -455,7 +478,7 @@ def test_what_cannot_be_made_is_an_error_that_says_why(error, said, options, bun
 def test_a_checkpoint_is_no_bundle_and_an_answerer_has_its_device(tiny, ours):
     with pytest.raises(BundleError, match="this is not a bundle"):
         pipeline(model=tiny.run / "checkpoint")
-    with pytest.raises(CallError, match="device is cpu, but the Answerer is loaded already"):
+    with pytest.raises(CallError, match="device is cpu, but the Answerer is already loaded"):
         pipeline(model=ours.answerer, device="cpu")
     by_torch = torch_answerer(load_checkpoint(tiny.run / "checkpoint"))
     assert shape(pipeline(model=by_torch)(ONE)) == shape(ours(ONE))
@@ -508,27 +531,45 @@ def test_three_hundred_questions_on_one_window_have_the_same_answers(options, th
     assert shape(ours(items, **options)) == shape(theirs(items, **options))
 
 
-def test_on_several_windows_answers_differ_only_where_the_pipeline_adds_up_or_goes_window_by_window(theirs, ours):
+def best_by_window(found: DecodedPair) -> tuple[int, int]:
+    """The place of the word-aligned span with the highest probability in a window of its own softmax."""
+    best: tuple[float, tuple[int, int]] = (-np.inf, (0, 0))
+    for window, (starts, ends) in zip(found.windows, found.logits, strict=True):
+        table = span_table([WindowLogits([window], [starts], [ends], found.context)], found.settings.max_answer_len)
+        free = [window.null_index, *range(window.context_begin, window.context_begin + window.context_length)]
+        table = table - np.logaddexp.reduce(starts[free]) - np.logaddexp.reduce(ends[free])
+        first, extra = divmod(int(table.argmax()), table.shape[1])
+        words = found.context.words
+        place = found.context.visible(int(words[first, 0]), int(words[first + extra, 1]))
+        best = max(best, (float(table[first, extra]), place))
+    return best[1]
+
+
+def test_on_several_windows_answers_differ_only_where_the_pipeline_adds_up_or_goes_window_by_window(
+    theirs, ours, monkeypatch
+):
     """Ninety questions, windows so short that each context is cut into many: every difference has its reason."""
     options = {"max_seq_len": 40, "doc_stride": 12, "max_answer_len": 15}
-    examples = [
-        Example(
-            str(i), str(row["question"]), context, (Annotation(str(row["answer"]), context.index(str(row["answer"]))),)
-        )
-        for i, (row, context) in enumerate(zip(ROWS, LONG, strict=False))
-    ]
-    rows = compare(theirs.pipe, ours, examples, options)
-    counts = figures(examples, rows)["classes"]
-    print(counts)
-    assert min(row["windows"] for row in rows) > 3
-    assert counts["other"] == 0
-    assert counts["window by window"] > 0
-    assert 0.2 * len(rows) < counts["equal"] < len(rows)  # how many is a matter of how the tiny model was trained
+    items = [{"question": str(row["question"]), "context": c} for row, c in zip(ROWS, LONG, strict=False)]
+    added = theirs(list(items), **options)
+    monkeypatch.setattr(theirs.pipe, "get_answer", lambda answers, target: None)  # which adds up scores of equal texts
+    unadded, mine = theirs(list(items), **options), ours(items, **options)
+    equal = by_window = 0
+    for item, theirs_added, theirs_alone, own in zip(items, added, unadded, mine, strict=True):
+        place, alone = ((answer["start"], answer["end"]) for answer in (own, theirs_alone))
+        found = ours.answerer.read(item["question"], item["context"], Options(align_to_words=True, **options))
+        assert len(found.windows) > 3
+        equal += place == (theirs_added["start"], theirs_added["end"])
+        if place != alone:
+            assert best_by_window(found) == alone
+            by_window += 1
+    assert by_window > 0
+    assert 0.2 * len(items) < equal < len(items)  # how many depends on how the tiny model was trained
 
 
 def test_added_scores_go_above_one_and_choose_another_answer(base):
     """The keeper stands in one window, another name in two: its scores are added up and overtake."""
-    context = "Mungo Strand keeps the lamp at Hedda Point. Ada Lind mends the rope in Ostby. The hall is quiet."
+    context = "Mungo Strand keeps the lamp at Hedda Point. Ada Lind carries the lamp oil. The hall is quiet."
     call = {"question": LAMP, "context": context, "max_seq_len": 20}
     added, found = base.theirs(**call), base.ours(**call)
     assert added["answer"] == "Ada Lind"
@@ -550,7 +591,7 @@ def test_an_answer_in_several_places_stands_where_the_best_is(base):
 
 
 def test_texts_that_differ_in_case_are_one_answer_of_several_in_both(base):
-    context = "Ada Lind is here. ADA LIND keeps the lamp. The lamp is kept by ada lind."
+    context = "Ada Lind is here. Ada lind was late. The lamp is kept by ada lind."
     for qa in (base.theirs, base.ours):
         found = qa(question=LAMP, context=context, top_k=4)
         texts = [answer["answer"].lower() for answer in found]
@@ -561,12 +602,12 @@ def test_texts_that_differ_in_case_are_one_answer_of_several_in_both(base):
 def test_tokens_of_the_question_are_no_answers(base):
     """Where the tokenizer pads on the left the context comes first, and the pipeline masks nothing at all."""
     left = Both.around(base_model_path(), "left")
-    context = "Mungo keeps it."
-    call = {"question": "Does Ada Lind of Hedda Point keep the lamp?", "context": context, "top_k": 3}
+    context = "It."
+    call = {"question": "The lamp is kept by Ada Lind at Hedda Point, is it?", "context": context, "top_k": 3}
     theirs, ours = left.theirs(**call), left.ours(**call)
     assert theirs[0]["start"] > len(context)
     assert theirs[0]["answer"] == ""
-    assert ours[0]["answer"] == "Mungo"
+    assert ours[0]["answer"] == "It"
     assert all(context[answer["start"] : answer["end"]] == answer["answer"] != "" for answer in ours)
 
 
@@ -611,17 +652,11 @@ def test_answers_have_no_white_space_at_their_borders(tmp_path):
     assert [text.strip() for text in ours] == ours
 
 
-def test_weights_stored_in_half_precision_run_in_it_there(base):
+def test_weights_stored_in_fp16_run_in_it_there(base):
     """The pipeline's dtype is "auto"; a bundle's fp32 model computes in float32 whatever the checkpoint held."""
-    half = their_pipeline(base_model_path())
-    assert half.model.dtype == torch.float16
+    fp16 = their_pipeline(base_model_path())
+    assert fp16.model.dtype == torch.float16
     assert base.theirs.pipe.model.dtype == torch.float32
-
-
-def test_without_adding_the_pipeline_is_as_before_afterwards(theirs):
-    before = theirs([ONE, TWO])
-    without_adding(theirs.pipe, [ONE, TWO])
-    assert theirs([ONE, TWO]) == before
 
 
 def test_the_null_answer_competes_at_the_bundles_threshold(bundle, tmp_path, theirs):
@@ -636,27 +671,6 @@ def test_the_null_answer_competes_at_the_bundles_threshold(bundle, tmp_path, the
 
 
 # ---------------------------------------------------------------- docs/migrating.md
-
-
-def test_the_docs_figures_are_those_of_the_measurement():
-    report = json.loads(RESULTS.read_text(encoding="utf-8"))
-    docs = DOCS.read_text(encoding="utf-8")
-    assert written(docs, report) == docs
-    part = report["parts"]["all"]
-    assert part["questions"] >= 300
-    assert sum(part["classes"].values()) == part["questions"]
-    assert part["classes"]["other"] == sum(row["class"] == "other" for row in report["differences"])
-
-
-def test_the_docs_examples_run(bundle, monkeypatch, tmp_path):
-    """Every Python block, on the tiny bundle."""
-    (tmp_path / "bundles").mkdir()
-    (tmp_path / "bundles" / "faq").symlink_to(bundle)
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(compile(block, str(DOCS), "exec"), {"context": CONTEXT, "questions": [LAMP, BOAT]})
 
 
 def test_every_test_that_the_docs_name_is_there():

@@ -86,17 +86,17 @@ def test_json_and_arguments_and_nothing():
         ("do_train: true", "key do_train: train has no such option; leave it out: train always trains"),
         ("config: other.yaml", "key config: train has no such option"),
         ("no_progress: true", "key no_progress: train has no such option; did you mean progress?"),
-        ("epochs: three", "key epochs: is text, a whole number is needed"),
-        ("epochs: 2.5", "key epochs: is a number, a whole number is needed"),
-        ("epochs: true", "key epochs: is true or false, a whole number is needed"),
+        ("epochs: three", "key epochs: must be a whole number, not text"),
+        ("epochs: 2.5", "key epochs: must be a whole number, not a number"),
+        ("epochs: true", "key epochs: must be a whole number, not true or false"),
         ("epochs: 0", "key epochs: 0 is not in the range x>=1."),
-        ("learning_rate: [1, 2]", "key learning_rate: is a list, a number is needed"),
-        ("data: {a: b}", "key data: is a group, text is needed"),
-        ("model_revision: 20240101", "key model_revision: is a whole number, text is needed: put it in quotes"),
-        ("model_revision: 2024-01-01", "key model_revision: is a date, text is needed: put it in quotes"),
+        ("learning_rate: [1, 2]", "key learning_rate: must be a number, not a list"),
+        ("data: {a: b}", "key data: must be text, not a group"),
+        ("model_revision: 20240101", "key model_revision: must be text, not a whole number: put it in quotes"),
+        ("model_revision: 2024-01-01", "key model_revision: must be text, not a date: put it in quotes"),
         ("precision: fp8", "key precision: 'fp8' is not one of 'auto', 'fp32', 'bf16', 'fp16'."),
-        ("gradient_checkpointing: 1", "key gradient_checkpointing: is a whole number, true or false is needed"),
-        ("epochs: 1\nepochs: 2", "key epochs: stands there twice: give it once"),
+        ("gradient_checkpointing: 1", "key gradient_checkpointing: must be true or false, not a whole number"),
+        ("epochs: 1\nepochs: 2", "key epochs: is given twice: give it once"),
         ("epochs: 1\nnum_train_epochs: 2", "key num_train_epochs: is the same option as epochs: give one of them"),
         ("epochs: 1\n  seed: 2", "not valid YAML in line 2: mapping values are not allowed here"),
         ("- epochs", "holds a list, lines of 'option: value' are needed"),
@@ -108,6 +108,17 @@ def test_json_and_arguments_and_nothing():
         ),
         ("seed: 2024-13-45", "not valid YAML: ValueError"),
         ("seed: \x07", "not valid YAML: ReaderError"),
+        ("seed: !!bool maybe", "not valid YAML: KeyError"),
+        ("seed: !!timestamp never", "not valid YAML: AttributeError"),
+        ("[" * 3000, "is nested too deeply: lines of 'option: value' are needed"),
+        ("- " * 3000, "is nested too deeply: lines of 'option: value' are needed"),
+        ("seed: &a 1\nepochs: *a", "line 2: an alias (*name) is not read: write the value out"),
+        ("a: &a [x]\n<<: *a", "line 2: an alias (*name) is not read"),
+        ("seed: 0x" + "f" * 5000, "key seed: must be a whole number of fewer digits"),
+        ("? 0x" + "f" * 5000 + "\n: 1", "key a number too long: train has no such option"),
+        ("learning_rate: 0x" + "f" * 5000, "key learning_rate: must be a number of fewer digits"),
+        ('out: "a\\0b"', "key out: must be valid Unicode without NUL characters"),
+        ("#" * (2**16 + 1), "is larger than 64 KiB: --config takes a file of options"),
     ],
 )
 def test_what_cannot_be_used_is_named_by_file_and_key(line, said):
@@ -117,7 +128,7 @@ def test_what_cannot_be_used_is_named_by_file_and_key(line, said):
 def test_every_key_at_fault_is_named_at_once():
     assert problem("epoch: 1\nseed: x\npatience: 0").splitlines() == [
         "run.yaml: key epoch: train has no such option; did you mean epochs?",
-        "run.yaml: key seed: is text, a whole number is needed",
+        "run.yaml: key seed: must be a whole number, not text",
         "run.yaml: key patience: 0 is not in the range x>=1.",
     ]
 
@@ -125,9 +136,13 @@ def test_every_key_at_fault_is_named_at_once():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"epochs": 1, "epochs": 2}', "run.json: key epochs: stands there twice"),
+        ('{"epochs": 1, "epochs": 2}', "run.json: key epochs: is given twice"),
         ('{"epochs": 1', "run.json: not valid JSON: "),
         ("[1]", "run.json: holds a list"),
+        ("[" * 20000, "run.json: not valid JSON: "),
+        ('{"seed": ' + "1" * 401 + "}", "run.json: key seed: must be a whole number of fewer digits"),
+        ('{"out": "\\ud800"}', "run.json: key out: must be valid Unicode without NUL characters"),
+        ('{"\\ud800": 1}', "run.json: key \\ud800: train has no such option"),
         (b'{"data": "\xff"}', "run.json: not UTF-8 text (byte 10)"),
     ],
 )
@@ -139,6 +154,13 @@ def test_a_file_that_is_not_there_or_no_file():
     for name, said in (("none.yaml", "no such file"), (".", "cannot be read: Is a directory")):
         with pytest.raises(InputError, match=re.escape(f"{name}: {said}")):
             read_config(Path(name), TRAIN, click.Context(TRAIN))
+
+
+def test_aliases_that_multiply_are_refused_at_once():
+    """Twenty lines that stand for 9 ** 20 values (YAML's billion laughs, by merge keys)."""
+    lines = ["a0: &a0 {seed: 1}"]
+    lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 20)]
+    assert problem("\n".join(lines)) == "run.yaml: line 2: an alias (*name) is not read: write the value out"
 
 
 SECRET = "hf_veryveryverysecret"
@@ -159,6 +181,7 @@ def run(*args: str) -> Result:
 @pytest.fixture
 def echo(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``train`` was called with, instead of training."""
+    import qadeploy.training.folds  # noqa: F401 - the command imports it, and it must keep the real function
     from qadeploy.training import train as module
 
     seen: dict[str, Any] = {}

@@ -160,28 +160,62 @@ def test_many_windows_have_the_logits_of_windows_alone_in_their_order(model, win
     assert_logits(runner_of(model).run(shuffled), alone(model, shuffled))
 
 
+class Noted:
+    """The session with a note of each run by a binding: the graph's number, and name, address and shape of each buffer."""
+
+    def __init__(self, model: bytes) -> None:
+        self.real = session_of(model)
+        self.runs: list[tuple[str, tuple[tuple[str, int, tuple[int, ...]], ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def io_binding(self) -> Any:
+        return NotedBinding(self.real.io_binding())
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.runs.append((options.get_run_config_entry("gpu_graph_id"), tuple(binding.buffers)))
+        self.real.run_with_iobinding(binding.real, options)
+
+
+class NotedBinding:
+    def __init__(self, real: Any) -> None:
+        self.real, self.buffers = real, []
+
+    def bind_ortvalue_input(self, name: str, value: Any) -> None:
+        self.buffers.append((name, value.data_ptr(), tuple(value.shape())))
+        self.real.bind_ortvalue_input(name, value)
+
+    def bind_ortvalue_output(self, name: str, value: Any) -> None:
+        self.buffers.append((name, value.data_ptr(), tuple(value.shape())))
+        self.real.bind_ortvalue_output(name, value)
+
+
 def test_buffers_are_kept_and_replaced_values_do_not_linger(model, windows):
-    runner = runner_of(model)
+    session = Noted(model)
+    runner = runner_of(model, make=lambda graphs: session)
     long, short = max(windows, key=len), min(windows, key=len)
     first = runner.run([short])
-    slots = dict(runner._slots)
     runner.run([long])
     again = runner.run([short])
     assert_logits(again, first, 0)
-    assert all(runner._slots[key] is slot for key, slot in slots.items())  # at the same addresses, as a graph needs
+    graphs = dict(session.runs)
+    assert session.runs[0] == session.runs[-1]
+    assert (len(graphs), set(session.runs)) == (2, set(graphs.items()))  # at the same addresses, as a graph needs
 
 
 def test_warm_up_captures_every_length_and_numbers_each_graph(model, windows):
-    runner = runner_of(model)
+    session = Noted(model)
+    runner = runner_of(model, make=lambda graphs: session)
     assert runner.warm_up(windows[0], rows=(1, 2)) == 2 * LIMIT / STEP
-    shapes = list(runner._slots)
-    assert {shape.tokens for shape in shapes} == set(range(STEP, LIMIT + 1, STEP))
-    numbers = [slot.options.get_run_config_entry("gpu_graph_id") for slot in runner._slots.values()]
-    assert len(set(numbers)) == len(numbers)
+    captured = set(session.runs)
+    shapes = [next(shape for name, _, shape in buffers if name == "input_ids") for _, buffers in captured]
+    assert sorted(shapes) == [(rows, tokens) for rows in (1, 2) for tokens in range(STEP, LIMIT + 1, STEP)]
+    numbers = {graph for graph, _ in captured}
+    assert len(numbers) == len(captured)
     assert "-1" not in numbers
-    before = set(runner._slots)
     runner.run([max(windows, key=len)])
-    assert set(runner._slots) == before  # nothing is left to capture for one window
+    assert set(session.runs) == captured  # nothing is left to capture for one window
 
 
 def test_threads_share_the_buffers_safely(model, windows):
@@ -398,7 +432,10 @@ def test_batches_shrink_when_memory_runs_out_and_every_window_is_answered(model,
 @pytest.mark.parametrize(
     ("said", "wanted"),
     [
-        ("CUDA failure 2: out of memory", r"memory does not hold one window of \d+ tokens: .* give another --device"),
+        (
+            "CUDA failure 2: out of memory",
+            r"one window of \d+ tokens does not fit into the memory of the GPU: .* give another --device",
+        ),
         ("CUDNN_STATUS_EXECUTION_FAILED", r"a run on the GPU failed: CUDNN_STATUS_EXECUTION_FAILED"),
     ],
 )
@@ -431,9 +468,27 @@ def test_a_model_without_a_mask_runs_unpadded(model, windows):
 # ---------------------------------------------------------------- the host beside it
 
 
-def test_the_model_hands_its_windows_to_the_runner(model, windows):
-    onnx_model = OnnxModel(lambda: model, device="cpu", longest=LIMIT)
-    onnx_model.device, onnx_model._sessions.runner = "cuda", runner_of(model)  # as where there is one
+@pytest.fixture
+def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime says that it runs on CUDA, and runs on the CPU."""
+
+    class Session(ort.InferenceSession):
+        def __init__(self, *given: Any, providers: list[Any], **more: Any) -> None:
+            super().__init__(*given, providers=["CPUExecutionProvider"], **more)
+            self.asked = providers
+
+        def get_providers(self) -> list[str]:
+            return [each if isinstance(each, str) else each[0] for each in self.asked]
+
+    buffer = ort.OrtValue.ortvalue_from_shape_and_type
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_shape_and_type", lambda shape, kind, *place: buffer(shape, kind))
+
+
+def test_the_model_hands_its_windows_to_the_runner(as_if_on_cuda, model, windows):
+    onnx_model = OnnxModel(lambda: model, device="cuda", longest=LIMIT)
+    assert onnx_model.device == "cuda"
     onnx_model.warm_up(windows[0])
     wanted = alone(model, windows)
     assert_logits(onnx_model.run(windows), wanted)
@@ -444,8 +499,7 @@ def test_the_model_hands_its_windows_to_the_runner(model, windows):
         "one question: CUDA graphs (5 shapes captured)",
         "many questions: batches by length of at most 16384 tokens",
     ]
-    onnx_model.device = "cpu"
-    assert onnx_model.notes() == []
+    assert OnnxModel(lambda: model, device="cpu").notes() == []
 
 
 class OnDevice:

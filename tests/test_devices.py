@@ -209,10 +209,10 @@ class TestSimulated:
         call = machine(libraries=FOR_13, cuda_version="13.0", package_name="onnxruntime-gpu")
         message = refused(ask(call, bundle, "cuda"))
         assert (
-            "cuda was asked for and is not to be had: no NVIDIA driver is there (libcuda.so.1 cannot be loaded)"
+            "cuda was requested but is not available: no NVIDIA driver is there (libcuda.so.1 cannot be loaded)"
             in message
         )
-        assert "wants" not in message  # the libraries are there
+        assert "needs CUDA" not in message  # the libraries are there
         assert message.endswith("Or give --device cpu")
         assert answered(ask(call, bundle, "auto")) == []
         assert answered(ask(call, bundle, "cpu")) == []
@@ -226,14 +226,14 @@ class TestSimulated:
         )
         version = onnxruntime.__version__
         found = (
-            f"onnxruntime-gpu {version} wants CUDA 13 and cuDNN 9, and cannot load libcublasLt.so.13, libcublas.so.13, "
+            f"onnxruntime-gpu {version} needs CUDA 13 and cuDNN 9, and cannot load libcublasLt.so.13, libcublas.so.13, "
             f"libcudnn.so.9: pip install 'onnxruntime-gpu[cuda,cudnn]=={version}'"
         )
         assert refused(ask(call, bundle, "cuda:0")) == (
-            f"Error: cuda:0 was asked for and is not to be had: {found}. Or give --device cpu"
+            f"Error: cuda:0 was requested but is not available: {found}. Or give --device cpu"
         )
         assert answered(ask(call, bundle, "auto")) == [
-            f"Warning: this runs on the CPU, though a GPU driver is there: {found}"
+            f"Warning: this runs on the CPU although there is a GPU driver: {found}"
         ]
 
     def test_a_driver_and_libraries_of_an_older_cuda(self, machine, bundle):
@@ -245,12 +245,13 @@ class TestSimulated:
         )
         message = refused(ask(call, bundle, "cuda"))
         assert (
-            "wants CUDA 13, and the driver runs CUDA 12.4 at most: update the driver, or take the last build" in message
+            "needs CUDA 13, and the driver runs CUDA 12.4 at most: update the driver, or install the last build"
+            in message
         )
         assert "pip install 'onnxruntime-gpu[cuda,cudnn]==1.26.0'" in message
         assert "libcublas.so.13" in message
         assert "libcudnn" not in message  # it is there
-        assert "(CUDA 12's are there, which do not serve)" in message
+        assert "(those of CUDA 12 are there, but do not fit)" in message
 
     def test_the_cpu_wheel_that_shadows_the_gpu_wheel(self, machine, bundle):
         call = machine(cuda=13000, wheels=[("onnxruntime-gpu", "1.31.1")], has_cuda=False, package_name="onnxruntime")
@@ -327,7 +328,7 @@ class TestSimulated:
         context = ("--question", "Who?", "--context", "Ada keeps the lamp.")
         message = refused(call("ask", tiny.run, *context, "--device", "cuda"))
         assert (
-            f"cuda was asked for and is not to be had: the installed torch {torch.__version__} is a CPU build"
+            f"cuda was requested but is not available: the installed torch {torch.__version__} is a CPU build"
             in message
         )
         assert "pip install --force-reinstall torch --index-url" in message
@@ -371,7 +372,7 @@ def test_the_libraries_are_those_of_onnxruntime_itself():
 
 @pytest.mark.skipif(HAS_GPU, reason="torch may find a GPU here")
 def test_torch_without_a_gpu(recwarn):
-    with pytest.raises(DeviceError, match=r"cuda:1 was asked for .*torch .*no NVIDIA driver is there"):
+    with pytest.raises(DeviceError, match=r"cuda:1 was requested .*torch .*no NVIDIA driver is there"):
         torch_device("cuda:1")
     assert torch_device("auto") == torch_device("cpu") == torch.device("cpu")
     assert not recwarn.list

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ import pytest
 import torch
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.errors import CheckpointError, InputError
+from qadeploy.records import Logits, Window
 from qadeploy.training import distill
 from qadeploy.training.checkpoint import TorchModel, load_checkpoint
-from qadeploy.training.distill import keep_layers, load_teacher, teach
+from qadeploy.training.distill import keep_layers, load_teacher, soft_labels
 from qadeploy.training.features import FeatureSet, make_features
+from qadeploy.training.run_log import RunLog
 from qadeploy.training.train import train
 from tests.conftest import tiny_options, triplets, write_jsonl
 from tests.models_for_tests import BY_NAME
@@ -46,14 +49,7 @@ def features_of(folder: Path, rows: list[dict[str, Any]], tmp_path: Path) -> Fea
 
 def taught(teacher: str | Path, features: FeatureSet, folder: Path | None = None, temperature: float = 1.0) -> Any:
     said: list[str] = []
-    found = teach(
-        load_teacher(str(teacher), CPU),
-        features,
-        questions=[e.question for e in features.examples],
-        temperature=temperature,
-        folder=folder,
-        say=said.append,
-    )
+    found = soft_labels(load_teacher(str(teacher), CPU), features, temperature, folder, RunLog(said.append))
     return found, said
 
 
@@ -76,8 +72,8 @@ def test_a_teacher_with_the_students_tokenizer_teaches_its_own_distribution(fold
                 continue  # where a window ends inside a word, the teacher reads another one
             held = np.r_[window.null_index, window.context_begin : window.context_begin + window.context_length]
             for positions, shares, own in (
-                (soft.starts, soft.start_shares, starts),
-                (soft.ends, soft.end_shares, ends),
+                (soft.starts, soft.start_probabilities, starts),
+                (soft.ends, soft.end_probabilities, ends),
             ):
                 exact = np.zeros(len(own))
                 best = held[1:][np.argsort(-own[held[1:]])]  # of these the highest are kept, and null
@@ -115,35 +111,43 @@ def test_between_tokenizers_a_place_stays_the_same_character(folders, teacher, t
     assert checked > 20
 
 
-def test_the_logits_are_asked_once_and_an_interrupted_pass_goes_on(folders, tmp_path, monkeypatch):
-    features = features_of(folders["BERT"], triplets(10), tmp_path)
-    monkeypatch.setattr(distill, "_PART", 4)
+def test_the_logits_are_asked_once_and_an_interrupted_pass_goes_on(folders, tmp_path):
+    rows = [
+        {"context": f"Ada keeps lamp {n}.", "question": "Who?", "answer": None, "is_impossible": True}
+        for n in range(4100)  # more than a file of kept logits holds
+    ]
+    features = features_of(folders["BERT"], rows, tmp_path)
     asked: list[int] = []
-    real = distill._ask
+    interrupted = False
 
-    cut_off = [True]
-
-    def counted(teacher: Any, pairs: Any) -> Any:
-        if len(asked) == 2 and cut_off:
-            cut_off.clear()
+    def logits(windows: Sequence[Window]) -> list[Logits]:
+        asked.append(len(windows))
+        if interrupted and len(asked) == 2:
             raise InterruptedError
-        asked.append(len(pairs))
-        return real(teacher, pairs)
+        return [(np.sin(w.input_ids).astype(np.float32),) * 2 for w in windows]
 
-    monkeypatch.setattr(distill, "_ask", counted)
+    teacher = replace(load_teacher(str(folders["RoBERTa"]), CPU), logits=logits)
+
+    def labels(folder: Path) -> Any:
+        asked.clear()
+        said: list[str] = []
+        return soft_labels(teacher, features, 1.0, folder, RunLog(said.append)), said
+
+    expected, _ = labels(tmp_path / "other")
+    interrupted = True
     with pytest.raises(InterruptedError):
-        taught(folders["RoBERTa"], features, tmp_path / "cache")
-    assert asked == [4, 4]
-    asked.clear()
-    first, said = taught(folders["RoBERTa"], features, tmp_path / "cache")
-    assert sum(asked) == len(features) - 8
-    assert said[-1] == f"teacher          {len(features) - 8} of {len(features) - 8} windows"
-    asked.clear()
-    again, _ = taught(folders["RoBERTa"], features, tmp_path / "cache")
+        labels(tmp_path / "cache")
+    kept, lost = asked
+    assert kept + lost == len(features) == 4100
+    first, said = labels(tmp_path / "cache")
+    assert asked == [lost]
+    assert said[-1] == f"teacher          {lost} of {lost} windows"
+    again, _ = labels(tmp_path / "cache")
     assert asked == []
-    for one, other in zip(first, again, strict=True):
-        np.testing.assert_array_equal(one.starts, other.starts)
-        np.testing.assert_array_equal(one.end_shares, other.end_shares)
+    for one, *others in zip(expected, first, again, strict=True):
+        for other in others:
+            np.testing.assert_array_equal(one.starts, other.starts)
+            np.testing.assert_array_equal(one.end_probabilities, other.end_probabilities)
 
 
 def test_a_damaged_part_is_asked_for_again(folders, tmp_path):
@@ -155,9 +159,8 @@ def test_a_damaged_part_is_asked_for_again(folders, tmp_path):
     np.testing.assert_array_equal(first[0].starts, again[0].starts)
 
 
-def test_a_teacher_that_finds_nothing_is_refused_before_training(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "_JUDGED", 8)
-    features = features_of(folders["BERT"], triplets(16), tmp_path)
+def test_a_teacher_that_finds_nothing_is_refused_before_training(folders, tmp_path):
+    features = features_of(folders["BERT"], triplets(96), tmp_path)
     with pytest.raises(InputError, match=r"finds \d\.\d % of \d+ annotated answers exactly: it knows another task"):
         taught(folders["RoBERTa"], features)  # random weights
 
@@ -170,7 +173,7 @@ def test_a_bundle_teaches_what_its_checkpoint_does(tiny, tiny_export, tmp_path):
     by_bundle, _ = taught(tiny.bundle(), features)
     for one, other in zip(by_run, by_bundle, strict=True):
         assert set(one.starts) & set(other.starts)
-        assert one.starts[one.start_shares.argmax()] == other.starts[other.start_shares.argmax()]
+        assert one.starts[one.start_probabilities.argmax()] == other.starts[other.start_probabilities.argmax()]
 
 
 def test_a_bare_encoder_cannot_teach(tiny_checkpoint, tmp_path):

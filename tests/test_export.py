@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from transformers import FNetConfig, FNetForQuestionAnswering
 
 from qadeploy import Answerer
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
 from qadeploy.export.fused import fusion_line, optimize
@@ -25,13 +25,14 @@ from qadeploy.export.onnx import export, read_shared_weights
 from qadeploy.export.parity import Parity, parity_windows, require_parity
 from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.recipes import RECIPES
+from qadeploy.export.quantize.search import SearchOptions
 from qadeploy.export.reference import Reference, make_reference
 from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, open_bundle
 from qadeploy.inference.tuning import SPINNING
 from qadeploy.records import Example, Window
-from qadeploy.shipped import base_model_path
+from qadeploy.shipped import base_bundle_path, base_model_path
 from qadeploy.training.checkpoint import TorchModel, load_checkpoint
-from qadeploy.training.runs import Run, dev_part, find_run, held_out
+from qadeploy.training.runs import HeldOut, Run, dev_set, find_run, held_out
 from qadeploy.training.train import train
 from tests.conftest import sealed_copy, tiny_options, triplets, write_jsonl
 
@@ -42,7 +43,7 @@ KINDS = ("", "fused", "int8")
 def reference(tiny) -> Reference:
     """The tiny run, judged on few questions to be quick."""
     run = find_run(tiny.run)
-    return make_reference(run, "keepers", dev_part(run)[:6])
+    return make_reference(run, HeldOut("keepers", dev_set(run)[:6]))
 
 
 def largest_difference(checkpoint, model, windows: list[Window]) -> float:
@@ -92,7 +93,7 @@ def test_the_manifest_says_what_was_made_from_what_and_what_was_measured(tiny, t
 
     measured = manifest["measured"]
     assert measured["total"] == 20
-    assert "dev part" in measured["data"]
+    assert measured["dev_set"]
     assert measured["f1"] == measured["exact_match"] == measured["pytorch"]["f1"] == 100.0
     assert (measured["f1_change"], measured["f1_change_interval"]) == (0.0, [0.0, 0.0])
     assert measured["ms_per_question"] > 0
@@ -126,7 +127,7 @@ def test_the_fused_bundle_counts_its_attention_nodes(tiny, tiny_export):
     assert "not every attention layer" in fusion_line(bundle)
 
 
-def test_int8_is_smaller_and_keeps_attention_products_in_float(tiny, tiny_export):
+def test_int8_is_smaller_and_keeps_attention_matmuls_in_float(tiny, tiny_export):
     plain, small = open_bundle(tiny.bundle()), open_bundle(tiny.bundle("int8"))
     assert small.model_bytes < 0.8 * plain.model_bytes
     counts = Counter(n.op_type for n in onnx.load_model_from_string(small.read(MODEL)).graph.node)
@@ -154,12 +155,12 @@ def test_int8_below_the_gate_is_not_written_and_an_older_bundle_stays(reference,
     out = tmp_path / "small"
     source = open_bundle(bundle)
     with pytest.raises(GateError, match=r"small: every recipe loses more than -1.*--max-f1-drop"):
-        quantize(reference, source, out, -1.0, recipe="int8", say=print)
+        quantize(reference, source, out, SearchOptions(-1.0), recipe="int8", say=print)
     assert list(tmp_path.iterdir()) == []
     shutil.copytree(tiny.bundle("int8"), out)
     before = (out / MANIFEST).read_bytes()
     with pytest.raises(GateError):
-        quantize(reference, source, out, -1.0, recipe="int8", say=print)
+        quantize(reference, source, out, SearchOptions(-1.0), recipe="int8", say=print)
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
     assert (out / MANIFEST).read_bytes() == before
 
@@ -266,11 +267,12 @@ def test_what_is_no_run_is_named(fault, error, message, tiny, tmp_path, monkeypa
 
 def test_the_questions_held_out_are_those_of_training(tiny):
     run = find_run(tiny.run)
-    source, examples = held_out(run, None)
+    found = held_out(run, None)
+    source, examples = found.name, found.examples
     every = read(str(tiny.data)).examples
     trained, dev = carve_by_passage(every, 0.2, 13)
-    assert source == f"{tiny.data} (dev part)"
-    assert examples == dev_part(run) == dev
+    assert source == f"{tiny.data} (dev set)"
+    assert examples == dev_set(run) == dev
     assert len(dev) == tiny.metrics["dev"]["total"]
     assert not {e.context for e in trained} & {e.context for e in dev}
 
@@ -287,16 +289,16 @@ def copy_run(tiny, folder: Path, **options: object) -> Run:
 def test_data_that_changed_since_the_run_is_refused(tiny, tmp_path):
     data = write_jsonl(tmp_path / "mine.jsonl", triplets())
     run = copy_run(tiny, tmp_path / "run", data=str(data))
-    assert len(held_out(run, None)[1]) == len(dev_part(run)) == 20
+    assert len(held_out(run, None).examples) == len(dev_set(run)) == 20
     write_jsonl(data, triplets()[:-1])
     with pytest.raises(InputError, match=r"mine.jsonl: is not what the run was trained on.*--eval-data"):
         held_out(run, None)
-    assert dev_part(run) == ()  # carved from other rows it would hold questions that were trained on
+    assert dev_set(run) == ()  # carved from other rows it would hold questions that were trained on
     data.unlink()
     with pytest.raises(InputError, match="no such file") as caught:
         held_out(run, None)
     assert "--eval-data FILE" in str(caught.value)
-    assert dev_part(run) == ()
+    assert dev_set(run) == ()
 
 
 def test_held_out_data_of_the_run_or_of_the_call_come_first(tiny, tiny_checkpoint, tmp_path):
@@ -304,8 +306,8 @@ def test_held_out_data_of_the_run_or_of_the_call_come_first(tiny, tiny_checkpoin
     named = write_jsonl(tmp_path / "named.jsonl", rows[:5])
     mixed = write_jsonl(tmp_path / "mixed.jsonl", [*rows[:4], *({**r, "split": "validation"} for r in rows[4:6])])
     run = copy_run(tiny, tmp_path / "run", eval_data=str(named))
-    assert held_out(run, None) == (str(named), read(str(named)).examples)
-    assert [e.question for e in held_out(run, str(mixed))[1]] == [r["question"] for r in rows[4:6]]
+    assert held_out(run, None) == HeldOut(str(named), read(str(named)).examples)
+    assert [e.question for e in held_out(run, str(mixed)).examples] == [r["question"] for r in rows[4:6]]
     with pytest.raises(InputError, match="not known what this checkpoint was trained on: give --eval-data"):
         held_out(find_run(tiny_checkpoint), None)
 
@@ -319,7 +321,7 @@ def test_the_base_model_exports_with_the_logits_of_pytorch(tmp_path):
     except CheckpointError as error:
         pytest.skip(str(error))
     first, second = read("handbook").examples[::500]
-    reference = make_reference(Run("base", base, None), "handbook", [first])
+    reference = make_reference(Run("base", base, None), HeldOut("handbook", (first,)))
     bundle = export(reference, tmp_path / "base")
     longest = reference.checkpoint.settings.max_seq_len
     windows = [w for size in (48, 100, longest) for w in windows_of(reference.checkpoint, [second], [size])[-2:]]
@@ -345,7 +347,7 @@ def test_what_the_dev_part_chose_is_in_the_run_and_the_bundle(folded, tmp_path):
     assert "calibration error (ECE)" in folded.remarks
 
     run = find_run(folded.run)
-    reference = make_reference(run, "keepers", dev_part(run))
+    reference = make_reference(run, HeldOut("keepers", dev_set(run)))
     assert reference.scores.to_dict() == metrics["dev"]
     manifest = export(reference, tmp_path / "bundle").manifest
     assert manifest["settings"] == chosen
@@ -368,9 +370,11 @@ def test_what_the_dev_part_chose_is_in_the_run_and_the_bundle(folded, tmp_path):
     assert 100 * np.mean(right) == pytest.approx(metrics["dev"]["exact_match"])
 
 
-def test_the_base_model_that_ships_has_no_threshold_yet():
+def test_the_base_model_that_ships_and_its_bundle_can_say_no_answer():
     settings = load_checkpoint(base_model_path()).settings
-    assert (settings.max_answer_len, settings.null_threshold, settings.temperature) == (15, None, 1.0)
+    assert settings.null_threshold is not None
+    assert settings.relative_to_null
+    assert open_bundle(base_bundle_path()).settings == settings
 
 
 def test_dev_data_of_its_own_is_found_again_and_noticed_where_it_changed(tiny_checkpoint, tmp_path):
@@ -380,11 +384,11 @@ def test_dev_data_of_its_own_is_found_again_and_noticed_where_it_changed(tiny_ch
     options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=1, dev_data=str(dev))
     metrics = train(options, lambda line: None, progress=False).metrics
     run = find_run(tmp_path / "run")
-    assert dev_part(run) == read(str(dev)).examples
-    assert held_out(run, None) == (str(dev), read(str(dev)).examples)
+    assert dev_set(run) == read(str(dev)).examples
+    assert held_out(run, None) == HeldOut(str(dev), read(str(dev)).examples)
     assert metrics["dev"]["total"] == 8
     write_jsonl(dev, triplets(20)[13:])
-    assert dev_part(run) == ()
+    assert dev_set(run) == ()
     with pytest.raises(
         InputError, match=r"dev.jsonl: is not the dev data that the run was made with: give --eval-data"
     ):

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from qadeploy.cli import main
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.data.splits import folds_by_passage
 from qadeploy.errors import FailureError, InputError
 from qadeploy.evaluation.scoring import evaluate
@@ -18,7 +18,8 @@ from qadeploy.records import Annotation, Example
 from qadeploy.training import folds as module
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.training.folds import cross_validate
-from qadeploy.training.train import TrainOptions, train
+from qadeploy.training.options import TrainOptions
+from qadeploy.training.train import RunResult, train
 from tests.conftest import tiny_arguments, tiny_options, triplets, unanswerable, write_jsonl
 
 # ---------------------------------------------------------------- splitting
@@ -126,12 +127,28 @@ def test_rows_marked_as_validation_are_in_no_fold_and_warnings_come_through(tiny
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dev.jsonl", "rows.jsonl"]
 
 
+def test_all_folds_are_scored_by_one_metric(tiny_checkpoint, tmp_path, monkeypatch):
+    rows = triplets(8)
+    rows[0]["context"] = f"{rows[0]['context']} {100 * 'я'}"  # over 10 % of the letters, and none in the other fold
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    asked = []
+
+    def scored(options: TrainOptions, say: object, **others: object) -> RunResult:
+        asked.append(options.metric)
+        scores = dict.fromkeys(("exact_match", "f1", "accuracy", "total"), 1)
+        return RunResult(tmp_path, {"held_out": scores, "best_epoch": 1, "settings": {}})
+
+    monkeypatch.setattr(module, "train", scored)
+    cross_validate(tiny_options(data, tiny_checkpoint, tmp_path / "run"), 2, str, progress=False)
+    assert asked == ["mixed", "mixed"]
+
+
 @pytest.mark.parametrize("fault", [FailureError("it broke"), InputError("{}: is no good"), KeyboardInterrupt()])
 def test_what_ends_a_fold_leaves_nothing(fault, tiny_checkpoint, tmp_path, monkeypatch):
     data = write_jsonl(tmp_path / "rows.jsonl", triplets(8))
 
     def failing(options: TrainOptions, say: object, **others: object) -> None:
-        assert {p.name for p in Path(options.data).parent.iterdir()} == {"train.json", "left_out.json"}
+        (Path(options.out) / "checkpoints").mkdir(parents=True)
         raise type(fault)(*(str(a).format(options.data) for a in fault.args))
 
     monkeypatch.setattr(module, "train", failing)

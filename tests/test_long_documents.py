@@ -18,17 +18,16 @@ from hypothesis import strategies as st
 from qadeploy import Answerer
 from qadeploy.cli.progress import Progress
 from qadeploy.core import decoding as decoder
-from qadeploy.core.decoding import Scored, decode
-from qadeploy.core.settings import QaSettings
+from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.settings import Options, QaSettings
 from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.errors import LogitsError
-from qadeploy.inference.answerer import Options
-from qadeploy.inference.session import Logits, Pending
-from qadeploy.records import Window
+from qadeploy.inference.session import Pending
+from qadeploy.records import Logits, Window
 from tests.conftest import triplets
 from tests.test_cli import value, well
-from tests.test_spans import brute_force, random_logits, rows
 from tests.tokenizers_for_tests import family, texts, thorough
+from tests.unit.test_spans import brute_force, random_logits, rows
 
 BASE = Path(__file__).parent.parent / "models" / "minilm-l6-qa"
 QUESTION = "Who keeps the bell?"
@@ -81,18 +80,18 @@ def test_a_context_in_blocks_is_decoded_like_a_double_loop(text, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "_CELLS", data.draw(st.integers(0, 60), "cells of a block"))
         options = {"top_k": top_k, "max_answer_len": length, "allow_no_answer": allow}
-        found = decode(kept, starts, ends, context, **options)
+        found = decode_many([WindowLogits(kept, starts, ends, context)], **options)[0]
     assert [row[:5] for row in rows(found)] == [span[:5] for span in spans[:top_k]]
     assert [s.score for s in found.spans] == pytest.approx([span[5] for span in spans[:top_k]], rel=1e-6, abs=1e-12)
     assert (found.null_logit, found.null_score) == (null, pytest.approx(null_score, rel=1e-6))
 
 
-def long_context(size: int = 5_000) -> Scored:
+def long_context(size: int = 5_000) -> WindowLogits:
     """A context of several blocks at the real size of a block, with random logits."""
     kind = family("bert")
     context = kind.encoder.encode("the river and the bridge " * (size // 5))
     windows = kind.encoder.windows(kind.encoder.encode("Who?"), context)
-    return Scored(windows, *random_logits(windows, 5, False), context)
+    return WindowLogits(windows, *random_logits(windows, 5, False), context)
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (5, 0.4), (40, 3.0)])
@@ -100,9 +99,9 @@ def test_blocks_give_the_answers_and_scores_of_the_whole_table(top_k, temperatur
     one = long_context()
     assert sum(w.context_length for w in one.windows) * 30 > 2 * decoder._CELLS
     options = {"top_k": top_k, "temperature": temperature, "allow_no_answer": True}
-    blocks = decode(one.windows, one.start_logits, one.end_logits, one.context, **options)
+    blocks = decode_many([one], **options)[0]
     monkeypatch.setattr(decoder, "_CELLS", 2**40)
-    whole = decode(one.windows, one.start_logits, one.end_logits, one.context, **options)
+    whole = decode_many([one], **options)[0]
     assert [row[:5] for row in rows(blocks)] == [row[:5] for row in rows(whole)]
     np.testing.assert_allclose([s.score for s in blocks.spans], [s.score for s in whole.spans], rtol=1e-12)
     assert blocks.null_score == pytest.approx(whole.null_score, rel=1e-12)
@@ -113,7 +112,7 @@ def test_a_logit_that_is_not_finite_is_an_error_in_any_block(bad):
     one = long_context()
     one.end_logits[-1][0] = bad  # of a special token
     with pytest.raises(LogitsError, match="NaN or infinite"):
-        decode(one.windows, one.start_logits, one.end_logits, one.context)
+        decode_many([one])
 
 
 # ---------------------------------------------------------------- memory
@@ -155,7 +154,7 @@ def test_a_million_characters_take_no_more_memory_than_promised():
 
 def test_windows_logits_and_spans_take_little_beside_the_tokens():
     text, answerer = million_characters(), tireless()
-    answerer.begin(QUESTION, text, Options())  # from here on the tokens are at hand
+    answerer.encode(QUESTION, text, Options())  # from here on the tokens are at hand
     tracemalloc.start()
     answerer.answer(QUESTION, text, top_k=3)
     peak = tracemalloc.get_traced_memory()[1]
@@ -169,7 +168,7 @@ def test_windows_logits_and_spans_take_little_beside_the_tokens():
 def test_it_is_told_how_many_windows_are_done(answerer):
     told: list[tuple[int, int]] = []
     found = answerer.answer(QUESTION, LONG, top_k=2, on_windows=lambda done, of: told.append((done, of)))
-    total = len(answerer.begin(QUESTION, LONG, Options()).windows)
+    total = len(answerer.encode(QUESTION, LONG, Options()).windows)
     assert total > 16
     assert told == [(done, total) for done in (*range(0, total, 8), total)]
     expected = answerer.answer(QUESTION, LONG, top_k=2)
@@ -213,7 +212,7 @@ def test_ask_shows_it_on_a_terminal_alone(bundle, tmp_path, monkeypatch):
             return True
 
     (tmp_path / "long.txt").write_text(LONG)
-    command = ("ask", bundle, "--question", QUESTION, "--context", f"@{tmp_path / 'long.txt'}", "--json")
+    command = ("ask", bundle, "--question", QUESTION, "--context", f"@{tmp_path / 'long.txt'}", "--json", "--top-k", 3)
     result = well(*command)
     assert (result.stderr, len(value(result)["answers"])) == ("", 3)
 
@@ -221,7 +220,7 @@ def test_ask_shows_it_on_a_terminal_alone(bundle, tmp_path, monkeypatch):
     monkeypatch.setattr("qadeploy.cli.progress.Progress", lambda as_json: Progress(as_json, terminal))
     assert value(well(*command))["answers"] == value(result)["answers"]
     shown = terminal.getvalue()
-    total = len(Answerer.load(bundle, device="cpu").begin(QUESTION, LONG, Options()).windows)
+    total = len(Answerer.load(bundle, device="cpu").encode(QUESTION, LONG, Options()).windows)
     assert f"[--------------------] 0/{total} windows read" in shown
     assert f"[{'#' * 20}] {total}/{total} windows read" in shown
     assert shown.endswith("\r\x1b[K")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 
 from qadeploy import Answerer
-from qadeploy.errors import MachineWarning
-from qadeploy.inference.session import OnnxModel
-from qadeploy.machine import INSTRUCTION_SETS, Machine, entry_has_vnni, machine, parse
+from qadeploy.data.arrow import read_parquet
+from qadeploy.errors import InputError, MachineWarning
+from qadeploy.inference.doctor import diagnose
+from qadeploy.inference.session import OnnxModel, session_options
+from qadeploy.machine import INSTRUCTION_SETS, Machine, entry_has_vnni, machine, parse_cpuinfo, usable_cpus
+from qadeploy.shipped import base_bundle_path
 from tests.conftest import sealed_copy
 
 XEON = """processor\t: 0
@@ -34,17 +38,17 @@ CPU implementer\t: 0x41
 
 
 def test_what_all_cores_have_is_read_by_the_kernel_s_names():
-    found = parse(XEON)
+    found = parse_cpuinfo(XEON)
     assert found == Machine(
         "Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", ("avx2", "avx512f", "avx512_vnni", "amx_int8")
     )
     assert (found.has_vnni, found.has_bf16) == (True, False)
-    arm = parse(GRAVITON)
+    arm = parse_cpuinfo(GRAVITON)
     assert arm.instruction_sets == ("asimddp", "asimdhp", "i8mm", "bf16", "sve")
     assert arm.has_vnni
     assert arm.cpu  # such a kernel gives no name: the platform's
-    assert not parse("flags : avx2 avx512f").has_vnni
-    assert parse("").instruction_sets == ()
+    assert not parse_cpuinfo("flags : avx2 avx512f").has_vnni
+    assert parse_cpuinfo("").instruction_sets == ()
 
 
 def test_this_machine_is_that_of_the_kernel_s_list():
@@ -68,7 +72,7 @@ def test_this_machine_is_that_of_the_kernel_s_list():
     ],
 )
 def test_what_differs_is_named(entry, words):
-    assert parse(XEON).unlike(entry) == words
+    assert parse_cpuinfo(XEON).unlike(entry) == words
     assert Machine("unknown", ()).unlike(entry) == ""
 
 
@@ -112,6 +116,7 @@ def test_on_cuda_nothing_is_said(foreign, monkeypatch):
         model = OnnxModel(*arguments, **{**options, "device": "cpu"})
         model.device = "cuda"  # as where there is one
         model.warm_up = lambda window: None  # which needs it
+        model.run_batch = model._run_padded
         return model
 
     monkeypatch.setattr("qadeploy.inference.answerer.OnnxModel", on_cuda)
@@ -130,3 +135,117 @@ def test_the_command_line_says_it_in_one_line_on_stderr(foreign):
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"Warning: {foreign}: this machine lacks ")
     assert done.stdout.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "odd"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000"}, 8),
+        ({}, 8),
+    ],
+)
+def test_a_containers_quota_bounds_the_cpus(monkeypatch, tmp_path, files, cpus):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    put(tmp_path, files)
+    assert usable_cpus(tmp_path, tmp_path / "none") == cpus
+
+
+def put(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text + "\n")
+
+
+V1 = "5:memory:/other\n4:cpu,cpuacct:/docker/ab12/inner\n1:name=systemd:/\n0::/ignored\n"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cpus"),
+    [
+        # The group itself, one that it lies in, and the smallest of several.
+        ("0::/a/b\n", {"a/b/cpu.max": "300000 100000", "a/cpu.max": "max 100000"}, 3),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/a/b\n", {"a/b/cpu.max": "700000 100000", "a/cpu.max": "250000 100000", "cpu.max": "400000 100000"}, 3),
+        ("0::/a/b\n", {"a/b/cpu.max": "150000 100000", "a/cpu.max": "250000 100000"}, 2),
+        ("0::/a/b\n", {"a/c/cpu.max": "100000 100000", "b/cpu.max": "100000 100000"}, 8),  # the groups of others
+        ("0::/a b:c\n", {"a b:c/cpu.max": "100000 100000"}, 1),  # a name may hold anything
+        ("0::/../x\n", {"cpu.max": "200000 100000"}, 2),  # outside of this namespace
+        ("0::/../../x\n", {"../x/cpu.max": "100000 100000"}, 8),
+        # Version 1, by the controller's name, in either order; the host's path is not there in a container.
+        (V1, {"cpu,cpuacct/docker/ab12/inner/cpu.cfs_quota_us": "200000", "cpu,cpuacct/docker/ab12/inner/cpu.cfs_period_us": "100000"}, 2),
+        (V1, {"cpu,cpuacct/docker/cpu.cfs_quota_us": "50000", "cpu,cpuacct/docker/cpu.cfs_period_us": "25000"}, 2),
+        (V1, {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        (V1, {"cpu,cpuacct/other/cpu.cfs_quota_us": "100000", "cpu,cpuacct/other/cpu.cfs_period_us": "100000"}, 8),
+        ("3:cpuacct,cpu:/x\n", {"cpuacct,cpu/x/cpu.cfs_quota_us": "100000", "cpuacct,cpu/x/cpu.cfs_period_us": "100000"}, 1),
+        # Both versions side by side.
+        ("2:cpu:/x\n0::/y\n", {"cpu/x/cpu.cfs_quota_us": "500000", "cpu/x/cpu.cfs_period_us": "100000", "unified/y/cpu.max": "300000 100000"}, 3),
+        # What cannot be read is no limit.
+        ("nonsense\n\n0:\n", {"cpu.max": "600000 100000"}, 6),
+        ("0::/a\n", {"a/cpu.max": "0 100000", "cpu.max": "-5 100000"}, 8),
+        ("0::/a\n", {"a/cpu.max": "100000"}, 8),
+    ],
+)  # fmt: skip
+def test_the_smallest_quota_on_the_way_up_counts(monkeypatch, tmp_path, own, files, cpus):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    put(tmp_path / "sys" / "cgroup", files)
+    put(tmp_path, {"own": own})
+    assert usable_cpus(tmp_path / "sys" / "cgroup", tmp_path / "own") == cpus
+
+
+def test_affinity_counts_if_it_is_smaller(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
+    put(tmp_path, {"own": "0::/\n", "cpu.max": "600000 100000"})
+    assert usable_cpus(tmp_path, tmp_path / "own") == 2
+
+
+def test_no_library_is_left_to_count_cpus_by_itself(monkeypatch):
+    arrow = pytest.importorskip("pyarrow")
+    before = arrow.cpu_count()
+    try:
+        arrow.set_cpu_count(4)
+        monkeypatch.setattr("qadeploy.data.arrow.usable_cpus", lambda: 3)
+        with pytest.raises(InputError):
+            read_parquet(b"PAR1", "x")
+        assert arrow.cpu_count() == 3
+    finally:
+        arrow.set_cpu_count(before)
+    monkeypatch.setattr("qadeploy.inference.session.usable_cpus", lambda: 3)
+    assert (session_options().intra_op_num_threads, session_options(2).intra_op_num_threads) == (3, 2)
+
+
+def test_only_one_function_counts_cpus():
+    root = Path(__file__).resolve().parents[1]
+    counts = re.compile(r"\b(cpu_count\(|sched_getaffinity|process_cpu_count)")
+    found = [path.name for path in sorted((root / "qadeploy").rglob("*.py")) if counts.search(path.read_text("utf-8"))]
+    assert found == ["arrow.py", "machine.py", "train.py"]  # pyarrow's own, which is lowered; a figure of the record
+
+
+def test_an_answerer_obeys_the_quota(tiny, monkeypatch):
+    monkeypatch.setattr("qadeploy.inference.session.usable_cpus", lambda: 1)
+    assert Answerer.load(tiny.bundle()).model.threads == 1
+
+
+@pytest.mark.parametrize(("sets", "warned"), [(("avx2",), True), (("avx2", "avx_vnni"), False), ((), False)])
+def test_a_bundle_for_any_machine_warns_only_where_int8_may_saturate(sets, warned, monkeypatch):
+    monkeypatch.setattr("qadeploy.machine.machine", lambda: Machine("another", sets))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Answerer.load(base_bundle_path(), threads=1)
+    assert [w.category for w in caught] == [MachineWarning] * warned
+    assert all("no VNNI, so 8-bit matmuls may saturate" in str(w.message) for w in caught)
+
+
+def test_the_doctor_names_the_commit_of_a_checkout():
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("not a checkout")
+    head = subprocess.run(
+        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert head.startswith(diagnose()["commit"].removesuffix("+"))

@@ -75,7 +75,7 @@ def test_fp16_logits():
 
 
 def test_what_triton_cannot_run_is_named():
-    with pytest.raises(BundleError, match=r"ids is \[1, 'tokens'\]: Triton needs a batch of any size in front"):
+    with pytest.raises(BundleError, match=r"ids is \[1, 'tokens'\]: Triton needs a leading batch of any size"):
         tensors_of(model(batch=1))
     with pytest.raises(BundleError, match=r"model\.onnx: ONNX Runtime cannot load it: "):
         tensors_of(b"no model")
@@ -124,9 +124,9 @@ def test_a_version_names_its_bundle():
 
 
 WRONG = {
-    "no such text": ("max_batch_size: 1", "max_batch_size: many", "line 2: is no model configuration of Triton's"),
-    "unknown field": ("max_batch_size: 1", "max_batches: 1", "line 2: is no model configuration of Triton's"),
-    "name": ('name: "faq"', 'name: "other"', "name is 'other', Triton wants the folder's, 'faq'"),
+    "no such text": ("max_batch_size: 1", "max_batch_size: many", "line 2: is not a Triton model configuration"),
+    "unknown field": ("max_batch_size: 1", "max_batches: 1", "line 2: is not a Triton model configuration"),
+    "name": ('name: "faq"', 'name: "other"', "name is 'other', Triton requires the folder's, 'faq'"),
     "backend": ('backend: "onnxruntime"', 'backend: "tensorrt"', "backend is 'tensorrt', a bundle needs 'onnxruntime'"),
     "no batch": ("max_batch_size: 1", "max_batch_size: 0", "max_batch_size is 0"),
     "input lost": ('name: "input_ids"', 'name: "ids"', "input ids TYPE_INT64 [-1] is not the model's (it has none of"),

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from qadeploy import Answerer
-from qadeploy.core.decoding import decode
+from qadeploy.core.decoding import WindowLogits, decode_many
 from qadeploy.core.windows import context_mask, pad_batch
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.integrations.onnx_standalone.in_graph import cut_windows, spans_in_graph, strings_in_graph
 from qadeploy.records import Example
@@ -86,7 +86,7 @@ def test_spans_of_windows(kind, tiny, tiny_export, tmp_path):
         window = cut.window
         starts, ends = answerer.model.run([window])[0]
         limits = {"max_answer_len": source.settings.max_answer_len, "temperature": source.settings.temperature}
-        decoded = decode([window], [starts], [ends], cut.context, top_k=3, **limits)
+        decoded = decode_many([WindowLogits([window], [starts], [ends], cut.context)], top_k=3, **limits)[0]
         shift = window.context_begin - window.context_offset
         best = ours["spans"][0]
         span = decoded.spans[0]
@@ -101,6 +101,6 @@ def test_spans_of_windows(kind, tiny, tiny_export, tmp_path):
 def test_what_cannot_be_used_is_named(bundle):
     plain = node(bundle)
     assert plain.returncode == 2
-    assert f"{bundle}: has no answers in its graph: make it with qadeploy export" in plain.stderr
+    assert f"{bundle}: has no answers in its graph: export it with qadeploy export" in plain.stderr
     assert "usage: node answer.mjs" in node().stderr
     assert "usage: node answer.mjs" in node(bundle, "a question alone").stderr

@@ -22,12 +22,14 @@ from hatchling.builders.wheel import WheelBuilder
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from qadeploy import Answerer
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.serve.app import create_app
 from qadeploy.serve.examples import examples
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
+from qadeploy.shipped import BASE_BUNDLE, BASE_MODEL
 from tests.conftest import sealed_copy
+from tests.sessions_for_tests import Sessions, until
 from tests.test_session_answerer import FAMILY, LONG, SCRIPTS
 
 ROOT = Path(__file__).parents[1]
@@ -62,8 +64,8 @@ def browser() -> Iterator[Browser]:
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, **settings: Any) -> Iterator[tuple[str, Answerer]]:
-    """A server of the bundle on a free port of loopback; its address, and its answerer, to be tampered with."""
+def serving(bundle: Path, **settings: Any) -> Iterator[str]:
+    """A server of the bundle on a free port of loopback; its address."""
     answerer = Answerer.load(bundle, device="cpu", threads=1)
     service = Service.of(answerer, Settings(threads=1, **settings))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -71,7 +73,7 @@ def serving(bundle: Path, **settings: Any) -> Iterator[tuple[str, Answerer]]:
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}", answerer
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
             thread.join(30)
@@ -138,7 +140,7 @@ def opened(browser: Browser, url: str, quiet: bool = True, **options: Any) -> It
 
 @pytest.fixture(scope="module")
 def url(bundle: Path) -> Iterator[str]:
-    with serving(bundle) as (url, _):
+    with serving(bundle) as url:
         yield url
 
 
@@ -150,6 +152,15 @@ def test_the_wheel_holds_the_page():
     own = {f"qadeploy/serve/page/{path.name}" for path in PAGE.iterdir()}
     assert {"qadeploy/serve/page/index.html", "qadeploy/serve/page/app.js"} < own <= files
     assert "qadeploy/data/handbook.jsonl" in files  # of which the examples are made
+
+
+def test_the_wheel_holds_the_base_model_and_its_bundle():
+    files = {file.distribution_path: Path(file.path) for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+    models = {name: path for name, path in files.items() if name.startswith("qadeploy/models/")}
+    assert {f"qadeploy/models/{BASE_MODEL}/model.safetensors", f"qadeploy/models/{BASE_BUNDLE}/model.onnx"} < set(
+        models
+    )
+    assert sum(path.stat().st_size for path in models.values()) < 75e6
 
 
 def test_the_page_has_nothing_that_a_strict_policy_forbids():
@@ -242,14 +253,14 @@ def test_the_null_answer_is_offered_where_the_model_has_a_threshold(browser, bun
     from qadeploy.inference.bundle import open_bundle
 
     settings = {**open_bundle(bundle).manifest["settings"], "null_threshold": -1000.0}  # so low that it always wins
-    with serving(sealed_copy(bundle, tmp_path / "null", settings=settings)) as (url, _), opened(browser, url) as desk:
+    with serving(sealed_copy(bundle, tmp_path / "null", settings=settings)) as url, opened(browser, url) as desk:
         desk.ask(*LAMP)
         assert desk.page.locator("#answers bdi").first.inner_text() == "No answer in this text"
         assert desk.page.locator("#said").inner_text().startswith("No answer in this text, ")
         expect(desk.page.locator("mark")).to_have_count(0)
         desk.page.locator("#answers bdi").nth(1).click()
         assert desk.highlighted()[1] == "Ada"
-        desk.page.get_by_label("The text may hold no answer").uncheck()
+        desk.page.get_by_label('Allow "no answer"').uncheck()
         desk.ask(*LAMP)
         assert desk.page.locator("#answers bdi").first.inner_text() == "Ada"
 
@@ -270,9 +281,9 @@ def test_the_trace_shows_tokens_windows_and_logits(browser, url):
         told = httpx.post(f"{url}/v1/answer", json=body, trust_env=False).json()
         trace = told["trace"]
         assert len(trace["windows"]) > 2
-        page.get_by_text("How the model read it").click()
+        page.get_by_text("How the model found it").click()
         expect(page.locator(".tokens")).to_be_visible()
-        best = next(c for c in trace["candidates"] if c["verdict"].startswith("answer 1,"))
+        best = next(c for c in trace["candidates"] if c["answer"] == 1)
         number = best["window"]
         for shown in (trace["windows"][number - 1], trace["windows"][number % len(trace["windows"])]):
             assert page.locator(".tokens span").all_text_contents() == shown["pieces"]
@@ -341,7 +352,7 @@ def test_all_of_it_works_by_keyboard(browser, url):
         other = page.evaluate("document.activeElement.querySelector('bdi').textContent")
         page.keyboard.press("Enter")
         expect(page.locator("mark")).to_have_text(other)
-        tab("How the model read it")
+        tab("How the model found it")
         page.keyboard.press("Enter")
         expect(page.locator(".tokens")).to_be_visible()
         page.locator("#edit").focus()
@@ -379,7 +390,7 @@ CONTRAST = """() => {
 def test_text_stands_out_from_its_background(browser, url, scheme):
     with opened(browser, url, color_scheme=scheme) as desk:
         desk.ask(*LAMP)
-        desk.page.get_by_text("How the model read it").click()
+        desk.page.get_by_text("How the model found it").click()
         expect(desk.page.locator(".tokens")).to_be_visible()
         desk.page.locator("#question").fill(" ")
         desk.page.keyboard.press("Enter")
@@ -401,7 +412,7 @@ def test_it_fits_a_small_screen(browser, url):
         page.locator("#answers button").last.tap()  # further down: the text stays in sight
         expect(page.locator("#answers button").last).to_be_in_viewport()
         expect(page.locator("mark")).to_be_in_viewport()
-        page.get_by_text("How the model read it").click()
+        page.get_by_text("How the model found it").click()
         expect(page.locator(".tokens")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") == 360
 
@@ -419,14 +430,14 @@ def test_motion_only_where_it_is_welcome(browser, url):
 
 @needs_chromium
 def test_a_token_is_asked_for_and_kept_in_the_tab(browser, bundle):
-    with serving(bundle, token="open sesame") as (url, _), opened(browser, url, quiet=False) as desk:
+    with serving(bundle, token="open sesame") as url, opened(browser, url, quiet=False) as desk:
         page, problem = desk.page, desk.page.get_by_role("alert")
-        field = page.get_by_label("This server asks for a token")
+        field = page.get_by_label("This server requires a token")
         expect(field).to_be_focused()
         expect(problem).to_be_empty()
         page.keyboard.type("guessed")
         page.keyboard.press("Enter")
-        expect(problem).to_contain_text("The server does not know this token.")
+        expect(problem).to_contain_text("The server rejected this token.")
         field.fill("open sesame")
         page.keyboard.press("Enter")
         expect(field).to_be_hidden()
@@ -442,7 +453,8 @@ def test_a_token_is_asked_for_and_kept_in_the_tab(browser, bundle):
 @needs_chromium
 def test_what_goes_wrong_is_said_in_words(browser, bundle, monkeypatch):
     limits = {"max_body_bytes": 20_000, "max_context_chars": 9_000, "max_queue": 1, "request_timeout": 1.5}
-    with serving(bundle, **limits) as (url, answerer), opened(browser, url, quiet=False) as desk:
+    sessions = Sessions(monkeypatch)
+    with serving(bundle, **limits) as url, opened(browser, url, quiet=False) as desk:
         page, problem = desk.page, desk.page.get_by_role("alert")
 
         def asks(question: str, context: str, words: str) -> None:
@@ -454,30 +466,31 @@ def test_what_goes_wrong_is_said_in_words(browser, bundle, monkeypatch):
 
         desk.ask(*LAMP)
         asks("Who?", " ", "There is no text yet")
-        asks("Who?", "word " * 5_000, "The text is too long to send. The server takes 20,000 bytes at most.")
-        asks("Who?", "word " * 2_000, "The context has 10000 characters, at most 9000 are taken (--max-context-chars).")
-        expect(page.locator("#count")).to_have_text("10,000 characters, 9,000 at most")
+        asks(
+            "Who?",
+            "word " * 5_000,
+            "The text is too long to send. The server accepts at most 20,000 bytes. Shorten it and ask again.",
+        )
+        asks(
+            "Who?", "word " * 2_000, "The context has 10000 characters, at most 9000 are allowed (--max-context-chars)."
+        )
+        expect(page.locator("#count")).to_have_text("10,000 characters, at most 9,000")
         expect(problem).to_contain_text(re.compile(r"request [0-9a-f]{32}"))
 
-        alone, gate = answerer.model._run_one, threading.Event()
-        begun = threading.Event()
-        monkeypatch.setattr(answerer.model, "_run_one", lambda *a: begun.set() or (gate.wait(20) and alone(*a)))
+        sessions.hold()
         with ThreadPoolExecutor(1) as pool:
             body = {"question": LAMP[0], "context": LAMP[1]}
             first = pool.submit(httpx.post, f"{url}/v1/answer", json=body, trust_env=False, timeout=20)
-            assert begun.wait(10)
+            until(lambda: sessions.begun)
             asks(*LAMP, "The server is busy. Ask again in 1 second.")
             expect(problem).to_have_text("The server was busy. You can ask again now.")
             assert first.result().status_code == 504
-        asks(*LAMP, "No answer came in time. Ask again, or with a shorter text.")
-        gate.set()
+        asks(*LAMP, "There was no answer in time. Ask again, or use a shorter text.")
+        sessions.release()
 
-        def broken(session: object, window: Any) -> tuple[Any, Any]:
-            return (np.full(len(window), np.nan, dtype=np.float32),) * 2
-
-        monkeypatch.setattr(answerer.model, "_run_one", broken)
+        sessions.broken = True
         asks(*LAMP, "The server failed to answer.")
-        monkeypatch.setattr(answerer.model, "_run_one", alone)
+        sessions.broken = False
         page.context.set_offline(True)
         asks(*LAMP, "The server cannot be reached.")
         page.context.set_offline(False)

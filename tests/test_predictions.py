@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.core.decoding import decode, rank_answers
+from qadeploy.core.decoding import WindowLogits, decode_many, rank_answers
 from qadeploy.core.settings import QaSettings
 from qadeploy.evaluation.predictions import Recorder, predict, write_predictions
 from qadeploy.evaluation.scoring import evaluate
-from qadeploy.records import Answer, Example, Window
+from qadeploy.records import NO_ANSWER, Answer, Example
 from tests.conftest import Tiny
 from tests.tokenizers_for_tests import encoder, thorough
 
@@ -68,7 +68,7 @@ def reference(
     return "" if difference > threshold else best["text"], n_best, difference
 
 
-def case(seed: int, room: int) -> tuple[Any, list[Window], list[Any], list[Any], list[dict[str, Any]]]:
+def case(seed: int, room: int) -> tuple[WindowLogits, list[dict[str, Any]]]:
     """Windows over CONTEXT with random logits, and the same as run_qa.py has them."""
     tool = encoder("bert")
     question, context = tool.encode(QUESTION), tool.encode(CONTEXT)
@@ -86,7 +86,7 @@ def case(seed: int, room: int) -> tuple[Any, list[Window], list[Any], list[Any],
         ]
         assert window.null_index == 0  # as run_qa.py takes for granted
         features.append({"offset_mapping": offsets, "start_logits": s, "end_logits": e})
-    return context, windows, starts, ends, features
+    return WindowLogits(windows, starts, ends, context), features
 
 
 @thorough
@@ -98,16 +98,14 @@ def case(seed: int, room: int) -> tuple[Any, list[Window], list[Any], list[Any],
     threshold=st.sampled_from((-3.0, 0.0, 4.0)),
 )
 def test_the_files_say_what_run_qa_says(seed, room, size, negative, threshold):
-    context, windows, starts, ends, features = case(seed, room)
+    scored, features = case(seed, room)
     settings = QaSettings(max_answer_len=7, null_threshold=threshold if negative else None)
-    decoded = decode(windows, starts, ends, context, max_answer_len=7, allow_no_answer=negative)
-    answer = rank_answers(decoded, CONTEXT, top_k=1, allow_no_answer=negative, null_threshold=settings.null_threshold)[
-        0
-    ]
-    example = Example("q", QUESTION, CONTEXT)
-    found = predict(
-        example, answer, windows, starts, ends, context, settings, n_best_size=size, allow_no_answer=negative
+    (decoded,) = decode_many([scored], max_answer_len=7, allow_no_answer=negative)
+    (answer,) = rank_answers(
+        decoded, CONTEXT, top_k=1, allow_no_answer=negative, null_threshold=settings.null_threshold
     )
+    example = Example("q", QUESTION, CONTEXT)
+    found = predict(example, answer, scored, settings, n_best_size=size, allow_no_answer=negative)
     text, n_best, odds = reference(CONTEXT, features, size, 7, negative, threshold)
     assert found.text == text
     assert found.null_odds == (None if odds is None else pytest.approx(odds, abs=1e-5))
@@ -125,43 +123,24 @@ def test_the_files_say_what_run_qa_says(seed, room, size, negative, threshold):
 
 
 def test_the_probabilities_do_not_depend_on_how_many_are_listed():
-    context, windows, starts, ends, _ = case(4, 17)
+    scored, _ = case(4, 17)
     short, long = (
-        predict(
-            Example("q", QUESTION, CONTEXT),
-            Answer("", 0, 0, 0.0),
-            windows,
-            starts,
-            ends,
-            context,
-            QaSettings(),
-            n_best_size=n,
-        )
-        for n in (2, 20)
+        predict(Example("q", QUESTION, CONTEXT), NO_ANSWER, scored, QaSettings(), n_best_size=n) for n in (2, 20)
     )
     assert short.n_best == long.n_best[:2]
     assert len(long.n_best) == 20
 
 
 def test_the_null_answer_is_listed_even_where_it_is_the_worst():
-    context, windows, starts, ends, _ = case(4, 60)
-    starts[0][0] = -90.0
-    found = predict(
-        Example("q", QUESTION, CONTEXT),
-        Answer("", 0, 0, 0.0),
-        windows,
-        starts,
-        ends,
-        context,
-        QaSettings(),
-        n_best_size=3,
-        allow_no_answer=True,
-    )
+    scored, _ = case(4, 60)
+    scored.start_logits[0][0] = -90.0
+    example = Example("q", QUESTION, CONTEXT)
+    found = predict(example, NO_ANSWER, scored, QaSettings(), n_best_size=3, allow_no_answer=True)
     assert [bool(e["text"]) for e in found.n_best] == [True, True, True, False]
     assert found.n_best[-1] == {
         "text": "",
         "start_logit": -90.0,
-        "end_logit": float(ends[0][0]),
+        "end_logit": float(scored.end_logits[0][0]),
         "probability": pytest.approx(0, abs=1e-12),
         "start": 0,
         "end": 0,
@@ -175,20 +154,18 @@ def test_a_context_without_a_visible_token_is_null_by_the_largest_float(tmp_path
     logits = [np.zeros(len(w), dtype=np.float32) for w in windows]
     example = Example("q", QUESTION, " ")
     null = Answer("", 0, 0, 1.0)
-    found = predict(example, null, windows, logits, logits, context, QaSettings(), allow_no_answer=True)
+    found = predict(example, null, WindowLogits(windows, logits, logits, context), QaSettings(), allow_no_answer=True)
     assert (found.null_odds, [e["text"] for e in found.n_best]) == (sys.float_info.max, [""])
     write_predictions(tmp_path, [found])
     assert json.loads((tmp_path / "null_odds.json").read_text()) == {"q": sys.float_info.max}
 
 
 def test_every_id_has_its_entry_and_null_odds_of_another_model_go(tmp_path):
-    context, windows, starts, ends, _ = case(1, 60)
+    scored, _ = case(1, 60)
     example = Example("a", QUESTION, CONTEXT, also=("b", "c"))
     answer = Answer("nine", 21, 25, 0.5)
     for allow in (True, False):
-        found = predict(
-            example, answer, windows, starts, ends, context, QaSettings(), n_best_size=2, allow_no_answer=allow
-        )
+        found = predict(example, answer, scored, QaSettings(), n_best_size=2, allow_no_answer=allow)
         write_predictions(tmp_path, [found])
         values = {p.name: json.loads(p.read_text()) for p in tmp_path.iterdir()}
         names = {"predictions.json", "nbest_predictions.json", *(["null_odds.json"] if allow else [])}
@@ -201,7 +178,7 @@ def test_every_id_has_its_entry_and_null_odds_of_another_model_go(tmp_path):
 @pytest.mark.parametrize("allow", [False, True])
 def test_a_recorder_changes_no_score_and_keeps_what_was_answered(tiny: Tiny, bundle: Path, allow: bool):
     from qadeploy import Answerer
-    from qadeploy.data.readers import read
+    from qadeploy.data.loading import read
 
     answerer = Answerer.load(bundle)
     examples = read(str(tiny.data)).examples[:70]  # more than one chunk of the answerer

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 
 from qadeploy import Answerer
 from qadeploy.cli import main
-from qadeploy.core.decoding import decode
-from qadeploy.core.prefilter import rank
+from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.prefilter import rank_windows
+from qadeploy.core.settings import Options
 from qadeploy.core.windows import Cut
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.errors import InputError, TooManyWindowsError
 from qadeploy.evaluation.predictions import Recorder
 from qadeploy.evaluation.scoring import evaluate
-from qadeploy.inference.answerer import Options
-from qadeploy.inference.trace import trace, trace_dict, trace_lines
+from qadeploy.inference.trace import trace_dict, trace_lines
 from tests.conftest import NAMES, THINGS, write_jsonl
 from tests.test_cli import value, well
 from tests.tokenizers_for_tests import thorough
@@ -48,7 +48,7 @@ def test_the_scores_are_those_of_bm25s():
     # bm25s 0.3.16, BM25(method="lucene", k1=1.2, b=0.75), which leaves the constant factor k1 + 1 = 2.2 out.
     ids = np.asarray([(i * i + 5 * (i // 9)) % 41 for i in range(400)])
     golden = [1.69338, 2.04062, 2.13018, 1.57702, 1.00449, 2.50946, 1.17799, 1.44997, 1.40243, 1.85279]
-    found = rank(np.asarray([3, 1, 7, 17, 40, 30, 99]), ids, Cut(range(0, 380, 40), 60, 400, 20), 3)
+    found = rank_windows(np.asarray([3, 1, 7, 17, 40, 30, 99]), ids, Cut(range(0, 380, 40), 60, 400, 20), 3)
     assert found.scores == pytest.approx(golden, abs=2e-5)
     assert found.chosen.tolist() == sorted(np.argsort(golden)[-3:])
 
@@ -79,7 +79,7 @@ def test_ranks_equal_the_formula(data):
     overlap = data.draw(st.integers(0, room - 1), "overlap")
     count = data.draw(st.integers(1, 8), "count")
     begins = range(0, len(context) - overlap, room - overlap) if len(context) > room else range(1)
-    found = rank(
+    found = rank_windows(
         np.asarray(question, dtype=np.int64), np.asarray(context), Cut(begins, room, len(context), overlap), count
     )
     expected = by_formula(question, [context[b : b + room] for b in begins])
@@ -105,11 +105,8 @@ def test_the_answers_are_those_of_the_best_windows_alone(answerer):
 
     windows = [whole.windows[i] for i in chosen]
     starts, ends = zip(*(whole.logits[i] for i in chosen), strict=True)
-    alone = decode(
-        windows,
-        starts,
-        ends,
-        whole.context,
+    (alone,) = decode_many(
+        [WindowLogits(windows, starts, ends, whole.context)],
         top_k=5,
         allow_no_answer=True,
         max_answer_len=whole.settings.max_answer_len,
@@ -147,11 +144,11 @@ def test_every_call_form_takes_it(answerer):
 
 
 def test_nothing_changes_where_there_are_no_more_windows(answerer):
-    windows = len(answerer.begin(QUESTION, LONG, Options()).windows)
+    windows = len(answerer.encode(QUESTION, LONG, Options()).windows)
     for count in (windows, windows + 1, 10**9):
-        assert answerer.begin(QUESTION, LONG, Options(prefilter=count)).ranking is None
+        assert answerer.encode(QUESTION, LONG, Options(prefilter=count)).ranking is None
         assert answerer.answer(QUESTION, LONG, prefilter=count) == answerer.answer(QUESTION, LONG)
-    assert answerer.begin(QUESTION, LONG, Options(prefilter=windows - 1)).ranking is not None
+    assert answerer.encode(QUESTION, LONG, Options(prefilter=windows - 1)).ranking is not None
     assert answerer.answer(QUESTION, ROOMS[4], prefilter=1) == answerer.answer(QUESTION, ROOMS[4])
 
 
@@ -160,40 +157,37 @@ def test_without_a_word_in_common_the_first_windows_are_read_and_the_trace_says_
     reading = answerer.read(question, LONG, Options(prefilter=2))
     assert not reading.ranking.scores.any()
     assert reading.ranking.chosen.tolist() == [0, 1]
-    said = "\n".join(trace_lines(answerer, *_traced(answerer, question, 2)))
-    assert "no token of the question occurs, so these are the first" in said
-
-
-def _traced(answerer: Answerer, question: str, count: int):
-    return trace(answerer, question, LONG, Options(prefilter=count))
+    said = "\n".join(trace_lines(answerer, reading, Options(prefilter=2)))
+    assert "no token of the question occurs in the context, so these are the first" in said
 
 
 def test_the_trace_shows_what_was_left_out(answerer):
-    reading, candidates = _traced(answerer, QUESTION, 2)
+    options = Options(prefilter=2)
+    reading = answerer.read(QUESTION, LONG, options)
     numbers = (reading.ranking.chosen + 1).tolist()
     total = len(reading.ranking.scores)
-    said = "\n".join(trace_lines(answerer, reading, candidates))
+    said = "\n".join(trace_lines(answerer, reading, options))
     assert f"prefilter: of {total} windows the 2 best by BM25 are read, {numbers[0]} (" in said
-    assert f"; {total - 2} are left out, the best of them with " in said
+    assert f"; {total - 2} are left out, the best of them with score " in said
     assert "no token of the question" not in said
-    shown = trace_dict(answerer, reading, candidates)
+    shown = trace_dict(answerer, reading, options)
     assert shown["prefilter"]["read"] == numbers
     assert shown["prefilter"]["scores"] == pytest.approx(reading.ranking.scores.tolist(), abs=1e-4)
     assert len(shown["windows"]) == 2
-    assert trace_dict(answerer, *trace(answerer, QUESTION, LONG, Options()))["prefilter"] is None
+    assert trace_dict(answerer, answerer.read(QUESTION, LONG, Options()), Options())["prefilter"] is None
 
 
 def test_the_limit_on_windows_is_on_those_that_are_read(answerer):
-    assert len(answerer.begin(QUESTION, LONG, Options(prefilter=2), max_windows=2).windows) == 2
+    assert len(answerer.encode(QUESTION, LONG, Options(prefilter=2), max_windows=2).windows) == 2
     with pytest.raises(
-        TooManyWindowsError, match=r"prefilter reads 3 of \d+ windows, at most 2 are taken: lower prefilter"
+        TooManyWindowsError, match=r"prefilter reads 3 of \d+ windows, at most 2 are allowed: lower prefilter"
     ):
-        answerer.begin(QUESTION, LONG, Options(prefilter=3), max_windows=2)
+        answerer.encode(QUESTION, LONG, Options(prefilter=3), max_windows=2)
 
 
 @pytest.mark.parametrize("count", [0, -1, True, 2.0, "3"])
 def test_what_is_no_number_of_windows_is_an_error(answerer, count):
-    with pytest.raises(InputError, match=r"prefilter is .*, a positive whole number of windows is needed"):
+    with pytest.raises(InputError, match=r"prefilter must be a whole number from 1, not "):
         answerer.answer(QUESTION, LONG, prefilter=count)
 
 
@@ -226,7 +220,8 @@ def test_evaluate_scores_with_it(answerer, questions, bundle, tmp_path):
     command = ("evaluate", bundle, "--data", questions, "--predictions", out)
     assert value(well(*command, "--prefilter", "1", "--json"))["prefilter"] == 1
     assert sorted(json_values(out)) == sorted(expected)
-    assert "at most 1 windows of a context are read, the best by BM25" in well(*command, "--prefilter", "1").stdout
+    assert "at most 1 windows of a context are read, the best by BM25" in well(*command[:-2], "--prefilter", "1").stdout
+    out.unlink()  # no file is overwritten
     assert value(well(*command, "--json"))["prefilter"] is None
 
 

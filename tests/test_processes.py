@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from qadeploy.cli import main
-from qadeploy.training.train import TrainOptions, train
+from qadeploy.training.options import TrainOptions
+from qadeploy.training.train import train
 from tests.conftest import make_tiny_checkpoint, tiny_options, triplets, write_jsonl
 from tests.test_resume import FORKS, KillAt, assert_same
 
@@ -142,7 +143,7 @@ def test_an_interrupted_run_of_two_is_resumed_by_two(options, log, tmp_path):
     assert run_two(command("whole"), log)[0] == [0, 0]
     codes, printed = run_two(command("run"), log, {0: KillAt("qadeploy.training.trainer", "prune", 2)})
     assert codes == [-signal.SIGKILL, 1]
-    assert printed.count("Error: another of the 2 processes ended without a word") == 1
+    assert printed.count("Error: another of the 2 processes ended without an error message") == 1
     assert "Traceback" not in printed
     codes, printed = run_two([*command("run"), "--resume"], log)
     assert codes == [0, 0], printed

@@ -1,4 +1,4 @@
-"""The parts of a recipe: single-node attention, harm by rounding, protection, and the quantizers."""
+"""The parts of a recipe: single-node attention, rounding errors, SmoothQuant, and the quantizers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy.export.graph import fuse_attention
 from qadeploy.export.parity import parity_windows
-from qadeploy.export.quantize.matmuls import TOKENS, Activations, find_products, measure_activations, rounding_error
+from qadeploy.export.quantize.matmuls import TOKENS, Activations, find_matmuls, measure_activations, rounding_error
 from qadeploy.export.quantize.quantizers import quantize_dynamic_int8, quantize_embeddings
 from qadeploy.export.quantize.recipes import RECIPES, Material
-from qadeploy.export.quantize.sensitivity import Harm, rank_products, worst
-from qadeploy.export.quantize.smoothquant import choose, protect, smoothing_scales
+from qadeploy.export.quantize.sensitivity import Sensitivity, rank_matmuls, worst
+from qadeploy.export.quantize.smoothquant import choose, smoothing_scales, smoothquant
 from qadeploy.export.reference import make_reference
 from qadeploy.inference.bundle import MODEL, open_bundle
 from qadeploy.inference.session import OnnxModel
-from qadeploy.training.runs import dev_part, find_run
+from qadeploy.training.runs import HeldOut, dev_set, find_run
 
 
 @pytest.fixture(scope="module")
 def material(tiny, bundle) -> Material:
     run = find_run(tiny.run)
-    reference = make_reference(run, "keepers", dev_part(run)[:6])
+    reference = make_reference(run, HeldOut("keepers", dev_set(run)[:6]))
     windows = parity_windows(reference.checkpoint, reference.examples)
     return Material(open_bundle(bundle).read(MODEL), 4, 0, windows)
 
@@ -47,9 +47,9 @@ def kinds(model: bytes) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load_model_from_string(model).graph.node)
 
 
-def product_model(weight: np.ndarray, bias: np.ndarray | None = None) -> bytes:
+def matmul_model(weight: np.ndarray, bias: np.ndarray | None = None) -> bytes:
     """Y = X W (+ b), X of shape [1, tokens, depth]."""
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["y" if bias is None else "p"], "product")]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y" if bias is None else "p"], "matmul")]
     constants = [numpy_helper.from_array(weight, "w")]
     if bias is not None:
         nodes.append(helper.make_node("Add", ["b", "p"], ["y"], "bias"))
@@ -58,7 +58,7 @@ def product_model(weight: np.ndarray, bias: np.ndarray | None = None) -> bytes:
         helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, None, k])
         for n, k in zip("xy", weight.shape, strict=True)
     ]
-    graph = helper.make_graph(nodes, "product", shapes[:1], shapes[1:], constants)
+    graph = helper.make_graph(nodes, "matmul", shapes[:1], shapes[1:], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
 
 
@@ -106,11 +106,11 @@ def test_attention_of_another_shape_is_left_alone(fault, material):
 @pytest.mark.parametrize("heads", [2, 5, None])
 def test_a_wrong_number_of_heads_is_noticed(heads, material):
     wrong = Material(material.model, heads, 0, material.windows)
-    assert (wrong.fused.fused, wrong.fused.model) == (0, material.model)
-    assert material.fused.fused == 2
+    assert (wrong.rewritten.fused, wrong.rewritten.model) == (0, material.model)
+    assert material.rewritten.fused == 2
 
 
-# ---------------------------------------------------------------- harm
+# ---------------------------------------------------------------- rounding errors
 
 
 def test_the_rounding_error_of_int8_by_hand():
@@ -140,20 +140,20 @@ def test_rounding_goes_by_the_range_of_the_tensor_that_a_row_is_from():
     )
 
 
-def test_what_products_meet(material):
+def test_the_inputs_of_matmuls(material):
     windows = material.windows[:3]
     measured = measure_activations(material.model, windows)
-    products = find_products(onnx.load_model_from_string(material.model))
-    assert sorted(measured.rows) == sorted({p.source for p in products})
+    matmuls = find_matmuls(onnx.load_model_from_string(material.model))
+    assert sorted(measured.rows) == sorted({p.source for p in matmuls})
     assert list(measured.windows) == [i for i, w in enumerate(windows) for _ in range(min(TOKENS, len(w)))]
-    for product in products:
-        rows, own = measured.rows[product.source], measured.windows
-        assert rows.shape == (len(own), len(product.weight))
-        assert (rows >= measured.lows[product.source][own]).all()
-        assert (rows <= measured.highs[product.source][own]).all()
-        assert (np.abs(rows).max(axis=0) <= measured.peaks(product.source)).all()
+    for matmul in matmuls:
+        rows, own = measured.rows[matmul.source], measured.windows
+        assert rows.shape == (len(own), len(matmul.weight))
+        assert (rows >= measured.lows[matmul.source][own]).all()
+        assert (rows <= measured.highs[matmul.source][own]).all()
+        assert (np.abs(rows).max(axis=0) <= measured.peaks(matmul.source)).all()
     # The tiny BERT's two layers have two residual sums each, of attention and of the feed-forward part.
-    joined = [p for p in products if p.joins]
+    joined = [p for p in matmuls if p.joins]
     assert sorted(p.name.split("layer.")[1].split("/MatMul")[0] for p in joined) == [
         "0/attention/output/dense",
         "0/output/dense",
@@ -167,48 +167,48 @@ def test_an_error_weighs_less_where_the_stream_that_it_joins_is_large():
     generator = np.random.default_rng(3)
     inputs = generator.normal(size=(30, 16)).astype(np.float32)
     weight = generator.normal(size=(16, 8)).astype(np.float32)
-    (alone,) = find_products(onnx.load_model_from_string(product_model(weight)))
+    (alone,) = find_matmuls(onnx.load_model_from_string(matmul_model(weight)))
     joining = replace(alone, joins="sum")
     measured = activations(inputs)
     measured = replace(measured, norms={"sum": 10 * np.linalg.norm(inputs @ weight, axis=1)})
     assert measured.error([joining]) == pytest.approx(measured.error([alone]) / 10)
 
 
-def test_a_product_with_an_outlying_weight_is_ranked_first(material):
+def test_a_matmul_with_an_outlying_weight_is_ranked_first(material):
     measured = measure_activations(material.model, material.windows[:4])
-    harms = rank_products(material.model, measured)
-    assert [h.error for h in harms] == sorted((h.error for h in harms), reverse=True)
+    ranked = rank_matmuls(material.model, measured)
+    assert [h.error for h in ranked] == sorted((h.error for h in ranked), reverse=True)
     proto = onnx.load_model_from_string(material.model)
-    calm = harms[-1].name
+    calm = ranked[-1].name
     node = next(n for n in proto.graph.node if n.name == calm)
     weight = next(t for t in proto.graph.initializer if t.name == node.input[1])
     values = numpy_helper.to_array(weight).copy()
     values[0] *= 1e4  # one row takes the scale of every column, and the rest is rounded away
     weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    harmed = {h.name: h.error for h in rank_products(proto.SerializeToString(), measured)}
-    assert harmed[calm] > harms[-1].error
+    changed = {h.name: h.error for h in rank_matmuls(proto.SerializeToString(), measured)}
+    assert changed[calm] > ranked[-1].error
 
 
 def test_the_worst_share():
-    harms = [Harm(f"p{i}", 1 - i / 10) for i in range(10)]
-    assert worst(harms, 0.25) == ["p0", "p1"]
-    assert worst(harms, 0.05) == []
+    ranked = [Sensitivity(f"p{i}", 1 - i / 10) for i in range(10)]
+    assert worst(ranked, 0.25) == ["p0", "p1"]
+    assert worst(ranked, 0.05) == []
 
 
-# ---------------------------------------------------------------- protection
+# ---------------------------------------------------------------- SmoothQuant
 
 
 @given(st.integers(0, 2**16), st.booleans(), st.sampled_from([0, 3]))
-def test_protection_keeps_the_product(seed, biased, outlying):
+def test_smoothquant_keeps_the_result(seed, biased, outlying):
     generator = np.random.default_rng(seed)
     inputs = generator.normal(size=(20, 32)).astype(np.float32)
     inputs[:, :outlying] *= 200
     weight = generator.normal(size=(32, 8)).astype(np.float32)
-    model = product_model(weight, np.arange(8, dtype=np.float32) if biased else None)
-    found = protect(model, activations(inputs))
-    (protection,) = found.protections
-    assert protection.error <= protection.error_before
-    assert bool(found.float_nodes) == bool(len(protection.channels))
+    model = matmul_model(weight, np.arange(8, dtype=np.float32) if biased else None)
+    found = smoothquant(model, activations(inputs))
+    (smoothing,) = found.smoothings
+    assert smoothing.error <= smoothing.error_before
+    assert bool(found.float_nodes) == bool(len(smoothing.channels))
     before, after = run(model, x=inputs[None]), run(found.model, x=inputs[None])
     assert np.abs(before - after).max() <= 1e-4 * np.abs(before).max()
 
@@ -219,13 +219,13 @@ def test_outlying_channels_are_kept_apart_where_that_pays():
     weight = generator.normal(size=(64, 16)).astype(np.float32)
     weight[5] *= 50
     inputs[::7, 5] *= 300
-    model = product_model(weight, np.zeros(16, dtype=np.float32))
-    (product,) = find_products(onnx.load_model_from_string(model))
-    protection = choose([product], activations(inputs))
-    assert 5 in protection.channels
-    assert protection.error < 0.2 * protection.error_before
-    found = protect(model, activations(inputs))
-    assert found.float_nodes == ("product/apart",)
+    model = matmul_model(weight, np.zeros(16, dtype=np.float32))
+    (matmul,) = find_matmuls(onnx.load_model_from_string(model))
+    smoothing = choose([matmul], activations(inputs))
+    assert 5 in smoothing.channels
+    assert smoothing.error < 0.2 * smoothing.error_before
+    found = smoothquant(model, activations(inputs))
+    assert found.float_nodes == ("matmul/apart",)
     exact = run(model, x=inputs[None])[0]
 
     def error(small: bytes) -> float:
@@ -238,10 +238,10 @@ def test_outlying_channels_are_kept_apart_where_that_pays():
 def test_nothing_is_added_where_nothing_is_gained():
     generator = np.random.default_rng(2)
     inputs = np.sign(generator.normal(size=(40, 32))).astype(np.float32)
-    model = product_model(np.sign(generator.normal(size=(32, 8))).astype(np.float32))
-    found = protect(model, activations(inputs))
+    model = matmul_model(np.sign(generator.normal(size=(32, 8))).astype(np.float32))
+    found = smoothquant(model, activations(inputs))
     assert found.model == onnx.load_model_from_string(model).SerializeToString()
-    assert found.protections[0].scales is None
+    assert found.smoothings[0].scales is None
 
 
 def test_smoothing_by_the_formula_of_smoothquant():

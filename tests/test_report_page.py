@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qadeploy.reports.report_page import report_page
+from qadeploy.data.check import RowClass
+from qadeploy.reports.report_page import CHECK_CLASSES, report_page
 from tests.run_facts_for_tests import ARABIC, EVIL, FAMILY, LONG, facts
 
 CHECK = {
@@ -120,9 +121,9 @@ def test_characters_that_html_forbids_are_replaced(tmp_path):
     from dataclasses import replace
 
     found = facts()
-    first = found.mistakes[0]
+    first = found.results.mistakes[0]
     broken = replace(first, example=replace(first.example, question="a\x00b\ud800c\ufffed\x1be"))
-    page = report_page(replace(found, mistakes=(broken, *found.mistakes[1:])))
+    page = report_page(replace(found, results=replace(found.results, mistakes=(broken, *found.results.mistakes[1:]))))
     assert "a\ufffdb\ufffdc\ufffdd\ufffde" in page
     page.encode("utf-8")
 
@@ -145,22 +146,45 @@ def test_every_chart_has_axes_a_title_a_legend_and_a_caption(reader):
 def test_the_numbers_shown_are_those_of_the_facts(reader):
     found = facts({"data_check": CHECK})
     tiles = reader.texts["b"]
-    assert f"{found.after.f1:.1f}" in tiles
-    assert f"{found.calibration.error:.3f}" in tiles
+    assert f"{found.results.after.f1:.1f}" in tiles
+    assert f"{found.results.calibration.error:.3f}" in tiles
     rows = [" ".join(text.split()) for text in reader.texts["tr"]]
-    for grouping in found.groupings:
+    for grouping in found.results.groupings:
         for group in grouping.groups:
-            assert any(r.startswith(f"{group.name}{group.count} question") and f"{group.f1:.1f}" in r for r in rows)
+            assert any(
+                r.startswith(f"{group.name}{group.scores.total} question") and f"{group.scores.f1:.1f}" in r
+                for r in rows
+            )
     assert any(r.startswith("shifted") and r.endswith("200") for r in rows)
     assert not any(r.startswith("utf16") for r in rows)
-    assert any(r.startswith("repeated") and "counted besides" in r for r in rows)
-    assert found.command in reader.texts["code"]
+    assert any(r.startswith("repeated") and "counted separately" in r for r in rows)
+    assert found.run.command in reader.texts["code"]
+
+
+def test_every_class_and_flag_of_a_check_is_explained():
+    assert set(CHECK_CLASSES) == {*RowClass, "repeated", "duplicate"}
+
+
+def test_small_groups_have_hollow_marks_and_no_intervals(reader):
+    dots = [a["class"] for tag, a in reader.elements if tag == "i" and (a.get("class") or "").startswith("dot")]
+    shown = [
+        facts().results.before,
+        facts().results.after,
+        *(g.scores for by in facts().results.groupings for g in by.groups),
+    ]
+    assert [c.endswith("few") for c in dots[::2]] == [row.f1_interval is None for row in shown]
+    places = [a["style"] for tag, a in reader.elements if tag == "i" and a.get("class") == "whisker a"]
+    assert places == [
+        f"left: {low:.2f}%; right: {100 - high:.2f}%"
+        for low, high in (row.f1_interval for row in shown if row.f1_interval)
+    ]
 
 
 def test_what_a_run_lacks_is_left_out():
-    bare = Reader(report_page(facts()))
+    bare = Reader(report_page(facts({"held_out_base": None})))
     assert bare.problems == []
     assert "Data check" not in bare.texts["h3"]
+    assert any(text.startswith("The base model was not measured") for text in bare.texts["figcaption"])
     full = Reader(report_page(facts({
         "no_answer": {"null_threshold": -1.2, "held_out": {"f1": 61.2, "f1_threshold_0": 58.0, "f1_always_answer": 40.1}},
         "calibration": {"temperature": 1.31, "held_out": {"ece_before": 0.312}},

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from benchmarks.span_head import bare_model
 from qadeploy import Answerer
 from qadeploy.cli import main
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.errors import BundleError, InputError
 from qadeploy.inference.bundle import MANIFEST, MODEL, Bundle, open_bundle
-from qadeploy.inference.session import usable_cpus
 from qadeploy.integrations.onnx_standalone.in_graph import spans_in_graph
 from qadeploy.integrations.triton import repository as module
 from qadeploy.integrations.triton.model_config import check_config, require_schema, tensors_of
 from qadeploy.integrations.triton.repository import add_bundle, measure_effects
+from qadeploy.machine import usable_cpus
 from tests.conftest import sealed_copy
+from tests.models_for_tests import bare_model
 
 
 def names(folder: Path) -> list[str]:
@@ -40,6 +40,21 @@ def config(model: Path):
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     return tmp_path / "repository"
+
+
+def test_a_model_of_the_same_name_that_is_not_ours_is_left_alone(bundle, repository):
+    add_bundle(open_bundle(bundle), repository)
+    place = repository / "keepers/config.pbtxt"
+    text = re.sub(r"parameters \{.*?\}\s*\}", "", place.read_text(), flags=re.DOTALL)
+    assert "qadeploy_bundle_" not in text
+    place.write_text(text)
+    (repository / "keepers/1" / MANIFEST).unlink()  # the model of another tool
+    before = names(repository)
+    with pytest.raises(
+        InputError, match=r"config\.pbtxt: names no bundle in its parameters, so the model is not one that"
+    ):
+        add_bundle(open_bundle(bundle), repository)
+    assert (names(repository), place.read_text()) == (before, text)
 
 
 def test_a_version_is_the_bundle_whole(bundle, repository):
@@ -79,30 +94,30 @@ def test_fp32_runs_together_as_alone(bundle):
     assert effects.sound
 
 
-def test_fp16_is_for_gpus(tiny_half, repository):
-    add_bundle(open_bundle(tiny_half), repository)
-    found = config(repository / tiny_half.name)
+def test_fp16_is_for_gpus(tiny_fp16, repository):
+    add_bundle(open_bundle(tiny_fp16), repository)
+    found = config(repository / tiny_fp16.name)
     assert found.instance_group[0].kind == require_schema().ModelInstanceGroup.KIND_GPU
     assert (found.max_batch_size, found.dynamic_batching.max_queue_delay_microseconds) == (32, 500)
     assert {each.data_type for each in found.output} == {require_schema().TYPE_FP32}
 
 
 @pytest.fixture(scope="module")
-def tiny_half(bundle, tmp_path_factory) -> Path:
-    """The tiny bundle in half precision, by the converter of the export."""
-    from qadeploy.export.fp16 import to_half
+def tiny_fp16(bundle, tmp_path_factory) -> Path:
+    """The tiny bundle in fp16, by the converter of the export."""
+    from qadeploy.export.fp16 import to_fp16
 
     opened = open_bundle(bundle)
-    half = to_half(opened.read(MODEL), opened.manifest["architecture"])
-    folder = tmp_path_factory.mktemp("half") / "keepers-fp16"
-    return sealed_copy(bundle, folder, half.model, precision="fp16", inputs=opened.manifest["inputs"])
+    fp16 = to_fp16(opened.read(MODEL), opened.manifest["architecture"])
+    folder = tmp_path_factory.mktemp("fp16") / "keepers-fp16"
+    return sealed_copy(bundle, folder, fp16.model, precision="fp16", inputs=opened.manifest["inputs"])
 
 
 @pytest.fixture(scope="module")
-def spans(tiny, tiny_export, tiny_half, tmp_path_factory, plain_int8: Path) -> dict[str, Bundle]:
+def spans(tiny, tiny_export, tiny_fp16, tmp_path_factory, plain_int8: Path) -> dict[str, Bundle]:
     """Bundles with a span head of 5 spans: of fp32, int8 and fp16."""
     root, examples = tmp_path_factory.mktemp("spans"), read(str(tiny.data)).examples[:4]
-    sources = [open_bundle(folder) for folder in (tiny.bundle(), plain_int8, tiny_half)]
+    sources = [open_bundle(folder) for folder in (tiny.bundle(), plain_int8, tiny_fp16)]
     return {s.precision: spans_in_graph(s, root / f"{s.name}-spans", examples, top_k=5) for s in sources}
 
 
@@ -240,7 +255,7 @@ def test_what_cannot_be_a_repository_or_a_model_is_named(bundle, tmp_path, repos
 WRONG = {
     "another model's": ("input_ids", "ids", "config.pbtxt: input ids TYPE_INT64 [-1] is not the model's"),
     "no UTF-8": ("# Written", "# \udcff", "config.pbtxt: is not UTF-8 text (byte 2)"),
-    "not parsed": ("max_batch_size: 1", "max_batch_size: 1,5", "is no model configuration of Triton's"),
+    "not parsed": ("max_batch_size: 1", "max_batch_size: 1,5", "is not a Triton model configuration"),
 }
 
 
@@ -266,7 +281,7 @@ def test_int8_does_not_join_a_model_with_batches(plain_int8, bundle, tmp_path, r
     again = open_bundle(sealed_copy(int8.folder, tmp_path / "keepers-int8", name="again"))
     with pytest.raises(InputError, match=r"config\.pbtxt: max_batch_size is 8, but windows of this bundle .*: give 1"):
         add_bundle(again, repository)
-    with pytest.raises(InputError, match=r"max_batch_size is 8, and the file is kept: change it there"):
+    with pytest.raises(InputError, match=r"max_batch_size is 8, and the file is not overwritten: change it there"):
         add_bundle(again, repository, max_batch=2)
 
 
@@ -316,7 +331,9 @@ def test_a_bundle_with_text_in_its_graph_is_refused_or_said(bundle, tiny, tmp_pa
     mine = Path(shutil.copytree(bundle, tmp_path / "mine"))
     both = run(mine, "--spans-in-graph", "--strings-in-graph", "--eval-data", tiny.data, "--triton", repository)
     assert both.exit_code == 0, both.output
-    assert f"{mine}-text: not for Triton, as it takes one question a run: {repository} goes without it" in both.stdout
+    assert (
+        f"{mine}-text: not for Triton, because it takes one question per run: left out of {repository}" in both.stdout
+    )
     assert f"{repository}/mine-spans/1: added, version 1" in both.stdout
     assert sorted(os.listdir(repository)) == ["mine", "mine-spans"]
     refused = run(f"{mine}-text", "--triton", tmp_path / "other")
@@ -330,7 +347,7 @@ def test_what_cannot_be_done_is_said_before_anything_is(bundle, tiny, tmp_path, 
     for args, message in (
         (
             (bundle, "--triton", "r", "--quantize"),
-            "is a bundle, of which only --spans-in-graph, --strings-in-graph and --triton make more: give the run for",
+            "is a bundle, from which only --spans-in-graph, --text-in-graph and --triton make more: give the run for",
         ),
         ((bundle, "--triton", bundle), "is a bundle, not a model repository"),
         ((tiny.run, "--triton", bundle), "is a bundle, not a model repository"),

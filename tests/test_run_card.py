@@ -35,30 +35,30 @@ def test_the_front_matter_is_what_the_hub_expects():
     assert result["task"]["type"] == "question-answering"
     assert result["dataset"]["split"] == "validation"
     assert {m["type"]: m["value"] for m in result["metrics"]} == {
-        "exact_match": round(found.after.exact_match, 2),
-        "f1": round(found.after.f1, 2),
+        "exact_match": round(found.results.after.exact_match, 2),
+        "f1": round(found.results.after.f1, 2),
     }
 
 
 def test_the_card_says_what_was_measured():
     found = facts()
     card = run_card(found)
-    low, high = found.after.f1_interval
-    assert f"{found.after.f1:.1f} ({low:.1f} to {high:.1f})" in card
+    low, high = found.results.after.f1_interval
+    assert f"{found.results.after.f1:.1f} ({low:.1f} to {high:.1f})" in card
     assert f"on {len(EXAMPLES)} held-out questions" in card
     assert "F1 20.0" not in card
     assert "| base model | 10.0 | 20.0 | 9.0 |" in card
-    assert f"```sh\n{found.command}\n```" in card
+    assert f"```sh\n{found.run.command}\n```" in card
     assert "```sh\nqadeploy export 'runs/fa q' --quantize\n```" in card
-    assert "too sure" in card
-    assert "answers every question" in card
-    for heading in ("Intended use", "How to run it", "Results", "Limits seen", "Data", "Training"):
+    assert "overconfident" in card
+    assert "It answers every question, even if the text holds no answer." in card
+    for heading in ("Intended use", "How to run it", "Results", "Known limits", "Data", "Training"):
         assert f"\n## {heading}\n" in card
 
 
-def test_a_card_without_held_out_questions_says_that_the_scores_flatter():
+def test_a_card_without_held_out_questions_says_that_the_scores_are_too_high():
     card = run_card(facts(held_out=False))
-    assert "flatter" in card
+    assert "so the scores are slightly too high" in card
     assert head(card)["model-index"][0]["results"][0]["dataset"]["split"] == "dev"
 
 
@@ -66,7 +66,7 @@ def test_names_cannot_break_the_markdown():
     from qadeploy.reports.run_card import _code, _code_block
 
     assert _code("a `b`` c\nd") == "``` a `b`` c d ```"
-    assert _code_block("sh", "x ```` y").startswith("`````sh\n")
+    assert _code_block("x ```` y", "sh").startswith("`````sh\n")
 
 
 def test_bases_are_named_without_the_machine_s_paths():
@@ -81,7 +81,12 @@ def test_bases_are_named_without_the_machine_s_paths():
 def test_hub_data_are_named_and_unknown_things_are_left_out():
     values = head(
         front_matter(
-            "m", library="qadeploy", base=None, source="hub:squad:validation", scores={"f1": 1, "exact_match": 0}
+            "m",
+            library="qadeploy",
+            base=None,
+            dataset="hub:squad:validation",
+            dev_set=False,
+            scores={"f1": 1, "exact_match": 0},
         )
     )
     assert values["datasets"] == ["squad"]
@@ -104,7 +109,7 @@ def test_hub_data_are_named_and_unknown_things_are_left_out():
         (None, None),
     ],
 )
-def test_the_licence_is_read_off_the_base_s_card(text, license_name, tmp_path):
+def test_the_licence_is_that_of_the_base_s_card(text, license_name, tmp_path):
     if text is not None:
         (tmp_path / "README.md").write_text(text)
     assert license_of(tmp_path) == license_name

@@ -20,20 +20,20 @@ from qadeploy.export.quantize import judging
 from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.judging import find_judges, weights
 from qadeploy.export.quantize.leaderboard import leaderboard, leaderboard_lines
-from qadeploy.export.quantize.recipes import RECIPES, Made, Material, Recipe
-from qadeploy.export.quantize.search import Candidate, Search, Step, duel_line, rank
+from qadeploy.export.quantize.recipes import RECIPES, Material, QuantizedModel, Recipe
+from qadeploy.export.quantize.search import MeasuredRecipe, Search, SearchOptions, Step, duel_line, rank
 from qadeploy.export.reference import Reference, make_answerer, make_reference
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, open_bundle
 from qadeploy.inference.tuning import SESSIONS
-from qadeploy.training.runs import dev_part, find_run, known_examples
+from qadeploy.training.runs import HeldOut, dev_set, find_run, known_examples
 from tests.timing_for_tests import Clock, Slowed
 
 
 @pytest.fixture(scope="module")
 def reference(tiny) -> Reference:
     run = find_run(tiny.run)
-    return make_reference(run, "keepers", dev_part(run)[:6])
+    return make_reference(run, HeldOut("keepers", dev_set(run)[:6]))
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +47,19 @@ def material(reference, source) -> Material:
 
 
 def search(reference: Reference, material: Material, cache: Path | None = None, **changes: Any) -> Search:
-    values = {"target": "latency", "budget": None, **changes}
-    return Search(reference, material.model, material, cache=cache, **values)
+    listeners = {name: changes.pop(name) for name in ("say", "on_step") if name in changes}
+    options = SearchOptions(**{"max_f1_drop": 100.0, "cache": cache, **changes})
+    return Search(reference, material.model, material, options, **listeners)
 
 
 # ---------------------------------------------------------------- the judges
 
 
-def test_a_small_dev_part_gets_questions_of_the_training_part_and_no_context_twice(reference, source):
+def test_a_small_dev_set_gets_questions_of_the_training_part_and_no_context_twice(reference, source):
     judges = find_judges(reference, make_answerer(reference, source, {}))
     dev, training = judges.examples[: judges.dev], judges.examples[judges.dev :]
     assert dev == reference.dev
-    assert len(training) == 76  # all of 96 but the dev part
+    assert len(training) == 76  # all of 96 but the dev set
     assert not {e.context for e in dev} & {e.context for e in training}
     assert set(training) <= set(known_examples(reference.run.checkpoint))
     assert judges.weights.mean() == pytest.approx(1)
@@ -67,7 +68,7 @@ def test_a_small_dev_part_gets_questions_of_the_training_part_and_no_context_twi
 
 
 @pytest.mark.parametrize("why", ["enough", "no time", "no run", "few wanted"])
-def test_the_dev_part_judges_alone_where_it_is_large_or_there_is_no_other(why, reference, source, monkeypatch):
+def test_the_dev_set_judges_alone_where_it_is_large_or_there_is_no_other(why, reference, source, monkeypatch):
     seconds, expected = None, 0
     if why == "enough":
         monkeypatch.setattr(judging, "ENOUGH", 20)
@@ -88,12 +89,12 @@ def test_the_dev_part_judges_alone_where_it_is_large_or_there_is_no_other(why, r
 def test_held_out_questions_never_judge(tiny, source):
     run = find_run(tiny.run)
     asked = known_examples(run.checkpoint)[:30]
-    reference = make_reference(run, "some", asked)
+    reference = make_reference(run, HeldOut("some", tuple(asked)))
     judges = find_judges(reference, make_answerer(reference, source, {}))
     assert not {e.context for e in asked} & {e.context for e in judges.examples[judges.dev :]}
 
 
-def test_each_class_of_certainty_weighs_as_in_the_dev_part():
+def test_each_class_of_certainty_weighs_as_in_the_dev_set():
     generator = np.random.default_rng(0)
     dev, training = generator.uniform(0, 1, 80), 1 - generator.uniform(0, 1, 400) ** 3 / 2  # surer by far
     found = weights(dev, training)
@@ -103,7 +104,7 @@ def test_each_class_of_certainty_weighs_as_in_the_dev_part():
     edges = np.quantile(dev, [0.25, 0.5, 0.75])
     for low, high in zip([-1, *edges], [*edges, 2], strict=True):
         share = found[(every >= low) & (every < high)].sum() / len(every)
-        assert share == pytest.approx(0.25)  # a quarter of the dev part each
+        assert share == pytest.approx(0.25)  # a quarter of the dev set each
     assert np.average(every, weights=found) < training.mean() - 0.1  # no longer as sure as what is known by heart
 
 
@@ -137,7 +138,7 @@ def test_every_recipe_is_measured_in_steps_and_kept(reference, material, tmp_pat
     said: list[str] = []
     recipes = [RECIPES["int8"], RECIPES["int8-weights"]]
     one = search(reference, material, tmp_path, budget=500.0, on_step=steps.append, say=said.append)
-    found = one.run(recipes, 100.0)
+    found = one.run(recipes)
     assert [c.recipe for c in found] == ["int8", "int8-weights"]
     for candidate in found:
         assert candidate.latency_range[0] <= candidate.latency <= candidate.latency_range[1]
@@ -150,18 +151,19 @@ def test_every_recipe_is_measured_in_steps_and_kept(reference, material, tmp_pat
     assert all(0 < s.left <= 500 for s in steps)
     assert [s.left for s in steps] == sorted((s.left for s in steps), reverse=True)
     again: list[Step] = []
-    assert search(reference, material, tmp_path, budget=500.0, on_step=again.append).run(recipes, 100.0) == found
+    assert search(reference, material, tmp_path, budget=500.0, on_step=again.append).run(recipes) == found
     assert not any("making" in s.doing for s in again)
     other = search(reference, material, tmp_path, target="throughput", on_step=again.append)
-    assert other._kept(recipes[0]) is None  # another target is another search
+    other.run(recipes[:1])
+    assert any("making" in s.doing for s in again)  # another target is another search
 
 
 def test_a_recipe_that_fails_is_said_and_not_kept(reference, material, tmp_path):
-    def broken(_: Material) -> Made:
-        raise ValueError("no such\nproduct")
+    def broken(_: Material) -> QuantizedModel:
+        raise ValueError("no such\nmatmul")
 
-    (candidate,) = search(reference, material, tmp_path).run([Recipe("mine", "x", "int8", broken)], 100.0)
-    assert candidate.failed == "ValueError: no such product"
+    (candidate,) = search(reference, material, tmp_path).run([Recipe("mine", "x", "int8", broken)])
+    assert candidate.failed == "ValueError: no such matmul"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,14 +171,14 @@ def test_the_budget_ends_the_search_once_a_recipe_passes(reference, material):
     said: list[str] = []
     recipes = list(RECIPES.values())[:2]
     one = search(reference, material, budget=0.0, say=said.append)
-    assert len(one.run(recipes, 100.0)) == 1
+    assert len(one.run(recipes)) == 1
     assert "the budget of 0 s is used up: int8-protected and what follows was not tried" in said[-1]
-    assert len(search(reference, material, budget=0.0).run(recipes, -100.0)) == 2  # none passes
+    assert len(search(reference, material, budget=0.0, max_f1_drop=-100.0).run(recipes)) == 2  # none passes
 
 
-def candidate(recipe: str, speed: float, spread: float = 0.1, lost: float = 0.0, **values: Any) -> Candidate:
+def candidate(recipe: str, speed: float, spread: float = 0.1, lost: float = 0.0, **values: Any) -> MeasuredRecipe:
     ranges = (speed - spread, speed + spread)
-    return Candidate(recipe, lost, (-1.0, 1.0), 0.0, None, speed, ranges, speed, ranges, 1000, {}, 1.0, **values)
+    return MeasuredRecipe(recipe, lost, (-1.0, 1.0), 0.0, None, speed, ranges, speed, ranges, 1000, {}, 1.0, **values)
 
 
 def test_the_two_best_are_timed_against_each_other_only_where_their_ranges_overlap(reference, material):
@@ -197,7 +199,10 @@ def test_the_two_best_are_timed_against_each_other_only_where_their_ranges_overl
 )
 def test_the_two_best_are_put_in_order_by_their_own_rounds(seconds, order, why, reference, material, monkeypatch):
     models = [material.model, RECIPES["int8"].make(material).model]
-    made = {n: Recipe(n, "x", "int8", lambda _, m=m: Made(m)) for n, m in zip(("first", "second"), models, strict=True)}
+    made = {
+        n: Recipe(n, "x", "int8", lambda _, m=m: QuantizedModel(m))
+        for n, m in zip(("first", "second"), models, strict=True)
+    }
     clock = Clock(monkeypatch)
 
     def make(_: Reference, model: bytes, session: Any) -> Answerer:
@@ -223,8 +228,8 @@ def test_candidates_are_ranked_by_what_is_wanted_and_those_that_lose_too_much_le
         candidate("c", 2.0, lost=0.5),
         candidate("d", 0, failed="x"),
     ]
-    assert [c.recipe for c in rank(found, "latency", 0.5)] == ["c", "a"]
-    assert [c.recipe for c in rank([replace(found[0], size=9), found[2]], "size", 0.5)] == ["a", "c"]
+    assert [c.recipe for c in rank(found, SearchOptions(0.5))] == ["c", "a"]
+    assert [c.recipe for c in rank([replace(found[0], size=9), found[2]], SearchOptions(0.5, "size"))] == ["a", "c"]
 
 
 # ---------------------------------------------------------------- the leaderboard
@@ -236,7 +241,7 @@ def test_the_leaderboard_says_of_every_recipe_why_it_was_not_chosen():
         candidate("refused", 4.0),
         candidate("lossy", 5.0, lost=0.75),
         candidate("slow", 1.0),
-        Candidate("broken", failed="ValueError: no such product"),
+        MeasuredRecipe("broken", failed="ValueError: no such matmul"),
     ]
     known = [*(c.recipe for c in found), "late"]
     rows = leaderboard(found, known, {"won": 0.1, "refused": 0.9}, max_f1_drop=0.5, chosen="won")
@@ -245,23 +250,25 @@ def test_the_leaderboard_says_of_every_recipe_why_it_was_not_chosen():
         "refused": "lost 0.90 on the held-out questions",
         "lossy": "loses more than 0.5",
         "slow": "not the best",
-        "broken": "failed: ValueError: no such product",
+        "broken": "failed: ValueError: no such matmul",
         "late": "not tried: the budget was used up",
     }
     assert rows[0]["f1_lost_held_out"] == 0.1
-    lines = leaderboard_lines(rows, {"dev": 20, "training": 76, "worth": 87.2})
+    lines = leaderboard_lines(rows, {"dev": 20, "training": 76, "worth": 87.2}, "won")
     assert len(lines) == len(rows) + 2
     assert [line[0] for line in lines[1:-1]] == ["*", " ", " ", " ", " ", " "]
     assert "-0.25 (-1.00 to +1.00)" in lines[1]
     assert "3.00 (2.90 to 3.10)" in lines[1]
-    assert "20 dev and 76 training questions, weighed as the dev part's (worth 87 of equal weight)" in lines[-1]
+    assert "20 dev and 76 training questions, weighted like the dev set (worth 87 of equal weight)" in lines[-1]
     assert "on 20 dev questions, against" in leaderboard_lines(rows, {"dev": 20, "training": 0, "worth": 20})[-1]
 
 
 def test_the_table_is_printed_where_none_passes_too(reference, bundle, tmp_path):
     said: list[str] = []
     with pytest.raises(GateError, match="every recipe loses more than -1"):
-        quantize(reference, open_bundle(bundle), tmp_path / "small", -1.0, recipe="int8", say=said.append)
+        quantize(
+            reference, open_bundle(bundle), tmp_path / "small", SearchOptions(-1.0), recipe="int8", say=said.append
+        )
     assert any(line.startswith(" int8 ") and line.endswith("loses more than -1") for line in said)
 
 
@@ -273,7 +280,7 @@ def test_export_prints_the_table_of_the_manifest(tiny, tiny_export, tmp_path, mo
     )
     assert done.exit_code == 0, done.output
     made = open_bundle("b/k-int8").manifest["made"]
-    for line in leaderboard_lines(made["leaderboard"], made["judged_on"]):
+    for line in leaderboard_lines(made["leaderboard"], made["judged_on"], made["recipe"]):
         assert line in done.stdout
     assert "\x1b" not in done.output
     assert "1/1 int8 " in done.stdout

@@ -1,4 +1,4 @@
-"""What training chooses on its dev part, against plain loops over every span."""
+"""What training chooses on its dev set, against plain loops over every span."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.records import Annotation, Example
 from qadeploy.training.checkpoint import load_checkpoint
 from qadeploy.training.features import FeatureSet, make_features
+from qadeploy.training.run_log import RunLog
 from qadeploy.training.selection import (
     ANSWER_LENGTHS,
     answers_of,
     calibration_report,
+    can_tune_threshold,
     choose_settings,
+    initial_settings,
     no_answer_report,
     report_choice,
     score_logits,
-    tells_thresholds,
-    unchosen_settings,
 )
 
 NULL = QaSettings(40, 12, 15, null_threshold=0.0)
@@ -196,29 +197,32 @@ def test_without_questions_of_both_kinds_the_threshold_stays(tiny_checkpoint, fe
     answerable = [e for e in examples() if e.answers]
     some = make_features(answerable, load_checkpoint(tiny_checkpoint).encoder, NULL, "here")
     logits = logits_of(some, null=3.0)
-    assert tells_thresholds(features)
-    assert not tells_thresholds(some)
+    assert can_tune_threshold(features)
+    assert not can_tune_threshold(some)
     chosen = choose_settings(some, logits, replace(NULL, null_threshold=0.75))
     assert chosen.null_threshold == 0.75
-    metrics: dict[str, object] = {}
-    assert "NOT tuned" in report_choice("dev", some, logits, chosen, metrics)
-    assert "NOT tuned" not in report_choice("held_out", some, logits, chosen, metrics)
-    assert set(metrics) == {"calibration", "no_answer"}
+    report = report_choice(some, logits, chosen)
+    assert report.calibration == calibration_report(some, logits, chosen)
+    assert report.no_answer == no_answer_report(some, logits, chosen)
+    said: list[str] = []
+    for tuned in (False, True):
+        RunLog(said.append).choice("dev", report, chosen, tuned=tuned)
+    assert ["NOT tuned" in line for line in said] == [True, False]
 
     never = choose_settings(some, logits, replace(NULL, null_threshold=None))
     assert never.null_threshold is None
-    metrics = {}
-    line = report_choice("dev", some, logits, never, metrics)
-    assert "null threshold" not in line
-    assert f"temperature {never.temperature:.3f}" in line
-    assert set(metrics) == {"calibration"}
+    report = report_choice(some, logits, never)
+    assert report.no_answer is None
+    RunLog(said.append).choice("dev", report, never)
+    assert "null threshold" not in said[-1]
+    assert f"temperature {never.temperature:.3f}" in said[-1]
     assert all(a.text for a in answers_of(some, logits, never))
 
 
 def test_what_epochs_are_judged_with_owes_nothing_to_the_base():
     stored = replace(NULL, null_threshold=4.0, temperature=2.0)
-    assert unchosen_settings(stored, examples()) == replace(
+    assert initial_settings(stored, examples()) == replace(
         NULL, null_threshold=0.0, temperature=1.0, relative_to_null=True
     )
     answerable = [e for e in examples() if e.answers]
-    assert unchosen_settings(stored, answerable) == replace(NULL, null_threshold=None, temperature=1.0)
+    assert initial_settings(stored, answerable) == replace(NULL, null_threshold=None, temperature=1.0)

@@ -16,8 +16,8 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from qadeploy import Answerer
+from qadeploy.core.settings import Options
 from qadeploy.errors import InputError
-from qadeploy.inference.answerer import Options
 from qadeploy.serve.logs import JsonFormatter
 from qadeploy.serve.settings import Settings
 from tests.conftest import triplets
@@ -124,7 +124,7 @@ def test_the_trace_shows_tokens_windows_and_logits(server, answerer):
             start, end = shown["offsets"][i]
             piece = shown["pieces"][i].removeprefix("##")
             assert piece in {"[UNK]", context[start:end].lower()}
-    assert trace["candidates"][0]["verdict"].startswith("answer 1")
+    assert trace["candidates"][0]["answer"] == 1
 
 
 def test_a_context_without_a_token_has_no_answer(server):
@@ -183,7 +183,7 @@ def test_many_callers_at_once_get_their_own_answers(server, answerer):
         ([], "List should have at least 1 item"),
         ([{"question": QUESTION, "context": CONTEXT}, {"question": QUESTION}], "1.context: Field required"),
         ({"questions": [], "context": CONTEXT}, "List should have at least 1 item"),
-        ("text", "Unable to extract tag"),
+        ("text", "give an object with question and context"),
         (None, "Field required"),
     ],
 )
@@ -213,8 +213,8 @@ def test_what_is_no_json_or_no_text_is_refused(server, content, status, kind):
     [
         ({"max_seq_len": 10_000}, "invalid_input", "more than the model's limit of"),
         ({"max_seq_len": 4}, "question_too_long", "leaves no room"),
-        ({"max_seq_len": 30, "doc_stride": 29}, "stride", "is not below"),
-        ({"max_seq_len": 14, "doc_stride": 1}, "too_many_windows", "at most 20 are taken"),
+        ({"max_seq_len": 30, "doc_stride": 30}, "stride", "doc_stride must be below max_seq_len 30"),
+        ({"max_seq_len": 14, "doc_stride": 1}, "too_many_windows", "at most 20 are allowed"),
     ],
 )
 def test_options_that_do_not_fit_are_named(answerer, options, kind, message):
@@ -222,6 +222,15 @@ def test_options_that_do_not_fit_are_named(answerer, options, kind, message):
         found = error(local.post("/v1/answer", {"question": "Who?", "context": LONG, **options}), 422, kind)
     assert message in found["message"]
     assert found["flag"] == ("--max-windows" if kind == "too_many_windows" else None)
+
+
+def test_a_question_that_leaves_no_more_than_doc_stride_is_answered(server, answerer):
+    room = 30 - len(answerer.encoder.encode(QUESTION)) - answerer.encoder.special_tokens
+    body = {"question": QUESTION, "context": LONG, "max_seq_len": 30, "doc_stride": room}
+    (expected,) = told(answerer.answer(QUESTION, LONG, max_seq_len=30, doc_stride=room // 2))
+    response = server.post("/v1/answer", body)
+    assert response.status_code == 200, response.text
+    assert response.json()["answers"] == [expected]
 
 
 @pytest.mark.parametrize(
@@ -447,6 +456,13 @@ def test_while_it_drains_it_answers_and_closes_connections(answerer):
         assert (response.status_code, response.headers["connection"]) == (200, "close")
 
 
+def test_a_worker_that_died_is_not_said_to_drain(answerer, monkeypatch):
+    with serving(answerer) as local:
+        monkeypatch.setattr(type(local.service.scheduler), "alive", property(lambda self: False))
+        response = local.get("/health/ready")
+        assert (response.status_code, response.json()) == (503, {"status": "broken"})
+
+
 def test_other_origins_are_refused_unless_they_are_named(answerer, server):
     asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
     response = server.request("OPTIONS", "/v1/answer", headers=asked)
@@ -496,7 +512,7 @@ def test_the_model_route_gives_the_manifest(server, answerer):
 
 def test_metrics_count_what_was_done(answerer):
     with serving(answerer) as local:
-        windows = len(answerer.begin(QUESTION, LONG, Options()).windows)
+        windows = len(answerer.encode(QUESTION, LONG, Options()).windows)
         local.ask({"question": QUESTION, "context": LONG})
         local.ask([{"question": QUESTION, "context": CONTEXT}] * 3)
         for stage, count in (("queue", 2), ("tokenize", 4), ("run", windows + 3), ("decode", 4)):

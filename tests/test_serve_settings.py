@@ -13,11 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 from qadeploy.cli import main
+from qadeploy.options import declared, table
 from qadeploy.serve import threads
 from qadeploy.serve.errors import KINDS
 from qadeploy.serve.limits import REQUEST_LIMITS
-from qadeploy.serve.settings import Settings, rows, table
-from qadeploy.serve.threads import choose
+from qadeploy.serve.settings import Settings
+from qadeploy.serve.threads import choose_workers
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "serving.md"
 
@@ -25,7 +26,7 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "serving.md"
 @pytest.fixture(autouse=True)
 def loggers():
     """The server's process owns its logs; this one gets them back."""
-    owned = [logging.getLogger(name) for name in ("qadeploy", "uvicorn")]
+    owned = [logging.getLogger(name) for name in ("qadeploy", "uvicorn", "asyncio")]
     before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in owned]
     yield
     for logger, handlers, propagate, level in before:
@@ -43,7 +44,7 @@ def served(monkeypatch, *arguments: str, **environment: str) -> Settings:
 
 
 def test_the_document_has_the_table_of_settings():
-    assert table() in DOCUMENT.read_text(encoding="utf-8")
+    assert table(Settings, env=True) in DOCUMENT.read_text(encoding="utf-8")
 
 
 def test_the_document_names_every_metric_and_every_error(bundle):
@@ -61,13 +62,13 @@ def test_the_document_names_every_metric_and_every_error(bundle):
     assert not [kind for kind in kinds if f"`{kind}`" not in text]
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", declared(Settings).values(), ids=lambda row: row.name)
 def test_every_setting_is_a_flag_and_an_environment_variable(monkeypatch, row):
-    given = {int: "7", float: "7.5", str: "debug", bool: "1", tuple: "https://a.example"}[row.kind]
-    expected = {int: 7, float: 7.5, str: "debug", bool: True, tuple: ("https://a.example",)}[row.kind]
+    given = "https://a.example" if row.many else {int: "7", float: "7.5", str: "debug", bool: "1"}[row.kind]
+    expected = ("https://a.example",) if row.many else {int: 7, float: 7.5, str: "debug", bool: True}[row.kind]
     flags = [row.flag] if row.kind is bool else [row.flag, given]
     by_flag, by_environment = served(monkeypatch, *flags), served(monkeypatch, **{row.env: given})
-    assert getattr(by_flag, row.name) == expected != row.value
+    assert getattr(by_flag, row.name) == expected != row.default
     assert by_flag == by_environment
     assert [f.name for f in fields(Settings) if getattr(by_flag, f.name) != getattr(Settings(), f.name)] == [row.name]
 
@@ -108,7 +109,7 @@ def test_without_its_packages_it_names_the_pip_line(monkeypatch):
 
 
 def test_every_limit_is_a_setting():
-    assert set(REQUEST_LIMITS) < {row.name for row in rows()}
+    assert set(REQUEST_LIMITS) < set(declared(Settings))
 
 
 # ---------------------------------------------------------------- threads
@@ -129,8 +130,8 @@ class Machine:
 
 @pytest.fixture
 def four_cpus(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(threads, "available_cpus", lambda: 4)
+    monkeypatch.setenv("QADEPLOY_CACHE", str(tmp_path / "qadeploy"))
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 4)
     monkeypatch.setattr(threads, "_ROUND_SECONDS", 0.1)
     monkeypatch.setattr(threads, "_STEADY", 1e9)
     return tmp_path / "qadeploy" / "threads.json"
@@ -138,22 +139,22 @@ def four_cpus(monkeypatch, tmp_path):
 
 def test_what_was_asked_for_is_taken(four_cpus):
     machine = Machine(4)
-    assert choose(3, "cpu", "bundle", machine.run).workers == 3
-    assert choose(3, "cuda", "bundle", machine.run).workers == threads.CUDA_WORKERS
+    assert choose_workers(3, "cpu", "bundle", machine.run).workers == 3
+    assert choose_workers(3, "cuda", "bundle", machine.run).workers == threads.CUDA_WORKERS
     assert machine.runs == 0
 
 
 def test_all_cpus_are_taken_where_they_answer_more(four_cpus):
-    assert choose(None, "cpu", "bundle", Machine(4).run).workers == 4
+    assert choose_workers(None, "cpu", "bundle", Machine(4).run).workers == 4
 
 
 def test_a_measurement_is_kept_for_its_bundle_and_used_again(four_cpus):
-    first = choose(None, "cpu", "bundle", Machine(4).run)
+    first = choose_workers(None, "cpu", "bundle", Machine(4).run)
     assert first.source == f"measured now, kept in {four_cpus}"
     machine = Machine(1)
-    again = choose(None, "cpu", "bundle", machine.run)
+    again = choose_workers(None, "cpu", "bundle", machine.run)
     assert (again.workers, again.source, machine.runs) == (4, f"measured before ({four_cpus})", 0)
-    choose(None, "cpu", "other", machine.run)
+    choose_workers(None, "cpu", "other", machine.run)
     assert machine.runs > 0
     assert len(json.loads(four_cpus.read_text())) == 2
 
@@ -162,32 +163,34 @@ def test_a_measurement_is_kept_for_its_bundle_and_used_again(four_cpus):
 def test_a_broken_cache_is_measured_anew(four_cpus, text):
     four_cpus.parent.mkdir(parents=True)
     four_cpus.write_text(text, encoding="latin-1")
-    assert choose(None, "cpu", "bundle", Machine(4).run).workers == 4
-    assert choose(None, "cpu", "bundle", Machine(4).run).source.startswith("measured before")
+    assert choose_workers(None, "cpu", "bundle", Machine(4).run).workers == 4
+    assert choose_workers(None, "cpu", "bundle", Machine(4).run).source.startswith("measured before")
 
 
 def test_a_disturbed_measurement_is_not_kept(four_cpus, monkeypatch):
     monkeypatch.setattr(threads, "_STEADY", 0.5)
-    assert choose(None, "cpu", "bundle", Machine(4).run).source == "measured now, among other work: not kept"
+    assert (
+        choose_workers(None, "cpu", "bundle", Machine(4).run).source
+        == "measured now, but disturbed by other work: not kept"
+    )
     assert not four_cpus.exists()
 
 
 def test_one_cpu_needs_no_measurement(four_cpus, monkeypatch):
-    monkeypatch.setattr(threads, "available_cpus", lambda: 1)
+    monkeypatch.setattr(threads, "usable_cpus", lambda: 1)
     machine = Machine(1)
-    assert choose(None, "cpu", "bundle", machine.run).workers == 1
+    assert choose_workers(None, "cpu", "bundle", machine.run).workers == 1
     assert machine.runs == 0
 
 
 def test_half_of_the_cpus_are_taken_where_more_do_not_help(four_cpus, monkeypatch):
     monkeypatch.setattr(threads, "_rate", lambda count, run: 100.0)
-    assert choose(None, "cpu", "bundle", Machine(4).run).workers == 2
+    assert choose_workers(None, "cpu", "bundle", Machine(4).run).workers == 2
 
 
-@pytest.mark.parametrize(("quota", "cpus"), [("max 100000", 8), ("150000 100000", 2), ("50000 100000", 1), ("odd", 8)])
-def test_a_containers_quota_counts(monkeypatch, tmp_path, quota, cpus):
-    place = tmp_path / "cpu.max"
-    place.write_text(quota + "\n")
-    monkeypatch.setattr(threads, "_QUOTA", place)
-    monkeypatch.setattr(threads, "usable_cpus", lambda: 8)
-    assert threads.available_cpus() == cpus
+def test_a_cache_folder_that_cannot_be_written_or_found_is_said(four_cpus, monkeypatch):
+    four_cpus.parent.write_text("a file where the folder should be")
+    found = choose_workers(None, "cpu", "bundle", Machine(4).run)
+    assert found.source == f"measured now; it could not be kept in {four_cpus}: File exists"
+    monkeypatch.setattr(threads, "cache_folder", lambda: None)
+    assert "there is no cache folder" in choose_workers(None, "cpu", "bundle", Machine(4).run).source

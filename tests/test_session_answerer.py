@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
-import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy import Answer, Answerer
-from qadeploy.core.decoding import decode
+from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.settings import Options
 from qadeploy.errors import (
     BundleError,
+    DataError,
     DeviceError,
     InputError,
     LogitsError,
@@ -26,12 +29,14 @@ from qadeploy.errors import (
     StrideError,
     TooManyWindowsError,
 )
-from qadeploy.inference.answerer import Options, to_answers
+from qadeploy.inference import session
+from qadeploy.inference.answerer import to_answers
 from qadeploy.inference.bundle import open_bundle
-from qadeploy.inference.session import Logits, OnnxModel
-from qadeploy.records import Window
+from qadeploy.inference.session import OnnxModel, Pending
+from qadeploy.records import Example, Logits, Window
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from tests.conftest import NAMES, THINGS, sealed_copy, triplets
+from tests.sessions_for_tests import Sessions
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
 GOLD = [str(row["answer"]) for row in triplets(24)]
@@ -51,6 +56,14 @@ SCRIPTS = [
 @pytest.fixture(scope="module")
 def answerer(bundle: Path) -> Answerer:
     return Answerer.load(bundle, device="cpu", threads=2)
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sessions]:
+    """The sessions that are created in a test."""
+    watched = Sessions(monkeypatch)
+    yield watched
+    watched.release()
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +106,17 @@ def test_one_thread_answers_like_two(answerer, bundle):
 
 
 @pytest.mark.parametrize("options", [Options(top_k=3), Options(max_seq_len=40, doc_stride=8, allow_no_answer=True)])
-def test_a_reading_in_two_halves_is_the_same(answerer, options):
+def test_encoding_running_and_decoding_step_by_step_gives_the_same(answerer, options):
     for question, context in MIXED[-3:]:
-        begun = answerer.begin(question, context, options)
-        logits = [answerer.model.run([window])[0] for window in begun.windows]
-        halves, whole = answerer.finish(begun, logits, options), answerer.read(question, context, options)
-        assert same([to_answers(halves, options)], [to_answers(whole, options)])
-        assert len(halves.windows) == len(whole.windows)
-    with pytest.raises(TooManyWindowsError, match=f"makes {len(begun.windows)} windows"):
-        answerer.begin(question, context, options, max_windows=len(begun.windows) - 1)
-    assert len(answerer.begin(question, context, options, max_windows=len(begun.windows)).windows) == len(begun.windows)
+        pair = answerer.encode(question, context, options)
+        logits = [answerer.model.run([window])[0] for window in pair.windows]
+        steps, whole = answerer.decode(pair, logits, options), answerer.read(question, context, options)
+        assert same([to_answers(steps, options)], [to_answers(whole, options)])
+        assert len(steps.windows) == len(whole.windows)
+    count = len(pair.windows)
+    with pytest.raises(TooManyWindowsError, match=f"makes {count} windows"):
+        answerer.encode(question, context, options, max_windows=count - 1)
+    assert len(answerer.encode(question, context, options, max_windows=count).windows) == count
 
 
 def test_order_is_kept_where_lengths_differ_much(answerer):
@@ -214,7 +228,10 @@ def test_the_stored_threshold_decides_about_the_null_answer(answerer, bundle, tm
         replace(load_checkpoint(answerer.bundle.manifest["source"]["checkpoint"]), settings=unsure.settings)
     )
     assert same(found, by_torch.answer_batch(PAIRS, top_k=2, allow_no_answer=True), 1e-4)
-    assert same(unsure.answer_batch(PAIRS), answerer.answer_batch(PAIRS))  # where it is not allowed, nothing changes
+    assert same(unsure.answer_batch(PAIRS, allow_no_answer=False), answerer.answer_batch(PAIRS))
+    assert unsure.answer_batch(PAIRS) == unsure.answer_batch(
+        PAIRS, allow_no_answer=True
+    )  # a model with a threshold may
 
 
 def test_the_stored_temperature_sharpens_scores_and_moves_no_answer(answerer, bundle, tmp_path):
@@ -251,7 +268,11 @@ def test_several_windows_answer_as_the_best_of_each_alone(answerer):
         own_starts, own_ends = answerer.model.run([window])[0]
         np.testing.assert_allclose(own_starts, starts, atol=1e-5)
         np.testing.assert_allclose(own_ends, ends, atol=1e-5)
-        alone.append(decode([window], [own_starts], [own_ends], reading.context, max_answer_len=40).spans[0])
+        alone.append(
+            decode_many([WindowLogits([window], [own_starts], [own_ends], reading.context)], max_answer_len=40)[
+                0
+            ].spans[0]
+        )
     best = max(alone, key=lambda span: span.logit)
     assert (reading.decoded.spans[0].start, reading.decoded.spans[0].end) == (best.start, best.end)
     assert reading.decoded.spans[0].logit == pytest.approx(best.logit, abs=1e-5)
@@ -290,19 +311,17 @@ def same_logits(left: list[Logits], right: list[Logits]) -> None:
 
 
 @pytest.mark.parametrize("ints", [TensorProto.INT64, TensorProto.INT32])
-def test_a_model_without_a_mask_never_sees_padding(answerer, ints):
+def test_a_model_without_a_mask_never_sees_padding(answerer, sessions, ints):
     model = OnnxModel(lambda: crafted(2.0, ints=ints), device="cpu", threads=2, pad_token_id=7)
     windows = windows_of(answerer)
     assert len({len(w) for w in windows}) > 4
     expected = [(2.0 * w.input_ids.astype(np.float32),) * 2 for w in windows]
-    batches = []
-    call = model._call
-    model._call = lambda session, batch, options=None: batches.append(batch) or call(session, batch, options)
-    for found in (model.run(windows), model.start(windows).result(), model.run_batch(windows)):
-        same_logits(found, expected)
-    sizes = [len(batch["input_ids"]) for batch in batches[2 * len(windows) :]]
-    assert (len(sizes), sum(sizes)) == (len({len(w) for w in windows}), len(windows))
-    assert all(batch["attention_mask"].all() for batch in batches)
+    for run in (model.run, lambda given: model.start(given).result(), model.run_batch):
+        sessions.begun.clear()
+        same_logits(run(windows), expected)
+        seen = [row.tolist() for begun in sessions.begun for row in begun.inputs["input_ids"]]
+        assert sorted(seen) == sorted(w.input_ids.tolist() for w in windows)
+    assert len(sessions.begun) == len({len(w) for w in windows})
 
 
 def test_inputs_of_another_type_are_refused():
@@ -311,38 +330,50 @@ def test_inputs_of_another_type_are_refused():
 
 
 @pytest.mark.parametrize("one", [None, "wide", "narrow"])
-def test_every_layout_gives_the_logits_of_one_thread(answerer, bundle, tmp_path, one):
+def test_every_layout_gives_the_logits_of_one_thread(answerer, bundle, tmp_path, sessions, one):
     manifest = {"session": {"layout": {"one": one}, "config": {"session.intra_op.allow_spinning": "0"}}}
     model = Answerer.load(sealed_copy(bundle, tmp_path / "copy", **manifest), device="cpu", threads=2).model
     expected = Answerer.load(bundle, device="cpu", threads=1).model.run(windows_of(answerer))
-    begun = []
-    alone = model._run_one
-    model._run_one = lambda session, window: begun.append(session is model._sessions.wide) or alone(session, window)
+
+    def wide() -> int:
+        return sum(run.threads == 2 for run in sessions.begun)
+
     for count in (1, 2, 3):
-        begun.clear()
+        sessions.begun.clear()
         same_logits(model.run(windows_of(answerer)[:count]), expected[:count])
-        assert sum(begun) == {None: count % 2, "wide": count, "narrow": 0}[one]
-    begun.clear()
+        assert (wide(), len(sessions.begun)) == ({None: count % 2, "wide": count, "narrow": 0}[one], count)
+    sessions.begun.clear()
     same_logits(model.start(windows_of(answerer)).result(), expected)
-    assert not any(begun)
+    assert (wide(), len(sessions.begun)) == (0, len(expected))
 
 
-def test_session_entries_of_the_bundle_reach_onnx_runtime(bundle, tmp_path):
+def test_session_entries_of_the_bundle_reach_onnx_runtime(bundle, tmp_path, sessions):
     entry = {"session.set_denormal_as_zero": "1"}
-    loaded = Answerer.load(sealed_copy(bundle, tmp_path / "copy", session={"config": entry}), device="cpu")
-    options = loaded.model._sessions.wide.get_session_options()
+    Answerer.load(sealed_copy(bundle, tmp_path / "copy", session={"config": entry}), device="cpu")
+    options = sessions.created[-1].get_session_options()
     assert options.get_session_config_entry("session.set_denormal_as_zero") == "1"
-    with pytest.raises(BundleError, match="config of the session settings"):
-        Answerer.load(sealed_copy(bundle, tmp_path / "wrong", session={"config": {"a": 1}}), device="cpu")
 
 
-def test_windows_that_were_begun_can_be_dropped(answerer):
-    windows = windows_of(answerer)
-    pending = answerer.model.start(windows * 20)
+def test_a_bundle_cannot_have_onnx_runtime_write_a_file(bundle, tmp_path):
+    target = tmp_path / "written"
+    session = {"config": {"session.collect_node_memory_stats_to_file": str(target)}}
+    copy = sealed_copy(bundle, tmp_path / "wrong", session=session)
+    for opening in (open_bundle, lambda folder: Answerer.load(folder, device="cpu")):
+        with pytest.raises(BundleError, match=r"collect_node_memory_stats_to_file.*which qadeploy does not pass on"):
+            opening(copy)
+    assert not target.exists()
+
+
+def test_windows_that_were_begun_can_be_dropped(bundle, sessions, monkeypatch):
+    monkeypatch.setattr(session, "LARGE", 1)  # every call
+    model = Answerer.load(bundle, device="cpu", threads=2).model
+    windows = [Window(np.arange(24), np.zeros(24, dtype=np.int64), 0, 0, 0, 0)] * 1000
+    pending = model.start(windows)
     pending.cancel()
     pending.cancel()
-    same_logits(answerer.model.run(windows), answerer.model.start(windows).result())
-    assert answerer.model._sessions.calls == 0
+    same_logits(model.run(windows[:4]), model.start(windows[:4]).result())
+    assert len(sessions.begun) < len(windows)
+    assert sessions.shrink_after(lambda: model.run(windows[:4]))  # no call counts as running
 
 
 def squares() -> bytes:
@@ -368,7 +399,7 @@ import sys
 import numpy as np
 from qadeploy.records import Window
 from qadeploy.inference import session
-from qadeploy.inference.session import OnnxModel
+from qadeploy.inference.session import OnnxModel, Pending
 
 def resident():
     with open("/proc/self/status") as status:
@@ -405,12 +436,13 @@ def test_memory_taken_by_large_inputs_is_given_back(tmp_path):
 # ---------------------------------------------------------------- contexts that are kept, and streams
 
 
-def test_twenty_questions_on_one_document_tokenise_it_once(bundle):
+def test_twenty_questions_on_one_document_tokenise_it_once(bundle, monkeypatch):
     document = " ".join(LONG for _ in range(20))[:20_000]
     asked = [(f"Who keeps the {thing} of {name}?", document) for thing in THINGS[:4] for name in NAMES[:5]]
-    with_cache = Answerer.load(bundle, device="cpu", threads=2)
-    encode, seen = with_cache.encoder._raw, []
-    with_cache.encoder._raw = lambda text: seen.append(text) or encode(text)
+    loaded, seen = Answerer.load(bundle, device="cpu", threads=2), []
+    encode = loaded.encoder.encode
+    monkeypatch.setattr(loaded.encoder, "encode", lambda text: seen.append(text) or encode(text))
+    with_cache = Answerer(loaded.encoder, loaded.settings, loaded.model)
     alone = [with_cache.answer(*pair) for pair in asked]
     assert same(alone, with_cache.answer_batch(asked))
     assert seen.count(document) == 1
@@ -437,41 +469,39 @@ def test_a_stream_gives_all_answers_before_the_error(answerer):
         found.clear()
         found.extend(answers[0].text for answers in answerer.answer_stream(source(broken)))
 
-    chunk = answerer._chunk_pairs
     with pytest.raises(InputError, match=r"^pair 97: question is empty"):
         take(broken=False)
-    assert found == (GOLD * 4)[: 96 // chunk * chunk]
+    assert found == GOLD * 4  # three chunks of 32
     with pytest.raises(OSError, match="the file went away"):
         take(broken=True)
-    assert found == (GOLD * 4)[: 96 // chunk * chunk]
+    assert found == GOLD * 4
 
 
-def test_the_next_questions_are_tokenised_while_the_model_works(answerer, monkeypatch):
-    release, order = threading.Event(), []
-    alone, begin = answerer.model._run_one, answerer.model.start
-
-    def held(session, window):
-        assert release.wait(60)
-        return alone(session, window)
+def test_the_next_questions_are_tokenised_while_the_model_works(bundle, sessions, monkeypatch):
+    own = Answerer.load(bundle, device="cpu", threads=2)
+    begin, order = own.model.start, []
 
     def start(windows):
         order.append(len(windows))
         if len(order) == 2:  # the second chunk is cut into windows, and none of the first has run
-            release.set()
+            sessions.release()
         return begin(windows)
 
-    monkeypatch.setattr(answerer.model, "_run_one", held)
-    monkeypatch.setattr(answerer.model, "start", start)
-    assert [a[0].text for a in answerer.answer_batch(PAIRS * 3)] == GOLD * 3
-    assert len(order) == -(-72 // answerer._chunk_pairs)
+    monkeypatch.setattr(own.model, "start", start)
+    sessions.hold()
+    assert [a[0].text for a in own.answer_batch(PAIRS * 3)] == GOLD * 3
+    assert sum(order) == len(PAIRS * 3)
 
 
-def test_a_stream_that_is_left_drops_its_work(answerer):
-    stream = answerer.answer_stream(itertools.cycle(PAIRS))
+def test_a_stream_that_is_left_drops_its_work(bundle, sessions, monkeypatch):
+    monkeypatch.setattr(session, "LARGE", 1)  # every call
+    own = Answerer.load(bundle, device="cpu", threads=2)
+    stream = own.answer_stream(itertools.cycle(PAIRS))
     assert next(stream)[0].text == GOLD[0]
     stream.close()
-    assert answerer.model._sessions.calls == 0
-    assert answerer.answer(*PAIRS[1])[0].text == GOLD[1]
+    found = []
+    assert sessions.shrink_after(lambda: found.extend(own.answer(*PAIRS[1])))  # no call counts as running
+    assert found[0].text == GOLD[1]
 
 
 # ---------------------------------------------------------------- threads and processes
@@ -566,9 +596,9 @@ def test_spawned_processes_answer(bundle, tmp_path):
         (" \n", "Some text.", "question is empty"),
         ("Who?", "", "context is empty"),
         ("Who?", "\u2003", "context is empty"),
-        (None, "Some text.", "question is NoneType, text is needed"),
-        ("Who?", 7, "context is int, text is needed"),
-        ("Who?", b"bytes", "context is bytes, text is needed"),
+        (None, "Some text.", "question must be text, not NoneType"),
+        ("Who?", 7, "context must be text, not int"),
+        ("Who?", b"bytes", "context must be text, not bytes"),
         ("Who?", "half \ud800 pair", "lone surrogate"),
     ],
 )
@@ -582,7 +612,7 @@ def test_bad_texts_are_named_alone_and_in_a_batch(answerer, question, context, m
 
 @pytest.mark.parametrize("pair", ["no pair", ("one",), ("a", "b", "c"), None, {"question": "q", "context": "c"}])
 def test_what_is_no_pair_is_named(answerer, pair):
-    with pytest.raises(InputError, match=r"^pair 3: is \w+, a \(question, context\) pair is needed"):
+    with pytest.raises(InputError, match=r"^pair 3: must be a \(question, context\) pair, not \w+"):
         answerer.answer_batch([PAIRS[0], PAIRS[1], pair])
 
 
@@ -595,17 +625,38 @@ def test_a_bad_pair_late_in_a_stream_is_numbered_from_its_start(answerer):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"top_k": 0}, InputError, "top_k 0"),
+        ({"top_k": 0}, InputError, "top_k must be a whole number from 1, not 0"),
         ({"max_answer_len": 0}, InputError, "max_answer_len"),
         ({"max_seq_len": 161}, InputError, "limit of 160 tokens"),
         ({"max_seq_len": 5}, QuestionTooLongError, "no room for the context"),
-        ({"max_seq_len": 40, "doc_stride": 39}, StrideError, "doc_stride 39"),
+        ({"max_seq_len": 40, "doc_stride": 40}, StrideError, "doc_stride must be below max_seq_len 40, not 40"),
         ({"doc_stride": -1}, InputError, "doc_stride"),
     ],
 )
 def test_bad_options_are_named(answerer, options, error, message):
     with pytest.raises(error, match=message):
         answerer.answer("Who keeps the lamp?", LONG, **options)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_a_question_that_leaves_no_more_than_doc_stride_overlaps_by_half_of_its_room(answerer, tokens):
+    question = "Who keeps the lamp?"
+    size = len(answerer.encoder.encode(question)) + answerer.encoder.special_tokens + tokens
+    expected = answerer.answer(question, LONG, max_seq_len=size, doc_stride=tokens // 2, top_k=3)
+    assert answerer.answer(question, LONG, max_seq_len=size, doc_stride=tokens, top_k=3) == expected
+    assert answerer.answer_batch([(question, LONG)], max_seq_len=size, doc_stride=size - 1, top_k=3) == [expected]
+
+
+def test_every_question_without_room_is_named_before_any_is_asked(answerer):
+    long = "Who keeps the lamp " * 60
+    examples = [Example(i, q, "Ada.") for i, q in (("a", "Who?"), ("b", long), ("c", "Who?"), ("d", long))]
+    with pytest.raises(DataError) as caught:
+        answerer.require_room(examples, "faq.jsonl")
+    numbers = [
+        re.match(r"faq\.jsonl: question (\d) \(id (\w)\), field question: .*no room", p) for p in caught.value.problems
+    ]
+    assert [n and n.groups() for n in numbers] == [("2", "b"), ("4", "d")]
+    answerer.require_room(examples[::2], "faq.jsonl")
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this is a CUDA build")
@@ -662,6 +713,22 @@ def test_logits_that_are_no_numbers_are_an_error(bundle, tmp_path, factor):
     broken = Answerer.load(sealed_copy(bundle, tmp_path / "broken", crafted(float(factor))))
     with pytest.raises(LogitsError, match="NaN or infinite logits"):
         broken.answer(*PAIRS[0])
+
+
+def test_of_many_pairs_the_one_with_such_logits_is_named(answerer, monkeypatch):
+    real = answerer.model.run
+    bad = answerer.read(*PAIRS[3], Options()).windows[0].input_ids.tolist()
+
+    def run(windows):
+        found = real(windows)
+        return [(s * np.nan if w.input_ids.tolist() == bad else s, e) for w, (s, e) in zip(windows, found, strict=True)]
+
+    monkeypatch.setattr(answerer.model, "run", run)
+    monkeypatch.setattr(answerer.model, "start", lambda windows: Pending(lambda: run(windows)))
+    seen = []
+    with pytest.raises(LogitsError, match="pair 4: the model returned NaN or infinite logits"):
+        seen.extend(answerer.answer_stream(PAIRS))
+    assert len(seen) == 3  # those before it
 
 
 def test_a_graph_that_is_no_question_answering_model_is_refused():

@@ -16,21 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from benchmarks.span_head import FAMILIES, bare_model, family_model
 from qadeploy import Answerer
 from qadeploy.cli import main
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import CONTEXT_MASK, context_mask
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.errors import BundleError, FailureError, GateError, InputError
-from qadeploy.export.fp16 import to_half
+from qadeploy.export.fp16 import to_fp16
 from qadeploy.inference.bundle import MODEL, newest_bundle, open_bundle
 from qadeploy.inference.graph_model import GraphModel
 from qadeploy.integrations.onnx_standalone.in_graph import compare_spans, cut_windows, spans_in_graph, strings_in_graph
 from qadeploy.integrations.onnx_standalone.span_head import OUTPUTS, SpanHead, add_span_head
 from qadeploy.records import Example, FloatArray, IntArray
 from tests.conftest import sealed_copy
-from tests.models_for_tests import BY_NAME
+from tests.models_for_tests import BY_NAME, bare_model, exported_model
 from tests.tokenizers_for_tests import NAMES, encoder, family, texts, thorough
 
 INF = np.float32(np.inf)
@@ -142,10 +141,12 @@ def test_padding_moves_a_null_position_that_is_counted_from_the_end():
 # ---------------------------------------------------------------- real models and windows
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_head_equals_the_decoder_on_real_windows_of_four_families(name):
-    made = family_model(BY_NAME[name])
-    head = SpanHead.of(made.encoder, made.settings)
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("name", ["BERT", "RoBERTa", "DistilBERT", "ALBERT"])
+def test_the_head_equals_the_decoder_on_real_windows_of_four_families(name, relative):
+    made = exported_model(BY_NAME[name])
+    head = SpanHead.of(made.encoder, replace(made.settings, relative_to_null=relative))
+    assert head.to_dict()["relative_to_null"] is relative
     cuts = list(cut_windows(made.encoder, made.settings, read("handbook").examples[::100]))
     proof = compare_spans(GraphModel(add_span_head(made.model, head)), head, cuts, made.encoder.config.pad_token_id)
     assert proof.windows >= 2 * len(cuts) >= 40  # alone and padded
@@ -155,7 +156,7 @@ def test_the_head_equals_the_decoder_on_real_windows_of_four_families(name):
 
 
 def test_a_difference_is_found(monkeypatch):
-    made = family_model(BY_NAME["BERT"])
+    made = exported_model(BY_NAME["BERT"])
     head = SpanHead.of(made.encoder, made.settings)
     cuts = list(cut_windows(made.encoder, made.settings, read("handbook").examples[::200]))
     model = GraphModel(add_span_head(made.model, replace(head, max_answer_len=head.max_answer_len - 1)))
@@ -168,8 +169,8 @@ def test_a_difference_is_found(monkeypatch):
 def test_bundles_of_every_kind_take_a_head(kind, tiny, tiny_export, tmp_path):
     source = open_bundle(tiny.bundle("" if kind == "fp16" else kind))
     if kind == "fp16":
-        half = to_half(source.read(MODEL), source.manifest["architecture"])
-        source = open_bundle(sealed_copy(source.folder, tmp_path / "half", half.model, precision="fp16"))
+        fp16 = to_fp16(source.read(MODEL), source.manifest["architecture"])
+        source = open_bundle(sealed_copy(source.folder, tmp_path / "fp16", fp16.model, precision="fp16"))
     made = spans_in_graph(source, tmp_path / "mine", read(str(tiny.data)).examples[:12], top_k=7)
     manifest = made.manifest
     assert manifest["outputs"] == ["start_logits", "end_logits", *OUTPUTS]
@@ -244,7 +245,7 @@ def test_export_puts_a_head_on_every_bundle_of_a_run_but_the_fused(tiny, tmp_pat
     made = sorted(p.name for p in place.parent.iterdir())
     assert made == ["mine", "mine-fused", "mine-spans"]
     assert open_bundle(place.with_name("mine-spans")).manifest["in_graph"]["k"] == 3
-    assert "mine-spans: 3 spans a window from the graph itself" in output
+    assert "mine-spans: 3 spans per window from the graph itself" in output
     assert newest_bundle(place.parent) == place
 
 
@@ -262,8 +263,8 @@ def test_export_of_a_bundle_makes_the_further_one_only(bundle, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "is a bundle, of which only --spans-in-graph, --strings-in-graph and --triton make more"),
-        (("--spans-in-graph", "--span-top-k", "0"), "span-top-k 0 is below 1"),
+        ((), "is a bundle, from which only --spans-in-graph, --text-in-graph and --triton make more"),
+        (("--spans-in-graph", "--span-top-k", "0"), "0 is not in the range x>=1"),
     ],
 )
 def test_export_of_a_bundle_says_what_it_needs(args, message, bundle, tmp_path):

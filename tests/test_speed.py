@@ -15,7 +15,7 @@ import torch
 from qadeploy.errors import FailureError, InputError
 from qadeploy.training import speed
 from qadeploy.training.checkpoint import load_checkpoint
-from qadeploy.training.speed import Speed, compiled, has_tf32, tf32_products
+from qadeploy.training.speed import Speed, compiled, has_tf32, tf32_matmuls
 from qadeploy.training.train import train
 from tests.conftest import tiny_options
 
@@ -39,7 +39,7 @@ def test_tf32_is_for_ampere_and_later_and_for_the_time_of_training(capability, e
     assert has_tf32(CUDA) is expected
 
     def interrupted() -> None:
-        with tf32_products(CUDA):
+        with tf32_matmuls(CUDA):
             assert torch.get_float32_matmul_precision() == ("high" if expected else "highest")
             raise ValueError("out of it")
 
@@ -49,7 +49,7 @@ def test_tf32_is_for_ampere_and_later_and_for_the_time_of_training(capability, e
     assert set(asked) == {CUDA}
     asked.clear()
     assert not has_tf32(CPU)
-    with tf32_products(CPU):
+    with tf32_matmuls(CPU):
         assert torch.get_float32_matmul_precision() == before
     assert not asked
 
@@ -66,7 +66,7 @@ def test_tf32_is_chosen_without_a_word_from_torch(monkeypatch):
         return real()
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", warns)
-    with tf32_products(CUDA):
+    with tf32_matmuls(CUDA):
         assert real() == "high"
     assert real() == "highest"
 
@@ -118,8 +118,8 @@ def test_an_epoch_on_a_gpu_ends_when_the_gpu_is_done(monkeypatch):
     assert watch.rows == [row, {**row, "epoch": 2, "seconds": 2.0, "windows_per_second": 100.0}]
     assert [name for name, _ in clock.events[1:]] == ["synchronize", "max_memory_allocated"] * 2
     assert {device for _, device in clock.events} == {CUDA}
-    assert watch.of(2) == watch.rows[1]
-    assert watch.of(0) is None
+    assert watch.row(2) == watch.rows[1]
+    assert watch.row(0) is None
     assert watch.summary() == {"windows_per_second": 66.7, "peak_memory_bytes": 3 * 2**30, "epochs": watch.rows}
 
 
@@ -163,7 +163,7 @@ def test_a_run_by_tokens(tiny, tiny_checkpoint, tmp_path):
     found = train(options, said.append, progress=False).metrics
     line = next(line for line in said if line.startswith("4 training"))
     assert f"on cpu in fp32, 2 epochs of {found['steps'] // 2} steps of at most 300 tokens (" in line
-    assert {row["windows"] for row in found["speed"]["epochs"]} == {76}  # of 96 questions, 20 are the dev part
+    assert {row["windows"] for row in found["speed"]["epochs"]} == {76}  # of 96 questions, 20 are the dev set
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "batch tokens 300" in card
     assert "batch size" not in card
@@ -173,7 +173,7 @@ def test_a_run_by_tokens(tiny, tiny_checkpoint, tmp_path):
 
 def test_tokens_that_hold_no_window_are_refused_before_anything_is_written(tiny, tiny_checkpoint, tmp_path):
     options = tiny_options(tiny.data, tiny_checkpoint, tmp_path / "run", batch_tokens=5)
-    with pytest.raises(InputError, match="batch-tokens 5 holds not even one window"):
+    with pytest.raises(InputError, match="batch-tokens 5 does not hold even one window"):
         train(options, lambda line: None, progress=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -18,15 +18,13 @@ from tokenizers import Tokenizer, normalizers
 
 from qadeploy import Answerer
 from qadeploy.cli import main
-from qadeploy.core.settings import QaSettings
-from qadeploy.data.readers import read
+from qadeploy.core.settings import Options, QaSettings
+from qadeploy.core.windows import Encoder
+from qadeploy.data.loading import read
 from qadeploy.errors import BundleError, FailureError, GateError, InputError
-from qadeploy.inference.answerer import Options
 from qadeploy.inference.bundle import MODEL, TOKENIZER, newest_bundle, open_bundle, seal
 from qadeploy.inference.graph_model import GraphModel
-from qadeploy.integrations.onnx_standalone import text_graph
 from qadeploy.integrations.onnx_standalone.in_graph import ask, compare_answers, strings_in_graph
-from qadeploy.integrations.onnx_standalone.nodes import Nodes
 from qadeploy.integrations.onnx_standalone.text_graph import OUTPUTS, text_model
 from qadeploy.integrations.onnx_standalone.wordpiece import WordPiece, check_wordpiece, read_wordpiece, special_tokens
 from qadeploy.records import Example
@@ -52,31 +50,64 @@ def uncased() -> WordPiece:
     return read_wordpiece(bert())
 
 
+# In place of a model: if the question has n tokens, the best answer is the n-th token of the context, with the logits 0 and 0;
+# the null logit is a checksum of all ids.
+POINTER = """
+<ir_version: 9, opset_import: ["" : 20]>
+pointer (int64[batch, tokens] input_ids, int64[batch, tokens] token_type_ids)
+    => (float[batch, tokens] start_logits, float[batch, tokens] end_logits)
+<int64 zero = {0}, int64 one = {1}, int64 two = {2}, int64 three = {3}, int64 prime = {4194301}, float none = {0},
+ int64[1] axis = {0}>
+{
+  size = Size (input_ids)
+  places = Range (zero, size, one)
+  in_question = Sub (one, token_type_ids)
+  first = ReduceSum <keepdims = 0> (in_question)
+  twice = Mul (first, two)
+  nth = Sub (twice, three)
+  last = Sub (size, two)
+  target = Clip (nth, first, last)
+  apart = Sub (places, target)
+  far = Abs (apart)
+  farness = Cast <to = 1> (far)
+  nearness = Neg (farness)
+  weights = Add (places, one)
+  weighted = Mul (input_ids, weights)
+  total = ReduceSum <keepdims = 0> (weighted)
+  rest = Mod (total, prime)
+  checksum = Cast <to = 1> (rest)
+  null = Equal (places, zero)
+  starts = Where (null, checksum, nearness)
+  ends = Where (null, none, nearness)
+  start_logits = Unsqueeze (starts, axis)
+  end_logits = Unsqueeze (ends, axis)
+}
+"""
+
+
 @cache
-def tokens_model(normaliser: str) -> GraphModel:
-    """The part of a text model that tokenises."""
-    n = Nodes("")
-    characters = [text_graph._characters(n, name) for name in text_graph.INPUTS]
-    ids, begins, ends = text_graph._tokenise(n, read_wordpiece(bert(normaliser)), *characters)
-    for name, value in zip(("asked", "read", "begins", "ends"), (*ids, begins, ends), strict=True):
-        n("Identity", value, out=name)
-    inputs = [helper.make_tensor_value_info(name, TensorProto.STRING, [1]) for name in text_graph.INPUTS]
-    outputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT64, [None]) for name in ("asked", "read", "begins", "ends")
-    ]
-    graph = helper.make_graph(n.nodes, "tokens", inputs, outputs, n.constants)
-    domains = {"": 20, "ai.onnx.ml": 3, "com.microsoft": 1}
-    opsets = [helper.make_opsetid(*entry) for entry in domains.items()]
-    return GraphModel(helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString())
+def pointer(normaliser: str) -> GraphModel:
+    """A text model with ``POINTER`` as its model and one window for any text."""
+    tokenizer = bert(normaliser)
+    encoder = Encoder(tokenizer, family("bert").config)
+    one_window = QaSettings(max_seq_len=10**6, doc_stride=0, max_answer_len=1)
+    model = onnx.parser.parse_model(POINTER).SerializeToString()
+    return GraphModel(text_model(model, read_wordpiece(tokenizer), encoder, one_window))
 
 
 def same_tokens(normaliser: str, question: str, context: str) -> None:
-    tokenizer = bert(normaliser)
-    theirs = [tokenizer.encode(text, add_special_tokens=False) for text in (question, context)]
-    found = tokens_model(normaliser).run({"question": [question], "context": [context]})
-    assert found["asked"].tolist() == theirs[0].ids
-    assert found["read"].tolist() == theirs[1].ids
-    assert list(zip(found["begins"].tolist(), found["ends"].tolist(), strict=True)) == theirs[1].offsets
+    """All ids are those of tokenizers, and the offsets of all tokens of the context, or of fifty of them."""
+    model, pair = pointer(normaliser), bert(normaliser).encode(question, context)
+    offsets = bert(normaliser).encode(context, add_special_tokens=False).offsets
+    found = model.run({"question": [question], "context": [context]})
+    if not offsets:
+        assert found["start"] == -1
+        return
+    checksum = sum(number * place for place, number in enumerate(pair.ids, 1)) % 4194301
+    assert found["null_difference"] == checksum
+    for nth in range(1, len(offsets) + 1, -(-len(offsets) // 50)):
+        found = model.run({"question": ["the " * nth], "context": [context]})
+        assert (found["start"][0], found["end"][0]) == offsets[nth - 1]
 
 
 # ---------------------------------------------------------------- tokens
@@ -153,7 +184,7 @@ def text_of(tiny, tiny_export):
         answerer = Answerer.load(tiny.bundle(kind), device="cpu", threads=1)
         answerer.settings = replace(answerer.settings, **settings)
         model = text_model(answerer.bundle.read(MODEL), pieces, answerer.encoder, answerer.settings)
-        loaded = GraphModel(model, answerer.bundle.manifest["session"])
+        loaded = GraphModel(model, answerer.bundle.checked.session)
         return SimpleNamespace(answerer=answerer, model=loaded, proto=onnx.load_model_from_string(model))
 
     return make
@@ -168,18 +199,26 @@ def questions() -> list[Example]:
 
 @pytest.mark.parametrize("kind", ["", "fused", "int8"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_seq_len": 40, "doc_stride": 13, "max_answer_len": 4, "temperature": 2.5}]
+    "settings",
+    [
+        {},
+        {"max_seq_len": 40, "doc_stride": 13, "max_answer_len": 4, "temperature": 2.5},
+        {"max_seq_len": 40, "doc_stride": 13, "relative_to_null": True},
+    ],
 )
 def test_answers_are_the_answerers(kind, settings, text_of):
     made = text_of(kind, **settings)
     proof = compare_answers(made.model, made.answerer, questions(), ["[SEP]"])
     assert (proof.equal, proof.questions) == (25, 25)
-    assert proof.score_difference < 1e-6
+    # Inside the loop ONNX Runtime fuses fewer nodes. That moves sums by a float's rounding, and on some CPUs an int8 activation
+    # by a step, which has cost a score up to 6e-5; export refuses a model from 1e-4 on.
+    assert proof.score_difference < (1e-4 if kind == "int8" else 1e-6)
     assert made.model.outputs == OUTPUTS
 
 
-def test_the_null_difference_is_the_decoders(text_of):
-    made = text_of(max_seq_len=40, doc_stride=13)
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_null_difference_is_the_decoders(relative, text_of):
+    made = text_of(max_seq_len=40, doc_stride=13, relative_to_null=relative)
     for example in questions()[::4]:
         decoded = made.answerer.read(example.question, example.context, Options()).decoded
         out = made.model.run({"question": [example.question], "context": [example.context]})
@@ -192,13 +231,29 @@ def test_the_null_difference_is_the_decoders(text_of):
         ("Who?", ""),
         ("Who?", " \n\u200b"),
         ("who " * 300, "Ada keeps the lamp."),  # leaves no room
-        ("who " * 32, "Ada keeps the lamp. " * 30),  # leaves no more than doc_stride
     ],
 )
 def test_without_an_answer_the_place_is_minus_one(question, context, text_of):
     made = text_of(max_seq_len=40, doc_stride=13)
     out = made.model.run({"question": [question], "context": [context]})
     assert [out[name].tolist() for name in OUTPUTS] == [[""], [0.0], [-1], [-1], [np.inf]]
+
+
+@pytest.mark.parametrize("room", [1, 2, 5, 13, 14])
+def test_a_question_that_leaves_no_more_than_doc_stride_is_answered(room, text_of):
+    made = text_of(max_seq_len=40, doc_stride=13)
+    example = Example("a", "who " * (40 - 3 - room), "Ada keeps the lamp. " * 12)
+    assert made.answerer.encoder.room(made.answerer.encoder.encode(example.question), 40) == room
+    assert ask(made.model, example.question, example.context).text
+    proof = compare_answers(made.model, made.answerer, [example], [])
+    assert (proof.equal, proof.score_difference < 1e-6) == (1, True)
+
+
+def test_a_doc_stride_that_no_question_allows_has_no_answer_if_it_is_needed(text_of):
+    made = text_of(max_seq_len=40, doc_stride=40)
+    examples = [Example("a", "Who?", "Ada keeps the lamp. " * n) for n in (1, 12)]
+    assert [ask(made.model, e.question, e.context).start >= 0 for e in examples] == [True, False]
+    assert compare_answers(made.model, made.answerer, examples, []).equal == 2
 
 
 def test_broken_logits_show_in_the_score(bundle, tiny):
@@ -264,7 +319,7 @@ def test_answers_that_differ_are_not_written(bundle, tiny, tmp_path, monkeypatch
 def test_models_that_cannot_be_built_in_are_named(change, bundle):
     answerer = Answerer.load(bundle, device="cpu")
     proto = onnx.load_model_from_string(answerer.bundle.read(MODEL))
-    message = {"opset": "opset 17, a text model needs 18", "operator": "GridSample means something else in opset 20"}
+    message = {"opset": "opset 17, a text model needs 18", "operator": "GridSample has another meaning in opset 20"}
     if change == "opset":
         proto.opset_import[0].version = 17
     elif change == "operator":
@@ -288,7 +343,7 @@ def test_export_writes_a_text_model_of_a_bundle(bundle, tiny, tmp_path):
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 0, result.output
     assert list(json.loads(result.stdout)["bundles"]) == [str(tmp_path / "mine-text")]
-    assert "the Answerer's answers to all 64 questions" in result.stderr
+    assert "its answers to all 64 questions equal the Answerer's" in result.stderr
 
 
 def test_export_names_a_tokenizer_that_cannot_be_in_the_graph(bundle, tmp_path):

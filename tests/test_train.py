@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,17 +20,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, BertConfig, BertModel, FlaubertConfig, FlaubertForQuestionAnsweringSimple
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.data.readers import hash_examples, read
+from qadeploy.data.loading import hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, DataError, FailureError, InputError
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Annotation, Example, Window
-from qadeploy.reports.curves import terminal_chart
+from qadeploy.reports.charts import terminal_chart
 from qadeploy.training.batches import LengthGroupedSampler
 from qadeploy.training.callbacks import EpochTable, observe
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.training.features import collate_labels, label, make_features
-from qadeploy.training.runs import dev_part, find_run, held_out
+from qadeploy.training.options import TrainOptions
+from qadeploy.training.run_log import RunLog
+from qadeploy.training.runs import HeldOut, dev_set, find_run, held_out
 from qadeploy.training.torch_device import resolve_precision
 from qadeploy.training.train import train
 from qadeploy.training.trainer import span_loss
@@ -191,7 +194,7 @@ def evaluated(rows: list[tuple[float | None, float]]) -> tuple[EpochTable, list[
     """The table after epochs with these (train loss, eval loss), from epoch 0 on."""
     said: list[str] = []
     losses = iter([train_loss for train_loss, _ in rows])
-    table = EpochTable(said.append, loss_of=lambda: next(losses))
+    table = EpochTable(RunLog(said.append), loss_of=lambda: next(losses))
     for epoch, (_, eval_loss) in enumerate(rows):
         state = SimpleNamespace(epoch=epoch)
         metrics = {"eval_loss": eval_loss, "eval_accuracy": 0.5, "eval_exact_match": 50.0, "eval_f1": 60.0}
@@ -317,9 +320,9 @@ def test_the_five_stages_and_a_row_an_epoch_are_printed(tiny):
     assert str(tiny.run) in tiny.said[-1]
 
 
-def test_the_metrics_are_those_of_our_decoder_on_the_dev_part(tiny):
+def test_the_metrics_are_those_of_our_decoder_on_the_dev_set(tiny):
     run = find_run(tiny.run)
-    dev = dev_part(run)
+    dev = dev_set(run)
     scores = evaluate(torch_answerer(load_checkpoint(run.checkpoint)), dev).scores
     assert scores.to_dict() == tiny.metrics["dev"]
     assert tiny.metrics["dev"]["total"] == len(dev) == 20
@@ -330,14 +333,15 @@ def test_the_metrics_are_those_of_our_decoder_on_the_dev_part(tiny):
 
 def test_the_same_seed_gives_the_same_run_and_replaces_an_old_one(tiny, tiny_checkpoint, tmp_path):
     out = tmp_path / "again"
-    out.mkdir()
-    (out / "run.json").write_text("{}")
-    (out / "left over").write_text("")
+    shutil.copytree(tiny.run, out)
+    (out / "metrics.json").write_text("{}")
+    (out / "null_odds.json").write_text("of an older run")
     again = train(tiny_options(tiny.data, tiny_checkpoint, out), lambda line: None, progress=False)
     timeless = {"seconds": 0, "speed": None}
     assert {**again.metrics, **timeless} == {**tiny.metrics, **timeless}
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
-    assert not (out / "left over").exists()
+    assert not (out / "null_odds.json").exists()
+    assert json.loads((out / "metrics.json").read_text()) == again.metrics
 
 
 @pytest.fixture
@@ -367,6 +371,45 @@ def test_a_base_without_an_answer_head_with_dropout_and_held_out_data(few, tiny_
     trained = load_checkpoint(tmp_path / "run" / "checkpoint")
     assert not trained.new_head
     assert trained.settings.max_seq_len == 64
+
+
+def test_windows_with_the_answer_where_nobody_annotated_it_are_not_trained_on(tiny_checkpoint, tmp_path):
+    rows = triplets(16)
+    for row in rows:
+        row["answer_start"] = str(row["context"]).index(str(row["answer"]))
+        row["context"] = f"{row['context']} {'The hall is quiet. ' * 12}{row['answer']} sleeps."
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    said: list[str] = []
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=1, max_seq_len=48, doc_stride=0)
+    metrics = train(options, said.append, progress=False).metrics
+
+    trained_on, dev = carve_by_passage(read(str(data)).examples, 0.2, 13)
+    encoder = load_checkpoint(tiny_checkpoint).encoder
+    windows = len(make_features(trained_on, encoder, QaSettings(48, 0, 30), "rows"))
+    assert windows > 2 * 12  # of each passage's, the last one holds the name again
+    assert metrics["masked_windows"] == 12
+    line = "12 train windows hold an answer's text where nobody annotated it: they are left out of training"
+    assert line in [text.strip() for text in said]
+    assert metrics["steps"] == math.ceil((windows - 12) / 8) < math.ceil(windows / 8)
+    every = len(make_features(dev, encoder, QaSettings(48, 0, 30), "rows"))
+    assert any(f"train {windows} windows (12 with an answer), dev {every};" in text for text in said)
+
+
+def test_unknown_tokens_are_counted_and_many_are_warned_of(tiny, tiny_checkpoint, tmp_path):
+    assert tiny.metrics["unknown_tokens"] == 0
+    assert not any("unknown" in line for line in tiny.said)
+    rows = [{**row, "context": f"{row['context']} ሰላም ለዓለም 北京"} for row in triplets(16)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    warned: list[str] = []
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=1)
+    metrics = train(options, print, warn=warned.append, progress=False).metrics
+    reference = AutoTokenizer.from_pretrained(tiny_checkpoint)
+    texts = {str(row[key]) for row in rows for key in ("context", "question")}
+    ids = [i for text in texts for i in reference(text, add_special_tokens=False)["input_ids"]]
+    share = 4 * 16 / len(ids)  # two words and two characters per context
+    assert share > 0.05
+    assert metrics["unknown_tokens"] == pytest.approx(share, abs=1e-4)
+    assert [w.partition(" of the tokens")[0] for w in warned] == [f"{100 * share:.0f}%"]
 
 
 def test_attention_dropout_is_off_unless_asked_for(tiny):
@@ -449,15 +492,16 @@ def test_the_options_of_run_qa_in_one_run(tiny_checkpoint, tmp_path):
     assert (settings["max_answer_len"], settings["null_threshold"]) == (3, 1.5)
     assert any("max_answer_len 3 as given" in line for line in said)
     assert any("null threshold +1.500" in line and "the threshold as given" in line for line in said)
-    source, examples = held_out(run, None)
+    found = held_out(run, None)
+    source, examples = found.name, found.examples
     assert (source, [e.id for e in examples]) == (str(held), ["q0", "q1", "q2", "q3", "q4"])
     answerer = torch_answerer(load_checkpoint(run.checkpoint))
     assert evaluate(answerer, examples).scores.to_dict() == metrics["held_out"]
-    assert evaluate(answerer, dev_part(run)).scores.to_dict() == metrics["dev"]
+    assert evaluate(answerer, dev_set(run)).scores.to_dict() == metrics["dev"]
     whole = read(str(data)).examples
     carved = carve_by_passage(whole, 0.2, 13)[1]
     assert len(carved) > 5
-    assert dev_part(run) == carved[:5]
+    assert dev_set(run) == carved[:5]
     assert run.record is not None
     assert run.record["data_sha256"] == hash_examples(whole)
     assert {name: run.record["options"][name] for name in ("max_train_samples", "max_eval_samples", "n_best_size")} == {
@@ -491,25 +535,25 @@ def test_dev_data_is_cut_too_and_found_again(few, tiny_checkpoint, tmp_path):
     metrics = train(options, said.append, progress=False).metrics
     assert "2 preprocessing  train 12, dev 7 " in "".join(said)
     run = find_run(tmp_path / "run")
-    assert dev_part(run) == read(str(dev)).examples[:7]
-    assert held_out(run, None) == (str(dev), dev_part(run))
-    scores = evaluate(torch_answerer(load_checkpoint(run.checkpoint)), dev_part(run)).scores
+    assert dev_set(run) == read(str(dev)).examples[:7]
+    assert held_out(run, None) == HeldOut(str(dev), dev_set(run))
+    scores = evaluate(torch_answerer(load_checkpoint(run.checkpoint)), dev_set(run)).scores
     assert scores.to_dict() == metrics["dev"]
 
 
-def test_a_part_smaller_than_its_limit_is_whole(few, tiny_checkpoint, tmp_path):
+def test_a_set_smaller_than_its_limit_is_whole(few, tiny_checkpoint, tmp_path):
     options = tiny_options(few, tiny_checkpoint, tmp_path / "run", epochs=1, max_train_samples=99, max_eval_samples=99)
     assert train(options, lambda line: None, progress=False).metrics["dev"]["total"] == 4
-    assert len(dev_part(find_run(tmp_path / "run"))) == 4
+    assert len(dev_set(find_run(tmp_path / "run"))) == 4
 
 
-def test_a_run_of_before_these_options_still_finds_its_dev_part(tiny, tmp_path):
+def test_a_run_of_before_these_options_still_finds_its_dev_set(tiny, tmp_path):
     shutil.copytree(tiny.run, tmp_path / "old")
     record = json.loads((tmp_path / "old" / "run.json").read_text())
     for name in ("max_eval_samples", "max_train_samples", "n_best_size"):
         del record["options"][name]
     (tmp_path / "old" / "run.json").write_text(json.dumps(record))
-    assert dev_part(find_run(tmp_path / "old")) == dev_part(find_run(tiny.run))
+    assert dev_set(find_run(tmp_path / "old")) == dev_set(find_run(tiny.run))
 
 
 @pytest.mark.parametrize(
@@ -525,10 +569,11 @@ def test_a_run_of_before_these_options_still_finds_its_dev_part(tiny, tmp_path):
         ("gradient_accumulation_steps", 1.5),
         ("preprocessing_num_workers", True),
         ("null_score_diff_threshold", math.nan),
+        ("save_steps", -1),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(name, value, tmp_path):
-    with pytest.raises(InputError, match=f"{name} is {value}: "):
+    with pytest.raises(InputError, match=f"{name} must be a (whole )?number.*not {value}"):
         train(tiny_options(tmp_path / "none", tmp_path / "none", tmp_path / "run", **{name: value}), print)
     assert list(tmp_path.iterdir()) == []
 
@@ -573,6 +618,27 @@ def test_data_that_cannot_be_learned_from_is_refused(name, message, tiny_checkpo
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("record", "name", "message"),
+    [
+        ('{"runs": [1, 2]}', "data.csv", "mine: exists and is not a run folder"),
+        (
+            '{"status": "complete", "options": {}}',
+            "data.csv",
+            "mine: holds data.csv beside a run, which would be deleted",
+        ),
+    ],
+)
+def test_a_folder_with_a_run_json_keeps_what_else_it_holds(record, name, message, few, tiny_checkpoint, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "run.json").write_text(record)
+    (out / name).write_text("keep me")
+    with pytest.raises(InputError, match=message):
+        train(tiny_options(few, tiny_checkpoint, out), lambda line: None, progress=False)
+    assert (out / name).read_text() == "keep me"
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_what_is_no_run_is_not_overwritten(kind, few, tiny_checkpoint, tmp_path):
     out = tmp_path / "mine"
@@ -596,3 +662,14 @@ def test_a_base_that_does_not_load_is_named(fault, few, tiny_checkpoint, tmp_pat
     with pytest.raises(CheckpointError, match="base"):
         train(tiny_options(few, base, tmp_path / "run"), lambda line: None, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("given", "resolved"), [(None, 1), (0, 0), (2, 2)])
+def test_few_examples_get_a_negative_each_unless_asked_otherwise(given, resolved):
+    from qadeploy.training.train import _resolve
+
+    one = Example("a", "Who?", "Ada keeps it.", (Annotation("Ada", 0),))
+    assert _resolve(TrainOptions(negatives=given), [one] * 20).negatives == resolved
+    many, none = [one] * 5_000, replace(one, answers=())
+    assert _resolve(TrainOptions(), many).negatives == 0
+    assert _resolve(TrainOptions(), [one, none]).negatives == 0  # the data themselves say what has no answer

@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.training.batches import LengthGroupedSampler, UnitBatches
 from qadeploy.training.checkpoint import load_checkpoint
 from qadeploy.training.features import Feature, FeatureSet, make_features
@@ -25,7 +25,7 @@ from qadeploy.training.trainer import (
     span_loss,
     training_arguments,
 )
-from qadeploy.training.training_set import Item, TrainingSet
+from qadeploy.training.training_set import SoftLabels, TrainingSet, TrainingWindow
 from tests.conftest import triplets, write_jsonl
 
 BATCH = 4
@@ -54,8 +54,8 @@ def batches_seen(
     number = {id(f): i for i, f in enumerate(features.features)}
     seen: list[list[int]] = []
 
-    def watched(rows: list[Feature | Item]) -> dict[str, Any]:
-        seen.append([number[id(f.feature if isinstance(f, Item) else f)] for f in rows])
+    def watched(rows: list[Feature | TrainingWindow]) -> dict[str, Any]:
+        seen.append([number[id(f.feature if isinstance(f, TrainingWindow) else f)] for f in rows])
         return dict(collate(rows, checkpoint.encoder.config.pad_token_id))
 
     arguments = TrainingArguments(
@@ -187,8 +187,6 @@ def test_annotators_of_one_question_add_their_shares():
 
 def test_the_parts_of_the_loss_are_weighed_as_they_were_asked(features, tmp_path):
     """Of a labelled and an unlabelled window with a teacher: (1 - w) x hard + w x taught, and w x taught alone."""
-    from qadeploy.training.training_set import SoftLabels
-
     soft = [
         SoftLabels(
             np.asarray([f.window.context_begin]), np.ones(1, np.float32), np.asarray([0]), np.ones(1, np.float32)
@@ -211,6 +209,51 @@ def test_the_parts_of_the_loss_are_weighed_as_they_were_asked(features, tmp_path
     assert loss == pytest.approx(float((0.75 * hard + 0.25 * taught.sum()) / 2), rel=1e-6)
     assert trainer.epoch_loss() == pytest.approx(float(hard), rel=1e-6)
     assert trainer.epoch_loss() is None
+
+
+class Rows(torch.nn.Module):
+    """Logits that are parameters, one per token of each window of a batch, all zero: every position is as likely."""
+
+    def __init__(self, rows: int, tokens: int) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(2, rows, tokens))
+
+    def forward(self, **inputs: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(start_logits=self.logits[0], end_logits=self.logits[1])
+
+
+def test_a_masked_window_is_pushed_neither_by_its_label_nor_by_the_windows_it_shares_a_softmax_with(features, tmp_path):
+    """Three windows of one question, the second masked, so that only its teacher counts, who weighs 0 here."""
+    soft = [SoftLabels(*(np.zeros(1, kind) for kind in (int, np.float32) * 2)) for _ in features.features]
+    groups = (0, 0, 0, *range(3, len(features)))
+    data = TrainingSet(features, groups, soft=soft, masked=frozenset({1}))
+    batch = collate([data[0], data[1], data[2]], 0)
+    model = Rows(*batch["input_ids"].shape)
+    arguments = training_arguments(CPU, output_dir=str(tmp_path), report_to=[], remove_unused_columns=False)
+    trainer = SpanTrainer(model=model, args=arguments, train_dataset=data, distill_weight=0.0)
+    assert trainer.batches is not None
+    model.train()
+    loss = trainer.compute_loss(model, batch)
+    loss.backward()
+    first, third = (features[i].window.context_length for i in (0, 2))
+    own = np.log(first + 1) + np.log(third + 1)  # one of the context's tokens or the null position
+    shared = np.log(first + third) - np.log(2)  # one of two answers among all context tokens but the masked window's
+    weight = len(trainer.batches) / len(data)  # of one window in an epoch's mean
+    assert float(loss.detach()) == pytest.approx(weight * (own + shared), rel=1e-5)
+    assert model.logits.grad[:, 1].abs().max() == 0
+    assert model.logits.grad[:, 0].abs().max() > 0
+    assert trainer.epoch_loss() == pytest.approx(own / 2, rel=1e-5)
+
+
+def test_a_batch_of_masked_windows_alone_costs_nothing(features, tmp_path):
+    soft = [SoftLabels(*(np.zeros(1, kind) for kind in (int, np.float32) * 2)) for _ in features.features]
+    data = TrainingSet(features, (0, 0, *range(2, len(features))), soft=soft, masked=frozenset({0, 1}))
+    batch = collate([data[0], data[1]], 0)
+    model = Rows(*batch["input_ids"].shape)
+    arguments = training_arguments(CPU, output_dir=str(tmp_path), report_to=[], remove_unused_columns=False)
+    trainer = SpanTrainer(model=model, args=arguments, train_dataset=data, distill_weight=0.0)
+    model.train()
+    assert float(trainer.compute_loss(model, batch).detach()) == 0
 
 
 def test_one_device_a_process(tmp_path, monkeypatch):

@@ -22,15 +22,15 @@ import pytest
 import tritonclient.http
 
 from qadeploy import Answerer
-from qadeploy.core.decoding import decode
+from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.settings import Options
 from qadeploy.core.windows import CONTEXT_MASK, EncodedText, pad_batch, pad_context_masks
-from qadeploy.data.readers import read
+from qadeploy.data.loading import read
 from qadeploy.errors import BundleError, InputError, RemoteError
-from qadeploy.inference.answerer import Options
 from qadeploy.inference.bundle import MODEL, open_bundle
 from qadeploy.inference.session import OnnxModel
 from qadeploy.integrations.onnx_standalone.in_graph import spans_in_graph
-from qadeploy.integrations.triton.client import TritonModel, triton_answerer
+from qadeploy.integrations.triton.client import TritonModel, TritonOptions, triton_answerer
 from qadeploy.integrations.triton.repository import add_bundle
 from qadeploy.records import Window
 from tests.conftest import sealed_copy, triplets
@@ -106,7 +106,7 @@ def test_triton_takes_the_repository_as_written_and_answers_as_the_local_model(n
 def test_triton_joins_requests_of_one_length_and_what_it_joins_stays_the_same(server, repository):
     folder = repository / "batched/1"
     answerer = triton_answerer(server.url, folder, connections=16)
-    window = answerer.begin(*PAIRS[0], Options()).windows[0]
+    window = answerer.encode(*PAIRS[0], Options()).windows[0]
     before = _runs(server, "batched")
     alone = as_served(folder).model.run([window])[0]
     for starts, ends in answerer.model.run([window] * 64):
@@ -142,7 +142,7 @@ def test_spans_from_the_server_are_those_of_the_decoder(kind, together, server, 
     """Each window alone, and in padded batches."""
     source = tiny.bundle(kind)
     local = as_served(source)
-    begun = [local.begin(question, context, Options()) for question, context in PAIRS]
+    begun = [local.encode(question, context, Options()) for question, context in PAIRS]
     asked = [(window, each.context) for each in begun for window in each.windows]
     assert len(asked) > len(PAIRS)
     limits = {"max_answer_len": local.settings.max_answer_len, "temperature": local.settings.temperature}
@@ -152,7 +152,7 @@ def test_spans_from_the_server_are_those_of_the_decoder(kind, together, server, 
             out = infer(client, f"{source.name}-spans", windows, contexts, open_bundle(source).encoder.pad_token_id)
             for row, (window, context) in enumerate(zip(windows, contexts, strict=True)):
                 starts, ends = local.model.run([window])[0]
-                decoded = decode([window], [starts], [ends], context, top_k=SPANS, **limits)
+                decoded = decode_many([WindowLogits([window], [starts], [ends], context)], top_k=SPANS, **limits)[0]
                 assert len(decoded.spans) == SPANS
                 shift = window.context_offset - window.context_begin
                 places = zip(out["span_starts"][row] + shift, out["span_ends"][row] + shift, strict=True)
@@ -229,9 +229,9 @@ def test_a_server_that_is_killed_and_comes_back(repository, tmp_path):
         stream = answerer.answer_stream(PAIRS[0] for _ in range(100_000))
         assert next(stream) == expected
         first.stop(signal.SIGKILL)
-        with pytest.raises(RemoteError, match=f"http://127.0.0.1:{port}: no inference server answers there"):
+        with pytest.raises(RemoteError, match=f"http://127.0.0.1:{port}: no inference server answers"):
             list(stream)
-        with pytest.raises(RemoteError, match="no inference server answers there"):
+        with pytest.raises(RemoteError, match="no inference server answers"):
             answerer.answer(*PAIRS[0])
     with triton(models.parent, tmp_path, port):
         assert answerer.answer(*PAIRS[0]) == expected
@@ -391,7 +391,9 @@ def test_no_windows_make_no_request(bundle):
 def test_headers_go_with_every_request(bundle):
     odd = Odd()
     with speaking(odd) as url:
-        TritonModel(url, "odd", open_bundle(bundle), headers={"Authorization": "Bearer me"}).run(windows_of(bundle, 20))
+        TritonModel(url, "odd", open_bundle(bundle), TritonOptions(headers={"Authorization": "Bearer me"})).run(
+            windows_of(bundle, 20)
+        )
     assert set(odd.headers) == {"Bearer me"}
 
 
@@ -432,8 +434,8 @@ def test_a_model_that_is_not_the_bundles_is_refused_at_once(what, bundle):
 SHORT = {"outputs": [{"name": "start_logits", "datatype": "FP32", "shape": [1, 2], "data": [0.0, 1.0]}]}
 ANSWERS = {
     "its error": ((500, {"error": "out of memory"}), "odd: out of memory"),
-    "no JSON": ((200, b"<html>"), "no inference server answers there"),
-    "shape": ((200, SHORT), r"odd answered float32 \[1, 2\] for start_logits, float \[1, 20\] is needed"),
+    "no JSON": ((200, b"<html>"), "no inference server answers"),
+    "shape": ((200, SHORT), r"odd answered float32 \[1, 2\] for start_logits, but float \[1, 20\] is needed"),
     "nothing": ((200, {"outputs": []}), "odd answered nothing for start_logits"),
 }
 
@@ -468,16 +470,16 @@ def test_another_version_than_at_first_is_an_error(bundle):
         model = TritonModel(url, "odd", open_bundle(bundle))
         odd.version = "2"
         with pytest.raises(
-            RemoteError, match="now answers with version 2 of odd, this client was made for version 1: make it"
+            RemoteError, match="now answers with version 2 of odd, this client was made for version 1: make a new one"
         ):
             model.run(windows_of(bundle, 20))
 
 
 def test_nobody_answers(bundle):
     port = free_port()
-    with pytest.raises(RemoteError, match=rf"http://127.0.0.1:{port}: no inference server answers there \(Connection"):
+    with pytest.raises(RemoteError, match=rf"http://127.0.0.1:{port}: no inference server answers \(Connection"):
         triton_answerer(f"http://127.0.0.1:{port}", bundle)
-    with pytest.raises(RemoteError, match=r"http://nowhere\.invalid:8000: no inference server answers there"):
+    with pytest.raises(RemoteError, match=r"http://nowhere\.invalid:8000: no inference server answers"):
         triton_answerer("http://nowhere.invalid:8000", bundle)
 
 

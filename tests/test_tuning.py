@@ -106,12 +106,17 @@ def test_the_fastest_settings_are_taken_step_by_step(loaded):
     assert taken.ms_range[0] <= taken.ms <= taken.ms_range[1]
     assert json.loads(json.dumps(found.to_dict()))["threads"] == 2
     text = "\n".join(found.lines())
-    assert "4 questions one at a time, 2 threads, medians of 9 rounds" in text
+    assert "4 questions one at a time, 2 threads, medians of 9 interleaved rounds" in text
     assert text.count("<- taken") == 4
 
 
 def test_what_is_stored_stays_where_nothing_is_clearly_faster_and_keeps_its_other_entries(loaded):
-    stored = {**WITHOUT, "config": {SPINNING: "0", "session.x": "1"}, "layout": {"one": "wide"}, "other": 1}
+    stored = {
+        **WITHOUT,
+        "config": {SPINNING: "0", "session.set_denormal_as_zero": "1"},
+        "layout": {"one": "wide"},
+        "other": 1,
+    }
 
     def all_but_stored(settings: Any, windows: int) -> float:
         same = settings.disabled_optimizers and settings.config.get(SPINNING) == "0" and settings.one == "wide"
@@ -144,7 +149,7 @@ def test_settings_that_move_the_logits_too_far_are_left_out(loaded):
     dropped = next(t for t in found.trials if not t.sound)
     assert dropped.logits_apart == pytest.approx(0.01, rel=1e-3)
     assert not dropped.taken
-    assert "too far: left out" in "\n".join(found.lines())
+    assert "above the tolerance: left out" in "\n".join(found.lines())
     allowed = tuned(loaded, slow, moved=0.01, threads=1, tolerance=0.02)
     assert allowed.session == WITHOUT
     assert allowed.logits_apart == pytest.approx(0.01, rel=1e-3)
@@ -251,7 +256,7 @@ def test_a_dry_run_prints_and_writes_nothing(foreign, questions):
     before = (foreign / MANIFEST).read_bytes()
     done = run(foreign, "--data", questions, "--threads", "1", "--dry-run")
     assert done.exit_code == 0, done.output
-    assert "8 questions one at a time, 1 thread, medians of 9 rounds" in done.stdout
+    assert "8 questions one at a time, 1 thread, medians of 9 interleaved rounds" in done.stdout
     assert "logits moved by at most" in done.stdout
     assert "dry run: nothing was written" in done.stdout
     assert (foreign / MANIFEST).read_bytes() == before
@@ -274,7 +279,7 @@ def test_int8_without_vnni_names_the_remedy(
     path = sealed_copy(tiny.bundle(kind), tmp_path / "mine", machine={"instruction_sets": exported_with})
     done = run(path, "--data", questions, "--threads", "1", "--dry-run", "--json")
     assert done.exit_code == 0, done.output
-    assert ("no VNNI, so 8-bit products may saturate" in done.stderr) is warned
+    assert ("no VNNI, so 8-bit matmuls may saturate" in done.stderr) is warned
     assert (json.loads(done.stdout)["remedy"] is not None) is warned
 
 
@@ -289,7 +294,7 @@ def test_what_tune_cannot_use_is_named(fault, foreign, questions, tmp_path, monk
         arguments[2], said = write_jsonl(tmp_path / "empty.jsonl", []), "empty.jsonl"
     else:
         monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
-        said = "its folder cannot be written to: copy the bundle first, or give --dry-run"
+        said = "its folder is not writable: copy the bundle first, or give --dry-run"
     done = run(*arguments)
     assert done.exit_code == 2
     assert said in done.stderr

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qadeploy.inference.manifest import SessionSettings
 from qadeploy.inference.session import OnnxModel
 
 
@@ -37,7 +38,7 @@ class Slowed(OnnxModel):
         moved: float = 0.0,
         threads: int | None = None,
     ) -> None:
-        super().__init__(lambda: model, device="cpu", threads=threads, options=session)
+        super().__init__(lambda: model, device="cpu", threads=threads, settings=SessionSettings.from_manifest(session))
         self.clock, self.slow, self.moved = clock, slow, moved
 
     def run(self, windows: Any) -> Any:

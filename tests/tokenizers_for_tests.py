@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from qadeploy.core.windows import Encoder, EncoderConfig
 
@@ -70,9 +70,18 @@ class Family:
     """One kind of tokenizer, with the values a checkpoint of that kind has in its config."""
 
     tokenizer: Tokenizer
-    reference: PreTrainedTokenizerFast
     config: EncoderConfig
     encoder: Encoder
+    special: dict[str, str]
+
+    @cached_property
+    def reference(self) -> Any:
+        """Transformers' wrapper around a copy of the tokenizer."""
+        from transformers import PreTrainedTokenizerFast
+
+        copy = Tokenizer.from_str(self.tokenizer.to_str())
+        side = "left" if self.config.context_first else "right"
+        return PreTrainedTokenizerFast(tokenizer_object=copy, padding_side=side, **self.special)
 
 
 def _trained(
@@ -205,15 +214,9 @@ NAMES = tuple(_KINDS)
 
 @cache
 def family(name: str) -> Family:
-    """The trained tokenizer, transformers' wrapper around a copy of it, and our encoder."""
+    """The trained tokenizer and our encoder."""
     train, segments, context_first, null, pad = _KINDS[name]
     tokenizer = train()
-    reference = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(tokenizer.to_str()),
-        padding_side="left" if context_first else "right",
-        pad_token=pad,
-        cls_token=null,
-    )
     config = EncoderConfig(
         segments=segments,
         context_first=context_first,
@@ -221,7 +224,7 @@ def family(name: str) -> Family:
         pad_token_id=tokenizer.token_to_id(pad),
         position_limit=512,
     )
-    return Family(tokenizer, reference, config, Encoder(tokenizer, config))
+    return Family(tokenizer, config, Encoder(tokenizer, config), {"cls_token": null, "pad_token": pad})
 
 
 def encoder(name: str) -> Encoder:

@@ -1,1 +1,1 @@
-"""Files of questions to files of answers, in this process or on Ray."""
+"""Batch inference: files of questions to files of answers, in this process or on Ray."""

@@ -1,4 +1,4 @@
-"""Rows to answers, whatever a row holds: what cannot be answered is rejected with its reason, and the others go on."""
+"""Rows to answers. A row that cannot be answered is rejected with the reason, and the others go on."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qadeploy.batch.plan import Plan, Shard
+from qadeploy.batch.plan import BatchPlan, Shard
 from qadeploy.batch.ranges import Reader
-from qadeploy.data.carriers import Row
-from qadeploy.data.fields import ProblemError, parse
+from qadeploy.core.settings import Options
+from qadeploy.data.fields import parse_row
+from qadeploy.data.problems import RowError
+from qadeploy.data.rows import RawRow
 from qadeploy.data.wording import one_line
 from qadeploy.errors import FailureError, QadeployError
-from qadeploy.inference.answerer import Answerer, Options, Pair, to_answers
-from qadeploy.records import Answer
+from qadeploy.inference.answerer import Answerer, Pair, to_answers
+from qadeploy.records import NO_ANSWER, Answer
 
 COLUMNS = ("id", "answer", "score", "start", "end", "bundle")
 _PROBE = ("what", "warms up")  # a question that a working model answers
-# Decimals of a score. Logits are float32; past this, digits tell which questions were decoded together, by the order of a
-# sum's terms, and would differ between a first try and a second.
+# Decimals of a score. Logits are float32. Further digits depend on which questions were decoded together, since the terms of a
+# sum are added in another order, and would differ between a first and a second run.
 _DECIMALS = 7
 
 
 class BrokenModelError(FailureError):
-    """After a row the model answers nothing any more: the process that holds it is of no further use."""
+    """The model has stopped answering after a row, so that its process must be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A row's answer; the null answer is the empty text at 0. ``start`` and ``end`` count code points.
+    """The answer to a row. The null answer is the empty text at 0. ``start`` and ``end`` count code points.
 
     ``score`` is a probability, rounded to 7 decimals.
     """
@@ -43,7 +45,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row without an answer: its file, its number there (from 1), the field at fault ("" for the whole row), and why."""
+    """A row without an answer: its file, its number there (from 1), the field with the problem ("" for the row), and why."""
 
     file: str
     row: int
@@ -61,13 +63,13 @@ def to_dict(result: Result) -> dict[str, Any]:
 
 
 def of_dict(value: Mapping[str, Any]) -> Result:
-    """The result of ``to_dict``."""
+    """The result that ``to_dict`` was given."""
     return Rejected(**value) if "reason" in value else Answered(**value)
 
 
 @dataclass(slots=True)
 class _Asked:
-    """A usable row on its way: its place among the results, and what to ask."""
+    """A usable row: its index among the results, and what to ask."""
 
     place: int
     row: int
@@ -78,63 +80,68 @@ class _Asked:
 class ShardAnswering:
     """Answers the rows of one shard in order.
 
-    ``stream`` takes many at a time, ``alone`` one after the other; on a CPU every window runs by itself on one thread, so
-    that both give the same answers, with any number of threads.
+    ``stream`` answers many at a time, ``alone`` one after the other. On a CPU every window runs alone on one thread, so
+    both give the same answers, with any number of threads.
     """
 
-    def __init__(self, answerer: Answerer, plan: Plan, shard: Shard, reader: Reader) -> None:
+    def __init__(self, answerer: Answerer, plan: BatchPlan, shard: Shard, reader: Reader) -> None:
         self._answerer = answerer
         self._plan = plan
         self._shard = shard
-        self._options = Options(allow_no_answer=plan.job.allow_no_answer, prefilter=plan.job.prefilter)
-        self._reading = plan.job.reading
-        self._rows = reader.rows(shard.source, shard.part)
+        self._options = Options(allow_no_answer=plan.settings.allow_no_answer, prefilter=plan.settings.prefilter)
+        self._data_options = plan.settings.data_options
+        self._rows = reader.rows(shard.source, shard.range)
 
     def stream(self) -> list[Result]:
-        """A result a row, in order. Raises OSError, InputError (reading), BrokenModelError."""
+        """One result per row, in order. Raises OSError, InputError (reading), BrokenModelError."""
         results: list[Result | None] = []
         waiting: deque[_Asked | None] = deque()
         rows = self._asked(results)
         failures: list[Exception] = []
+        ended = False
 
         def pairs() -> Iterator[Pair]:
-            # A stream runs its first question on all threads where that makes a chunk by itself, which may change the
-            # last bit of a score. With the probe before it, it never does.
+            nonlocal ended
+            # If the first question of a stream is a chunk by itself, it runs on all threads, which may change the last
+            # bit of its score. The probe before it prevents that.
             waiting.append(None)
             yield _PROBE
             while True:
                 try:
                     asked = next(rows, None)
-                except Exception as error:  # of reading: told apart from what the model raises
+                except Exception as error:  # an error of reading, not of the model
                     failures.append(error)
                     return
                 if asked is None:
+                    ended = True
                     return
                 waiting.append(asked)
                 yield asked.pair
 
         while True:
             try:
-                for answers in self._answerer.answer_stream(
-                    pairs(), allow_no_answer=self._options.allow_no_answer, prefilter=self._options.prefilter
-                ):
+                for pair in self._answerer.read_stream(pairs(), self._options):
                     if asked := waiting.popleft():
-                        results[asked.place] = _answered(asked, answers)
-            except Exception:  # by one of those waiting: each alone tells which
-                if not waiting:
-                    raise
-                while waiting:
-                    if asked := waiting.popleft():
-                        results[asked.place] = self._alone(asked)
-                continue
+                        results[asked.place] = _answered(asked, to_answers(pair, self._options))
+            except Exception:  # one of the waiting rows caused it: asking each alone shows which
+                suspects = [asked for asked in waiting if asked]
+                waiting.clear()
+                for asked in suspects:
+                    results[asked.place] = self._alone(asked)
+                if not ended and not failures:
+                    if not suspects:
+                        raise
+                    continue
             if failures:
                 raise failures[0]
             return [result for result in results if result is not None]
 
     def alone(self, known: Mapping[int, Result], trying: Any) -> list[Result]:
-        """Like ``stream``, each row by itself, those of ``known`` (by their number) left out.
+        """Like ``stream``, but one row at a time.
 
-        Calls ``trying(number)`` before a row is asked, and ``trying(number, result)`` after it.
+        Args:
+            known: Results by row number, which are used as they are.
+            trying: Called as ``trying(number)`` before a row is asked and as ``trying(number, result)`` after it.
         """
         results: list[Result | None] = []
         for asked in self._asked(results):
@@ -147,52 +154,52 @@ class ShardAnswering:
         return [result for result in results if result is not None]
 
     def killer(self, row: int, times: int) -> Rejected:
-        """What is said of a row that ended its worker process so many times."""
+        """The rejection of a row that ended its worker process ``times`` times."""
         reason = f"its worker process ended {times} times while it answered this row alone (out of memory, or a crash)"
         return Rejected(self._shard.source.path, row, "", "", reason)
 
     def _asked(self, results: list[Result | None]) -> Iterator[_Asked]:
-        """The usable rows. Each row of the shard gets a place in ``results``, one that is unusable its rejection too."""
+        """The usable rows. Each row of the shard gets an entry in ``results``: its rejection, or None for now."""
         for row in self._rows:
             results.append(None)
             try:
-                fields = parse(row, self._reading, annotated=False)
-            except ProblemError as problem:
-                field = self._reading.columns.get(problem.field, problem.field)
-                results[-1] = self._rejected(row, field, str(problem))
+                fields = parse_row(row, self._data_options, annotated=False)
+            except RowError as error:
+                field = self._data_options.column(error.problem.field)
+                results[-1] = self._rejected(row, field, str(error))
                 continue
             identity = self._plan.row_id(self._shard.source, row.number) if fields.id is None else fields.id
             yield _Asked(len(results) - 1, row.number, identity, (fields.question, fields.context))
 
-    def _rejected(self, row: Row, field: str, reason: str) -> Rejected:
-        given = row.fields.get(self._reading.columns.get("id", "id"))
+    def _rejected(self, row: RawRow, field: str, reason: str) -> Rejected:
+        given = row.fields.get(self._data_options.columns.get("id", "id"))
         usable = isinstance(given, str | int) and not isinstance(given, bool)
         identity = str(given) if usable else self._plan.row_id(self._shard.source, row.number)
         clean = identity.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
         return Rejected(self._shard.source.path, row.number, field, clean, reason)
 
     def _alone(self, asked: _Asked) -> Result:
-        """One row's answer, by the same runs of the model as in ``stream``."""
+        """The answer to one row, by the same runs of the model as in ``stream``."""
         source = self._shard.source.path
         try:
-            begun = self._answerer.begin(*asked.pair, self._options)
-            logits = self._answerer.model.start(begun.windows).result()
-            return _answered(asked, to_answers(self._answerer.finish(begun, logits, self._options), self._options))
+            pair = self._answerer.encode(*asked.pair, self._options)
+            logits = self._answerer.model.start(pair.windows).result()
+            return _answered(asked, to_answers(self._answerer.decode(pair, logits, self._options), self._options))
         except QadeployError as error:
             return Rejected(source, asked.row, "", asked.id, one_line(error))
-        except Exception as error:  # onnxruntime raises many types, a large row MemoryError
+        except Exception as error:  # onnxruntime raises many types, and a large row MemoryError
             reason = f"{type(error).__name__}: {one_line(error)}"
             self._check(f"{source}: row {asked.row}, or one asked with it: {reason}")
             return Rejected(source, asked.row, "", asked.id, reason)
 
     def _check(self, cause: str) -> None:
-        """Raises BrokenModelError where the model no longer answers, e.g. after an illegal access on a GPU."""
+        """Raises BrokenModelError if the model no longer answers, for example after an illegal access on a GPU."""
         try:
             self._answerer.answer(*_PROBE)
         except Exception as error:
-            raise BrokenModelError(f"{cause}; after it the model answers nothing: {one_line(error)}") from error
+            raise BrokenModelError(f"{cause}; since then the model answers nothing: {one_line(error)}") from error
 
 
 def _answered(asked: _Asked, answers: Iterable[Answer]) -> Answered:
-    best = next(iter(answers), Answer("", 0, 0, 0.0))
+    best = next(iter(answers), NO_ANSWER)
     return Answered(asked.id, best.text, round(best.score, _DECIMALS), best.start, best.end)

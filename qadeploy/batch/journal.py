@@ -1,9 +1,11 @@
-"""What is known of a shard whose workers die: a file beside the answers, a line an event, that outlives any process.
+"""The journal of a shard: a file next to the answers, one line per event, that outlives a worker that dies.
 
-A worker that takes up a shard says so, and says so again when it lays it down, by an error or an interruption. One
-that is killed cannot. So the next one counts the deaths, and after ``DEATHS`` of them goes row by row, each
-announced before it is asked: a row that was the last one announced at ``DEATHS`` deaths is what kills, and is left out.
-The journal goes when the shard's answers stand.
+A worker notes when it begins a shard, when its bundle is loaded, and when it leaves the shard because of an error or an
+interruption. A killed worker cannot, so the next one counts the deaths. One before the bundle was loaded is no row's fault: it
+only counts in its own run, so that Ray does not replace workers for ever. After ``DEATHS`` deaths of loaded workers the next
+one goes row by row and notes each row before it asks it: a row
+that was the last one noted at ``DEATHS`` deaths is the cause, and is rejected. The journal is removed when the answers
+of the shard are complete.
 """
 
 from __future__ import annotations
@@ -17,18 +19,19 @@ from qadeploy.batch.answering import Result, of_dict, to_dict
 from qadeploy.errors import FailureError
 
 DEATHS = 2
-_FUTILE = 5  # deaths without one row announced between them, after which the rows are not to blame
+_FUTILE = 5  # after so many deaths in one run without a row noted in between, the rows are not the cause
 
 
 class Journal:
-    """The journal of one shard. ``row`` numbers are those of the shard's file, from 1.
+    """The journal of one shard. Rows are numbered as in their file, from 1.
 
-    ``careful`` says whether to go row by row; ``known`` are the results of rows that earlier workers went through,
-    ``killers`` the rows that ended ``DEATHS`` of them.
+    ``careful`` tells whether to go row by row, ``known`` holds the results of rows that earlier workers answered, and
+    ``killers`` the rows that ended ``DEATHS`` workers. ``run`` identifies the command that the worker belongs to.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, run: str = "") -> None:
         self._path = path
+        self._run = run
         self.known: dict[int, Result] = {}
         self._ends: Counter[int] = Counter()
         self._deaths = self._futile = 0
@@ -40,19 +43,24 @@ class Journal:
         self._torn = bool(text) and not text.endswith("\n")
 
     def _replay(self, text: str) -> None:
-        begun, trying = False, 0
-        for line in [*text.split("\n"), '{"event": "begin"}']:  # as if begun once more: what is open now, died
+        begun, loaded, trying, run = False, False, 0, None
+        for line in [
+            *text.split("\n"),
+            '{"event": "begin"}',
+        ]:  # as if another worker began: a worker that has not left has died
             try:
                 value = json.loads(line)
                 event = value["event"]
             except (ValueError, KeyError, TypeError):
-                continue  # a line that its writer did not finish
+                continue  # an unfinished line
             if event == "begin":
-                self._deaths += begun
-                self._futile += begun
+                self._deaths += begun and loaded
+                self._futile += begun and run == self._run
                 if trying:
                     self._ends[trying] += 1
-                begun, trying = True, 0
+                begun, loaded, trying, run = True, False, 0, value.get("run")
+            elif event == "loaded":
+                loaded = True
             elif event == "left":
                 begun, trying = False, 0
             elif event == "try":
@@ -63,41 +71,45 @@ class Journal:
 
     @property
     def careful(self) -> bool:
-        """Whether so many workers died over this shard that its rows are to be asked one by one."""
+        """Whether so many workers died on this shard that its rows must be asked one by one."""
         return self._deaths >= DEATHS
 
     @property
     def killers(self) -> dict[int, int]:
-        """The rows that workers died of while they were asked alone, and how many did."""
+        """The rows that ended workers while they were asked alone, and how many workers."""
         return {row: times for row, times in self._ends.items() if times >= DEATHS}
 
     def begin(self) -> None:
-        """A worker takes the shard up. Raises FailureError where one after the other died before it asked anything."""
+        """A worker begins the shard. Raises FailureError if several in a row died before they asked anything."""
         if self._futile >= _FUTILE:
             raise FailureError(
                 f"{self._futile} worker processes ended one after the other before they answered a row of this part: "
-                "is there memory enough? Give fewer --actors, or more memory; the same command goes on from there"
+                "is there enough memory? Give fewer --actors or more memory; the same command continues from there"
             )
-        self._write(event="begin", process=os.getpid())
+        self._write(event="begin", run=self._run, process=os.getpid())
+
+    def loaded(self) -> None:
+        """Notes that the worker is ready to answer: what ends it from now on may be a row."""
+        self._write(event="loaded")
 
     def trying(self, row: int, result: Result | None = None) -> None:
-        """A row is asked alone, or has its result."""
+        """Notes that a row is asked alone, or its result."""
         if result is None:
             self._write(event="try", row=row)
         else:
             self._write(event="result", row=row, result=to_dict(result))
 
     def left(self) -> None:
-        """The worker lays the shard down in good order."""
+        """Notes that the worker leaves the shard in an orderly way."""
         self._write(event="left")
 
     def remove(self) -> None:
-        """Forgets it all: the shard is done."""
+        """Removes the journal: the shard is done."""
         self._path.unlink(missing_ok=True)
 
     def _write(self, **value: object) -> None:
-        # Opened each time: nothing is buffered when the process dies. A dead process leaves what it wrote to the
-        # system, which is why nothing is flushed to the disk here.
+        # Opened each time, so that nothing is buffered when the process dies. What a dead process has written is with the
+        # system, so nothing needs to be flushed to disk.
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(("\n" if self._torn else "") + json.dumps(value) + "\n")
         self._torn = False

@@ -1,7 +1,7 @@
 """Row ranges of files, so that many workers can read one file and none needs to hold it.
 
-JSONL is cut at byte offsets, which one pass over the file finds; parquet at row numbers, which its footer knows. JSON,
-CSV and hub data sets can only be read whole: each worker holds the one that it is at.
+JSONL is cut at byte offsets, found by reading the file once; parquet at row numbers, from its footer. JSON,
+CSV and hub data sets can only be read whole, so each worker holds the one that it reads.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from itertools import islice
 from typing import Any
 
 from qadeploy.batch.sources import LINES, PARQUET, Source
-from qadeploy.data.carriers import Row, load_rows
-from qadeploy.data.columns import guess
-from qadeploy.data.fields import Reading
+from qadeploy.data.arrow import to_rows
+from qadeploy.data.columns import columns_of, guess
+from qadeploy.data.fields import DataOptions
+from qadeploy.data.formats import load_rows
+from qadeploy.data.rows import RawRow
 from qadeploy.data.wording import kind_of, names, one_line
 from qadeploy.errors import InputError, MissingExtraError
 
-FINEST = 250  # rows of the smallest range that a scan finds by itself
-_MARKS = 4096  # ranges of a file above which they are joined in pairs, so that a plan stays small
+FINEST = 250  # rows of the smallest range by default
+_MARKS = 4096  # with more ranges per file, they are joined in pairs, so that a plan stays small
 _BATCH = 256  # rows of parquet held at a time
 _FIELDS = ("context", "question", "id")
 _BOM = b"\xef\xbb\xbf"
@@ -29,7 +31,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """``rows`` rows from the one after the first ``first``; of JSONL the bytes ``begin:end``."""
+    """A range of ``rows`` rows that follow the first ``first`` rows; in JSONL they are the bytes ``begin:end``."""
 
     first: int
     rows: int
@@ -39,14 +41,14 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """A file's rows, in ranges of ``step`` rows and a last one of the rest."""
+    """The rows of a file in ranges of ``step`` rows; the last one may be shorter."""
 
     rows: int
     step: int
     ranges: tuple[Range, ...]
 
     def coarser(self, step: int) -> tuple[Range, ...]:
-        """The same rows in ranges of ``step`` rows, a multiple of this scan's."""
+        """The same rows in ranges of ``step`` rows, which must be a multiple of this scan's step."""
         if self.step == step:
             return self.ranges
         return tuple(
@@ -58,15 +60,17 @@ def _joined(parts: tuple[Range, ...]) -> Range:
     return Range(parts[0].first, sum(part.rows for part in parts), parts[0].begin, parts[-1].end)
 
 
-def scan(source: Source, step: int | None, reading: Reading) -> Scan:
-    """Finds a file's rows. Without ``step`` ranges are ``FINEST`` rows, or that doubled as often as the file's size asks.
+def scan(source: Source, step: int | None, data_options: DataOptions) -> Scan:
+    """Divides the rows of a file into ranges of ``step`` rows; None takes ``FINEST``, doubled as often as needed.
 
-    Raises InputError (unreadable, no rows, parquet without the columns), MissingExtraError (parquet without pyarrow).
+    Raises:
+        InputError: The file cannot be read, holds no rows, or is parquet without the columns.
+        MissingExtraError: The file is parquet and pyarrow is not installed.
     """
     if source.kind in LINES:
         found = _scan_lines(source, step)
     else:
-        rows = _scan_parquet(source, reading) if source.kind == PARQUET else len(_whole(source))
+        rows = _scan_parquet(source, data_options) if source.kind == PARQUET else len(_whole(source))
         found = _even(rows, step or _doubled(FINEST, rows, _MARKS))
     if not found.rows:
         raise InputError(f"{source.path}: holds no rows")
@@ -106,33 +110,34 @@ def _scan_lines(source: Source, step: int | None) -> Scan:
     return Scan(rows, size, tuple(ranges))
 
 
-def _scan_parquet(source: Source, reading: Reading) -> int:
+def _scan_parquet(source: Source, data_options: DataOptions) -> int:
     import_parquet(f"reading {source.path}")
     try:
         with source.open() as stream:
             file = _parquet_file(stream)
-            found, rows = file.schema_arrow.names, int(file.metadata.num_rows)
+            schema, rows = file.schema_arrow, int(file.metadata.num_rows)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise InputError(f"{source.path}: not a parquet file that can be read: {one_line(error)}") from error
+        raise InputError(f"{source.path}: not a readable parquet file: {one_line(error)}") from error
+    found = schema.names
     for field in ("context", "question"):
-        if field not in found and reading.columns.get(field) not in found:
-            option = guess(found)
+        if field not in found and field not in columns_of(found, data_options.columns):
+            option = guess({each.name: "text" if "string" in str(each.type) else None for each in schema})
             hint = f"; did you mean {option}?" if option else ""
             raise InputError(f"{source.path}: column {field} is missing; the columns found are {names(found)}{hint}")
     return rows
 
 
 def import_parquet(purpose: str) -> Any:
-    """The module pyarrow.parquet. Raises MissingExtraError, which says that ``purpose`` needs it."""
+    """The module pyarrow.parquet. Raises MissingExtraError if it is not installed; ``purpose`` is what needs it."""
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise MissingExtraError(purpose, "pyarrow", "scale") from error
+        raise MissingExtraError(purpose, "pyarrow", "parquet") from error
     return parquet
 
 
 def _parquet_file(stream: Any) -> Any:
-    # Without pre_buffer pages are read as they are needed: with it all of a row group's bytes are held.
+    # pre_buffer would hold all bytes of a row group; without it, pages are read as they are needed.
     return import_parquet("reading parquet").ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
 
 
@@ -140,19 +145,19 @@ def _parquet_file(stream: Any) -> Any:
 
 
 class Reader:
-    """Reads ranges of the sources of one job. A parquet file stays open, at its row, for the range that comes next.
+    """Reads ranges of input files. A parquet file stays open at its current row for the next range.
 
-    Not safe under threads: one a worker.
+    Not safe under threads: each worker has its own.
     """
 
-    def __init__(self, reading: Reading) -> None:
-        self._reading = reading
-        self._at: tuple[Source, int, Iterator[Row]] | None = None
+    def __init__(self, data_options: DataOptions) -> None:
+        self._data_options = data_options
+        self._at: tuple[Source, int, Iterator[RawRow]] | None = None
 
-    def rows(self, source: Source, part: Range) -> Iterator[Row]:
+    def rows(self, source: Source, part: Range) -> Iterator[RawRow]:
         """The rows of a range, lazily. A row that cannot be read has a ``problem``.
 
-        Raises OSError, InputError where the file cannot be opened or its storage fails.
+        Raises OSError, InputError if the file cannot be opened or its storage fails.
         """
         if source.kind in LINES:
             return _line_rows(source, part)
@@ -160,18 +165,18 @@ class Reader:
             return self._parquet_rows(source, part)
         return iter(_whole(source)[part.first : part.first + part.rows])
 
-    def _parquet_rows(self, source: Source, part: Range) -> Iterator[Row]:
-        at, self._at = self._at, None  # a range that is left half read leaves nobody's place
+    def _parquet_rows(self, source: Source, part: Range) -> Iterator[RawRow]:
+        at, self._at = self._at, None  # if this range is not read to its end, no position is kept
         if at and at[0] == source and at[1] <= part.first:
             rows = at[2]
         else:
-            rows = _all_parquet_rows(source, self._reading, part.first)
+            rows = _all_parquet_rows(source, self._data_options, part.first)
             at = (source, part.first, rows)
         yield from islice(rows, part.first - at[1], part.first - at[1] + part.rows)
         self._at = (source, part.first + part.rows, rows)
 
 
-def _line_rows(source: Source, part: Range) -> Iterator[Row]:
+def _line_rows(source: Source, part: Range) -> Iterator[RawRow]:
     with source.open() as stream:
         stream.seek(part.begin)
         number, at = part.first, part.begin
@@ -183,39 +188,41 @@ def _line_rows(source: Source, part: Range) -> Iterator[Row]:
 
 
 def _body(line: bytes, at: int) -> bytes:
-    """What stands on the line at a byte offset: nothing on one that is no row."""
+    """The text of the line at a byte offset; empty if the line is blank."""
     return (line if at else line.removeprefix(_BOM)).strip()
 
 
-def _line_row(number: int, line: bytes) -> Row:
+def _line_row(number: int, line: bytes) -> RawRow:
     try:
         value = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Row(number, {}, problem=f"not UTF-8 text (byte {error.start} of its line)")
+        return RawRow(number, {}, problem=f"not UTF-8 text (byte {error.start} of its line)")
     except json.JSONDecodeError as error:
-        return Row(number, {}, problem=f"not valid JSON: {error.msg} (column {error.colno} of its line)")
-    except (ValueError, RecursionError) as error:  # a number too long, or too deep
-        return Row(number, {}, problem=f"not valid JSON: {one_line(error)}")
+        return RawRow(number, {}, problem=f"not valid JSON: {error.msg} (column {error.colno} of its line)")
+    except (ValueError, RecursionError) as error:  # a number is too long, or values are nested too deeply
+        return RawRow(number, {}, problem=f"not valid JSON: {one_line(error)}")
     if not isinstance(value, dict):
-        return Row(number, {}, problem=f"is {kind_of(value)}, an object with context and question is needed")
-    return Row(number, value)
+        return RawRow(number, {}, problem=f"must be an object with context and question, not {kind_of(value)}")
+    return RawRow(number, value)
 
 
 @lru_cache(maxsize=1)
-def _whole(source: Source) -> tuple[Row, ...]:
+def _whole(source: Source) -> tuple[RawRow, ...]:
     if source.remote:
         raise InputError(
-            f"{source.path}: only parquet and JSONL are read from there: convert it, or copy the file here"
+            f"{source.path}: only parquet and JSONL can be read from there: convert the file, or copy it here"
         )
     return tuple(load_rows(source.path))
 
 
-def _all_parquet_rows(source: Source, reading: Reading, first: int) -> Iterator[Row]:
-    """The rows of a parquet file after the first ``first``. Damaged pages become rows with a problem."""
+def _all_parquet_rows(source: Source, data_options: DataOptions, first: int) -> Iterator[RawRow]:
+    """The rows of a parquet file after the first ``first``. Rows on damaged pages have a problem."""
     with source.open() as stream:
         file = _parquet_file(stream)
-        wanted = {*_FIELDS, *(reading.columns.get(field, field) for field in _FIELDS)}
-        columns = [name for name in file.schema_arrow.names if name in wanted]
+        given = file.schema_arrow.names
+        theirs = columns_of(given, data_options.columns)
+        wanted = {*_FIELDS, *(theirs.get(field, field) for field in _FIELDS)}
+        columns = [name for name in given if name in wanted]
         end = 0
         for group in range(file.num_row_groups):
             begin, end = end, end + file.metadata.row_group(group).num_rows
@@ -225,26 +232,26 @@ def _all_parquet_rows(source: Source, reading: Reading, first: int) -> Iterator[
 
 def _group_rows(
     source: Source, file: Any, group: int, columns: list[str], part: tuple[int, int], before: int
-) -> Iterator[Row]:
-    """Rows ``part[0]:part[1]`` of a row group, ``before`` rows of the file stand before it."""
+) -> Iterator[RawRow]:
+    """Rows ``part[0]:part[1]`` of a row group, which starts after ``before`` rows of the file."""
     done = 0
     try:
         for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
             skip = min(max(part[0] - done, 0), len(batch))
             yield from _batch_rows(batch.slice(skip), before + done + skip)
             done += len(batch)
-    except (OSError, ValueError, NotImplementedError) as error:  # what pyarrow raises for damage of all sorts
-        if source.remote or getattr(error, "errno", None):  # not the file's fault: its storage fails
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises these for damaged files
+        if source.remote or getattr(error, "errno", None):  # the storage fails, not the file
             raise
         problem = f"row group {group + 1} cannot be read: {one_line(error)}"
         for row in range(max(part[0], done), part[1]):
-            yield Row(before + row + 1, {}, problem=problem)
+            yield RawRow(before + row + 1, {}, problem=problem)
 
 
-def _batch_rows(batch: Any, before: int) -> list[Row]:
+def _batch_rows(batch: Any, before: int) -> list[RawRow]:
     try:
-        return [Row(n, fields) for n, fields in enumerate(batch.to_pylist(), before + 1)]
+        return [RawRow(n, fields) for n, fields in enumerate(to_rows(batch), before + 1)]
     except ValueError as error:  # a UnicodeDecodeError is one
         if len(batch) == 1:
-            return [Row(before + 1, {}, problem=f"cannot be read: {one_line(error)}")]
+            return [RawRow(before + 1, {}, problem=f"cannot be read: {one_line(error)}")]
     return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1), before + i)]

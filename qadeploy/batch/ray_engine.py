@@ -1,10 +1,10 @@
-"""The engine on Ray: a pool of actors, on this machine or a cluster, each with the bundle loaded once.
+"""The engine on Ray: a pool of actors, on this machine or a cluster, each of which loads the bundle once.
 
-What goes through Ray Data are the numbers of shards and, back, their counts: an actor reads its shard's rows from the
-input, and writes their part into the folder, by itself. So memory does not grow with the input, a part that
-stands is safe from whatever happens to the cluster, and the answers are those of the local engine, whose worker this is.
-Ray Data restarts an actor that died and gives its shard to another (``max_restarts`` and ``max_task_retries`` are
-without bound in its actor pools); the shard's journal says when a row is to blame.
+Only the numbers of shards and their counts go through Ray Data: an actor reads the rows of its shard from the input and writes
+their part to the folder by itself. So memory does not grow with the input, a finished part is safe whatever happens to
+the cluster, and the answers are those of the local engine, which uses the same worker.
+Ray Data restarts an actor that died and gives its shard to another (its actor pools set no limit on ``max_restarts`` and
+``max_task_retries``); the journal of the shard shows if a row is the cause.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import contextlib
 import io
 import logging
 import os
+import secrets
+import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,35 +31,52 @@ from qadeploy.batch.plan import Shard
 from qadeploy.batch.work import Load, Worker
 from qadeploy.data.wording import one_line
 from qadeploy.errors import FailureError, InputError, MissingExtraError, QadeployError
-from qadeploy.inference.session import usable_cpus
+from qadeploy.machine import usable_cpus
+from qadeploy.options import option
 
-_MOST_ACTORS = 8  # by default on one machine: each takes the memory of a bundle
-_STORE = 100 * 2**20  # bytes of a local Ray's object store, through which only numbers go
-_SECONDS = 10  # to reach a cluster's head
-# From so many shards an actor on, a second one is queued at each actor, so that it need not wait for Ray between two. With
-# few of them it would wait there while another actor is idle.
+_MOST_ACTORS = 8  # by default on one machine: each needs the memory of a bundle
+_STORE = 100 * 2**20  # bytes of the object store of a local Ray, which only holds numbers
+_SECONDS = 10  # to reach the head of a cluster
+# With at least so many shards per actor, each actor has a second shard queued, so that it does not wait for Ray between two. With
+# fewer, that shard would wait while another actor is idle.
 _MANY = 4
-_BROKEN = 70  # exit code of an actor whose model broke (EX_SOFTWARE of sysexits.h)
+# The environment while a local Ray starts: it asks for a token, whatever the environment says, and listens on 127.0.0.1 only, as it does
+# by default on other systems than Linux.
+_ALONE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_LOOPBACK = "127.0.0.1"
+_LOOK = 0.5  # seconds between two looks whether Ray still runs
+_PATIENCE = 8  # seconds for Ray to end by itself once one of its processes has gone
+_RAY_ENDED = (
+    "Ray has ended: its process {} was killed or crashed (is there enough memory?); finished parts are kept, and the same "
+    "command continues from there"
+)
+_BROKEN = 70  # exit code of an actor whose model stopped answering (EX_SOFTWARE of sysexits.h)
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where actors run, and what each may use. None means: what is there, shared out evenly.
+    """Where actors run, and what each may use. None shares out evenly what is there.
 
-    ``address`` joins a cluster that runs already (``auto``, ``HOST:PORT``); else a Ray of this machine alone is
-    started and ended. ``cpus`` and ``gpus`` are an actor's; ``gpus`` may be a part of one.
+    ``address`` joins a running cluster (``auto``, ``HOST:PORT``); without it, Ray is started on this machine and stopped
+    at the end.
     """
 
-    address: str | None = None
-    actors: int | None = None
-    cpus: int | None = None
-    gpus: float = 0.0
-    verbose: bool = False
+    address: str | None = option(None, "Ray: the cluster to join, auto or HOST:PORT.", shown="started on this machine")
+    actors: int | None = option(
+        None, "Ray: actors, which are processes.", least=1, shown="one per core, at most 8; on a cluster as many as fit"
+    )
+    cpus_per_actor: int | None = option(
+        None, "Ray: cores, and threads, per actor.", least=1, shown="shared out; on a cluster 1"
+    )
+    gpus_per_actor: float = option(
+        0.0, "Ray: GPUs per actor; 0.5 puts two actors on a GPU, 0 answers on CPUs.", least=0
+    )
+    verbose: bool = option(False, "Show the messages of Ray.")
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The actors as they will run: how many, CPUs and GPUs that Ray sets aside for each, and an actor's threads."""
+    """The actors: how many, the CPUs and GPUs that Ray reserves for each, and the threads of each."""
 
     actors: int
     cpus: float
@@ -66,27 +85,37 @@ class Pool:
 
 
 def share_out(cluster: Cluster, cpus: float, gpus: float) -> Pool:
-    """The pool for a Ray that has so many CPUs and GPUs. Raises InputError where it cannot have what was asked."""
-    if cluster.gpus > gpus or (cluster.gpus and cluster.gpus * (cluster.actors or 1) > gpus):
-        raise InputError(f"--gpus-per-actor {cluster.gpus:g} with {cluster.actors or 1} actors: Ray has {gpus:g} GPUs")
-    each = cluster.cpus
+    """The pool for a Ray with so many CPUs and GPUs. Raises InputError if it has too few for what was requested."""
+    if cluster.gpus_per_actor > gpus or (
+        cluster.gpus_per_actor and cluster.gpus_per_actor * (cluster.actors or 1) > gpus
+    ):
+        raise InputError(
+            f"--gpus-per-actor {cluster.gpus_per_actor:g} with {cluster.actors or 1} actors: Ray has {gpus:g} GPUs"
+        )
+    each = cluster.cpus_per_actor
     if each is None and cluster.address:
         each = 1
-    fit = int(gpus / cluster.gpus) if cluster.gpus else int(cpus / each) if each else min(int(cpus), _MOST_ACTORS)
+    fit = (
+        int(gpus / cluster.gpus_per_actor)
+        if cluster.gpus_per_actor
+        else int(cpus / each)
+        if each
+        else min(int(cpus), _MOST_ACTORS)
+    )
     actors = cluster.actors or max(1, fit)
     if each is None:
         each = int(cpus) // actors
-    if cluster.cpus and cluster.cpus * actors > cpus:
-        raise InputError(f"{actors} actors of {cluster.cpus} CPUs each: Ray has {cpus:g} CPUs")
-    # Ray sets aside whole CPUs, or ten-thousandths of one.
+    if cluster.cpus_per_actor and cluster.cpus_per_actor * actors > cpus:
+        raise InputError(f"{actors} actors of {cluster.cpus_per_actor} CPUs each: Ray has {cpus:g} CPUs")
+    # Ray reserves whole CPUs, or ten-thousandths of one.
     reserved = float(each) if each else int(10_000 * cpus / actors) / 10_000
     if reserved * actors > cpus:
         raise InputError(f"{actors} actors of {reserved:g} CPUs each: Ray has {cpus:g} CPUs: give fewer --actors")
-    return Pool(actors, reserved, cluster.gpus, max(1, each))
+    return Pool(actors, reserved, cluster.gpus_per_actor, max(1, each))
 
 
 class _Actor:
-    """The class that Ray Data's actors run. A batch is the number of one shard; its result a line of counts."""
+    """The class that the actors of Ray Data run. A batch is the number of one shard, its result one row of counts."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -97,12 +126,14 @@ class _Actor:
         try:
             counts = self._worker.finish(number)
         except BrokenModelError:
-            os._exit(_BROKEN)  # so that Ray starts another process, which may find the row
+            os._exit(_BROKEN)  # so that Ray starts another process, which will find the row
         except QadeployError as failure:
             error = str(failure)
         except OSError as failure:
             error, system = f"{failure.filename or ''}\n{failure.strerror or one_line(failure)}", True
-        except Exception as failure:  # told by the driver; raised here, Ray would retry or wrap it in its own traces
+        except (
+            Exception
+        ) as failure:  # the driver reports it; if it were raised here, Ray would retry or wrap it in its own traces
             error = f"part {number}: {type(failure).__name__}: {one_line(failure)}"
         values = {"shard": number, "rows": counts.rows, "rejected": counts.rejected, "error": error, "system": system}
         return {name: [value] for name, value in values.items()}
@@ -110,10 +141,13 @@ class _Actor:
 
 @contextmanager
 def running(cluster: Cluster) -> Iterator[Pool]:
-    """Ray, within it: joined at ``address``, or started here and ended. Gives the pool that fits it.
+    """Joins Ray at ``address``, or starts and stops it here. Gives the pool that fits it.
 
-    Within a process that uses Ray already, that Ray is taken and left running. Raises MissingExtraError, InputError (no
-    cluster at the address, not enough CPUs or GPUs).
+    If this process uses Ray already, that Ray is used and left running.
+
+    Raises:
+        MissingExtraError: Ray is not installed.
+        InputError: There is no cluster at the address, or it has too few CPUs or GPUs.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read while Ray starts
     try:
@@ -145,20 +179,70 @@ def _start(ray: Any, cluster: Cluster) -> None:
     else:  # "local": one of its own, wherever RAY_ADDRESS points
         common.update(address="local", num_cpus=usable_cpus(), include_dashboard=False, object_store_memory=_STORE)
     try:
-        with contextlib.nullcontext() if cluster.verbose else _silent_library():
+        with (
+            contextlib.nullcontext() if cluster.verbose else _silent_library(),
+            contextlib.nullcontext() if cluster.address else _alone(ray),
+            _same_handlers(),
+        ):
             ray.init(**common)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
         if not cluster.address:
-            raise InputError(f"Ray on this machine: does not start: {one_line(error)}") from error
+            raise InputError(f"Ray does not start on this machine: {one_line(error)}") from error
         raise InputError(
             f"--address {cluster.address}: cannot be reached: {one_line(error)}. Does the same version of Ray run there? "
-            "Where it asks for a token, as Ray does by default, set RAY_AUTH_MODE=token and have ~/.ray/auth_token, or "
-            "give --address auto on one of its machines"
+            "If the cluster requires a token, as Ray does by default, set RAY_AUTH_MODE=token and put the token in "
+            "~/.ray/auth_token, or give --address auto on one of its machines"
         ) from error
 
 
+@contextmanager
+def _alone(ray: Any) -> Iterator[None]:
+    """Makes a Ray that starts meanwhile listen on 127.0.0.1 only, and require a token that only its processes have.
+
+    Raises RuntimeError if it listens elsewhere.
+    """
+    from ray._private import ray_constants
+
+    clusters = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _environment({**_ALONE, "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+            # Ray has read the environment when it was imported, perhaps by others, and a token if it was started before.
+            ray._raylet.Config.initialize("")
+            ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
+            yield
+        if (address := ray.util.get_node_ip_address()) != _LOOPBACK:
+            ray.shutdown()
+            raise RuntimeError(f"it would listen on {address}, not only on {_LOOPBACK}")
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _same_handlers() -> Iterator[None]:
+    """Keeps the handler of SIGTERM, which Ray replaces by one that ends the process with a trace."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 def _check_address(address: str) -> None:
-    """Raises InputError where nobody listens at HOST:PORT, for which Ray itself would wait for minutes."""
+    """Raises InputError if nothing listens at HOST:PORT. Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     if address == "auto":
         return
@@ -173,9 +257,9 @@ def _check_address(address: str) -> None:
 
 
 class _Apart(io.TextIOBase):
-    """Stdout for the thread that made this. What others write is Ray's remarks on dead workers: for stderr, or nobody.
+    """Stdout for the thread that made this. What other threads write are Ray's messages about dead workers: for stderr, or dropped.
 
-    So is all that is written once it is ``ending``: Ray says then what it kept back because it had said it before.
+    The same holds for everything written after ``ending`` is set: Ray then prints the repeated messages that it held back.
     """
 
     def __init__(self, stdout: TextIO, verbose: bool) -> None:
@@ -185,7 +269,7 @@ class _Apart(io.TextIOBase):
         self.ending = False
 
     def write(self, text: str) -> int:
-        """Writes the text where it belongs."""
+        """Writes the text to stdout, to stderr, or nowhere."""
         if threading.get_ident() == self._thread and not self.ending:
             return self._stdout.write(text)
         return sys.stderr.write(text) if self._verbose else len(text)
@@ -197,9 +281,9 @@ class _Apart(io.TextIOBase):
 
 @contextmanager
 def _silent_library() -> Iterator[None]:
-    """Within it Ray's C++ library, in this process, is told to log fatal errors only.
+    """Makes Ray's C++ library in this process log fatal errors only.
 
-    It reads the level once, and says on stderr that it did, past Python: so that is closed for the moment.
+    It reads the level once and reports that on stderr without Python, so stderr is closed meanwhile.
     """
     given = os.environ.get("RAY_BACKEND_LOG_LEVEL")
     sys.stderr.flush()
@@ -232,15 +316,25 @@ def _quiet(ray: Any, verbose: bool) -> Iterator[None]:
 
 
 def into_folder(folder: Path, digest: str, load: Load, shards: Sequence[Shard], pool: Pool, on_shard: OnShard) -> None:
-    """Answers the shards into their folder, calling ``on_shard`` after each, in the order in which they are done.
+    """Answers shards into their folder and calls ``on_shard`` after each, in the order in which they finish.
 
-    ``load`` makes the answerer in each actor; it is pickled. Raises FailureError for whatever stopped an actor.
+    Args:
+        folder: The output folder.
+        digest: The digest of its plan.
+        load: Makes the answerer in each actor; it is pickled.
+        shards: The shards to answer.
+        pool: The actors.
+        on_shard: Called with each finished shard and its counts.
+
+    Raises:
+        FailureError: An actor could not finish a shard.
     """
+    import ray
     import ray.data
 
     by_number = {shard.number: shard for shard in shards}
     numbers = [{"shard": number} for number in by_number]
-    # One block a shard, so that one shard is one task; already made blocks need no task of theirs to be read.
+    # One block per shard, so that each shard is one task. Blocks made here need no tasks to read them.
     data = ray.data.from_items(numbers, override_num_blocks=len(numbers)).map_batches(
         _Actor,
         fn_constructor_args=(Worker(folder, digest, load),),
@@ -253,14 +347,74 @@ def into_folder(folder: Path, digest: str, load: Load, shards: Sequence[Shard], 
         ),
     )
     try:
-        for done, row in enumerate(data.iter_rows()):
-            if row["error"]:
-                raise _failure(row, folder, done, len(numbers))
-            on_shard(by_number[row["shard"]], Counts(int(row["rows"]), int(row["rejected"])))
+        with _watched(ray):
+            for done, row in enumerate(data.iter_rows()):
+                if row["error"]:
+                    raise _failure(row, folder, done, len(numbers))
+                on_shard(by_number[row["shard"]], Counts(int(row["rows"]), int(row["rejected"])))
     except ray.exceptions.RayError as error:
         raise FailureError(
-            f"Ray failed: {one_line(error)[:600]}; the same command goes on from what is done"
+            f"Ray failed: {one_line(error)[:600]}; the same command continues from what is done"
         ) from error
+
+
+@contextmanager
+def _watched(ray: Any) -> Iterator[None]:
+    """Ends Ray in the block, and raises FailureError, if a process that a local Ray needs ends meanwhile.
+
+    Ray itself would wait in vain and end this process after some 15 seconds, without a word. If the block does not end before
+    that, this says why and ends the process.
+    """
+    from ray._private import auto_init_hook
+
+    over, lost = threading.Event(), ""
+
+    def watch() -> None:
+        nonlocal lost
+        while not over.wait(_LOOK):
+            if lost := _ended(ray):
+                last.start()
+                auto_init_hook.enable_auto_connect = False  # else Ray Data would start another Ray, open to the network
+                logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+                ray.shutdown()  # what waits for Ray in the block now fails
+                return
+
+    def give_up() -> None:
+        sys.stderr.write(f"Error: {_RAY_ENDED.format(lost)}\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    connects = auto_init_hook.enable_auto_connect
+    watcher = threading.Thread(target=watch, name="qadeploy-ray-watch", daemon=True)
+    last = threading.Timer(_PATIENCE, give_up)
+    last.daemon = True
+    watcher.start()
+    try:
+        yield
+    except Exception as error:
+        if ended := lost or _ended(ray):
+            raise FailureError(_RAY_ENDED.format(ended)) from error
+        raise
+    finally:
+        over.set()
+        watcher.join()
+        last.cancel()
+        auto_init_hook.enable_auto_connect = connects
+
+
+def _ended(ray: Any) -> str:
+    """The name of a process of a local Ray that has ended, empty if none has. Those of a cluster are not ours to see."""
+    node = ray._private.worker._global_node
+    processes = node.all_processes if node else {}
+    return next(
+        (
+            name
+            for name in ("raylet", "gcs_server")
+            for each in processes.get(name, ())
+            if each.process.poll() is not None
+        ),
+        "",
+    )
 
 
 def _failure(row: dict[str, Any], folder: Path, done: int, of: int) -> FailureError:

@@ -1,47 +1,75 @@
-"""``qadeploy answer`` as a function: files of questions in, a folder or file of answers out."""
+"""``qadeploy answer`` as a function: from files of questions to a folder or file of answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qadeploy import options
 from qadeploy.batch import local, ray_engine
 from qadeploy.batch.output import REJECTED, Counts, Folder, OneFile, explain
-from qadeploy.batch.plan import Job, Plan, Shard, make_plan
+from qadeploy.batch.plan import BatchPlan, BatchSettings, Shard, make_plan
 from qadeploy.batch.ranges import import_parquet
 from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.sources import LINES, expand, local_folder
 from qadeploy.batch.work import BundleLoad, Load, Worker
-from qadeploy.data.fields import Reading
+from qadeploy.core.settings import Options
+from qadeploy.data.fields import DataOptions
 from qadeploy.errors import FailureError, InputError
 from qadeploy.inference.bundle import open_bundle
+from qadeploy.options import check, option
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What to answer, with what, and where to. ``inputs`` are patterns as ``sources.expand`` takes them.
+class BatchRequest:
+    """What to answer, with which bundle, and where to write.
 
-    ``output`` is a folder of parquet, or one file where it ends in .jsonl, which the local engine alone writes.
-    ``cluster`` is None for the local engine. ``threads`` are those of the local engine; ``shard_rows`` those of a part.
-    ``prefilter`` is that of ``Answerer.answer``.
+    Attributes:
+        bundle: The bundle folder.
+        inputs: Patterns, see ``sources.expand``.
+        output: A folder of parquet files, or with the local engine one file that ends in .jsonl.
+        data_options: How rows are read.
+        allow_no_answer: Whether "no answer" competes; None: if the model was trained for it.
+        prefilter: The largest number of windows to read per context, None for all.
+        bundle_sha256: The SHA-256 of the manifest of the bundle that is meant, None for any.
+        device: auto, cpu, cuda or cuda:N.
+        threads: CPU threads of the local engine.
+        shard_rows: Rows per part.
+        cluster: The settings of Ray; None for the local engine.
     """
 
     bundle: str
     inputs: tuple[str, ...]
     output: str
-    reading: Reading = field(default_factory=Reading)
-    allow_no_answer: bool = False
-    device: str = "auto"
-    threads: int | None = None
-    shard_rows: int | None = None
+    data_options: DataOptions = field(default_factory=DataOptions)
+    allow_no_answer: bool | None = option(
+        None,
+        "Whether 'no answer' competes, by the bundle's null threshold.",
+        off="--always-answer",
+        shown="if the model was trained to say so",
+    )
+    prefilter: int | None = options.prefilter()
+    bundle_sha256: str | None = options.bundle_sha256()
+    device: str = options.device()
+    threads: int | None = option(None, "CPU threads of the local engine.", least=1, shown="all")
+    shard_rows: int | None = option(None, "Rows per part.", least=1, shown="250, up to 8000 if there are many")
     cluster: Cluster | None = None
-    prefilter: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """``counts`` of the whole output, ``rows`` of the input, ``before`` of them done by earlier runs; where rejected rows stand."""
+    """The result of a batch.
+
+    Attributes:
+        counts: The rows of the whole output.
+        rows: The rows of the input.
+        before: The rows that earlier runs had done.
+        rejected_in: Where the rejected rows are.
+    """
 
     counts: Counts
     rows: int
@@ -50,32 +78,76 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """What a caller may want to show: the plan's rows and those done before, then the rows of each shard done."""
+class BatchProgress:
+    """Callbacks for a progress display: ``begin(rows, done)`` with those of the plan, ``advance(rows)`` after each shard."""
 
     begin: Callable[[int, int], object] = lambda rows, done: None
     advance: Callable[[int], object] = lambda rows: None
 
 
-def answer_files(request: Request, progress: Progress | None = None, load: Load | None = None) -> Summary:
-    """Answers every row of the inputs, or goes on with what an earlier run into the same folder began.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which end a batch as Ctrl-C does. ``number`` is that of the signal."""
 
-    ``load`` makes the answerer instead of the bundle's own; with Ray it is pickled. Raises InputError (inputs, output,
-    another job's folder), FailureError, MissingExtraError, BundleError, DeviceError; KeyboardInterrupt leaves the parts
-    that stand.
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _in_order() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP raise Terminated, so that workers can note that they were interrupted and did not crash.
+
+    Only in the main thread, and where the program has no handler of its own. A second signal does not cut the end short.
     """
-    shown = progress or Progress()
+    main = threading.current_thread() is threading.main_thread()
+    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(n) == signal.SIG_DFL]
+
+    def stop(number: int, frame: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated(number)
+
+    try:
+        for number in ours:
+            signal.signal(number, stop)
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def answer_files(request: BatchRequest, progress: BatchProgress | None = None, load: Load | None = None) -> Summary:
+    """Answers every row of the inputs, or continues an earlier run with the same output folder.
+
+    After a KeyboardInterrupt the finished parts are kept. In the main thread SIGTERM and SIGHUP raise Terminated, which is one.
+
+    Args:
+        request: What to answer.
+        progress: Callbacks for a progress display.
+        load: Makes the answerer; by default it loads the bundle. With Ray it is pickled.
+
+    Raises:
+        InputError: The inputs or the output cannot be used, or the folder holds answers of another job.
+        FailureError: The work did not succeed; the message says what to do.
+    """
+    with _in_order():
+        return _answer_files(request, progress or BatchProgress(), load)
+
+
+def _answer_files(request: BatchRequest, shown: BatchProgress, load: Load | None) -> Summary:
     _check(request)
-    bundle = open_bundle(request.bundle)
-    job = Job(bundle.hash, dict(request.reading.columns), request.allow_no_answer, request.prefilter)
-    load = load or BundleLoad(str(bundle.folder.absolute()), request.device, request.threads)
+    bundle = open_bundle(request.bundle, sha256=request.bundle_sha256)
+    check(request)
+    allow = Options(allow_no_answer=request.allow_no_answer).null_competes(bundle.settings)
+    settings = BatchSettings(bundle.hash, dict(request.data_options.columns), allow, request.prefilter)
+    load = load or BundleLoad(str(bundle.folder.absolute()), bundle.hash, request.device, request.threads)
     output = local_folder(request.output)
     if output.suffix.lower() in LINES:
-        return _to_file(request, job, output, load, shown)
-    return _to_folder(request, job, Folder(output.absolute()), load, shown)
+        return _to_file(request, settings, output, load, shown)
+    return _to_folder(request, settings, Folder(output.absolute()), load, shown)
 
 
-def _check(request: Request) -> None:
+def _check(request: BatchRequest) -> None:
     if request.cluster is None:
         return
     if Path(request.output).suffix.lower() in LINES:
@@ -83,28 +155,35 @@ def _check(request: Request) -> None:
             f"--output {request.output}: --engine ray writes a folder of parquet: give a name without .jsonl"
         )
     if request.threads is not None:
-        raise InputError("--threads is the local engine's: with --engine ray give --actors and --cpus-per-actor")
-    if request.device not in {"auto", "cpu"} and not request.cluster.gpus:
-        raise InputError(f"--device {request.device}: with --engine ray give --gpus-per-actor, which shares GPUs out")
+        raise InputError("--threads is for the local engine: with --engine ray give --actors and --cpus-per-actor")
+    if request.device not in {"auto", "cpu"} and not request.cluster.gpus_per_actor:
+        raise InputError(f"--device {request.device}: with --engine ray give --gpus-per-actor, which assigns GPUs")
 
 
-def _to_file(request: Request, job: Job, path: Path, load: Load, progress: Progress) -> Summary:
+def _to_file(
+    request: BatchRequest, settings: BatchSettings, path: Path, load: Load, progress: BatchProgress
+) -> Summary:
     output = OneFile(path)
-    plan = make_plan(job, request.inputs, request.shard_rows)
-    tally = _Tally(plan, {}, progress)
-    local.into_file(load, plan, output, tally)
+    with output.held():
+        plan = make_plan(settings, request.inputs, request.shard_rows)
+        tally = _Tally(plan, {}, progress)
+        local.into_file(load, plan, output, tally)
     return tally.summary(output.rejected)
 
 
-def _to_folder(request: Request, job: Job, folder: Folder, load: Load, progress: Progress) -> Summary:
+def _to_folder(
+    request: BatchRequest, settings: BatchSettings, folder: Folder, load: Load, progress: BatchProgress
+) -> Summary:
     import_parquet("writing parquet (or name the output .jsonl)")
     begun = folder.begun
     if begun:
-        plan = folder.plan_for(job, expand(request.inputs), request.shard_rows)
+        plan = folder.plan_for(settings, expand(request.inputs), request.shard_rows)
     else:
-        plan = make_plan(job, request.inputs, request.shard_rows)
+        plan = make_plan(settings, request.inputs, request.shard_rows)
     with folder.held():
-        if not begun:
+        if not begun and folder.begun:  # by a run that has ended meanwhile
+            plan = folder.plan_for(settings, plan.sources, request.shard_rows)
+        elif not begun:
             folder.make(plan)
         done = folder.done(plan)
         tally = _Tally(plan, done, progress)
@@ -118,22 +197,26 @@ def _to_folder(request: Request, job: Job, folder: Folder, load: Load, progress:
 
 
 def _answer(
-    request: Request, plan: Plan, folder: Folder, load: Load, shards: Sequence[Shard], tally: local.OnShard
+    request: BatchRequest, plan: BatchPlan, folder: Folder, load: Load, shards: Sequence[Shard], tally: local.OnShard
 ) -> None:
     if request.cluster is None:
         local.into_folder(Worker(folder.path, plan.digest(), load), shards, tally)
         return
-    with ray_engine.running(request.cluster) as pool:
-        if isinstance(load, BundleLoad):
-            device = request.device if request.cluster.gpus == 0 else "cuda"
-            load = replace(load, device="cpu" if device == "auto" else device, threads=pool.threads)
-        ray_engine.into_folder(folder.path, plan.digest(), load, shards, pool, tally)
+    try:
+        with ray_engine.running(request.cluster) as pool:
+            if isinstance(load, BundleLoad):
+                device = request.device if request.cluster.gpus_per_actor == 0 else "cuda"
+                load = replace(load, device="cpu" if device == "auto" else device, threads=pool.threads)
+            ray_engine.into_folder(folder.path, plan.digest(), load, shards, pool, tally)
+    except BaseException:
+        folder.leave()
+        raise
 
 
 class _Tally:
-    """Counts the shards that are done, and shows them."""
+    """Counts the finished shards and reports progress."""
 
-    def __init__(self, plan: Plan, done: dict[int, Counts], progress: Progress) -> None:
+    def __init__(self, plan: BatchPlan, done: dict[int, Counts], progress: BatchProgress) -> None:
         self._plan = plan
         self._progress = progress
         self._counts = sum(done.values(), Counts())
@@ -144,12 +227,12 @@ class _Tally:
     def __call__(self, shard: Shard, counts: Counts) -> None:
         self._counts += counts
         self.left -= 1
-        self._progress.advance(shard.part.rows)
+        self._progress.advance(shard.range.rows)
 
     def summary(self, rejected_in: Path) -> Summary:
-        """The whole output. Raises FailureError where no row has an answer."""
+        """The summary of the whole output. Raises FailureError if no row has an answer."""
         if not self._counts.rows:
             raise FailureError(
-                f"no row could be answered: {rejected_in} tells why, for each of {self._counts.rejected}"
+                f"no row could be answered: {rejected_in} holds the reason for each of {self._counts.rejected}"
             )
         return Summary(self._counts, self._plan.rows, self._before, rejected_in)

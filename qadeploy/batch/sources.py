@@ -1,7 +1,7 @@
-"""The files that ``--input`` names: paths, folders and globs, here or in an object store.
+"""The files that ``--input`` names: paths, folders and globs, on this machine or in an object store.
 
-A name with ``://`` is opened by pyarrow's file systems (s3, gs, hdfs, abfs, file; what follows a ``?`` are its
-options, such as ``region``), any other by the system.
+A name with ``://`` is opened by the file systems of pyarrow (s3, gs, hdfs, abfs, file; their options, such as ``region``,
+follow a ``?``), any other by the system.
 """
 
 from __future__ import annotations
@@ -17,22 +17,27 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
+from qadeploy.data.formats import READERS
 from qadeploy.data.wording import one_line
 from qadeploy.errors import InputError, MissingExtraError
 from qadeploy.shipped import HANDBOOK
 
 LINES = frozenset({".jsonl", ".ndjson"})
 PARQUET = ".parquet"
-_WHOLE = frozenset({".json", ".csv"})
+_WHOLE = frozenset(suffix for reader in READERS for suffix in reader.suffixes) - LINES - {PARQUET} | {".gz"}
 _KINDS = ", ".join(sorted((*LINES, PARQUET, *_WHOLE)))
 _WILD = re.compile(r"[*\[]")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input file. ``path`` opens it on any machine that sees it; ``name`` tells it from the others in ids and messages.
+    """One input file.
 
-    ``size`` in bytes and ``modified`` in ns since 1970 are those it had when the work was planned; 0 for ``hub:NAME``.
+    Attributes:
+        path: Opens it on any machine that sees it.
+        name: Distinguishes it from the others in ids and messages.
+        size: Its size in bytes at the time of the plan; 0 for ``hub:NAME``.
+        modified: Its modification time then, in ns since 1970; 0 for ``hub:NAME``.
     """
 
     path: str
@@ -42,28 +47,28 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """The ending, in lower case; "" for ``hub:NAME``."""
+        """Its suffix in lower case; "" for ``hub:NAME``."""
         return "" if self.path.startswith("hub:") else PurePosixPath(self.path.partition("?")[0]).suffix.lower()
 
     @property
     def remote(self) -> bool:
-        """Whether pyarrow's file systems open it."""
+        """Whether a file system of pyarrow opens it."""
         return "://" in self.path
 
     def stat(self) -> Source:
-        """The same file as it is now. Raises InputError where it is gone."""
-        return replace(one(self.path), name=self.name) if self.kind else self
+        """The same file as it is now. Raises InputError if it is gone."""
+        return replace(source_at(self.path), name=self.name) if self.kind else self
 
     def open(self) -> BinaryIO:
-        """Its bytes, seekable. Raises OSError, InputError (a file system that pyarrow cannot open)."""
+        """A seekable stream of its bytes. Raises OSError, InputError (pyarrow cannot open the file system)."""
         if not self.remote:
             return open(self.path, "rb")
         system, path = _system(self.path)
         return cast(BinaryIO, io.BufferedReader(system.open_input_file(path), 2**20))
 
 
-def one(path: str) -> Source:
-    """The source at a path as it is now, named by it. Raises InputError where there is none."""
+def source_at(path: str) -> Source:
+    """The source at a path as it is now, named by its path. Raises InputError if there is none."""
     if path.startswith("hub:"):
         return Source(path, path, 0, 0)
     if "://" in path:
@@ -75,21 +80,21 @@ def one(path: str) -> Source:
     try:
         state = os.stat(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no such file that can be read ({one_line(error)})") from error
+        raise InputError(f"{path}: no such file, or not readable ({one_line(error)})") from error
     return Source(path, path, state.st_size, state.st_mtime_ns)
 
 
 def expand(patterns: Sequence[str]) -> list[Source]:
-    """The files that patterns name, each once, in the order of the patterns and by name within one.
+    """The files that patterns name, each once, in the order of the patterns and by name within a pattern.
 
-    A pattern is a path, a folder (its files of a known ending, but those that begin with ``.`` or ``_``), a glob
-    (``**`` for folders at any depth), ``handbook`` or ``hub:NAME``; with ``://`` it lies in an object store.
-    Local paths come back absolute. Raises InputError where a pattern names nothing, or a file of another kind.
+    A pattern is a path, a folder (its files with a known suffix, except those that begin with ``.`` or ``_``), a glob
+    (``**`` for folders at any depth), ``handbook`` or ``hub:NAME``; with ``://`` it is in an object store.
+    Local paths become absolute. Raises InputError if a pattern names no file, or a file of another kind.
     """
     paths = dict.fromkeys(path for pattern in patterns for path in _expanded(pattern))
     if not paths:
         raise InputError("--input: name at least one file of questions")
-    sources = [one(path) for path in paths]
+    sources = [source_at(path) for path in paths]
     for source in sources:
         if source.kind and source.kind not in LINES | _WHOLE | {PARQUET}:
             raise InputError(f"{source.path}: unknown ending {source.kind!r}: give files in {_KINDS}")
@@ -99,7 +104,7 @@ def expand(patterns: Sequence[str]) -> list[Source]:
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """What tells the sources apart: their paths below the deepest folder that holds them all."""
+    """Names that distinguish the sources: their paths below the deepest folder that holds them all."""
     paths = [PurePosixPath(source.path.partition("?")[0]) for source in sources]
     parents = [path.parent.parts for path in paths]
     shared = 0
@@ -132,18 +137,18 @@ def _expanded(pattern: str) -> Iterable[str]:
 
 
 def _usable(folder: str, paths: Iterable[str]) -> list[str]:
-    """The paths that hold rows by their names, sorted. Raises InputError where there are none."""
+    """The paths with a known suffix, sorted. Raises InputError if there are none."""
     named = ((path, PurePosixPath(path)) for path in sorted(paths))
     usable = LINES | _WHOLE | {PARQUET}
     found = [path for path, p in named if not p.name.startswith((".", "_")) and p.suffix.lower() in usable]
     if not found:
-        raise InputError(f"{folder}: a folder without a file in {_KINDS}")
+        raise InputError(f"{folder}: the folder holds no file in {_KINDS}")
     return found
 
 
 def _remote(pattern: str) -> list[str]:
-    """The URIs that a URI names: itself, the files of a folder, or those that a glob matches."""
-    bare, mark, query = pattern.partition("?")  # so a ? is no wildcard here
+    """The URIs that a URI names: itself, the files of a folder, or the matches of a glob."""
+    bare, mark, query = pattern.partition("?")  # so ? is not a wildcard here
     scheme, _, rest = bare.partition("://")
     wild = _WILD.search(rest)
     base = rest[: rest.rfind("/", 0, wild.start()) + 1] if wild else rest
@@ -173,7 +178,7 @@ def _remote(pattern: str) -> list[str]:
 
 
 def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob, where ``**`` stands for any number of folders."""
+    """Whether the parts of a path match those of a glob, in which ``**`` stands for any number of folders."""
     if not wanted:
         return not parts
     if wanted[0] == "**":
@@ -185,13 +190,13 @@ def _system(uri: str) -> tuple[Any, str]:
     try:
         from pyarrow import fs
     except ImportError as error:
-        raise MissingExtraError(f"reading {uri}", "pyarrow", "scale") from error
+        raise MissingExtraError(f"reading {uri}", "pyarrow", "parquet") from error
     bare, mark, query = uri.partition("?")
     scheme, _, rest = bare.partition("://")
-    try:  # names are as they stand in the store; pyarrow wants them as in a URI
+    try:  # names are written as in the store; pyarrow expects them quoted as in a URI
         system, path = fs.FileSystem.from_uri(f"{scheme}://{quote(rest, safe='/:@')}{mark}{query}")
     except (OSError, ValueError, TypeError, ImportError) as error:  # ArrowInvalid is a ValueError
-        raise InputError(f"{uri}: no file system that can be opened: {one_line(error)}") from error
+        raise InputError(f"{uri}: the file system cannot be opened: {one_line(error)}") from error
     return system, path
 
 
@@ -203,9 +208,9 @@ def _listed(uri: str, ask: Any) -> Any:
 
 
 def local_folder(path: str) -> Path:
-    """The path as a folder of this system. Raises InputError on a URI."""
+    """The path as a folder on this machine. Raises InputError on a URI."""
     if "://" in path:
         raise InputError(
-            f"{path}: answers go into a folder: name one here, which on a cluster every machine must see, and copy it"
+            f"{path}: answers are written to a local folder, which on a cluster every machine must see: name one and copy it later"
         )
     return Path(path)

@@ -1,1 +1,1 @@
-"""Measuring a bundle against what a user would pick instead, on the same questions, answers scored."""
+"""Measuring bundles against the tools that a user might pick instead, on the same questions, with the answers scored."""

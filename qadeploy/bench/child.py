@@ -1,7 +1,7 @@
-"""A variant in a process of its own: loads it, answers, and says when it did and how much memory it took.
+"""A variant in a process of its own: loads it, answers, and reports when, and how much memory that took.
 
 Run by ``qadeploy.bench.cold`` as ``python -m qadeploy.bench.child``, with the order as JSON on stdin. It imports nothing
-that the variant does not need, since what it imports counts.
+that the variant does not need, because imports count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 def main() -> None:
     """Loads the variant of ``{"loader", "arguments", "pairs"}``; writes a line after the first answer and one at the end."""
     report = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not the report
+    os.dup2(2, 1)  # libraries print to stdout too
     order = json.load(sys.stdin)
 
     from qadeploy.bench.variant import load

@@ -20,9 +20,9 @@ TIMEOUT = 300.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Cold:
-    """``seconds`` from starting Python to the first answer, one a process; the largest resident set of the first one.
+    """``seconds`` from starting Python to the first answer, per process; the largest resident set of the first process.
 
-    What could not be measured is None, and ``note`` says why.
+    Figures that could not be measured are None, and ``note`` says why.
     """
 
     seconds: tuple[float, ...] = ()
@@ -31,7 +31,7 @@ class Cold:
     questions: int = field(default=0, kw_only=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values: the median, and the runs behind it."""
+        """The figures as plain JSON values: the median, and the single runs."""
         return {
             "startup_seconds": median(self.seconds) if self.seconds else None,
             "startup_seconds_by_process": list(self.seconds),
@@ -54,12 +54,12 @@ def cold(variant: Variant, pairs: Pairs, processes: int) -> Cold:
         seconds.append(first)
         if number == 0:
             memory = json.loads(lines[1])["peak_memory_bytes"]
-    note = "" if memory is not None else "the system does not say how much memory a process took"
+    note = "" if memory is not None else "the system does not report the memory of a process"
     return Cold(tuple(seconds), memory, note, questions=len(pairs))
 
 
 def _run(order: str) -> tuple[Sequence[str], float, str]:
-    """The lines that the child reported, seconds to the first of them, and what went wrong ("" for nothing)."""
+    """The lines that the child reported, seconds to the first of them, and the problem ("" for none)."""
     with tempfile.TemporaryFile("w+") as said:
         started = time.perf_counter()
         process = subprocess.Popen(
@@ -69,7 +69,7 @@ def _run(order: str) -> tuple[Sequence[str], float, str]:
             stderr=said,
             text=True,
         )
-        assert process.stdin is not None  # noqa: S101 - a pipe was asked for
+        assert process.stdin is not None  # noqa: S101 - a pipe was requested
         assert process.stdout is not None  # noqa: S101
         timer = Timer(TIMEOUT, process.kill)
         timer.start()
@@ -78,7 +78,7 @@ def _run(order: str) -> tuple[Sequence[str], float, str]:
                 with process.stdin as stream:
                     stream.write(order)
             except BrokenPipeError:
-                pass  # it ended before it read: what it said follows
+                pass  # it ended before it read: its last words follow
             first = process.stdout.readline()
             seconds = time.perf_counter() - started
             lines = [first, *process.stdout.readlines()]
@@ -91,7 +91,7 @@ def _run(order: str) -> tuple[Sequence[str], float, str]:
         if code == 0 and len(lines) == 2:
             return lines, seconds, ""
         said.seek(0)
-        last = next((line.strip() for line in reversed(said.readlines()) if line.strip()), "it said nothing")
+        last = next((line.strip() for line in reversed(said.readlines()) if line.strip()), "it printed nothing")
     late = time.perf_counter() - started >= TIMEOUT
     ended = f"took more than {TIMEOUT:.0f} s" if late else f"ended with {code}"
-    return lines, seconds, f"the process of its own {ended}: {last[:200]}"
+    return lines, seconds, f"its own process {ended}: {last[:200]}"

@@ -1,4 +1,4 @@
-"""What a bundle must hold for a bench to pass: least F1, most F1 lost, least speed-up."""
+"""Limits that a bench must keep to pass: least F1, most F1 lost, least speed-up."""
 
 from __future__ import annotations
 
@@ -7,35 +7,41 @@ from dataclasses import dataclass
 from typing import Any
 
 from qadeploy.errors import InputError
+from qadeploy.options import check as check_declared
+from qadeploy.options import option
 
 FLOAT = frozenset({"fp32", "bf16", "fp16"})
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits that the first bundle is held to; None for no limit.
+    """The limits for the first bundle; None for no limit.
 
-    ``min_f1`` and ``max_f1_drop`` are percent points: the drop is from the highest F1 of the other variants whose
-    products are in float (``FLOAT``), on the same questions. ``min_speedup`` is the median ratio of questions a second
-    to the baseline, which is the pipeline, or the first peer where the pipeline does not run.
+    ``min_f1`` and ``max_f1_drop`` are percentage points: the drop is from the highest F1 of the other variants whose
+    matmuls are in float (``FLOAT``), on the same questions. ``min_speedup`` is the median ratio of questions per second
+    to the baseline: the pipeline, or the first peer if the pipeline does not run.
     """
 
-    min_f1: float | None = None
-    max_f1_drop: float | None = None
-    min_speedup: float | None = None
+    min_f1: float | None = option(None, "Exit with 1 if the first bundle's F1 is lower.", least=0, most=100)
+    max_f1_drop: float | None = option(
+        None,
+        "Exit with 1 if its F1 is more than this many points below the best float variant (peer or fp32 bundle).",
+        least=0,
+        most=100,
+    )
+    min_speedup: float | None = option(
+        None,
+        "Exit with 1 if it is not at least this many times as fast as the pipeline (or the first peer).",
+        least=0,
+        most=1e6,
+    )
 
     def check(self, peers: Sequence[str], others: Sequence[str]) -> None:
-        """Raises InputError on limits that make no sense, or that nothing can be held against.
+        """Raises InputError on limits that are out of range, or that nothing can be compared with.
 
-        ``peers`` are those asked for, ``others`` the precisions of the bundles after the first.
+        ``peers`` are those requested, ``others`` the precisions of the bundles after the first.
         """
-        for name, value, most in (
-            ("--min-f1", self.min_f1, 100.0),
-            ("--max-f1-drop", self.max_f1_drop, 100.0),
-            ("--min-speedup", self.min_speedup, 1e6),
-        ):
-            if value is not None and not 0 <= value <= most:
-                raise InputError(f"{name} {value:g} is not between 0 and {most:g}")
+        check_declared(self)
         if self.min_speedup is not None and not peers:
             raise InputError("--min-speedup needs a peer to be faster than: give --against pipeline")
         if self.max_f1_drop is not None and not peers and not FLOAT & set(others):
@@ -44,7 +50,7 @@ class Limits:
             )
 
     def judge(self, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Each limit with what was found, and whether it ``held``; what could not be measured does not hold."""
+        """Each limit with what was found, and whether it is ``held``; a limit that could not be measured is not."""
         first = report["variants"][0]
         sound = first["status"] == "ok"
         drop = first["f1_drop"] if sound else None
@@ -68,7 +74,7 @@ class Limits:
 
 
 def complaint(report: Mapping[str, Any]) -> str:
-    """Why the bench fails: the limits that do not hold, or no bundle that ran; "" where all is well."""
+    """Why the bench fails: limits that are not held, or a first bundle that did not run; "" if all is well."""
     first = report["variants"][0]
     if first["status"] != "ok":
         return f"{first['name']} could not be measured: {first['status']}"
@@ -80,9 +86,9 @@ def _line(name: str, row: Mapping[str, Any]) -> str:
     wanted, found = row["wanted"], row["found"]
     if found is None:
         missing = "no peer ran" if row["limit"] == "min_speedup" else "no other float variant ran"
-        return f"{name}: {flag} {wanted:g} cannot be checked, because {missing}"
+        return f"{name}: {flag} {wanted:g} cannot be checked because {missing}"
     if row["limit"] == "min_f1":
-        return f"{name}: F1 is {found:.2f}, {flag} wants at least {wanted:g}"
+        return f"{name}: F1 is {found:.2f}, {flag} requires at least {wanted:g}"
     if row["limit"] == "max_f1_drop":
         return f"{name}: F1 is {found:.2f} points below that of {row['against']}, {flag} allows {wanted:g}"
-    return f"{name}: {found:.2f} times as fast as {row['against']}, {flag} wants at least {wanted:g}"
+    return f"{name}: {found:.2f} times as fast as {row['against']}, {flag} requires at least {wanted:g}"

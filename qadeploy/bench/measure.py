@@ -1,4 +1,4 @@
-"""Running the variants of a bench in turn on the same questions, and everything that is found about each."""
+"""Running the variants of a bench in turns on the same questions, and the report on all of them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ import numpy as np
 from qadeploy.bench import own
 from qadeploy.bench.cold import Cold, cold
 from qadeploy.bench.limits import FLOAT, Limits
+from qadeploy.bench.options import BenchOptions
 from qadeploy.bench.peak import Peak, measure_peak
 from qadeploy.bench.peers import PEERS
 from qadeploy.bench.peers.setup import Setup
 from qadeploy.bench.split import Split, measure_split
 from qadeploy.bench.variant import Asker, Variant
 from qadeploy.bench.workload import Workload, calibration, windows_of
-from qadeploy.core.metrics import Scores, bootstrap_interval, score
+from qadeploy.core.metrics import Scores, bootstrap_interval, choose_metric, score
+from qadeploy.core.settings import any_unanswerable
 from qadeploy.errors import FailureError, MissingExtraError
 from qadeploy.inference.bundle import Bundle
 from qadeploy.inference.doctor import diagnose
-from qadeploy.inference.session import OnnxModel, usable_cpus
+from qadeploy.inference.session import OnnxModel
+from qadeploy.machine import usable_cpus
 from qadeploy.records import Answer, Example
 from qadeploy.timing import spread, turns
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from qadeploy.export.quantize.operations import Operations
 
 _WARM_UP_QUESTIONS = 8
-_ROW = 10  # questions asked one at a time before another variant has its turn
+_ROW = 10  # questions asked one at a time before it is another variant's turn
 _SPLIT_QUESTIONS = 48
 _SPLIT_ROUNDS = 3
 _CALIBRATION_QUESTIONS = 128
@@ -43,11 +46,11 @@ Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What to bench, and how: ``bundles`` (the first is what peers and limits go by) against ``peers``.
+class BenchRequest:
+    """What to bench, and how: ``bundles`` (peers and limits refer to the first) against ``peers``.
 
-    ``broken`` are bundles that could not be opened. ``known`` are examples that a peer may
-    calibrate on, those on contexts of the workload left out. ``latency_questions`` are asked one at a time; ``threads`` None means all.
+    ``broken`` are bundles that could not be opened. ``known`` are examples that a peer may calibrate on, except those on
+    contexts of the workload. The data of ``options`` have become the workload, its peers and checkpoint the fields here.
     """
 
     bundles: Sequence[Bundle]
@@ -56,16 +59,13 @@ class Request:
     peers: Sequence[str]
     checkpoint: Path
     known: Sequence[Example]
-    rounds: int
-    latency_questions: int
-    device: str
-    threads: int | None
+    options: BenchOptions = field(default_factory=BenchOptions)
     limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(slots=True)
 class _Measured:
-    """What is known of one variant so far; ``status`` is "ok" until something fails."""
+    """The measurements of one variant so far; ``status`` is "ok" until something fails."""
 
     variant: Variant
     asker: Asker | None = None
@@ -81,19 +81,21 @@ class _Measured:
         return self.status == "ok"
 
 
-def bench(request: Request, say: Say) -> dict[str, Any]:
+def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
     """Measures the bundles and the peers on one workload and returns everything as plain JSON values.
 
-    Each round asks every variant all questions at once, in turn; figures are medians over rounds. A variant that fails
+    Each round asks every variant all questions at once, in turns; figures are medians over rounds. A variant that fails
     is reported with its reason and does not stop the others.
     """
     workload = request.workload
-    null = request.bundles[0].settings.null_competes(workload.examples)
-    threads = request.threads or usable_cpus()
+    null = any_unanswerable(workload.examples)
+    threads = request.options.threads or usable_cpus()
     peak, peak_note = _peak(threads, say)
     with tempfile.TemporaryDirectory(prefix="qadeploy-bench-") as folder:
-        found = [_Measured(v) for v in own.variants(request.bundles, request.device, request.threads, null)]
-        _load(found[0])  # the bundle that the bench is about: without it there is nothing to compare
+        found = [
+            _Measured(v) for v in own.variants(request.bundles, request.options.device, request.options.threads, null)
+        ]
+        _load(found[0])  # without the first bundle there is nothing to compare
         for measured in found[1:]:
             _guard(measured, _load)
         device = next(
@@ -101,13 +103,24 @@ def bench(request: Request, say: Say) -> dict[str, Any]:
             "cpu",
         )
         others = calibration(request.known, workload, _CALIBRATION_QUESTIONS)
-        setup = Setup(request.checkpoint, request.bundles[0], device, threads, null, others, Path(folder))
+        setup = Setup(
+            request.checkpoint,
+            request.bundles[0],
+            device,
+            threads,
+            null,
+            others,
+            Path(folder),
+            request.options.trust_remote_code,
+        )
         for name in request.peers:
             say(f"preparing {name}")
             found.append(_prepared(name, setup))
-        say(f"asking {len(workload.examples)} questions in {request.rounds} rounds, {len(found)} variants in turn")
+        say(
+            f"asking {len(workload.examples)} questions in {request.options.rounds} rounds, {len(found)} variants in turns"
+        )
         _ask(found, request)
-        say("measuring start-up time and memory, each variant in processes of its own")
+        say("measuring start-up time and memory, each variant in its own processes")
         for measured in found:
             if measured.ok:
                 mine = not measured.variant.peer
@@ -124,7 +137,7 @@ def bench(request: Request, say: Say) -> dict[str, Any]:
 
 
 def _guard(measured: _Measured, act: Callable[[_Measured], object]) -> None:
-    """Does something with a variant that still stands; what it raises becomes its status."""
+    """Does something with a variant that has not failed; an error becomes its status."""
     if not measured.ok:
         return
     try:
@@ -154,18 +167,18 @@ def _prepared(name: str, setup: Setup) -> _Measured:
     return measured
 
 
-def _ask(found: Sequence[_Measured], request: Request) -> None:
-    """Warms up, asks all questions ``rounds`` times, and some of them one at a time; the variants always in turn.
+def _ask(found: Sequence[_Measured], request: BenchRequest) -> None:
+    """Warms up, asks all questions ``rounds`` times, then some of them one at a time; the variants take turns.
 
-    One at a time they are asked in rows of ``_ROW``, before each a question that is not timed: idle threads of the variant
-    before spin for some milliseconds, and would take a core from the one that is measured.
+    One at a time, questions are asked in rows of ``_ROW``, each after a question that is not timed: idle threads of the
+    previous variant spin for some milliseconds and would take a core from the one that is measured.
     """
     pairs = request.workload.pairs
     longest = sorted(pairs, key=lambda pair: -len(pair[1]))[:1]
     by_name = {m.variant.name: m for m in found}
 
     def warm_up(measured: _Measured) -> None:
-        assert measured.asker is not None  # noqa: S101 - _guard passes over what has none
+        assert measured.asker is not None  # noqa: S101 - _guard skips variants without one
         measured.asker.answer_all([*spread(pairs, _WARM_UP_QUESTIONS), *longest])
         measured.asker.answer_one(*pairs[0])
 
@@ -179,10 +192,10 @@ def _ask(found: Sequence[_Measured], request: Request) -> None:
 
     for measured in found:
         _guard(measured, warm_up)
-    for order in turns(list(by_name), request.rounds):
+    for order in turns(list(by_name), request.options.rounds):
         for name in order:
             _guard(by_name[name], all_at_once)
-    asked = spread(pairs, request.latency_questions)
+    asked = spread(pairs, request.options.latency_questions)
     rows = [asked[i : i + _ROW] for i in range(0, len(asked), _ROW)]
     for row, order in zip(rows, turns(list(by_name), len(rows)), strict=True):
         for name in order:
@@ -200,13 +213,13 @@ def _one_by_one(measured: _Measured, row: Sequence[tuple[str, str]]) -> None:
 
 def _split(measured: _Measured, workload: Workload, null: bool) -> None:
     assert measured.asker is not None  # noqa: S101
-    assert measured.asker.answerer is not None  # noqa: S101 - a bundle's has one
+    assert measured.asker.answerer is not None  # noqa: S101 - a bundle has one
     pairs = spread(workload.pairs, _SPLIT_QUESTIONS)
     measured.split = measure_split(measured.asker.answerer, pairs, _SPLIT_ROUNDS, allow_no_answer=null)
 
 
 def _remark(measured: _Measured) -> str:
-    """The variant's own remark, and on CUDA which paths its windows took."""
+    """The variant's own remark and, on CUDA, the paths that its windows took."""
     model = measured.asker.answerer.model if measured.asker and measured.asker.answerer else None
     notes = model.notes() if isinstance(model, OnnxModel) else []
     return "; ".join(filter(None, [measured.variant.remark, *notes]))
@@ -224,7 +237,7 @@ def _peak(threads: int, say: Say) -> tuple[Peak | None, str]:
 
 
 def _report(
-    request: Request,
+    request: BenchRequest,
     found: Sequence[_Measured],
     peak: Peak | None,
     peak_note: str,
@@ -232,7 +245,8 @@ def _report(
     threads: int,
 ) -> dict[str, Any]:
     workload = request.workload
-    scores = {m.variant.name: score(workload.examples, m.answers) for m in found if m.ok}
+    metric = choose_metric(request.options.metric or request.bundles[0].settings.metric, workload.examples)
+    scores = {m.variant.name: score(workload.examples, m.answers, metric) for m in found if m.ok}
     baseline = _baseline(found)
     work = _work(request, found)
     rows = []
@@ -273,13 +287,14 @@ def _report(
         "workload": {
             "source": workload.source,
             "questions": len(workload.examples),
+            "metric": metric,
             "windows": first.windows,
             "operations_per_question": first.operations and first.operations / len(workload.examples),
             "operations_note": first.note,
         },
         "peak": peak.to_dict() if peak else None,
         "peak_note": peak_note,
-        "rounds": request.rounds,
+        "rounds": request.options.rounds,
         "speedup_against": baseline.variant.name if baseline else "",
         "speedup_against_peer": bool(baseline and baseline.variant.peer),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -299,13 +314,13 @@ def _baseline(found: Sequence[_Measured]) -> _Measured | None:
 
 
 def _ratios(first: Sequence[float], these: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast: the median of the ratios of what was measured one after the other, least and most."""
+    """How many times as fast: the median ratio of neighbouring measurements, with the least and the most."""
     ratios = np.asarray(first) / np.asarray(these)
     return {"median": float(np.median(ratios)), "range": [float(ratios.min()), float(ratios.max())]}
 
 
 def _drop(name: str, found: Sequence[_Measured], scores: Mapping[str, Scores]) -> dict[str, Any] | None:
-    """Points of F1 below the best other float variant, with the paired interval; None where there is no such variant."""
+    """Points of F1 below the best other float variant, with the paired interval; None if there is no such variant."""
     others = [m.variant.name for m in found if m.ok and m.variant.precision in FLOAT and m.variant.name != name]
     if not others:
         return None
@@ -320,7 +335,7 @@ def _drop(name: str, found: Sequence[_Measured], scores: Mapping[str, Scores]) -
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What the workload is for one of our variants: windows, and the useful operations of all of them."""
+    """The work of one of our variants: the workload's windows, and their useful operations."""
 
     windows: int | None = None
     operations: float | None = None
@@ -328,8 +343,8 @@ class _Work:
     note: str = ""
 
 
-def _work(request: Request, found: Sequence[_Measured]) -> dict[str, _Work]:
-    """The work by name of our own variants; "" is the first bundle's, which peers go by."""
+def _work(request: BenchRequest, found: Sequence[_Measured]) -> dict[str, _Work]:
+    """The work by name of our own variants; "" is the first bundle's, which counts for peers too."""
     work: dict[str, _Work] = {}
     for number, bundle in enumerate(request.bundles):
         measured = found[number]
@@ -337,7 +352,9 @@ def _work(request: Request, found: Sequence[_Measured]) -> dict[str, _Work]:
         if answerer is None:
             continue
         lengths = [len(w) for w in windows_of(answerer.encoder, answerer.settings, request.workload.examples)]
-        counted, note = _operations(request.checkpoint if number == 0 else source_of(bundle))
+        counted, note = _operations(
+            request.checkpoint if number == 0 else source_of(bundle), request.options.trust_remote_code
+        )
         entry = _Work(len(lengths), counted.of(lengths) if counted else None, counted, note)
         work[measured.variant.name] = entry
         if number == 0:
@@ -351,11 +368,11 @@ def source_of(bundle: Bundle) -> Path:
     return Path(bundle.manifest["source"]["checkpoint"])
 
 
-def _operations(checkpoint: Path) -> tuple[Operations | None, str]:
+def _operations(checkpoint: Path, trust_remote_code: bool) -> tuple[Operations | None, str]:
     try:
         from qadeploy.export.quantize.operations import count_operations
 
-        return count_operations(checkpoint), ""
+        return count_operations(checkpoint, trust_remote_code=trust_remote_code), ""
     except ImportError as error:
         return None, f"not counted: the package {error.name} is not installed"
     except FailureError as error:
@@ -365,9 +382,9 @@ def _operations(checkpoint: Path) -> tuple[Operations | None, str]:
 def _share(
     measured: _Measured, peak: Peak | None, work: _Work, questions: int, per_second: float
 ) -> dict[str, Any] | None:
-    """Useful operations a second as a share of the peak measured at that precision, 0 to 1.
+    """Useful operations per second as a share of the peak measured at that precision, 0 to 1.
 
-    From text to answers, and for our own variants the model alone; None where either is not known.
+    From text to answers and, for our own variants, of the model alone; None if either is not known.
     """
     most = peak.of(measured.variant.precision) if peak else None
     if most is None or work.operations is None or work.counted is None:

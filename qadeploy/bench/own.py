@@ -12,10 +12,10 @@ from qadeploy.inference.bundle import Bundle, open_bundle
 
 
 def open_bundles(paths: Sequence[str | Path]) -> tuple[list[Bundle], dict[str, FailureError]]:
-    """The bundles that can be opened, and by name what is wrong with the others.
+    """The bundles that can be opened, and the errors of the others by name.
 
-    Raises InputError on a folder that is not there or named twice, BundleError where the first bundle, which is the
-    one that peers and limits go by, cannot be opened.
+    Raises InputError on a folder that does not exist or is named twice, BundleError if the first bundle, to which peers
+    and limits refer, cannot be opened.
     """
     folders = [Path(p) for p in paths]
     for number, folder in enumerate(folders):
@@ -57,5 +57,5 @@ def variants(bundles: Sequence[Bundle], device: str, threads: int | None, allow_
 
 
 def load(path: str, device: str, threads: int | None, allow_no_answer: bool) -> Asker:
-    """A bundle as a service loads it, but no context is kept from round to round. Raises what ``Answerer.load`` raises."""
+    """A bundle as a service loads it, without a context cache. Raises what ``Answerer.load`` raises."""
     return around(Answerer.load(path, device=device, threads=threads, context_cache_bytes=0), allow_no_answer)

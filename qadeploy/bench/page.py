@@ -8,16 +8,15 @@ from typing import Any
 
 from qadeploy.bench import plot, table
 from qadeploy.files import write_bytes, write_json, write_text
-from qadeploy.reports import svg
 from qadeploy.reports.page import render, value
 
 _TEMPLATE = Path(__file__).with_name("bench.html.j2")
 
 
 def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Writes the report into ``folder`` and returns the files; without a variant that ran there is no plot.
+    """Writes the report into ``folder`` and returns the files; if no variant ran, there is no plot.
 
-    Everything is drawn before the first file is written, and each file is whole or not there.
+    Everything is drawn before the first file is written, and no file is written partly.
     """
     page = bench_page(report)
     picture = plot.png(report) if plot.dots(report) else None
@@ -32,19 +31,17 @@ def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def bench_page(report: Mapping[str, Any]) -> str:
-    """The report as one self-contained page, without scripts and without anything to load."""
+    """The report as one self-contained page, without scripts or anything to load."""
     found = plot.dots(report)
+    against = next((v["peer"] for v in report["variants"] if v["name"] == report["speedup_against"]), "")
     return render(
         _TEMPLATE,
         report=report,
         first=report["variants"][0],
         numbers={v["name"]: n for n, v in enumerate(found, 1)},
         drawn=plot.drawing(report) if found else None,
+        baseline="pipeline" if against == "pipeline" else "baseline",
         caption=plot.caption(report),
-        style=plot.style,
-        ours=plot.OURS,
-        peer=plot.PEER,
-        svg=svg,
         legend=table.legend(report),
         limits=table.limit_lines(report),
         configuration=_configuration(report),
@@ -60,8 +57,8 @@ def _configuration(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str,
         "threads": found["threads"],
         "device": found["device"],
         "memory": f"{found['memory_gib']} GiB",
-        "peak, int8": report["peak"] and f"{report['peak']['int8'] / 1e9:,.0f} G operations a second",
-        "peak, fp32": report["peak"] and f"{report['peak']['fp32'] / 1e9:,.0f} G operations a second",
+        "peak, int8": report["peak"] and f"{report['peak']['int8'] / 1e9:,.0f} G operations per second",
+        "peak, fp32": report["peak"] and f"{report['peak']['fp32'] / 1e9:,.0f} G operations per second",
         "NVIDIA driver": found["nvidia_driver"],
     }
     versions = {

@@ -1,7 +1,7 @@
-"""What this machine's cores can do at most: matrix products of constant weights through ONNX Runtime, fp32 and int8.
+"""The most that this machine's cores reach: matmuls with constant weights in ONNX Runtime, fp32 and int8.
 
-The int8 product is MatMulInteger of uint8 by int8 into int32, the instruction that a quantized model lives on (VNNI
-where the CPU has it). One operation is a multiplication or an addition, so a product of [m, k] by [k, n] is 2 m k n.
+The int8 matmul is MatMulInteger of uint8 by int8 into int32, which a quantized model depends on (with VNNI if the CPU has
+it). One operation is a multiplication or an addition, so a matmul of [m, k] by [k, n] is 2 m k n.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any
 import numpy as np
 
 from qadeploy.errors import MissingExtraError
-from qadeploy.inference.session import onnxruntime
+from qadeploy.inference.session import onnxruntime, session_options
 
-SHAPES = ((256, 512, 512), (384, 2048, 512))  # m, k, n; what is best differs by CPU
+SHAPES = ((256, 512, 512), (384, 2048, 512))  # m, k, n; the best shape differs by CPU
 _BURST = 0.004  # seconds of one timing
 _BURSTS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Operations a second, all ``threads`` together, each running a product of its own."""
+    """Operations per second of all ``threads`` together, each running its own matmul."""
 
     fp32: float
     int8: float
     threads: int
 
     def of(self, precision: str) -> float | None:
-        """The peak that a model of this precision is held against; None where none was measured."""
+        """The peak for models of this precision; None if none was measured."""
         return {"fp32": self.fp32, "int8": self.int8}.get(precision)
 
     def best(self, other: Peak) -> Peak:
@@ -46,9 +46,9 @@ class Peak:
 
 
 def measure_peak(threads: int) -> Peak:
-    """The best of many short bursts of products, the threads at once, each on one thread of its own.
+    """The best of many short bursts of matmuls, on all threads at once.
 
-    Each thread is timed by the CPU time that it got, so that a busy machine does not look like a slow one.
+    Each thread is timed by its own CPU time, so that a busy machine does not look like a slow one.
     Raises MissingExtraError without the onnx package.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="peak") as pool:
@@ -58,12 +58,13 @@ def measure_peak(threads: int) -> Peak:
 
 def _rate(kind: str, shape: tuple[int, int, int], threads: int, pool: ThreadPoolExecutor) -> float:
     m, k, n = shape
-    model = product(kind, k, n)
+    model = matmul_model(kind, k, n)
     generator = np.random.default_rng(0)
     a: Any = generator.standard_normal((m, k), dtype=np.float32)
     if kind == "int8":
         a = generator.integers(0, 256, (m, k)).astype(np.uint8)
-    runs = [partial(_session(model).run, None, {"a": a}) for _ in range(threads)]
+    make = partial(onnxruntime().InferenceSession, model, providers=["CPUExecutionProvider"])
+    runs = [partial(make(session_options(1)).run, None, {"a": a}) for _ in range(threads)]
     meet = Barrier(threads)
     best = pool.map(_best_seconds, runs, [meet] * threads)
     return sum(2.0 * m * k * n / seconds for seconds in best)
@@ -85,8 +86,8 @@ def _best_seconds(run: Callable[[], object], meet: Barrier) -> float:
     return float(best)
 
 
-def product(kind: str, k: int, n: int) -> bytes:
-    """An ONNX model of one product ``a [m, k]`` by constant ``[k, n]``: fp32 (MatMul) or int8 (MatMulInteger)."""
+def matmul_model(kind: str, k: int, n: int) -> bytes:
+    """An ONNX model of one matmul: ``a [m, k]`` by constant ``[k, n]``: fp32 (MatMul) or int8 (MatMulInteger)."""
     try:
         import onnx
     except ImportError as error:
@@ -100,20 +101,11 @@ def product(kind: str, k: int, n: int) -> bytes:
         operator, given, made = "MatMul", onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT
     graph = onnx.helper.make_graph(
         [onnx.helper.make_node(operator, ["a", "b"], ["c"])],
-        "product",
+        "matmul",
         [onnx.helper.make_tensor_value_info("a", given, ["m", k])],
         [onnx.helper.make_tensor_value_info("c", made, ["m", n])],
         [onnx.numpy_helper.from_array(weights, "b")],
     )
-    # Opset 13 with IR 8: what every ONNX Runtime since 1.10 reads.
+    # Opset 13 with IR 8: readable by every ONNX Runtime since 1.10.
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
     return bytes(model.SerializeToString())
-
-
-def _session(model: bytes) -> Any:
-    ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

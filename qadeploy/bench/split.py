@@ -1,4 +1,4 @@
-"""Where the time of our own answers goes: tokenising, running the model, decoding; and what the whole is of the model alone."""
+"""Where the time of our answers goes: tokenising, running the model, decoding; and the whole compared with the model alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qadeploy.bench.variant import Pairs
-from qadeploy.core.decoding import Scored, decode_many, rank_answers
+from qadeploy.core.decoding import decode_many, rank_answers
 from qadeploy.inference.answerer import Answerer
 
 PARTS = ("tokenise", "run", "decode")
@@ -17,11 +17,11 @@ PARTS = ("tokenise", "run", "decode")
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Milliseconds a question, medians over rounds: each part by itself, one after the other, and the whole call.
+    """Milliseconds per question, medians over rounds: each part by itself, one after the other, and the whole call.
 
     The parts add up to ``apart``. The ``whole`` is answer_batch on the same questions in the same rounds, which may be
-    less than ``apart`` (parts that overlap) or more (work between them). ``windows`` are the lengths in tokens of what
-    the model ran on, once.
+    less than ``apart`` (parts overlap) or more (there is work between them). ``windows`` are the lengths in tokens of the
+    model's windows in one round.
     """
 
     tokenise: float
@@ -42,7 +42,7 @@ class Split:
         """The figures as plain JSON values; ``shares`` are the parts of their sum, 0 to 1.
 
         ``text_to_answers_of_model_alone`` is the speed of the whole divided by that of the model alone, the median of
-        the ratios within a round: 1 where host work costs nothing.
+        the ratios within a round: 1 if host work costs nothing.
         """
         parts = {name: float(getattr(self, name)) for name in PARTS}
         return {
@@ -55,7 +55,7 @@ class Split:
 
 
 def measure_split(answerer: Answerer, pairs: Pairs, rounds: int, *, allow_no_answer: bool = False) -> Split:
-    """Runs the parts and the whole in turn on the same questions, after one round that is not counted.
+    """Runs the parts and the whole in turns on the same questions, after one round that is not counted.
 
     Each context is tokenised once, as ``answer_batch`` does. Raises what ``answer_batch`` raises.
     """
@@ -94,7 +94,7 @@ def _parts(answerer: Answerer, pairs: Pairs, allow_no_answer: bool) -> tuple[lis
         part = logits[first : first + len(windows)]
         first += len(windows)
         starts, ends = [s for s, _ in part], [e for _, e in part]
-        scored.append(Scored(windows, starts, ends, contexts[context]))
+        scored.append(settings.window_logits(windows, starts, ends, contexts[context]))
     found = decode_many(
         scored,
         max_answer_len=settings.max_answer_len,

@@ -13,7 +13,7 @@ DASH = "-"
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:
-    """The table of variants, the split of our own time, what the columns mean, the environment, and the limits."""
+    """The table of variants, the split of our own time, the meaning of the columns, the environment, and the limits."""
     variants = report["variants"]
     width = max(7, *(len(v["name"]) for v in variants))
     result = [f"{'variant':<{width}} {_HEAD}"]
@@ -27,7 +27,7 @@ def lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def legend(report: Mapping[str, Any]) -> list[str]:
-    """What was asked, and what each column means."""
+    """The workload, and the meaning of each column."""
     workload, rounds = report["workload"], report["rounds"]
     sound = [v for v in report["variants"] if v["status"] == "ok"]
     single = max((v["latency_questions"] for v in sound), default=0)
@@ -36,14 +36,14 @@ def legend(report: Mapping[str, Any]) -> list[str]:
     text = [
         f"{workload['questions']} questions of {workload['source']}{windows}; q/s: all at once, median of {rounds} interleaved "
         f"rounds; x: times {report['speedup_against'] or 'nothing'}; p50 to p99: {single} questions one at a time, text to answer",
-        f"memory: most resident in a process of its own that answers {cold} questions; start: Python's start to the first "
+        f"memory: peak resident set of a process that answers {cold} questions; start: from Python's start to the first "
         "answer",
     ]
     peak = report["peak"]
     if peak and workload["operations_per_question"]:
         text.append(
-            f"peak: useful operations a second ({workload['operations_per_question'] / 1e9:.2f} G a question, no padding) of the "
-            f"most that {peak['threads']} threads reach in ONNX Runtime's matrix product: {peak['int8'] / 1e9:,.0f} G int8, "
+            f"peak: useful operations per second ({workload['operations_per_question'] / 1e9:.2f} G per question, no padding) over the "
+            f"most that {peak['threads']} threads reach in ONNX Runtime's matmul: {peak['int8'] / 1e9:,.0f} G int8, "
             f"{peak['fp32'] / 1e9:,.0f} G fp32"
         )
     else:
@@ -80,7 +80,7 @@ def shown_packages(report: Mapping[str, Any]) -> list[str]:
 
 
 def limit_lines(report: Mapping[str, Any]) -> list[str]:
-    """A line a limit: wanted, found, held or not."""
+    """A line per limit: wanted, found, held or not."""
     text = []
     for row in report["limits"]:
         found = "not measured" if row["found"] is None else f"{row['found']:.2f}"

@@ -1,4 +1,4 @@
-"""A variant of a bench: something that answers questions, loadable here and again in a process of its own."""
+"""A variant of a bench: something that answers questions, loaded here and again in its own processes."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from qadeploy.core.windows import Encoder
 from qadeploy.inference.answerer import Answerer, LogitsModel
-from qadeploy.inference.bundle import TOKENIZER, open_bundle
-from qadeploy.records import Answer
+from qadeploy.inference.bundle import open_bundle
+from qadeploy.records import NO_ANSWER, Answer
 
 Pairs = Sequence[tuple[str, str]]
-NO_ANSWER = Answer("", 0, 0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Asker:
     """A loaded variant: the best answer to many (question, context) pairs at once, or to one.
 
-    ``answerer`` is there where our own encoder and decoder stand around the model.
+    ``answerer`` is set if our own encoder and decoder are around the model.
     """
 
     answer_all: Callable[[Pairs], list[Answer]]
@@ -34,8 +31,8 @@ class Asker:
 class Variant:
     """How to load something that answers: ``loader`` is ``module:function``, ``arguments`` are JSON values.
 
-    ``precision`` is that of its matrix products (fp32, bf16, fp16, int8), ``size`` its weights in bytes, ``peer`` the
-    name by which ``--against`` chose it ("" for a bundle of ours).
+    ``precision`` is that of its matmuls (fp32, bf16, fp16, int8), ``size`` its weights in bytes, ``peer`` its name in
+    ``--against`` ("" for one of our bundles).
     """
 
     name: str
@@ -77,5 +74,5 @@ def host(bundle: str, model: Callable[[Encoder], LogitsModel]) -> Answerer:
     Raises BundleError, InputError like ``open_bundle``.
     """
     found = open_bundle(bundle)
-    encoder = Encoder(Tokenizer.from_str(found.read(TOKENIZER).decode("utf-8")), found.encoder)
+    encoder = found.load_encoder()
     return Answerer(encoder, found.settings, model(encoder), context_cache_bytes=0)

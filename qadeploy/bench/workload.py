@@ -1,4 +1,4 @@
-"""The questions that a bench asks, drawn evenly from annotated examples, and others to calibrate a peer with."""
+"""The questions of a bench, drawn evenly from annotated examples, and others to calibrate a peer with."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def draw(source: str, examples: Sequence[Example], questions: int) -> Workload:
 
 
 def calibration(known: Sequence[Example], workload: Workload, count: int) -> tuple[Example, ...]:
-    """At most ``count`` of the ``known`` examples on contexts that the workload does not ask about, at even distances."""
+    """At most ``count`` of the ``known`` examples on contexts that are not in the workload, at even distances."""
     asked = {e.context for e in workload.examples}
     return tuple(spread([e for e in known if e.context not in asked], count))
 

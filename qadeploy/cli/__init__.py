@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. A module a group of commands, which import what is heavy inside."""
+"""The command line: parse, call one function, print. Heavy imports happen inside the commands."""
 
 from qadeploy.cli import answering, benching, exporting, serving, training, tuning  # each adds its commands
 from qadeploy.cli.common import main

@@ -1,11 +1,12 @@
-"""What the commands share: the group, its kind of command, options, printing, and the models and data that they name.
+"""What the commands share: the group, the command class, options, printing, and loading models and data.
 
 Results go to stdout, remarks and progress to stderr; with ``--json`` stdout is one JSON object.
-Exit codes: 0 well, 1 the work failed, 2 what the user gave cannot be used.
+Exit codes: 0 success, 1 the work failed, 2 the input or the options are invalid.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -14,15 +15,17 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from qadeploy import __version__
 from qadeploy.cli.config import read_config, unknown_hint
-from qadeploy.errors import DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
+from qadeploy.cli.options import options_of
+from qadeploy.data.fields import DataFlags, DataOptions
+from qadeploy.errors import DataWarning, DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
+from qadeploy.options import declared
 
-_READING = {"on_ambiguous": "error", "columns": None, "no_answer_token": None}
 _TRAIN_PACKAGES = frozenset(
     {"torch", "transformers", "optimum", "onnx", "datasets", "accelerate", "jinja2", "markupsafe", "matplotlib"}
 )
@@ -30,7 +33,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Command(click.Command):
-    """A command with ``--config``, ``--json`` and ``--debug``, whose errors are one clear message."""
+    """A command with ``--config``, ``--json`` and ``--debug`` that reports each error as one clear message."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,7 +43,7 @@ class _Command(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_configure,
-                help="YAML or JSON file of options by name (paths from the current directory); flags given win.",
+                help="YAML or JSON file of options by name; paths are relative to the current directory, and flags win over the file.",
             ),
             click.Option(
                 ["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, remarks on stderr."
@@ -83,7 +86,7 @@ class _Command(click.Command):
                 raise
             fail(str(MissingExtraError(f"qadeploy {ctx.info_name}", package, "train")), 1)
         except OSError as error:
-            if debug:
+            if debug or error.errno == errno.EPIPE:  # whoever read stdout has gone, as head does: click ends quietly
                 raise
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}", 1)
@@ -91,23 +94,22 @@ class _Command(click.Command):
             if debug:
                 raise
             fail("the machine ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len", 1)
-        return None
 
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Within it our own warnings are a line each on stderr, once, whatever Python's filters say; others are as ever."""
+    """Prints our own warnings once each, as a line on stderr, whatever Python's filters say; leaves other warnings alone."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if issubclass(category, DeviceWarning | MachineWarning):
+            if issubclass(category, DataWarning | DeviceWarning | MachineWarning):
                 note(f"Warning: {message}")
             else:
                 show(message, category, *where)
 
         warnings.showwarning = say  # type: ignore[assignment]
-        for ours in (DeviceWarning, MachineWarning):
+        for ours in (DataWarning, DeviceWarning, MachineWarning):
             warnings.simplefilter("once", ours)
         yield
 
@@ -120,14 +122,14 @@ def _configure(ctx: click.Context, param: click.Parameter, value: str | None) ->
             fail(str(error), error.exit_code)
 
 
-def fail(message: str, code: int) -> None:
-    """Says what failed on stderr and ends the process with the exit code."""
+def fail(message: str, code: int) -> NoReturn:
+    """Prints the error on stderr and ends the process with the exit code."""
     click.echo(f"Error: {message}", err=True)
     sys.exit(code)
 
 
 def command(group: click.Group, *, example: str) -> Callable[[Callable[..., Any]], click.Command]:
-    """A command of the group, with examples under its help, a line each."""
+    """Adds a command to the group, with examples under its help, one per line."""
 
     def wrap(function: Callable[..., Any]) -> click.Command:
         epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in example.strip().splitlines())
@@ -147,7 +149,7 @@ def command(group: click.Group, *, example: str) -> Callable[[Callable[..., Any]
 def main() -> None:
     """Extractive question answering, from (context, question, answer) triplets to a service.
 
-    The road: check -> train -> export --quantize -> ask, answer, bench.
+    The usual order: check -> train -> export --quantize -> ask, answer, bench.
     """
 
 
@@ -166,78 +168,54 @@ def print_result(as_json: bool, value: dict[str, Any], text: Sequence[str]) -> N
 
 
 def sayer(as_json: bool) -> Callable[[str], None]:
-    """What prints progress, a line a call: on stdout, with ``--json`` on stderr."""
+    """A function that prints one line of progress per call: on stdout, or on stderr with ``--json``."""
     return lambda message: click.echo(message, err=as_json)
 
 
-trust_option = click.option(
-    "--trust-remote-code", is_flag=True, help="Run the Python code that a model brings along. Read it before."
-)
+data_options = options_of(DataFlags)
 
 
-def seconds_of(name: str, text: str) -> float:
-    """Seconds of a time such as 90s, 5m or 1h; a bare number counts seconds. Raises InputError."""
-    units = {"s": 1, "m": 60, "h": 3600}
-    number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "s")
-    try:
-        seconds = float(number) * units[unit]
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise InputError(f"{name} is {text!r}: give a time such as 90s, 5m or 1h")
-    return seconds
+def take_data_options(options: dict[str, Any]) -> DataOptions:
+    """Takes the options of ``data_options`` out of ``options``; options that a command lacks keep their defaults."""
+    return DataOptions.of({name: options.pop(name) for name in declared(DataFlags) if name in options})
 
 
-def device_option(function: _Function) -> _Function:
-    """Adds ``--device``."""
-    option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-    return option(function)
+def bundle_argument(function: _Function) -> _Function:
+    """``BUNDLE``, which may be left out: then the newest under ``bundles/`` is taken, else the one that ships."""
+
+    def fill(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
+        if value is not None:
+            return value
+        from qadeploy.inference.bundle import default_bundle
+
+        try:
+            found = str(default_bundle())
+        except QadeployError as error:
+            fail(str(error), error.exit_code)
+        note(f"using the bundle {found}")
+        return found
+
+    return click.argument("bundle", required=False, envvar="QADEPLOY_BUNDLE", callback=fill)(function)
 
 
-def prefilter_option(function: _Function) -> _Function:
-    """Adds ``--prefilter``."""
-    option = click.option(
-        "--prefilter",
-        type=click.IntRange(min=1),
-        help="Of a long context read only so many windows, those that share most with the question (BM25).  [default: all]",
-    )
-    return option(function)
-
-
-def columns_options(function: _Function) -> _Function:
-    """Adds ``--columns`` and ``--no-answer-token``."""
-    columns = click.option("--columns", help="The data's names for ours, e.g. context=review,answer=ans,span=indices.")
-    token = click.option("--no-answer-token", help="An answer that means 'none in this context', e.g. ANSWERNOTFOUND.")
-    return columns(token(function))
-
-
-def reading_options(function: _Function) -> _Function:
-    """Adds ``columns_options`` and ``--on-ambiguous``."""
-    ambiguous = click.option(
-        "--on-ambiguous",
-        type=click.Choice(["error", "first", "skip"]),
-        default="error",
-        show_default=True,
-        help="What to do with an answer that occurs several times in its context and has no answer_start.",
-    )
-    return columns_options(ambiguous(function))
-
-
-def take_reading(options: dict[str, Any]) -> Any:
-    """Takes the options of ``reading_options`` out of ``options``."""
-    from qadeploy.data.fields import Reading
-
-    return Reading.of({name: options.pop(name, None) or default for name, default in _READING.items()})
-
-
-def load_predictor(path: str, device: str, threads: int | None = None, trust_remote_code: bool = False) -> Any:
+def load_predictor(
+    path: str,
+    device: str,
+    threads: int | None = None,
+    *,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    bundle_sha256: str | None = None,
+) -> Any:
     """An answerer for a bundle, or for a run or checkpoint through PyTorch."""
     from qadeploy.inference.bundle import MANIFEST
 
     if (Path(path) / MANIFEST).exists():
         from qadeploy import Answerer
 
-        return Answerer.load(path, device=device, threads=threads)
+        return Answerer.load(path, device=device, threads=threads, sha256=bundle_sha256)
+    if bundle_sha256 is not None:
+        raise InputError(f"{path}: is not a bundle, which --bundle-sha256 asks for")
     from qadeploy.training.runs import find_run
 
     if not Path(path).is_dir():
@@ -245,29 +223,5 @@ def load_predictor(path: str, device: str, threads: int | None = None, trust_rem
     run = find_run(path)
     from qadeploy.training.checkpoint import Hub, load_checkpoint, torch_answerer
 
-    return torch_answerer(load_checkpoint(run.checkpoint, Hub(trust_remote_code=trust_remote_code)), device)
-
-
-def read_examples(source: str, split: str, reading: Any, annotated: bool = True) -> tuple[Any, ...]:
-    """Examples of a source; ``auto`` takes the validation split where the data has one."""
-    from qadeploy.data.readers import read
-
-    data = read(source, reading, annotated=annotated)
-    for count, what in (
-        (data.skipped, "ambiguous rows skipped"),
-        (data.first_taken, "answers taken at their first place"),
-    ):
-        if count:
-            note(f"{source}: {count} {what}")
-    if split == "all":
-        return data.examples
-    part = data.part("validation" if split == "auto" else split)
-    if split == "auto":
-        if part and len(part) < len(data.examples):
-            note(
-                f"{source}: scoring the {len(part)} questions of its validation split (--split all for the others too)"
-            )
-        return part or data.examples
-    if not part:
-        raise InputError(f"{source}: no row has the split {split!r}")
-    return part
+    hub = Hub(trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    return torch_answerer(load_checkpoint(run.checkpoint, hub), device)

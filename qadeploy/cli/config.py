@@ -1,8 +1,8 @@
-"""Option values from elsewhere than their flag: a file (``--config run.yaml``), or a second flag that means the same.
+"""Option values that do not come from their own flag: from a file (``--config run.yaml``) or from a second flag with the same meaning.
 
-A value on the command line wins over the file, the file over the defaults. Keys of the file are option names, with
-dashes or underscores and without the leading dashes, or a name of run_qa.py where the option has one. The file becomes
-click's ``default_map``, so that every value is checked as a flag's is.
+The command line wins over the file, and the file over the defaults. Keys of the file are option names without the leading
+dashes, with dashes or underscores, or the name in run_qa.py if the option has one. The file becomes
+click's ``default_map``, so every value is checked as a flag is.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from qadeploy.data.wording import printable
 from qadeploy.errors import InputError, MissingExtraError
 
-# What people bring along from run_qa.py (transformers 4.57, examples/pytorch/question-answering) and need not bring.
+_MOST = 2**16  # bytes of a file; PyYAML takes seconds for more
+_DEEPEST = 20  # lists and groups inside each other; no option takes even one
+_BITS = 512  # of a whole number: no option takes more, and thousands of digits cannot be printed
+
+# Options of run_qa.py (transformers 4.57, examples/pytorch/question-answering) that are not needed here.
 _NOT_NEEDED = {
     "train": {
         "do-train": "train always trains",
-        "do-eval": "every epoch, and held-out data where there is some, is always evaluated",
+        "do-eval": "every epoch is evaluated, and held-out data if there is any",
         "do-predict": "export the run, then use qadeploy answer",
         "test-file": "export the run, then use qadeploy answer",
         "max-predict-samples": "export the run, then use qadeploy answer",
         "version-2-with-negative": "questions without an answer are found in the data",
-        "overwrite-cache": "what is kept is found by its content",
+        "overwrite-cache": "the cache is keyed by content",
         "overwrite-output-dir": "a finished run folder is replaced once the new run is complete",
         "pad-to-max-length": "a batch is padded to its longest window",
         "per-device-eval-batch-size": "it is twice --batch-size",
@@ -39,38 +44,37 @@ _NOT_NEEDED = {
         "logging-steps": "every epoch is logged",
         "logging-strategy": "every epoch is logged",
         "load-best-model-at-end": "the best epoch is always kept",
-        "metric-for-best-model": "it is the F1 of the dev part",
+        "metric-for-best-model": "it is the F1 on the dev set",
         "use-cpu": "give --device cpu",
         "tf32": "a GPU that has TF32 uses it",
         "optim": "it is PyTorch's fused AdamW",
-        "group-by-length": "batches hold windows of like length",
+        "group-by-length": "batches hold windows of similar length",
         "report-to": "the figures are in the run folder",
         "cache-dir": "set the environment variable HF_HOME",
-        "dataset-config-name": "only a data set's default configuration is read",
     }
 }
 
 
 def read_config(path: Path, command: click.Command, context: click.Context) -> dict[str, Any]:
-    """The file's values by parameter name of ``command``, for ``Context.default_map``. A null is left out.
+    """The file's values by parameter name of ``command``, for ``Context.default_map``. Nulls are left out.
 
-    A name in .json is read as JSON, any other as YAML. Raises InputError naming the file and every key that is
-    unknown, twice there, of the wrong type or out of range; MissingExtraError where YAML cannot be read.
+    A file named *.json is read as JSON, any other as YAML, without aliases. Raises InputError naming the file and every key that
+    is unknown, given twice, of the wrong type or out of range; MissingExtraError if YAML cannot be read.
     """
     values = _read(path)
     known = _names(command)
     found: dict[str, Any] = {}
     given: dict[str, str] = {}
     problems = []
-    for key, value in values.items():
-        name = _dashed(str(key))
+    for key, value in ((_shown(key), value) for key, value in values.items()):
+        name = _dashed(key)
         param = known.get(name)
         if param is None or not param.name:
             problems.append(f"{path}: key {key}: {command.name} has no such option{unknown_hint(command, name)}")
         elif param.name in given:
             problems.append(f"{path}: key {key}: is the same option as {given[param.name]}: give one of them")
         else:
-            given[param.name] = str(key)
+            given[param.name] = key
             if value is None:
                 continue
             try:
@@ -85,9 +89,9 @@ def read_config(path: Path, command: click.Command, context: click.Context) -> d
 
 
 def unknown_hint(command: click.Command, name: str) -> str:
-    """What to say of an option that ``command`` does not have: why it is not needed, or the nearest name, or nothing.
+    """The hint for an option that ``command`` lacks: why it is not needed, the nearest name, or nothing.
 
-    The nearest is written like ``name``: as a flag where that is one, else as a key.
+    The nearest name is written as ``name`` is: as a flag or as a key.
     """
     flag, name = name.startswith("--"), _dashed(name)
     reason = _NOT_NEEDED.get(command.name or "", {}).get(name)
@@ -100,10 +104,10 @@ def unknown_hint(command: click.Command, name: str) -> str:
 
 
 def fold(context: click.Context, target: str, others: Mapping[str, Any]) -> Any:
-    """The value of the option ``target``, which other options can set too.
+    """The value of option ``target``, which other options can also set.
 
-    ``others`` maps their parameter names to the value each stands for, None where it is not given. What the command
-    line says wins over a config file. Raises InputError where one of the two says different things.
+    ``others`` maps their parameter names to the value each stands for, None if it is not given. The
+    command line wins over a config file. Raises InputError if either of them contradicts itself.
     """
     meant = {target: context.params[target], **others}
     for source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP):
@@ -126,7 +130,7 @@ def _dashed(name: str) -> str:
 
 
 def _names(command: click.Command) -> dict[str, click.Parameter]:
-    """Every name that a key may have: all names of an option but its short and its negated one, the name of an argument."""
+    """Every name that a key may have: the long, positive names of the options and the names of the arguments."""
     names: dict[str, click.Parameter] = {}
     for param in command.params:
         opts = param.opts if isinstance(param, click.Option) else [f"--{param.name}"]
@@ -144,10 +148,25 @@ def _checked(value: Any, param: click.Parameter, context: click.Context) -> Any:
         wanted, fits = "a number", isinstance(value, int | float) and not isinstance(value, bool)
     else:
         wanted, fits = "text", isinstance(value, str)
+    if fits and isinstance(value, str) and not _is_text(value):
+        raise click.BadParameter("must be valid Unicode without NUL characters")
+    if fits and isinstance(value, int) and value.bit_length() > _BITS:
+        raise click.BadParameter(f"must be {wanted} of fewer digits")
     if not fits:  # the value is not shown: it may be a token
         quotes = ": put it in quotes" if wanted == "text" and not isinstance(value, list | dict) else ""
-        raise click.BadParameter(f"is {_kind(value)}, {wanted} is needed{quotes}")
+        raise click.BadParameter(f"must be {wanted}, not {_kind(value)}{quotes}")
     return param.type.convert(value, param, context)
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _shown(key: Any) -> str:
+    """A key as text that can be printed; a number of thousands of digits has none."""
+    if isinstance(key, int) and key.bit_length() > _BITS:
+        return "a number too long"
+    return printable(str(key))
 
 
 def _kind(value: Any) -> str:
@@ -164,13 +183,15 @@ def _kind(value: Any) -> str:
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
+        if path.stat().st_size > _MOST:
+            raise InputError(f"{path}: is larger than {_MOST // 2**10} KiB: --config takes a file of options")
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file: --config takes a YAML or JSON file") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # a name with a NUL character
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from error
     values = _read_json(path, text) if path.suffix.lower() == ".json" else _read_yaml(path, text)
     if values is None:  # an empty YAML file
         return {}
@@ -183,7 +204,7 @@ def _unique(path: Path, pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
     values: dict[Any, Any] = {}
     for key, value in pairs:
         if key in values:
-            raise InputError(f"{path}: key {key}: stands there twice: give it once")
+            raise InputError(f"{path}: key {_shown(key)}: is given twice: give it once")
         values[key] = value
     return values
 
@@ -191,7 +212,7 @@ def _unique(path: Path, pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
 def _read_json(path: Path, text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
 
 
@@ -202,6 +223,19 @@ def _read_yaml(path: Path, text: str) -> Any:
         raise MissingExtraError(f"reading {path} as YAML", "yaml", "train") from error
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # ten lines of aliases can stand for billions of values
+                line = self.peek_event().start_mark.line + 1
+                raise InputError(f"{path}: line {line}: an alias (*name) is not read: write the value out")
+            self.depth += 1
+            if self.depth > _DEEPEST:
+                raise InputError(f"{path}: is nested too deeply: lines of 'option: value' are needed")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             pairs = [(self.construct_object(k, deep=True), v) for k, v in node.value]
             try:
@@ -220,5 +254,7 @@ def _read_yaml(path: Path, text: str) -> Any:
         # Not str(error), which quotes the line: it may hold a token.
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{path}: not valid YAML{line}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a control character; a date like 2024-13-45
+    except InputError:
+        raise
+    except Exception as error:  # a date like 2024-13-45, !!bool maybe, too deep: PyYAML raises many unrelated types
         raise InputError(f"{path}: not valid YAML: {type(error).__name__}") from error

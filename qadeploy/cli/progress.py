@@ -1,4 +1,4 @@
-"""One line of progress that is rewritten on a terminal, between lines that stay. Elsewhere only those that stay."""
+"""A progress line that is rewritten on a terminal, between lines that stay. Without a terminal only those are printed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CLEAR = "\r\x1b[K"
 
 
 class Progress:
-    """A rewritten line on ``stream`` (default stderr) where that is a terminal; remarks on stdout, with ``--json`` on stderr.
+    """A rewritten line on ``stream`` (default stderr) if that is a terminal; remarks on stdout, or on stderr with ``--json``.
 
-    A context manager: the line is gone when it ends.
+    A context manager: the line disappears when it ends.
     """
 
     def __init__(self, as_json: bool, stream: IO[str] | None = None) -> None:
@@ -43,12 +43,12 @@ class Progress:
         self._draw()
 
     def step(self, step: Any) -> None:
-        """Shows where a search stands: recipes done of all, what is being done, the budget left (a ``search.Step``)."""
+        """Shows the state of a search (a ``search.Step``): recipes done, the current one, the budget left."""
         left = "" if step.left is None else f"  {int(step.left) // 60}:{int(step.left) % 60:02d} of the budget left"
         self.count(step.done, step.of, f"{left}  {step.doing}")
 
     def count(self, done: int, of: int, rest: str) -> None:
-        """Shows that ``done`` are done ``of`` so many, and ``rest`` behind it."""
+        """Shows ``done`` out of ``of``, followed by ``rest``."""
         full = _BAR * done // max(1, of)
         self._text = f"[{'#' * full}{'-' * (_BAR - full)}] {done}/{of}{rest}"
         self._draw()

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from qadeploy.cli.common import command, main
+from qadeploy.cli.common import bundle_argument, command, main
+from qadeploy.cli.options import options_of
 from qadeploy.errors import InputError, MissingExtraError
-
-
-def _settings_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds an option a setting, each an environment variable too."""
-    from qadeploy.serve.settings import rows
-
-    for row in reversed(rows()):
-        least = row.least
-        kinds = {int: click.IntRange(None if least is None else int(least)), float: click.FloatRange(least)}
-        function = click.option(
-            row.flag,
-            row.name,
-            type=kinds.get(row.kind, click.STRING) if row.kind is not bool else None,
-            is_flag=row.kind is bool,
-            multiple=row.kind is tuple,
-            default=row.value,
-            envvar=row.env,
-            help=f"{row.help}  [default: {row.default}]",
-        )(function)
-    return function
+from qadeploy.serve.settings import Settings
 
 
 @command(
@@ -40,12 +21,13 @@ qadeploy serve bundles/faq-int8 --host 0.0.0.0 --port 80 --request-timeout 10
 QADEPLOY_TOKEN=secret qadeploy serve bundles/faq-int8 --protect-metrics
 """,
 )
-@click.argument("bundle", envvar="QADEPLOY_BUNDLE")
-@_settings_options
+@bundle_argument
+@options_of(Settings, env=True)
 def serve(as_json: bool, bundle: str, **options: Any) -> None:
     """Answer questions over HTTP with BUNDLE: JSON at /v1/answer, a page at /, the API at /docs.
 
-    Each option is an environment variable too: --max-queue is QADEPLOY_MAX_QUEUE; BUNDLE is QADEPLOY_BUNDLE.
+    Without BUNDLE the newest under bundles/ is taken, else the one that ships. Each option is an environment variable
+    too: --max-queue is QADEPLOY_MAX_QUEUE; BUNDLE is QADEPLOY_BUNDLE.
     SIGTERM drains: not ready at once, --drain-delay later no new connections, running requests are answered, exit 0.
     """
     try:
@@ -55,7 +37,6 @@ def serve(as_json: bool, bundle: str, **options: Any) -> None:
         if package not in {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}:
             raise
         raise MissingExtraError("qadeploy serve", package, "serve") from error
-    from qadeploy.serve.settings import Settings
 
     if options["token"] is None and "QADEPLOY_TOKEN" in os.environ:  # click takes an empty variable for none
         raise InputError("QADEPLOY_TOKEN is empty, so anyone could ask: give it a token, or unset it")

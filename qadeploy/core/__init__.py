@@ -1,1 +1,1 @@
-"""Texts to windows, logits to answers, answers to scores: numpy and tokenizers alone."""
+"""Texts to windows, logits to answers, answers to scores, with numpy and tokenizers alone."""

@@ -1,6 +1,6 @@
-"""What a dev part teaches about a model's scores: the null threshold, the temperature, and their honesty.
+"""Calibration of a model's scores on a dev set: the null threshold, the temperature, the calibration error.
 
-All of it is numpy on rows of numbers, one a question; who decodes and who scores is not asked here.
+Everything here is numpy on one row of numbers per question; decoding and scoring happen elsewhere.
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qadeploy.records import FloatArray
-
-Rows = NDArray[np.float64]
+from qadeploy.records import Float64Array, FloatArray
 
 ECE_BINS = 10
 RESAMPLES = 200
-TEMPERATURES: Rows = np.geomspace(0.1, 10.0, 49)
+TEMPERATURES: Float64Array = np.geomspace(0.1, 10.0, 49)
 
 
-def best_null_threshold(differences: Rows, span_f1: Rows, null_f1: Rows) -> float:
-    """The threshold with the best mean F1, where the null answer is given above it.
+def best_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f1: Float64Array) -> float:
+    """Finds the threshold with the best mean F1, if the null answer is given above it.
 
-    ``differences`` ``[questions]`` is the null logit minus the best span's logit (+inf where there is no span, which
-    is then the null answer at any threshold), ``span_f1`` and ``null_f1`` ``[questions]`` what either answer earns, 0 to
-    1. One sort and two running sums, as in ``find_best_thresh`` of SQuAD v2's official script. The threshold
-    stands half-way between the two questions that it parts, so that logits may move a little; beyond
-    the outermost question it stands 1 away. Ties go to the threshold nearest 0. No questions: 0.0.
+    It takes one sort and two running sums, as ``find_best_thresh`` of SQuAD v2's official script does. The threshold
+    lies half-way between the two questions that it separates, so that logits may move a little, or 1 beyond
+    the outermost question. Ties go to the threshold nearest 0; without questions it is 0.0.
+
+    Args:
+        differences: Null logit minus the best span's logit, ``[questions]``; +inf without a span, in which case the
+            null answer is given at any threshold.
+        span_f1: F1 of the best span, 0 to 1, ``[questions]``.
+        null_f1: F1 of the null answer, 0 to 1, ``[questions]``.
     """
     order = np.argsort(differences, kind="stable")
     sorted_differences = differences[order]
@@ -43,17 +44,17 @@ def best_null_threshold(differences: Rows, span_f1: Rows, null_f1: Rows) -> floa
     middles = bounds[:-1] + np.diff(bounds) / 2
     middles = np.where(middles < bounds[1:], middles, bounds[:-1])  # neighbours in float64 have no middle
     thresholds = np.concatenate(([bounds[0] - 1.0], middles, [bounds[-1] + 1.0]))
-    possible = np.concatenate(([True], np.diff(bounds) > 0, [True]))  # equal differences cannot be parted
+    possible = np.concatenate(([True], np.diff(bounds) > 0, [True]))  # equal differences cannot be separated
     thresholds, earned = thresholds[possible], earned[possible]
     best = np.flatnonzero(earned >= earned.max() - 1e-9)
     return float(thresholds[best[np.argmin(np.abs(thresholds[best]))]])
 
 
-def stable_null_threshold(differences: Rows, span_f1: Rows, null_f1: Rows) -> float:
-    """The mean of ``best_null_threshold`` over ``RESAMPLES`` bootstrap samples of the questions (Breiman 1996, bagging).
+def stable_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f1: Float64Array) -> float:
+    """Averages ``best_null_threshold`` over ``RESAMPLES`` bootstrap samples of the questions (Breiman 1996, bagging).
 
-    F1 hardly changes over a wide range of thresholds, and the very best of a few hundred questions is one of its many small
-    peaks: the mean stands inside the range. Drawn with a fixed seed.
+    F1 hardly changes over a wide range of thresholds, and the best threshold on a few hundred questions is one of many
+    small peaks; the mean lies inside the range. The seed is fixed. For the arguments see ``best_null_threshold``.
     """
     generator = np.random.default_rng(0)
     size = len(differences)
@@ -62,19 +63,22 @@ def stable_null_threshold(differences: Rows, span_f1: Rows, null_f1: Rows) -> fl
     return float(np.mean(found)) if found else 0.0
 
 
-def fit_temperature(answers: Iterable[tuple[float, FloatArray]], right: Rows) -> float:
-    """The temperature T under which the scores of the given answers are likeliest to be right as often as they say.
+def fit_temperature(answers: Iterable[tuple[float, FloatArray]], right: Float64Array) -> float:
+    """Fits the temperature T so that answers are right as often as their scores say.
 
-    An answer is (its logit, the logits of all other candidates ``[candidates]``), ``right`` ``[answers]`` is 1 where it is
-    right and 0 where not. Its score p is its share in softmax(logits / T) (Guo et al. 2017, "On Calibration of Modern
+    The score p of an answer is its share in softmax(logits / T) (Guo et al. 2017, "On Calibration of Modern
     Neural Networks", section 4.2). The loss is the squared distance of p from ``right`` (Brier 1950): the likelihood
     of the annotated spans would punish confidence in another span that is just as right, and cross entropy lets
-    a few confident mistakes set T for all. ``right`` stands as Platt's targets (n + 1) / (n + 2) and 1 / (m + 2)
+    a few confident mistakes set T for all. ``right`` is replaced by Platt's targets (n + 1) / (n + 2) and 1 / (m + 2)
     for n right and m wrong answers (Platt 1999, "Probabilistic Outputs for Support Vector Machines", section
-    2.2), so that a few answers, all right, do not ask for endless confidence.
+    2.2), so that a few answers, all right, do not call for unlimited confidence.
 
-    One pass: the losses on ``TEMPERATURES``, a geometric grid, then the vertex of the parabola in log T
-    through the best three. 1.0 where no answer has a rival.
+    The losses are computed on ``TEMPERATURES``, a geometric grid; T is the vertex of the parabola in log T through the
+    best three, or 1.0 if no answer has a rival.
+
+    Args:
+        answers: For each answer its logit and the logits of all other candidates, ``[candidates]``.
+        right: 1 if the answer is right, else 0, ``[answers]``.
     """
     hits = float(np.sum(right))
     targets = np.where(right > 0, (hits + 1) / (hits + 2), 1 / (len(right) - hits + 2))
@@ -94,19 +98,19 @@ def fit_temperature(answers: Iterable[tuple[float, FloatArray]], right: Rows) ->
     return float(TEMPERATURES[best] * np.exp(shift * step))
 
 
-def answer_loss(logit: float, others: FloatArray, target: float, temperatures: Rows) -> Rows:
-    """``[temperatures]``: (p - target) squared, p the share of ``logit`` beside ``others`` in softmax at T."""
+def answer_loss(logit: float, others: FloatArray, target: float, temperatures: Float64Array) -> Float64Array:
+    """Returns (p - target) squared for each temperature, p being the share of ``logit`` among ``others`` in the softmax."""
     peak = float(others.max())
     falls = np.divide.outer(np.asarray(others, dtype=np.float64) - peak, temperatures)
     rivals = np.log(np.exp(falls).sum(axis=0)) + peak / temperatures
     odds = np.exp(np.minimum(rivals - logit / temperatures, 700.0))  # exp(700) is about the largest float64
-    losses: Rows = (1.0 / (1.0 + odds) - target) ** 2
+    losses: Float64Array = (1.0 / (1.0 + odds) - target) ** 2
     return losses
 
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceBin:
-    """The answers whose confidence lies in (low, high]: how many, their mean confidence, the share that is right."""
+    """The answers whose confidence lies in (low, high]: their number, mean confidence, and share that is right."""
 
     low: float
     high: float
@@ -115,12 +119,20 @@ class ConfidenceBin:
     accuracy: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The bin as plain JSON values."""
+        """Returns the bin as plain JSON values."""
         return asdict(self)
 
 
-def confidence_bins(confidences: Rows, correct: Rows, bins: int = ECE_BINS) -> tuple[ConfidenceBin, ...]:
-    """``bins`` of equal width over 0 to 1, the empty ones too; both arrays ``[answers]``, 0 to 1. 0 is in the first."""
+def confidence_bins(
+    confidences: Float64Array, correct: Float64Array, bins: int = ECE_BINS
+) -> tuple[ConfidenceBin, ...]:
+    """Sorts answers into bins of equal width from 0 to 1, empty bins included.
+
+    Args:
+        confidences: Scores of the answers, 0 to 1, ``[answers]``; 0 falls into the first bin.
+        correct: 1 if the answer is right, else 0, ``[answers]``.
+        bins: Number of bins.
+    """
     number = np.searchsorted(np.arange(1, bins) / bins, confidences)
     found = []
     for i in range(bins):
@@ -131,10 +143,10 @@ def confidence_bins(confidences: Rows, correct: Rows, bins: int = ECE_BINS) -> t
     return tuple(found)
 
 
-def expected_calibration_error(confidences: Rows, correct: Rows, bins: int = ECE_BINS) -> float:
-    """The mean distance of confidence from accuracy over equal-width bins, weighted by their answers, 0 to 1.
+def expected_calibration_error(confidences: Float64Array, correct: Float64Array, bins: int = ECE_BINS) -> float:
+    """Computes the mean distance between confidence and accuracy over ``confidence_bins``, weighted by answers, 0 to 1.
 
-    Formula: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3. 0.0 for no answers.
+    Formula: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3. 0.0 without answers.
     """
     total = len(confidences)
     parts = confidence_bins(confidences, correct, bins)

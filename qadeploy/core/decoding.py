@@ -1,10 +1,9 @@
 """Logits to answer spans: the one decoder, used for evaluation and for serving.
 
-A span is valid where it lies in the context, start <= end, it is at most ``max_answer_len`` tokens
-long, and neither end is blank. Its logit is start + end, the best over the windows that hold it.
-Its score is ONE softmax over every valid span of all windows (and the null answer where allowed) of
-logits divided by the model's temperature, so scores are probabilities that do not depend on ``top_k``
-and never sum to more than 1.
+A span is valid if it lies in the context, start <= end, it is at most ``max_answer_len`` tokens long, and neither
+end is blank. Its logit is start + end, the best over the windows that hold it. Its score comes from ONE softmax
+over every valid span of all windows (and the null answer if allowed) of logits divided by the model's temperature,
+so scores are probabilities that do not depend on ``top_k`` and never sum to more than 1.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from numpy.typing import NDArray
 
 from qadeploy.core.windows import EncodedText
 from qadeploy.errors import InputError, LogitsError
-from qadeploy.records import Answer, FloatArray, Span, Window
+from qadeploy.records import Answer, Float64Array, FloatArray, Span, Window
 
 DEFAULT_MAX_ANSWER_LEN = 30
-_CELLS = 2**16  # of spans in one table: 256 KB of logits and 512 KB of weights, which a core's cache holds
+_CELLS = 2**16  # spans in one table: 256 KB of logits and 512 KB of weights, which fit a core's cache
 Index = NDArray[np.intp]
 _Best = tuple[tuple[int, int], int, int, float]  # a span: its code points, first and last token, logit
 
@@ -31,9 +30,11 @@ _Best = tuple[tuple[int, int], int, int, float]  # a span: its code points, firs
 class Decoded:
     """What the decoder found in one context.
 
-    ``spans`` are ranked, best first, one a text span. ``null_logit`` is the minimum over windows of
-    the null position's start + end logit (Devlin et al. 2019, section 4.3, as in SQuAD v2 scripts),
-    ``null_score`` its probability (0 where the null answer is not allowed).
+    Attributes:
+        spans: The best spans, best first, with one per text.
+        null_logit: Minimum over windows of the null position's start + end logit (Devlin et al. 2019, section 4.3, as
+            in SQuAD v2 scripts).
+        null_score: Its probability, 0 if the null answer is not allowed.
     """
 
     spans: tuple[Span, ...]
@@ -42,15 +43,19 @@ class Decoded:
 
     @property
     def null_difference(self) -> float:
-        """The null logit minus the best span's: what the null threshold is held against; +inf without a span."""
+        """The null logit minus the best span's, which the null threshold is compared with; +inf without a span."""
         return self.null_logit - self.spans[0].logit if self.spans else np.inf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scored:
-    """The windows of one question over one context, with a model's logits for them.
+class WindowLogits:
+    """The windows of one question over one context, with a model's logits.
 
-    ``start_logits[i]`` and ``end_logits[i]`` are float32 ``[at least the tokens of window i]``.
+    Attributes:
+        windows: The windows.
+        start_logits: For each window, float32 ``[tokens]``, or longer.
+        end_logits: The same for the ends.
+        context: The context.
     """
 
     windows: Sequence[Window]
@@ -58,24 +63,28 @@ class Scored:
     end_logits: Sequence[FloatArray]
     context: EncodedText
 
+    @property
+    def null_logit(self) -> float:
+        """Minimum over windows of the null position's start + end logit, because one window with an answer is enough."""
+        pairs = zip(self.windows, self.start_logits, self.end_logits, strict=True)
+        return min(float(s[w.null_index] + e[w.null_index]) for w, s, e in pairs)
 
-def span_table(
-    windows: Sequence[Window],
-    start_logits: Sequence[FloatArray],
-    end_logits: Sequence[FloatArray],
-    context: EncodedText,
-    max_answer_len: int,
-) -> FloatArray:
-    """``[context tokens, lengths]``: the logit of the span of length k + 1 at each token, -inf where invalid.
 
-    ``start_logits[i]`` and ``end_logits[i]`` are float32 ``[at least the tokens of window i]``.
-    Raises LogitsError on NaN or infinite logits, InputError on ``max_answer_len`` below 1.
+def span_table(scored: Sequence[WindowLogits], max_answer_len: int) -> FloatArray:
+    """Computes the logits of all spans of some contexts.
+
+    Args:
+        scored: One question over one context each, with logits.
+        max_answer_len: Longest span, in tokens.
+
+    Returns:
+        ``[tokens of all contexts, lengths]``: at ``[i, k]`` the logit of the span of k + 1 tokens that starts at token
+        i, -inf if it is not valid.
+
+    Raises:
+        LogitsError: The logits are NaN or infinite.
+        InputError: ``max_answer_len`` is below 1.
     """
-    return _table([Scored(windows, start_logits, end_logits, context)], max_answer_len)
-
-
-def _table(scored: Sequence[Scored], max_answer_len: int) -> FloatArray:
-    """The span tables of several contexts, one below the other: ``[all their tokens, lengths]``."""
     windows = [w for one in scored for w in one.windows]
     starts = _joined(windows, [logits for one in scored for logits in one.start_logits])
     ends = _joined(windows, [logits for one in scored for logits in one.end_logits])
@@ -100,7 +109,7 @@ def _table(scored: Sequence[Scored], max_answer_len: int) -> FloatArray:
 
 
 def _sizes(windows: Sequence[Window], max_answer_len: int) -> tuple[int, int]:
-    """The context tokens of the longest window, and the lengths that a span may have. Raises InputError."""
+    """Returns the context tokens of the longest window, and how many lengths a span can have. Raises InputError."""
     if max_answer_len < 1:
         raise InputError(f"max_answer_len {max_answer_len} is below 1: it is the longest answer in tokens")
     longest = max((w.context_length for w in windows), default=0)
@@ -113,18 +122,18 @@ def _check_finite(starts: FloatArray, ends: FloatArray) -> None:
 
 
 class _Reach:
-    """What the tokens of a window reach: the room for it is taken once, for windows of up to ``longest`` tokens."""
+    """The end tokens that each token of a window reaches. Memory is allocated once, for ``longest`` tokens."""
 
     def __init__(self, longest: int, lengths: int) -> None:
-        # The ends of one window, then so many that no span goes past its last token; and row i of ``_reach`` is
+        # The ends of one window, padded so that no span goes past its last token. Row i of ``_reach`` is
         # what token i reaches: ends i to i + lengths - 1.
         self._padded = np.empty(longest + lengths - 1, dtype=np.float32)
         self._reach = np.ndarray((longest, lengths), np.float32, self._padded, strides=2 * self._padded.strides)
 
     def add(self, starts: FloatArray, ends: FloatArray, rows: FloatArray) -> None:
-        """Raises ``rows`` ``[tokens, lengths]`` of a table to the logits of the spans that start at these tokens.
+        """Raises each entry of ``rows`` ``[tokens, lengths]`` to the logit of the span that starts there, in place, if that is higher.
 
-        ``ends`` are those of the same tokens, and may go on, to the last token that a span reaches.
+        ``ends`` belong to the same tokens, and may continue up to the last token that a span reaches.
         """
         size = len(starts)
         self._padded[: len(ends)] = ends
@@ -133,9 +142,9 @@ class _Reach:
 
 
 class _Rows:
-    """The span table of one long context, a block of rows at a time: whole it would be ``4 * lengths`` bytes a token."""
+    """The span table of one long context in blocks of rows, because all of it takes ``4 * lengths`` bytes per token."""
 
-    def __init__(self, scored: Scored, max_answer_len: int) -> None:
+    def __init__(self, scored: WindowLogits, max_answer_len: int) -> None:
         self.longest, self.lengths = _sizes(scored.windows, max_answer_len)
         for window, starts, ends in zip(scored.windows, scored.start_logits, scored.end_logits, strict=True):
             _check_finite(starts[: len(window)], ends[: len(window)])
@@ -144,7 +153,7 @@ class _Rows:
         self._ends = self._begins + [w.context_length for w in scored.windows]
 
     def blocks(self) -> Iterator[tuple[int, FloatArray]]:
-        """First token and table of each block, in order, without the tokens that no window holds."""
+        """Yields the first token and the table of each block, in order, without the tokens that no window holds."""
         reach = _Reach(self.longest + self.lengths - 1, self.lengths)
         most = max(1, _CELLS // self.lengths)
         for first, last in _covered(self._begins, self._ends):
@@ -157,7 +166,7 @@ class _Rows:
         for i in np.flatnonzero((self._begins < end) & (self._ends > begin)).tolist():
             window = self._scored.windows[i]
             first, last = max(begin, int(self._begins[i])), min(end, int(self._ends[i]))
-            beyond = min(last + self.lengths - 1, int(self._ends[i]))  # where the last of them reaches to
+            beyond = min(last + self.lengths - 1, int(self._ends[i]))  # what the last of them reaches
             shift = window.context_begin - window.context_offset
             starts = np.where(blank[first:last], -np.inf, self._scored.start_logits[i][first + shift : last + shift])
             ends = np.where(blank[first:beyond], -np.inf, self._scored.end_logits[i][first + shift : beyond + shift])
@@ -166,7 +175,7 @@ class _Rows:
 
 
 def _covered(begins: Index, ends: Index) -> Iterator[tuple[int, int]]:
-    """The runs of tokens that any window holds, in order."""
+    """Yields the runs of tokens that any window holds, in order."""
     run: tuple[int, int] | None = None
     for i in np.argsort(begins, kind="stable"):
         begin, end = int(begins[i]), int(ends[i])
@@ -181,35 +190,12 @@ def _covered(begins: Index, ends: Index) -> Iterator[tuple[int, int]]:
 
 
 def _joined(windows: Sequence[Window], logits: Sequence[FloatArray]) -> FloatArray:
-    """The logits of all windows, one behind the other, without those of padding."""
+    """Concatenates the logits of all windows, without those of padding."""
     return np.concatenate([np.empty(0, np.float32), *(x[: len(w)] for w, x in zip(windows, logits, strict=True))])
 
 
-def decode(
-    windows: Sequence[Window],
-    start_logits: Sequence[FloatArray],
-    end_logits: Sequence[FloatArray],
-    context: EncodedText,
-    *,
-    top_k: int = 1,
-    max_answer_len: int = DEFAULT_MAX_ANSWER_LEN,
-    align_to_words: bool = False,
-    allow_no_answer: bool = False,
-    temperature: float = 1.0,
-) -> Decoded:
-    """``decode_many`` for one context."""
-    return decode_many(
-        [Scored(windows, start_logits, end_logits, context)],
-        top_k=top_k,
-        max_answer_len=max_answer_len,
-        align_to_words=align_to_words,
-        allow_no_answer=allow_no_answer,
-        temperature=temperature,
-    )[0]
-
-
 def decode_many(
-    scored: Sequence[Scored],
+    scored: Sequence[WindowLogits],
     *,
     top_k: int = 1,
     max_answer_len: int = DEFAULT_MAX_ANSWER_LEN,
@@ -217,28 +203,34 @@ def decode_many(
     allow_no_answer: bool = False,
     temperature: float = 1.0,
 ) -> list[Decoded]:
-    """The ``top_k`` best spans of each context with their scores, and the null answer's.
+    """Finds the best spans of each context, with their scores and the null answer's.
 
-    ``align_to_words`` widens an answer to the whole pre-tokenised words at its borders. Spans that
-    cover the same text are one span, the best of them. Fewer than ``top_k`` come back where there
-    are fewer. ``temperature`` divides the logits in the softmax: it moves scores, never ranks. Time is
-    O(tokens x ``max_answer_len``), memory bounded, however many and long the contexts are. Raises
-    LogitsError and InputError like ``span_table``, InputError on ``top_k`` below 1.
+    Spans that cover the same text count as one, the best of them. Time is O(tokens x ``max_answer_len``); memory is
+    bounded, however many and long the contexts are.
+
+    Args:
+        scored: One question over one context each, with logits.
+        top_k: Most spans to return for each.
+        max_answer_len: Longest span, in tokens.
+        align_to_words: Whether to widen spans to whole pre-tokenised words.
+        allow_no_answer: Whether the null answer competes in the softmax.
+        temperature: Divides the logits in the softmax; it changes scores, never ranks.
+
+    Raises:
+        LogitsError: The logits are NaN or infinite.
+        InputError: ``top_k`` or ``max_answer_len`` is below 1.
     """
     if top_k < 1:
         raise InputError(f"top_k {top_k} is below 1: it is the number of answers to return")
     found: list[Decoded] = []
     for group in _groups(scored, max_answer_len):
         if len(group) == 1 and _cells(group[0], max_answer_len) > _CELLS:
-            one = group[0]
-            null = least_null_logit(one.windows, one.start_logits, one.end_logits)
-            competing = null if allow_no_answer else None
-            found.append(_decode_long(one, null, competing, top_k, max_answer_len, align_to_words, temperature))
+            found.append(_decode_long(group[0], allow_no_answer, top_k, max_answer_len, align_to_words, temperature))
             continue
-        table = _table(group, max_answer_len)
+        table = span_table(group, max_answer_len)
         counts = np.asarray([len(one.context) for one in group])
         begins = np.cumsum(counts) - counts
-        nulls = [least_null_logit(one.windows, one.start_logits, one.end_logits) for one in group]
+        nulls = [one.null_logit for one in group]
         peaks, totals = _normalisers(table, begins, counts, temperature, nulls if allow_no_answer else None)
         for i, one in enumerate(group):
             part = table[begins[i] : begins[i] + counts[i]]
@@ -260,17 +252,12 @@ def _scores(
 
 
 def _decode_long(
-    one: Scored,
-    null: float,
-    competing: float | None,
-    top_k: int,
-    max_answer_len: int,
-    align_to_words: bool,
-    temperature: float,
+    one: WindowLogits, allow_no_answer: bool, top_k: int, max_answer_len: int, align_to_words: bool, temperature: float
 ) -> Decoded:
-    """``decode_many`` for a context whose table is not made whole; ``competing`` is the null logit where it is allowed."""
+    """Decodes a context block by block."""
     rows = _Rows(one, max_answer_len)
-    peak, total = (-np.inf, 0.0) if competing is None else (competing, 1.0)
+    null = one.null_logit
+    peak, total = (null, 1.0) if allow_no_answer else (-np.inf, 0.0)
     weighed = False
 
     def cells(count: int) -> list[tuple[int, float]]:
@@ -279,7 +266,7 @@ def _decode_long(
         for begin, table in rows.blocks():
             some = _best_cells(table.ravel(), min(count, table.size))
             if some and not weighed:
-                # The sum so far counts in units of its own highest logit; where a higher one comes, in that one's.
+                # The sum so far is relative to its highest logit; rescale it when a higher one comes.
                 higher = max(peak, some[0][1])
                 weights = np.subtract(table, higher, dtype=np.float64)
                 weights /= temperature
@@ -294,16 +281,16 @@ def _decode_long(
     best = _best_spans(cells, len(one.context) * rows.lengths, rows.lengths, one.context, top_k, align_to_words)
     if peak == -np.inf:  # nothing can be an answer
         peak, total = 0.0, 1.0
-    return _scores(best, null, competing is not None, peak, total, temperature)
+    return _scores(best, null, allow_no_answer, peak, total, temperature)
 
 
-def _cells(one: Scored, max_answer_len: int) -> int:
+def _cells(one: WindowLogits, max_answer_len: int) -> int:
     return sum(w.context_length for w in one.windows) * max_answer_len
 
 
-def _groups(scored: Sequence[Scored], max_answer_len: int) -> Iterator[list[Scored]]:
-    """Neighbours whose table together stays below ``_CELLS``, one at least."""
-    group: list[Scored] = []
+def _groups(scored: Sequence[WindowLogits], max_answer_len: int) -> Iterator[list[WindowLogits]]:
+    """Groups neighbours whose common table stays below ``_CELLS``, at least one per group."""
+    group: list[WindowLogits] = []
     cells = 0
     for one in scored:
         own = _cells(one, max_answer_len)
@@ -318,10 +305,10 @@ def _groups(scored: Sequence[Scored], max_answer_len: int) -> Iterator[list[Scor
 
 def _normalisers(
     table: FloatArray, begins: Index, counts: Index, temperature: float, nulls: Sequence[float] | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """``[contexts]`` each: the highest logit, and the sum of exp((logit - highest) / temperature) over all spans.
+) -> tuple[Float64Array, Float64Array]:
+    """Returns the highest logit, and the sum of exp((logit - highest) / temperature) over all spans, ``[contexts]`` each.
 
-    ``nulls`` are the null logits where they compete. Where nothing does, the highest is 0 and the sum 1.
+    ``nulls`` are the null logits if they compete. For a context without candidates the highest is 0 and the sum 1.
     """
     peaks = np.full(len(counts), -np.inf) if nulls is None else np.asarray(nulls, dtype=np.float64)
     some = np.flatnonzero(counts)
@@ -347,9 +334,9 @@ def _best_spans(
     top_k: int,
     align_to_words: bool,
 ) -> list[_Best]:
-    """The ``top_k`` best spans of one context that differ in text.
+    """Finds the ``top_k`` best spans of one context that differ in text.
 
-    ``best_cells`` gives that many cells of its table of ``size``, as ``_best_cells`` does.
+    ``best_cells`` returns that many cells of its table of ``size`` cells, as ``_best_cells`` does.
     """
     spans: dict[tuple[int, int], _Best] = {}
     ranked, want = 0, min(size, 1 if top_k == 1 else max(2 * top_k, 16))
@@ -368,23 +355,21 @@ def _best_spans(
     return list(spans.values())
 
 
-def least_null_logit(
-    windows: Sequence[Window], start_logits: Sequence[FloatArray], end_logits: Sequence[FloatArray]
-) -> float:
-    """The minimum over windows of the null position's start + end logit: an answer in one window speaks for all."""
-    return min(
-        float(s[w.null_index] + e[w.null_index]) for w, s, e in zip(windows, start_logits, end_logits, strict=True)
-    )
-
-
 def rank_answers(
     decoded: Decoded, context: str, *, top_k: int, allow_no_answer: bool = False, null_threshold: float | None = None
 ) -> list[Answer]:
-    """The ``top_k`` best answers of what was decoded, best first.
+    """Ranks what was decoded as answers, best first.
 
-    With ``allow_no_answer`` the null answer stands before the first span whose logit it exceeds by more
-    than ``null_threshold`` (None: 0, which ranks by probability): SQuAD v2's rule, ``null_score_diff_threshold``
-    of transformers' ``run_qa.py``. Scores stay probabilities, so a threshold can rank it above likelier spans.
+    The null answer comes before the first span whose logit it exceeds by more than the threshold: SQuAD v2's rule,
+    ``null_score_diff_threshold`` of transformers' ``run_qa.py``. Scores stay probabilities, so a threshold can rank
+    it above spans with higher scores.
+
+    Args:
+        decoded: Spans and null logit of one context.
+        context: The context's text.
+        top_k: Most answers to return.
+        allow_no_answer: Whether the null answer is among them.
+        null_threshold: The threshold; None counts as 0, which ranks by probability.
     """
     answers = [Answer(context[s.start : s.end], s.start, s.end, s.score) for s in decoded.spans]
     if allow_no_answer:
@@ -395,7 +380,7 @@ def rank_answers(
 
 
 def _best_cells(flat: FloatArray, count: int) -> list[tuple[int, float]]:
-    """Index and value of the ``count`` largest finite values, best first, ties by position (earlier and shorter first)."""
+    """Returns index and value of the ``count`` largest finite values, best first; ties in order of position."""
     if count == 1:
         best = int(flat.argmax())
         return [(best, float(flat[best]))] if flat[best] > -np.inf else []

@@ -1,42 +1,133 @@
-"""Exact match and F1 as SQuAD's official script computes them, accuracy, and bootstrap intervals.
+"""Exact match and F1 by one of two metrics, accuracy, and bootstrap intervals.
 
-Formulas: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP
-2016, section 6.1, and the v2.0 script's rule for questions without an answer (the gold text is "").
+``squad`` is SQuAD's official script, made for English: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension
+of Text", EMNLP 2016, section 6.1, and the v2.0 script's rule for questions without an answer (the gold text is "").
+
+``mixed`` is for every script. Formulas and rule are the same, on other tokens: those of MLQA's script (Lewis et al., "MLQA:
+Evaluating Cross-lingual Extractive Question Answering", ACL 2020, mlqa_evaluation_v1.py), which removes all Unicode punctuation
+and takes each Han character as a token. That script is told the language, this one is not, hence the differences:
+
+- Each character (code point) of every script written without spaces is a token, in any text: Han, Hiragana, Katakana, Thai,
+  Lao, Khmer, Myanmar, and Tibetan, whose mark between syllables is punctuation. Hangul is written with spaces: words.
+- A, an and the go if all letters of the text are Latin, as MLQA removes them from English; articles of other languages stay. So
+  both metrics are equal on ASCII text.
+- The full-width forms of ASCII symbols go too, and a zero-width space, which may separate words in Khmer and Thai, is a space.
+
+CMRC 2018's script (Cui et al., "A Span-Extraction Dataset for Chinese Machine Reading Comprehension", EMNLP-IJCNLP 2019,
+cmrc2018_evaluate.py) segments likewise, but its F1 counts the longest common run of tokens, not the tokens in common, so it
+is lower or equal; it removes a short list of punctuation, and its exact match keeps spaces.
 """
 
 from __future__ import annotations
 
 import re
 import string
+import sys
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qadeploy.records import Answer, Example
+from qadeploy.records import Answer, BoolArray, Example, Float64Array
+
+Metric = Literal["squad", "mixed"]
+MetricChoice = Literal["auto", "squad", "mixed"]
+MOST_OTHER_LETTERS = 0.1  # the share of letters outside the Latin script up to which "auto" is "squad"
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+_FULL_WIDTH = 0xFEE0  # from an ASCII character to its full-width form
+_UNSPACED = (
+    "\u0e00-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Thai, Lao, Tibetan, Myanmar
+    "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
+    "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # Hiragana, Katakana
+)
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\s\u200b{_UNSPACED}]+")
 
 
-def normalize(text: str) -> str:
-    """Lower case, no ASCII punctuation, no English articles, single spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+def choose_metric(choice: MetricChoice, examples: Sequence[Example]) -> Metric:
+    """Returns the metric to score with: ``choice``, or for "auto" the one that suits the script of the examples.
 
+    That is "mixed" if more than ``MOST_OTHER_LETTERS`` of the letters of the contexts, or of the annotated answers, are not
+    Latin: a few names or formulas in English texts change nothing. It is for whole data sets; choose once and keep the choice.
 
-def exact_match(prediction: str, gold: str) -> float:
-    """1.0 where both texts are equal after ``normalize``, else 0.0."""
-    return float(normalize(prediction) == normalize(gold))
-
-
-def f1(prediction: str, gold: str) -> float:
-    """Harmonic mean of token precision and recall after ``normalize``, 0 to 1.
-
-    Where either side has no token left, 1.0 if both have none, else 0.0.
+    Args:
+        choice: What was asked for.
+        examples: The annotated questions.
     """
-    predicted, wanted = normalize(prediction).split(), normalize(gold).split()
+    if choice != "auto":
+        return choice
+    answers = (a.text for e in examples for a in e.answers)
+    share = max(_other_letters({e.context for e in examples}), _other_letters(answers))
+    return "mixed" if share > MOST_OTHER_LETTERS else "squad"
+
+
+def _other_letters(texts: Iterable[str]) -> float:
+    """The share of letters that are not Latin, 0 to 1; 0 without letters."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    letters = sum(n for char, n in counts.items() if char.isalpha())
+    return sum(n for char, n in counts.items() if _is_other_letter(char)) / max(1, letters)
+
+
+@cache
+def _is_other_letter(char: str) -> bool:
+    """Whether it is a letter and not Latin. Below U+0370, where Greek begins, all are Latin or belong to no script."""
+    return char >= "\u0370" and char.isalpha() and "LATIN" not in unicodedata.name(char, "")
+
+
+@cache
+def _every_punctuation() -> dict[int, int | None]:
+    """For ``str.translate``: drops the Unicode categories P*, the ASCII symbols and their full-width forms."""
+    found = [char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char)[0] == "P"]
+    full_width = [chr(ord(char) + _FULL_WIDTH) for char in string.punctuation]
+    return str.maketrans("", "", "".join(found) + string.punctuation + "".join(full_width))
+
+
+def normalize(text: str, metric: Metric = "squad") -> str:
+    """Lowers the case and drops punctuation, English articles and extra spaces.
+
+    Args:
+        text: The text.
+        metric: With "squad", punctuation is ASCII. With "mixed" it is Unicode's, articles are dropped only from Latin text, and
+            the tokens are separated by one space each, characters of scripts without spaces too.
+    """
+    if metric == "squad":
+        return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    text = text.lower().translate(_every_punctuation())
+    if not any(map(_is_other_letter, text)):
+        text = _ARTICLES.sub(" ", text)
+    return " ".join(_TOKEN.findall(text))
+
+
+def exact_match(prediction: str, gold: str, metric: Metric = "squad") -> float:
+    """Returns 1.0 if both texts are equal after ``normalize``, else 0.0.
+
+    Args:
+        prediction: The text given.
+        gold: The text annotated.
+        metric: How texts are normalised.
+    """
+    return float(normalize(prediction, metric) == normalize(gold, metric))
+
+
+def f1(prediction: str, gold: str, metric: Metric = "squad") -> float:
+    """Returns the harmonic mean of token precision and recall after ``normalize``, 0 to 1.
+
+    If either text has no token left, it is 1.0 if both have none, else 0.0.
+
+    Args:
+        prediction: The text given.
+        gold: The text annotated.
+        metric: How texts are normalised.
+    """
+    predicted, wanted = normalize(prediction, metric).split(), normalize(gold, metric).split()
     if not predicted or not wanted:
         return float(predicted == wanted)
     shared = sum((Counter(predicted) & Counter(wanted)).values())
@@ -48,17 +139,19 @@ def f1(prediction: str, gold: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Scores of many questions: means in percent, and the rows behind them.
+    """Scores of many questions: means in percent, and the rows behind them for intervals and paired tests.
 
-    ``rows_has_answer`` ``[questions]`` is true where the question is annotated with an answer.
-    ``accuracy`` is the share of questions whose predicted span (code points) is exactly an annotated
-    one. The ``rows_*`` arrays hold 0 to 1 a question, ``[questions]``, for intervals and paired tests.
+    Attributes:
+        rows_exact_match: Exact match of each question, 0 or 1, ``[questions]``.
+        rows_f1: F1 of each question, 0 to 1, ``[questions]``.
+        rows_accuracy: 1 if the predicted span (code points) is an annotated one, else 0, ``[questions]``.
+        rows_has_answer: Whether the question is annotated with an answer, ``[questions]``.
     """
 
-    rows_exact_match: NDArray[np.float64]
-    rows_f1: NDArray[np.float64]
-    rows_accuracy: NDArray[np.float64]
-    rows_has_answer: NDArray[np.bool_]
+    rows_exact_match: Float64Array
+    rows_f1: Float64Array
+    rows_accuracy: Float64Array
+    rows_has_answer: BoolArray
 
     @property
     def total(self) -> int:
@@ -77,14 +170,14 @@ class Scores:
 
     @property
     def accuracy(self) -> float:
-        """Share of exactly predicted spans, percent."""
+        """Share of questions whose span was predicted exactly, percent."""
         return _percent(self.rows_accuracy)
 
     def to_dict(self) -> dict[str, object]:
-        """exact_match, f1, accuracy and total with 95 % bootstrap intervals, as plain JSON values.
+        """Returns exact_match, f1, accuracy and total with 95 % bootstrap intervals, as plain JSON values.
 
-        Where there are questions with an answer also HasAns_exact, HasAns_f1 and HasAns_total, and where there are
-        some without NoAns_exact, NoAns_f1 and NoAns_total, as in SQuAD v2's official script.
+        If there are questions with an answer, HasAns_exact, HasAns_f1 and HasAns_total are added, and NoAns_* if there
+        are questions without one, as in SQuAD v2's official script.
         """
         kinds: dict[str, object] = {}
         for name, rows in (("HasAns", self.rows_has_answer), ("NoAns", ~self.rows_has_answer)):
@@ -106,21 +199,26 @@ class Scores:
         }
 
 
-def _percent(rows: NDArray[np.float64]) -> float:
+def _percent(rows: Float64Array) -> float:
     return 100.0 * float(rows.mean()) if len(rows) else 0.0
 
 
-def score(examples: Sequence[Example], predictions: Sequence[Answer]) -> Scores:
-    """Scores one prediction a question against all of its annotated answers, the best counting.
+def score(examples: Sequence[Example], predictions: Sequence[Answer], metric: Metric = "squad") -> Scores:
+    """Scores one prediction per question against its annotated answers, of which the best match counts.
 
-    A question without answers wants the empty text. As in the official script, a gold text that
-    normalises to nothing (an article alone) counts only where all of a question's do.
+    The right answer to a question without answers is the empty text. As in the official script, a gold text that
+    normalises to nothing (an article alone) counts only if all of a question's gold texts do.
+
+    Args:
+        examples: The questions.
+        predictions: One answer for each.
+        metric: How texts are compared.
     """
     em, f, accuracy = [], [], []
     for example, answer in zip(examples, predictions, strict=True):
-        golds = [a.text for a in example.answers if normalize(a.text)] or [""]
-        em.append(max(exact_match(answer.text, gold) for gold in golds))
-        f.append(max(f1(answer.text, gold) for gold in golds))
+        golds = [a.text for a in example.answers if normalize(a.text, metric)] or [""]
+        em.append(max(exact_match(answer.text, gold, metric) for gold in golds))
+        f.append(max(f1(answer.text, gold, metric) for gold in golds))
         spans = {(a.start, a.end) for a in example.answers} or {(0, 0)}
         accuracy.append(float((answer.start, answer.end) in spans))
     has_answer = np.asarray([bool(e.answers) for e in examples], dtype=bool)
@@ -128,9 +226,19 @@ def score(examples: Sequence[Example], predictions: Sequence[Answer]) -> Scores:
 
 
 def bootstrap_interval(
-    rows: NDArray[np.float64], *, samples: int = 2000, seed: int = 0, level: float = 0.95
+    rows: Float64Array, *, samples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``rows``, in percent (Efron 1979)."""
+    """Computes a percentile bootstrap interval of a mean (Efron 1979).
+
+    Args:
+        rows: One value per question, 0 to 1, ``[questions]``.
+        samples: Number of bootstrap samples.
+        seed: Of the random generator.
+        level: Coverage of the interval.
+
+    Returns:
+        The lower and the upper bound, in percent.
+    """
     if not len(rows):
         return (0.0, 0.0)
     generator = np.random.default_rng(seed)

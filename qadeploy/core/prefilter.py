@@ -1,7 +1,7 @@
-"""Which windows of a long context are worth the model's time: BM25 over the windows, from the tokens that are there.
+"""Choosing the windows of a long context that the model reads: BM25 over the windows, from their tokens.
 
-The windows of one context are the documents, the question's tokens (sub-words, each counted once) the query. With k1 = 1.2
-and b = 0.75 a window's score is
+The windows of one context are the documents, the question's distinct tokens (sub-words) the query. With k1 = 1.2
+and b = 0.75 the score of a window is
 
     sum over the question's tokens t of  idf(t) * tf * (k1 + 1) / (tf + k1 * (1 - b + b * length / mean length))
     idf(t) = ln(1 + (windows - df + 0.5) / (df + 0.5))
@@ -15,10 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qadeploy.core.windows import Cut
-from qadeploy.records import IntArray
+from qadeploy.records import Float64Array, IntArray
 
 K1, B = 1.2, 0.75
 
@@ -27,19 +26,26 @@ K1, B = 1.2, 0.75
 class Ranking:
     """The windows of a context by their scores.
 
-    ``scores`` is float64 ``[windows]``; ``chosen`` int64 ``[at most as many as were asked for]`` holds the numbers, from 0, of
-    the best, in the order of the context.
+    Attributes:
+        scores: BM25 score of each window, ``[windows]``.
+        chosen: Indices of the best windows, in the order of the context, ``[chosen windows]``.
     """
 
-    scores: NDArray[np.float64]
+    scores: Float64Array
     chosen: IntArray
 
 
-def rank(question: IntArray, context: IntArray, cut: Cut, count: int) -> Ranking:
-    """The ``count`` best of the windows into which ``cut`` divides a context, by their scores, equal ones by their place.
+def rank_windows(question: IntArray, context: IntArray, cut: Cut, count: int) -> Ranking:
+    """Chooses the best windows of a context; of windows with equal scores, the first.
 
-    ``question`` and ``context`` are token ids ``[tokens]``, without special tokens. Where no token of the question occurs in the context
-    all scores are 0, so that the first ``count`` windows are taken. Time is that of one look at each token of the context.
+    If no token of the question occurs in the context, all scores are 0 and the first windows are chosen. Each context
+    token is looked at once.
+
+    Args:
+        question: Token ids without special tokens, ``[tokens]``.
+        context: Token ids without special tokens, ``[tokens]``.
+        cut: How the context is cut into windows.
+        count: How many windows to choose.
     """
     begins = np.asarray(cut.begins, dtype=np.int64)
     ends = np.minimum(begins + cut.room, cut.tokens)
@@ -56,13 +62,13 @@ def rank(question: IntArray, context: IntArray, cut: Cut, count: int) -> Ranking
 
 
 def _places(question: IntArray, context: IntArray) -> list[IntArray]:
-    """Where each of the question's tokens stands in the context, in order; those that stand nowhere are left out."""
+    """Returns the positions in the context of each token of the question that occurs there, in order."""
     terms = np.unique(question)
     if not len(terms) or not len(context):
         return []
     asked = np.zeros(max(int(terms[-1]), int(context.max())) + 1, dtype=np.bool_)
     asked[terms] = True
-    places = np.flatnonzero(asked[context])  # far fewer than tokens, as a rule
+    places = np.flatnonzero(asked[context])  # usually far fewer than tokens
     found = context[places]
     order = np.argsort(found, kind="stable")
     borders = np.flatnonzero(np.diff(found[order])) + 1

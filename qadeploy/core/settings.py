@@ -1,27 +1,35 @@
-"""The settings that turn a question-answering model into answers, stored beside its weights."""
+"""The settings that turn a question-answering model into answers, stored beside its weights, and the options of one call."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict, get_args
 
-from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, Scored
+from qadeploy import options
+from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, WindowLogits
+from qadeploy.core.metrics import Metric
 from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, EncodedText
 from qadeploy.errors import InputError
+from qadeploy.options import check, option
 from qadeploy.records import Example, FloatArray, Window
 
 
 @dataclass(frozen=True, slots=True)
 class QaSettings:
-    """``max_seq_len``: longest window; ``doc_stride``: overlap of windows; ``max_answer_len``: all in tokens.
+    """How windows are cut, spans are ranked and answers are scored.
 
-    ``null_threshold``: where "no answer" is allowed it wins if its logit exceeds the best span's by more than this;
-    None for a model that was trained on answerable questions alone, which is 0 where it is asked for all the same.
-    ``temperature``: the logits are divided by it before the softmax that makes scores (Guo et al. 2017).
-    ``relative_to_null``: spans are ranked by their logit less the null logit of their window, the odds that the window
-    holds them, which compare between windows of a model that was trained to tell windows without an answer.
+    Attributes:
+        max_seq_len: Longest window, in tokens.
+        doc_stride: Overlap of neighbouring windows, in tokens.
+        max_answer_len: Longest answer, in tokens.
+        null_threshold: "No answer" wins, if allowed, when its logit exceeds the best span's by more than this. None
+            for a model trained on answerable questions alone; it then counts as 0.
+        temperature: Divides the logits before the softmax that makes scores (Guo et al. 2017).
+        relative_to_null: Whether spans are ranked by their logit minus the null logit of their window. These odds
+            compare across windows if the model learned to recognise windows without an answer.
+        metric: How EM and F1 compare texts (see ``core/metrics.py``): by it the model was chosen, and by it bundles are judged.
     """
 
     max_seq_len: int = DEFAULT_MAX_SEQ_LEN
@@ -30,19 +38,20 @@ class QaSettings:
     null_threshold: float | None = None
     temperature: float = 1.0
     relative_to_null: bool = False
+    metric: Metric = "squad"
 
-    def scored(
+    def window_logits(
         self,
         windows: Sequence[Window],
         start_logits: Sequence[FloatArray],
         end_logits: Sequence[FloatArray],
         context: EncodedText,
-    ) -> Scored:
-        """Windows with a model's logits as these settings rank them, for the decoder.
+    ) -> WindowLogits:
+        """Prepares windows with a model's logits for the decoder, as these settings rank them.
 
         Args:
-            windows: Those of one question over one context.
-            start_logits: Float32 ``[tokens]`` of each window, or more.
+            windows: The windows of one question over one context.
+            start_logits: For each window, float32 ``[tokens]``, or longer.
             end_logits: The same for the ends.
             context: The context.
         """
@@ -51,25 +60,21 @@ class QaSettings:
                 [x - x[w.null_index] for w, x in zip(windows, logits, strict=True)]
                 for logits in (start_logits, end_logits)
             )
-        return Scored(windows, start_logits, end_logits, context)
+        return WindowLogits(windows, start_logits, end_logits, context)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON values."""
+        """Returns the settings as plain JSON values."""
         return asdict(self)
-
-    def null_competes(self, examples: Iterable[Example]) -> bool:
-        """Whether "no answer" competes when ``examples`` are scored: the one rule for training, gates and evaluation.
-
-        It does if any of the examples has no answer. Where all have one, as in SQuAD v1.1, every question is answered.
-        """
-        return any(not e.answers for e in examples)
 
     def changed(
         self, *, max_seq_len: int | None = None, doc_stride: int | None = None, max_answer_len: int | None = None
     ) -> QaSettings:
-        """These settings with some chosen anew (None: as they are). Raises InputError on values below 1 (stride: 0).
+        """Returns these settings with those replaced that are not None.
 
-        Where only ``max_seq_len`` is chosen, ``doc_stride`` shrinks to at most a third of it.
+        If only ``max_seq_len`` is given, ``doc_stride`` shrinks to at most a third of it.
+
+        Raises:
+            InputError: A value below 1, or a ``doc_stride`` below 0.
         """
         if max_seq_len is not None and doc_stride is None:
             doc_stride = min(self.doc_stride, max_seq_len // 3)
@@ -78,32 +83,95 @@ class QaSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> QaSettings:
-        """Reads stored settings; unknown keys are ignored, missing ones and null take their defaults.
+        """Reads stored settings. Unknown keys are ignored; missing ones and null take their defaults.
 
-        Raises InputError naming ``where`` on wrong values.
+        Args:
+            values: What ``to_dict`` wrote.
+            where: Where they were stored, for messages.
+
+        Raises:
+            InputError: A value is wrong.
         """
-        found: dict[str, Any] = {}
-        for name in cls.__slots__:
-            value = values.get(name)
-            if value is None:
-                continue
+        found = {name: values[name] for name in cls.__slots__ if values.get(name) is not None}
+        for name, value in found.items():
             if name == "relative_to_null":
-                if not isinstance(value, bool):
-                    raise InputError(f"{where}: {name} is {value!r}, true or false is needed")
-                found[name] = value
-                continue
-            if name in {"null_threshold", "temperature"}:
-                found[name] = _number(value, name, where)
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < (name != "doc_stride"):
-                raise InputError(f"{where}: {name} is {value!r}, a positive whole number is needed")
-            found[name] = value
+                fits, needed = isinstance(value, bool), "true or false"
+            elif name == "metric":
+                fits, needed = value in get_args(Metric), " or ".join(get_args(Metric))
+            elif name in {"null_threshold", "temperature"}:
+                fits, needed = _is_number(value), "a number"
+                if name == "temperature":
+                    fits, needed = fits and value > 0, "a number above 0"
+                found[name] = float(value) if fits else value
+            else:
+                whole = isinstance(value, int) and not isinstance(value, bool)
+                fits, needed = whole and value >= (name != "doc_stride"), "a positive whole number"
+            if not fits:
+                raise InputError(f"{where}: {name} must be {needed}, not {value!r}")
         return cls(**found)
 
 
-def _number(value: object, name: str, where: str) -> float:
-    sound = isinstance(value, int | float) and not isinstance(value, bool)
-    if sound and abs(value) <= sys.float_info.max and (name != "temperature" or value > 0):  # type: ignore[arg-type,operator]
-        return float(value)  # type: ignore[arg-type]
-    needed = "a number above 0" if name == "temperature" else "a number"
-    raise InputError(f"{where}: {name} is {value!r}, {needed} is needed")
+class AnswerOptions(TypedDict, total=False):
+    """The keyword arguments of every method that answers; the defaults are those of ``Options``.
+
+    Attributes:
+        top_k: The number of answers, best first.
+        max_answer_len: The longest answer in tokens.
+        max_seq_len: The longest window in tokens.
+        doc_stride: The overlap of neighbouring windows in tokens.
+        align_to_words: Whether answers are widened to whole words.
+        allow_no_answer: Whether "no answer" (the empty text) competes.
+        prefilter: The largest number of windows to read per context, the best by BM25.
+    """
+
+    top_k: int
+    max_answer_len: int | None
+    max_seq_len: int | None
+    doc_stride: int | None
+    align_to_words: bool
+    allow_no_answer: bool | None
+    prefilter: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options of one call. Lengths are in tokens. None takes the value stored in the bundle.
+
+    With ``prefilter``, answers, scores and the null answer come from the windows that were read and no others.
+    """
+
+    top_k: int = option(1, "How many answers, best first; fewer if there are fewer.", least=1)
+    max_answer_len: int | None = option(None, "Longest answer in tokens.", least=1, shown="the bundle's")
+    max_seq_len: int | None = option(None, "Longest window in tokens.", least=1, shown="the bundle's")
+    doc_stride: int | None = option(None, "Overlap of neighbouring windows in tokens.", least=0, shown="the bundle's")
+    align_to_words: bool = option(False, "Widen answers to whole words.")
+    allow_no_answer: bool | None = option(
+        None,
+        "Whether 'no answer' (the empty text at 0) competes, by the bundle's null threshold.",
+        off="--always-answer",
+        shown="if the model was trained to say so",
+    )
+    prefilter: int | None = options.prefilter()
+
+    def settings(self, stored: QaSettings) -> QaSettings:
+        """The stored settings with the values of this call. Raises InputError on a value out of range."""
+        check(self)
+        return stored.changed(
+            max_seq_len=self.max_seq_len, doc_stride=self.doc_stride, max_answer_len=self.max_answer_len
+        )
+
+    def null_competes(self, stored: QaSettings) -> bool:
+        """Whether "no answer" competes: as requested, else if the model was trained for it (it has a null threshold)."""
+        return stored.null_threshold is not None if self.allow_no_answer is None else self.allow_no_answer
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def any_unanswerable(examples: Iterable[Example]) -> bool:
+    """Whether "no answer" competes when examples are scored: if any of them has no answer.
+
+    This is the one rule for training, gates and evaluation. If all have answers, as in SQuAD v1.1, every question gets one.
+    """
+    return any(not e.answers for e in examples)

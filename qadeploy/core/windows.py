@@ -1,13 +1,17 @@
 """Text to token windows: the one encoder, used for training and for serving.
 
-The question and the context are tokenised apart, without truncation or padding, and numpy cuts the
-windows. So a context tokenised once serves many questions, any ``max_seq_len`` and ``doc_stride``
-can be used from any thread, and the windows are those of a Hugging Face fast tokenizer called with
-``return_overflowing_tokens=True, stride=doc_stride, truncation="only_second"`` (tests hold the two
-against each other). ``doc_stride`` is therefore the OVERLAP of neighbouring windows, in tokens.
+The question and the context are tokenised separately, without truncation or padding, and numpy cuts the
+windows. A context tokenised once therefore serves many questions, and any thread can use any ``max_seq_len`` and
+``doc_stride``. The windows are those of a Hugging Face fast tokenizer called with
+``return_overflowing_tokens=True, stride=doc_stride, truncation="only_second"`` (the tests compare the two),
+so ``doc_stride`` is the OVERLAP of neighbouring windows, in tokens. Beside a question so long that a window holds no more than
+``doc_stride`` context tokens, where the Hugging Face tokenizer fails, windows overlap by half of what they hold.
 
-Models whose tokenizer pads on the left (XLNet's kind) take the context first and the question last,
-as in transformers' question-answering example; their windows equal ``truncation="only_first"``.
+Models whose tokenizer pads on the left (such as XLNet) take the context first and the question last,
+as in transformers' question-answering example; their windows equal those of ``truncation="only_first"``.
+
+Some tokenizers leave visible characters without a token: ``Whitespace`` before ``ByteLevel`` with a prefix space trims the first
+letter off each word. Such characters belong to the token behind them, whose start is moved back.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import hashlib
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -24,30 +29,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 from tokenizers import __version__ as tokenizers_version
 
+from qadeploy.core.unknown import unknown_id
 from qadeploy.errors import InputError, QuestionTooLongError, StrideError, TooManyWindowsError
-from qadeploy.records import IntArray, Window
+from qadeploy.records import BoolArray, IntArray, Window
 
 DEFAULT_MAX_SEQ_LEN = 384
 DEFAULT_DOC_STRIDE = 128
 CONTEXT_MASK = "context_mask"  # the input of a graph with a span head (docs/spans-in-graph.md)
 _PROBES = ("a", "the", "1", ".", "\u4e00")
+# Texts that a tokenizer must cover to their ends: words, capitals, digits, punctuation, other scripts, symbols, emoji.
+_COVERED = (
+    *("word", "Two Words", "NASA", "Størrelse", "1969", "$12.50", "(a)", "well-known", "end.", "why?"),
+    *("Москва", "Αθήνα", "القاهرة", "ירושלים", "दिल्ली", "東京", "서울", "ไทย", "½", "€", "→", "🚀"),
+)
+_RULES = 2  # raised whenever the same tokenizer comes to give other ids or offsets
 _LONG = 2_000  # code points; shorter ones take about a millisecond at most
-_LAST_SPACE = 0x3000  # the highest code point that is white space
+_LAST_SPACE = 0x3000  # the highest white space code point
 # ids 8, offsets 16, blank 1, words 16; an Encoding of tokenizers 0.22 takes about 100 a token (measured).
 _TOKEN_BYTES = 141
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig:
-    """What the encoder must know beside ``tokenizer.json``; stored in checkpoints and bundles.
+    """What the encoder must know besides ``tokenizer.json``; stored in checkpoints and bundles.
 
-    ``segments`` is the number of token types the model's forward takes, 0 where it takes none;
-    ``context_first`` swaps the pair; ``null_token_id`` is the token that stands for "no answer"
-    (CLS); ``pad_token_id`` fills batches; ``position_limit`` is the longest input in tokens.
+    Attributes:
+        segments: Number of token types that the model's forward takes, 0 if it takes none.
+        context_first: Whether the context comes before the question.
+        null_token_id: The token that stands for "no answer" (CLS).
+        pad_token_id: The token that fills batches.
+        position_limit: Longest input in tokens.
     """
 
     segments: int
@@ -57,12 +71,12 @@ class EncoderConfig:
     position_limit: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain JSON values."""
+        """Returns the configuration as plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
-        """Reads what ``to_dict`` wrote. Raises KeyError on a missing value, TypeError on one of a wrong type."""
+        """Reads what ``to_dict`` wrote. Raises KeyError if a value is missing, TypeError if one has a wrong type."""
         null = values["null_token_id"]
         if not isinstance(values["context_first"], bool) or not (null is None or _is_count(null)):
             raise TypeError("encoder: context_first or null_token_id is of a wrong type")
@@ -78,10 +92,14 @@ def _is_count(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """What stands around a pair: ids and token types of the special tokens, and the token type of either text.
+    """The special tokens around a pair of texts, and the token types.
 
-    The ids are int64, in the order of the window; ``types`` are those of the three in turn, ``parts`` of the first text
-    and of the second.
+    Attributes:
+        before: Ids of the special tokens before the first text, int64.
+        between: Ids of those between the texts.
+        after: Ids of those after the second text.
+        types: Token types of these three in turn.
+        parts: Token type of the first text and of the second.
     """
 
     before: IntArray
@@ -93,9 +111,13 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a context of ``tokens`` is cut: window i holds the tokens from ``begins[i]`` on, at most ``room`` of them.
+    """How a context is cut into windows.
 
-    Neighbours share ``overlap`` tokens.
+    Attributes:
+        begins: First context token of each window.
+        room: Most context tokens that a window holds.
+        tokens: Tokens of the whole context.
+        overlap: Tokens that neighbouring windows share.
     """
 
     begins: range
@@ -107,8 +129,12 @@ class Cut:
 class EncodedText:
     """A text tokenised once, without special tokens: immutable, and shared by threads and questions.
 
-    ``ids`` is int64 ``[tokens]``, ``offsets`` int64 ``[tokens, 2]`` in code points. ``source`` is the encoding
-    they come from or, for tokens kept from an earlier one, the tokenizer, asked only if more is wanted.
+    Args:
+        text: The text.
+        ids: Token ids, int64 ``[tokens]``.
+        offsets: Start and end of each token in code points, int64 ``[tokens, 2]``.
+        source: The encoding that they come from or, if they were kept from an earlier one, the tokenizer, which is
+            used only when more is needed.
     """
 
     def __init__(self, text: str, ids: IntArray, offsets: IntArray, source: Encoding | Tokenizer) -> None:
@@ -116,13 +142,6 @@ class EncodedText:
         self.ids = ids
         self.offsets = offsets
         self._source = source
-
-    @classmethod
-    def of(cls, text: str, encoding: Encoding) -> EncodedText:
-        """The text as just tokenised."""
-        ids = np.asarray(encoding.ids, dtype=np.int64)
-        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
-        return cls(text, ids, offsets, encoding)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -140,29 +159,23 @@ class EncodedText:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that this holds at most: the text, its arrays (``spoken`` apart), and tokenizers' encoding."""
+        """Upper bound of the memory that this takes, in bytes: the text, its arrays (not ``visible_before``), and the encoding."""
         return sys.getsizeof(self.text) + len(self) * _TOKEN_BYTES
 
     @cached_property
-    def spoken(self) -> IntArray:
-        """``[code points + 1]``: how many non-space code points stand before each position."""
-        return self._count_spoken()
-
-    def _count_spoken(self) -> IntArray:
-        codes = np.frombuffer(self.text.encode("utf-32-le"), dtype="<u4")
-        spoken = np.zeros(len(codes) + 1, dtype=np.int64)
-        np.cumsum(_visible_codes().take(codes, mode="clip"), out=spoken[1:])
-        return spoken
+    def visible_before(self) -> IntArray:
+        """Number of non-space code points before each position, ``[code points + 1]``."""
+        return _count_before(_visible(self.text))
 
     @cached_property
-    def blank(self) -> NDArray[np.bool_]:
-        """``[tokens]``: true where a token covers no visible text, so that no span may start or end on it."""
-        spoken = self._count_spoken()  # not kept: it is larger than all else, and serving asks for it once
-        return np.asarray(spoken[self.offsets[:, 1]] <= spoken[self.offsets[:, 0]])
+    def blank(self) -> BoolArray:
+        """Whether a token covers no visible text, so that no span may start or end on it, ``[tokens]``."""
+        visible_before = _count_before(_visible(self.text))  # not kept: the largest array, and serving needs it once
+        return np.asarray(visible_before[self.offsets[:, 1]] <= visible_before[self.offsets[:, 0]])
 
     @cached_property
     def words(self) -> IntArray:
-        """``[tokens, 2]``: code points of the whole (pre-tokenised) word around each token."""
+        """Start and end of the whole (pre-tokenised) word around each token in code points, ``[tokens, 2]``."""
         words = self.offsets.copy()
         ids = np.asarray([-1 if w is None else w for w in self._encoding.word_ids], dtype=np.int64)
         if not len(ids):
@@ -175,7 +188,7 @@ class EncodedText:
         return words
 
     def visible(self, start: int, end: int) -> tuple[int, int]:
-        """``text[start:end]`` without white space at its borders, as code points."""
+        """Shrinks ``text[start:end]`` to exclude white space at its ends; returns its code points."""
         while start < end and self.text[start].isspace():
             start += 1
         while end > start and self.text[end - 1].isspace():
@@ -183,42 +196,62 @@ class EncodedText:
         return start, end
 
     def tokens_of(self, start: int, end: int) -> tuple[int, int] | None:
-        """First and last token (inclusive) that hold visible text of ``text[start:end]``, or None where none does."""
-        # Sentencepiece's tokens hold the space before a word: touching that space alone does not count.
+        """Returns the first and last token (inclusive) with visible text of ``text[start:end]``, or None if there is none."""
+        # A SentencePiece token includes the space before its word: overlapping that space alone does not count.
         last = np.minimum(self.offsets[:, 1], end)
         first = np.minimum(np.maximum(self.offsets[:, 0], start), last)
-        touching = np.flatnonzero(self.spoken[last] > self.spoken[first])
+        touching = np.flatnonzero(self.visible_before[last] > self.visible_before[first])
         return (int(touching[0]), int(touching[-1])) if len(touching) else None
 
 
 @cache
-def _visible_codes() -> NDArray[np.bool_]:
-    """Whether a code point is no white space, as ``str.isspace`` says; the last entry stands for all above it."""
+def _visible_codes() -> BoolArray:
+    """Whether each code point is not white space (``str.isspace``); the last entry stands for all above it."""
     return np.asarray([not chr(code).isspace() for code in range(_LAST_SPACE + 2)])
 
 
-class Encoder:
-    """Turns questions and contexts into windows. Safe to share between threads.
+def _visible(text: str) -> BoolArray:
+    """Whether each code point of a text is not white space."""
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    return _visible_codes().take(codes, mode="clip")
 
-    Raises InputError where the tokenizer's pair template does not put the first text before the second;
-    special tokens around them are learned from it, none where it has none.
+
+def _count_before(flags: BoolArray) -> IntArray:
+    """Counts the true flags before each position, ``[flags + 1]``."""
+    before = np.zeros(len(flags) + 1, dtype=np.int64)
+    np.cumsum(flags, out=before[1:])
+    return before
+
+
+class Encoder:
+    """Turns questions and contexts into windows. Threads can share it.
+
+    Args:
+        tokenizer: A fast tokenizer; the special tokens are learned from its pair template.
+        config: What the tokenizer does not know.
+
+    Raises:
+        InputError: The tokenizer's pair template does not put the first text before the second.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: EncoderConfig) -> None:
         self.config = config
-        # A copy: a tokenizer file may have truncation and padding baked in, and ours must have neither.
+        # A copy, because a tokenizer file may set truncation and padding, which must be off here.
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._skipped: dict[str, bool] = {}
         self._read_template()
 
     @classmethod
     def from_file(cls, path: str | Path, config: EncoderConfig) -> Encoder:
-        """Reads ``tokenizer.json``. Raises InputError where it cannot be read."""
+        """Reads ``tokenizer.json``. Raises InputError if it cannot be read."""
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust binding raises bare Exception
-            raise InputError(f"{path}: not a tokenizer file that can be read: {error}") from error
+        except BaseException as error:
+            if not is_rust_error(error):
+                raise
+            raise InputError(f"{path}: not a readable tokenizer file: {error}") from error
         return cls(tokenizer, config)
 
     def _read_template(self) -> None:
@@ -245,21 +278,91 @@ class Encoder:
 
     @property
     def frame(self) -> Frame:
-        """The special tokens around question and context, for who builds windows elsewhere."""
+        """The special tokens around question and context, for code that builds windows elsewhere."""
         return Frame(self._before, self._between, self._after, self._special_types, self._part_types)
 
     def _raw(self, text: str) -> EncodedText:
-        return EncodedText.of(text, self._encoding(text))
+        return self._read(text, self._encoding(text))
+
+    def _read(self, text: str, encoding: Encoding) -> EncodedText:
+        ids = np.asarray(encoding.ids, dtype=np.int64)
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids)).reshape(-1, 2)
+        if len(ids):
+            self._reach_back(text, offsets)
+        return EncodedText(text, ids, offsets, encoding)
+
+    def _reach_back(self, text: str, offsets: IntArray) -> None:
+        """Moves each token's start back, in place, to the first visible character that no token before it covers."""
+        visible = _visible(text)
+        starts, covered = offsets[:, 0], np.zeros(len(offsets), dtype=np.int64)
+        np.maximum.accumulate(offsets[:-1, 1], out=covered[1:])
+        between = starts - covered
+        if between.max() <= 1 and not visible[covered[between == 1]].any():
+            return  # single spaces between words, as in most texts: nothing is left out
+        before = _count_before(visible)
+        late = np.flatnonzero(before[starts] > before[covered])
+        if not len(late):
+            return
+        sizes = starts[late] - covered[late]
+        gaps = np.arange(sizes.sum()) + np.repeat(starts[late] - np.cumsum(sizes), sizes)
+        visible[gaps] &= [not self._is_skipped(text[place]) for place in gaps.tolist()]
+        before = _count_before(visible)
+        late = late[before[starts[late]] > before[covered[late]]]
+        starts[late] = np.searchsorted(before, before[covered[late]], side="right") - 1
+
+    def _is_skipped(self, character: str) -> bool:
+        """Whether the normalizer deletes a character or joins it to the one before it, so that no token has to cover it."""
+        found = self._skipped.get(character)
+        if found is None:
+            found = self._skipped[character] = self._skips(character)
+        return found
+
+    def _skips(self, character: str) -> bool:
+        normalizer = self._tokenizer.normalizer
+        if normalizer is None:
+            return False
+        first = unicodedata.normalize("NFKD", character)[0]
+        if (
+            unicodedata.category(first).startswith("M") or "\u1160" <= first <= "\u11ff"
+        ):  # a mark; a vowel or final of Hangul
+            return True
+        normalised = normalizer.normalize_str
+        return normalised(f"a{character}a") in (normalised("aa"), normalised("a a"))
+
+    def check_coverage(self, source: str) -> None:
+        """Tokenises a few texts in several scripts.
+
+        Args:
+            source: The model, for the message.
+
+        Raises:
+            InputError: The tokenizer fails on one of them, or leaves visible characters at its end without a token.
+        """
+        for text in _COVERED:
+            try:
+                read = self._raw(text)
+            except BaseException as error:
+                if not is_rust_error(error):
+                    raise
+                raise InputError(
+                    f"{source}: its tokenizer cannot read {text!r} ({error}): take another model"
+                ) from error
+            rest = text[int(read.offsets[:, 1].max(initial=0)) :]
+            if lost := "".join(c for c in rest if not c.isspace() and not self._is_skipped(c)):
+                raise InputError(
+                    f"{source}: its tokenizer has no token for {lost!r} at the end of {text!r}, so no answer could hold these "
+                    "characters: take a model whose tokenizer covers every character, by bytes or an unknown token"
+                )
 
     def _encoding(self, text: str) -> Encoding:
-        # ``encode`` keeps the GIL until it is done (0.1 s for 200,000 characters), ``encode_batch`` lets others run. With
-        # parallelism on that makes threads, which warn at every fork, so it is left to those who switched it off.
+        # ``encode`` keeps the GIL until it is done (0.1 s for 200,000 characters), ``encode_batch`` releases it. With
+        # parallelism on it starts threads, which warn at every fork, so it is used only with parallelism off.
         if len(text) > _LONG and os.environ.get("TOKENIZERS_PARALLELISM") == "false":
             return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> EncodedText:
-        """Tokenises one question or context. Raises InputError on text that is not valid Unicode."""
+        """Tokenises one question or context. Raises InputError on text that is not valid Unicode, or that the tokenizer fails on."""
         try:
             return self._raw(text)
         except (UnicodeEncodeError, TypeError) as error:
@@ -267,27 +370,49 @@ class Encoder:
                 "the text holds a lone surrogate, which no tokenizer can read: "
                 "decode it from its original bytes, or drop it with text.encode('utf-8', 'ignore').decode()"
             ) from error
+        except BaseException as error:
+            if not is_rust_error(error):
+                raise
+            raise InputError(f"the tokenizer of the model cannot read the text: {error}") from error
 
     def encode_many(self, texts: Sequence[str]) -> list[EncodedText]:
         """Tokenises many texts on all cores, in order. Raises InputError like ``encode``."""
         try:
             encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError):
+        except BaseException as error:
+            if not is_rust_error(error):
+                raise
             return [self.encode(text) for text in texts]  # names the text at fault
-        return [EncodedText.of(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        return [self._read(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def restore(self, text: str, ids: IntArray, offsets: IntArray) -> EncodedText:
-        """What ``encode(text)`` gave an encoder of the same ``digest``, without tokenising: int64 ``[tokens]``, ``[tokens, 2]``."""
+        """Rebuilds, without tokenising, what ``encode(text)`` of an encoder with the same ``digest`` returned.
+
+        Args:
+            text: The text.
+            ids: Its token ids, int64 ``[tokens]``.
+            offsets: Its offsets, int64 ``[tokens, 2]``.
+        """
         return EncodedText(text, ids, offsets, self._tokenizer)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens, without those added to the vocabulary."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
+
+    @cached_property
+    def unknown_id(self) -> int | None:
+        """The id of the token for what the tokenizer does not know, None if it has none."""
+        return unknown_id(self._tokenizer)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides on windows beside texts and limits: tokenizer, configuration, tokenizers' version."""
-        known = (self._tokenizer.to_str(), self.config.to_dict(), tokenizers_version)
+        """SHA-256 of what determines windows besides texts and limits: tokenizer, configuration, version of tokenizers."""
+        known = (_RULES, self._tokenizer.to_str(), self.config.to_dict(), tokenizers_version)
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def room(self, question: EncodedText, max_seq_len: int) -> int:
-        """Context tokens that fit beside the question. Raises QuestionTooLongError, InputError."""
+        """Returns how many context tokens fit beside the question. Raises QuestionTooLongError, InputError."""
         if max_seq_len > self.config.position_limit:
             raise InputError(
                 f"max_seq_len {max_seq_len} is more than the model's limit of "
@@ -310,30 +435,41 @@ class Encoder:
         doc_stride: int = DEFAULT_DOC_STRIDE,
         max_windows: int | None = None,
     ) -> list[Window]:
-        """All windows of one question over one context, in order.
+        """Makes all windows of one question over one context, in order.
 
-        ``max_seq_len`` is the longest window, ``doc_stride`` the overlap of neighbours, both in
-        tokens. A context that fits is one window, an empty context (no tokens) too.
-        Raises QuestionTooLongError, StrideError and InputError (limits that make no sense), and, before any is
-        made, TooManyWindowsError above ``max_windows``.
+        A context that fits is one window, and so is an empty context (no tokens).
+
+        Args:
+            question: The question.
+            context: The context.
+            max_seq_len: Longest window, in tokens.
+            doc_stride: Overlap of neighbouring windows, in tokens. If the question leaves room for no more than that, the
+                overlap is half of the room, rounded down.
+            max_windows: Most windows allowed, None for no limit.
+
+        Raises:
+            QuestionTooLongError: The question leaves no room for the context.
+            StrideError: ``doc_stride`` is at least ``max_seq_len``, and the context does not fit.
+            InputError: ``max_seq_len`` or ``doc_stride`` is out of range.
+            TooManyWindowsError: There are more than ``max_windows``; none has been made.
         """
         cut = self.cut(question, context, max_seq_len=max_seq_len, doc_stride=doc_stride)
         return self.make(question, context, cut, cut.begins, max_windows)
 
     def cut(self, question: EncodedText, context: EncodedText, *, max_seq_len: int, doc_stride: int) -> Cut:
-        """Where the windows of one question over one context begin. Raises what ``windows`` raises, limits apart."""
+        """Decides where windows begin. Arguments and errors are those of ``windows``, without ``max_windows``."""
         if doc_stride < 0:
             raise InputError(f"doc_stride {doc_stride} is negative: it is the overlap of windows in tokens")
         room = self.room(question, max_seq_len)
         total = len(context)
         if total <= room:
             return Cut(range(1), room, total, doc_stride)
-        if doc_stride >= room:
+        if doc_stride >= max_seq_len:
             raise StrideError(
-                f"doc_stride {doc_stride} is not below the {room} context tokens that a window holds beside "
-                f"this question (max_seq_len {max_seq_len}): lower doc_stride or raise max_seq_len"
+                f"doc_stride must be below max_seq_len {max_seq_len}, not {doc_stride}: it is the overlap of windows in tokens"
             )
-        return Cut(range(0, total - doc_stride, room - doc_stride), room, total, doc_stride)
+        overlap = doc_stride if doc_stride < room else room // 2
+        return Cut(range(0, total - overlap, room - overlap), room, total, overlap)
 
     def make(
         self,
@@ -343,18 +479,29 @@ class Encoder:
         begins: Sequence[int],
         max_windows: int | None = None,
     ) -> list[Window]:
-        """The windows of a cut that begin at ``begins``. Raises TooManyWindowsError above ``max_windows``, before any is made."""
+        """Makes some windows of a cut.
+
+        Args:
+            question: The question.
+            context: The context.
+            cut: The cut of this question and context.
+            begins: First context token of each window to make.
+            max_windows: Most windows allowed, None for no limit.
+
+        Raises:
+            TooManyWindowsError: There are more than ``max_windows``; none has been made.
+        """
         if max_windows is not None and len(begins) > max_windows:
             if len(begins) < len(cut.begins):
                 raise TooManyWindowsError(
-                    f"prefilter reads {len(begins)} of {len(cut.begins)} windows, at most {max_windows} are taken: lower prefilter"
+                    f"prefilter reads {len(begins)} of {len(cut.begins)} windows, at most {max_windows} are allowed: lower prefilter"
                 )
             raise TooManyWindowsError(
                 f"the context of {cut.tokens} tokens makes {len(begins)} windows of {cut.room} tokens that overlap by {cut.overlap}, "
-                f"at most {max_windows} are taken: shorten the context, lower doc_stride, raise max_seq_len, or read only some of them "
+                f"at most {max_windows} are allowed: shorten the context, lower doc_stride, raise max_seq_len, or read only some of them "
                 "with prefilter"
             )
-        types: dict[int, IntArray | None] = {}  # windows of one length have the same, and share them
+        types: dict[int, IntArray | None] = {}  # windows of one length share them
         windows = []
         for begin in begins:
             end = min(begin + cut.room, cut.tokens)
@@ -364,7 +511,7 @@ class Encoder:
         return windows
 
     def _types(self, question: int, context: int) -> IntArray | None:
-        """The token types of a window with so many tokens of each."""
+        """Returns the token types of a window with that many question and context tokens."""
         if not self.config.segments:
             return None
         first, second = (context, question) if self.config.context_first else (question, context)
@@ -402,14 +549,25 @@ class Encoder:
         return 0
 
     def token_text(self, token_id: int) -> str:
-        """The token as the vocabulary writes it."""
+        """Returns the token as the vocabulary writes it."""
         return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
 
 
-def pad_batch(windows: Sequence[Window], pad_token_id: int, *, tokens: int | None = None) -> dict[str, IntArray]:
-    """Model inputs ``[windows, tokens]`` (None: the longest), padded on the right: ids, attention_mask, token_type_ids.
+def is_rust_error(error: BaseException) -> bool:
+    """Whether tokenizers may have raised this: its binding raises bare Exception, and where Rust panics a class that is none."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
-    ``token_type_ids`` is there exactly where the windows have it.
+
+def pad_batch(windows: Sequence[Window], pad_token_id: int, *, tokens: int | None = None) -> dict[str, IntArray]:
+    """Pads windows on the right to one batch of model inputs.
+
+    Args:
+        windows: The windows.
+        pad_token_id: The token to pad with.
+        tokens: Length of the batch, None for that of the longest window.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, if the windows have them, ``token_type_ids``: int64 ``[windows, tokens]``.
     """
     shape = (len(windows), tokens or max(len(w) for w in windows))
     ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -427,7 +585,7 @@ def pad_batch(windows: Sequence[Window], pad_token_id: int, *, tokens: int | Non
 
 
 def context_mask(window: Window, context: EncodedText) -> IntArray:
-    """``[tokens]``: 1 at the window's context tokens that are not blank, where a span may start or end."""
+    """Returns 1 for the window's context tokens that are not blank, where a span may start or end, else 0, ``[tokens]``."""
     mask = np.zeros(len(window), dtype=np.int64)
     held = slice(window.context_offset, window.context_offset + window.context_length)
     mask[window.context_begin : window.context_begin + window.context_length] = ~context.blank[held]
@@ -435,7 +593,7 @@ def context_mask(window: Window, context: EncodedText) -> IntArray:
 
 
 def pad_context_masks(windows: Sequence[Window], contexts: Sequence[EncodedText]) -> IntArray:
-    """``[windows, tokens of the longest]``: the ``context_mask`` of each window of its context, beside ``pad_batch``."""
+    """Pads the ``context_mask`` of each window the way ``pad_batch`` pads inputs, ``[windows, tokens]``."""
     masks = np.zeros((len(windows), max(len(w) for w in windows)), dtype=np.int64)
     for mask, window, context in zip(masks, windows, contexts, strict=True):
         mask[: len(window)] = context_mask(window, context)

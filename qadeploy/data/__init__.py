@@ -1,1 +1,1 @@
-"""Readers, checks and splits: from files in many shapes to validated examples."""
+"""From files in many shapes to validated examples: formats, fields, loading, checks, repairs, splits."""

@@ -1,106 +1,141 @@
-"""The data check: every row in one class, and what its repair would be.
+"""The data check: classify every row and say how it can be repaired.
 
-A row's class is the first that fits, in the order of ``CLASSES``; with several answers it is the class of the worst.
-An offset is "shifted" where the answer's own text stands elsewhere, but "utf16" where it stands exactly at the offset
-read in UTF-16 units and characters beyond the basic plane come before it: then that is why it is shifted.
-``repeated`` (an answer that stands several times in its context) and ``duplicate`` (a question and context that an
-earlier row has too) are flags, counted besides.
+A row has the first class of ``RowClass`` that fits; with several answers, the class of the worst. An offset is
+"shifted" if the answer's own text stands elsewhere, but "utf16" or "utf8" if the text stands exactly there once the offset is
+read in UTF-16 units or UTF-8 bytes: then characters that take several explain the shift. ``repeated`` (an answer that occurs several times
+in its context) and ``duplicate`` (an earlier row has the same question and context) are flags, counted separately.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
-from qadeploy.data.carriers import Row
-from qadeploy.data.fields import Fields, Given, ProblemError, Reading, is_offset, parse
+from qadeploy.data.fields import (
+    DataOptions,
+    ParsedRow,
+    RawAnswer,
+    check_labels,
+    check_withheld,
+    parse_row,
+    without_placeholders,
+)
 from qadeploy.data.match import (
     Slice,
     cuts_a_word,
     find_caseless,
     find_spaced,
     find_spelled,
+    from_utf8,
     from_utf16,
     occurrences,
     whole_words,
 )
+from qadeploy.data.problems import Problem, Reason, RowError
+from qadeploy.data.rows import RawRow
 from qadeploy.data.wording import quote
 from qadeploy.errors import InputError
 from qadeploy.records import Annotation
 
-CLASSES = ("no_answer", "empty", "exact", "shifted", "utf16", "whitespace", "case", "detokenised", "absent")
-FLAGS = ("repeated", "duplicate")
-GOOD = ("no_answer", "exact")
+
+class RowClass(StrEnum):
+    """The class of a row or an answer, the worst last."""
+
+    NO_ANSWER = "no_answer"
+    EMPTY = "empty"
+    EXACT = "exact"
+    SHIFTED = "shifted"
+    UTF16 = "utf16"
+    UTF8 = "utf8"
+    WHITESPACE = "whitespace"
+    CASE = "case"
+    DETOKENISED = "detokenised"
+    ABSENT = "absent"
+
+
+_CLASSES = list(RowClass)
 _PRINTED = (
-    "exact", "shifted", "whitespace", "case", "detokenised", "utf16", "repeated", "absent", "empty", "duplicate", "no_answer",
+    "exact", "shifted", "whitespace", "case", "detokenised", "utf16", "utf8", "repeated", "absent", "empty", "duplicate", "no_answer",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """What is the matter with one answer. ``fixed`` is the context's own slice, None where it is not certain.
+class CheckedAnswer:
+    """What was found about one answer.
 
-    ``reason`` says why not; ``shift`` is the offset given minus the true one, in code points.
+    Attributes:
+        kind: Its class.
+        given: The answer as the data has it.
+        fixed: The context's own slice, None if it is not certain.
+        repeated: Whether the answer occurs several times in the context.
+        problem: Why there is no ``fixed``.
+        shift: The given offset minus the true one, in code points.
     """
 
-    kind: str
-    given: Given
+    kind: RowClass
+    given: RawAnswer
     fixed: Annotation | None
     repeated: bool = False
-    reason: str = ""
+    problem: Problem | None = None
     shift: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A row's class and flags, and its findings, one an answer. ``fields`` is None where it has none to read.
+class CheckedRow:
+    """What was found about one row.
 
-    ``reason`` says why the row cannot be used nor repaired, "" where it can. ``duplicate_of`` is the number of the
-    first row with the same question and context.
+    Attributes:
+        raw: The row as it was read.
+        kind: Its class.
+        parsed: Its fields, None if they cannot be read.
+        answers: One entry per answer.
+        problem: Why the row can be neither used nor repaired, None if it can.
+        duplicate_of: The number of the first row with the same question and context.
     """
 
-    row: Row
-    kind: str
-    fields: Fields | None
-    findings: tuple[Finding, ...] = ()
-    reason: str = ""
+    raw: RawRow
+    kind: RowClass
+    parsed: ParsedRow | None
+    answers: tuple[CheckedAnswer, ...] = ()
+    problem: Problem | None = None
     duplicate_of: int | None = None
 
     @property
     def repeated(self) -> bool:
-        """Whether any of its answers stands several times in the context."""
-        return any(f.repeated for f in self.findings)
+        """Whether any of its answers occurs several times in the context."""
+        return any(a.repeated for a in self.answers)
 
     @property
     def repaired(self) -> bool:
-        """Whether the row can be used only when repaired."""
-        return not self.reason and self.kind not in GOOD
+        """Whether the row can be used only after a repair."""
+        return not self.problem and self.kind not in {RowClass.NO_ANSWER, RowClass.EXACT}
 
     @property
     def name(self) -> str:
-        """The row by number, and by id where it has one."""
-        identity = self.fields.id if self.fields else self.row.fields.get("id")
-        return f"row {self.row.number}" + (f" (id {quote(str(identity))[1:-1]})" if identity is not None else "")
+        """The row's number, and its id if it has one."""
+        identity = self.parsed.id if self.parsed else self.raw.fields.get("id")
+        return f"row {self.raw.number}" + (f" (id {quote(str(identity))[1:-1]})" if identity is not None else "")
 
 
 @dataclass(frozen=True, slots=True)
-class DataCheck:
-    """Every row of a source, judged."""
+class CheckedData:
+    """Every row of a source, checked."""
 
     source: str
-    rows: tuple[Judged, ...]
+    rows: tuple[CheckedRow, ...]
 
     @property
     def repaired(self) -> int:
-        """Rows that can be used when repaired."""
+        """Rows that can be used only after a repair."""
         return sum(row.repaired for row in self.rows)
 
     @property
     def rejected(self) -> int:
         """Rows that cannot be used."""
-        return sum(bool(row.reason) for row in self.rows)
+        return sum(row.problem is not None for row in self.rows)
 
     @property
     def bad_share(self) -> float:
@@ -110,18 +145,31 @@ class DataCheck:
     @property
     def same_ids(self) -> int:
         """Rows whose id an earlier row has."""
-        ids = [row.fields.id for row in self.rows if row.fields and row.fields.id is not None]
+        ids = [row.parsed.id for row in self.rows if row.parsed and row.parsed.id is not None]
         return len(ids) - len(set(ids))
 
+    @property
+    def withheld(self) -> int:
+        """Rows with an empty list of answers that nothing explains."""
+        return sum(row.parsed is not None and row.parsed.withheld for row in self.rows)
+
+    def rejecting(self, numbers: Collection[int], problem: Problem) -> CheckedData:
+        """Returns the same rows, those with these numbers rejected."""
+        rows = tuple(replace(r, problem=problem) if r.raw.number in numbers and not r.problem else r for r in self.rows)
+        return replace(self, rows=rows)
+
+    def usable(self) -> list[tuple[CheckedRow, ParsedRow]]:
+        """Returns the rows that can be used or repaired, with their fields."""
+        return [(row, row.parsed) for row in self.rows if row.parsed and not row.problem]
+
     def shifts(self) -> Counter[int]:
-        """How often an offset is off by how much, over the answers of the class "shifted"."""
-        return Counter(
-            f.shift for row in self.rows for f in row.findings if f.kind == "shifted" and f.shift is not None
-        )
+        """Counts by how many code points the offsets of "shifted" answers are off."""
+        answers = (a for row in self.rows for a in row.answers if a.kind is RowClass.SHIFTED)
+        return Counter(a.shift for a in answers if a.shift is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts: rows, classes (with the two flags), repaired, rejected."""
-        counts = Counter(row.kind for row in self.rows)
+        """Returns the counts: rows, classes (with the two flags), repaired, rejected."""
+        counts = Counter(str(row.kind) for row in self.rows)
         counts["repeated"] = sum(row.repeated for row in self.rows)
         counts["duplicate"] = sum(row.duplicate_of is not None for row in self.rows)
         return {
@@ -129,101 +177,186 @@ class DataCheck:
             "classes": {name: counts[name] for name in _PRINTED},
             "repaired": self.repaired,
             "rejected": self.rejected,
+            "same_ids": self.same_ids,
+            "empty_answers": self.withheld,
         }
 
 
-def check_rows(source: str, rows: Iterable[Row], reading: Reading) -> DataCheck:
-    """Judges every row of ``source``. Raises InputError where there are none, or a column is in none of them."""
-    judged: list[Judged] = []
-    asked: dict[tuple[str, str], int] = {}
-    for row in rows:
-        found = judge(row, reading)
-        if found.fields:
-            key = (found.fields.context, found.fields.question)
-            first = asked.setdefault(key, row.number)
-            if first != row.number:
-                found = replace(found, duplicate_of=first)
-        judged.append(found)
-    if not judged:
+_DRIFT = 3  # certain answers that must be off by the same amount
+
+
+def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> CheckedData:
+    """Classifies every row of a source.
+
+    Args:
+        source: Its name, for messages.
+        rows: Its rows.
+        options: How to read them.
+
+    Raises:
+        InputError: The source has no rows, a column is missing from all of them, or the label of the answers is not chosen.
+    """
+    raw = list(rows)
+    if not raw:
         raise InputError(f"{source}: holds no rows")
-    _refuse_missing_columns(source, judged)
-    return DataCheck(source, tuple(judged))
+    check_labels(source, raw, options)
+    parsed: list[ParsedRow | None] = []
+    problems: list[Problem | None] = []
+    for row in raw:
+        found, problem = _parsed(row, options)
+        parsed.append(found)
+        problems.append(problem)
+    first = problems[0]
+    if first and first.reason is Reason.MISSING and all(problem == first for problem in problems):
+        raise InputError(f"{source}: in every row the field {first}")  # then the mapping is wrong, not the rows
+    check_withheld(source, parsed, options)
+    checked = [
+        _check_row(row, found, problem, options)
+        for row, found, problem in zip(raw, without_placeholders(parsed), problems, strict=True)
+    ]
+    return CheckedData(source, tuple(_compared(_explained(checked))))
 
 
-def judge(row: Row, reading: Reading) -> Judged:
-    """The class of one row, its duplicates not looked at."""
+def check_row(row: RawRow, options: DataOptions) -> CheckedRow:
+    """Classifies one row by itself, without what other rows say about it."""
+    return _check_row(row, *_parsed(row, options), options)
+
+
+def _parsed(row: RawRow, options: DataOptions) -> tuple[ParsedRow | None, Problem | None]:
     try:
-        fields = parse(row, reading)
-    except ProblemError as problem:
-        field = reading.columns.get(problem.field, problem.field)
-        return Judged(row, "empty", None, reason=f"{field}: {problem}" if field else str(problem))
-    if not fields.answers:
-        return Judged(row, "no_answer", fields)
-    findings = tuple(_find(given, fields.context, reading, row.label_studio) for given in fields.answers)
-    worst = max((f.kind for f in findings), key=CLASSES.index)
-    return Judged(row, worst, fields, findings, next((f.reason for f in findings if f.reason), ""))
+        return parse_row(row, options), None
+    except RowError as error:
+        return None, replace(error.problem, field=options.column(error.problem.field))
 
 
-def _find(given: Given, context: str, reading: Reading, utf16: bool) -> Finding:
-    """The class of one answer; ``utf16``: its offset is known to count UTF-16 units."""
-    text, start = given.text, given.start
-    offset = start if is_offset(start) and start >= 0 else None
+def _check_row(row: RawRow, parsed: ParsedRow | None, problem: Problem | None, options: DataOptions) -> CheckedRow:
+    """Classifies one row by itself."""
+    if parsed is None:
+        return CheckedRow(row, RowClass.EMPTY, None, problem=problem)
+    if not parsed.answers:
+        return CheckedRow(row, RowClass.NO_ANSWER, parsed)
+    answers = tuple(_check_answer(given, parsed.context, options, row.utf16) for given in parsed.answers)
+    return _with_answers(CheckedRow(row, RowClass.EXACT, parsed), answers)
+
+
+def _with_answers(row: CheckedRow, answers: tuple[CheckedAnswer, ...]) -> CheckedRow:
+    worst = max((a.kind for a in answers), key=_CLASSES.index)
+    return replace(row, kind=worst, answers=answers, problem=next((a.problem for a in answers if a.problem), None))
+
+
+def _explained(rows: list[CheckedRow]) -> list[CheckedRow]:
+    """Moves answers with several places by the drift of those with one, if most of these are off by the same amount."""
+    certain = Counter(a.shift for row in rows for a in row.answers if a.fixed and a.shift and not a.repeated)
+    drift, count = certain.most_common(1)[0] if certain else (0, 0)
+    if count < _DRIFT or 2 * count < certain.total():
+        return rows
+    return [_drifted(row, drift) if any(_may_drift(a) for a in row.answers) else row for row in rows]
+
+
+def _may_drift(answer: CheckedAnswer) -> bool:
+    return answer.kind is RowClass.SHIFTED and answer.repeated
+
+
+def _drifted(row: CheckedRow, drift: int) -> CheckedRow:
+    context = row.parsed.context if row.parsed else ""
+    answers = []
+    for answer in row.answers:
+        at = (answer.given.start or 0) - drift
+        text = answer.given.text
+        if (
+            _may_drift(answer)
+            and at >= 0
+            and context.startswith(text, at)
+            and not cuts_a_word(Slice(at, at + len(text)), context)
+        ):
+            answer = replace(answer, fixed=Annotation(text, at), problem=None, shift=drift)
+        answers.append(answer)
+    return _with_answers(row, tuple(answers))
+
+
+def _compared(rows: list[CheckedRow]) -> list[CheckedRow]:
+    """Marks rows that ask what an earlier row asks, and rejects those that contradict each other."""
+    asked: dict[tuple[str, str], int] = {}
+    found = list(rows)
+    for i, row in enumerate(rows):
+        if row.parsed is None:
+            continue
+        first = asked.setdefault((row.parsed.context, row.parsed.question), i)
+        if first == i:
+            continue
+        other = rows[first]
+        found[i] = replace(found[i], duplicate_of=other.raw.number)
+        given = row.parsed.answers or (other.parsed.answers if other.parsed else ())
+        same_set = other.parsed and row.parsed.split == other.parsed.split
+        alike = other.parsed and bool(row.parsed.answers) == bool(other.parsed.answers)
+        if alike or not same_set or row.raw.nested or row.problem or other.problem:
+            continue
+        for one, against in ((first, row), (i, other)):
+            problem = Problem(Reason.CONTRADICTS, "", (against.raw.number, quote(given[0].text)))
+            found[one] = replace(found[one], problem=found[one].problem or problem)
+    return found
+
+
+def _check_answer(given: RawAnswer, context: str, options: DataOptions, utf16: bool) -> CheckedAnswer:
+    """Classifies one answer; ``utf16``: its offset is known to count UTF-16 units."""
+    text, offset = given.text, given.start
     places = [Slice(at, at + len(text)) for at in occurrences(text, context)]
     repeated = len(places) > 1
     if places:
-        if offset is not None:
-            readings = (offset, from_utf16(offset, context))
-            for at in reversed(readings) if utf16 else readings:
-                if at is not None and context.startswith(text, at):
-                    return Finding("exact" if at == offset else "utf16", given, Annotation(text, at), repeated)
-        if start is None:
-            place, reason = _only(places, given, reading)
-            return Finding("exact", given, Annotation(text, place.start) if place else None, repeated, reason)
-        return _chosen("shifted", given, places, context, offset, reading, repeated)
+        if offset is None:
+            place, problem = _only(places, given, options)
+            fixed = Annotation(text, place.start) if place else None
+            return CheckedAnswer(RowClass.EXACT, given, fixed, repeated, problem)
+        if not utf16 and context.startswith(text, offset):
+            return CheckedAnswer(RowClass.EXACT, given, Annotation(text, offset), repeated)
+        units = [(RowClass.UTF16, from_utf16)] if utf16 else [(RowClass.UTF16, from_utf16), (RowClass.UTF8, from_utf8)]
+        converted = [(kind, convert(offset, context)) for kind, convert in units]
+        fitting = [(kind, at) for kind, at in converted if at is not None and context.startswith(text, at)]
+        if len({at for _, at in fitting}) == 1:
+            kind, at = fitting[0]
+            if utf16 or not cuts_a_word(Slice(at, at + len(text)), context):
+                kind = RowClass.EXACT if at == offset else kind
+                return CheckedAnswer(kind, given, Annotation(text, at), repeated)
+        return _nearest(RowClass.SHIFTED, given, places, context, options)
     span = Slice(offset, given.end) if offset is not None and given.end is not None else None
     for kind, found in (
-        ("whitespace", find_spaced(text, context)),
-        ("case", find_caseless(text, context)),
-        ("detokenised", find_spelled(text, context, span)),
+        (RowClass.WHITESPACE, find_spaced(text, context)),
+        (RowClass.CASE, find_caseless(text, context)),
+        (RowClass.DETOKENISED, find_spelled(text, context, span)),
     ):
         if found:
-            return _chosen(kind, given, found, context, offset, reading, len(found) > 1)
-    return Finding("absent", given, None, False, f"{quote(text)} does not occur in the context")
+            return _nearest(kind, given, found, context, options)
+    return CheckedAnswer(RowClass.ABSENT, given, None, False, Problem(Reason.ABSENT, "", (quote(text), "")))
 
 
-def _chosen(
-    kind: str, given: Given, found: list[Slice], context: str, offset: int | None, reading: Reading, repeated: bool
-) -> Finding:
-    """The finding with the slice nearest to the offset, or without one where that is not certain."""
-    whole = whole_words(found, context)
-    fixed: Slice | None
+def _nearest(kind: RowClass, given: RawAnswer, found: list[Slice], context: str, options: DataOptions) -> CheckedAnswer:
+    """Takes the slice nearest to the offset, or none if it is not certain which is meant."""
+    whole, offset = whole_words(found, context), given.start
+    place: Slice | None
     if offset is None:
-        fixed, reason = _only(whole, given, reading)
+        place, problem = _only(whole, given, options)
     else:
         whole = sorted(whole, key=lambda s: abs(s.start - offset))
-        fixed, reason = whole[0], ""
-        if len(whole) > 1 and abs(whole[1].start - offset) == abs(whole[0].start - offset):
-            fixed, reason = None, f"{quote(given.text)} stands as near before its offset {offset} as after it"
-    if fixed and kind != "shifted" and cuts_a_word(fixed, context):
-        fixed, reason = None, f"{quote(given.text)} occurs only inside a longer word"
-    if fixed is None:
-        return Finding(kind, given, None, repeated, reason)
-    shift = offset - fixed.start if offset is not None else None
-    return Finding(kind, given, Annotation(context[fixed.start : fixed.end], fixed.start), repeated, "", shift)
+        place, problem = whole[0], None
+        if len(whole) > 1 and _could_be_another(offset, place.start, whole[1].start):
+            problem = Problem(Reason.FAR, "", (quote(given.text), offset, len(whole)))
+    if place and not problem and cuts_a_word(place, context):
+        problem = Problem(Reason.INSIDE_WORD, "", (quote(given.text),))
+    if place is None or problem:
+        return CheckedAnswer(kind, given, None, len(found) > 1, problem)
+    shift = offset - place.start if offset is not None else None
+    fixed = Annotation(context[place.start : place.end], place.start)
+    return CheckedAnswer(kind, given, fixed, len(found) > 1, None, shift)
 
 
-def _only(places: list[Slice], given: Given, reading: Reading) -> tuple[Slice | None, str]:
-    """The only place, or the first where that is asked for, else None and why."""
-    if len(places) == 1 or reading.on_ambiguous == "first":
-        return places[0], ""
-    return None, (
-        f"{quote(given.text)} occurs {len(places)} times in the context and no offset says which is meant: "
-        "add answer_start, or take the first with --on-ambiguous first"
-    )
+def _could_be_another(offset: int, nearest: int, next_nearest: int) -> bool:
+    """Whether an offset misses the nearest place by more than half of what lies between it, or this place, and another."""
+    return 2 * abs(offset - nearest) > min(abs(offset - next_nearest), abs(nearest - next_nearest))
 
 
-def _refuse_missing_columns(source: str, rows: list[Judged]) -> None:
-    """Raises InputError where every row lacks a field: then the mapping is wrong, not the rows."""
-    first = rows[0].reason
-    if ": is missing; " in first and all(row.reason == first for row in rows):
-        raise InputError(f"{source}: in every row the field {first}")
+def _only(places: list[Slice], given: RawAnswer, options: DataOptions) -> tuple[Slice | None, Problem | None]:
+    """Returns the only place, or the first if the options ask for it, else None and why."""
+    if len(places) == 1 or options.on_ambiguous == "first":
+        return places[0], None
+    choice = "take the first with --on-ambiguous first"
+    return None, Problem(Reason.AMBIGUOUS, "", (quote(given.text), len(places), choice))

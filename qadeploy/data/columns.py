@@ -1,35 +1,63 @@
-"""Column names: the user's mapping onto ours, and a guess of it for the error that a column is missing."""
+"""Column names: the user's mapping onto ours, and a guess at it when a column is missing."""
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
+from qadeploy.data.problems import Problem, Reason, RowError
+from qadeploy.data.values import is_missing, literal, offset_of, plain
 from qadeploy.errors import InputError
 
-FIELDS = ("context", "question", "answer", "answers", "answer_start", "span", "id", "split", "is_impossible")
+FIELDS = (
+    "context", "question", "answer", "answers", "answer_start", "answer_end", "span", "id", "split", "is_impossible", "answerable",
+)  # fmt: skip
 # Names seen in public data sets and exports, most telling first.
 _ALSO = {
-    "context": ("passage", "paragraph", "document", "review", "article", "text", "body", "content", "ctx"),
-    "question": ("query", "question_text", "q", "prompt"),
-    "answer": ("human_ans_spans", "answer_text", "answer_span", "span_text", "response", "target", "label", "a"),
-    "span": (
-        "human_ans_indices",
-        "answer_indices",
-        "indices",
-        "offsets",
-        "char_span",
-        "start",
-        "offset",
-        "answer_offset",
+    "context": (
+        "passage", "paragraph", "document", "document_text", "document_plaintext", "review", "article", "text", "body", "content",
+        "ctx",
     ),
-}
+    "question": ("query", "question_text", "q", "prompt"),
+    "answer": (
+        "human_ans_spans", "answer_text", "selected_text", "answer_span", "span_text", "response", "target", "label", "a",
+    ),
+    "span": (
+        "human_ans_indices", "answer_indices", "indices", "offsets", "char_span", "start", "offset", "answer_offset",
+    ),
+}  # fmt: skip
+_DESCRIBES = (
+    "id",
+    "type",
+    "lang",
+    "language",
+    "index",
+    "length",
+    "url",
+    "source",
+    "title",
+    "score",
+)  # ends of other columns
+_OPPOSITE = frozenset({"answerable", "isanswerable", "hasanswer"})  # of is_impossible
+_BY_PLAIN = {plain(name): name for name in FIELDS}
+
+
+@lru_cache(maxsize=256)
+def _aliases(found: tuple[Any, ...]) -> dict[str, Any]:
+    """Our names for columns that are spelled in another case or with spaces; a column of our exact name goes first."""
+    aliases: dict[str, Any] = {}
+    for name in found:
+        ours = _BY_PLAIN.get(plain(name))
+        if ours and ours != name and ours not in found:
+            if ours in aliases:
+                raise RowError(Problem(Reason.SPELLED_TWICE, ours, (aliases[ours], name)))
+            aliases[ours] = name
+    return aliases
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
-    """``context=review,answer=span`` to {ours: theirs}. Raises InputError naming what is wrong with it."""
+    """Parses ``context=review,answer=span`` into {ours: theirs}. Raises InputError that names the faulty pair."""
     mapping: dict[str, str] = {}
     for part in (text or "").split(","):
         if not part.strip():
@@ -37,64 +65,96 @@ def parse_columns(text: str | None) -> dict[str, str]:
         ours, equals, theirs = (piece.strip() for piece in part.partition("="))
         if not equals or not theirs or ours not in FIELDS:
             raise InputError(
-                f"--columns {part.strip()!r}: give OURS=YOURS pairs by commas, OURS one of {', '.join(FIELDS)}, "
+                f"--columns {part.strip()!r}: give OURS=YOURS pairs separated by commas, OURS one of {', '.join(FIELDS)}, "
                 "e.g. --columns context=review,answer=human_ans_spans,span=human_ans_indices"
             )
         if ours in mapping:
             raise InputError(f"--columns: {ours} is given twice")
+        if ours == "is_impossible" and plain(theirs) in _OPPOSITE:
+            raise InputError(f"--columns {part.strip()}: it says the opposite: give answerable={theirs}")
         mapping[ours] = theirs
     return mapping
 
 
-def rename(fields: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """The fields under our names; a span is taken apart into ``answer_start`` and ``answer_end``.
+def columns_of(fields: Iterable[Any], mapping: Mapping[str, str]) -> dict[str, Any]:
+    """Returns {ours: theirs} for the columns that are mapped, or spelled in another way than ours."""
+    given = tuple(fields)
+    if not mapping:
+        return _aliases(given)
+    mapped = {ours: theirs for ours, theirs in mapping.items() if theirs in given}
+    return {ours: theirs for ours, theirs in _aliases(given).items() if theirs not in mapped.values()} | mapped
 
-    A field of ours counts where its column is absent, so that one mapping does for data in both forms.
+
+def rename(fields: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the fields under our names, a span split into ``answer_start`` and ``answer_end``.
+
+    If a mapped column is absent, a field of our own name counts, so that one mapping serves data in both forms. Our own names
+    are understood in any case and with spaces.
     """
-    found = {ours: theirs for ours, theirs in mapping.items() if theirs in fields}
-    if not found:
+    found = columns_of(fields, mapping)
+    if not found and "span" not in fields:
         return dict(fields)
     result = {name: value for name, value in fields.items() if name not in found.values() and name not in found}
     result.update({ours: fields[theirs] for ours, theirs in found.items()})
     if "span" in result:
         start, end = parse_span(result.pop("span"))
-        result["answer_start"] = start
-        if end is not None:
-            result["answer_end"] = end
+        given = result.get("answer_start")
+        if not is_missing(start):
+            if not is_missing(given) and _differ(given, start):
+                raise RowError(Problem(Reason.SPAN_DISAGREES, "span", (start, given)))
+            result["answer_start"] = start
+            if end is not None:
+                result["answer_end"] = end
     return result
 
 
-def parse_span(value: Any) -> tuple[Any, int | None]:
-    """(start, end or None) of a span: "(3, 9)", [3, 9], {"start": 3, "end": 9}, "3" or 3.
+def _differ(one: Any, other: Any) -> bool:
+    try:
+        return offset_of(one) != offset_of(other)
+    except ValueError:
+        return True
 
-    What is none of these comes back as the start, for the reader to refuse by name.
+
+def parse_span(value: Any) -> tuple[Any, Any]:
+    """Parses a span, "(3, 9)", [3, 9], {"start": 3, "end": 9}, "3" or 3, into (start, end or None).
+
+    Anything else is returned as the start, for the caller to refuse by name.
     """
     if isinstance(value, str):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                value = parse(value)
-                break
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                continue
+        value = literal(value)
     if isinstance(value, Mapping):
         value = (value.get("start"), value.get("end"))
-    if isinstance(value, tuple | list) and len(value) == 2 and all(_whole(v) for v in value):
+    if isinstance(value, tuple | list) and len(value) == 2:
         return value[0], value[1]
     return value, None
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def guess(found: Mapping[str, Any]) -> str:
+    """Suggests a ``--columns`` option for a row with these fields, "" if nothing fits.
 
-
-def guess(found: Iterable[Any]) -> str:
-    """A ``--columns`` option for data with these columns, or "" where nothing fits."""
-    names = {str(name).lower(): str(name) for name in found}
+    Only columns that can work are suggested: texts for the context, the question and the answer, each for one field.
+    """
+    taken = {_BY_PLAIN[each] for each in map(plain, found) if each in _BY_PLAIN}
+    free = [name for name in found if plain(name) not in _BY_PLAIN]
     pairs = []
     for ours, others in _ALSO.items():
-        if ours in names or (ours == "span" and "answer_start" in names) or (ours == "answer" and "answers" in names):
+        if ours in taken or (ours == "span" and "answer_start" in taken) or (ours == "answer" and "answers" in taken):
             continue
-        fits = next((names[o] for o in others if o in names), None)
-        if fits:
-            pairs.append(f"{ours}={fits}")
-    return f"--columns {','.join(pairs)}" if pairs else ""
+        usable = [name for name in free if not set(",='") & set(str(name))]
+        fits = [name for name in usable if ours == "span" or (isinstance(found[name], str) and found[name].strip())]
+        names = {plain(name): name for name in fits}
+        best = next((names[plain(other)] for other in others if plain(other) in names), None)
+        if best is None and ours != "span":  # question_translated, translated_context
+            best = next((name for each, name in names.items() if _is_variant(each, ours)), None)
+        if best is not None:
+            pairs.append(f"{ours}={best}")
+            free.remove(best)
+    if not pairs:
+        return ""
+    text = ",".join(pairs)
+    return f"--columns '{text}'" if " " in text else f"--columns {text}"
+
+
+def _is_variant(name: str, ours: str) -> bool:
+    """Whether a plain name is one of ours with something before or behind it, and not what describes the field."""
+    return (name.startswith(ours) or name.endswith(ours)) and not name.endswith(_DESCRIBES)

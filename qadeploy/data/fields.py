@@ -1,169 +1,322 @@
-"""One raw row to its fields: context, question, id, split, and the answers as the annotators gave them.
+"""From a raw row to its fields: context, question, id, split, and the answers as the annotators gave them.
 
-What is read here is well formed, not yet true: whether an answer stands where its offset says is for
-``readers`` (which refuse it where not) and ``check`` (which says what is the matter).
+What is read here is well formed, but not yet verified: ``loading`` refuses an answer that does not stand where its
+offset says, ``check`` classifies it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from qadeploy.data.carriers import SPLITS, Row
+from qadeploy import options
+from qadeploy.data.annotation_tools import labels_of
 from qadeploy.data.columns import guess, parse_columns, rename
-from qadeploy.data.wording import kind_of, names, quote
+from qadeploy.data.match import from_utf16
+from qadeploy.data.problems import Problem, Reason, RowError
+from qadeploy.data.rows import SPLITS, RawRow
+from qadeploy.data.values import flag_of, is_missing, literal, offset_of
+from qadeploy.data.wording import kind_of, names, quote, shown
 from qadeploy.errors import InputError
 
 OnAmbiguous = Literal["error", "first", "skip"]
+EmptyAnswers = Literal["no-answer", "reject"]
+_ANSWERS_SHAPE = "a list of answers or {'text': [...], 'answer_start': [...]}"
+_STARTS = ("answer_start", "start", "start_offset", "start_char", "answer_starts", "offset", "offsets")
+_ENDS = ("answer_end", "end", "end_offset", "end_char")
+_NOT_GIVEN = frozenset({"NOT_GIVEN", "NO_ANSWER"})  # Haystack's categories of answers
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """How the rows of a source are understood.
+class DataOptions:
+    """How the rows of a source are to be read. Raises InputError on a value that is no choice.
 
-    ``on_ambiguous`` says what happens to an answer without an offset that occurs several times in its context (as a
-    substring): an error that counts them, the first occurrence, or the row is skipped and counted. ``columns``
-    maps our field names to the data's. ``no_answer_token`` is an answer that means "none in this context".
-    Raises InputError on a value that is none of these.
+    Attributes:
+        on_ambiguous: What to do with an answer that has no offset and occurs several times in its context (as a
+            substring): "error" reports and counts them, "first" takes the first, "skip" skips and counts the row.
+        columns: Our field names to the data's.
+        no_answer_token: An answer that means "none in this context"; "" for a blank one.
+        label: The label of the regions that are answers, if the data come from an annotation tool and have several.
+        empty_answers: Whether an empty list of answers means "no answer" or that labels are withheld ("reject"); None:
+            "no answer" with a warning, unless all rows are so.
     """
 
     on_ambiguous: OnAmbiguous = "error"
     columns: Mapping[str, str] = field(default_factory=dict)
     no_answer_token: str | None = None
+    label: str | None = None
+    empty_answers: EmptyAnswers | None = None
 
     def __post_init__(self) -> None:
         if self.on_ambiguous not in get_args(OnAmbiguous):
             raise InputError(f"on_ambiguous is {self.on_ambiguous!r}: choose one of {', '.join(get_args(OnAmbiguous))}")
+        if self.empty_answers not in {None, *get_args(EmptyAnswers)}:
+            raise InputError(
+                f"empty_answers is {self.empty_answers!r}: choose one of {', '.join(get_args(EmptyAnswers))}"
+            )
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> Reading:
-        """From options as the command line and ``run.json`` have them; ``columns`` is text there."""
+    def of(cls, options: Mapping[str, Any]) -> DataOptions:
+        """Reads the options of the command line or ``run.json``, in which ``columns`` is text."""
         return cls(
             options.get("on_ambiguous", "error"),
             parse_columns(options.get("columns")),
-            options.get("no_answer_token") or None,
+            options.get("no_answer_token"),
+            options.get("label"),
+            options.get("empty_answers"),
         )
 
+    def column(self, name: str) -> str:
+        """The data's name for one of our fields."""
+        return self.columns.get(name, name)
 
-class ProblemError(Exception):
-    """A row that cannot be used: the field at fault (ours, or "field.part") and why."""
+    def is_none(self, text: Any) -> bool:
+        """Whether an answer means that there is none."""
+        token = self.no_answer_token
+        if token is None:
+            return False
+        return not token.strip() if is_missing(text) else isinstance(text, str) and text.strip() == token.strip()
 
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFlags:
+    """The options of a command that say how rows are read, as people write them; ``DataOptions.of`` reads them."""
+
+    columns: str | None = options.columns()
+    no_answer_token: str | None = options.no_answer_token()
+    on_ambiguous: OnAmbiguous = options.on_ambiguous()
+    label: str | None = options.label()
+    empty_answers: EmptyAnswers | None = options.empty_answers()
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """An answer as it was given: ``start`` is anything a file can hold, None where there is no offset.
+class RawAnswer:
+    """An answer as it was given.
 
-    ``end`` (exclusive) is a whole number where the data has spans; ``field`` is where the offset stood.
+    Attributes:
+        text: Its text, not blank.
+        start: Its offset, in the units of the data; None if there is none.
+        end: The end of its span (exclusive), if the data gives spans.
+        field: The field that held the offset.
+        cut: Whether its text was not given but cut from the context by its offsets.
     """
 
     text: str
-    start: Any
+    start: int | None
     end: int | None
     field: str
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Fields:
-    """The fields of a row. ``answers`` is empty where the row says that its context holds none."""
+class ParsedRow:
+    """The fields of a row.
+
+    ``answers`` is empty if the row says that its context holds none; it is ``withheld`` if the list of answers is empty and
+    nothing else says so.
+    """
 
     context: str
     question: str
-    answers: tuple[Given, ...]
+    answers: tuple[RawAnswer, ...]
     id: str | None
     split: str
+    withheld: bool = False
 
 
-def parse(row: Row, reading: Reading, *, annotated: bool = True) -> Fields:
-    """The fields of a row, without its answers unless ``annotated``. Raises ProblemError on the first that is amiss."""
+def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> ParsedRow:
+    """Reads the fields of a row.
+
+    Args:
+        row: The row.
+        options: The data's column names and no-answer token.
+        annotated: Whether to read the answers too.
+
+    Raises:
+        RowError: On the first field that is missing or malformed, by our name for it.
+    """
     if row.problem:
-        raise ProblemError("", row.problem)
-    fields = rename(row.fields, reading.columns)
+        raise RowError(Problem(Reason.UNREADABLE, "", (row.problem,)))
+    fields = rename(row.fields, options.columns)
     context, question = (_text(fields, name, row) for name in ("context", "question"))
     split = row.split
-    if fields.get("split") not in (None, ""):
-        split = SPLITS.get(str(fields["split"]), "")
+    if not is_missing(fields.get("split")):
+        split = SPLITS.get(str(fields["split"]).lower(), "")
         if not split:
-            raise ProblemError("split", f"is {quote(str(fields['split']))}, one of {', '.join(SPLITS)} is needed")
-    answers: tuple[Given, ...] = ()
-    if annotated and not _is_no_answer(fields, reading.no_answer_token):
-        if "answers" in fields:
-            answers = _listed(fields["answers"], reading.no_answer_token)
-        elif "answer" in fields:
-            answers = (
-                Given(
-                    _text(fields, "answer", row), fields.get("answer_start"), fields.get("answer_end"), "answer_start"
-                ),
-            )
-        else:
-            raise _missing("answer", row)
-    identity = fields.get("id")
+            raise _wrong("split", quote(str(fields["split"])), f"one of {', '.join(SPLITS)}")
+    answers: tuple[RawAnswer, ...] = ()
+    withheld = False
+    if annotated:
+        impossible = _impossible(fields)
+        if not impossible:
+            answers, withheld = _answers(fields, context, row, options, said=impossible is not None)
+        if withheld and options.empty_answers == "reject":
+            raise RowError(Problem(Reason.WITHHELD, "answers"))
+    identity = None if is_missing(fields.get("id")) else fields.get("id")
+    if isinstance(identity, float) and identity.is_integer():
+        identity = int(identity)
     if identity is not None and not isinstance(identity, str | int):
-        raise ProblemError("id", f"is {kind_of(identity)}, text is needed")
-    _encodable(str(identity), "id")
-    return Fields(context, question, answers, None if identity is None else str(identity), split)
+        raise _wrong("id", kind_of(identity), "text")
+    _refuse_surrogates(str(identity), "id")
+    return ParsedRow(context, question, answers, None if identity is None else str(identity), split, withheld)
 
 
-def is_offset(value: Any) -> bool:
-    """Whether the value can be an offset: a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def check_labels(source: str, rows: Iterable[RawRow], options: DataOptions) -> None:
+    """Raises InputError if regions have several labels and none is chosen, or the chosen one occurs nowhere."""
+    found = list(dict.fromkeys(label for row in rows for label in row.labels))
+    if options.label is None and len(found) > 1:
+        raise InputError(f"{source}: its regions have the labels {names(found)}: name that of the answers with --label")
+    if options.label is not None and found and options.label not in found:
+        raise InputError(f"{source}: no region has the label {options.label!r}; the labels found are {names(found)}")
 
 
-def _is_no_answer(fields: Mapping[str, Any], token: str | None) -> bool:
-    if fields.get("is_impossible") is True:
+def check_withheld(source: str, parsed: Sequence[ParsedRow | None], options: DataOptions) -> int:
+    """Returns how many rows have an empty list of answers that nothing explains. Raises InputError if all have."""
+    withheld = sum(row is not None and row.withheld for row in parsed)
+    if withheld == len(parsed) and options.empty_answers is None:
+        raise InputError(
+            f"{source}: every row has an empty list of answers, so the labels seem to be withheld: "
+            "give data with answers, or --empty-answers no-answer if no context holds one"
+        )
+    return withheld
+
+
+def without_placeholders(parsed: Sequence[ParsedRow | None]) -> list[ParsedRow | None]:
+    """Drops offsets that are 0 in every answer of several rows although not every answer stands there: placeholders."""
+    given = [(row, a) for row in parsed if row for a in row.answers if a.start is not None]
+    rows = [row for row in parsed if row and row.answers]
+    if len(rows) < 2 or not given or any(a.start or a.end or a.cut for _, a in given):
+        return list(parsed)
+    if all(row.context.startswith(a.text) for row, a in given):
+        return list(parsed)
+    return [row and replace(row, answers=tuple(replace(a, start=None) for a in row.answers)) for row in parsed]
+
+
+def _impossible(fields: Mapping[str, Any]) -> bool | None:
+    """Whether the row says that its context holds no answer; None if it says nothing."""
+    said = {}
+    for name, means in (("is_impossible", True), ("answerable", False)):
+        try:
+            found = flag_of(fields.get(name))
+        except ValueError as error:
+            raise _wrong(name, shown(fields[name]), "true or false") from error
+        if found is not None:
+            said[name] = found is means
+    if len(set(said.values())) == 2:
+        raise RowError(Problem(Reason.FLAGS_DISAGREE, "is_impossible"))
+    return next(iter(said.values()), None)
+
+
+def _answers(
+    fields: Mapping[str, Any], context: str, row: RawRow, options: DataOptions, *, said: bool
+) -> tuple[tuple[RawAnswer, ...], bool]:
+    """The answers, and whether they are withheld; ``said``: the row says that there is one."""
+    if "answers" not in fields:
+        entry = {"text": fields.get("answer"), **{name: fields.get(name) for name in ("answer_start", "answer_end")}}
+        if _is_none(entry, options):
+            return (), False
+        if "answer" not in fields and is_missing(entry["answer_end"]):
+            _text(fields, "answer", row)
+        return (_entry(entry, "answer", "answer_start", context, row),), False
+    entries = _listed(fields["answers"])
+    if not entries:
+        if said:
+            raise RowError(Problem(Reason.NONE_GIVEN, "answers"))
+        return (), True
+    if options.label is not None:
+        entries = [e for e in entries if options.label in labels_of(e) or not labels_of(e)]
+    given = [e for e in entries if not _is_none(e, options)]
+    return tuple(_entry(e, "answers.text", "answers.answer_start", context, row) for e in given), False
+
+
+def _entry(entry: Mapping[str, Any], name: str, place: str, context: str, row: RawRow) -> RawAnswer:
+    """One answer; its text is cut from the context if only its offsets are given."""
+    start, end = _offset(entry, _STARTS, place), _offset(entry, _ENDS, place)
+    text = entry.get("text")
+    if start is not None and start < 0:
+        raise RowError(Problem(Reason.NEGATIVE, place, (start, shown(text))))
+    if text is not None or start is None or end is None:
+        return RawAnswer(_visible(text, name), start, end, place)
+    first, last = (from_utf16(x, context) if row.utf16 else x for x in (start, end))
+    if first is None or last is None or not 0 <= first < last <= len(context):
+        raise RowError(Problem(Reason.OUTSIDE, place, (start, end, len(context))))
+    return RawAnswer(_visible(context[first:last], name), start, end, place, cut=True)
+
+
+def _is_none(entry: Mapping[str, Any], options: DataOptions) -> bool:
+    """Whether an entry says that there is no answer: by the token, by its category, or with a blank text at a negative offset."""
+    text, category = entry.get("text"), entry.get("answer_category")
+    if options.is_none(text) or (isinstance(category, str) and category in _NOT_GIVEN):
         return True
-    answer = fields.get("answer")
-    return bool(token) and isinstance(answer, str) and answer.strip() == token
+    with suppress(ValueError):  # which is named when the entry is read
+        return is_missing(text) and (offset_of(_first(entry, _STARTS)) or 0) < 0
+    return False
 
 
-def _missing(field: str, row: Row) -> ProblemError:
-    option = guess(row.fields)
-    hint = f"; did you mean {option}?" if option else ""
-    return ProblemError(field, f"is missing; the fields found are {names(row.fields)}{hint}")
+def _offset(entry: Mapping[str, Any], names: Sequence[str], place: str) -> int | None:
+    value = _first(entry, names)
+    try:
+        return offset_of(value)
+    except ValueError as error:
+        raise RowError(Problem(Reason.NOT_WHOLE, place, (shown(value),))) from error
 
 
-def _text(fields: Mapping[str, Any], name: str, row: Row) -> str:
+def _first(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """The first of some values that is there."""
+    return next((entry[name] for name in names if entry.get(name) is not None), None)
+
+
+def _wrong(field: str, found: str, needed: str) -> RowError:
+    return RowError(Problem(Reason.WRONG_VALUE, field, (found, needed)))
+
+
+def _text(fields: Mapping[str, Any], name: str, row: RawRow) -> str:
     if name not in fields:
-        raise _missing(name, row)
-    value = fields[name]
+        option = guess(row.fields)
+        hint = f"; did you mean {option}?" if option else ""
+        raise RowError(Problem(Reason.MISSING, name, (names(row.fields), hint)))
+    return _visible(fields[name], name)
+
+
+def _visible(value: Any, field: str) -> str:
+    """The value, if it is valid text and not blank."""
     if not isinstance(value, str):
-        raise ProblemError(name, f"is {kind_of(value)}, text is needed")
+        raise _wrong(field, kind_of(value), "text")
     if not value.strip():
-        raise ProblemError(name, "is empty")
-    _encodable(value, name)
+        raise RowError(Problem(Reason.EMPTY, field))
+    _refuse_surrogates(value, field)
     return value
 
 
-def _encodable(text: str, name: str) -> None:
+def _refuse_surrogates(text: str, field: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ProblemError(name, f"holds a lone surrogate at code point {error.start}: not valid Unicode") from error
+        raise RowError(Problem(Reason.NOT_UNICODE, field, (error.start,))) from error
 
 
-def _listed(value: Any, token: str | None) -> tuple[Given, ...]:
+def _listed(value: Any) -> list[dict[str, Any]]:
+    """The entries of ``answers``, whatever its shape, each with ``text`` and perhaps its offsets."""
+    if isinstance(value, str):
+        value = literal(value) if value.strip() else None
     if isinstance(value, dict):
-        texts, starts = value.get("text"), value.get("answer_start")
-        if not isinstance(texts, list) or not isinstance(starts, list):
-            raise ProblemError("answers", "needs the lists 'text' and 'answer_start'")
-        if len(texts) != len(starts):
-            raise ProblemError("answers", f"has {len(texts)} texts and {len(starts)} answer_starts: one start a text")
-        pairs = list(zip(texts, starts, strict=True))
-    elif isinstance(value, list) and all(isinstance(v, dict) for v in value):
-        pairs = [(v.get("text"), v.get("answer_start")) for v in value]
-    else:
-        raise ProblemError("answers", f"is {kind_of(value)}, {{'text': [...], 'answer_start': [...]}} is needed")
-    found = []
-    for text, start in pairs:
-        if not isinstance(text, str) or not text.strip():
-            raise ProblemError(
-                "answers.text", "is empty" if isinstance(text, str) else f"is {kind_of(text)}, text is needed"
-            )
-        _encodable(text, "answers.text")
-        if not token or text.strip() != token:
-            found.append(Given(text, start, None, "answers.answer_start"))
-    return tuple(found)
+        columns = {name: x for name, x in value.items() if isinstance(x, list)}
+        if not columns:
+            return [{"text": None, **value}]
+        if "text" not in columns:
+            raise RowError(Problem(Reason.NO_LISTS, "answers"))
+        starts = next((name for name in _STARTS if value.get(name) is not None), None)
+        if starts is None:
+            return [{"text": text} for text in columns["text"]]
+        columns.setdefault(starts, [value[starts]])
+        if len(columns["text"]) != len(columns[starts]):
+            raise RowError(Problem(Reason.UNEQUAL_LISTS, "answers", (len(columns["text"]), len(columns[starts]))))
+        return [{"text": text, starts: start} for text, start in zip(columns["text"], columns[starts], strict=True)]
+    if isinstance(value, list | tuple) and all(isinstance(v, dict | str) for v in value):
+        return [{"text": v} if isinstance(v, str) else {"text": None, **v} for v in value]
+    found = kind_of(value)
+    if isinstance(value, list | tuple):
+        found += f" with {kind_of(next(v for v in value if not isinstance(v, dict | str)))}"
+    raise _wrong("answers", found, _ANSWERS_SHAPE)

@@ -1,13 +1,13 @@
-"""Lengths in tokens: of answers and contexts, how many windows a question needs, what their borders cut.
+"""Lengths in tokens of answers and contexts, windows per question, and the answers that window borders cut.
 
-Counted with the model's own tokenizer and the one encoder, without the model.
+They are counted with the model's tokenizer and encoder, without the model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,25 +15,37 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import Encoder, EncoderConfig
-from qadeploy.data.check import DataCheck
+from qadeploy.core.unknown import MANY_UNKNOWN
+from qadeploy.core.windows import Cut, Encoder, EncoderConfig
+from qadeploy.data.check import CheckedData, CheckedRow
+from qadeploy.data.fields import ParsedRow
+from qadeploy.data.wording import one_line
 from qadeploy.errors import InputError, QuestionTooLongError
-from qadeploy.records import IntArray, Window
+from qadeploy.records import IntArray
 
 _ANSWER_EDGES = (1, 2, 3, 5, 9, 17, 33, 65)
 _CONTEXT_EDGES = (1, 33, 65, 129, 257, 385, 513, 1025, 2049, 4097)
 _WINDOW_EDGES = (1, 2, 3, 4, 5, 9, 17, 33)
 _UNLIMITED = 10**9
 _BAR = 40
+_SHOWN_ROWS = 10
+_CHUNK = 2**18  # characters of contexts tokenised at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
     """Lengths over the rows that can be used or repaired.
 
-    ``context_tokens`` ``[contexts]`` and ``answer_tokens`` ``[answers]`` in tokens, ``windows`` ``[questions]``; ``cut``
-    answers lie across the border of some window, ``lost`` ones are whole in no window. ``too_long`` questions leave no
-    room for context, and are in none of these.
+    Attributes:
+        settings: The settings that the windows were cut with.
+        context_tokens: Tokens of each context, ``[contexts]``.
+        answer_tokens: Tokens of each answer, ``[answers]``.
+        windows: Windows of each question, ``[questions]``.
+        cut: Answers that the border of some window cuts.
+        lost: Answers that are whole in no window.
+        lowered: Questions that leave so little room that ``doc_stride`` was lowered for them.
+        too_long_rows: Numbers of the rows whose question leaves no room for context; they are not counted elsewhere.
+        unknown: Share of all tokens that the tokenizer does not know, 0 to 1.
     """
 
     settings: QaSettings
@@ -42,10 +54,12 @@ class Lengths:
     windows: IntArray
     cut: int
     lost: int
-    too_long: int
+    lowered: int
+    too_long_rows: tuple[int, ...]
+    unknown: float = 0.0
 
     def lines(self) -> list[str]:
-        """The histograms and shares as text."""
+        """Returns the histograms and shares as lines of text."""
         answers = max(len(self.answer_tokens), 1)
         text = [
             *histogram("answer tokens", self.answer_tokens, _ANSWER_EDGES),
@@ -53,23 +67,31 @@ class Lengths:
             *histogram("context tokens", self.context_tokens, _CONTEXT_EDGES),
             "",
             *histogram(
-                f"windows a question (max_seq_len {self.settings.max_seq_len}, doc_stride {self.settings.doc_stride})",
+                f"windows per question (max_seq_len {self.settings.max_seq_len}, doc_stride {self.settings.doc_stride})",
                 self.windows,
                 _WINDOW_EDGES,
             ),
             "",
-            f"answers cut by a window's border: {self.cut} ({self.cut / answers:.1%}); whole in no window: "
+            f"answers cut by a window border: {self.cut} ({self.cut / answers:.1%}); whole in no window: "
             f"{self.lost} ({self.lost / answers:.1%})",
         ]
-        if self.too_long:
+        if self.unknown > MANY_UNKNOWN:
             text.append(
-                f"questions that leave no room for context in {self.settings.max_seq_len} tokens: {self.too_long}"
+                f"unknown to the tokenizer: {self.unknown:.0%} of the tokens; a model cannot learn them (--base)"
+            )
+        if self.lowered:
+            text.append(f"questions that leave so little room that doc_stride was lowered: {self.lowered}")
+        if self.too_long_rows:
+            more = ", ..." if len(self.too_long_rows) > _SHOWN_ROWS else ""
+            text.append(
+                f"questions that leave no room for context in {self.settings.max_seq_len} tokens: {len(self.too_long_rows)} "
+                f"(row {', '.join(map(str, self.too_long_rows[:_SHOWN_ROWS]))}{more})"
             )
         return text
 
 
 def load_encoder(base: str) -> Encoder:
-    """The encoder of a checkpoint folder or hub name, from its tokenizer alone. Raises InputError."""
+    """Loads the encoder of a checkpoint folder or hub name, from its tokenizer alone. Raises InputError."""
     folder = Path(base)
     left = False
     if folder.is_dir():
@@ -87,65 +109,104 @@ def load_encoder(base: str) -> Encoder:
         tokenizer = Tokenizer.from_pretrained(base)
     except Exception as error:  # the Rust binding raises bare Exception
         raise InputError(
-            f"{base}: neither a checkpoint folder nor a tokenizer that can be loaded from the hub: {' '.join(str(error).split())}"
+            f"{base}: neither a checkpoint folder nor a tokenizer that can be loaded from the hub: {one_line(error)}"
         ) from error
     return Encoder(tokenizer, _config(left))
 
 
 def _config(context_first: bool) -> EncoderConfig:
-    # Only lengths are asked for: token types, null and padding play no part in them.
+    # Lengths do not depend on token types, the null token or padding.
     return EncoderConfig(0, context_first, None, 0, _UNLIMITED)
 
 
-def measure(check: DataCheck, encoder: Encoder, settings: QaSettings) -> Lengths:
-    """Counts tokens and windows of every row that is not rejected. Raises StrideError, InputError on the settings."""
-    usable = [row for row in check.rows if not row.reason and row.fields]
-    contexts = list(dict.fromkeys(row.fields.context for row in usable if row.fields))
-    encoded = dict(zip(contexts, encoder.encode_many(contexts), strict=True))
-    questions = encoder.encode_many([row.fields.question for row in usable if row.fields])
-    answer_tokens, window_counts = [], []
-    cut = lost = too_long = 0
-    for row, question in zip(usable, questions, strict=True):
-        assert row.fields is not None  # noqa: S101 - usable rows have fields
-        context = encoded[row.fields.context]
-        try:
-            windows = encoder.windows(
-                question, context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
-            )
-        except QuestionTooLongError:
-            too_long += 1
-            continue
-        window_counts.append(len(windows))
-        for finding in row.findings:
-            span = context.tokens_of(finding.fixed.start, finding.fixed.end) if finding.fixed else None
-            if span is None:
+def measure_lengths(check: CheckedData, encoder: Encoder, settings: QaSettings) -> Lengths:
+    """Counts the tokens and windows of every row that is not rejected.
+
+    Args:
+        check: The checked rows.
+        encoder: The model's encoder.
+        settings: The sizes of windows.
+
+    Raises:
+        StrideError: ``doc_stride`` is at least ``max_seq_len``, and a context needs several windows.
+        InputError: The sizes make no sense.
+    """
+    groups: dict[str, list[tuple[CheckedRow, ParsedRow]]] = {}
+    for row, parsed in check.usable():
+        groups.setdefault(parsed.context, []).append((row, parsed))
+    found = _Counts()
+    for contexts in _chunks(groups):
+        rows = [pair for context in contexts for pair in groups[context]]
+        encoded = dict(zip(contexts, encoder.encode_many(contexts), strict=True))
+        questions = encoder.encode_many([parsed.question for _, parsed in rows])
+        ids = np.concatenate([text.ids for text in (*encoded.values(), *questions)])
+        found.tokens += len(ids)
+        found.unknown += 0 if encoder.unknown_id is None else int((ids == encoder.unknown_id).sum())
+        found.contexts += [len(context) for context in encoded.values()]
+        for (row, parsed), question in zip(rows, questions, strict=True):
+            context = encoded[parsed.context]
+            try:
+                cut = encoder.cut(question, context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride)
+            except QuestionTooLongError:
+                found.too_long_rows.append(row.raw.number)
                 continue
-            answer_tokens.append(span[1] - span[0] + 1)
-            is_cut, is_whole = _borders(windows, span)
-            cut += is_cut
-            lost += not is_whole
+            found.lowered += cut.overlap < settings.doc_stride
+            found.windows.append(len(cut.begins))
+            spans = [context.tokens_of(a.fixed.start, a.fixed.end) for a in row.answers if a.fixed]
+            found.add_answers([span for span in spans if span], cut)
     return Lengths(
         settings,
-        np.asarray([len(e) for e in encoded.values()], dtype=np.int64),
-        np.asarray(answer_tokens, dtype=np.int64),
-        np.asarray(window_counts, dtype=np.int64),
-        cut,
-        lost,
-        too_long,
+        np.asarray(found.contexts, dtype=np.int64),
+        np.asarray(found.answers, dtype=np.int64),
+        np.asarray(found.windows, dtype=np.int64),
+        found.cut,
+        found.lost,
+        found.lowered,
+        tuple(sorted(found.too_long_rows)),
+        found.unknown / max(found.tokens, 1),
     )
 
 
-def _borders(windows: Sequence[Window], span: tuple[int, int]) -> tuple[bool, bool]:
-    """Whether some window holds a part of the span only, and whether some window holds it whole."""
-    parts = [
-        min(span[1], w.context_offset + w.context_length - 1) - max(span[0], w.context_offset) + 1 for w in windows
-    ]
-    size = span[1] - span[0] + 1
-    return any(0 < part < size for part in parts), any(part == size for part in parts)
+@dataclass(slots=True)
+class _Counts:
+    """What ``Lengths`` is made from."""
+
+    contexts: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    too_long_rows: list[int] = field(default_factory=list)
+    cut: int = 0
+    lost: int = 0
+    lowered: int = 0
+    tokens: int = 0
+    unknown: int = 0
+
+    def add_answers(self, spans: Sequence[tuple[int, int]], cut: Cut) -> None:
+        """Adds the answers of one question, by their first and last token."""
+        for first, last in spans:
+            size = last - first + 1
+            parts = [min(last + 1, begin + cut.room) - max(first, begin) for begin in cut.begins]
+            self.answers.append(size)
+            self.cut += any(0 < part < size for part in parts)
+            self.lost += size not in parts
+
+
+def _chunks(contexts: Iterable[str]) -> Iterator[list[str]]:
+    """Contexts in turn, so many at a time that their tokens take little memory."""
+    chunk: list[str] = []
+    characters = 0
+    for context in contexts:
+        if chunk and characters + len(context) > _CHUNK:
+            yield chunk
+            chunk, characters = [], 0
+        chunk.append(context)
+        characters += len(context)
+    if chunk:
+        yield chunk
 
 
 def histogram(name: str, values: IntArray, edges: Sequence[int]) -> list[str]:
-    """A line a bin with a bar, under a line with the count, median, 95th percentile and maximum."""
+    """Draws a histogram: count, median, 95th percentile and maximum, then one line with a bar per bin."""
     if not len(values):
         return [f"{name}: none"]
     middle, most = (int(np.percentile(values, q, method="higher")) for q in (50, 95))

@@ -1,19 +1,21 @@
-"""Where an answer that is not letter by letter in its context stands there nevertheless.
+"""Finding an answer that its context does not hold letter by letter.
 
-A view of a text keeps some of its code points, folded, and remembers where each came from; an answer
-whose view occurs in the context's view stands at the slice that this occurrence came from.
+A view of a text keeps some of its code points, folded, and remembers where each came from. If the answer's view
+occurs in the context's view, the answer stands at the slice that this occurrence came from.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 
 def occurrences(text: str, context: str) -> list[int]:
-    """Where ``text`` stands in ``context``, as code points, overlapping occurrences too."""
+    """Finds every occurrence of ``text`` in ``context``, overlapping ones too, in code points."""
     found, at = [], context.find(text)
     while at >= 0:
         found.append(at)
@@ -31,13 +33,13 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """The kept code points, and for each the index of the one it came from."""
+    """The code points kept, and for each the index of the one it came from."""
 
     text: str
-    source: tuple[int, ...]
+    source: array[int]
 
     def find(self, text: str) -> list[Slice]:
-        """Every place of ``text`` that begins and ends with whole code points of the source."""
+        """Finds every place of ``text`` that begins and ends with whole code points of the source."""
         found = []
         for at in occurrences(text, self.text):
             last = at + len(text) - 1
@@ -50,19 +52,19 @@ class _View:
 
 def _view(text: str, fold: Callable[[str], str]) -> _View:
     kept: list[str] = []
-    source: list[int] = []
+    source = array("I")
     for i, character in enumerate(text):
         for piece in fold(character):
             kept.append(piece)
             source.append(i)
-    return _View("".join(kept), tuple(source))
+    return _View("".join(kept), source)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)  # an answer and its context; long contexts take much memory
 def _spaced(text: str) -> _View:
-    """Runs of white space are one space."""
+    """Turns each run of white space into one space."""
     kept: list[str] = []
-    source: list[int] = []
+    source = array("I")
     for i, character in enumerate(text):
         if character.isspace():
             if kept and kept[-1] == " ":
@@ -70,59 +72,79 @@ def _spaced(text: str) -> _View:
             character = " "
         kept.append(character)
         source.append(i)
-    return _View("".join(kept), tuple(source))
+    return _View("".join(kept), source)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)  # an answer and its context; long contexts take much memory
 def _caseless(text: str) -> _View:
     return _view(text, str.casefold)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)  # an answer and its context; long contexts take much memory
 def _spelled(text: str) -> _View:
-    """Letters, the marks that belong to them, and digits, whatever their case."""
+    """Keeps letters, the marks on them, and digits, in any case."""
     return _view(text, lambda c: c.casefold() if unicodedata.category(c)[0] in "LMN" else "")
 
 
 def find_spaced(answer: str, context: str) -> list[Slice]:
-    """Where the answer stands but for the amount of white space."""
+    """Finds the answer, ignoring the amount of white space."""
     return _spaced(context).find(" ".join(answer.split()))
 
 
 def find_caseless(answer: str, context: str) -> list[Slice]:
-    """Where the answer stands but for letter case."""
+    """Finds the answer, ignoring letter case."""
     return _caseless(context).find(answer.casefold())
 
 
 def find_spelled(answer: str, context: str, given: Slice | None = None) -> list[Slice]:
-    """Where the answer stands when all but letters and digits is dropped from both, as in tokenised text.
+    """Finds the answer by its letters and digits alone, as in tokenised text.
 
-    What the answer has of other signs at its ends is taken along where the context has it there. ``given`` is the
-    slice that the data names: where its letters and digits are the answer's, it alone is returned.
+    Other characters at the answer's ends are included if the context has them there.
+
+    Args:
+        answer: The answer's text.
+        context: The context.
+        given: The slice that the data names; if its letters and digits are the answer's, it alone is returned.
     """
     wanted = _spelled(answer).text
     if not wanted:
         return []
+    numbers = _numbers(answer)
     if given and 0 <= given.start < given.end <= len(context):
         piece = context[given.start : given.end]
-        if _spelled(piece).text == wanted:
+        if _spelled(piece).text == wanted and _numbers(piece) == numbers:
             lead = len(piece) - len(piece.lstrip())
             return [Slice(given.start + lead, given.start + len(piece.rstrip()))]
     head, tail = _ends(answer)
-    return [
+    found = [
         Slice(_stretch(context, s.start, head[::-1], -1), _stretch(context, s.end, tail, 1))
         for s in _spelled(context).find(wanted)
     ]
+    return [s for s in found if _numbers(context[_before_sign(context, s.start) : s.end]) == numbers]
+
+
+_NUMBER = re.compile(r"(?<!\w)[-+\u2212]?(?:[.,](?=\d))?\d+(?:\s*[^\w\s]\s*\d+|\s+\d+)*")
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers of a text with their signs and what separates their digits: "15" is neither "1.5" nor "1 5" nor "-15"."""
+    return [re.sub(r"\s*([^\w\s])\s*", r"\1", re.sub(r"\s+", " ", number)) for number in _NUMBER.findall(text)]
+
+
+def _before_sign(context: str, start: int) -> int:
+    """The place of the sign of a number that begins at ``start``, if it has one there."""
+    signed = start > 0 and context[start - 1] in "+-\u2212." and context[start].isdigit()
+    return start - 1 if signed and not (start > 1 and context[start - 2].isalnum()) else start
 
 
 def _ends(answer: str) -> tuple[str, str]:
-    """The signs before the answer's first letter or digit and after its last, without white space."""
+    """Returns the characters before the answer's first letter or digit and after its last, without white space."""
     source = _spelled(answer).source
     return "".join(answer[: source[0]].split()), "".join(answer[source[-1] + 1 :].split())
 
 
 def _stretch(context: str, border: int, signs: str, step: int) -> int:
-    """The border moved outwards over ``signs``, white space between them allowed, as far as they stand there."""
+    """Moves the border outwards over ``signs`` as far as the context has them, white space between them allowed."""
     at = border
     for sign in signs:
         while 0 <= (i := at if step > 0 else at - 1) < len(context) and context[i].isspace():
@@ -135,13 +157,13 @@ def _stretch(context: str, border: int, signs: str, step: int) -> int:
 
 
 def whole_words(slices: list[Slice], context: str) -> list[Slice]:
-    """Those that do not cut a word of letters with case, or a number, in two; all where none is left."""
+    """Returns the slices that do not cut a word of cased letters, or a number; all of them if none is left."""
     whole = [s for s in slices if not _joins(context, s.start) and not _joins(context, s.end)]
     return whole or slices
 
 
 def cuts_a_word(found: Slice, context: str) -> bool:
-    """Whether the slice begins or ends inside a word of letters with case, or inside a number."""
+    """Returns whether the slice begins or ends inside a word of cased letters, or inside a number."""
     return _joins(context, found.start) or _joins(context, found.end)
 
 
@@ -154,9 +176,21 @@ def _tight(character: str) -> bool:
 
 
 def from_utf16(offset: int, text: str) -> int | None:
-    """An offset in UTF-16 units as one in code points; None past the end, or inside a surrogate pair."""
-    at = units = 0
-    while units < offset and at < len(text):
-        units += 1 + (ord(text[at]) > 0xFFFF)
-        at += 1
-    return at if units == offset else None
+    """Converts an offset from UTF-16 units to code points; None past the end or inside a surrogate pair."""
+    return _from_units(2 * offset, text, "utf-16-le")
+
+
+def from_utf8(offset: int, text: str) -> int | None:
+    """Converts an offset from UTF-8 bytes to code points; None past the end or inside a character."""
+    return _from_units(offset, text, "utf-8")
+
+
+def _from_units(size: int, text: str, encoding: str) -> int | None:
+    if text.isascii():
+        size //= 2 if encoding == "utf-16-le" else 1
+        return size if size <= len(text) else None
+    encoded = text.encode(encoding)
+    try:
+        return len(encoded[:size].decode(encoding)) if size <= len(encoded) else None
+    except UnicodeDecodeError:
+        return None

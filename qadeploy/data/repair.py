@@ -1,20 +1,24 @@
-"""Writing what a data check found: the usable and repaired rows, and the rejected ones with the reason."""
+"""Writing the result of a data check: usable and repaired rows to one file, rejected ones with the reason to another."""
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadeploy.data.check import DataCheck, Judged
+from qadeploy.data.check import CheckedData, CheckedRow
+from qadeploy.data.fields import ParsedRow
 from qadeploy.errors import InputError
-from qadeploy.files import write_text
+from qadeploy.files import new_file, require_new, writing
+
+_MUCH = 2**22  # characters of repeated contexts
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Two JSONL files, whose rows together are all rows of the source; ``renamed`` rows had the id of another."""
+    """Two JSONL files that together hold every row of the source; ``renamed`` counts the rows that had another's id."""
 
     clean: Path
     clean_rows: int
@@ -24,72 +28,116 @@ class Written:
 
 
 def check_places(source: str, out: Path) -> Path:
-    """The file for the rejected rows beside ``out``. Raises InputError where ``out`` cannot be written."""
+    """Returns the file for the rejected rows, beside ``out``. Raises InputError if one of the two is there or cannot be written."""
     if out.suffix.lower() != ".jsonl":
-        raise InputError(f"--fix {out}: the repaired rows are written as JSONL: give a name in .jsonl")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--fix {out}: no such folder to write into")
+        raise InputError(f"--fix {out}: the repaired rows are written as JSONL: give a name that ends in .jsonl")
     rejected = out.with_suffix(".rejected.jsonl")
     for place in (out, rejected):
         if place.is_dir():
             raise InputError(f"--fix {out}: {place} is a folder")
         if place.exists() and Path(source).exists() and place.samefile(source):
-            raise InputError(f"--fix {out}: would overwrite {source}, which it is made from: give another name")
+            raise InputError(f"--fix {out}: would overwrite its source {source}: give another name")
+        require_new(place, "--fix")
     return rejected
 
 
-def write_fixed(check: DataCheck, out: Path) -> Written:
-    """Writes every row of the check once: to ``out``, or to the file for rejected rows beside it.
+def write_fixed(check: CheckedData, out: Path) -> Written:
+    """Writes every checked row once, to ``out`` or to the file for rejected rows beside it.
 
-    A row of ``out`` is {id, context, question, answers: {text, answer_start}} and its split where it has one; the texts
-    are slices of the context, the offsets code points. A row without an id gets ``row-N``; one whose id
-    another row has gets a number behind it. A rejected row keeps its fields as they were.
-    Raises InputError (see ``check_places``).
+    A row of ``out`` is {id, context, question, answers: {text, answer_start}}, with ``is_impossible`` if it has no answer and its
+    split if it has one. Where many questions share long contexts, a line is {context, qas: [...]} instead, as in SQuAD's
+    paragraphs, so that each context is written once. The texts are slices of the context, the offsets code points. A row without
+    an id gets ``row-N``; a repeated id gets a number appended. A rejected row keeps its fields as they were.
+
+    Args:
+        check: The checked rows.
+        out: The JSONL file for the usable rows.
+
+    Raises:
+        InputError: One of the files cannot be written (see ``check_places``).
     """
     rejected = check_places(check.source, out)
-    lines: dict[Path, list[str]] = {out: [], rejected: []}
-    given = {row.fields.id for row in check.rows if row.fields and row.fields.id is not None}
+    usable = check.usable()
+    bad = [row for row in check.rows if row.problem or row.parsed is None]
+    identities, renamed = _identities(check)
+    with ExitStack() as stack:
+        for place in (rejected, out):
+            stack.enter_context(new_file(place, "--fix"))
+        _write_rejected(rejected, bad)
+        _write_usable(out, check, usable, identities)
+    return Written(out, len(usable), rejected, len(bad), renamed)
+
+
+def _write_rejected(place: Path, bad: list[CheckedRow]) -> None:
+    with writing(place, new=True) as stream:
+        for row in bad:
+            stream.write(
+                _line({"row": row.raw.number, "class": row.kind, "reason": str(row.problem), "fields": row.raw.fields})
+            )
+
+
+def _write_usable(
+    place: Path, check: CheckedData, usable: list[tuple[CheckedRow, ParsedRow]], identities: dict[int, str]
+) -> None:
+    with writing(place, new=True) as stream:
+        if _shares_contexts(check):
+            for context, rows in _by_context(usable).items():
+                qas = [_clean(row, parsed, identities[row.raw.number]) for row, parsed in rows]
+                stream.write(_line({"context": context, "qas": qas}))
+        else:
+            for row, parsed in usable:
+                stream.write(_line({"context": parsed.context} | _clean(row, parsed, identities[row.raw.number])))
+
+
+def _identities(check: CheckedData) -> tuple[dict[int, str], int]:
+    """The ids of the usable rows by row number, and how many rows had another's."""
+    given = {row.parsed.id for row in check.rows if row.parsed and row.parsed.id is not None}
+    found: dict[int, str] = {}
     taken: set[str] = set()
     renamed = 0
-    for row in check.rows:
-        if row.reason or row.fields is None:
-            lines[rejected].append(_line(_rejected(row)))
-            continue
-        wanted = row.fields.id
-        identity, number = f"row-{row.row.number}" if wanted is None else wanted, 2
-        stem = identity
-        while identity in taken or (identity in given and identity != wanted):
+    for row, parsed in check.usable():
+        stem = f"row-{row.raw.number}" if parsed.id is None else parsed.id
+        identity, number = stem, 2
+        while identity in taken or (identity in given and identity != parsed.id):
             identity, number = f"{stem}-{number}", number + 1
-        renamed += wanted is not None and identity != wanted
+        renamed += parsed.id is not None and identity != parsed.id
         taken.add(identity)
-        lines[out].append(_line(_clean(row, identity)))
-    for place in (rejected, out):
-        write_text(place, "".join(lines[place]))
-    return Written(out, len(lines[out]), rejected, len(lines[rejected]), renamed)
+        found[row.raw.number] = identity
+    return found, renamed
 
 
-def _clean(row: Judged, identity: str) -> dict[str, Any]:
-    assert row.fields is not None  # noqa: S101 - a row without fields is rejected
-    answers = [f.fixed for f in row.findings if f.fixed is not None]
-    value: dict[str, Any] = {
+def _shares_contexts(check: CheckedData) -> bool:
+    """Whether contexts are written once each: they are long, or rows of SQuAD's nesting ask the same.
+
+    ``read`` merges flat rows that ask the same, and does not merge those of SQuAD's nesting: each keeps its way.
+    """
+    again = [row.raw.nested for row in check.rows if row.duplicate_of is not None]
+    if again:
+        return all(again)
+    usable = [parsed.context for _, parsed in check.usable()]
+    return sum(map(len, usable)) - sum(map(len, set(usable))) > _MUCH
+
+
+def _by_context(usable: list[tuple[CheckedRow, ParsedRow]]) -> dict[str, list[tuple[CheckedRow, ParsedRow]]]:
+    groups: dict[str, list[tuple[CheckedRow, ParsedRow]]] = {}
+    for row, parsed in usable:
+        groups.setdefault(parsed.context, []).append((row, parsed))
+    return groups
+
+
+def _clean(row: CheckedRow, parsed: ParsedRow, identity: str) -> dict[str, Any]:
+    answers = [a.fixed for a in row.answers if a.fixed]
+    return {
         "id": identity,
-        "context": row.fields.context,
-        "question": row.fields.question,
+        "question": parsed.question,
         "answers": {"text": [a.text for a in answers], "answer_start": [a.start for a in answers]},
+        **({} if answers else {"is_impossible": True}),
+        **({"split": parsed.split} if parsed.split else {}),
     }
-    if row.fields.split:
-        value["split"] = row.fields.split
-    return value
 
 
-def _rejected(row: Judged) -> dict[str, Any]:
-    return {"row": row.row.number, "class": row.kind, "reason": row.reason, "fields": row.row.fields}
-
-
-def _line(value: dict[str, Any]) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+def _line(value: dict[str, Any]) -> bytes:
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, which only an escape can carry
-        text = json.dumps(value, default=str)
-    return text + "\n"
+        return json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can hold
+        return json.dumps(value, default=str).encode() + b"\n"

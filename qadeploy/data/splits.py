@@ -1,4 +1,4 @@
-"""Splits by passage: two questions on one passage never stand on both sides."""
+"""Splits by passage: all questions on one passage stay on one side."""
 
 from __future__ import annotations
 
@@ -12,10 +12,18 @@ from qadeploy.records import Example
 def carve_by_passage(
     examples: Sequence[Example], fraction: float, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Splits into (rest, part): whole passages, drawn by ``seed``, until the part holds ``fraction`` of the questions.
+    """Draws whole passages at random until they hold a fraction of the questions.
 
-    Both sides keep the input order and are never empty. Raises InputError on a fraction outside
-    (0, 1) or where all questions share one passage.
+    Args:
+        examples: The questions.
+        fraction: Share of the questions to draw, between 0 and 1.
+        seed: Decides which passages are drawn.
+
+    Returns:
+        The questions left and those drawn, both in input order and never empty.
+
+    Raises:
+        InputError: ``fraction`` is out of range, or all questions are on one passage.
     """
     if not 0 < fraction < 1:
         raise InputError(f"dev-fraction {fraction} is not between 0 and 1")
@@ -23,10 +31,7 @@ def carve_by_passage(
     for example in examples:
         passages[example.context] = passages.get(example.context, 0) + 1
     if len(passages) < 2:
-        raise InputError(
-            "all questions are on one passage, so no held-out part can be carved from it: "
-            "add questions on other passages"
-        )
+        raise InputError("all questions are on one passage, which cannot be split: add questions on other passages")
     order = list(passages)
     random.Random(seed).shuffle(order)  # noqa: S311 - a split, not a secret
     wanted, taken, chosen = fraction * len(examples), 0, set()
@@ -40,11 +45,21 @@ def carve_by_passage(
 
 
 def folds_by_passage(examples: Sequence[Example], folds: int, seed: int) -> tuple[tuple[Example, ...], ...]:
-    """Splits into ``folds`` parts of whole passages with about as many questions each, in input order.
+    """Splits into folds of whole passages with about the same number of questions each.
 
-    The passages with the most questions are dealt first, each to the smallest part so far (as scikit-learn's
-    GroupKFold does); those of equal size in an order drawn by ``seed``. Raises InputError on
-    ``folds`` below 2 or fewer passages than ``folds``.
+    The passages with the most questions are dealt first, each to the smallest fold so far, as scikit-learn's
+    GroupKFold does.
+
+    Args:
+        examples: The questions.
+        folds: Number of folds, at least 2.
+        seed: Decides the order of passages with the same number of questions.
+
+    Returns:
+        The questions of each fold, in input order.
+
+    Raises:
+        InputError: ``folds`` is below 2, or there are fewer passages than folds.
     """
     if folds < 2:
         raise InputError(f"folds is {folds}: at least 2 are needed, one to train on and one to score")

@@ -4,91 +4,96 @@ from __future__ import annotations
 
 from collections import Counter
 
-from qadeploy.data.check import CLASSES, DataCheck, Finding, Judged
-from qadeploy.data.wording import quote
+from qadeploy.data.check import CheckedAnswer, CheckedData, CheckedRow, RowClass
+from qadeploy.data.wording import WITHHELD, quote
 
-_MEANING = {
-    "no_answer": "the row says that its context holds none",
-    "empty": "a field is missing, blank or cannot be read",
-    "exact": "the answer stands where its offset says, or once",
-    "shifted": "the answer stands elsewhere than its offset says",
-    "utf16": "the offset counts UTF-16 units",
-    "whitespace": "white space differs",
-    "case": "letter case differs",
-    "detokenised": "equal but for signs that are no letters or digits",
-    "absent": "the answer does not stand in its context",
+MEANING = {
+    RowClass.NO_ANSWER: "the row says that its context has no answer",
+    RowClass.EMPTY: "a field is missing, blank or unreadable",
+    RowClass.EXACT: "the answer stands where its offset says, or once",
+    RowClass.SHIFTED: "the answer does not stand where its offset says",
+    RowClass.UTF16: "the offset counts UTF-16 units",
+    RowClass.UTF8: "the offset counts UTF-8 bytes",
+    RowClass.WHITESPACE: "white space differs",
+    RowClass.CASE: "letter case differs",
+    RowClass.DETOKENISED: "punctuation or spacing differs",
+    RowClass.ABSENT: "the context does not hold the answer",
 }
 _SHIFTS = 6
 
 
-def lines(check: DataCheck, show: int = 3) -> list[str]:
-    """The check as text, with at most ``show`` rows of each class that is amiss."""
+def check_lines(check: CheckedData, show: int = 3) -> list[str]:
+    """Returns the check as lines of text.
+
+    Args:
+        check: The checked rows.
+        show: How many rows of each faulty class to show.
+    """
     counts = check.to_dict()["classes"]
     text = [f"{check.source}: {len(check.rows)} rows", "", "  class          rows   share  repair"]
-    for name in CLASSES:
-        rows = [row for row in check.rows if row.kind == name]
-        rejected = sum(bool(row.reason) for row in rows)
-        repaired = sum(row.repaired for row in rows)
-        done = ", ".join(f"{n} {what}" for n, what in ((repaired, "repaired"), (rejected, "rejected")) if n)
-        text.append(
-            f"  {name:<12} {len(rows):>6}  {len(rows) / len(check.rows):>6.1%}  {done or '-':<28} {_MEANING[name]}"
-        )
+    for kind, meaning in MEANING.items():
+        rows = [row for row in check.rows if row.kind is kind]
+        numbers = (sum(row.repaired for row in rows), "repaired"), (sum(bool(row.problem) for row in rows), "rejected")
+        done = ", ".join(f"{n} {what}" for n, what in numbers if n)
+        text.append(f"  {kind:<12} {len(rows):>6}  {len(rows) / len(check.rows):>6.1%}  {done or '-':<28} {meaning}")
     text += [
-        f"  and besides: {counts['repeated']} rows whose answer stands several times in its context (repeated), "
+        f"  also: {counts['repeated']} rows whose answer occurs several times in its context (repeated), "
         f"{counts['duplicate']} whose question and context an earlier row has (duplicate)"
     ]
     if check.same_ids:
         text.append(f"  {check.same_ids} rows have the id of an earlier row: train refuses them, --fix numbers them")
+    if check.withheld:
+        text.append(f"  {check.withheld} rows have {WITHHELD}")
     shifts = check.shifts()
     if shifts:
         text.append(f"  offsets are off by {_shifts(shifts)} code points")
-    for name in CLASSES:
-        rows = [row for row in check.rows if row.kind == name and (row.reason or row.repaired)]
-        text += _section(name, [(row.name, remark(row)) for row in rows], show)
-    repeated = [row for row in check.rows if row.repeated and not row.reason]
+    for kind in RowClass:
+        rows = [row for row in check.rows if row.kind is kind and (row.problem or row.repaired)]
+        text += _section(kind, [(row.name, _remark(row)) for row in rows], show)
+    repeated = [row for row in check.rows if row.repeated and not row.problem]
     text += _section("repeated", [(row.name, _repeated(row)) for row in repeated], show)
     again = [row for row in check.rows if row.duplicate_of is not None]
     text += _section("duplicate", [(row.name, f"asks what row {row.duplicate_of} asks") for row in again], show)
     return text
 
 
-def one_line(check: DataCheck) -> str:
-    """The counts on one line, those that are 0 left out."""
+def check_summary(check: CheckedData) -> str:
+    """Returns the counts above 0 on one line."""
     counts = check.to_dict()["classes"]
     return f"{len(check.rows)} rows: " + ", ".join(f"{n} {name}" for name, n in counts.items() if n)
 
 
-def remark(row: Judged) -> str:
-    """What is the matter with a row, and the suggested repair."""
-    if row.reason:
-        return row.reason
-    return "; ".join(_repair(f) for f in row.findings if f.kind == row.kind)
+def _remark(row: CheckedRow) -> str:
+    """Says what is wrong with a row, or how it is repaired."""
+    if row.problem:
+        return str(row.problem)
+    return "; ".join(_repair(a) for a in row.answers if a.kind == row.kind)
 
 
-def _repair(finding: Finding) -> str:
-    given, fixed = finding.given, finding.fixed
-    assert fixed is not None  # noqa: S101 - else the row has a reason
+def _repair(answer: CheckedAnswer) -> str:
+    given, fixed = answer.given, answer.fixed
+    if fixed is None:
+        return str(answer.problem)
     if fixed.text == given.text:
-        units = " (UTF-16 units)" if finding.kind == "utf16" else ""
+        units = {RowClass.UTF16: " (UTF-16 units)", RowClass.UTF8: " (UTF-8 bytes)"}.get(answer.kind, "")
         return f"{quote(given.text)}: answer_start {given.start}{units} -> {fixed.start}"
     return f"{quote(given.text)} -> {quote(fixed.text)} at {fixed.start}"
 
 
-def _repeated(row: Judged) -> str:
-    finding = next(f for f in row.findings if f.repeated)
-    assert finding.fixed is not None  # noqa: S101 - the row has no reason
-    return f"{quote(finding.fixed.text)} stands there several times, the one at {finding.fixed.start} is meant"
+def _repeated(row: CheckedRow) -> str:
+    fixed = next(a.fixed for a in row.answers if a.repeated and a.fixed)
+    return f"{quote(fixed.text)} occurs several times, the one at {fixed.start} is meant"
 
 
 def _section(name: str, rows: list[tuple[str, str]], show: int) -> list[str]:
     if not rows or not show:
         return []
     more = [f"  ... and {len(rows) - show} more"] if len(rows) > show else []
-    return ["", f"{name}", *(f"  {who}: {what}" for who, what in rows[:show]), *more]
+    return ["", name, *(f"  {who}: {what}" for who, what in rows[:show]), *more]
 
 
 def _shifts(shifts: Counter[int]) -> str:
     common = shifts.most_common(_SHIFTS)
-    others = sum(shifts.values()) - sum(n for _, n in common)
+    others = shifts.total() - sum(n for _, n in common)
     text = ", ".join(f"{shift:+d} ({n})" for shift, n in common)
     return text + (f", other amounts ({others})" if others else "")

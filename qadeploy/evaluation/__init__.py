@@ -1,1 +1,1 @@
-"""Scores and prediction files of any predictor."""
+"""Scores and prediction files for any predictor."""

@@ -1,14 +1,14 @@
-"""What a model says of every question, in the three files of transformers' run_qa.py.
+"""Prediction files: a model's answers to every question, in the three files of transformers' run_qa.py.
 
 ``predictions.json`` ``{id: text}`` is what was scored, and what SQuAD's scripts read. ``nbest_predictions.json``
-``{id: [{text, start_logit, end_logit, probability, start, end}]}`` holds the best spans (and, where it competes, the null
-answer), best first. ``null_odds.json`` ``{id: null logit minus the best span's logit}`` is there where the null answer
-competes: SQuAD v2's script takes it as ``--na-prob-file``.
+``{id: [{text, start_logit, end_logit, probability, start, end}]}`` holds the best spans, best first, with the null
+answer if it competes. In that case there is also ``null_odds.json`` ``{id: null logit minus the best span's logit}``,
+which SQuAD v2's script takes as ``--na-prob-file``.
 
 The format is that of ``postprocess_qa_predictions`` (transformers 4.57, examples/pytorch/question-answering/utils_qa.py),
 with ``start`` and ``end`` (code points) added. Two things differ. ``probability`` is our score, a softmax over all
 valid spans of all windows at the model's temperature, so it does not depend on how many are listed; theirs is a softmax
-over those listed. And every valid span is looked at, once a text, where theirs combines the n best starts and ends of each
+over those listed. And we consider every valid span, once per text; theirs combines the n best starts and ends of each
 window and lists a span of two windows twice.
 """
 
@@ -16,16 +16,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from qadeploy.core.decoding import decode
-from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import EncodedText
-from qadeploy.files import write_json
-from qadeploy.inference.answerer import Answerer, Options, to_answers
-from qadeploy.records import Answer, Example, FloatArray, Span, Window
+from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.settings import AnswerOptions, Options, QaSettings
+from qadeploy.files import new_file, require_new, write_json
+from qadeploy.inference.answerer import Answerer, to_answers
+from qadeploy.records import NO_ANSWER, Answer, Example, FloatArray, Span, Window
 
 PREDICTIONS, N_BEST, NULL_ODDS = "predictions.json", "nbest_predictions.json", "null_odds.json"
 DEFAULT_N_BEST = 20
@@ -33,7 +33,7 @@ DEFAULT_N_BEST = 20
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One question's entries in the three files; ``null_odds`` is None where the null answer does not compete."""
+    """One question's entries in the three files; ``null_odds`` is None if the null answer does not compete."""
 
     ids: tuple[str, ...]
     text: str
@@ -44,27 +44,24 @@ class Prediction:
 def predict(
     example: Example,
     answer: Answer,
-    windows: Sequence[Window],
-    start_logits: Sequence[FloatArray],
-    end_logits: Sequence[FloatArray],
-    context: EncodedText,
+    scored: WindowLogits,
     settings: QaSettings,
     *,
     n_best_size: int = DEFAULT_N_BEST,
     allow_no_answer: bool = False,
 ) -> Prediction:
-    """The entries of a question that was answered with ``answer``; the logits are those that ``decode`` takes.
+    """Makes the entries of one question. Raises what ``decode_many`` raises.
 
-    At most ``n_best_size`` candidates are listed, and where the null answer competes it always is, as one more if
-    it must. Where there is no span at all its null odds are the largest float. Raises what ``decode`` raises.
+    Args:
+        example: The question.
+        answer: The answer that was given.
+        scored: Its windows and logits, from ``settings.scored``.
+        settings: The model's settings.
+        n_best_size: Most candidates to list. If the null answer competes it is always listed, in addition if need be.
+        allow_no_answer: Whether the null answer competes. Without any span its null odds are the largest float.
     """
-    scored = settings.scored(windows, start_logits, end_logits, context)
-    start_logits, end_logits = scored.start_logits, scored.end_logits
-    decoded = decode(
-        windows,
-        start_logits,
-        end_logits,
-        context,
+    (decoded,) = decode_many(
+        [scored],
         top_k=n_best_size,
         max_answer_len=settings.max_answer_len,
         allow_no_answer=allow_no_answer,
@@ -72,12 +69,12 @@ def predict(
     )
     ranked = []
     for span in decoded.spans:
-        logits = _span_logits(span, windows, start_logits, end_logits)
+        logits = _span_logits(span, scored)
         text = example.context[span.start : span.end]
         ranked.append((span.logit, _entry(text, *logits, span.score, span.start, span.end)))
     odds = None
     if allow_no_answer:
-        pairs = [(s[w.null_index], e[w.null_index]) for w, s, e in zip(windows, start_logits, end_logits, strict=True)]
+        pairs = [(s[w.null_index], e[w.null_index]) for w, s, e in _windows(scored)]
         null = _entry("", *min(pairs, key=sum), decoded.null_score, 0, 0)
         # Python's sort is stable: among equals the null answer comes last, as in run_qa.py.
         ranked = sorted([*ranked, (decoded.null_logit, null)], key=lambda r: -r[0])
@@ -100,20 +97,42 @@ def _entry(text: str, start_logit: float, end_logit: float, probability: float, 
     }
 
 
-def _span_logits(
-    span: Span, windows: Sequence[Window], start_logits: Sequence[FloatArray], end_logits: Sequence[FloatArray]
-) -> tuple[float, float]:
-    """Start and end logit of a span in the window whose sum is the best, which is the one that ranked it."""
+def _windows(scored: WindowLogits) -> Iterator[tuple[Window, FloatArray, FloatArray]]:
+    return zip(scored.windows, scored.start_logits, scored.end_logits, strict=True)
+
+
+def _span_logits(span: Span, scored: WindowLogits) -> tuple[float, float]:
+    """Returns a span's start and end logit in the window with the best sum, which ranked it."""
     found = []
-    for window, starts, ends in zip(windows, start_logits, end_logits, strict=True):
+    for window, starts, ends in _windows(scored):
         shift = window.context_begin - window.context_offset
         if window.context_offset <= span.start_token and span.end_token < window.context_offset + window.context_length:
             found.append((starts[span.start_token + shift], ends[span.end_token + shift]))
     return max(found, key=sum)
 
 
+@contextmanager
+def new_predictions(file: Path | None, folder: Path | None) -> Iterator[None]:
+    """Holds the places of ``--predictions`` and ``--predictions-dir``, which is created, so that no file is overwritten.
+
+    Raises InputError if a file is there already, another command is writing it, or the folder of ``file`` does not exist.
+    """
+    places = {file: "--predictions"} if file else {}
+    if folder:
+        inside = {folder / name: "--predictions-dir" for name in (PREDICTIONS, N_BEST, NULL_ODDS)}
+        for place in inside if folder.exists() else ():
+            require_new(place, "--predictions-dir")  # before anything is touched
+        places |= inside
+    with ExitStack() as stack:
+        for place, flag in places.items():
+            if flag == "--predictions-dir":
+                place.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(new_file(place, flag))
+        yield
+
+
 def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
-    """Writes the files into ``folder``; a ``null_odds.json`` of another model goes where this one has none."""
+    """Writes the files into a folder. If there are no null odds, an older ``null_odds.json`` is deleted."""
     rows = list(predictions)
     write_json(folder / PREDICTIONS, {i: p.text for p in rows for i in p.ids})
     write_json(folder / N_BEST, {i: p.n_best for p in rows for i in p.ids})
@@ -125,7 +144,7 @@ def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
 
 
 class Recorder:
-    """An answerer as ``evaluate`` takes it, which keeps the prediction of every example that it answers."""
+    """A predictor for ``evaluate`` that wraps an answerer and keeps the prediction of every example."""
 
     def __init__(self, answerer: Answerer, examples: Sequence[Example], n_best_size: int) -> None:
         self.settings = answerer.settings
@@ -137,27 +156,18 @@ class Recorder:
     def answer_stream(
         self,
         pairs: Iterable[tuple[str, str]],
-        *,
-        top_k: int = 1,
-        allow_no_answer: bool = False,
-        prefilter: int | None = None,
+        **given: Unpack[AnswerOptions],
     ) -> Iterator[list[Answer]]:
-        """The answerer's answers to the examples, whose questions and contexts ``pairs`` are."""
-        options = Options(top_k=top_k, allow_no_answer=allow_no_answer, prefilter=prefilter)
-        for example, reading in zip(self._examples, self._answerer.read_stream(pairs, options), strict=True):
-            answers = to_answers(reading, options)
-            starts, ends = zip(*reading.logits, strict=True)
+        """Yields the answers to the examples; ``pairs`` are their questions and contexts."""
+        options = Options(**given)
+        allowed = options.null_competes(self.settings)
+        for example, pair in zip(self._examples, self._answerer.read_stream(pairs, options), strict=True):
+            answers = to_answers(pair, options)
+            starts, ends = zip(*pair.logits, strict=True)
+            scored = pair.settings.window_logits(pair.windows, starts, ends, pair.context)
+            best = answers[0] if answers else NO_ANSWER
+            size = self._n_best_size
             self.predictions.append(
-                predict(
-                    example,
-                    answers[0] if answers else Answer("", 0, 0, 0.0),
-                    reading.windows,
-                    starts,
-                    ends,
-                    reading.context,
-                    reading.settings,
-                    n_best_size=self._n_best_size,
-                    allow_no_answer=allow_no_answer,
-                )
+                predict(example, best, scored, pair.settings, n_best_size=size, allow_no_answer=allowed)
             )
             yield answers

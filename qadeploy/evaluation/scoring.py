@@ -1,17 +1,17 @@
-"""Scoring any predictor on annotated questions: a checkpoint and a bundle go through the same code."""
+"""Scoring any predictor, a checkpoint or a bundle, on annotated questions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Unpack
 
 import numpy as np
 
 from qadeploy.core.calibration import expected_calibration_error
-from qadeploy.core.metrics import Scores, score
-from qadeploy.core.settings import QaSettings
-from qadeploy.records import Answer, Example
+from qadeploy.core.metrics import Metric, Scores, score
+from qadeploy.core.settings import AnswerOptions, QaSettings, any_unanswerable
+from qadeploy.records import NO_ANSWER, Answer, Example
 
 
 class Predictor(Protocol):
@@ -22,34 +22,36 @@ class Predictor(Protocol):
     def answer_stream(
         self,
         pairs: Iterable[tuple[str, str]],
-        *,
-        top_k: int = 1,
-        allow_no_answer: bool = False,
-        prefilter: int | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[list[Answer]]:
-        """The answers of each (question, context) pair, best first, in order."""
+        """Yields the answers to each (question, context) pair in order, best first."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The scores and the one prediction a question behind them, in the order of the examples.
+    """The scores of a predictor and the predictions behind them.
 
-    ``allow_no_answer`` says whether the null answer competed.
+    Attributes:
+        scores: The scores.
+        answers: One prediction per question, in the order of the examples.
+        allow_no_answer: Whether the null answer competed.
+        metric: How texts were compared.
     """
 
     scores: Scores
     answers: tuple[Answer, ...]
     allow_no_answer: bool
+    metric: Metric
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error of the answers' scores, 0 to 1; right is what matches exactly."""
+        """Expected calibration error of the answers' scores, 0 to 1; an exact match counts as right."""
         confidences = np.asarray([a.score for a in self.answers], dtype=np.float64)
         return expected_calibration_error(confidences, self.scores.rows_exact_match)
 
     def predictions(self, examples: Sequence[Example]) -> dict[str, str]:
-        """SQuAD's predictions format: id to answer text."""
+        """Returns SQuAD's predictions format: id to answer text."""
         return {i: a.text for e, a in zip(examples, self.answers, strict=True) for i in (e.id, *e.also)}
 
 
@@ -60,19 +62,25 @@ def evaluate(
     *,
     allow_no_answer: bool | None = None,
     prefilter: int | None = None,
+    metric: Metric | None = None,
 ) -> Evaluation:
-    """Answers every example and scores the best answer; ``on_question`` is called after each.
+    """Answers every example and scores the best answer.
 
-    ``allow_no_answer`` None goes by ``QaSettings.null_competes``: the null answer competes where the model was
-    trained with questions without an answer, or the examples hold some. ``prefilter`` bounds the windows of a context
-    that are read, as in ``Options``.
+    Args:
+        predictor: What answers.
+        examples: The annotated questions.
+        on_question: Called after each question.
+        allow_no_answer: Whether the null answer competes; None: if any example has no answer.
+        prefilter: Most windows of a context to read, as in ``Options``.
+        metric: How texts are compared; None: as the predictor's settings say.
     """
+    metric = metric or predictor.settings.metric
     if allow_no_answer is None:
-        allow_no_answer = predictor.settings.null_competes(examples)
+        allow_no_answer = any_unanswerable(examples)
     answers = []
     pairs = ((e.question, e.context) for e in examples)
     for found in predictor.answer_stream(pairs, allow_no_answer=allow_no_answer, prefilter=prefilter):
-        answers.append(found[0] if found else Answer("", 0, 0, 0.0))
+        answers.append(found[0] if found else NO_ANSWER)
         if on_question:
             on_question()
-    return Evaluation(score(examples, answers), tuple(answers), allow_no_answer)
+    return Evaluation(score(examples, answers, metric), tuple(answers), allow_no_answer, metric)

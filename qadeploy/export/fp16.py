@@ -1,10 +1,10 @@
-"""Half precision: an fp32 bundle to an fp16 one for CUDA, its graph fused, held to PyTorch's logits and a gate of F1.
+"""fp16: from an fp32 bundle to an fp16 one for CUDA, its graph fused, checked against PyTorch's logits and a gate of F1.
 
-Weights and activations are fp16, the logits that come out fp32. What must be exact stays in fp32: numbers that
-end as integers (positions, buckets of distances) and the angles of rotary positions.
+Weights and activations are fp16, the output logits fp32. What must be exact stays in fp32: numbers that become integers
+(positions, buckets of distances) and the angles of rotary positions.
 
-Tried on an H200 and left out, since none was faster (``benchmarks/results/gpu_attention.json``): ``PackedAttention`` and
-``PackedMultiHeadAttention``, which leave padding out, and ``ai.onnx.Attention`` with ``nonpad_kv_seqlen``.
+Tried on an H200 and left out because it was not faster: ``PackedAttention`` and ``PackedMultiHeadAttention``, which leave out
+padding, and ``ai.onnx.Attention`` with ``nonpad_kv_seqlen``.
 """
 
 from __future__ import annotations
@@ -20,35 +20,33 @@ import onnx
 from onnx import helper
 
 from qadeploy.core.metrics import bootstrap_interval
+from qadeploy.core.settings import any_unanswerable
 from qadeploy.errors import DeviceError, FailureError, GateError
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.export.fusion import fuse, has_fusions, silent
 from qadeploy.export.graph import Graph
 from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference, make_answerer
+from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
-from qadeploy.inference.session import OnnxModel
-from qadeploy.inference.tuning import Tuning
-from qadeploy.records import Example
+from qadeploy.inference.tuning import Tuning, model_of
+from qadeploy.records import LOGIT_NAMES, Example
 from qadeploy.timing import spread
 from qadeploy.training.runs import known_examples
 
-# A logit of 10 rounds by 2^-11 x 10 = 0.005 in fp16: about twenty such roundings.
-FP16_TOLERANCE = 0.1
 MAX_F1_DROP = 0.1
-QUESTIONS = 1000  # fewer cannot tell a tenth of a point
-LOGITS = ("start_logits", "end_logits")
-_ON_CPU = "fp16 weights; where the CPU has no fp16 kernel ONNX Runtime computes in fp32 (measured without a GPU)"
+QUESTIONS = 1000  # fewer cannot resolve a tenth of a point
+_ON_CPU = "fp16 weights; ONNX Runtime computes in fp32 if the CPU has no fp16 kernel (measured without a GPU)"
 _ON_CUDA = "fp16 weights and arithmetic, on CUDA"
 _INTEGERS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
 _DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True)
-class Half:
-    """A model in fp16, and what was done.
+class Fp16Model:
+    """A model in fp16, and how it was made.
 
-    ``attentions`` are the attention nodes, of ``layers``; ``exact`` the names of nodes that stay in fp32.
+    ``attentions`` are its attention nodes, for ``layers`` layers; ``exact`` the names of the nodes that stay in fp32.
     """
 
     model: bytes
@@ -58,7 +56,7 @@ class Half:
     exact: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """What was done, as plain JSON values."""
+        """How it was made, as plain JSON values."""
         return {
             "graph": "fused" if self.attentions else "plain",
             "attention_nodes": self.attentions,
@@ -68,10 +66,10 @@ class Half:
         }
 
 
-def to_half(model: bytes, architecture: dict[str, Any]) -> Half:
+def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
     """Converts a plain fp32 model. ``architecture`` is a manifest's entry.
 
-    Raises FailureError where ONNX Runtime cannot convert the graph.
+    Raises FailureError if ONNX Runtime cannot convert the graph.
     """
     from onnxruntime.transformers.onnx_model_bert import BertOnnxModel
 
@@ -83,28 +81,28 @@ def to_half(model: bytes, architecture: dict[str, Any]) -> Half:
             made = BertOnnxModel(onnx.load_model_from_string(model), heads, hidden)
         exact = exact_nodes(made.model)
         with silent():
-            made.convert_float_to_float16(keep_io_types=list(LOGITS), node_block_list=list(exact))
-            # int32 saves casts where the embedding takes it (as the fused one does), and costs some where Gather reads the ids.
+            made.convert_float_to_float16(keep_io_types=list(LOGIT_NAMES), node_block_list=list(exact))
+            # int32 saves casts if the embedding takes it (the fused one does) and costs some if Gather reads the ids.
             narrow = BertOnnxModel(copy.deepcopy(made.model), heads, hidden)
             narrow.change_graph_inputs_to_int32()
             int32 = _casts(narrow.model) <= _casts(made.model)
             made = narrow if int32 else made
             _tidy(made)
-    except Exception as error:  # the converters raise whatever their checks and libraries raise
+    except Exception as error:  # the converters and their libraries may raise anything
         reason = " ".join(str(error).split())[:300]
         raise FailureError(
             f"ONNX Runtime cannot convert this {architecture['model_type']} model to fp16: {reason}"
         ) from error
     attentions = Counter(node.op_type for node in made.model.graph.node)["Attention"]
     layers = architecture["layers"] or 0
-    return Half(made.model.SerializeToString(), attentions, layers, int32, exact)
+    return Fp16Model(made.model.SerializeToString(), attentions, layers, int32, exact)
 
 
 def exact_nodes(proto: onnx.ModelProto) -> tuple[str, ...]:
     """The names of the nodes that must not be rounded to fp16; nodes without a name get one.
 
-    Those are the sines and cosines, and all arithmetic that ends in a cast to integers: MPNet's buckets of distances
-    (a logarithm, cut off) came out wrong in fp16, and angles of rotary positions beyond 2,048 are not even countable.
+    These are the sines and cosines, and all arithmetic that ends in a cast to integers: MPNet's buckets of distances
+    (a truncated logarithm) were wrong in fp16, and fp16 cannot count the angles of rotary positions beyond 2,048.
     """
     for number, node in enumerate(proto.graph.node):
         node.name = node.name or f"{node.op_type}_unnamed_{number}"
@@ -139,104 +137,107 @@ def _tidy(made: Any) -> None:
 # ---------------------------------------------------------------- the bundle
 
 
-def half(
+def write_fp16(
     reference: Reference,
     source: Bundle,
     out: Path,
     *,
     max_f1_drop: float = MAX_F1_DROP,
     device: str = "auto",
-    questions: int = QUESTIONS,
     say: Callable[[str], object] = lambda _: None,
 ) -> Bundle:
     """Writes the fp16 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
-    Measured on ``device`` (auto, cpu, cuda, cuda:N), or on the CPU where CUDA is not to be had; ``say`` is told why, and the
-    manifest says where.
-    Answers are compared with the fp32 bundle's in pairs, on the held-out questions and as many that the run knew as make
-    ``questions``. Raises FailureError where the graph cannot be converted, GateError where logits or answers lose too much, and
-    then ``out`` is left as it was.
+    Answers are compared in pairs with the fp32 bundle's, on the held-out questions and, if these are few, on questions that
+    the run knew.
+
+    Args:
+        reference: The PyTorch model and the held-out questions.
+        source: The fp32 bundle.
+        out: The folder to write.
+        max_f1_drop: Points of F1 that it may lose.
+        device: Where it is measured: auto, cpu, cuda, cuda:N. If CUDA is not available it is measured on the CPU.
+        say: Gets the reason for that.
+
+    Raises:
+        FailureError: The graph cannot be converted.
+        GateError: Logits or answers lose too much; ``out`` is left as it was.
     """
-    made = to_half(source.read(MODEL), source.manifest["architecture"])
+    made = to_fp16(source.read(MODEL), source.manifest["architecture"])
     try:
         answerer = make_answerer(reference, made.model, {}, device=device)
     except DeviceError as error:
         say(f"{error}\nso the fp16 bundle is judged on the CPU")
         device = "cpu"
         answerer = make_answerer(reference, made.model, {}, device=device)
-    model = answerer.model
-    measured_on = model.device if isinstance(model, OnnxModel) else "cpu"
-    examples = judging(reference, questions)
-    plain = make_answerer(reference, source.read(MODEL), source.manifest["session"], device="cpu")
-    allow = reference.checkpoint.settings.null_competes(examples)
-    ours, theirs = (evaluate(each, examples, allow_no_answer=allow) for each in (answerer, plain))
-    paths = model.notes() if isinstance(model, OnnxModel) else []
-    difference = ours.scores.rows_f1 - theirs.scores.rows_f1
-    change, interval = 100.0 * float(difference.mean()), bootstrap_interval(difference)
-    same = [(a.start, a.end) == (b.start, b.end) for a, b in zip(ours.answers, theirs.answers, strict=True)]
-    if not change >= -max_f1_drop:
+    judged = _judge(reference, source, answerer)
+    if not judged["f1_change"] >= -max_f1_drop:
+        low, high = judged["f1_change_interval"]
         raise GateError(
-            f"{out}: fp16 loses {-change:.2f} points of F1 against fp32 ({interval[0]:+.2f} to {interval[1]:+.2f}, on "
-            f"{len(examples)} questions), more than {max_f1_drop}: it was not written; serve the fp32 bundle on the GPU"
+            f"{out}: fp16 loses {-judged['f1_change']:.2f} points of F1 against fp32 ({low:+.2f} to {high:+.2f}, on "
+            f"{judged['questions']} questions), more than {max_f1_drop}: it was not written; serve the fp32 bundle on the GPU"
         )
-    judged = {
-        "questions": len(examples),
-        "held_out": min(len(reference.examples), len(examples)),
-        "f1_change": change,
-        "f1_change_interval": list(interval),
-        "equal_answers": sum(same) / max(1, len(same)),
-        "enough": len(examples) >= QUESTIONS,
-    }
+    model = model_of(answerer)
     entry = {
         **made.to_dict(),
         "from": source.name,
         "for": "cuda",
-        "measured_on": measured_on,
-        "arithmetic": _ON_CUDA if measured_on == "cuda" else _ON_CPU,
-        "paths": paths,
+        "measured_on": model.device,
+        "arithmetic": _ON_CUDA if model.device == "cuda" else _ON_CPU,
+        "paths": model.notes(),
         "max_f1_drop": max_f1_drop,
         "judged_on": judged,
     }
+    tuning = Tuning.none(model.threads)  # session settings only apply to a CPU
     with writing_bundle(out) as work:
         (work / MODEL).write_bytes(made.model)
-        finish_bundle(
-            reference,
-            work,
-            out.name,
-            precision="fp16",
-            made=entry,
-            tolerance=FP16_TOLERANCE,
-            tuning=Tuning.none(getattr(model, "threads", 1)),  # session settings hold on a CPU only
-            device=device,
-        )
+        finish_bundle(reference, work, out.name, precision="fp16", made=entry, tuning=tuning, device=device)
     return open_bundle(out)
 
 
-def judging(reference: Reference, questions: int = QUESTIONS) -> Sequence[Example]:
-    """All held-out questions, and, where those are fewer than ``questions``, more that the run learned from or chose by.
+def _judge(reference: Reference, source: Bundle, answerer: Answerer) -> dict[str, Any]:
+    """The answers of fp16 compared in pairs with those of the fp32 bundle, as plain JSON values."""
+    examples = judging_questions(reference)
+    plain = make_answerer(reference, source.read(MODEL), source.manifest["session"], device="cpu")
+    allow = any_unanswerable(examples)
+    ours, theirs = (evaluate(each, examples, allow_no_answer=allow) for each in (answerer, plain))
+    difference = ours.scores.rows_f1 - theirs.scores.rows_f1
+    same = [(a.start, a.end) == (b.start, b.end) for a, b in zip(ours.answers, theirs.answers, strict=True)]
+    return {
+        "questions": len(examples),
+        "held_out": min(len(reference.examples), len(examples)),
+        "f1_change": 100.0 * float(difference.mean()),
+        "f1_change_interval": list(bootstrap_interval(difference)),
+        "equal_answers": sum(same) / max(1, len(same)),
+        "enough": len(examples) >= QUESTIONS,
+    }
 
-    Answers of fp16 and fp32 are compared in pairs, so questions that the model knows by heart are of use too.
+
+def judging_questions(reference: Reference, count: int = QUESTIONS) -> Sequence[Example]:
+    """All held-out questions and, if they are fewer than ``count``, some that the run learned from or chose by.
+
+    Answers of fp16 and fp32 are compared in pairs, so questions that the model knows by heart are useful too.
     """
     held_out = reference.examples
     asked = {(e.question, e.context) for e in held_out}
-    missing = questions - len(held_out)
+    missing = count - len(held_out)
     if missing <= 0:
         return held_out
     more = [e for e in known_examples(reference.run.checkpoint) if (e.question, e.context) not in asked]
     return (*held_out, *spread(more, missing))
 
 
-def half_lines(bundle: Bundle) -> list[str]:
-    """What was made and how it was judged, as text."""
+def fp16_lines(bundle: Bundle) -> list[str]:
+    """How a bundle was made and judged, as text."""
     made, parity = bundle.manifest["made"], bundle.manifest["parity"]
     judged = made["judged_on"]
     low, high = judged["f1_change_interval"]
     lines = [
-        f"fp16, {made['attention_nodes']} of {made['layers']} attentions single nodes, {made['inputs']} inputs",
+        f"fp16, {made['attention_nodes']} of {made['layers']} attentions are single nodes, {made['inputs']} inputs",
         f"logits within {parity['max_abs_diff']:.1e} of PyTorch; F1 {judged['f1_change']:+.2f} ({low:+.2f} to {high:+.2f}) "
         f"against fp32 on {judged['questions']} questions, {100 * judged['equal_answers']:.1f} % of the answers equal",
         f"measured on {made['measured_on']}: {made['arithmetic']}",
     ]
     if not judged["enough"]:
-        lines.append(f"judged on fewer than {QUESTIONS} questions, which cannot tell a tenth of a point of F1")
+        lines.append(f"judged on fewer than {QUESTIONS} questions, which cannot resolve a tenth of a point of F1")
     return lines

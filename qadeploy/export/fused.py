@@ -1,7 +1,7 @@
-"""Graph optimisation: an fp32 bundle to a new one whose attention and normalisation are fused.
+"""Graph optimisation: from an fp32 bundle to a new one with fused attention and normalisation.
 
-Fusing is ONNX Runtime's (``onnxruntime.transformers``). It often pays on a GPU and can cost speed
-on a CPU, so the fused bundle stands beside the plain one, and both say how fast they were.
+``onnxruntime.transformers`` does the fusing. It often pays on a GPU and can cost speed on a CPU, so the fused bundle is
+written beside the plain one, and both record their speed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from qadeploy.export.fusion import fuse, has_fusions
 from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
-from qadeploy.inference.tuning import FP32_TOLERANCE
 
 _COUNTED = (
     "Attention",
@@ -30,8 +29,8 @@ _COUNTED = (
 def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
     """Writes the fused bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
-    Raises FailureError where no fusion is known for the model or nothing fused, GateError where the
-    logits move by more than the fp32 tolerance.
+    Raises FailureError if no fusion is known for the model or nothing fused, GateError if the logits move by more than
+    the fp32 tolerance.
     """
     architecture = source.manifest["architecture"]
     kind = architecture["model_type"]
@@ -46,12 +45,12 @@ def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
             raise FailureError(f"ONNX Runtime's graph optimisation fused nothing in this {kind} model")
         (work / MODEL).write_bytes(fused.model.SerializeToString())
         made = {"graph": "fused", "from": source.name, "fused_nodes": report, "layers": layers}
-        finish_bundle(reference, work, out.name, precision="fp32", made=made, tolerance=FP32_TOLERANCE)
+        finish_bundle(reference, work, out.name, precision="fp32", made=made)
     return open_bundle(out)
 
 
 def fusion_line(bundle: Bundle) -> str:
-    """What fused, in one line: attention nodes against layers."""
+    """What fused, in one line: attention nodes compared with layers."""
     made = bundle.manifest["made"]
     nodes = ", ".join(f"{count} {name}" for name, count in made["fused_nodes"].items() if count)
     line = f"fused {made['fused_nodes']['Attention']} of {made['layers']} attention layers ({nodes})"

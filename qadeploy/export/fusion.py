@@ -24,10 +24,10 @@ def has_fusions(kind: str) -> bool:
 
 
 def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = False) -> Any:
-    """The model with what could be fused as single nodes, an ``onnxruntime.transformers`` ``OnnxModel``.
+    """The model with everything fused that can be, an ``onnxruntime.transformers`` ``OnnxModel``.
 
-    ``architecture`` is a manifest's entry. Attention takes the mask as it is, or, with ``mask_index``, the length of each
-    row, which holds where padding stands on the right, as ``pad_batch`` puts it.
+    ``architecture`` is a manifest's entry. Attention takes the mask as it is or, with ``mask_index``, the length of each
+    row, which is right if padding is on the right, where ``pad_batch`` puts it.
     """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -47,7 +47,7 @@ def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = Fa
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without the remarks, by log and by print, of ``onnxruntime.transformers``; what it did is counted afterwards."""
+    """Silences the logs and prints of ``onnxruntime.transformers``; what it did is counted afterwards."""
     names = ("onnxruntime.transformers", *logging.root.manager.loggerDict)
     for name in names:
         if name.startswith(("onnxruntime.transformers", "fusion", "onnx_model", "optimizer")):

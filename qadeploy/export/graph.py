@@ -1,9 +1,9 @@
-"""Rewriting an exported graph so that it runs faster and says the same.
+"""Rewriting an exported graph so that it runs faster with the same logits.
 
-The only rewriting that paid when measured on a CPU: each attention (two products, softmax, scaling, mask and four
-transposes) becomes one ``MultiHeadAttention`` kernel without a mask. The runtime runs every window alone and
-unpadded on a CPU, so there is nothing to mask; a model rewritten so takes no ``attention_mask`` and must not
-be given padded batches. Whether a rewriting keeps the logits is for the caller to prove on real windows.
+The only rewriting that paid on a CPU: each attention (two matmuls, softmax, scaling, mask and four transposes) becomes one
+``MultiHeadAttention`` kernel without a mask. On a CPU the runtime runs every window alone and unpadded, so there is
+nothing to mask; a rewritten model takes no ``attention_mask`` and must not get padded batches. The caller must check on
+real windows that the logits stay the same.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 _SPLIT_HEADS = [0, 2, 1, 3]  # [batch, tokens, heads, size] to [batch, heads, tokens, size], and back
-_KEYS = [0, 2, 3, 1]  # the same, transposed for the product with the queries
+_KEYS = [0, 2, 3, 1]  # the same, transposed for the matmul with the queries
 _MASK = "attention_mask"
 
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """A model and how many of its attentions are one node now, of how many there are."""
+    """A model, and how many of its attentions are single nodes now."""
 
     model: bytes
     fused: int
@@ -32,7 +32,7 @@ class Rewritten:
 
 
 class Graph:
-    """A graph with the maps that rewriting needs: who makes a value, who reads it."""
+    """A graph with the maps that rewriting needs: which node makes a value, which nodes read it."""
 
     def __init__(self, proto: onnx.ModelProto) -> None:
         self.proto = proto
@@ -50,7 +50,7 @@ class Graph:
         return node if node is not None and node.op_type == kind else None
 
     def only_reader(self, name: str, kind: str) -> onnx.NodeProto | None:
-        """The node of this kind that alone reads a value, or None; whoever asks for its shape only does not count."""
+        """The node of this kind that alone reads a value, or None; nodes that only ask for its shape do not count."""
         readers = [node for node in self.readers[name] if node.op_type != "Shape"]
         return readers[0] if len(readers) == 1 and readers[0].op_type == kind else None
 
@@ -65,7 +65,7 @@ class Graph:
         return None if value is None else np.asarray(numpy_helper.to_array(value))
 
     def sources(self, name: str) -> set[str]:
-        """The graph inputs and larger constants that a value is computed from; shapes of values do not count."""
+        """The graph inputs and larger constants that a value is computed from; shapes do not count."""
         found: set[str] = set()
         stack, seen = [name], set()
         while stack:
@@ -97,11 +97,11 @@ class Graph:
 
 
 def fuse_attention(model: bytes, heads: int) -> Rewritten:
-    """The model with its attentions as single nodes, where all of them have the plain shape; else as it was.
+    """The model with its attentions as single nodes if all of them have the plain shape; else as it was.
 
-    ``heads`` is the number of attention heads. An attention is left alone whose scores get more than a mask (relative
-    positions), or whose parts are used elsewhere. Where one cannot be rewritten none is: the mask
-    stays, and a mixed graph gains little.
+    ``heads`` is the number of attention heads. An attention is not rewritten if its scores get more than a mask (relative
+    positions) or its parts are used elsewhere. If one cannot be rewritten, none is: the mask stays, and a mixed graph
+    gains little.
     """
     proto = onnx.load_model_from_string(model)
     graph = Graph(proto)
@@ -110,7 +110,7 @@ def fuse_attention(model: bytes, heads: int) -> Rewritten:
     if not found or None in found:
         return Rewritten(model, 0, len(softmaxes), takes_mask=True)
     for attention in found:
-        assert attention is not None  # noqa: S101 - said above
+        assert attention is not None  # noqa: S101 - checked above
         place = list(proto.graph.node).index(attention.last)
         proto.graph.node.remove(attention.last)
         name = f"{attention.last.name}/MultiHeadAttention"
@@ -126,7 +126,7 @@ def fuse_attention(model: bytes, heads: int) -> Rewritten:
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """The three values that go in, ``[batch, tokens, hidden]``, and the node that made the result of that shape."""
+    """The three inputs, ``[batch, tokens, hidden]``, and the node that made the result of that shape."""
 
     query: str
     key: str
@@ -135,7 +135,7 @@ class _Attention:
 
 
 def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
-    """The attention around a softmax, None where it is not of the plain shape."""
+    """The attention around a softmax, or None if it has not the plain shape."""
     scores = _scores(graph, softmax.input[0])
     weighted = _weighted(graph, softmax.output[0])
     if scores is None or weighted is None or weighted.input[0] not in _same(graph, softmax.output[0]):
@@ -151,24 +151,24 @@ def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
 
 
 def _scores(graph: Graph, name: str) -> onnx.NodeProto | None:
-    """The product of queries and keys behind a softmax: past the mask that is added, and a scaling."""
+    """The matmul of queries and keys behind a softmax: past an added mask and a scaling."""
     add = graph.maker(name, "Add")
     if add is not None:
-        product, mask = add.input
-        if _product(graph, product) is None:
-            product, mask = mask, product
+        scores, mask = add.input
+        if _matmul(graph, scores) is None:
+            scores, mask = mask, scores
         if not graph.sources(mask) <= {_MASK}:
             return None
-        name = product
-    return _product(graph, name)
+        name = scores
+    return _matmul(graph, name)
 
 
-def _product(graph: Graph, name: str) -> onnx.NodeProto | None:
+def _matmul(graph: Graph, name: str) -> onnx.NodeProto | None:
     return graph.maker(_unscaled(graph, name), "MatMul")
 
 
 def _same(graph: Graph, name: str) -> set[str]:
-    """The names of a value, also behind nodes that guard against NaN in rows that are masked whole."""
+    """The names of a value, also behind nodes that guard against NaN in fully masked rows."""
     names = {name}
     for node in graph.readers[name]:
         if node.op_type == "Where" and graph.maker(node.input[0], "IsNaN") is not None:
@@ -185,7 +185,7 @@ def _weighted(graph: Graph, name: str) -> onnx.NodeProto | None:
 
 
 def _unscaled(graph: Graph, name: str) -> str:
-    """The value before multiplications with, or divisions by, a number."""
+    """The value before multiplications or divisions by a number."""
     while True:
         node = graph.maker(name, "Mul") or graph.maker(name, "Div")
         if node is None:
@@ -197,7 +197,7 @@ def _unscaled(graph: Graph, name: str) -> str:
 
 
 def _is_number(graph: Graph, name: str) -> bool:
-    """Whether a value is a single number, as far as can be told: made from constants and shapes alone."""
+    """Whether a value is a single number made from constants and shapes alone, as far as can be told."""
     value = graph.constant(name)
     if value is not None:
         return value.size == 1
@@ -215,7 +215,7 @@ def _heads(graph: Graph, name: str, perms: tuple[list[int], ...]) -> str | None:
 
 
 def _transposed_key(graph: Graph, name: str) -> str | None:
-    """The same for keys that are split like queries and then transposed, the last two axes swapped."""
+    """The same for keys that are split like queries and then have their last two axes swapped."""
     transpose = graph.maker(_unscaled(graph, name), "Transpose")
     if transpose is None or _perm(transpose) != [0, 1, 3, 2]:
         return None

@@ -1,4 +1,4 @@
-"""What every exported bundle gets: parity, measurements, tokenizer, card, manifest, seal."""
+"""Finishing a bundle: parity, measurements, tokenizer, card, manifest, seal."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qadeploy.export.parity import measure_parity, require_parity
+from qadeploy.export.parity import TOLERANCES, measure_parity, require_parity
 from qadeploy.export.reference import Reference, make_answerer, measure
 from qadeploy.files import hash_file
 from qadeploy.inference.bundle import CARD, MODEL, TOKENIZER, seal
 from qadeploy.inference.bundle_card import bundle_card
+from qadeploy.inference.probe import make_probe
 from qadeploy.inference.session import onnxruntime
 from qadeploy.inference.tuning import Tuning, model_of, tune
 from qadeploy.machine import machine
+from qadeploy.records import LOGIT_NAMES
 from qadeploy.training.provenance import versions_of
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
-
-
 _TUNING_SECONDS = 20.0
 
 
@@ -31,7 +31,7 @@ def tune_model(
     target: str = "latency",
     tolerance: float | None = None,
 ) -> Tuning:
-    """The session settings that are best for a model on this machine, by the questions that choose; see ``tune``."""
+    """The best session settings for a model on this machine, measured on the choosing questions; see ``tune``."""
     return tune(
         lambda session: make_answerer(reference, model, session),
         [(e.question, e.context) for e in reference.choosing],
@@ -49,15 +49,15 @@ def finish_bundle(
     *,
     precision: str,
     made: dict[str, Any],
-    tolerance: float | None,
     tuning: Tuning | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     """Measures the model in ``work`` on ``device``, adds tokenizer, card and manifest; returns the manifest's content.
 
-    ``tuning`` are the session settings found for it, measured here where they are None. ``tolerance`` is how far a
-    logit may be from PyTorch's, else GateError is raised; None allows any distance.
+    ``tuning`` are its session settings; without them they are measured here. Raises GateError if its logits are further
+    from PyTorch's than its precision allows.
     """
+    tolerance = TOLERANCES[precision]
     checkpoint = reference.checkpoint
     model = (work / MODEL).read_bytes()
     if tuning is None:
@@ -86,10 +86,11 @@ def finish_bundle(
         "encoder": checkpoint.encoder.config.to_dict(),
         "settings": checkpoint.settings.to_dict(),
         "session": session,
+        "probe": make_probe(answerer.encoder, onnx),
         "machine": machine().to_dict(threads=tuning.threads, onnxruntime=onnxruntime().__version__),
         "tuning": tuning.to_dict(),
         "inputs": list(onnx.inputs),
-        "outputs": ["start_logits", "end_logits"],
+        "outputs": list(LOGIT_NAMES),
         "parity": parity.to_dict(),
         "measured": {**measure(reference, answerer), "device": onnx.device},
         "source": {

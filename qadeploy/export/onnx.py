@@ -1,4 +1,4 @@
-"""Export: a checkpoint to an fp32 bundle, through optimum, with logit parity proven."""
+"""Export: from a checkpoint to an fp32 bundle through optimum, with logit parity checked."""
 
 from __future__ import annotations
 
@@ -14,34 +14,37 @@ import onnx
 
 from qadeploy.errors import FailureError
 from qadeploy.export.manifest import finish_bundle
-from qadeploy.export.onnx_config import TASK, own_configs
+from qadeploy.export.onnx_config import own_configs
 from qadeploy.export.reference import Reference
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
-from qadeploy.inference.tuning import FP32_TOLERANCE
 from qadeploy.training.checkpoint import Checkpoint
+from qadeploy.training.exportable import TASK, exportable
 
 
 def export(reference: Reference, out: Path) -> Bundle:
     """Writes the fp32 bundle ``out`` and returns it, verified.
 
-    Raises FailureError where optimum cannot export the model, GateError above the tolerance of
-    parity, InputError where ``out`` is something else than a bundle.
+    Raises FailureError if optimum cannot export the model, GateError if the logits miss parity, InputError if ``out``
+    exists and is not a bundle.
     """
     with writing_bundle(out) as work:
         with tempfile.TemporaryDirectory() as folder:
             export_graph(reference.checkpoint, Path(folder))
             shutil.copyfile(Path(folder) / MODEL, work / MODEL)
-        finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain"}, tolerance=FP32_TOLERANCE)
+        finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain"})
     return open_bundle(out)
 
 
 def export_graph(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the checkpoint as ``folder/model.onnx``, fp32, by optimum. Raises FailureError where that fails."""
+    """Writes the checkpoint as ``folder/model.onnx``, fp32, by optimum. Raises FailureError if that is not possible."""
+    found = exportable(checkpoint.model.config)
+    if found.possible is False:
+        raise FailureError(found.why)
     from optimum.exporters.onnx import onnx_export_from_model
 
     logging.getLogger("optimum").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracer remarks; parity below is the judge
+        warnings.simplefilter("ignore")  # of the tracer; parity decides
         try:
             with contextlib.redirect_stdout(None):
                 onnx_export_from_model(
@@ -63,9 +66,9 @@ def export_graph(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def read_shared_weights(graph: onnx.GraphProto) -> None:
-    """Lets every node read the weights themselves where the exporter hands shared ones on through Identity nodes.
+    """Lets every node read the weights directly if the exporter passes shared ones through Identity nodes.
 
-    Behind an Identity a weight is no constant to a quantizer: 66 of the 74 products of a 12-layer ALBERT, whose
+    Behind an Identity a weight is no constant to a quantizer: 66 of the 74 matmuls of a 12-layer ALBERT, whose
     layers share all weights, would stay in float.
     """
     weights = {tensor.name for tensor in graph.initializer}

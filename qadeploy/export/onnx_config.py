@@ -1,30 +1,34 @@
-"""Export configurations where optimum's own lack something: ModernBERT's answer head, models with one token type."""
+"""Export configurations that optimum lacks: ModernBERT's answer head, a single token type, a model's own code."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from qadeploy.training.checkpoint import Checkpoint
-
-TASK = "question-answering"
+from qadeploy.training.exportable import TASK
 
 
 def own_configs(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The ``custom_onnx_configs`` of optimum for the model, or None where its own configuration is right as it is.
+    """The ``custom_onnx_configs`` of optimum for the model, or None if optimum's own configuration fits.
 
-    Also tells optimum that ModernBERT answers questions: version 0.1.0 of optimum-onnx knows the inputs of that
-    encoder but not this head, whose outputs are those of every other one. Parity proves what comes of it.
+    Also tells optimum that ModernBERT answers questions: optimum-onnx 0.1.0 knows the inputs of that encoder but not this
+    head, whose outputs are like every other one's. Parity checks the result.
     """
-    from optimum.exporters.onnx.model_configs import ModernBertOnnxConfig
+    from optimum.exporters.onnx.model_configs import BertOnnxConfig, DistilBertOnnxConfig, ModernBertOnnxConfig
     from optimum.exporters.tasks import TasksManager
     from optimum.utils import DummyTextInputGenerator
 
-    TasksManager.create_register("onnx")("modernbert", TASK)(ModernBertOnnxConfig)  # keeps what is there already
-    if checkpoint.encoder.config.segments != 1:
+    TasksManager.create_register("onnx")("modernbert", TASK)(ModernBertOnnxConfig)  # keeps an existing entry
+    segments, config = checkpoint.encoder.config.segments, checkpoint.model.config
+    try:
+        TasksManager.get_supported_tasks_for_model_type(config.model_type, "onnx")
+    except KeyError:  # the model's own code: takes an encoder's usual inputs
+        return {"model": (BertOnnxConfig if segments else DistilBertOnnxConfig)(config, task=TASK)}
+    if segments != 1:
         return None
 
     class OneType(DummyTextInputGenerator):  # type: ignore[misc]
-        """Inputs to trace with; optimum's hold the token types 0 and 1 whatever the model has."""
+        """Inputs to trace with; optimum's have the token types 0 and 1 for every model."""
 
         def generate(self, input_name: str, **options: Any) -> Any:
             values = super().generate(input_name, **options)
@@ -33,6 +37,6 @@ def own_configs(checkpoint: Checkpoint) -> dict[str, Any] | None:
     make = TasksManager.get_exporter_config_constructor(
         "onnx", checkpoint.model, task=TASK, library_name="transformers"
     )
-    config = make(checkpoint.model.config)
-    config.DUMMY_INPUT_GENERATOR_CLASSES = (OneType,)
-    return {"model": config}
+    made = make(config)
+    made.DUMMY_INPUT_GENERATOR_CLASSES = (OneType,)
+    return {"model": made}

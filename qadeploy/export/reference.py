@@ -1,4 +1,4 @@
-"""What an exported model kept and what it gained, measured against PyTorch on held-out questions."""
+"""What an exported model keeps and gains, measured against PyTorch on held-out questions."""
 
 from __future__ import annotations
 
@@ -7,53 +7,80 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qadeploy.core.metrics import Scores, bootstrap_interval
-from qadeploy.evaluation.scoring import evaluate
+from qadeploy.evaluation.scoring import Evaluation, evaluate
 from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.manifest import SessionSettings
 from qadeploy.inference.session import OnnxModel
 from qadeploy.records import Example
 from qadeploy.timing import interleave, spread
-from qadeploy.training.checkpoint import Checkpoint, load_checkpoint, torch_answerer
-from qadeploy.training.runs import Run, dev_part
+from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint, torch_answerer
+from qadeploy.training.runs import HeldOut, Run, dev_set
 
+Count = Callable[[int, int, str], object]
 _TIMED_QUESTIONS = 16
 _ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The PyTorch model that exports are held against, and the held-out questions to do it on.
+    """The PyTorch model that exports are compared with, and the questions to do it on.
 
-    ``dev`` are the questions that may choose between variants (empty where the run is not known);
-    ``examples`` judge the one chosen.
+    ``dev`` are the questions that may choose between variants (empty if the run is not known);
+    those ``held_out`` judge the chosen one.
     """
 
     run: Run
     checkpoint: Checkpoint
-    source: str
-    examples: tuple[Example, ...]
+    held_out: HeldOut
     dev: tuple[Example, ...]
     answerer: Answerer
     scores: Scores
     timed: tuple[tuple[str, str], ...] = field(repr=False)
+    count: Count = field(default=lambda *_: None, repr=False)
+
+    @property
+    def examples(self) -> tuple[Example, ...]:
+        """The questions that are held out."""
+        return self.held_out.examples
 
     @property
     def choosing(self) -> tuple[Example, ...]:
-        """The questions that choose between variants: the dev part, or the held-out ones where there is no other."""
+        """The questions that choose between variants: the dev set, or the held-out ones if there is none."""
         return self.dev or self.examples
 
     @property
     def questions(self) -> str:
-        """How many held-out questions, and of what."""
-        return f"{len(self.examples)} held-out questions of {self.source}"
+        """How many held-out questions, and of which data."""
+        return f"{len(self.examples)} held-out questions of {self.held_out.name}"
 
 
-def make_reference(run: Run, source: str, examples: Sequence[Example]) -> Reference:
-    """Loads the run's checkpoint and scores it on the held-out examples."""
-    checkpoint = load_checkpoint(run.checkpoint)
+def make_reference(run: Run, held_out: HeldOut, hub: Hub | None = None, count: Count = lambda *_: None) -> Reference:
+    """Loads the run's checkpoint and scores it on the held-out questions.
+
+    Args:
+        run: The run.
+        held_out: The held-out questions.
+        hub: Whether the checkpoint's own code may run.
+        count: Gets how many questions of a step are answered.
+    """
+    checkpoint = load_checkpoint(run.checkpoint, hub)
     answerer = torch_answerer(checkpoint)
-    timed = tuple((e.question, e.context) for e in spread(examples, _TIMED_QUESTIONS))
-    scores = evaluate(answerer, examples).scores
-    return Reference(run, checkpoint, source, tuple(examples), dev_part(run), answerer, scores, timed)
+    timed = tuple((e.question, e.context) for e in spread(held_out.examples, _TIMED_QUESTIONS))
+    answerer.require_room(held_out.examples, held_out.name)
+    scores = counted(answerer, held_out.examples, "PyTorch answers", count).scores
+    return Reference(run, checkpoint, held_out, dev_set(run), answerer, scores, timed, count)
+
+
+def counted(answerer: Answerer, examples: Sequence[Example], what: str, count: Count) -> Evaluation:
+    """``evaluate``, while ``count`` gets how many questions are answered."""
+    done = 0
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        count(done, len(examples), f" {what}")
+
+    return evaluate(answerer, examples, one_more)
 
 
 def make_answerer(
@@ -69,7 +96,7 @@ def make_answerer(
         lambda: model,
         device=device,
         pad_token_id=config.pad_token_id,
-        options=session,
+        settings=SessionSettings.from_manifest(session),
         longest=config.position_limit,
     )
     return Answerer(reference.checkpoint.encoder, reference.checkpoint.settings, onnx)
@@ -78,10 +105,10 @@ def make_answerer(
 def measure(reference: Reference, answerer: Answerer) -> dict[str, Any]:
     """Scores and calibration error, the paired F1 difference to PyTorch with its interval, and speed against PyTorch.
 
-    ``ms_per_question`` is one question at a time with all threads, the median of interleaved rounds;
-    ``speedup_to_pytorch`` the median ratio within a round.
+    ``ms_per_question`` is for one question at a time with all threads, the median of interleaved rounds;
+    ``speedup_to_pytorch`` is the median ratio within a round.
     """
-    evaluation = evaluate(answerer, reference.examples)
+    evaluation = counted(answerer, reference.examples, "the bundle answers", reference.count)
     scores = evaluation.scores
     difference = scores.rows_f1 - reference.scores.rows_f1
     timings = interleave(
@@ -90,7 +117,8 @@ def measure(reference: Reference, answerer: Answerer) -> dict[str, Any]:
     asked = len(reference.timed)
     own, torch = timings["this"], timings["pytorch"]
     return {
-        "data": reference.source,
+        "data": reference.held_out.source,
+        "dev_set": reference.held_out.dev_set,
         **scores.to_dict(),
         "ece": evaluation.calibration_error,
         "pytorch": {

@@ -1,1 +1,1 @@
-"""Bundles answered through ONNX Runtime, without torch."""
+"""Answering with bundles on ONNX Runtime, without torch."""

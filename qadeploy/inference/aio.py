@@ -1,7 +1,7 @@
-"""The asyncio face of the answerer: threads of its own tokenise, run and decode, so that no event loop waits.
+"""The answerer for asyncio: threads tokenise, run and decode, so that no event loop waits.
 
-What is asked is bounded by the number of threads, not by that of the callers: the others wait in a queue that
-holds their texts and nothing more. Nothing here belongs to an event loop, so any number of them may share it.
+The number of threads bounds the calls that are worked on. The others wait in a queue, as texts and nothing more. Nothing here
+belongs to an event loop, so any number of them may share it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from qadeploy.inference.session import Logits, Pending
-from qadeploy.records import Answer, Window
+from qadeploy.inference.session import Pending
+from qadeploy.records import Answer, Logits, Window
 
 Value = TypeVar("Value")
-Run = Callable[[Sequence[Window]], list[Logits]]
-Start = Callable[[Sequence[Window]], Pending]
-# Windows taken at once, a thread of the model: between two takings a cancelled call ends, and others have their turn.
-_TAKEN_A_THREAD = 8
+RunWindows = Callable[[Sequence[Window]], list[Logits]]
+StartWindows = Callable[[Sequence[Window]], Pending]
+# Windows per step and thread of the model: between two steps a cancelled call ends, and other calls have their turn.
+_STEP_PER_THREAD = 8
 
 
-class Aside:
-    """Threads that answer for coroutines, made when first needed; a forked child makes its own.
+class AnswerThreads:
+    """Threads that answer for coroutines, started when first needed. A forked child starts its own.
 
-    ``threads`` are those of the model. Twice as many work here, so that some tokenise and decode
-    while the model is busy with the windows of the others.
+    There are twice as many as the model has, so that some tokenise and decode while the model runs the windows of others.
+
+    Args:
+        threads: The threads of the model.
     """
 
     def __init__(self, threads: int) -> None:
@@ -39,24 +41,29 @@ class Aside:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
-        self._waiting = 0
+        self._calls = 0
 
-    async def ask(self, work: Callable[[Run], Value], run: Run, start: Start) -> Value:
-        """What ``work`` returns or raises; it runs in a thread, and is given the function that runs windows.
+    async def run(self, work: Callable[[RunWindows], Value], run: RunWindows, start: StartWindows) -> Value:
+        """Calls ``work`` in a thread. A cancelled call does not start, or ends before its next windows.
 
-        That is made of a model's two: ``run``, as soon as can be, where no other call waits, else ``start``, side by side.
-        Cancelled, it does not begin, or ends before the next windows.
+        Args:
+            work: Gets the function that runs windows.
+            run: The model's ``run``, used for a call that is alone: least delay.
+            start: The model's ``start``, used if there are several calls: their windows run side by side.
+
+        Returns:
+            What ``work`` returns; it raises what ``work`` raises.
         """
         left = threading.Event()
 
         def step(windows: Sequence[Window]) -> list[Logits]:
             logits: list[Logits] = []
-            size = _TAKEN_A_THREAD * self._threads
+            size = _STEP_PER_THREAD * self._threads
             for first in range(0, len(windows), size):
                 if left.is_set():
                     raise CancelledError
                 part = windows[first : first + size]
-                logits += run(part) if self._waiting == 1 else start(part).result()
+                logits += run(part) if self._calls == 1 else start(part).result()
             return logits
 
         self._count(1)
@@ -67,8 +74,8 @@ class Aside:
             self._count(-1)
 
     async def stream(self, items: Iterator[list[Answer]]) -> AsyncGenerator[list[Answer], None]:
-        """The items of an iterator whose steps take long, each step in a thread. Left early, the iterator is closed."""
-        stepping = threading.Lock()  # a step that was cancelled may still be under way when the iterator is closed
+        """The items of a slow iterator; each step runs in a thread. If this generator is closed early, so is the iterator."""
+        stepping = threading.Lock()  # a cancelled step may still be running when the iterator is closed
 
         def step() -> list[Answer] | None:
             with stepping:
@@ -84,20 +91,20 @@ class Aside:
                 yield item
         finally:
             self._count(-1)
-            with contextlib.suppress(RuntimeError):  # no thread can begin any more: the interpreter ends
+            with contextlib.suppress(RuntimeError):  # the interpreter is ending, and no thread can start any more
                 self._submit(close)
 
     def _count(self, change: int) -> None:
         with self._mine():
-            self._waiting = max(0, self._waiting + change)  # a forked child leaves calls that it did not begin
+            self._calls = max(0, self._calls + change)  # a forked child ends calls that its parent began
 
     def _submit(self, work: Callable[[], Value]) -> Future[Value]:
         with self._mine():
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(2 * self._threads, thread_name_prefix="qadeploy-aside")
+                self._pool = ThreadPoolExecutor(2 * self._threads, thread_name_prefix="qadeploy-answer")
             return self._pool.submit(work)
 
     def _mine(self) -> threading.Lock:
-        if self._pid != os.getpid():  # the parent's threads are not here, and one may have held the lock
+        if self._pid != os.getpid():  # the parent's threads do not exist here, and one may have held the lock
             self._clear()
         return self._lock

@@ -7,105 +7,106 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, Unpack
 
-from tokenizers import Tokenizer
-
-from qadeploy.core.decoding import Decoded, decode_many, rank_answers
-from qadeploy.core.prefilter import Ranking, rank
-from qadeploy.core.settings import QaSettings
+from qadeploy.core.decoding import Decoded, WindowLogits, decode_many, rank_answers
+from qadeploy.core.prefilter import Ranking, rank_windows
+from qadeploy.core.settings import AnswerOptions, Options, QaSettings
 from qadeploy.core.windows import EncodedText, Encoder
-from qadeploy.errors import BundleError, InputError, MachineWarning, QadeployError
-from qadeploy.inference.aio import Aside, Run
-from qadeploy.inference.bundle import MODEL, TOKENIZER, Bundle, open_bundle
+from qadeploy.errors import (
+    BundleError,
+    DataError,
+    InputError,
+    LogitsError,
+    MachineWarning,
+    QuestionTooLongError,
+)
+from qadeploy.inference.aio import AnswerThreads, RunWindows
+from qadeploy.inference.bundle import MODEL, Bundle, default_bundle, open_bundle
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
-from qadeploy.inference.session import Logits, OnnxModel, Pending
-from qadeploy.machine import machine
-from qadeploy.records import Answer, FloatArray, Window
+from qadeploy.inference.probe import prove
+from qadeploy.inference.session import OnnxModel, Pending
+from qadeploy.machine import machine, saturation_warning
+from qadeploy.records import Answer, Example, Logits, Window
 
 Pair = tuple[str, str]
 OnWindows = Callable[[int, int], object]
-# Windows between two reports of progress: a thread of the model's on a CPU, in all on CUDA, which runs them in batches.
-_REPORTED_A_THREAD, _REPORTED_ON_CUDA = 8, 128
-# Questions taken together: enough that each thread has work for a while. Two chunks are held at a time.
-_CHUNK_PAIRS, _CHUNK_PAIRS_A_THREAD = 32, 8
+# Windows between two calls of on_windows: per thread of the model on a CPU, in all on CUDA, which runs them in batches.
+_REPORTED_PER_THREAD, _REPORTED_ON_CUDA = 8, 128
+# Pairs per chunk: enough to keep each thread busy for a while. Two chunks are held at a time.
+_CHUNK_PAIRS, _CHUNK_PAIRS_PER_THREAD = 32, 8
 _CHUNK_CHARACTERS = 200_000
 
 
 class LogitsModel(Protocol):
     """What an answerer needs of a model."""
 
-    def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+    def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
         ...
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """Begins to run windows, so that the caller can prepare the next ones meanwhile."""
+        """Starts to run windows and returns at once, so that the caller can prepare the next ones."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """The choices of one call; lengths in tokens. None means: what the bundle says.
+class EncodedPair:
+    """A question and its context, tokenised and cut into windows.
 
-    ``prefilter`` is how many windows of a context the model reads at most: the best by BM25 (``qa.prefilter``), so that
-    answers, scores and the null answer are over these alone. None: it reads all.
-    """
-
-    top_k: int = 1
-    max_answer_len: int | None = None
-    max_seq_len: int | None = None
-    doc_stride: int | None = None
-    align_to_words: bool = False
-    allow_no_answer: bool = False
-    prefilter: int | None = None
-
-    def settings(self, stored: QaSettings) -> QaSettings:
-        """The stored settings with this call's choices. Raises InputError on numbers that are none, or below 1."""
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int):
-            raise InputError(f"option: top_k is {self.top_k!r}, a positive whole number is needed")
-        count = self.prefilter
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise InputError(f"option: prefilter is {count!r}, a positive whole number of windows is needed")
-        return stored.changed(
-            max_seq_len=self.max_seq_len, doc_stride=self.doc_stride, max_answer_len=self.max_answer_len
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One question read over one context: what ``trace`` shows and ``answer`` is made of.
-
-    ``ranking`` holds the scores of all windows where ``prefilter`` left some out; ``windows`` are those that were read.
+    Attributes:
+        question: The tokens of the question.
+        context: The tokens of the context.
+        windows: The windows that the model reads.
+        ranking: The BM25 scores of all windows if ``prefilter`` left some out, else None.
     """
 
     question: EncodedText
     context: EncodedText
-    windows: tuple[Window, ...]
-    logits: tuple[tuple[FloatArray, FloatArray], ...]
+    windows: Sequence[Window]
+    ranking: Ranking | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedPair(EncodedPair):
+    """An encoded pair with the model's logits and the spans decoded from them.
+
+    Attributes:
+        scored: The windows with their logits, as ``settings`` rank them.
+        settings: The settings of this call.
+        decoded: The best spans and the null answer.
+    """
+
+    scored: WindowLogits
     settings: QaSettings
     decoded: Decoded
-    ranking: Ranking | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """One question and its context, cut into windows: what ``begin`` makes and ``finish`` takes.
-
-    ``windows`` are those to be read, ``ranking`` the scores of all where ``prefilter`` left some out.
-    """
-
-    question: EncodedText
-    context: EncodedText
-    windows: list[Window]
-    ranking: Ranking | None = None
+    @property
+    def logits(self) -> list[Logits]:
+        """Start and end logits of each window, float32 ``[tokens]`` each."""
+        return list(zip(self.scored.start_logits, self.scored.end_logits, strict=True))
 
 
 class Answerer:
-    """Answers questions from contexts. Safe to share between threads, event loops and a forked child.
+    """Answers questions from contexts. Threads, event loops and a forked child may share it.
 
-    Every method takes the options of ``Options`` as keywords: ``top_k``, ``max_answer_len``,
-    ``max_seq_len``, ``doc_stride`` (tokens), ``align_to_words``, ``allow_no_answer``, ``prefilter`` (windows).
+    Every method that answers takes ``AnswerOptions`` as keywords.
+
+    Args:
+        encoder: Turns a question and a context into windows.
+        settings: The defaults of every call: lengths in tokens, null threshold, temperature.
+        model: Turns windows into start and end logits.
+        bundle: The bundle that the others come from, if there is one.
+        context_cache_bytes: Bytes of tokenised contexts to keep for further questions; 0 keeps none.
+
+    Raises:
+        InputError: ``context_cache_bytes`` is not a whole number from 0.
+
+    Example:
+        >>> answerer = Answerer.load("bundles/handbook-int8")
+        >>> answers = answerer.answer("Who trims the light?", "Mungo Strand trims the light.", top_k=3)
+        >>> answers[0].text, answers[0].start, answers[0].end
+        ('Mungo Strand', 0, 12)
     """
 
     def __init__(
@@ -123,204 +124,214 @@ class Answerer:
         self.bundle = bundle
         self._contexts = ContextCache(encoder.encode, context_cache_bytes)
         threads = getattr(model, "threads", 1)
-        self._chunk_pairs = max(_CHUNK_PAIRS, _CHUNK_PAIRS_A_THREAD * threads)
-        self._aside = Aside(threads)
+        self._chunk_pairs = max(_CHUNK_PAIRS, _CHUNK_PAIRS_PER_THREAD * threads)
+        self._answer_threads = AnswerThreads(threads)
 
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | None = None,
         *,
         device: str = "auto",
         threads: int | None = None,
         context_cache_bytes: int = DEFAULT_CACHE_BYTES,
+        sha256: str | None = None,
     ) -> Answerer:
-        """Loads a verified bundle folder.
+        """Loads a bundle, verifies all of its files, and asks it the question whose logits its manifest keeps.
 
-        ``device`` is auto, cpu, cuda or cuda:N; ``threads`` bounds the CPU threads (default: all);
-        ``context_cache_bytes`` bounds the memory that keeps tokenised contexts for further questions
-        (default 64 MiB, 0 keeps none). Warns (MachineWarning) on a CPU of another kind than the bundle's session
-        settings were measured on. Raises InputError (no such folder, options out of range), BundleError,
-        DeviceError, MissingExtraError. On CUDA it captures the graphs of one window's run, about a second's work.
+        On CUDA it also captures graphs, which takes about a second.
+
+        Args:
+            path: The bundle folder; None takes the newest under ``bundles/``, else the one that qadeploy ships.
+            device: auto, cpu, cuda or cuda:N.
+            threads: The largest number of CPU threads; None takes all CPUs.
+            context_cache_bytes: Bytes of tokenised contexts to keep for further questions; 0 keeps none.
+            sha256: The SHA-256 of the ``manifest.json`` that is meant (``sha256sum`` gives it); any other bundle is refused.
+
+        Raises:
+            InputError: The folder does not exist, or an argument is out of range.
+            BundleError: The bundle is incomplete, damaged, unsafe, not the one that is meant, or its model is another than the
+                one that was exported.
+            DeviceError: The device was requested but is not available.
+            MissingExtraError: ONNX Runtime is not installed.
+
+        Warns:
+            MachineWarning: The bundle's session settings were measured on another kind of CPU.
         """
-        bundle = open_bundle(path)
+        bundle = open_bundle(default_bundle() if path is None else path, sha256=sha256)
         refuse_in_graph(bundle)
-        try:
-            tokenizer = Tokenizer.from_str(bundle.read(TOKENIZER).decode("utf-8"))
-        except QadeployError:
-            raise
-        except Exception as error:  # the Rust binding raises bare Exception
-            raise BundleError(f"{bundle.folder / TOKENIZER}: cannot be read: {error}") from error
-        encoder = Encoder(tokenizer, bundle.encoder)
+        encoder = bundle.load_encoder()
         model = OnnxModel(
             lambda: bundle.read(MODEL),
             device=device,
             threads=threads,
             pad_token_id=bundle.encoder.pad_token_id,
-            options=bundle.manifest.get("session"),
+            settings=bundle.checked.session,
             longest=bundle.encoder.position_limit,
         )
         if ("token_type_ids" in model.inputs) != bool(bundle.encoder.segments):
             raise BundleError(f"{bundle.folder}: model and encoder disagree on token_type_ids: export the bundle again")
-        if model.device == "cuda":  # the first question must not wait for the capturing of graphs
+        prove(bundle, encoder, model)
+        if model.device == "cuda":  # so that the first question does not wait for graphs to be captured
             asked, read = encoder.encode("what"), encoder.encode("warms up")
             model.warm_up(encoder.windows(asked, read, max_seq_len=bundle.settings.max_seq_len, doc_stride=0)[0])
-        difference = machine().unlike(bundle.manifest.get("machine")) if model.device == "cpu" else ""
-        if difference:
-            warnings.warn(
-                f"{bundle.folder}: this machine {difference}, unlike the one that its session settings were measured on: "
-                f"qadeploy tune {bundle.folder} measures them again",
-                MachineWarning,
-                stacklevel=2,
-            )
+        if model.device == "cpu" and (warning := _machine_warning(bundle)):
+            warnings.warn(f"{bundle.folder}: {warning}", MachineWarning, stacklevel=2)
         return cls(encoder, bundle.settings, model, bundle, context_cache_bytes=context_cache_bytes)
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Answerer cannot be pickled: load the bundle in each process, with Answerer.load")
 
     def stats(self) -> CacheStats:
-        """How often a context was tokenised (``misses``) and how often it was at hand (``hits``), and what is kept."""
+        """The counters of the context cache: ``hits``, ``misses``, and the ``entries`` and ``bytes`` that are kept."""
         return self._contexts.stats()
+
+    def require_room(self, examples: Sequence[Example], source: str) -> None:
+        """Checks, before many questions are asked, that each leaves room for its context.
+
+        Args:
+            examples: The questions.
+            source: Where they come from, for the message.
+
+        Raises:
+            DataError: Some leave none; every such row is named.
+        """
+        problems = []
+        questions = self.encoder.encode_many([e.question for e in examples])
+        for number, (example, question) in enumerate(zip(examples, questions, strict=True), 1):
+            try:
+                self.encoder.room(question, self.settings.max_seq_len)
+            except QuestionTooLongError as error:
+                problems.append(f"{source}: question {number} (id {example.id}), field question: {error}")
+        if problems:
+            raise DataError(problems)
 
     def answer(
         self,
         question: str,
         context: str,
         *,
-        top_k: int = 1,
-        max_answer_len: int | None = None,
-        max_seq_len: int | None = None,
-        doc_stride: int | None = None,
-        align_to_words: bool = False,
-        allow_no_answer: bool = False,
-        prefilter: int | None = None,
         on_windows: OnWindows | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> list[Answer]:
-        """The ``top_k`` best answers, best first; fewer where there are fewer.
+        """Answers one question from one context.
 
-        With ``allow_no_answer`` the null answer ("" at 0) competes: it is the first where its logit exceeds the
-        best span's by more than the stored ``null_threshold`` (a bundle without one: by probability).
-        ``prefilter=N`` reads only the N windows of a long context that share most with the question, by BM25.
-        ``on_windows(done, of)`` is called before the first window and as the model goes on; what it raises ends the call.
-        Raises InputError (empty or invalid text, options out of range), QuestionTooLongError,
-        StrideError, LogitsError.
+        Args:
+            question: The question.
+            context: The text to answer it from, of any length.
+            on_windows: Called as ``on_windows(done, total)``, before the first window and as the model goes on. What it
+                raises ends the call.
+            **options: See ``AnswerOptions``. If "no answer" competes, it comes first when its logit exceeds that of the best
+                span by more than the stored ``null_threshold`` (0 without one).
+
+        Returns:
+            The ``top_k`` best answers, best first; fewer if there are fewer. ``start`` and ``end`` count code points.
+
+        Raises:
+            InputError: A text is empty or invalid, or an option is out of range.
+            QuestionTooLongError: The question leaves no room for the context.
+            StrideError: ``doc_stride`` is at least ``max_seq_len``, and the context needs several windows.
+            LogitsError: The model returned NaN or infinite logits.
         """
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
-        return to_answers(self.read(question, context, options, on_windows), options)
+        chosen = Options(**options)
+        return to_answers(self.read(question, context, chosen, on_windows), chosen)
 
     def answer_batch(
         self,
         pairs: Iterable[Pair],
-        *,
-        top_k: int = 1,
-        max_answer_len: int | None = None,
-        max_seq_len: int | None = None,
-        doc_stride: int | None = None,
-        align_to_words: bool = False,
-        allow_no_answer: bool = False,
-        prefilter: int | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> list[list[Answer]]:
-        """``answer`` for many (question, context) pairs, in order. Errors name the pair, from 1."""
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
-        return list(self._stream(pairs, options))
+        """Answers many (question, context) pairs, in order.
+
+        Args:
+            pairs: (question, context) pairs.
+            **options: See ``AnswerOptions``.
+
+        Returns:
+            The answers of each pair, as ``answer`` returns them.
+
+        Raises:
+            QadeployError: As ``answer`` does; the message names the pair, counted from 1.
+        """
+        return list(self.answer_stream(pairs, **options))
 
     def answer_stream(
         self,
         pairs: Iterable[Pair],
-        *,
-        top_k: int = 1,
-        max_answer_len: int | None = None,
-        max_seq_len: int | None = None,
-        doc_stride: int | None = None,
-        align_to_words: bool = False,
-        allow_no_answer: bool = False,
-        prefilter: int | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> Iterator[list[Answer]]:
-        """``answer`` for any iterable of pairs, lazily, in input order, in bounded memory."""
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
-        return self._stream(pairs, options)
+        """``answer_batch`` for an iterable of any length: lazy, in order, in bounded memory."""
+        chosen = Options(**options)
+        return (to_answers(pair, chosen) for pair in self.read_stream(pairs, chosen))
 
     async def aanswer(
         self,
         question: str,
         context: str,
         *,
-        top_k: int = 1,
-        max_answer_len: int | None = None,
-        max_seq_len: int | None = None,
-        doc_stride: int | None = None,
-        align_to_words: bool = False,
-        allow_no_answer: bool = False,
-        prefilter: int | None = None,
         on_windows: OnWindows | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> list[Answer]:
-        """``answer`` for coroutines: tokenised, run and decoded in threads, so that the event loop never waits.
+        """``answer`` for coroutines: tokenises, runs and decodes in threads, so the event loop never waits.
 
-        Any number may be awaited at once, on any event loops; twice as many as the model has threads are worked on.
-        Cancelled, a call does not begin, or stops before its next windows. ``on_windows`` is called in a thread. Raises what ``answer`` raises.
+        Any number of calls may be awaited at once, on any event loops; at most twice as many as the model has threads are worked
+        on at a time. A cancelled call does not start, or stops before its next windows. ``on_windows`` is called in a
+        thread. Raises what ``answer`` raises.
         """
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
+        chosen = Options(**options)
 
-        def work(run: Run) -> list[Answer]:
-            begun = self.begin(question, context, options)
-            return to_answers(self.finish(begun, self._run(begun.windows, run, on_windows), options), options)
+        def work(run: RunWindows) -> list[Answer]:
+            pair = self.encode(question, context, chosen)
+            return to_answers(self.decode(pair, self._run(pair.windows, run, on_windows), chosen), chosen)
 
-        return await self._aside.ask(work, self.model.run, self.model.start)
+        return await self._answer_threads.run(work, self.model.run, self.model.start)
 
     async def aanswer_batch(
         self,
         pairs: Iterable[Pair],
-        *,
-        top_k: int = 1,
-        max_answer_len: int | None = None,
-        max_seq_len: int | None = None,
-        doc_stride: int | None = None,
-        align_to_words: bool = False,
-        allow_no_answer: bool = False,
-        prefilter: int | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> list[list[Answer]]:
-        """``answer_batch`` for coroutines; ``pairs`` are taken in a thread."""
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
-        return [answers async for answers in self._aside.stream(self._stream(pairs, options))]
+        """``answer_batch`` for coroutines; a thread iterates over ``pairs``."""
+        return [answers async for answers in self.aanswer_stream(pairs, **options)]
 
     def aanswer_stream(
         self,
         pairs: Iterable[Pair],
-        *,
-        top_k: int = 1,
-        max_answer_len: int | None = None,
-        max_seq_len: int | None = None,
-        doc_stride: int | None = None,
-        align_to_words: bool = False,
-        allow_no_answer: bool = False,
-        prefilter: int | None = None,
+        **options: Unpack[AnswerOptions],
     ) -> AsyncGenerator[list[Answer], None]:
-        """``answer_stream`` for coroutines, an async generator; ``pairs`` are taken in a thread. Closed early, it stops."""
-        options = Options(top_k, max_answer_len, max_seq_len, doc_stride, align_to_words, allow_no_answer, prefilter)
-        return self._aside.stream(self._stream(pairs, options))
+        """``answer_stream`` for coroutines: an async generator; a thread iterates over ``pairs``. It stops when closed early."""
+        return self._answer_threads.stream(self.answer_stream(pairs, **options))
 
-    def read(self, question: str, context: str, options: Options, on_windows: OnWindows | None = None) -> Reading:
-        """One question with everything on the way to its answers, for a trace."""
-        begun = self.begin(question, context, options)
-        return self.finish(begun, self._run(begun.windows, self.model.run, on_windows), options)
+    def read(self, question: str, context: str, options: Options, on_windows: OnWindows | None = None) -> DecodedPair:
+        """``answer`` with the windows, logits and spans that the answers are made from."""
+        pair = self.encode(question, context, options)
+        return self.decode(pair, self._run(pair.windows, self.model.run, on_windows), options)
 
-    def begin(self, question: str, context: str, options: Options, *, max_windows: int | None = None) -> Begun:
-        """The first half of ``read``, for callers who run the windows by themselves: all that is done before the model.
+    def encode(self, question: str, context: str, options: Options, *, max_windows: int | None = None) -> EncodedPair:
+        """The first step of ``read``, for callers that run the windows themselves.
 
-        Raises what ``answer`` raises for its texts and options, TooManyWindowsError above ``max_windows``.
+        Args:
+            question: The question.
+            context: The context.
+            options: The options of this call.
+            max_windows: The largest number of windows allowed.
+
+        Raises:
+            InputError: As ``answer`` does for its texts and options.
+            TooManyWindowsError: There would be more than ``max_windows``.
         """
         return self._encode(question, context, options, options.settings(self.settings), max_windows=max_windows)
 
-    def finish(self, begun: Begun, logits: Sequence[tuple[FloatArray, FloatArray]], options: Options) -> Reading:
-        """The second half of ``read``: from the logits of ``begun.windows``, in order. Raises LogitsError, InputError."""
-        return self._decode([begun], logits, options, options.settings(self.settings))[0]
+    def decode(self, pair: EncodedPair, logits: Sequence[Logits], options: Options) -> DecodedPair:
+        """The last step of ``read``, from the logits of ``pair.windows``, in order. Raises LogitsError, InputError."""
+        return self._decode([pair], logits, options, options.settings(self.settings))[0]
 
-    def _run(self, windows: Sequence[Window], run: Run, on_windows: OnWindows | None) -> list[Logits]:
-        """What ``run`` gives for the windows; in parts, between which it is said how many are done, where somebody listens."""
+    def _run(self, windows: Sequence[Window], run: RunWindows, on_windows: OnWindows | None) -> list[Logits]:
+        """The logits of the windows; with ``on_windows`` they run in parts, and it is called in between."""
         if on_windows is None:
             return run(windows)
         on_cuda = getattr(self.model, "device", "cpu") == "cuda"
-        size = _REPORTED_ON_CUDA if on_cuda else _REPORTED_A_THREAD * getattr(self.model, "threads", 1)
+        size = _REPORTED_ON_CUDA if on_cuda else _REPORTED_PER_THREAD * getattr(self.model, "threads", 1)
         logits: list[Logits] = []
         on_windows(0, len(windows))
         while len(logits) < len(windows):
@@ -328,23 +339,18 @@ class Answerer:
             on_windows(len(logits), len(windows))
         return logits
 
-    def read_stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[Reading]:
-        """``read`` for any iterable of pairs, lazily, in input order, in bounded memory. Errors name the pair, from 1."""
-        return self._readings(pairs, options)
+    def read_stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[DecodedPair]:
+        """``read`` for an iterable of pairs: lazy, in order, in bounded memory. Errors name the pair, counted from 1.
 
-    def _stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[list[Answer]]:
-        return (to_answers(reading, options) for reading in self._readings(pairs, options))
-
-    def _readings(self, pairs: Iterable[Pair], options: Options) -> Iterator[Reading]:
-        """Chunk by chunk, the next one tokenised while the model works on the one before.
-
-        An error in a chunk comes after the readings of those before it.
+        It goes chunk by chunk, and tokenises the next one while the model runs the one before. An error in a chunk is raised
+        after the results of the chunks before it.
         """
         settings = options.settings(self.settings)
-        chunks = self._begun(pairs, options, settings)
-        running: tuple[list[Begun], Pending] | None = None
+        chunks = self._started(pairs, options, settings)
+        running: tuple[list[EncodedPair], Pending] | None = None
+        following: tuple[list[EncodedPair], Pending] | None = None
         failure: Exception | None = None
-        following: tuple[list[Begun], Pending] | None = None
+        done = 0
         try:
             while True:
                 try:
@@ -352,40 +358,41 @@ class Answerer:
                 except Exception as error:
                     failure = error
                 if running is not None:
-                    yield from self._decode(running[0], running[1].result(), options, settings)
+                    yield from self._decode_named(running[0], running[1].result(), options, settings, done)
+                    done += len(running[0])
                 if failure is not None:
                     raise failure
                 if following is None:
                     return
                 running, following = following, None
         finally:
-            for begun in (running, following):
-                if begun is not None:
-                    begun[1].cancel()
+            for started in (running, following):
+                if started is not None:
+                    started[1].cancel()
 
-    def _begun(
+    def _started(
         self, pairs: Iterable[Pair], options: Options, settings: QaSettings
-    ) -> Iterator[tuple[list[Begun], Pending]]:
+    ) -> Iterator[tuple[list[EncodedPair], Pending]]:
+        """Chunks of pairs, each encoded and its windows started."""
         done = 0
         for chunk in _chunks(pairs, self._chunk_pairs):
-            begun = []
-            # Of one chunk at least, each context is tokenised once.
-            contexts, questions = self._ahead(chunk)
+            encoded = []
+            # Even without a cache, each context of a chunk is tokenised once.
+            contexts, questions = self._tokenise_ahead(chunk)
             for number, (question, context) in enumerate(chunk, done + 1):
                 try:
-                    one = self._encode(question, context, options, settings, contexts, questions)
+                    encoded.append(self._encode(question, context, options, settings, contexts, questions))
                 except InputError as error:
                     raise type(error)(f"pair {number}: {error}") from error
-                begun.append(one)
-            alone = not done and len(chunk) == 1  # awaited like a single question
-            windows = [w for one in begun for w in one.windows]
-            yield begun, Pending(partial(self.model.run, windows)) if alone else self.model.start(windows)
+            alone = not done and len(chunk) == 1  # its caller waits for it, as for a single question
+            windows = [w for pair in encoded for w in pair.windows]
+            yield encoded, Pending(partial(self.model.run, windows)) if alone else self.model.start(windows)
             done += len(chunk)
 
-    def _ahead(self, chunk: Sequence[Pair]) -> tuple[dict[str, EncodedText], dict[str, EncodedText]]:
-        """Contexts and questions of a chunk, tokenised on all cores where CUDA would wait for one; else empty.
+    def _tokenise_ahead(self, chunk: Sequence[Pair]) -> tuple[dict[str, EncodedText], dict[str, EncodedText]]:
+        """On CUDA, the contexts and questions of a chunk, tokenised on all cores; else empty.
 
-        On a CPU the cores are the model's. A text that cannot be tokenised is left for ``_encode`` to name.
+        On a CPU the model needs the cores. ``_encode`` reports a text that cannot be tokenised.
         """
         if getattr(self.model, "device", "cpu") != "cuda" or len(chunk) < 2:
             return {}, {}
@@ -406,7 +413,7 @@ class Answerer:
         contexts: dict[str, EncodedText] | None = None,
         questions: Mapping[str, EncodedText] | None = None,
         max_windows: int | None = None,
-    ) -> Begun:
+    ) -> EncodedPair:
         _check_text("question", question)
         _check_text("context", context)
         encoded = self._contexts.get(context, contexts)
@@ -415,46 +422,46 @@ class Answerer:
         ranking: Ranking | None = None
         begins: Sequence[int] = cut.begins
         if options.prefilter is not None and options.prefilter < len(cut.begins):
-            ranking = rank(asked.ids, encoded.ids, cut, options.prefilter)
+            ranking = rank_windows(asked.ids, encoded.ids, cut, options.prefilter)
             begins = [cut.begins[i] for i in ranking.chosen]
-        return Begun(asked, encoded, self.encoder.make(asked, encoded, cut, begins, max_windows), ranking)
+        return EncodedPair(asked, encoded, self.encoder.make(asked, encoded, cut, begins, max_windows), ranking)
+
+    def _decode_named(
+        self, pairs: Sequence[EncodedPair], logits: Sequence[Logits], options: Options, settings: QaSettings, done: int
+    ) -> Iterator[DecodedPair]:
+        """``_decode`` for pairs that follow ``done`` others. A LogitsError names its pair, after the results of those before it."""
+        try:
+            yield from self._decode(pairs, logits, options, settings)
+        except LogitsError:
+            for number, (pair, own) in enumerate(_with_logits(pairs, logits), done + 1):
+                try:
+                    yield from self._decode([pair], own, options, settings)
+                except LogitsError as error:
+                    raise LogitsError(f"pair {number}: {error}") from error
 
     def _decode(
-        self,
-        begun: Sequence[Begun],
-        logits: Sequence[tuple[FloatArray, FloatArray]],
-        options: Options,
-        settings: QaSettings,
-    ) -> list[Reading]:
-        scored, first = [], 0
-        for one in begun:
-            part = logits[first : first + len(one.windows)]
-            first += len(part)
-            scored.append(settings.scored(one.windows, [s for s, _ in part], [e for _, e in part], one.context))
+        self, pairs: Sequence[EncodedPair], logits: Sequence[Logits], options: Options, settings: QaSettings
+    ) -> list[DecodedPair]:
+        scored = [
+            settings.window_logits(pair.windows, [s for s, _ in own], [e for _, e in own], pair.context)
+            for pair, own in _with_logits(pairs, logits)
+        ]
         found = decode_many(
             scored,
             top_k=options.top_k,
             max_answer_len=settings.max_answer_len,
             align_to_words=options.align_to_words,
-            allow_no_answer=options.allow_no_answer,
+            allow_no_answer=options.null_competes(settings),
             temperature=settings.temperature,
         )
         return [
-            Reading(
-                one.question,
-                one.context,
-                tuple(one.windows),
-                tuple(zip(own.start_logits, own.end_logits, strict=True)),
-                settings,
-                decoded,
-                one.ranking,
-            )
-            for one, own, decoded in zip(begun, scored, found, strict=True)
+            DecodedPair(pair.question, pair.context, pair.windows, pair.ranking, own, settings, decoded)
+            for pair, own, decoded in zip(pairs, scored, found, strict=True)
         ]
 
 
 def refuse_in_graph(bundle: Bundle) -> None:
-    """Raises BundleError on a bundle whose graph does the Answerer's work itself; names the one to load."""
+    """Raises BundleError if the graph of a bundle decodes answers itself; the message names the bundle to load instead."""
     if bundle.in_graph:
         raise BundleError(
             f"{bundle.folder}: its graph answers by itself ({bundle.in_graph} in the graph), for callers without qadeploy: "
@@ -462,15 +469,25 @@ def refuse_in_graph(bundle: Bundle) -> None:
         )
 
 
-def to_answers(reading: Reading, options: Options) -> list[Answer]:
-    """The answers of a reading, best first, the null answer among them where it is allowed."""
+def to_answers(pair: DecodedPair, options: Options) -> list[Answer]:
+    """The answers of a decoded pair, best first, with the null answer among them if it is allowed."""
     return rank_answers(
-        reading.decoded,
-        reading.context.text,
+        pair.decoded,
+        pair.context.text,
         top_k=options.top_k,
-        allow_no_answer=options.allow_no_answer,
-        null_threshold=reading.settings.null_threshold,
+        allow_no_answer=options.null_competes(pair.settings),
+        null_threshold=pair.settings.null_threshold,
     )
+
+
+def _with_logits(
+    pairs: Sequence[EncodedPair], logits: Sequence[Logits]
+) -> Iterator[tuple[EncodedPair, Sequence[Logits]]]:
+    """Each pair with the logits of its windows."""
+    first = 0
+    for pair in pairs:
+        yield pair, logits[first : first + len(pair.windows)]
+        first += len(pair.windows)
 
 
 def _chunks(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
@@ -478,7 +495,7 @@ def _chunks(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
     characters = 0
     for number, pair in enumerate(pairs, 1):
         if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise InputError(f"pair {number}: is {type(pair).__name__}, a (question, context) pair is needed")
+            raise InputError(f"pair {number}: must be a (question, context) pair, not {type(pair).__name__}")
         chunk.append((pair[0], pair[1]))
         characters += len(pair[1]) if isinstance(pair[1], str) else 0
         if len(chunk) == size or characters >= _CHUNK_CHARACTERS:
@@ -490,6 +507,18 @@ def _chunks(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
 
 def _check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
-        raise InputError(f"{name} is {type(value).__name__}, text is needed")
+        raise InputError(f"{name} must be text, not {type(value).__name__}")
     if not value.strip():
         raise InputError(f"{name} is empty: give it some text")
+
+
+def _machine_warning(bundle: Bundle) -> str:
+    """What to know of a bundle that was made for another CPU than this one; "" if there is nothing."""
+    manifest = bundle.manifest
+    if "machine" not in manifest:  # its session settings are for any machine
+        return saturation_warning(bundle.precision, manifest["exported_on"]) if "exported_on" in manifest else ""
+    difference = machine().unlike(manifest["machine"])
+    return difference and (
+        f"this machine {difference}, unlike the one on which its session settings were measured: "
+        f"qadeploy tune {bundle.folder} measures them again"
+    )

@@ -1,13 +1,13 @@
-"""The bundle: one folder with everything an answer needs, and proof of what it is.
+"""The bundle: one folder with everything that answering needs, verified by hashes.
 
-    manifest.json    schema, settings, encoder, measurements, the SHA-256 and size of every file, and its own
-    model.onnx       the graph, weights inside
+    manifest.json    schema, settings, encoder, measurements, size and SHA-256 of every file, and its own SHA-256
+    model.onnx       the graph with its weights
     tokenizer.json   the fast tokenizer
     README.md        the model card
 
-A bundle is written into a hidden folder beside its place, flushed, and renamed, the manifest last;
-so a folder of that name is whole. Loading checks the very bytes that it uses, and
-refuses unknown versions, missing, additional or changed files, links, paths, and external data.
+A bundle is written to a hidden folder next to its place, the manifest last, then flushed and renamed,
+so a bundle folder is always complete. Loading checks the bytes that it uses, and rejects unknown versions, missing,
+additional or changed files, links, paths, and external data.
 """
 
 from __future__ import annotations
@@ -15,35 +15,79 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import EncoderConfig
-from qadeploy.errors import BundleError, InputError
-from qadeploy.files import hash_file, replace_folder, write_text
+from tokenizers import Tokenizer
 
-SCHEMA = 1
+from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import Encoder, EncoderConfig, is_rust_error
+from qadeploy.errors import BundleError, InputError
+from qadeploy.files import hash_file, holding, json_text, replace_folder, temporary_folder, write_text
+from qadeploy.inference.manifest import SCHEMA, Manifest, parse_json, read_manifest
+from qadeploy.inference.onnx_file import check_model
+from qadeploy.shipped import base_bundle_path
+
 MANIFEST = "manifest.json"
 MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
 CARD = "README.md"
 _REQUIRED = (MODEL, TOKENIZER, CARD)
+# On a link, opening fails; on a pipe, it does not wait.
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_PART = 2**26  # bytes per read
+_TRIES = 3
 _SELF = ',\n  "manifest_sha256": "'
+
+
+class _OpenFile:
+    """A file of a bundle, held open: it can be read as it was even if the bundle is replaced."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | _NO_LINK)
+        except OSError as error:
+            raise BundleError(f"{path}: is missing or not a plain file: export the bundle again") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self._path = path
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise BundleError(f"{path}: is missing or not a plain file: export the bundle again")
+
+    def read(self, most: int) -> bytes:
+        """Its bytes, one more than ``most`` if there are more."""
+        parts, at = [], 0
+        try:
+            while at <= most and (part := os.pread(self._descriptor, min(_PART, most + 1 - at), at)):
+                parts.append(part)
+                at += len(part)
+        except OSError as error:
+            raise BundleError(f"{self._path}: cannot be read: {error.strerror}") from error
+        return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A verified manifest. ``read`` gives a file's bytes, checked against it once more."""
+    """A verified bundle. Its files stay open, so that it can be read while another takes its place.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: The manifest, with all that it says.
+        checked: Those of its entries that decide how the bundle is used.
+        hash: SHA-256 of the manifest, which holds the hashes of all files, so it identifies the bundle.
+    """
 
     folder: Path
     manifest: dict[str, Any]
-    encoder: EncoderConfig
-    settings: QaSettings
+    checked: Manifest
+    hash: str
+    _files: Mapping[str, _OpenFile] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -51,144 +95,195 @@ class Bundle:
         return self.folder.name
 
     @property
-    def precision(self) -> str:
-        """``fp32``, ``fp16`` or ``int8``."""
-        return str(self.manifest["precision"])
+    def encoder(self) -> EncoderConfig:
+        """How texts become windows."""
+        return self.checked.encoder
 
     @property
-    def hash(self) -> str:
-        """SHA-256 over the manifest, which holds the hashes of all files: names this very bundle."""
-        return hash_file(self.folder / MANIFEST)
+    def settings(self) -> QaSettings:
+        """How windows become answers."""
+        return self.checked.settings
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``fp16`` or ``int8``."""
+        return self.checked.precision
 
     @property
     def in_graph(self) -> str:
-        """What its graph does beside the model, so that it is for callers without qadeploy: ``spans``, ``text`` or nothing."""
-        return str(self.manifest.get("in_graph", {}).get("kind", ""))
+        """What the graph does besides the model, for callers without qadeploy: ``spans``, ``text`` or empty."""
+        return self.checked.in_graph
 
     @property
     def model_bytes(self) -> int:
         """Size of model.onnx."""
-        return int(self.manifest["files"][MODEL]["size"])
+        return self.checked.files[MODEL].size
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file. Raises BundleError where they are not those of the manifest."""
-        entry = self.manifest["files"][name]
-        path = self.folder / name
-        try:
-            if path.is_symlink() or not path.is_file():
-                raise BundleError(f"{path}: is missing or not a plain file: export the bundle again")
-            data = path.read_bytes()
-        except OSError as error:
-            raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
-        if len(data) != entry["size"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        """The bytes of one file. Raises BundleError if they do not match the manifest."""
+        entry = self.checked.files[name]
+        data = self._files[name].read(entry.size)
+        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(
-                f"{path}: does not match the manifest (size or SHA-256 differ): "
+                f"{self.folder / name}: does not match the manifest (size or SHA-256 differ): "
                 "the file is damaged or was changed; copy the bundle again or export it again"
             )
         return data
 
+    def load_encoder(self) -> Encoder:
+        """The encoder, with the bundle's tokenizer. Raises BundleError if that cannot be read or used."""
+        data = self.read(TOKENIZER)
+        try:
+            return Encoder(Tokenizer.from_str(data.decode("utf-8")), self.encoder)
+        except BaseException as error:
+            if not is_rust_error(error):
+                raise
+            raise BundleError(f"{self.folder / TOKENIZER}: cannot be used: {error}: export the bundle again") from error
 
-def open_bundle(folder: str | Path) -> Bundle:
-    """Reads and verifies a bundle folder, all of its files. Raises BundleError, InputError (no folder)."""
+
+def open_bundle(folder: str | Path, *, sha256: str | None = None) -> Bundle:
+    """Reads a bundle folder and verifies all of its files.
+
+    Args:
+        folder: The bundle folder.
+        sha256: What ``sha256sum manifest.json`` said of the bundle that is meant: any other is refused. The hashes in a manifest find
+            damage; only one that came another way protects against the bundle's author.
+
+    Raises:
+        InputError: There is no such folder, or ``sha256`` is no SHA-256.
+        BundleError: The bundle is incomplete, damaged, unsafe, or not the one that is meant.
+    """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such bundle folder: make one with qadeploy export")
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise InputError(
+            f"the SHA-256 of a bundle must be 64 hexadecimal digits, not {sha256!r}: sha256sum {folder / MANIFEST}"
+        )
+    for _ in range(_TRIES):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such bundle folder: make one with qadeploy export")
+        found = folder.stat().st_ino
+        try:
+            return _open(folder, sha256)
+        except BundleError:
+            if folder.is_dir() and folder.stat().st_ino == found:
+                raise  # else it was replaced meanwhile
+    return _open(folder, sha256)
+
+
+def _open(folder: Path, sha256: str | None) -> Bundle:
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{folder}: no {MANIFEST} in it: this is not a bundle (or one that was not finished)")
+        raise BundleError(f"{folder}: has no {MANIFEST}: this is not a bundle, or an unfinished one")
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        data = path.read_bytes()
+        manifest = parse_json(data.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path}: cannot be read: {error}: export the bundle again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         found = manifest.get("schema") if isinstance(manifest, dict) else None
         raise BundleError(f"{path}: schema {found!r} is not {SCHEMA}, which this version of qadeploy reads")
-    body, _, end = text.rpartition(_SELF)
-    if end != f'{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n':
+    body, _, end = data.rpartition(_SELF.encode())
+    if end != f'{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode():
         raise BundleError(
             f"{path}: does not match its own SHA-256: it is damaged or was changed; copy the bundle again or export it again"
         )
+    own = hashlib.sha256(data).hexdigest()
+    if sha256 not in {None, own}:
+        raise BundleError(f"{path}: its SHA-256 is {own}, not {sha256}: this is not the bundle that is meant")
     del manifest["manifest_sha256"]
-    try:
-        bundle = Bundle(
-            folder,
-            manifest,
-            EncoderConfig.from_dict(manifest["encoder"]),
-            QaSettings.from_dict(manifest["settings"], str(path)),
-        )
-        names = {str(name): (int(e["size"]), str(e["sha256"])) for name, e in manifest["files"].items()}
-        str(manifest["precision"])
-    except InputError as error:
-        raise BundleError(f"{error}: export the bundle again") from error
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(f"{path}: is incomplete: {error!r}: export the bundle again") from error
-    _check_names(folder, set(names))
-    for name in names:
-        data = bundle.read(name)
-        if name.endswith(".onnx") and has_external_data(data):
-            raise BundleError(f"{folder / name}: keeps weights in another file, which a bundle must not")
+    checked = read_manifest(manifest, str(path))
+    _check_names(folder, set(checked.files))
+    bundle = Bundle(folder, manifest, checked, own, {name: _OpenFile(folder / name) for name in checked.files})
+    for name in checked.files:
+        content = bundle.read(name)
+        if name.endswith(".onnx"):
+            check_model(content, str(folder / name), reads_text=bundle.in_graph == "text")
     return bundle
 
 
 def _check_names(folder: Path, names: set[str]) -> None:
     for name in sorted(names):
-        if name != Path(name).name or name in {".", "..", MANIFEST} or "\\" in name:
-            raise BundleError(f"{folder / MANIFEST}: lists {name!r}: only plain file names may stand there")
+        if (
+            name != Path(name).name
+            or name in {".", "..", MANIFEST}
+            or "\\" in name
+            or not name.isprintable()
+            or len(name) > 255
+        ):
+            raise BundleError(f"{folder / MANIFEST}: lists {name!r}: only plain file names are allowed")
     missing = [name for name in _REQUIRED if name not in names]
     if missing:
         raise BundleError(f"{folder / MANIFEST}: does not list {', '.join(missing)}: export the bundle again")
     extra = sorted(p.name for p in folder.iterdir() if p.name not in names | {MANIFEST})
     if extra:
-        raise BundleError(f"{folder}: holds {', '.join(extra)}, which the manifest does not list: remove it")
+        shown = ", ".join(name if name.isprintable() else repr(name) for name in extra)
+        raise BundleError(f"{folder}: holds {shown}, which the manifest does not list: remove it")
 
 
 @contextmanager
 def writing_bundle(out: Path) -> Iterator[Path]:
-    """A temporary folder to fill and ``seal``; renamed to ``out`` at the end, removed on any error.
+    """A temporary folder to fill and ``seal``; it is renamed to ``out`` at the end and removed on any error.
 
-    Raises InputError where ``out`` exists and is no bundle. An older bundle there is replaced whole.
+    An existing bundle is replaced as a whole. Raises InputError if ``out`` exists and is not a bundle, or another command is
+    writing it.
     """
     check_place(out)
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with holding(out), temporary_folder(out) as work:
         yield work
         if not (work / MANIFEST).is_file():
             raise BundleError(f"{out}: the bundle was not sealed")
+        check_place(out)  # whatever has been put there meanwhile
         replace_folder(work, out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
-    """The bundle with other values in its manifest, replaced whole; its files stay what they are. Returns it, verified.
+    """Replaces a bundle by one with other values in its manifest (None removes one) and the same files. Returns it, verified.
 
-    Raises BundleError where a file is not the manifest's any more, and then the bundle stays as it was.
+    Raises BundleError if a file no longer matches the manifest; the bundle is then left as it was.
     """
     kept = {name: value for name, value in bundle.manifest.items() if name not in {"schema", "files"}}
-    out = bundle.folder.resolve()  # a link to the bundle goes on pointing to it
+    out = bundle.folder.resolve()  # a link to the bundle stays valid
     with writing_bundle(out) as work:
         for name in bundle.manifest["files"]:
             (work / name).write_bytes(bundle.read(name))
             shutil.copymode(bundle.folder / name, work / name)
-        seal(work, {**kept, **changes})
+        seal(work, {k: v for k, v in {**kept, **changes}.items() if k not in changes or v is not None})
         shutil.copymode(bundle.folder / MANIFEST, work / MANIFEST)
         shutil.copymode(bundle.folder, work)
     return open_bundle(bundle.folder)
 
 
 def check_place(out: Path) -> None:
-    """Raises InputError where a bundle cannot be written to ``out``: it exists and is no bundle."""
+    """Raises InputError if ``out`` exists and is not a bundle, so that no bundle can be written there."""
     if not out.name:
         raise InputError(f"{out}: a bundle needs a folder of its own: give --out a name")
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink():
+        raise InputError(f"{out}: is a link, which is not overwritten: give --out the folder itself or another name")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    listed = _listed(out / MANIFEST)
+    if listed is None:
         raise InputError(f"{out}: exists and is not a bundle, so it is not overwritten: give another --out")
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in {*listed, MANIFEST} or p.is_dir())
+    if foreign:
+        raise InputError(
+            f"{out}: holds {', '.join(foreign[:5])} beside a bundle, which would be deleted: move it away, or give another --out"
+        )
+
+
+def _listed(path: Path) -> frozenset[str] | None:
+    """The files that a manifest lists, damaged or not; None if it is no manifest of ours."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        ours = isinstance(manifest["schema"], int) and isinstance(manifest["manifest_sha256"], str)
+        return frozenset(manifest["files"]) if ours else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def seal(work: Path, manifest: Mapping[str, Any]) -> None:
-    """Flushes every file in ``work`` to the disk and writes the manifest with their hashes, last."""
+    """Flushes every file in ``work`` to disk, then writes the manifest with their hashes."""
     files = {}
     for path in sorted(work.iterdir()):
         with path.open("rb") as stream:
@@ -198,93 +293,60 @@ def seal(work: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def manifest_text(value: Mapping[str, Any]) -> str:
-    """The manifest as it is written: JSON that ends in the SHA-256 of all the text before that entry."""
-    body = json.dumps(value, indent=2, ensure_ascii=False).removesuffix("\n}")
+    """The text of a manifest: JSON that ends in the SHA-256 of everything before that entry."""
+    body = json_text(value).removesuffix("\n}")
     return f'{body}{_SELF}{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 
 def is_bundle(folder: str | Path) -> bool:
-    """Whether a folder says that it is a bundle; ``open_bundle`` says whether it is a sound one."""
+    """Whether a folder has a manifest; ``open_bundle`` verifies it."""
     return (Path(folder) / MANIFEST).is_file()
 
 
 def newest_bundle(folder: Path = Path("bundles")) -> Path:
-    """The bundle in ``folder`` whose manifest was written last. Raises InputError where there is none.
+    """The bundle in ``folder`` whose manifest was written last.
 
-    A fused graph stands beside the bundle it was made from for comparison and is passed over; one in fp16 too, which is for
-    GPUs, and graphs that answer by themselves, which are for other languages.
+    A fused graph is passed over, because it stands beside its bundle for comparison; so are fp16, which is for GPUs, and graphs
+    that answer by themselves, which are for other languages.
+
+    Raises:
+        InputError: There is none.
     """
-    found = [p for p in folder.iterdir() if (p / MANIFEST).is_file()] if folder.is_dir() else []
-    others = ("-fused", "-fp16", "-spans", "-text")
-    found = [p for p in found if not p.name.startswith(".") and not p.name.endswith(others)]
-    if not found:
+    found = _newest(folder)
+    if found is None:
         raise InputError(f"{folder}: holds no bundle yet: run qadeploy export first, or name a bundle")
-    return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
+    return found
 
 
-# ---------------------------------------------------------------- external data, without the onnx package
+def default_bundle() -> Path:
+    """The bundle that is used if none is named: the newest under ``bundles/``, else the one that qadeploy ships.
 
-# Field numbers of onnx.proto (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto) that lead to tensors.
-_PATHS: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 25: "function"},
-    "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node", 11: "attribute"},
-    "node": {5: "attribute"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {},
-}
-_EXTERNAL_DATA, _DATA_LOCATION = 13, 14
-
-
-def has_external_data(model: bytes) -> bool:
-    """True where any tensor of an ONNX model says that its values lie in another file.
-
-    Raises BundleError on bytes that are no protobuf message.
+    Raises:
+        BundleError: This installation ships none.
     """
+    return _newest(Path("bundles")) or base_bundle_path()
+
+
+def _newest(folder: Path) -> Path | None:
+    found = (
+        [p for p in folder.iterdir() if not p.name.startswith(".") and _is_general(p / MANIFEST)]
+        if folder.is_dir()
+        else []
+    )
+    return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)
+
+
+def _is_general(manifest: Path) -> bool:
+    """Whether a manifest is that of a bundle for any machine and caller; one that cannot be read counts, so that it is named."""
     try:
-        return _external(memoryview(model), "model")
-    except (IndexError, ValueError, RecursionError) as error:
-        raise BundleError(f"{MODEL}: is not an ONNX model: {error}") from error
-
-
-def _external(message: memoryview, kind: str) -> bool:
-    for number, value in _fields(message):
-        if kind == "tensor" and (number == _EXTERNAL_DATA or (number == _DATA_LOCATION and value != 0)):
-            return True
-        inner = _PATHS[kind].get(number)
-        if inner and isinstance(value, memoryview) and _external(value, inner):
-            return True
-    return False
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    at, end = 0, len(message)
-    while at < end:
-        key, at = _varint(message, at)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
-            value, at = _varint(message, at)
-            yield number, value
-        elif wire == 2:
-            size, at = _varint(message, at)
-            if at + size > end:
-                raise ValueError("a field runs past the end")
-            yield number, message[at : at + size]
-            at += size
-        elif wire in {1, 5}:
-            at += 8 if wire == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise ValueError("a number is too long")
+        values = json.loads(manifest.read_text(encoding="utf-8"))
+        made = values.get("made", {})
+        return not (
+            (made.get("graph") == "fused" and "fused_nodes" in made)
+            or made.get("for") == "cuda"
+            or "in_graph" in values
+        )
+    except OSError:
+        return False
+    except (ValueError, TypeError, AttributeError):
+        return True

@@ -9,7 +9,13 @@ from qadeploy.inference.front_matter import front_matter
 
 
 def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = ()) -> str:
-    """Markdown: what the model is, how to use it (``usage``, else with the Answerer), what was measured."""
+    """The model card as Markdown: what the model is, how to use it and what was measured.
+
+    Args:
+        name: The name of the bundle.
+        manifest: Its manifest.
+        usage: Lines that show how to use it; by default with the Answerer.
+    """
     settings, measured, parity = manifest["settings"], manifest["measured"], manifest["parity"]
     source = manifest["source"]
     base = source["run"]["base"] if source["run"] else None
@@ -18,7 +24,8 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
             name,
             library="qadeploy",
             base=base,
-            source=measured["data"],
+            dataset=measured["data"],
+            dev_set=measured.get("dev_set", False),
             scores=measured,
             tags=["onnx", manifest["precision"]],
         )
@@ -35,14 +42,15 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
     ]
     if settings["null_threshold"] is not None:
         lines += [
-            "Trained with questions that have no answer: with `allow_no_answer=True` the null answer (the empty text) comes "
-            f"first where its logit exceeds the best span's by more than {settings['null_threshold']:.3f}.",
+            "Trained with questions that have no answer: unless `allow_no_answer=False`, the null answer (the empty text) comes "
+            f"first if its logit exceeds that of the best span by more than {settings['null_threshold']:.3f}.",
             "",
         ]
     if measured:
         low, high = measured["f1_interval"]
+        judges = f"{measured['data']}{', dev set' if measured.get('dev_set') else ''}"
         lines += [
-            f"Measured on {measured['data']} ({measured['total']} questions): EM {measured['exact_match']:.1f}, "
+            f"Measured on {judges} ({measured['total']} questions): EM {measured['exact_match']:.1f}, "
             f"F1 {measured['f1']:.1f} (95 % interval {low:.1f} to {high:.1f}); "
             f"change of F1 against PyTorch {measured['f1_change']:+.2f}.",
             "",
@@ -55,7 +63,7 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
             ]
     lines += [
         f"Logits against PyTorch on {parity['windows']} real windows of {parity['shortest']} to {parity['longest']} tokens: "
-        f"at most {parity['max_abs_diff']:.1e} apart.",
+        f"they differ by at most {parity['max_abs_diff']:.1e}.",
         "",
     ]
     return "\n".join(lines)

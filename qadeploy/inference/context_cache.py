@@ -1,4 +1,4 @@
-"""Tokenised contexts kept for further questions, within a bound of memory."""
+"""Tokenised contexts, kept for further questions in bounded memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ DEFAULT_CACHE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """``misses``: contexts tokenised; ``hits``: contexts that were at hand; ``entries`` and ``bytes``: what is kept now."""
+    """The counters of a context cache.
+
+    Attributes:
+        hits: Contexts that were found in the cache.
+        misses: Contexts that were tokenised.
+        entries: Contexts that are kept now.
+        bytes: Memory of these.
+    """
 
     hits: int
     misses: int
@@ -26,7 +33,7 @@ class CacheStats:
 
 @dataclass(slots=True)
 class _Entry:
-    """A context, or the promise of one: who holds ``lock`` tokenises it. ``size`` is its part of the sum of bytes."""
+    """A context, or the promise of one: the thread that holds ``lock`` tokenises it. ``size`` is counted in bytes."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     encoded: EncodedText | None = None
@@ -34,11 +41,16 @@ class _Entry:
 
 
 class ContextCache:
-    """The contexts last asked about, tokenised, of at most ``limit`` bytes together. Safe under threads and forks.
+    """The contexts used last, tokenised. Safe under threads and forks.
 
-    ``encode`` tokenises. Threads that ask for the same new context at once wait for one of them. A
-    context larger than the limit is not kept, nor is any where the limit is 0. Raises InputError on
-    a limit that is no whole number or below 0.
+    If several threads ask for the same new context at once, one of them tokenises it and the others wait.
+
+    Args:
+        encode: Tokenises a text.
+        limit: The largest sum of bytes. A larger context is not kept; 0 keeps none.
+
+    Raises:
+        InputError: ``limit`` is negative or not a whole number.
     """
 
     def __init__(self, encode: Callable[[str], EncodedText], limit: int = DEFAULT_CACHE_BYTES) -> None:
@@ -60,9 +72,14 @@ class ContextCache:
         return self._lock
 
     def get(self, context: str, near: dict[str, EncodedText] | None = None) -> EncodedText:
-        """The context tokenised. ``near`` is looked into first, and gets it: the contexts of one call.
+        """The tokenised context.
 
-        Raises what ``encode`` raises.
+        Args:
+            context: The context.
+            near: The contexts of this call: looked into first, and added to.
+
+        Raises:
+            InputError: The text cannot be tokenised.
         """
         found = None if near is None else near.get(context)
         if found is not None:
@@ -77,9 +94,9 @@ class ContextCache:
     def ahead(
         self, contexts: Sequence[str], encode_many: Callable[[Sequence[str]], list[EncodedText]]
     ) -> dict[str, EncodedText]:
-        """Those of ``contexts`` that are not kept, tokenised together, and kept like others: ``near`` for ``get``.
+        """Tokenises together those of ``contexts`` that are not kept, and keeps them. Returns them, as ``near`` for ``get``.
 
-        Each counts as a miss here, and as a hit when ``get`` gives it out. Raises what ``encode_many`` raises.
+        Each counts as a miss here, and as a hit when ``get`` returns it. Raises what ``encode_many`` raises.
         """
         with self._mine():
             kept = {context for context, entry in self._entries.items() if entry.encoded is not None}
@@ -89,7 +106,7 @@ class ContextCache:
             entry = _Entry(encoded=encoded)
             with self._mine():
                 self._misses += 1
-                if not self._limit or context in self._entries:  # another thread is at it
+                if not self._limit or context in self._entries:  # another thread tokenises it
                     continue
                 self._entries[context] = entry
             self._keep(context, entry, encoded.nbytes)
@@ -118,10 +135,10 @@ class ContextCache:
         return encoded
 
     def _keep(self, context: str, entry: _Entry, size: int) -> None:
-        """Makes room for an entry by dropping those asked for longest ago, or drops the entry, if it is too large."""
+        """Makes room for an entry by dropping those used longest ago; drops the entry itself if it is too large."""
         with self._lock:
             if self._entries.get(context) is not entry:
-                return  # dropped for others meanwhile
+                return  # dropped meanwhile to make room
             if size > self._limit:
                 del self._entries[context]
                 return

@@ -2,16 +2,17 @@
 
 Few windows (one question) are padded to a shape of ``GRAPH_ROWS`` rows and a multiple of ``STEP`` tokens. Each shape has its own
 buffers on the device, so a graph that was captured once (ONNX Runtime's ``gpu_graph_id``) can be replayed: one launch
-instead of hundreds. Many windows are sorted by length and run in padded batches of at most ``TOKENS`` tokens, through a
-second session that is made when they first come: a session that captures graphs must do without memory patterns, which made
-batches a fifth slower on an H200 (``benchmarks/results/gpu.json``).
+instead of hundreds. Many windows are sorted by length and run in padded batches of at most ``TOKENS`` tokens, in a second
+session, created when they first come: a session that captures graphs cannot use memory patterns, without which batches were
+a fifth slower on an H200 (``benchmarks/results/gpu.json``).
 
-A captured graph is not trusted: it is compared with a plain run of the same windows before it is used. If capturing fails or the
-logits differ by more than ``APART``, graphs are given up for good, and ``notes`` says why.
+A captured graph is compared with a plain run of the same windows before it is used. If capturing fails or the
+logits differ by more than ``APART``, no graphs are used from then on, and ``notes`` says why.
 
 One thread of the process does everything that touches a GPU. ONNX Runtime's CUDA provider keeps a graph with the thread
-that captured it (its ``PerThreadContext``): any other thread would capture every shape anew, and keep that too. It also captures in
-CUDA's global mode (``cudaStreamCaptureModeGlobal``), in which an allocation or a copy by another thread breaks the capture.
+that captured it (its ``PerThreadContext``): any other thread would capture every shape again, and keep that too. It also
+captures in CUDA's global mode (``cudaStreamCaptureModeGlobal``), in which an allocation or a copy by another thread breaks the
+capture.
 
 The same code runs on the CPU provider, which has no graphs to capture. The tests use that.
 """
@@ -28,20 +29,18 @@ import numpy as np
 
 from qadeploy.core.windows import pad_batch
 from qadeploy.errors import DeviceError
-from qadeploy.records import FloatArray, Window
+from qadeploy.records import LOGIT_NAMES, FloatArray, Logits, Window
 
-Logits = tuple[FloatArray, FloatArray]
 _T = TypeVar("_T")
 TOKENS = 16_384  # per batch of many windows, padding included
 STEP = 32
 GRAPH_ROWS = (1, 2, 4, 8)
-LONGEST = 512  # longer windows gain least from a graph and run as batches
+LONGEST = 512  # longer windows gain little from a graph and run in batches
 APART = 0.1  # the tolerance of fp16, see ``export/fp16.py``
-_MULTIPLE = 8  # fp16 matrix products want lengths that are multiples of 8
+_MULTIPLE = 8  # fp16 matmuls are fastest at lengths that are multiples of 8
 _NO_GRAPH = "-1"  # ONNX Runtime's id for a run that neither captures nor replays
 _GRAPH_ID = "gpu_graph_id"
-_OUTPUTS = ("start_logits", "end_logits")
-# What bfc_arena.cc, CUDA (cudaErrorMemoryAllocation) and cuBLAS say when memory runs out.
+# The messages of bfc_arena.cc, CUDA (cudaErrorMemoryAllocation) and cuBLAS when memory runs out.
 _NO_MEMORY = ("failed to allocate memory", "available memory of", "out of memory", "cublas_status_alloc_failed")
 _NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(int64)": np.dtype(np.int64),
@@ -63,13 +62,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def _on_its_thread(work: Callable[..., _T], *given: Any) -> _T:
-    """What ``work`` returns or raises, done by the process's device thread. That thread itself must not call this."""
+    """Calls ``work`` in the device thread of this process. The device thread itself must not call this."""
     return _thread.submit(work, *given).result()
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where buffers lie, as ONNX Runtime names it: ``cuda`` and the device's number, or ``cpu``."""
+    """Where buffers are, in ONNX Runtime's terms: ``cuda`` and the number of the device, or ``cpu``."""
 
     name: str
     number: int = 0
@@ -84,7 +83,7 @@ class Shape:
 
 
 class _OutOfMemoryError(Exception):
-    """The GPU's memory does not hold a batch."""
+    """A batch does not fit into the memory of the GPU."""
 
 
 def round_up(number: int, step: int, most: int | None = None) -> int:
@@ -94,9 +93,9 @@ def round_up(number: int, step: int, most: int | None = None) -> int:
 
 
 def graph_shape(lengths: Sequence[int], longest: int | None = None) -> Shape | None:
-    """The captured shape that windows of these lengths fit into; None if they are too many or too long.
+    """The captured shape that holds windows of these lengths; None if they are too many or too long.
 
-    ``longest`` is the longest input that the model takes, in tokens.
+    ``longest`` is the longest input of the model in tokens.
     """
     if not lengths or len(lengths) > GRAPH_ROWS[-1] or max(lengths) > LONGEST:
         return None
@@ -105,9 +104,9 @@ def graph_shape(lengths: Sequence[int], longest: int | None = None) -> Shape | N
 
 
 def batches(lengths: Sequence[int], *, tokens: int = TOKENS, masked: bool = True) -> list[list[int]]:
-    """Indices of windows in batches of at most ``tokens`` tokens with padding, longest first; a longer window runs alone.
+    """Indices of windows in batches of at most ``tokens`` tokens, padding included, longest first; a longer window runs alone.
 
-    Without a mask, only windows of equal length share a batch.
+    Without an attention mask, only windows of equal length share a batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     found: list[list[int]] = []
@@ -122,7 +121,7 @@ def batches(lengths: Sequence[int], *, tokens: int = TOKENS, masked: bool = True
 
 
 class _Slot:
-    """A captured shape: its buffers on the device, bound to a session once."""
+    """A captured shape with its buffers on the device, which are bound to a session once."""
 
     def __init__(self, ort: Any, session: Any, shape: Shape, place: Place, number: int) -> None:
         size = (shape.rows, shape.tokens)
@@ -132,7 +131,7 @@ class _Slot:
 
         self.session = session
         self.inputs = {i.name: buffer(i.type) for i in session.get_inputs()}
-        self.outputs = {o.name: buffer(o.type) for o in session.get_outputs() if o.name in _OUTPUTS}
+        self.outputs = {o.name: buffer(o.type) for o in session.get_outputs() if o.name in LOGIT_NAMES}
         self.binding = session.io_binding()
         for name, value in self.inputs.items():
             self.binding.bind_ortvalue_input(name, value)
@@ -147,17 +146,17 @@ class _Slot:
         for name, value in self.inputs.items():
             value.update_inplace(batch[name])
         self.session.run_with_iobinding(self.binding, self.options)
-        starts, ends = (_copied(self.outputs[name].numpy()) for name in _OUTPUTS)
+        starts, ends = (_copied(self.outputs[name].numpy()) for name in LOGIT_NAMES)
         return starts, ends
 
 
 class DeviceRunner:
-    """Windows to logits on one device. Safe under threads: callers pad their batches, the device thread runs them one by one.
+    """Runs windows on one device. Safe under threads: callers pad their batches, the device thread runs one at a time.
 
     Args:
         ort: The onnxruntime module.
-        make: Makes a session, one that can capture graphs (True) or one that cannot.
-        place: Where the buffers lie.
+        make: Creates a session, one that can capture graphs (True) or one that cannot (False).
+        place: Where the buffers are.
         pad_token_id: The id that fills batches.
         longest: The model's longest input in tokens, None for no limit.
 
@@ -181,7 +180,7 @@ class DeviceRunner:
         self._tokens = TOKENS  # per batch; fewer once the device's memory has run out
         self._no_graphs = ""
         self._capturing: Any = None
-        self._plain: Any = None  # made when many windows first come
+        self._plain: Any = None  # created when many windows first come
         self.session: Any = _on_its_thread(self._first_session)
         self._kinds = {i.name: _NUMPY[i.type] for i in self.session.get_inputs() if i.type in _NUMPY}
         self.masked = "attention_mask" in {i.name for i in self.session.get_inputs()}
@@ -194,7 +193,7 @@ class DeviceRunner:
         return not self._no_graphs
 
     def notes(self) -> list[str]:
-        """How windows run, and why not faster: a line for few windows and one for many."""
+        """How windows run and what keeps them from running faster: one line for few windows, one for many."""
         few = f"CUDA graphs ({self._captured} shapes captured)" if self.graphs else f"plain runs: {self._no_graphs}"
         many = f"batches by length of at most {self._tokens} tokens"
         if self._tokens < TOKENS:
@@ -202,9 +201,9 @@ class DeviceRunner:
         return [f"one question: {few}", f"many questions: {many}"]
 
     def warm_up(self, window: Window, rows: Sequence[int] = GRAPH_ROWS[:1], longest: int = LONGEST) -> int:
-        """Captures the shapes of these numbers of rows up to ``longest`` tokens, with windows made of this one's tokens.
+        """Captures shapes with these numbers of rows, up to ``longest`` tokens, using windows made from the tokens of this one.
 
-        The others are captured when they first come. Returns how many shapes there are now.
+        Other shapes are captured when they first come. Returns the number of captured shapes.
         """
         most = min(longest, self._longest or longest)
         for count in rows:
@@ -227,7 +226,7 @@ class DeviceRunner:
     def run_many(self, windows: Sequence[Window]) -> list[Logits]:
         """Like ``run``, in batches by length. When memory runs out, batches become smaller, for good.
 
-        Raises DeviceError if the device's memory does not hold the longest window alone, or if a run fails.
+        Raises DeviceError if not even the longest window alone fits into memory, or if a run fails.
         """
         while True:
             try:
@@ -236,8 +235,8 @@ class DeviceRunner:
                 longest = max(len(w) for w in windows)
                 if self._tokens <= longest:
                     raise DeviceError(
-                        f"the GPU's memory does not hold one window of {longest} tokens: end what else uses the GPU, "
-                        f"or give another --device ({error})"
+                        f"one window of {longest} tokens does not fit into the memory of the GPU: stop other programs that use "
+                        f"the GPU, or give another --device ({error})"
                     ) from error
                 self._tokens //= 2
 
@@ -247,12 +246,12 @@ class DeviceRunner:
         for rows in batches(lengths, tokens=self._tokens, masked=self.masked):
             own, longest = [windows[i] for i in rows], lengths[rows[0]]
             tokens = round_up(longest, _MULTIPLE, self._longest) if self.masked else longest
-            batch = self._padded(own, len(own), tokens)  # while another thread's batch is on the device
+            batch = self._padded(own, len(own), tokens)  # while the batch of another thread runs
             logits.update(zip(rows, _cut(_on_its_thread(self._batch, batch), own), strict=True))
         return [logits[i] for i in range(len(windows))]
 
     def _padded(self, windows: Sequence[Window], rows: int, tokens: int) -> dict[str, Any]:
-        """The session's inputs at this size, in its types; spare rows repeat the last window."""
+        """The inputs of the session at this size, in its types; unused rows repeat the last window."""
         batch = pad_batch([*windows, *[windows[-1]] * (rows - len(windows))], self._pad, tokens=tokens)
         return {name: np.ascontiguousarray(batch[name], dtype=kind) for name, kind in self._kinds.items()}
 
@@ -270,31 +269,27 @@ class DeviceRunner:
         """The logits of one of many batches. Raises _OutOfMemoryError, DeviceError."""
         try:
             self._plain = self._plain or self._make(False)
-            starts, ends = self._plain.run(_OUTPUTS, batch)
-        except Exception as error:  # the binding raises one class per status code, all of them bare
-            said = " ".join(str(error).split())[:200]
-            if any(words in said.lower() for words in _NO_MEMORY):
-                raise _OutOfMemoryError(said) from error
-            raise (
-                error if isinstance(error, DeviceError) else DeviceError(f"a run on the GPU failed: {said}")
-            ) from error
+            starts, ends = self._plain.run(LOGIT_NAMES, batch)
+        except DeviceError:
+            raise
+        except Exception as error:  # the binding raises one bare class per status code
+            raise _typed(error) from error
         return _copied(starts), _copied(ends)
 
     def _replayed(self, shape: Shape, batch: Mapping[str, Any]) -> Logits | None:
-        """A graph's logits, captured first if need be; None if graphs are given up."""
-        if not self.graphs:  # given up since this was asked for
+        """The logits of a graph, which is captured first if need be; None if graphs are not used any more."""
+        if not self.graphs:  # another call has just turned them off
             return None
         found, reason = self._by_graph(shape, batch)
         if reason:
             self._no_graphs = reason
             self._slots.clear()
-            self._capturing = self.session = (
-                None  # at once: while its stream captures, a new session would get no memory
-            )
+            # At once: while the stream of this session captures, a new session would get no memory.
+            self._capturing = self.session = None
         return found
 
     def _by_graph(self, shape: Shape, batch: Mapping[str, Any]) -> tuple[Logits | None, str]:
-        """A graph's logits, or None and what is wrong with graphs."""
+        """The logits of a graph, or None and the reason why graphs cannot be used."""
         try:
             slot = self._slots.get(shape)
             if slot is None:
@@ -302,12 +297,12 @@ class DeviceRunner:
             found = slot.run(batch)
             if slot.proven:
                 return found, ""
-            found = slot.run(batch)  # the first run captured, after two of ONNX Runtime's own; this one replays
+            found = slot.run(batch)  # the first run captures, after two warm-up runs by ONNX Runtime; this one replays
             options = self._ort.RunOptions()
             options.add_run_config_entry(_GRAPH_ID, _NO_GRAPH)
-            plain = self._capturing.run(_OUTPUTS, batch, options)
+            plain = self._capturing.run(LOGIT_NAMES, batch, options)
             apart = _apart(found, (plain[0], plain[1]), batch)
-        except Exception as error:  # the binding raises one class per status code, all of them bare
+        except Exception as error:  # the binding raises one bare class per status code
             return None, f"capturing {shape.rows} x {shape.tokens} tokens failed: {' '.join(str(error).split())[:200]}"
         if apart > APART:
             return None, f"a captured graph's logits were {apart:.2g} from those of a plain run"
@@ -316,8 +311,16 @@ class DeviceRunner:
         return found, ""
 
 
+def _typed(error: Exception) -> _OutOfMemoryError | DeviceError:
+    """An error of ONNX Runtime as one of ours. Its bare classes do not tell when memory runs out, so this reads its message."""
+    said = " ".join(str(error).split())[:200]
+    if any(words in said.lower() for words in _NO_MEMORY):
+        return _OutOfMemoryError(said)
+    return DeviceError(f"a run on the GPU failed: {said}")
+
+
 def _copied(logits: Any) -> FloatArray:
-    """Logits in float32 that no later run overwrites and whose memory is not ONNX Runtime's."""
+    """A float32 copy of logits, which no later run overwrites and whose memory does not belong to ONNX Runtime."""
     copied: FloatArray = np.array(logits, dtype=np.float32)
     return copied
 
@@ -328,14 +331,14 @@ def _cut(logits: Logits, windows: Sequence[Window]) -> list[Logits]:
 
 
 def _apart(found: Logits, plain: Logits, batch: Mapping[str, Any]) -> float:
-    """The largest difference of any logit outside the padding; infinite if one is not a number."""
+    """The largest difference between logits outside the padding; infinite if one is not finite."""
     inside = np.asarray(batch["attention_mask"], dtype=bool)
     largest = max(float(np.abs(a - b)[inside].max()) for a, b in zip(found, plain, strict=True))
     return largest if np.isfinite(largest) else float("inf")
 
 
 def _stretched(window: Window, tokens: int) -> Window:
-    """A window of this many tokens, repeating a shorter one's."""
+    """A window of this many tokens, made by repeating those of a shorter one."""
     ids = np.resize(window.input_ids, tokens)
     types = None if window.token_type_ids is None else np.resize(window.token_type_ids, tokens)
     return Window(ids, types, 0, 0, 0, 0)

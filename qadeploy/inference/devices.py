@@ -1,8 +1,8 @@
-"""Where a model can run: device names, and what CUDA lacks on this machine, with the pip line that mends it.
+"""Where a model can run: device names, and what CUDA lacks on this machine, with the pip line that fixes it.
 
-CUDA needs three things: an onnxruntime that was built for it, an NVIDIA driver at least as new as that build's CUDA,
-and CUDA's libraries in that build's major version. Each of them is looked at by itself, so that an
-error names the one that is missing. Nothing here imports torch.
+CUDA needs three things: an onnxruntime built for it, an NVIDIA driver at least as new as the CUDA of that build,
+and the CUDA libraries of the same major version. Each is checked separately, so that an error names the one that
+is missing. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 DRIVER = "libcuda.so.1"
 _PROVIDER = ("shared", "cuda")
 GPU_WHEEL = "onnxruntime-gpu"
-MEND_WHEEL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'qadeploy[gpu]'"
+FIX_WHEEL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'qadeploy[gpu]'"
 # The last wheel on PyPI that was built for CUDA 12; its extras ask for nvidia-*-cu12, those of 1.27.0 for CUDA 13.
 _LAST_FOR_CUDA_12 = "1.26.0"
 _NO_DRIVER = (
-    f"no NVIDIA driver is there ({DRIVER} cannot be loaded): install it; a container sees it if started with --gpus all"
+    f"no NVIDIA driver is there ({DRIVER} cannot be loaded): install it; in a container, start that with --gpus all"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as asked for: ``kind`` is auto, cpu or cuda, ``number`` the GPU's, None where none was named."""
+    """A device as requested: ``kind`` is auto, cpu or cuda, ``number`` that of the GPU, None if none was named."""
 
     kind: str
     number: int | None = None
 
     @property
     def index(self) -> int:
-        """The GPU's number, 0 where none was named."""
+        """The number of the GPU, 0 if none was named."""
         return self.number or 0
 
     def __str__(self) -> str:
@@ -77,9 +77,13 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """The NVIDIA driver: its own version where the system tells, the newest CUDA that it runs, and its GPUs.
+    """The NVIDIA driver.
 
-    ``problem`` says why none of them can be used, and is empty where one can.
+    Attributes:
+        version: Its version, None if the system does not show it.
+        cuda: The newest CUDA version that it runs.
+        gpus: Its GPUs.
+        problem: Why no GPU can be used; empty if one can.
     """
 
     version: str | None = None
@@ -88,7 +92,7 @@ class Driver:
     problem: str = ""
 
     def __str__(self) -> str:
-        """The driver in one line, empty where there is none."""
+        """The driver on one line, empty if there is none."""
         if self.cuda is None:
             return ""
         gpus = "; ".join(f"{g.name}, {g.memory_gib} GiB" for g in self.gpus)
@@ -96,7 +100,7 @@ class Driver:
 
 
 def has_driver() -> bool:
-    """Whether an NVIDIA driver can be loaded. Takes microseconds where there is none."""
+    """Whether an NVIDIA driver can be loaded. This takes microseconds if there is none."""
     try:
         ctypes.CDLL(DRIVER)
     except OSError:
@@ -105,9 +109,9 @@ def has_driver() -> bool:
 
 
 def find_driver() -> Driver:
-    """What the driver says of itself and its GPUs, by the CUDA driver API.
+    """The driver and its GPUs, from the CUDA driver API.
 
-    Initialises CUDA in this process, so that a child forked later can use no GPU.
+    This initialises CUDA in this process, so that a child forked later cannot use a GPU.
     """
     try:
         api = ctypes.CDLL(DRIVER)
@@ -148,7 +152,7 @@ def _gpu(api: Any, index: int) -> Gpu:
 
 
 def _driver_version() -> str | None:
-    """The kernel module's version, such as 580.65.06; None where the system does not show it (WSL)."""
+    """The version of the kernel module, such as 580.65.06; None if the system does not show it (WSL)."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -162,10 +166,14 @@ def _driver_version() -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """The onnxruntime that is imported.
+    """The imported onnxruntime.
 
-    ``package`` is the wheel whose files lie on top, ``wheels`` are all installed ones that bring files of it,
-    with their versions; ``cuda`` is what it was built for, None for a build without CUDA or one that does not say.
+    Attributes:
+        package: The wheel whose files were installed last, over those of the others.
+        version: The version of the module.
+        wheels: All installed wheels that provide it, with their versions.
+        cuda: The CUDA version of the build; None without CUDA, or if the build does not say.
+        has_cuda: Whether it has the CUDA provider.
     """
 
     package: str
@@ -176,18 +184,18 @@ class Build:
 
     @property
     def conflict(self) -> str:
-        """What is wrong where several wheels share the folder, empty where one has it alone."""
+        """What is wrong if several wheels share the folder; empty if there is only one."""
         if len(self.wheels) < 2:
             return ""
         named = " and ".join(f"{name} {version}" for name, version in sorted(self.wheels.items()))
         return (
             f"{named} are both installed into one folder and break each other; the files of {self.package or 'one'} "
-            f"lie on top: {MEND_WHEEL} (on a machine without a GPU: 'qadeploy[cpu]')"
+            f"lie on top: {FIX_WHEEL} (on a machine without a GPU: 'qadeploy[cpu]')"
         )
 
 
 def find_build(ort: Any) -> Build:
-    """What the imported onnxruntime module ``ort`` is. Reads the metadata of installed packages."""
+    """The build of the imported onnxruntime module ``ort``. Reads the metadata of the installed packages."""
     from importlib.metadata import PackageNotFoundError, packages_distributions, version
 
     wheels = {}
@@ -204,9 +212,9 @@ def find_build(ort: Any) -> Build:
 
 
 def cuda_libraries(major: int) -> dict[str, str]:
-    """The libraries that a build for CUDA ``major`` loads, by file name, with the package on PyPI that brings each.
+    """The libraries that a build for CUDA ``major`` loads, by file name, with the PyPI package of each.
 
-    Those of onnxruntime's preload_dlls (1.32); from CUDA 13 on NVIDIA's packages have no -cuNN but cuDNN's.
+    They are those of onnxruntime's preload_dlls (1.32). From CUDA 13 on only the package of cuDNN has a suffix -cuNN.
     """
     suffix = "" if major >= 13 else f"-cu{major}"
     cufft = 12 if major >= 13 else 11
@@ -222,22 +230,22 @@ def cuda_libraries(major: int) -> dict[str, str]:
 
 
 def missing_libraries(major: int) -> dict[str, str]:
-    """Those of ``cuda_libraries`` that cannot be loaded, as ``preload`` left the process. Loads the others."""
+    """The ``cuda_libraries`` that cannot be loaded. Call ``preload`` first. This loads the others."""
     return {name: package for name, package in cuda_libraries(major).items() if not _loads(name)}
 
 
 def provider_loads(folder: Path | None = None) -> bool:
-    """Whether ONNX Runtime's CUDA provider can be loaded, so that it misses no library that it cannot do without.
+    """Whether ONNX Runtime's CUDA provider can be loaded, so that no library that it requires is missing.
 
-    Which these are differs by build: to that of 1.31 cuDNN, cuFFT and NVRTC are dispensable (``readelf -d``). ``folder`` holds
-    the provider, None: that of the installed onnxruntime.
+    Builds require different ones: 1.31 does without cuDNN, cuFFT and NVRTC (``readelf -d``). ``folder`` holds
+    the provider; None takes that of the installed onnxruntime.
     """
     if folder is None:
         spec = find_spec("onnxruntime")
         if spec is None or spec.origin is None:
             return False
         folder = Path(spec.origin).parent / "capi"
-    # The order and the mode of ONNX Runtime itself: the second one's symbols are in the first.
+    # In ONNX Runtime's own order and mode: the second library needs symbols of the first.
     return all(_loads(str(folder / f"libonnxruntime_providers_{name}.so"), ctypes.RTLD_GLOBAL) for name in _PROVIDER)
 
 
@@ -251,10 +259,10 @@ def _loads(name: str, mode: int = ctypes.DEFAULT_MODE) -> bool:
 
 @cache
 def preload(ort: Any) -> str:
-    """Loads CUDA's and cuDNN's libraries from their pip packages, once a process; returns what ORT said of it.
+    """Loads the libraries of CUDA and cuDNN from their pip packages, once per process; returns what ONNX Runtime printed.
 
-    Without it onnxruntime looks for them on the system's paths alone. It prints what it misses: stdout is not ours
-    to write on. Builds before 1.21 have no preload_dlls.
+    Without this, onnxruntime looks for them on the system's paths only. It prints what is missing, so stdout is
+    captured. Builds before 1.21 have no preload_dlls.
     """
     said = io.StringIO()
     if hasattr(ort, "preload_dlls"):
@@ -264,7 +272,7 @@ def preload(ort: Any) -> str:
 
 
 def torch_cuda() -> tuple[int, int] | None:
-    """The CUDA that the installed torch was built for, without importing it; None for a CPU build and for none."""
+    """The CUDA version of the installed torch, found without importing it; None for a CPU build or without torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -280,9 +288,9 @@ def torch_cuda() -> tuple[int, int] | None:
 
 
 def obstacles(build: Build, driver: Driver, number: int = 0) -> list[str]:
-    """Why ONNX Runtime cannot use the GPU ``number``, a sentence each with what mends it; [] where nothing is known to lack.
+    """Why ONNX Runtime cannot use the GPU ``number``: one sentence per cause, with the fix; empty if no cause is found.
 
-    Loads CUDA's libraries, so ``preload`` comes first.
+    Call ``preload`` first: this loads the libraries of CUDA.
     """
     found = []
     if not build.has_cuda:
@@ -290,7 +298,7 @@ def obstacles(build: Build, driver: Driver, number: int = 0) -> list[str]:
             found.append(build.conflict)
         else:
             kind = "a CPU build" if build.package in {"", "onnxruntime"} else f"the build {build.package}, without CUDA"
-            found.append(f"the installed onnxruntime {build.version} is {kind}: {MEND_WHEEL}")
+            found.append(f"the installed onnxruntime {build.version} is {kind}: {FIX_WHEEL}")
     if driver.problem:
         found.append(driver.problem)
     elif number >= len(driver.gpus):
@@ -299,28 +307,29 @@ def obstacles(build: Build, driver: Driver, number: int = 0) -> list[str]:
     if not build.has_cuda or build.cuda is None:
         return found
     major = build.cuda[0]
-    wants = f"onnxruntime-gpu {build.version} wants CUDA {major}"
+    wants = f"onnxruntime-gpu {build.version} needs CUDA {major}"
     if driver.cuda and driver.cuda[0] < major:
         older = f": pip install 'onnxruntime-gpu[cuda,cudnn]=={_LAST_FOR_CUDA_12}'" if driver.cuda[0] == 12 else ""
         found.append(
             f"{wants}, and the driver runs CUDA {_dotted(driver.cuda)} at most: update the driver"
-            + (f", or take the last build for CUDA 12{older}" if older else "")
+            + (f", or install the last build for CUDA 12{older}" if older else "")
         )
     missing = {} if provider_loads() else missing_libraries(major)
     if missing:
         other = next((n for n in (13, 12, 11) if n != major and _loads(f"libcudart.so.{n}")), None)
         found.append(
             f"{wants} and cuDNN 9, and cannot load {', '.join(missing)}"
-            + (f" (CUDA {other}'s are there, which do not serve)" if other else "")
+            + (f" (those of CUDA {other} are there, but do not fit)" if other else "")
             + f": pip install 'onnxruntime-gpu[cuda,cudnn]=={build.version}'"
         )
     return found
 
 
 def cuda_majors(build: Build) -> str:
-    """What is wrong where torch and ONNX Runtime were built for different CUDA majors, empty where nothing is.
+    """What is wrong if torch and ONNX Runtime were built for different major versions of CUDA; empty if nothing is.
 
-    Each brings a cuDNN package of its major, and both of these write the same files (nvidia/cudnn/lib/libcudnn.so.9).
+    Each has a cuDNN package of its own major version, and both packages install the same files
+    (nvidia/cudnn/lib/libcudnn.so.9).
     """
     torch = torch_cuda()
     if torch is None or build.cuda is None or torch[0] == build.cuda[0]:
@@ -328,12 +337,12 @@ def cuda_majors(build: Build) -> str:
     line = torch_line(build.cuda[0])
     return (
         f"torch was built for CUDA {_dotted(torch)} and onnxruntime for CUDA {_dotted(build.cuda)}; their cuDNN packages "
-        f"overwrite each other's files: take a torch for CUDA {build.cuda[0]}: {line}"
+        f"overwrite each other's files: install a torch for CUDA {build.cuda[0]}: {line}"
     )
 
 
 def torch_line(major: int | None = None) -> str:
-    """The pip line for a torch with CUDA ``major``; more builds at https://pytorch.org/get-started/locally."""
+    """The pip line for a torch with CUDA ``major``; other builds: https://pytorch.org/get-started/locally."""
     return f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu{126 if major == 12 else 130}"
 
 
@@ -341,10 +350,10 @@ def torch_line(major: int | None = None) -> str:
 
 
 def providers(ort: Any, device: Device) -> list[Any]:
-    """The provider list to make a session on ``device`` with; whether CUDA starts, only the session tells.
+    """The providers for a session on ``device``. Only the session shows whether CUDA starts.
 
-    Raises DeviceError where CUDA is asked for and the build has none. ``auto`` then takes the CPU, and warns
-    (DeviceWarning) where a driver and a GPU wheel are there all the same.
+    Raises DeviceError if CUDA is requested and the build has none. ``auto`` then takes the CPU, and warns
+    (DeviceWarning) if there are a driver and a GPU wheel nevertheless.
     """
     if device.kind == "cpu":
         return [CPU]
@@ -357,18 +366,18 @@ def providers(ort: Any, device: Device) -> list[Any]:
 
 
 def refuse(ort: Any, device: Device, reason: str = "") -> None:
-    """CUDA did not start. Raises DeviceError where it was asked for; for ``auto`` warns in one line, where a driver is there.
+    """Reports that CUDA did not start: raises DeviceError if it was requested; ``auto`` warns, if there is a driver.
 
-    ``reason`` is what ONNX Runtime said, shown where nothing is found to lack.
+    ``reason`` is ONNX Runtime's message, shown if no cause is found.
     """
     if device.kind == "auto" and not has_driver():
-        return  # a GPU build on a machine without a GPU: the CPU is what is there
+        return  # a GPU build on a machine without a GPU
     found = obstacles(find_build(ort), find_driver(), device.index)
-    why = ". ".join(found) or reason or "ONNX Runtime fell back to the CPU and does not say why: see qadeploy doctor"
+    why = ". ".join(found) or reason or "ONNX Runtime fell back to the CPU without a reason: see qadeploy doctor"
     if device.kind == "auto":
-        warnings.warn(f"this runs on the CPU, though a GPU driver is there: {why}", DeviceWarning, stacklevel=2)
+        warnings.warn(f"this runs on the CPU although there is a GPU driver: {why}", DeviceWarning, stacklevel=2)
         return
-    raise DeviceError(f"{device} was asked for and is not to be had: {why}. Or give --device cpu")
+    raise DeviceError(f"{device} was requested but is not available: {why}. Or give --device cpu")
 
 
 def _version_pair(text: str) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""What this installation can do: packages, providers, conflicts, the base model."""
+"""Diagnosis of an installation: packages, providers, conflicts, the base model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from qadeploy.errors import CheckpointError
 from qadeploy.inference import devices
 from qadeploy.inference.bundle import MANIFEST
-from qadeploy.inference.session import onnxruntime, usable_cpus
-from qadeploy.machine import machine
+from qadeploy.inference.session import onnxruntime
+from qadeploy.machine import machine, usable_cpus
 from qadeploy.shipped import base_model_path
 
 _PACKAGES = {
@@ -26,9 +26,9 @@ _PACKAGES = {
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, CPU, GPU, providers, and ``problems``: one line each, with what to do. Imports no torch.
+    """Versions, CPU, GPUs, providers and ``problems``, one line each with the fix. Imports no torch.
 
-    Initialises CUDA where there is a driver, and loads CUDA's libraries where ONNX Runtime is a build for it.
+    This initialises CUDA if there is a driver, and loads its libraries if ONNX Runtime was built for it.
     """
     driver, torch_cuda = devices.find_driver(), devices.torch_cuda()
     packages = {name: _version(name) for names in _PACKAGES.values() for name in names}
@@ -60,13 +60,15 @@ def diagnose() -> dict[str, Any]:
     else:
         try:
             _add_build(report, driver, problems)
-        except AttributeError:  # what is left where one of two builds was uninstalled
+        except AttributeError:  # what is left if one of two builds was uninstalled
             problems.append(
                 "onnxruntime is broken (both builds were installed and one was removed?): pip uninstall -y onnxruntime "
                 "onnxruntime-gpu, then install the one you want again"
             )
     if driver.gpus and packages["torch"] and torch_cuda is None:
-        problems.append(f"an NVIDIA driver answers, but torch is a CPU build and trains there: {devices.torch_line()}")
+        problems.append(
+            f"there is an NVIDIA driver, but torch is a CPU build and trains on the CPU: {devices.torch_line()}"
+        )
     missing = [name for name in _PACKAGES["train"] if not packages[name]]
     if missing:
         problems.append(
@@ -82,9 +84,9 @@ def diagnose() -> dict[str, Any]:
 
 
 def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
-    """What the manifests of the fp16 bundles in ``folder`` say of their way on a GPU; they are not verified for it.
+    """How the fp16 bundles in ``folder`` run on a GPU, from their manifests, which are not verified here.
 
-    ``paths`` are the notes of the runtime where the export had a GPU.
+    ``paths`` are the notes of the runtime if the export ran on a GPU.
     """
     found = []
     for path in sorted(folder.glob(f"*/{MANIFEST}")):
@@ -93,13 +95,18 @@ def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
             if made["for"] == "cuda":
                 names = ("measured_on", "paths")
                 found.append({"bundle": str(path.parent), **{name: made[name] for name in names}})
-        except (OSError, ValueError, LookupError, TypeError):  # another kind of bundle, or none: loading it says so
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+        ):  # another kind of bundle, or none: loading it reports that
             continue
     return found
 
 
-def lines(report: dict[str, Any]) -> list[str]:
-    """The report as lines of text."""
+def diagnosis_lines(report: dict[str, Any]) -> list[str]:
+    """The report of ``diagnose`` as lines of text."""
     cpu = report["cpu"]
     result = [
         f"qadeploy {report['qadeploy']}, Python {report['python']}",
@@ -118,7 +125,7 @@ def lines(report: dict[str, Any]) -> list[str]:
 def _gpu_line(bundle: dict[str, Any]) -> str:
     paths = (
         "; ".join(bundle["paths"])
-        or f"measured on {bundle['measured_on']}, its paths are tried when it is loaded on a GPU"
+        or f"measured on {bundle['measured_on']}; its paths are tried when it is loaded on a GPU"
     )
     return f"{bundle['bundle']}: {paths}"
 
@@ -131,8 +138,8 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``+`` where it was changed; None elsewhere."""
-    root = Path(__file__).resolve().parent.parent
+    """The commit of the checkout that this package runs from, with ``+`` if files were changed; None outside one."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
@@ -144,7 +151,7 @@ def _commit() -> str | None:
 
 
 def _add_build(report: dict[str, Any], driver: devices.Driver, problems: list[str]) -> None:
-    """What the installed onnxruntime is, and what it lacks for the GPUs that are there."""
+    """Adds the build of the installed onnxruntime and what it lacks for the GPUs of this machine."""
     ort = onnxruntime()
     report["providers"] = ort.get_available_providers()
     build = devices.find_build(ort)

@@ -11,7 +11,6 @@ from huggingface_hub.repocard import metadata_load
 
 TASK = "question-answering"
 _METRICS = {"exact_match": "EM", "f1": "F1"}
-_DEV = " (dev part)"
 
 
 def front_matter(
@@ -19,16 +18,22 @@ def front_matter(
     *,
     library: str,
     base: Mapping[str, Any] | None,
-    source: str,
+    dataset: str,
+    dev_set: bool,
     scores: Mapping[str, float],
     tags: Sequence[str] = (),
 ) -> str:
-    """The block with its ``---`` lines, for a model that earned ``scores`` (percent) on ``source``.
+    """The block with its ``---`` lines.
 
-    ``base`` is the record of the base model (name, sha256, license), None where it is not known. The licence is
-    the base's; what is not known is left out.
+    Args:
+        name: The name of the model.
+        library: The library that loads it.
+        base: The record of the base model (name, sha256, license), None if it is not known. The model has its licence.
+        dataset: The data of the scores.
+        dev_set: Whether they are the dev set carved from it.
+        scores: Percent, by metric.
+        tags: Further tags.
     """
-    dataset = source.removesuffix(_DEV)
     hub, _, split = dataset.removeprefix("hub:").partition(":") if dataset.startswith("hub:") else ("", "", "")
     data = ModelCardData(
         model_name=name,
@@ -44,7 +49,7 @@ def front_matter(
                 task_type=TASK,
                 dataset_type=hub or Path(dataset).stem,
                 dataset_name=hub or Path(dataset).stem,
-                dataset_split=split or ("dev" if source.endswith(_DEV) else "validation"),
+                dataset_split=split or ("dev" if dev_set else "validation"),
                 metric_type=metric,
                 metric_name=title,
                 metric_value=round(float(scores[metric]), 2),
@@ -56,21 +61,21 @@ def front_matter(
 
 
 def base_label(base: Mapping[str, Any]) -> str:
-    """The base's name on the hub, or of its folder: no path of the machine that trained on it."""
+    """The name of the base model on the hub, or of its folder, without the path on the machine that trained."""
     name = str(base["name"])
     if base.get("sha256") is None and not Path(name).is_absolute():
-        return name  # weights that lay in no folder came from the hub
+        return name  # weights without a local folder came from the hub
     path = Path(name)
     return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name
 
 
 def license_of(folder: str | Path) -> str | None:
-    """The licence that the model card in a folder names; None where there is none, or no card that can be read."""
+    """The licence named by the model card in a folder; None without a licence or a readable card."""
     path = Path(folder) / "README.md"
     if not path.is_file():
         return None
     try:
         found = (metadata_load(path) or {}).get("license")
-    except Exception:  # yaml's errors, ValueError, UnicodeDecodeError: somebody else's card, which nothing depends on
+    except Exception:  # errors of yaml, ValueError, UnicodeDecodeError: nothing depends on this card
         return None
     return found if isinstance(found, str) else None

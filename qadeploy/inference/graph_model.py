@@ -1,4 +1,4 @@
-"""A bundle's graph as it is, with whatever it takes and gives."""
+"""A bundle's graph with all of its inputs and outputs, whatever they are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from qadeploy.errors import BundleError
 from qadeploy.inference.bundle import MODEL
-from qadeploy.inference.layout import SessionSettings
-from qadeploy.inference.session import onnxruntime
+from qadeploy.inference.manifest import SessionSettings
+from qadeploy.inference.session import onnxruntime, outlives_forks, run_error, session_options
 
 Outputs = dict[str, NDArray[Any]]
 _KINDS: dict[str, Any] = {
@@ -23,29 +23,29 @@ _KINDS: dict[str, Any] = {
 
 
 class GraphModel:
-    """A model file run by ONNX Runtime alone, on one thread, with a manifest's session settings; all of its outputs.
+    """A model file on ONNX Runtime, on one CPU thread.
 
-    Raises BundleError where ONNX Runtime cannot load it, and on an input of a type that no bundle has.
+    Args:
+        model: The bytes of the file.
+        settings: How it runs.
+
+    Raises:
+        BundleError: ONNX Runtime cannot load it, or an input has a type that no bundle has.
     """
 
-    def __init__(self, model: bytes, session: Mapping[str, Any] | None = None) -> None:
-        ort = onnxruntime()
-        settings = SessionSettings.from_manifest(session)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        for name, value in settings.config.items():
-            options.add_session_config_entry(name, value)
+    def __init__(self, model: bytes, settings: SessionSettings | None = None) -> None:
+        settings = settings or SessionSettings()
         try:
-            self._session = ort.InferenceSession(
+            self._session = onnxruntime().InferenceSession(
                 model,
-                options,
+                session_options(1, settings.config),
                 providers=["CPUExecutionProvider"],
                 disabled_optimizers=list(settings.disabled_optimizers) or None,
             )
-        except Exception as error:  # the binding raises one class a status code, all of them bare
+        except Exception as error:  # the binding raises one bare class per status code
             reason = " ".join(str(error).split())[:300]
             raise BundleError(f"{MODEL}: ONNX Runtime cannot load it: {reason}") from error
+        outlives_forks(self)
         inputs = self._session.get_inputs()
         for each in inputs:
             if each.type not in _KINDS:
@@ -55,6 +55,10 @@ class GraphModel:
         self.outputs = tuple(o.name for o in self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, Any]) -> Outputs:
-        """All outputs by name; of ``feeds`` it takes what the model takes."""
+        """All outputs by name. Inputs in ``feeds`` that the model does not have are ignored. Raises BundleError if the run fails."""
         given = {name: np.asarray(feeds[name], dtype=kind) for name, kind in self._kinds.items()}
-        return dict(zip(self.outputs, self._session.run(None, given), strict=True))
+        try:
+            found = self._session.run(None, given)
+        except Exception as error:
+            raise run_error(error) from error
+        return {name: np.array(value) for name, value in zip(self.outputs, found, strict=True)}  # see outlives_forks

@@ -1,9 +1,8 @@
 """ONNX Runtime sessions: providers, threads, and running windows.
 
-On a CPU each window runs alone and unpadded, on one of two sessions: the wide one gives a run all threads,
-the narrow one gives it one thread and runs as many windows side by side. Many questions run narrow, which has
-no idle threads; one question is awaited, and ``layout`` says how its windows run soonest. On CUDA windows run in
-batches, as ``cuda`` says.
+On a CPU each window runs alone and unpadded, in one of two sessions: the wide session uses all threads for one window,
+the narrow session uses one thread per window and runs windows side by side. Many questions run narrow, which leaves
+no thread idle; for a single question, ``narrow_windows`` decides what is fastest. On CUDA windows run in batches: see ``cuda``.
 """
 
 from __future__ import annotations
@@ -26,31 +25,34 @@ from qadeploy.core.windows import pad_batch
 from qadeploy.errors import BundleError, DeviceError, InputError, MissingExtraError
 from qadeploy.inference.cuda import DeviceRunner, Place, batches
 from qadeploy.inference.devices import CPU, CUDA, Device, parse_device, providers, refuse
-from qadeploy.inference.layout import SessionSettings
-from qadeploy.records import FloatArray, IntArray, Window
+from qadeploy.inference.manifest import SessionSettings
+from qadeploy.machine import usable_cpus
+from qadeploy.records import LOGIT_NAMES, IntArray, Logits, Window
 
-Logits = tuple[FloatArray, FloatArray]
-# A call is large if the squares of its windows' tokens add up to this: one of 1,024 tokens, eight of 384. After
-# large calls idle sessions give their arenas' memory back, which costs milliseconds; what smaller ones
-# leave is small, and asked for again at once.
+# A call is large if the squared lengths of its windows add up to this: one window of 1,024 tokens, eight of 384. After
+# large calls, idle sessions return the memory of their arenas, which takes milliseconds. Smaller calls leave little memory
+# behind, and the next call needs it again.
 LARGE = 2**20
-_SHRINK_BY = 8  # tokens of the run that does it
+_SHRINK_TOKENS = 8  # length of the run that shrinks an arena
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
-_OUTPUTS = ("start_logits", "end_logits")
-_TYPES = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
-_creating = threading.Lock()  # concurrent session creation has been reported racy
-_live: weakref.WeakSet[Any] = weakref.WeakSet()  # the sessions of this process
+_TYPES: dict[str, np.dtype[Any]] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
+# The share of a run that the threads of a wide session do in parallel (Amdahl 1967): an estimate. With two threads any share
+# gives the same choice.
+PARALLEL_SHARE = 0.8
+_creating = threading.Lock()  # creating sessions concurrently was reported to race
+_live: weakref.WeakSet[Any] = weakref.WeakSet()  # what holds sessions in this process
 
 
 def _abandon_sessions() -> None:
-    """In a forked child: keeps the parent's sessions for ever, by a reference that nobody gives back.
+    """In a forked child: leaks one reference to each holder of sessions of the parent, so that nothing in them is ever freed.
 
-    Their threads do not exist here, so destroying one hangs or crashes, at the child's exit at the latest.
+    The threads of a session do not exist here, so destroying one would hang or crash, at exit at the latest; and a thread of the
+    parent may have held the lock of its memory. For the same reason logits are copied out of that memory where a run ends.
     """
     global _creating
     _creating = threading.Lock()  # a thread of the parent may have held the old one
-    for session in list(_live):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+    for holder in list(_live):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(holder))
     _live.clear()
 
 
@@ -59,45 +61,64 @@ if hasattr(os, "register_at_fork"):
 
 
 def onnxruntime() -> Any:
-    """The onnxruntime module. Raises MissingExtraError where no build of it is installed.
+    """The onnxruntime module. Raises MissingExtraError if no build of it is installed.
 
     Its telemetry, on by default since 1.29, sends events to Microsoft from a thread of its own, which
-    also makes every forked child hang at exit; it stays off unless ORT_DISABLE_TELEMETRY says otherwise.
+    makes every forked child hang at exit. It stays off unless ORT_DISABLE_TELEMETRY is set otherwise.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, while the module is imported
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, during the import
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError("answering", "onnxruntime", "cpu") from error
-    ort.set_default_logger_severity(
-        4
-    )  # what goes wrong is raised too; on CUDA every session brought a remark on stderr
+    ort.set_default_logger_severity(4)  # errors are raised as well
     return ort
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def session_options(threads: int = 0, config: Mapping[str, str] | None = None) -> Any:
+    """ONNX Runtime's ``SessionOptions`` for ``threads`` per run (0: ``usable_cpus``), with ``config`` entries, logging no warnings."""
+    options = onnxruntime().SessionOptions()
+    options.intra_op_num_threads = threads or usable_cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    for name, value in (config or {}).items():
+        options.add_session_config_entry(name, value)
+    return options
 
 
-@dataclass
+def outlives_forks(holder: Any) -> None:
+    """Keeps ``holder``, and with it the sessions and buffers that it refers to, from being freed in a forked child."""
+    _live.add(holder)
+
+
+def run_error(error: Exception) -> BundleError:
+    """What ONNX Runtime raised while a model ran (one bare class per status code) as one of our errors."""
+    return BundleError(f"model.onnx: ONNX Runtime cannot run it: {' '.join(str(error).split())[:300]}")
+
+
+@dataclass(eq=False)
 class _Sessions:
-    """The sessions of one process, made when first needed, the calls under way, and whether any was large."""
+    """The sessions of one process, created when first needed, the number of running calls, and whether any was large."""
 
     pid: int = field(default_factory=os.getpid)
     wide: Any = None
     narrow: Any = None
-    runner: DeviceRunner | None = None  # of CUDA
+    runner: DeviceRunner | None = None  # on CUDA
     pool: ThreadPoolExecutor | None = None
     calls: int = 0
     large: bool = False
 
+    def __post_init__(self) -> None:
+        outlives_forks(self)
+
 
 class Pending:
-    """Windows on their way through a model: ``result`` waits for their logits, ``cancel`` drops what has not begun.
+    """Windows that a model runs: ``result`` waits for their logits, ``cancel`` drops those that have not started.
 
-    Without ``futures``, and in a child forked meanwhile, which has not the parent's threads, ``run`` is
-    called when the result is asked for.
+    Args:
+        run: Runs them now; used without ``futures``, and in a forked child, where the parent's threads do not exist.
+        futures: The logits to come.
+        settle: Called once when all is over.
     """
 
     def __init__(
@@ -112,16 +133,16 @@ class Pending:
         self._pid = os.getpid()
 
     def result(self) -> list[Logits]:
-        """Start and end logits of each window, in order. Raises what the run raised. To be called once."""
+        """Start and end logits of each window, in order. Raises what the run raised. Call it once."""
         if not self._futures or self._pid != os.getpid():
             return self._run()
         try:
             return [logits for future in self._futures for logits in future.result()]
         finally:
-            self.cancel()  # the rest, where one failed
+            self.cancel()  # the rest, if one failed
 
     def cancel(self) -> None:
-        """Drops the windows that no thread has begun. Does nothing the second time."""
+        """Drops the windows that no thread has started. A second call does nothing."""
         if self._futures and self._pid == os.getpid():
             for future in self._futures:
                 future.cancel()
@@ -130,11 +151,20 @@ class Pending:
 
 
 class OnnxModel:
-    """A model file as a function from windows to logits. Safe under threads, and after a fork.
+    """A model file as a function from windows to logits. Safe under threads and after a fork.
 
-    ``read`` gives the model's bytes; it is called once a session. ``options`` are the ``SessionSettings`` as a
-    manifest holds them, ``longest`` is the model's longest input in tokens. Raises InputError on an unknown device or thread count, DeviceError, BundleError
-    on a graph that is no question-answering model and on wrong settings.
+    Args:
+        read: Returns the bytes of the model; called once per session.
+        device: auto, cpu, cuda or cuda:N.
+        threads: CPU threads; None takes all CPUs.
+        pad_token_id: The id that fills batches.
+        settings: How it runs on a CPU.
+        longest: The longest input of the model in tokens; None for no limit.
+
+    Raises:
+        InputError: The device is unknown, or ``threads`` is below 1.
+        DeviceError: CUDA was requested but is not available.
+        BundleError: The graph is not a question-answering model.
     """
 
     def __init__(
@@ -144,7 +174,7 @@ class OnnxModel:
         device: str = "auto",
         threads: int | None = None,
         pad_token_id: int = 0,
-        options: Mapping[str, Any] | None = None,
+        settings: SessionSettings | None = None,
         longest: int | None = None,
     ) -> None:
         if threads is not None and threads < 1:
@@ -152,7 +182,7 @@ class OnnxModel:
         self._read = read
         self._pad_token_id = pad_token_id
         self._longest = longest
-        self._settings = SessionSettings.from_manifest(options)
+        self._settings = settings or SessionSettings()
         self.threads = threads or usable_cpus()
         self._lock = threading.Lock()
         self._sessions = _Sessions()
@@ -160,28 +190,21 @@ class OnnxModel:
         self._providers = providers(onnxruntime(), asked)
         wide = self._first_session(asked)
         self.device = "cuda" if wide.get_providers()[0] == CUDA else "cpu"
-        self._kinds = {i.name: _TYPES.get(i.type) for i in wide.get_inputs()}
+        self._kinds = _input_types(wide)
         self.inputs = tuple(self._kinds)
-        outputs = tuple(o.name for o in wide.get_outputs())
-        known = set(self.inputs) <= _INPUTS and "input_ids" in self.inputs and None not in self._kinds.values()
-        if not known or outputs[:2] != _OUTPUTS:
-            raise BundleError(
-                f"model.onnx: inputs {', '.join(self.inputs)} and outputs {', '.join(outputs)} are not those of a "
-                "question-answering model: export it with qadeploy export"
-            )
         self._ones = np.ones((1, 512), dtype=np.int64)
         self._sample: Window | None = None
 
     def with_layout(self, one: str | None) -> OnnxModel:
-        """The same sessions with another layout of one question's windows."""
+        """A model with the same sessions and another layout for the windows of one question."""
         model = copy(self)
         model._settings = replace(self._settings, one=one, threads=None)
         return model
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
-        """Start and end logits of each window, float32 ``[tokens]`` each, in order, as soon as can be.
+        """Start and end logits of each window, float32 ``[tokens]`` each, in order, with the least delay.
 
-        On a CPU windows run alone, side by side or wide as the layout says.
+        On a CPU each window runs alone; the layout decides which run narrow and which wide.
         """
         if not windows:
             return []
@@ -190,8 +213,8 @@ class OnnxModel:
             if self.device == "cuda":
                 return self._on_device().run(windows)
             threads = self.threads
-            narrow = self._settings.narrow_windows(len(windows), threads) if threads > 1 else 0
-            order = _longest_first(windows)  # the shortest run wide: they gain least from a thread of their own
+            narrow = narrow_windows(self._settings, len(windows), threads) if threads > 1 else 0
+            order = _longest_first(windows)  # the shortest run wide: they gain least from running side by side
             futures = self._submit([windows[i] for i in order[:narrow]])
             logits = dict(zip(order, [f.result()[0] for f in futures], strict=False))
             session = self._get("wide") if narrow < len(windows) else None
@@ -201,10 +224,10 @@ class OnnxModel:
             self._settle()
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """Begins to run many windows and returns at once, so that the caller can prepare the next ones meanwhile.
+        """Starts to run many windows and returns at once, so that the caller can prepare the next ones.
 
-        On a CPU each runs on one thread, behind those started before; ``threads=1`` runs them when the result
-        is asked for. CUDA works on its batches in the background, the next ones padded meanwhile.
+        On a CPU each window runs on one thread, after those started before; with ``threads=1`` they run when the result
+        is requested. On CUDA batches run in the background, while the next ones are padded.
         """
         if not windows or (self.device != "cuda" and self.threads == 1):
             return Pending(partial(self.run, windows))
@@ -214,9 +237,9 @@ class OnnxModel:
         return Pending(partial(self.run, windows), futures, self._settle)
 
     def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
-        """Like ``run``, as one padded batch; the padding's logits are cut off.
+        """Like ``run``, as one padded batch; logits of padding are removed.
 
-        A model without ``attention_mask`` cannot tell padding from text: its windows run in one batch a length.
+        A model without ``attention_mask`` cannot tell padding from text: its windows run in one batch per length.
         """
         if self.device == "cuda":
             return self._on_device().run_many(windows)
@@ -228,12 +251,12 @@ class OnnxModel:
         return [logits[i] for i in range(len(windows))]
 
     def warm_up(self, window: Window) -> None:
-        """On CUDA captures the graphs of one window's run, of every length; it is about a second's work. Else nothing."""
+        """On CUDA, captures the graphs for one window of any length, in about a second. On a CPU it does nothing."""
         if self.device == "cuda":
             self._on_device().warm_up(window)
 
     def notes(self) -> list[str]:
-        """On CUDA which paths windows take, and why not the faster ones; nothing on a CPU."""
+        """On CUDA, how windows run and what keeps them from running faster; empty on a CPU."""
         return self._on_device().notes() if self.device == "cuda" else []
 
     def _run_padded(self, windows: Sequence[Window]) -> list[Logits]:
@@ -248,7 +271,7 @@ class OnnxModel:
             return sessions.runner
 
     def _runner(self) -> DeviceRunner:
-        """The runner of the CUDA device. Raises DeviceError where CUDA does not start."""
+        """The runner of the CUDA device. Raises DeviceError if CUDA does not start."""
         number = self._providers[0][1]["device_id"]
         return DeviceRunner(
             onnxruntime(),
@@ -273,7 +296,7 @@ class OnnxModel:
         return starts[0], ends[0]
 
     def _single(self, ids: IntArray, types: IntArray | None) -> dict[str, IntArray]:
-        ones = self._ones  # shared: a window that runs alone has no padding, whatever its length
+        ones = self._ones  # shared, because a window that runs alone has no padding
         if len(ids) > ones.shape[1]:
             ones = self._ones = np.ones((1, len(ids)), dtype=np.int64)
         batch = {"input_ids": ids[None], "attention_mask": ones[:, : len(ids)]}
@@ -283,18 +306,32 @@ class OnnxModel:
 
     def _call(self, session: Any, batch: Mapping[str, Any], options: Any = None) -> Logits:
         feeds = {name: batch[name].astype(kind, copy=False) for name, kind in self._kinds.items()}
-        starts, ends = session.run(_OUTPUTS, feeds, options)
-        return starts.astype(np.float32, copy=False), ends.astype(np.float32, copy=False)
+        try:
+            found = session.run(LOGIT_NAMES, feeds, options)
+        except Exception as error:
+            raise run_error(error) from error
+        shape = batch["input_ids"].shape
+        for name, logits in zip(LOGIT_NAMES, found, strict=True):
+            if not isinstance(logits, np.ndarray) or logits.dtype.kind != "f" or logits.shape != shape:
+                what = (
+                    f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, np.ndarray) else type(logits).__name__
+                )
+                raise BundleError(
+                    f"model.onnx: {name} must be numbers {list(shape)}, not {what}: export it with qadeploy export"
+                )
+        # Copied, because an array whose memory belongs to ONNX Runtime must not be freed in a forked child.
+        starts, ends = (np.array(logits, dtype=np.float32) for logits in found)
+        return starts, ends
 
     def _count(self, windows: Sequence[Window]) -> None:
         sessions = self._mine()
         with self._lock:
             sessions.calls += 1
             sessions.large |= sum(len(w) ** 2 for w in windows) >= LARGE
-            self._sample = windows[0]  # any will do
+            self._sample = windows[0]  # any window
 
     def _settle(self) -> None:
-        """Ends a call. The last one of several gives back the memory that large inputs made the arenas take."""
+        """Ends a call. The last running call returns the memory that the arenas took for large inputs."""
         sessions = self._mine()
         with self._lock:
             sessions.calls = max(sessions.calls - 1, 0)
@@ -303,10 +340,10 @@ class OnnxModel:
             sessions.large = False
         options = onnxruntime().RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        ids, types = self._sample.input_ids[:_SHRINK_BY], self._sample.token_type_ids
+        ids, types = self._sample.input_ids[:_SHRINK_TOKENS], self._sample.token_type_ids
         for session in (sessions.wide, sessions.narrow):
-            if session is not None:  # the arena shrinks when a run ends, so this takes a run: a short one
-                self._call(session, self._single(ids, None if types is None else types[:_SHRINK_BY]), options)
+            if session is not None:  # an arena shrinks at the end of a run, so this needs a short run
+                self._call(session, self._single(ids, None if types is None else types[:_SHRINK_TOKENS]), options)
 
     def _mine(self) -> _Sessions:
         if self._sessions.pid != os.getpid():
@@ -329,7 +366,7 @@ class OnnxModel:
         sessions = self._mine()
         with self._lock:
             if sessions.pool is None:
-                workers = 2 if self.device == "cuda" else self.threads  # one pads its batch while the other's runs
+                workers = 2 if self.device == "cuda" else self.threads  # one pads a batch while the other's batch runs
                 sessions.pool = ThreadPoolExecutor(workers, thread_name_prefix="qadeploy")
             return sessions.pool
 
@@ -338,7 +375,7 @@ class OnnxModel:
         return bool(self._providers == [CPU])
 
     def _first_session(self, asked: Device) -> Any:
-        """The wide session: on CUDA, its runner's, where that is its first provider, else for ``auto`` on the CPU."""
+        """The wide session: the runner's if its first provider is CUDA, else, for ``auto``, one on the CPU."""
         reason = ""
         if not self._on_cpu:
             try:
@@ -349,46 +386,76 @@ class OnnxModel:
             except DeviceError as error:
                 reason = str(error)
             refuse(onnxruntime(), asked, reason)
-            self._providers = [CPU]  # anew, with the settings for a CPU
+            self._providers = [CPU]  # with the settings for a CPU
         self._sessions.wide = self._session(self.threads)
         return self._sessions.wide
 
     def _session(self, threads: int, graphs: bool = False) -> Any:
-        """A session; with ``graphs``, one that can capture CUDA graphs."""
-        ort = onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
+        """A new session; with ``graphs``, one that can capture CUDA graphs."""
         on_cpu = self._on_cpu
         settings = self._settings if on_cpu else SessionSettings()
         chosen = self._providers
         if graphs and not on_cpu:
             (name, values), *rest = chosen
             chosen = [(name, {**values, "enable_cuda_graph": "1"}), *rest]
-            options.enable_mem_pattern = False  # it would allocate while a graph is captured
         try:
-            for name, value in settings.config.items():
-                options.add_session_config_entry(name, value)
+            options = session_options(threads, settings.config)
+            if graphs and not on_cpu:
+                options.enable_mem_pattern = False  # it would allocate memory while a graph is captured
             with _creating:
-                session = ort.InferenceSession(
+                return onnxruntime().InferenceSession(
                     self._read(),
                     options,
                     providers=chosen,
                     disabled_optimizers=list(settings.disabled_optimizers) or None,
-                    enable_fallback=0,  # which prints on stdout, and hides what went wrong
+                    enable_fallback=0,  # a fallback prints to stdout and hides the error
                 )
-                _live.add(session)
-                return session
         except (DeviceError, BundleError):
             raise
-        except Exception as error:  # the binding raises one class a status code, all of them bare
+        except Exception as error:  # the binding raises one bare class per status code
             reason = " ".join(str(error).split())[:300]
             if not on_cpu:
                 raise DeviceError(f"ONNX Runtime cannot start the model on CUDA: {reason}") from error
             raise BundleError(f"model.onnx: ONNX Runtime cannot load it: {reason}") from error
 
 
+def narrow_windows(settings: SessionSettings, windows: int, threads: int) -> int:
+    """How many windows of one question run side by side on one thread each; the others run wide, one by one.
+
+    As many as fill all threads in full rounds. The rest would leave threads idle: they run wide if that is
+    faster than one more round. With s = 1 / (1 - p + p / threads), the speedup of a wide run (Amdahl's law,
+    p = ``PARALLEL_SHARE``), r windows take r / s of the time of a narrow run.
+    """
+    if settings.one is not None and settings.threads in {None, threads}:
+        return windows if settings.one == "narrow" else 0
+    rest = windows % threads
+    speedup = 1 / (1 - PARALLEL_SHARE + PARALLEL_SHARE / threads)
+    return windows - rest if rest < speedup else windows
+
+
+def _input_types(session: Any) -> dict[str, np.dtype[Any]]:
+    """The inputs of a question-answering model with their types. Raises BundleError if it is none."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    names, given = {each.name for each in inputs}, tuple(each.name for each in outputs)
+    if (
+        not names <= _INPUTS
+        or "input_ids" not in names
+        or not {each.type for each in inputs} <= _TYPES.keys()
+        or given[:2] != LOGIT_NAMES
+    ):
+        raise BundleError(
+            f"model.onnx: inputs {', '.join(each.name for each in inputs)} and outputs {', '.join(given)} are not those of a "
+            "question-answering model: export it with qadeploy export"
+        )
+    for each in inputs:
+        if len(each.shape) != 2 or any(isinstance(size, int) and size >= 0 for size in each.shape):
+            raise BundleError(
+                f"model.onnx: {each.name} has the shape {each.shape}, not any number of windows of any length: "
+                "export it with qadeploy export"
+            )
+    return {each.name: _TYPES[each.type] for each in inputs}
+
+
 def _longest_first(windows: Sequence[Window]) -> list[int]:
-    """Indices by length: so that what ends last is short, and neighbours are of like length."""
+    """Indices by length, longest first: the run that ends last is short, and neighbours have similar lengths."""
     return sorted(range(len(windows)), key=lambda i: -len(windows[i]))

@@ -1,15 +1,17 @@
-"""The three layers of a prediction in a form that people can read: encoding, forward pass, selection."""
+"""The steps of an answer in readable form: encoding, forward pass, span selection."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from qadeploy.core.prefilter import Ranking
-from qadeploy.inference.answerer import Answerer, OnWindows, Options, Reading, to_answers
+from qadeploy.core.settings import Options
+from qadeploy.inference.answerer import Answerer, DecodedPair, to_answers
 from qadeploy.records import Window
 
 _TOP = 5
@@ -18,31 +20,30 @@ _SHOWN_TOKENS = 48
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A pair of start and end positions with its fate: ``reason`` says why it won or lost."""
+class SpanCandidate:
+    """A pair of start and end tokens in one window, and what became of it.
+
+    Attributes:
+        window: The number of the window, from 1, among those that were read.
+        start_token: Position of the first token in the window.
+        end_token: Position of the last token in the window.
+        logit: Start logit + end logit.
+        text: The text of a valid span, else empty.
+        answer: Its rank among the answers, from 1; None if it is no answer.
+        verdict: Why it is one or is not, for people.
+    """
 
     window: int
     start_token: int
     end_token: int
     logit: float
     text: str
-    reason: str
+    answer: int | None
+    verdict: str
 
 
-def trace(
-    answerer: Answerer, question: str, context: str, options: Options, on_windows: OnWindows | None = None
-) -> tuple[Reading, list[Candidate]]:
-    """One question read, and the strongest candidates of all windows, the invalid ones among them."""
-    reading = answerer.read(question, context, options, on_windows)
-    return reading, candidates_of(reading, options)
-
-
-def candidates_of(reading: Reading, options: Options) -> list[Candidate]:
-    """The strongest candidates of all windows, the invalid ones among them, best first."""
-    return list(_candidates(reading, options))
-
-
-def _candidates(reading: Reading, options: Options) -> Iterator[Candidate]:
+def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate]:
+    """The strongest candidates of all windows, valid or not, best first."""
     pairs: list[tuple[float, int, int, int]] = []
     for number, (window, (starts, ends)) in enumerate(zip(reading.windows, reading.logits, strict=True)):
         size = len(window)
@@ -52,35 +53,33 @@ def _candidates(reading: Reading, options: Options) -> Iterator[Candidate]:
             for e in np.argsort(-ends[:size])[:_TOP]
         ]
     pairs.sort(key=lambda p: -p[0])
-    answers = to_answers(reading, options)
+    answers = {(a.start, a.end): (rank, a) for rank, a in enumerate(to_answers(reading, options), 1)}
     seen: dict[tuple[int, int], int] = {}
-    rank = 0
     for logit, number, start, end in pairs[: 4 * _TOP]:
-        window = reading.windows[number]
-        fault = _fault(reading, window, start, end)
-        text = ""
-        if fault is None:
+        window, text, answer = reading.windows[number], "", None
+        verdict = _fault(reading, window, start, end)
+        if not verdict:
             first, last = _span(reading, window, start, end)
             text = reading.context.text[first:last]
             if (first, last) in seen:
-                fault = f"the same text as number {seen[first, last]}, seen in another window or by other tokens"
+                verdict = f"the same text as number {seen[first, last]}, from another window or other tokens"
             else:
-                rank += 1
-                seen[first, last] = rank
-                chosen = next((a for a in answers if (a.start, a.end) == (first, last)), None)
-                fault = (
-                    f"answer {answers.index(chosen) + 1}, score {chosen.score:.4f}" if chosen else "valid, outscored"
-                )
-        yield Candidate(number + 1, start, end, logit, text, fault)
+                seen[first, last] = len(seen) + 1
+                verdict = "valid, but not among the answers"
+                if (first, last) in answers:
+                    answer, found = answers[first, last]
+                    verdict = f"answer {answer}, score {found.score:.4f}"
+        yield SpanCandidate(number + 1, start, end, logit, text, answer, verdict)
 
 
-def _span(reading: Reading, window: Window, start: int, end: int) -> tuple[int, int]:
+def _span(reading: DecodedPair, window: Window, start: int, end: int) -> tuple[int, int]:
     shift = window.context_offset - window.context_begin
     offsets = reading.context.offsets
     return reading.context.visible(int(offsets[start + shift, 0]), int(offsets[end + shift, 1]))
 
 
-def _fault(reading: Reading, window: Window, start: int, end: int) -> str | None:
+def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:
+    """Why a candidate is not a valid span, empty if it is one."""
     inside = range(window.context_begin, window.context_begin + window.context_length)
     if start == end == window.null_index:
         return "the null position: no answer in this window"
@@ -92,18 +91,21 @@ def _fault(reading: Reading, window: Window, start: int, end: int) -> str | None
         return f"is {end - start + 1} tokens long, max_answer_len is {reading.settings.max_answer_len}"
     shift = window.context_offset - window.context_begin
     if reading.context.blank[start + shift] or reading.context.blank[end + shift]:
-        return "begins or ends on white space"
-    return None
+        return "starts or ends with white space"
+    return ""
 
 
-def trace_lines(answerer: Answerer, reading: Reading, candidates: list[Candidate]) -> Iterator[str]:
+def trace_lines(answerer: Answerer, reading: DecodedPair, options: Options) -> Iterator[str]:
     """The trace as lines of text."""
     encoder, settings = answerer.encoder, reading.settings
+    cut = encoder.cut(
+        reading.question, reading.context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
+    )
     yield "1 INPUT ENCODING"
     yield (
         f"  question {len(reading.question)} tokens, context {len(reading.context)} tokens, "
         f"{len(reading.windows)} window{'s' if len(reading.windows) > 1 else ''} of at most {settings.max_seq_len} tokens, "
-        f"overlap {settings.doc_stride}"
+        f"overlap {cut.overlap}"
     )
     if reading.ranking is not None:
         yield _prefilter_line(reading.ranking)
@@ -136,13 +138,13 @@ def trace_lines(answerer: Answerer, reading: Reading, candidates: list[Candidate
     yield ""
     yield f"3 SPAN SELECTION (best valid start <= end, at most {settings.max_answer_len} tokens, over all windows)"
     yield f"  {'window':>6} {'tokens':>9} {'logit':>8}  verdict"
-    for c in candidates[: 2 * _TOP + 2]:
+    for c in islice(candidates(reading, options), 2 * _TOP + 2):
         text = f' "{c.text}"' if c.text else ""
-        yield f"  {c.window:>6} {f'{c.start_token}-{c.end_token}':>9} {c.logit:>+8.2f} {text} {c.reason}"
+        yield f"  {c.window:>6} {f'{c.start_token}-{c.end_token}':>9} {c.logit:>+8.2f} {text} {c.verdict}"
     threshold = settings.null_threshold or 0.0
     yield (
-        f"  null logit {reading.decoded.null_logit:+.2f} (the least over windows): where the null answer is allowed, it wins if "
-        f"it exceeds the best span's by more than {threshold:.2f}"
+        f"  null logit {reading.decoded.null_logit:+.2f} (the minimum over windows): if the null answer is allowed, it wins "
+        f"when this exceeds the logit of the best span by more than {threshold:.2f}"
     )
     yield f"  scores: one softmax over all valid spans at temperature {settings.temperature:.3f}"
 
@@ -152,19 +154,19 @@ def _prefilter_line(ranking: Ranking) -> str:
     shown = ", ".join(f"{n + 1} ({ranking.scores[n]:.2f})" for n in read[:_SHOWN_WINDOWS])
     more = ", ..." if len(read) > _SHOWN_WINDOWS else ""
     out = np.delete(ranking.scores, read).max()
-    none = "; no token of the question occurs, so these are the first" if not ranking.scores.any() else ""
+    none = "" if ranking.scores.any() else "; no token of the question occurs in the context, so these are the first"
     return (
         f"  prefilter: of {len(ranking.scores)} windows the {len(read)} best by BM25 are read, {shown}{more}; "
-        f"{len(ranking.scores) - len(read)} are left out, the best of them with {out:.2f}{none}"
+        f"{len(ranking.scores) - len(read)} are left out, the best of them with score {out:.2f}{none}"
     )
 
 
-def trace_dict(answerer: Answerer, reading: Reading, candidates: list[Candidate]) -> dict[str, Any]:
-    """The trace as plain JSON values: windows with ids, pieces of text, offsets and logits, candidates with verdicts.
+def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> dict[str, Any]:
+    """The trace as plain JSON values: windows with ids, tokens, offsets and logits, and candidates with verdicts.
 
-    ``offsets`` are code points of the context, null for the question's tokens and special ones; ``context_begin``
-    is the position of a window's first context token, ``context_offset`` its number in the whole context. ``prefilter`` is null
-    where all windows were read, else the numbers, from 1, of those that were, and the scores of all.
+    ``offsets`` are code points of the context, null for special tokens and those of the question. ``context_begin``
+    is the position of the first context token in a window, ``context_offset`` its index in the whole context. ``prefilter`` is
+    null if all windows were read, else the numbers (from 1) of those that were, and the scores of all.
     """
     offsets = reading.context.offsets
     return {
@@ -201,9 +203,10 @@ def trace_dict(answerer: Answerer, reading: Reading, candidates: list[Candidate]
                 "tokens": [c.start_token, c.end_token],
                 "logit": c.logit,
                 "text": c.text,
-                "verdict": c.reason,
+                "answer": c.answer,
+                "verdict": c.verdict,
             }
-            for c in candidates
+            for c in candidates(reading, options)
         ],
         "null_logit": reading.decoded.null_logit,
     }

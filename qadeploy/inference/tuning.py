@@ -1,7 +1,7 @@
-"""Which session settings run a model soonest on this machine: measured in turns, and kept where nothing is clearly better.
+"""Measures which session settings run a model fastest on this machine. They stay as they are unless others are clearly faster.
 
-Three steps, each from the best of the one before: graph optimizers of ONNX Runtime to leave out, whether its idle threads
-spin or sleep, and the layout of one question's windows on threads. ``qadeploy tune`` and the export measure with it.
+There are three steps, each from the best settings so far: ONNX Runtime's graph optimizers to leave out, whether idle threads
+spin or sleep, and the layout of one question's windows on the threads. ``qadeploy tune`` and the export use this.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 
 from qadeploy.errors import InputError
 from qadeploy.inference.answerer import Answerer, Pair
-from qadeploy.inference.layout import SessionSettings
-from qadeploy.inference.session import OnnxModel
+from qadeploy.inference.manifest import SessionSettings
+from qadeploy.inference.session import OnnxModel, narrow_windows
 from qadeploy.records import Window
 from qadeploy.timing import Timing, interleave, spread
 
 TARGETS = ("latency", "throughput")
-# What the runtime fuses by itself: six SkipLayerNormalization kernels took 1.8 ms of an int8 MiniLM, plain
+# One of the fusions can be slow: six SkipLayerNormalization kernels took 1.8 ms in an int8 MiniLM, plain
 # LayerNormalization 0.03 ms each (ONNX Runtime 1.32, 2 cores with AVX512-VNNI).
 SESSIONS: tuple[dict[str, Any], ...] = ({}, {"disabled_optimizers": ["SkipLayerNormFusion"]})
 SPINNING = "session.intra_op.allow_spinning"
@@ -31,10 +31,10 @@ ROUNDS = 9
 _QUESTIONS = 16
 _LAYOUTS: tuple[str | None, ...] = (None, "wide", "narrow")
 _LAYOUT_QUESTIONS = 6
-_LOOKED_AT = 200  # questions, for some of one window and some of several
-_JOINED = 64  # contexts at most, to make a question of several windows
-SECONDS = 60.0  # all steps together, about; large models are asked fewer questions
-_PASSES = 17  # about so many times is each question asked in a round of all steps
+_SEARCHED = 200  # questions searched for some with one window and some with several
+_JOINED = 64  # at most this many contexts make a question with several windows
+SECONDS = 60.0  # for all steps, approximately; large models are asked fewer questions
+_PASSES = 17  # each question is asked about this often per round of all steps
 _COMPARED = 32  # windows whose logits are compared
 
 Make = Callable[[Mapping[str, Any]], Answerer]
@@ -42,10 +42,18 @@ Make = Callable[[Mapping[str, Any]], Answerer]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One setting as measured: milliseconds a question, and the speed as times that of its step's first.
+    """The measurement of one setting.
 
-    ``logits_apart`` is the largest difference of any logit to the settings that were there before; where it is above the
-    tolerance ``taken`` is never true.
+    Attributes:
+        step: The step that it belongs to.
+        settings: Its name.
+        ms: Milliseconds per question, the median of the rounds.
+        ms_range: Minimum and maximum.
+        speedup: The speed relative to the first setting of the step.
+        speedup_range: Minimum and maximum.
+        logits_apart: The largest difference of any logit from those of the settings before tuning.
+        sound: Whether that is within the tolerance.
+        taken: Whether it was chosen.
     """
 
     step: str
@@ -61,7 +69,19 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The settings found, and how: ``session`` as a manifest holds it, ``logits_apart`` what it moves the logits by."""
+    """The settings found and how they were measured.
+
+    Attributes:
+        session: The settings found, as the ``session`` entry of a manifest.
+        before: The settings before.
+        target: latency or throughput.
+        threads: The CPU threads.
+        questions: The number of questions asked.
+        rounds: The number of rounds.
+        tolerance: The largest difference of logits allowed, None for any.
+        logits_apart: The largest difference that ``session`` makes.
+        trials: All measurements.
+    """
 
     session: dict[str, Any]
     before: dict[str, Any]
@@ -75,31 +95,30 @@ class Tuning:
 
     @classmethod
     def none(cls, threads: int) -> Tuning:
-        """Nothing was measured: ONNX Runtime's own settings, as on CUDA."""
+        """ONNX Runtime's own settings, without measurements, as on CUDA."""
         return cls({}, {}, TARGETS[0], threads, 0, 0, None, 0.0, ())
 
     @property
     def changed(self) -> bool:
-        """Whether other settings were found than those that were there."""
+        """Whether the settings found differ from those before."""
         return self.session != self.before
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the settings before and found, as plain JSON values: a manifest's ``tuning`` entry."""
+        """The ``tuning`` entry of a manifest, as plain JSON values: all but the settings before and after."""
         return {k: v for k, v in asdict(self).items() if k not in {"session", "before"}}
 
     def lines(self) -> list[str]:
-        """The leaderboard as text: a line a setting, under a line that says what was measured."""
+        """The measurements as text, one line per setting."""
         asked = "one at a time" if self.target == "latency" else "many at once"
         text = [
             f"{self.questions} questions {asked}, {self.threads} thread{'s' * (self.threads > 1)}, medians of {self.rounds} "
-            "rounds in turns (least to most); x is against the first of its step",
-            f"{'step':<34} {'setting':<34} {'ms a question':>24} {'x':>22}  {'logits moved by':>15}",
+            "interleaved rounds (range); x is the speed relative to the first of its step",
+            f"{'step':<34} {'setting':<34} {'ms per question':>24} {'x':>22}  {'logits moved by':>15}",
         ]
         for t in self.trials:
             ms = f"{t.ms:.2f} ({t.ms_range[0]:.2f} to {t.ms_range[1]:.2f})"
             ratio = f"{t.speedup:.2f} ({t.speedup_range[0]:.2f} to {t.speedup_range[1]:.2f})"
-            end = "" if t.sound else "  too far: left out"
-            end = "  <- taken" if t.taken else end
+            end = "  <- taken" if t.taken else "" if t.sound else "  above the tolerance: left out"
             text.append(f"{t.step:<34} {t.settings:<34} {ms:>24} {ratio:>22}  {t.logits_apart:>15.1e}{end}")
         return text
 
@@ -114,13 +133,21 @@ def tune(
     seconds: float = SECONDS,
     say: Callable[[str], object] = lambda _: None,
 ) -> Tuning:
-    """Measures the settings of ``SESSIONS``, spinning and layouts for the model that ``make`` makes an answerer of.
+    """Measures graph optimizers (``SESSIONS``), spinning and layouts on this machine.
 
-    ``make`` takes session settings; ``pairs`` are the (question, context) pairs to time with; ``stored`` the settings that
-    stay where none is clearly faster (see ``Timing.clearly_faster``), with all their other entries. Settings that move any logit
-    by more than ``tolerance`` are left out (None: none is). About ``seconds`` are spent, by asking fewer questions of a
-    large model, at least two. ``target`` decides on the first two steps; the layout is about
-    one question at any time. Raises InputError on an unknown target, without pairs, and what answering raises.
+    Args:
+        make: Makes an answerer of the model with the session settings given.
+        pairs: (question, context) pairs to measure with.
+        stored: The settings before; they stay unless others are clearly faster (``Timing.clearly_faster``). Their other
+            entries are kept.
+        target: latency (one question at a time) or throughput (many at once). It applies to the first two steps: the layout
+            concerns single questions only.
+        tolerance: Settings that move any logit by more are left out; None leaves none out.
+        seconds: The approximate time for all steps. A large model is asked fewer questions, but at least two.
+        say: Called with a line before each step.
+
+    Raises:
+        InputError: ``target`` is unknown, there are no pairs, or a pair cannot be answered.
     """
     if target not in TARGETS:
         raise InputError(f"target is {target!r}: choose one of {', '.join(TARGETS)}")
@@ -130,7 +157,7 @@ def tune(
 
 
 class _Tuner:
-    """One tuning under way: the settings found so far, their answerer, and the trials."""
+    """A tuning in progress: the settings found so far, their answerer, and the trials."""
 
     def __init__(
         self,
@@ -149,10 +176,10 @@ class _Tuner:
         self.threads = model_of(self.answerer).threads
         self.asked = self._fitting(pairs, seconds)
         self.pairs = pairs
-        looked_at = [(pair, self._windows(pair)) for pair in spread(pairs, _LOOKED_AT)]
+        searched = [(pair, self._windows(pair)) for pair in spread(pairs, _SEARCHED)]
         few = min(_LAYOUT_QUESTIONS, len(self.asked))
-        self.single = spread([pair for pair, windows in looked_at if len(windows) == 1], few)
-        self.several = spread([pair for pair, windows in looked_at if len(windows) > 1], few)
+        self.single = spread([pair for pair, windows in searched if len(windows) == 1], few)
+        self.several = spread([pair for pair, windows in searched if len(windows) > 1], few)
         if not self.several:
             made = [self._long(pairs, pair) for pair in spread(pairs, few)]
             self.several = [pair for pair in made if len(self._windows(pair)) > 1]
@@ -184,7 +211,7 @@ class _Tuner:
     # ------------------------------------------------------------ questions
 
     def _fitting(self, pairs: Sequence[Pair], seconds: float) -> list[Pair]:
-        """Questions at even distances: as many as the time allows, for many at once enough to keep all threads busy."""
+        """Evenly spaced questions: as many as the time allows; for throughput enough to keep all threads busy."""
         most = _QUESTIONS if self.target == "latency" else max(_QUESTIONS, 4 * self.threads)
         asked = spread(pairs, most)
         self.answerer.answer(*asked[0])
@@ -205,7 +232,7 @@ class _Tuner:
         )
 
     def _long(self, pairs: Sequence[Pair], pair: Pair) -> Pair:
-        """The question on its context and those after it, joined until they fill three windows."""
+        """The question with its context and those after it, joined until they fill three windows."""
         first = pairs.index(pair)
         context = pair[1]
         for i in range(1, _JOINED):
@@ -217,7 +244,7 @@ class _Tuner:
     # ------------------------------------------------------------ steps
 
     def _step(self, step: str, others: Mapping[str, dict[str, Any]]) -> None:
-        """Times settings (by name, the ones so far first) for the target, and goes on with the best."""
+        """Measures settings by name, the current ones first, and keeps the best."""
         (first, _), *rest = others.items()
         self.say(f"measuring {step}")
         answerers = {first: self.answerer, **{name: self.make(others[name]) for name, _ in rest}}
@@ -241,7 +268,7 @@ class _Tuner:
                 continue
             self.say(f"measuring the layout of questions {kind}")
             counts = [len(self._windows(pair)) for pair in pairs]
-            first = {self._plan(way, counts): way for way in reversed(ways)}  # of those that run alike
+            first = {self._plan(way, counts): way for way in reversed(ways)}  # of layouts that run alike, the first
             alone = [way for way in ways if first[self._plan(way, counts)] == way]
             work = {str(way): (lambda a=answerers[way], p=pairs: _one_by_one(a, p)) for way in alone}
             timed = interleave(work, ROUNDS)
@@ -259,15 +286,15 @@ class _Tuner:
             rows = {names[way]: timings[way] for way in ways}
             moved = {name: apart[way] for way, name in names.items()}
             self._record(f"layout, questions {kind}", rows, moved, names[taken], len(counts))
-        if taken != stored or stored != settings.one:  # the latter: one for other threads
+        if taken != stored or stored != settings.one:  # or it was measured with other threads
             rest = {k: v for k, v in self.session.items() if k != "layout"}
             self.session = rest if taken is None else {**rest, "layout": {"one": taken, "threads": self.threads}}
             self.answerer, self.moved = answerers[taken], apart[taken]
 
     def _plan(self, way: str | None, counts: Sequence[int]) -> tuple[int, ...]:
-        """How many windows of each question run narrow."""
+        """The number of windows of each question that run narrow."""
         settings = SessionSettings(one=way)
-        return tuple(settings.narrow_windows(count, self.threads) for count in counts)
+        return tuple(narrow_windows(settings, count, self.threads) for count in counts)
 
     def _with(self, model: OnnxModel) -> Answerer:
         return Answerer(self.answerer.encoder, self.answerer.settings, model)
@@ -277,7 +304,7 @@ class _Tuner:
             return lambda: _one_by_one(answerer, self.asked)
         return lambda: answerer.answer_batch(self.asked)
 
-    # ------------------------------------------------------------ logits, and what is written down
+    # ------------------------------------------------------------ logits and trials
 
     def _logits(self, answerer: Answerer) -> np.ndarray[Any, Any]:
         return np.concatenate([values for pair in answerer.model.run(self.compared) for values in pair])
@@ -308,14 +335,14 @@ class _Tuner:
 
 
 def model_of(answerer: Answerer) -> OnnxModel:
-    """The ONNX model of an answerer. Raises InputError where it has another kind of model."""
+    """The ONNX model of an answerer. Raises InputError if it has another kind of model."""
     if not isinstance(answerer.model, OnnxModel):
-        raise InputError("session settings are those of an ONNX model: give a bundle")
+        raise InputError("only an ONNX model has session settings: give a bundle")
     return answerer.model
 
 
 def _graphs(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Settings by name, those of ``session`` first: with each of the known optimizers to leave out."""
+    """Settings by name, ``session`` first: with each known choice of optimizers to leave out."""
     rest = {k: v for k, v in session.items() if k != "disabled_optimizers"}
     found: dict[str, dict[str, Any]] = {}
     for names in (session.get("disabled_optimizers", []), *(s.get("disabled_optimizers", []) for s in SESSIONS)):
@@ -326,7 +353,7 @@ def _graphs(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _spins(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Settings by name, those of ``session`` first: idle threads wait spinning, which is the default, or asleep."""
+    """Settings by name, ``session`` first: idle threads spin, which is the default, or sleep."""
     rest = {k: v for k, v in session.items() if k != "config"}
     config = {k: v for k, v in session.get("config", {}).items() if k != SPINNING}
     sleep = {**rest, "config": {**config, SPINNING: "0"}}

@@ -1,1 +1,1 @@
-"""Other ways in: transformers' pipeline, Triton, graphs that answer by themselves."""
+"""Other ways to use a bundle: transformers' pipeline, Triton, graphs that answer by themselves."""

@@ -44,7 +44,7 @@ _PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 _INPUTS = ("X", "data", "question", "context")
 _FORMS = "give question= and context=, a dict with both, or a list of such dicts"
 _DTYPES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16"}
-_STAND_IN = "-"  # asked in place of a blank context, so that the questions of a batch keep their numbers
+_STAND_IN = "-"  # asked instead of a blank context, so that the questions of a batch keep their numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class SquadExample:
 
 @dataclass(frozen=True, slots=True)
 class _Parameters:
-    """What a call goes by, with the pipeline's defaults; None: by the model. Lengths in tokens."""
+    """The options of a call, with the pipeline's defaults; None: the model decides. Lengths in tokens."""
 
     top_k: int = 1
     max_answer_len: int = 15
@@ -69,9 +69,9 @@ class _Parameters:
     batch_size: int = 1
 
     def changed(self, given: Mapping[str, Any]) -> _Parameters:
-        """These with those ``given`` that are not None. Raises CallError on values that make no sense.
+        """A copy with the ``given`` options that are not None. Raises CallError on values that make no sense.
 
-        Names that the pipeline does not know it passes over in silence; here a UserWarning names them.
+        The pipeline silently ignores unknown names; here a UserWarning names them.
         """
         values = {name: value for name, value in given.items() if value is not None}
         if "topk" in values:
@@ -81,12 +81,12 @@ class _Parameters:
         chosen.update({name: bool(values.pop(name)) for name in _SWITCHES if name in values})
         padding = values.pop("padding", False)
         if padding not in _PADDINGS:
-            raise CallError(f"padding is {padding!r}: longest, max_length and do_not_pad are known")
+            raise CallError(f"padding is {padding!r}: give longest, max_length or do_not_pad")
         chosen.pop("num_workers", None)  # windows are made on the tokenizer's own threads
         if values:
             known = ", ".join(sorted((*_LEAST, *_SWITCHES, "padding")))
             warnings.warn(
-                f"the pipeline has no option {', '.join(values)}, so nothing comes of it: there are {known}",
+                f"the pipeline has no option {', '.join(values)}, so it is ignored: there are {known}",
                 UserWarning,
                 stacklevel=3,
             )
@@ -97,16 +97,16 @@ def _whole(name: str, value: object) -> int:
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise CallError(f"{name} is {value!r}: a whole number is needed") from None
+        raise CallError(f"{name} must be a whole number, not {value!r}") from None
     if number < _LEAST[name]:
         raise CallError(f"{name} is {number}: at least {_LEAST[name]} is needed")
     return number
 
 
 class QuestionAnsweringPipeline:
-    """Answers in the calls and shapes of transformers' pipeline of that name; ``pipeline`` makes it. Safe under threads.
+    """Answers in the calls and shapes of transformers' pipeline of that name; made by ``pipeline``. Thread-safe.
 
-    ``answerer`` is what answers, for all that the pipeline's calls cannot say.
+    ``answerer`` is the ``Answerer`` behind it, for everything that the pipeline's calls cannot express.
     """
 
     task = TASK
@@ -117,7 +117,7 @@ class QuestionAnsweringPipeline:
 
     @staticmethod
     def create_sample(question: str | list[str], context: str | list[str]) -> SquadExample | list[SquadExample]:
-        """A question with its context, or a list of them where both are lists. Raises CallError on other types."""
+        """A question with its context, or a list of them if both are lists. Raises CallError on other types."""
         pairs = _paired(question, context, "")
         samples = [SquadExample(pair["question"], pair["context"]) for pair in pairs]
         return samples if isinstance(question, list) else samples[0]
@@ -125,21 +125,21 @@ class QuestionAnsweringPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The answer ``{"score", "start", "end", "answer"}`` to each question; with ``top_k`` above 1 a list of such.
 
-        ``start`` and ``end`` are code points: ``context[start:end] == answer``. Where nothing in the context can be an
-        answer, it is "" at 0. Questions come as
+        ``start`` and ``end`` are code points: ``context[start:end] == answer``. If nothing in the context can be an answer, it
+        is "" at 0. Questions come as
 
-        - ``question=`` and ``context=``: two texts, a list of questions on one context, or two lists of one length;
+        - ``question=`` and ``context=``: two texts, a list of questions on one context, or two lists of equal length;
         - a dict with these keys, several, or a list of them (``create_sample``'s too), also as ``data=`` or ``X=``;
-        - a generator, which is answered while the answers are iterated, ``batch_size`` of its questions at a time, or
-          a torch ``Dataset``, likewise, as often as it is iterated.
+        - a generator, which is answered while the answers are iterated, ``batch_size`` questions at a time, or a torch
+          ``Dataset``, likewise, each time it is iterated.
 
-        One question (a list of one too) gives its answer, more give a list. Options: ``top_k`` (or ``topk``),
+        One question (also a list of one) gives its answer, more give a list. Options: ``top_k`` (or ``topk``),
         ``max_answer_len`` (15), ``max_seq_len`` (384 or what the model takes), ``doc_stride`` (128, at most half of
-        ``max_seq_len``), ``max_question_len`` (longer questions are cut; default: none is), all in tokens,
+        ``max_seq_len``), ``max_question_len`` (longer questions are cut; default: no limit), all in tokens,
         ``handle_impossible_answer``, ``align_to_words`` (true); ``padding`` and ``num_workers`` change nothing.
 
-        Raises CallError, a ValueError, on a call or value that makes no sense; CallKeyError, a KeyError too, where
-        a dict lacks a key; and what ``Answerer.answer`` raises.
+        Raises CallError, a ValueError, on a call or value that makes no sense; CallKeyError, also a KeyError, if a dict
+        lacks a key; and what ``Answerer.answer`` raises.
         """
         named = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
         inputs = _inputs(args, named)
@@ -172,7 +172,7 @@ class QuestionAnsweringPipeline:
                 "windows share, so it must be below what a window holds beside the question"
             )
         return {
-            # More than asked for: answers whose text is the same are one.
+            # More than requested: answers with the same text are one.
             "top_k": 1 if parameters.top_k == 1 else 2 * parameters.top_k + 10,
             "max_answer_len": parameters.max_answer_len,
             "max_seq_len": length,
@@ -218,7 +218,7 @@ class QuestionAnsweringPipeline:
 
 
 class _Answers:
-    """The answers of a data set, found while iterated, and anew each time."""
+    """The answers of a data set, found on each iteration."""
 
     def __init__(self, data: Any, answers: Callable[[Iterable[Any]], Iterator[Any]]) -> None:
         self._data = data
@@ -233,7 +233,7 @@ class _Answers:
 
 
 def _shaped(answers: Sequence[Answer], parameters: _Parameters) -> Any:
-    """One dict for ``top_k`` 1, else a list. Of answers whose texts differ in case at most, the best stays."""
+    """One dict for ``top_k`` 1, else a list. Of answers whose texts differ only in case, the best is kept."""
     best: dict[str, Answer] = {}
     for answer in answers or [Answer("", 0, 0, float(parameters.handle_impossible_answer))]:
         best.setdefault(answer.text.lower(), answer)
@@ -245,9 +245,9 @@ def _shaped(answers: Sequence[Answer], parameters: _Parameters) -> Any:
 
 
 def _inputs(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """The questions of a call in whatever form. Raises CallError where there are none, or two forms at once."""
+    """The questions of a call in any form. Raises CallError if there are none, or two forms at once."""
     if args and named:
-        raise CallError(f"questions come once, but the call has some without a name and {', '.join(named)}= too")
+        raise CallError(f"give questions once: the call has positional ones and {', '.join(named)}=")
     if len(args) == 1:
         return args[0]
     if args:
@@ -262,29 +262,29 @@ def _inputs(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
 
 
 def _paired(question: Any, context: Any, where: str) -> list[dict[str, Any]]:
-    """Questions and contexts given as texts or lists, as one dict a question. Raises CallError on other types."""
+    """Questions and contexts given as texts or lists, as one dict per question. Raises CallError on other types."""
     if isinstance(question, str) and isinstance(context, str):
         return [{"question": question, "context": context}]
     if not isinstance(question, list) or not isinstance(context, str | list):
         kinds = f"question is {type(question).__name__}, context is {type(context).__name__}"
-        raise CallError(f"{where}{kinds}: two texts, a list of questions and a text, or two lists are needed")
+        raise CallError(f"{where}{kinds}: give two texts, a list of questions and a text, or two lists")
     contexts = [context] * len(question) if isinstance(context, str) else context
     if len(contexts) != len(question):
         raise CallError(
-            f"{where}there are {len(question)} questions and {len(contexts)} contexts: give one context each"
+            f"{where}there are {len(question)} questions and {len(contexts)} contexts: give one context per question"
         )
     return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
 
 
 def _eager(inputs: Any) -> tuple[list[Pair], bool]:
-    """All pairs of an input that is no generator, and whether it is one question by itself.
+    """All pairs of an input that is no generator, and whether it is a single question.
 
     Raises CallError, CallKeyError.
     """
     if isinstance(inputs, str):
-        raise CallError(f"a text alone is no question on a context: {_FORMS}")
+        raise CallError(f"a single text is not a question with a context: {_FORMS}")
     if not isinstance(inputs, Iterable):
-        raise CallError(f"{type(inputs).__name__} holds no questions: {_FORMS}")
+        raise CallError(f"{type(inputs).__name__} contains no questions: {_FORMS}")
     items = [inputs] if isinstance(inputs, dict) else list(inputs)
     alone = len(items) == 1
     if alone and isinstance(items[0], dict) and isinstance(items[0].get("question"), list):
@@ -297,7 +297,7 @@ def _eager(inputs: Any) -> tuple[list[Pair], bool]:
             _check_keys(item, where)
             if len(item) > 2:
                 extra = ", ".join(str(key) for key in item if key not in {"question", "context"})
-                raise CallError(f"{where}has {extra} beside question and context: leave it out (or pass a generator)")
+                raise CallError(f"{where}has {extra} besides question and context: leave it out (or pass a generator)")
             if item["context"] == "":
                 raise CallError(f"{where}context is empty: give it some text")
         pairs.append(_streamed(item, where))
@@ -307,7 +307,7 @@ def _eager(inputs: Any) -> tuple[list[Pair], bool]:
 def _check_keys(item: dict[Any, Any], where: str) -> None:
     for key in ("question", "context"):
         if key not in item:
-            raise CallKeyError(f"{where}has no {key}: a dict with question and context is needed")
+            raise CallKeyError(f"{where}has no {key}: give a dict with question and context")
 
 
 def _streamed(item: Any, where: str) -> Pair:
@@ -318,17 +318,17 @@ def _streamed(item: Any, where: str) -> Pair:
     elif hasattr(item, "question_text") and hasattr(item, "context_text"):
         question, context = item.question_text, item.context_text
     else:
-        raise CallError(f"{where}{type(item).__name__} is no question on a context: {_FORMS}")
+        raise CallError(f"{where}{type(item).__name__} is not a question with a context: {_FORMS}")
     for name, text in (("question", question), ("context", context)):
         if not isinstance(text, str):
-            raise CallError(f"{where}{name} is {type(text).__name__}: text is needed")
+            raise CallError(f"{where}{name} must be text, not {type(text).__name__}")
     if not question.strip():
         raise CallError(f"{where}question is empty: give it some text")
     return question, context
 
 
 def _is_dataset(inputs: Any) -> bool:
-    """Whether it is a torch ``Dataset``; where torch was not imported, nothing is."""
+    """Whether it is a torch ``Dataset``; if torch was not imported, nothing is."""
     data = sys.modules.get("torch.utils.data")
     return data is not None and isinstance(inputs, data.Dataset)
 
@@ -356,23 +356,23 @@ def pipeline(
 ) -> QuestionAnsweringPipeline:
     """A question-answering pipeline on a bundle, called like ``transformers.pipeline``.
 
-    ``model`` is a bundle folder, or an ``Answerer`` that is loaded (with ``threads=`` and the like chosen).
-    ``device``: -1 or "cpu", N or "cuda:N", a ``torch.device``; None or ``device_map="auto"``: CUDA where it is to be
-    had. ``defaults`` are the options of every call, ``batch_size`` among them. ``tokenizer`` and ``config`` may name
-    the bundle again and nothing else, since a bundle brings its own; ``dtype`` may name the bundle's precision.
-    ``framework``, ``use_fast``, ``token`` and ``trust_remote_code`` have no meaning here and change nothing.
+    ``model`` is a bundle folder, or a loaded ``Answerer`` (with ``threads=`` and other choices of its own).
+    ``device``: -1 or "cpu", N or "cuda:N", a ``torch.device``; None or ``device_map="auto"``: CUDA if it is available.
+    ``defaults`` are options for every call, including ``batch_size``. ``tokenizer`` and ``config`` may only name the bundle
+    again, because a bundle brings its own; ``dtype`` may name the bundle's precision. ``framework``, ``use_fast``, ``token``
+    and ``trust_remote_code`` change nothing.
 
-    Raises CallError on what cannot be, CallKeyError on another task, and what ``Answerer.load`` raises.
+    Raises CallError on values that are not possible, CallKeyError on another task, and what ``Answerer.load`` raises.
     """
     if task not in (None, TASK):
-        raise CallKeyError(f"task is {task!r}: {TASK} is the one there is")
+        raise CallKeyError(f"task is {task!r}: only {TASK} is supported")
     parameters = _Parameters().changed(defaults)
     for name, value in (("config", config), ("tokenizer", tokenizer)):
         if value is not None and not _names(value, model):
             raise CallError(f"{name} is {value!r}: a bundle brings its own, so leave it out")
     if revision not in (None, "main") or model_kwargs:
         name = "model_kwargs" if model_kwargs else "revision"
-        raise CallError(f"{name} is for models of the hub, and a bundle is a folder: leave it out")
+        raise CallError(f"{name} is for models of the Hub, but a bundle is a folder: leave it out")
     answerer = _answerer(model, _device(device, device_map))
     for value in (dtype, torch_dtype):
         _check_dtype(value, answerer)
@@ -388,16 +388,16 @@ def _names(value: object, model: object) -> bool:
 def _answerer(model: object, device: str | None) -> Answerer:
     if isinstance(model, Answerer):
         if device is not None:
-            raise CallError(f"device is {device}, but the Answerer is loaded already: choose it in Answerer.load")
+            raise CallError(f"device is {device}, but the Answerer is already loaded: choose it in Answerer.load")
         return model
     if not isinstance(model, str | Path):
         found = "missing" if model is None else f"a {type(model).__name__}"
-        raise CallError(f"model is {found}: name a bundle folder, which qadeploy export makes of a trained model")
+        raise CallError(f"model is {found}: name a bundle folder, which qadeploy export makes from a trained model")
     return Answerer.load(model, device=device or "auto")
 
 
 def _device(device: Any, device_map: Any) -> str | None:
-    """The device as ``Answerer.load`` names it; None where none was chosen."""
+    """The device as ``Answerer.load`` names it; None if none was chosen."""
     if device_map not in (None, "auto"):
         raise CallError(f"device_map is {device_map!r}: a bundle runs on one device, so give device= or 'auto'")
     if device is None:

@@ -1,1 +1,1 @@
-"""What a run and a bench show to people: pages, charts, cards."""
+"""Pages, charts and model cards of runs and benchmarks, for people to read."""

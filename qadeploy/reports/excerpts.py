@@ -1,4 +1,4 @@
-"""A context cut down to where its answers lie, in pieces that are marked or not. All offsets are code points."""
+"""A context cut down to the surroundings of its answers, in marked and unmarked pieces. All offsets are code points."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 WHOLE = 700
 AROUND = 160
 _BRIDGE = 40  # a shorter gap is not worth an ellipsis
-_REACH = 24  # how far a cut moves to fall on white space
+_REACH = 24  # how far a cut moves to reach white space
 _JOINER = "\u200d"
 
 Range = tuple[int, int]
@@ -18,7 +18,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``context[start:start + len(text)] == text``; ``gap`` tells that something before it was left out."""
+    """A piece of a context: ``context[start:end] == text``; ``gap`` tells that text before it was left out."""
 
     text: str
     start: int
@@ -35,10 +35,15 @@ class Piece:
 def excerpt(
     context: str, golds: Sequence[Range], answered: Sequence[Range], *, whole: int = WHOLE, around: int = AROUND
 ) -> tuple[Piece, ...]:
-    """The pieces to show of a context, in order; each lies wholly inside or outside of every given span.
+    """Returns the pieces of a context to show, in order; each lies wholly inside or outside of every given span.
 
-    A context of at most ``whole`` code points is kept whole, of a longer one what lies within ``around``
-    of a span's start or end, cut at white space where some is near. Without spans that is its beginning.
+    Args:
+        context: The context.
+        golds: The annotated spans.
+        answered: The spans that the model answered.
+        whole: A context of at most so many code points is shown whole.
+        around: Of a longer context, so many code points around the start and the end of each span are shown, cut at
+            white space if there is some nearby; without spans, its beginning.
     """
     spans = [*golds, *answered]
     shown = [(0, len(context))] if len(context) <= whole else _near(context, spans, whole, around)
@@ -65,12 +70,12 @@ def _near(context: str, spans: Sequence[Range], whole: int, around: int) -> list
             merged[-1][1] = max(merged[-1][1], end)
         else:
             merged.append([begin, end])
-    reach = min(_REACH, around - 1)  # what is wanted stays in
+    reach = min(_REACH, around - 1)  # so that nothing wanted is cut off
     return [(_cut(context, begin, reach), _cut(context, end, reach)) for begin, end in merged]
 
 
 def _cut(context: str, place: int, reach: int) -> int:
-    """``place``, or a place at most ``reach`` after it that does not tear a word, or at least no character of several code points."""
+    """``place``, or a place up to ``reach`` after it that splits no word, or at least no character of several code points."""
     if place <= 0 or place >= len(context):
         return max(0, min(place, len(context)))
     last = min(place + reach, len(context))
@@ -83,7 +88,7 @@ def _cut(context: str, place: int, reach: int) -> int:
 
 
 def _continues(context: str, place: int) -> bool:
-    """Whether the code point belongs to the character before it: marks, variation selectors, emoji of several."""
+    """Whether the code point belongs to the character before it: marks, variation selectors, joined emoji."""
     this = context[place]
     return (
         unicodedata.category(this) in {"Mn", "Mc", "Me"}

@@ -1,4 +1,4 @@
-"""Reports as one self-contained page: the template engine, its filters, and what no page may hold."""
+"""Templates to self-contained pages: the engine, its filters, and the characters that no page may hold."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
 _LONGEST_TEXT = 400
 # Control characters, surrogates and non-characters: HTML forbids them, and half a surrogate pair cannot be written.
@@ -15,10 +15,13 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page of a template, which may include ``report.css``. Texts are escaped; characters that HTML forbids become U+FFFD."""
+    """Renders a template, which may include ``report.css``; characters that HTML forbids become U+FFFD.
+
+    In an HTML template (``.html.j2``) texts are escaped.
+    """
     environment = Environment(
         loader=FileSystemLoader([template.parent, Path(__file__).parent]),
-        autoescape=True,
+        autoescape=select_autoescape(["html.j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -28,7 +31,7 @@ def render(template: Path, **values: Any) -> str:
 
 
 def value(found: Any) -> str:
-    """A recorded value as people write it."""
+    """Returns a recorded value as people write it."""
     if found is None:
         return "–"
     if isinstance(found, bool):

@@ -1,49 +1,39 @@
-"""``report.html``: the facts of a run as one self-contained page, without scripts and without anything to load."""
+"""``report.html``: the facts of a run as one self-contained page that loads nothing and has no scripts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from qadeploy.reports import charts, findings, svg
+from qadeploy.data.table import MEANING
+from qadeploy.reports import findings
+from qadeploy.reports.charts import facts_charts
 from qadeploy.reports.excerpts import Piece, excerpt
 from qadeploy.reports.page import render, value
-from qadeploy.reports.run_report import SMALLEST_GROUP, Mistake, RunFacts
+from qadeploy.reports.run_report import SMALLEST_GROUP, WINDOW_GROUPS, Mistake, RunFacts, RunRecord
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 CHECK_CLASSES = {
-    "exact": "the answer stands where the row says",
-    "shifted": "the answer stands some characters away from where the row says",
-    "utf16": "offsets counted in UTF-16 units",
-    "whitespace": "equal but for white space",
-    "case": "equal but for letter case",
-    "detokenised": "equal but for anything that is no letter or digit",
-    "absent": "the answer is not in its context",
-    "empty": "an empty context, question or answer",
-    "no_answer": "a question without an answer",
+    **{str(kind): text for kind, text in MEANING.items()},
     "repeated": "the answer occurs several times in its context",
-    "duplicate": "the question was asked before on the same context",
+    "duplicate": "an earlier row has the same question and context",
 }
 
 
 def report_page(facts: RunFacts) -> str:
-    """The page as HTML. What comes from the data is escaped; characters that HTML forbids become U+FFFD."""
+    """Returns the page as HTML. Texts from the data are escaped; characters that HTML forbids become U+FFFD."""
     return render(
         _TEMPLATE,
         facts=facts,
         findings=findings,
-        charts=charts,
-        svg=svg,
-        drawn=charts.facts_charts(facts),
-        takeaways=findings.takeaways(facts),
-        captions=[findings.caption_groups(g, facts.after.f1) for g in facts.groupings],
+        drawn=facts_charts(facts),
         smallest=SMALLEST_GROUP,
+        window_groups=WINDOW_GROUPS,
         check_classes=CHECK_CLASSES,
         pieces=_pieces,
         golds=_golds,
-        duration=_duration(facts.seconds),
-        configuration=_configuration(facts),
-        count=findings.count,
+        duration=_duration(facts.run.metrics.get("seconds", 0.0)),
+        configuration=_configuration(facts.run),
     )
 
 
@@ -58,14 +48,18 @@ def _golds(mistake: Mistake) -> list[str]:
     return list(dict.fromkeys(a.text for a in mistake.example.answers))
 
 
-def _configuration(facts: RunFacts) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Tables of names and values: what the run was asked, what it chose, what it ran on."""
-    record = facts.record
-    base = {"name": facts.base, "sha256": record["base"].get("sha256"), "licence": facts.base_license}
+def _configuration(run: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Tables of names and values: the run's options, what it chose, what it ran on."""
+    record = run.record
+    base = {
+        "name": record["base"]["name"],
+        "sha256": record["base"].get("sha256"),
+        "licence": record["base"].get("license"),
+    }
     rest = {k: v for k, v in record.items() if k not in {"status", "options", "base", "versions", "machine"}}
     tables = {
         "Options": record["options"],
-        "Settings of the model": facts.settings,
+        "Settings of the model": run.metrics["settings"],
         "Base model": base,
         "Versions": record["versions"],
         "Machine": record["machine"],

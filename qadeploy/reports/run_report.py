@@ -1,7 +1,7 @@
 """What the report of a run shows: facts computed from its questions, answers, epochs and record.
 
-The facts are of the held-out questions where a run has some, else of its dev part. No torch is needed.
-``findings`` says them in sentences, ``report_page`` and ``run_card`` show them.
+The facts are about the held-out set if the run has one, else about its dev set. No torch is needed.
+``findings`` puts them into sentences, ``report_page`` and ``run_card`` show them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 
-from qadeploy.core.calibration import ConfidenceBin, Rows, confidence_bins, expected_calibration_error
+from qadeploy.core.calibration import ConfidenceBin, confidence_bins, expected_calibration_error
 from qadeploy.core.metrics import Scores, bootstrap_interval, score
-from qadeploy.records import Answer, Example
+from qadeploy.data.check import RowClass
+from qadeploy.records import Answer, Example, Float64Array
 
 WORST = 20
 SURE = 0.9
 SMALLEST_GROUP = 10  # fewer questions tell nothing: the bootstrap of a handful gives intervals of width 0
-CHECK_FLAGS = ("repeated", "duplicate")  # counted besides the classes of a data check
 _Z = 1.959964  # of a 95 % interval
 _WINDOWS = (1, 2, 4, 8)
 _ANSWER_WORDS = (1, 2, 4, 8, 16)
@@ -33,10 +34,12 @@ _FIRST_QUESTION_WORD = re.compile(r"\b(who|whom|whose|what|when|where|why|how|wh
 # Chinese and Japanese write no spaces, so there each character counts as a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\s\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 
+Interval = tuple[float, float]
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of the data as a run used it: what for, its examples, and how many windows each became."""
+    """A part of the data as a run used it: what for, its questions, and how many windows each became."""
 
     name: str
     role: str
@@ -45,17 +48,44 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class PartFacts:
-    """Counts of a part. The word pairs are (median, longest) of distinct contexts and of first answers.
+class RunRecord:
+    """What a run records about itself: its folder's name, and the contents of ``run.json`` and ``metrics.json``.
 
-    ``by_windows`` counts the questions whose context takes so many windows, by the names of
-    ``RunFacts.window_groups``.
+    ``shipped_base`` is the name of the base model that qadeploy uses if none is given.
+    """
+
+    name: str
+    record: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    shipped_base: str | None = None
+
+    @property
+    def source(self) -> str:
+        """The data as the run was given them."""
+        return str(self.record["options"]["data"])
+
+    @property
+    def command(self) -> str:
+        """The command that repeats the run."""
+        return train_command(self.record["options"], self.shipped_base)
+
+    @property
+    def export_command(self) -> str:
+        """The command that exports the run."""
+        return shlex.join(["qadeploy", "export", str(self.record["options"]["out"]), "--quantize"])
+
+
+@dataclass(frozen=True, slots=True)
+class PartFacts:
+    """The counts of a part: distinct contexts, and the questions in each of ``WINDOW_GROUPS``.
+
+    The pairs of words are median and maximum, of the distinct contexts and of the first answers.
     """
 
     name: str
     role: str
     questions: int
-    passages: int
+    contexts: int
     without_answer: int
     windows: int
     by_windows: tuple[int, ...]
@@ -64,47 +94,103 @@ class PartFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class DataCheck:
+    """The result of the data check: rows by class, which add up to ``rows``, and rows by flag."""
+
+    rows: int
+    classes: dict[RowClass, int]
+    flags: dict[str, int]
+    repaired: int
+    rejected: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataFacts:
+    """The data of a run: the train set, the dev set and, if there is one, the held-out set.
+
+    ``skipped`` counts the ambiguous rows that were skipped, ``first_taken`` the answers with several places that were
+    taken at the first, ``leaked`` the held-out contexts that are also in the training data.
+    """
+
+    parts: tuple[PartFacts, ...]
+    check: DataCheck | None
+    skipped: int
+    first_taken: int
+    leaked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """A row of the table of epochs, with scores on the dev set in percent. Epoch 0 is the base model.
+
+    ``overfits`` tells whether the dev loss rose while the train loss fell. What was not measured is None.
+    """
+
+    number: int
+    train_loss: float | None
+    eval_loss: float
+    accuracy: float
+    exact_match: float
+    f1: float
+    overfits: bool = False
+    observation: str = ""
+    windows_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFacts:
+    """The epochs of a run, and the number of the one that was kept."""
+
+    epochs: tuple[Epoch, ...]
+    best: int
+
+
+@dataclass(frozen=True, slots=True)
 class ScoreFacts:
-    """Scores in percent on ``total`` questions; an interval (95 %, bootstrap) is None where it is not known."""
+    """Scores in percent on ``total`` questions, with 95 % intervals.
+
+    An interval is None if it is not known or there are fewer than ``SMALLEST_GROUP`` questions.
+    """
 
     exact_match: float
     f1: float
     accuracy: float
     total: int
-    exact_match_interval: tuple[float, float] | None = None
-    f1_interval: tuple[float, float] | None = None
-    accuracy_interval: tuple[float, float] | None = None
+    exact_match_interval: Interval | None = None
+    f1_interval: Interval | None = None
+    accuracy_interval: Interval | None = None
+
+
+class GroupedBy(Enum):
+    """What the questions of a group have in common."""
+
+    QUESTION_WORD = "question word"
+    ANSWER_LENGTH = "answer length"
+    CONTEXT_LENGTH = "context length"
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The questions that have something in common: how many, and their scores in percent.
-
-    The intervals (95 %, bootstrap; Wilson's where all rows are 0 or all are 1) are None below ``SMALLEST_GROUP`` questions.
-    """
+    """The questions that have something in common, and their scores."""
 
     name: str
-    count: int
-    exact_match: float
-    f1: float
-    exact_match_interval: tuple[float, float] | None
-    f1_interval: tuple[float, float] | None
+    scores: ScoreFacts
 
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """All questions, each in exactly one group; empty groups are left out."""
+    """All questions, each in exactly one group, without the empty groups."""
 
-    title: str
-    note: str
+    by: GroupedBy
     groups: tuple[Group, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Confidence against exact match, both 0 to 1. ``error`` is the expected calibration error.
+    """Confidence against exact match, both 0 to 1; ``error`` is the expected calibration error.
 
-    ``temperature`` and ``error_before`` (at temperature 1) are None where the run fitted none.
+    ``temperature`` and ``error_before`` (at temperature 1) are None if the run fitted none.
     """
 
     bins: tuple[ConfidenceBin, ...]
@@ -116,19 +202,18 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
-class DataCheck:
-    """What the check of the data found: rows by class, which add up to ``rows``; flags are counted besides."""
+class NoAnswer:
+    """The null threshold that the run chose, and F1 in percent with it, with a threshold of 0 and without any."""
 
-    rows: int
-    classes: dict[str, int]
-    flags: dict[str, int]
-    repaired: int
-    rejected: int
+    null_threshold: float
+    f1: float
+    f1_threshold_0: float
+    f1_always_answer: float
 
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
-    """A question, what was answered, and how much of it was right (F1, 0 to 1)."""
+    """A question, the model's answer, and the answer's F1 (0 to 1)."""
 
     example: Example
     answer: Answer
@@ -136,138 +221,111 @@ class Mistake:
 
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
-    """A row of the table of epochs: losses, and the dev part's scores in percent. Epoch 0 is the base model.
+class Results:
+    """How the model did on the held-out set, or else on the dev set, which also chose the epoch.
 
-    ``windows_per_second`` and ``peak_memory_bytes`` are those of its training, None where they were not measured.
+    ``before`` are the base model's scores, None if it was not measured. ``wrong`` counts the answers with an F1 below 1,
+    ``surely_wrong`` those with an F1 of 0 at a confidence of ``SURE`` or more.
     """
 
-    number: int
-    train_loss: float | None
-    eval_loss: float
-    accuracy: float
-    exact_match: float
-    f1: float
-    observation: str
-    windows_per_second: float | None = None
-    peak_memory_bytes: int | None = None
+    held_out: bool
+    before: ScoreFacts | None
+    after: ScoreFacts
+    groupings: tuple[Grouping, ...]
+    calibration: Calibration
+    no_answer: NoAnswer | None
+    mistakes: tuple[Mistake, ...]
+    wrong: int
+    surely_wrong: int
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Everything that the report and the model card show.
+    """Everything that the report and the model card show."""
 
-    ``held_out`` tells whether the judged questions were held out, or are the dev part that also chose
-    the epoch. ``before`` are the base model's scores on them, where it was measured. ``wrong`` counts the
-    answers with an F1 below 1, ``surely_wrong`` those with an F1 of 0 at a confidence of ``SURE`` or more.
-    ``no_answer`` holds the null threshold and F1 in percent with it, where the run chose one.
-    """
-
-    name: str
-    source: str
-    base: str
-    base_license: str | None
-    command: str
-    export_command: str
-    held_out: bool
-    parts: tuple[PartFacts, ...]
-    window_groups: tuple[str, ...]
-    data_check: DataCheck | None
-    data_remarks: tuple[str, ...]
-    before: ScoreFacts | None
-    after: ScoreFacts
-    epochs: tuple[Epoch, ...]
-    best_epoch: int
-    groupings: tuple[Grouping, ...]
-    calibration: Calibration
-    no_answer: dict[str, float]
-    mistakes: tuple[Mistake, ...]
-    wrong: int
-    surely_wrong: int
-    settings: dict[str, Any]
-    record: dict[str, Any]
-    seconds: float
-
-    @property
-    def judged(self) -> str:
-        """How many questions the scores are of, and which."""
-        return f"{self.after.total:,} {'held-out questions' if self.held_out else 'questions of the dev part'}"
+    run: RunRecord
+    data: DataFacts
+    training: TrainingFacts
+    results: Results
 
 
 def make_facts(
-    name: str,
-    record: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    parts: Sequence[Part],
-    answers: Sequence[Answer],
-    *,
-    skipped: int = 0,
-    first_taken: int = 0,
-    shipped_base: str | None = None,
+    run: RunRecord, parts: Sequence[Part], answers: Sequence[Answer], *, skipped: int = 0, first_taken: int = 0
 ) -> RunFacts:
-    """The facts of a run.
+    """Computes the facts of a run.
 
-    ``record`` and ``metrics`` are the contents of ``run.json`` and ``metrics.json``; ``parts`` are the
-    train part, the dev part and, where there is one, the held-out part; ``answers`` are the best
-    answers to the last of them, in order. ``skipped`` and ``first_taken`` are the reader's counts;
-    ``shipped_base`` is the name of the base that qadeploy takes where none is given.
+    Args:
+        run: What the run records about itself.
+        parts: The train set, the dev set and, if there is one, the held-out set.
+        answers: The best answers to the last part, in order.
+        skipped: Ambiguous rows that were skipped.
+        first_taken: Answers that were taken at the first of several places.
     """
+    metrics = run.metrics
     *learned, judged = parts
     held_out = len(learned) > 1
-    scores = score(judged.examples, answers)
-    after = _score_facts(scores.to_dict())
-    speed = {row["epoch"]: row for row in metrics.get("speed", {}).get("epochs", ())}
-    epochs = tuple(_epoch(row, speed.get(row["epoch"], {})) for row in metrics["epochs"])
-    before = _before(metrics, epochs, after.total, held_out)
-    groupings = group_scores(judged.examples, scores)
-    key = "held_out" if held_out else "dev"
-    no_answer = metrics.get("no_answer") or {}
-    confidences = np.asarray([a.score for a in answers], dtype=np.float64)
-    calibration = _calibration(confidences, scores.rows_exact_match, metrics.get("calibration") or {}, key)
-    return RunFacts(
-        name=name,
-        source=str(record["options"]["data"]),
-        base=str(record["base"]["name"]),
-        base_license=record["base"].get("license"),
-        command=train_command(record["options"], shipped_base),
-        export_command=shlex.join(["qadeploy", "export", str(record["options"]["out"]), "--quantize"]),
-        held_out=held_out,
+    leaked = {e.context for e in judged.examples} & {e.context for p in learned for e in p.examples}
+    data = DataFacts(
         parts=tuple(_part_facts(p) for p in parts),
-        window_groups=_bucket_names(_WINDOWS),
-        data_check=_data_check(metrics.get("data_check")),
-        data_remarks=_data_remarks(learned, judged if held_out else None, skipped, first_taken),
-        before=before,
-        after=after,
-        epochs=epochs,
-        best_epoch=int(metrics["best_epoch"]),
-        groupings=groupings,
-        calibration=calibration,
-        no_answer={"null_threshold": no_answer["null_threshold"], **no_answer[key]} if key in no_answer else {},
-        mistakes=worst_mistakes(judged.examples, answers, scores),
-        wrong=int((scores.rows_f1 < 1).sum()),
-        surely_wrong=int(((scores.rows_f1 == 0) & (confidences >= SURE)).sum()),
-        settings=dict(metrics["settings"]),
-        record=dict(record),
-        seconds=float(metrics.get("seconds", 0.0)),
+        check=_data_check(metrics.get("data_check")),
+        skipped=skipped,
+        first_taken=first_taken,
+        leaked=len(leaked) if held_out else 0,
+    )
+    epochs = read_epochs(metrics["epochs"], metrics.get("speed", {}).get("epochs", ()))
+    return RunFacts(
+        run,
+        data,
+        TrainingFacts(epochs, int(metrics["best_epoch"])),
+        _results(judged, answers, metrics, epochs, held_out),
     )
 
 
+def read_epochs(rows: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, Any]] = ()) -> tuple[Epoch, ...]:
+    """Reads the rows of the table of epochs from ``metrics.json``, and those of its speed."""
+    speeds = {row["epoch"]: row for row in speed}
+    return tuple(
+        Epoch(
+            number=int(row["epoch"]),
+            train_loss=row["train_loss"],
+            eval_loss=float(row["eval_loss"]),
+            accuracy=100 * float(row["eval_accuracy"]),
+            exact_match=float(row["eval_exact_match"]),
+            f1=float(row["eval_f1"]),
+            overfits=before is not None and overfits(before, row),
+            observation=str(row["observation"]),
+            windows_per_second=speeds.get(row["epoch"], {}).get("windows_per_second"),
+            peak_memory_bytes=speeds.get(row["epoch"], {}).get("peak_memory_bytes"),
+        )
+        for before, row in zip((None, *rows), rows, strict=False)
+    )
+
+
+def overfits(before: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Returns whether the dev loss rises while the train loss falls, from one row of ``metrics.json`` to the next."""
+    if before["train_loss"] is None:
+        return False
+    return bool(row["eval_loss"] > before["eval_loss"] and row["train_loss"] < before["train_loss"])
+
+
 def count_words(text: str) -> int:
-    """Runs of characters that are not white space; each Chinese or Japanese character counts as one."""
+    """Counts runs of characters that are not white space; each Chinese or Japanese character counts as one."""
     return len(_WORD.findall(text))
 
 
 def question_word(question: str) -> str:
-    """who, what, when, where, why, how or which: the first in the question (whom and whose are who), else other."""
+    """Returns the first of who, what, when, where, why, how and which (whom and whose count as who), else other."""
     found = _FIRST_QUESTION_WORD.search(question)
     word = found[0].lower() if found else "other"
     return "who" if word in {"whom", "whose"} else word
 
 
 def train_command(options: Mapping[str, Any], shipped_base: str | None = None) -> str:
-    """The call of ``qadeploy train`` that sets every option as the run had it, an option a line.
+    """Returns the ``qadeploy train`` command that sets every option as the run had it, one option per line.
 
-    ``shipped_base`` is a base that needs no naming: it is what is taken where none is given.
+    Args:
+        options: The options by name.
+        shipped_base: The base model that is used if none is given, so that it need not be named.
     """
     flags = []
     for name, value in options.items():
@@ -285,114 +343,34 @@ def train_command(options: Mapping[str, Any], shipped_base: str | None = None) -
 
 def _part_facts(part: Part) -> PartFacts:
     contexts = {e.context for e in part.examples}
+    by_windows = Counter(_bucket(n, _WINDOWS) for n in part.windows)
     return PartFacts(
         name=part.name,
         role=part.role,
         questions=len(part.examples),
-        passages=len(contexts),
+        contexts=len(contexts),
         without_answer=sum(not e.answers for e in part.examples),
         windows=sum(part.windows),
-        by_windows=tuple(Counter(_bucket(n, _WINDOWS) for n in part.windows)[g] for g in _bucket_names(_WINDOWS)),
-        context_words=_median_and_longest([count_words(c) for c in contexts]),
-        answer_words=_median_and_longest([count_words(e.answers[0].text) for e in part.examples if e.answers]),
+        by_windows=tuple(by_windows[g] for g in WINDOW_GROUPS),
+        context_words=_median_and_maximum([count_words(c) for c in contexts]),
+        answer_words=_median_and_maximum([count_words(e.answers[0].text) for e in part.examples if e.answers]),
     )
 
 
-def _median_and_longest(counts: Sequence[int]) -> tuple[int, int]:
+def _median_and_maximum(counts: Sequence[int]) -> tuple[int, int]:
     return (int(np.median(counts)), max(counts)) if counts else (0, 0)
 
 
 def _data_check(found: Mapping[str, Any] | None) -> DataCheck | None:
     if not found:
         return None
-    counts = {str(name): int(count) for name, count in found["classes"].items()}
+    classes = set(RowClass)
     return DataCheck(
         rows=int(found["rows"]),
-        classes={name: count for name, count in counts.items() if name not in CHECK_FLAGS},
-        flags={name: count for name, count in counts.items() if name in CHECK_FLAGS},
+        classes={RowClass(name): int(n) for name, n in found["classes"].items() if name in classes},
+        flags={name: int(n) for name, n in found["classes"].items() if name not in classes},
         repaired=int(found["repaired"]),
         rejected=int(found["rejected"]),
-    )
-
-
-def _data_remarks(learned: Sequence[Part], held_out: Part | None, skipped: int, first_taken: int) -> tuple[str, ...]:
-    remarks = []
-    if skipped:
-        remarks.append(f"{skipped:,} ambiguous rows were skipped.")
-    if first_taken:
-        remarks.append(f"{first_taken:,} answers occur several times in their context; the first place was taken.")
-    if held_out:
-        leaked = {e.context for e in held_out.examples} & {e.context for p in learned for e in p.examples}
-        if leaked:
-            remarks.append(f"{len(leaked):,} held-out passages are also in the training data: the scores flatter.")
-    return tuple(remarks)
-
-
-# ---------------------------------------------------------------- scores
-
-
-def _score_facts(values: Mapping[str, Any]) -> ScoreFacts:
-    def interval(name: str) -> tuple[float, float] | None:
-        found = values.get(f"{name}_interval")
-        return (float(found[0]), float(found[1])) if found else None
-
-    return ScoreFacts(
-        float(values["exact_match"]),
-        float(values["f1"]),
-        float(values["accuracy"]),
-        int(values["total"]),
-        interval("exact_match"),
-        interval("f1"),
-        interval("accuracy"),
-    )
-
-
-def _epoch(row: Mapping[str, Any], speed: Mapping[str, Any]) -> Epoch:
-    return Epoch(
-        int(row["epoch"]),
-        row["train_loss"],
-        float(row["eval_loss"]),
-        100 * float(row["eval_accuracy"]),
-        float(row["eval_exact_match"]),
-        float(row["eval_f1"]),
-        str(row["observation"]),
-        speed.get("windows_per_second"),
-        speed.get("peak_memory_bytes"),
-    )
-
-
-def _before(metrics: Mapping[str, Any], epochs: Sequence[Epoch], total: int, held_out: bool) -> ScoreFacts | None:
-    if held_out:
-        return _score_facts(metrics["held_out_base"]) if metrics.get("held_out_base") else None
-    first = next((e for e in epochs if e.number == 0), None)
-    return ScoreFacts(first.exact_match, first.f1, first.accuracy, total) if first else None
-
-
-def group_scores(examples: Sequence[Example], scores: Scores) -> tuple[Grouping, ...]:
-    """EM and F1 by question word, by the first answer's length and by the context's length, both in words."""
-    contexts = {text: count_words(text) for text in {e.context for e in examples}}
-    return (
-        _grouping(
-            "By question word",
-            "The first question word in the question; whom and whose count as who.",
-            [question_word(e.question) for e in examples],
-            (*_QUESTION_WORDS, "other"),
-            scores,
-        ),
-        _grouping(
-            "By answer length",
-            "Words of the annotated answer, the first where there are several.",
-            [_bucket(count_words(e.answers[0].text), _ANSWER_WORDS) if e.answers else "no answer" for e in examples],
-            ("no answer", *_bucket_names(_ANSWER_WORDS)),
-            scores,
-        ),
-        _grouping(
-            "By context length",
-            "Words of the passage that the question is asked on.",
-            [_bucket(contexts[e.context], _CONTEXT_WORDS) for e in examples],
-            _bucket_names(_CONTEXT_WORDS),
-            scores,
-        ),
     )
 
 
@@ -407,30 +385,76 @@ def _bucket(count: int, tops: Sequence[int]) -> str:
     return _bucket_names(tops)[sum(count > top for top in tops)]
 
 
-def _grouping(title: str, note: str, labels: Sequence[str], names: Sequence[str], scores: Scores) -> Grouping:
-    groups = []
-    label = np.asarray(labels)
-    for name in names:
-        inside = label == name
-        count = int(inside.sum())
-        if not count:
-            continue
-        exact, f1 = scores.rows_exact_match[inside], scores.rows_f1[inside]
-        groups.append(
-            Group(
-                name,
-                count,
-                100 * float(exact.mean()),
-                100 * float(f1.mean()),
-                _group_interval(exact),
-                _group_interval(f1),
-            )
+WINDOW_GROUPS = _bucket_names(_WINDOWS)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def _results(
+    judged: Part, answers: Sequence[Answer], metrics: Mapping[str, Any], epochs: Sequence[Epoch], held_out: bool
+) -> Results:
+    scores = score(judged.examples, answers, metrics["settings"].get("metric", "squad"))
+    key = "held_out" if held_out else "dev"
+    no_answer = metrics.get("no_answer") or {}
+    confidences = np.asarray([a.score for a in answers], dtype=np.float64)
+    return Results(
+        held_out=held_out,
+        before=_before(metrics, epochs, scores.total, held_out),
+        after=_score_facts(scores, np.arange(scores.total)),
+        groupings=group_scores(judged.examples, scores),
+        calibration=_calibration(confidences, scores.rows_exact_match, metrics.get("calibration") or {}, key),
+        no_answer=NoAnswer(
+            float(no_answer["null_threshold"]),
+            *(float(no_answer[key][name]) for name in ("f1", "f1_threshold_0", "f1_always_answer")),
         )
-    return Grouping(title, note, tuple(groups))
+        if key in no_answer
+        else None,
+        mistakes=worst_mistakes(judged.examples, answers, scores),
+        wrong=int((scores.rows_f1 < 1).sum()),
+        surely_wrong=int(((scores.rows_f1 == 0) & (confidences >= SURE)).sum()),
+    )
 
 
-def _group_interval(rows: Rows) -> tuple[float, float] | None:
-    """None for few rows. Where all are 0 or all are 1 the bootstrap has no width, and Wilson's interval stands in."""
+def _score_facts(scores: Scores, rows: Any) -> ScoreFacts:
+    """The scores of some of the questions."""
+    exact, f1, accuracy = (found[rows] for found in (scores.rows_exact_match, scores.rows_f1, scores.rows_accuracy))
+    means = [100 * float(kind.mean()) for kind in (exact, f1, accuracy)]
+    return ScoreFacts(means[0], means[1], means[2], len(exact), _interval(exact), _interval(f1), _interval(accuracy))
+
+
+def _before(metrics: Mapping[str, Any], epochs: Sequence[Epoch], total: int, held_out: bool) -> ScoreFacts | None:
+    if not held_out:
+        first = next((e for e in epochs if e.number == 0), None)
+        return ScoreFacts(first.exact_match, first.f1, first.accuracy, total) if first else None
+    found = metrics.get("held_out_base")
+    if not found:
+        return None
+    names = [f"{kind}_interval" for kind in ("exact_match", "f1", "accuracy")]
+    intervals = {name: (float(found[name][0]), float(found[name][1])) for name in names if found.get(name)}
+    return ScoreFacts(float(found["exact_match"]), float(found["f1"]), float(found["accuracy"]), total, **intervals)
+
+
+def group_scores(examples: Sequence[Example], scores: Scores) -> tuple[Grouping, ...]:
+    """Groups EM and F1 by question word, by the first answer's length and by the context's length, both in words."""
+    contexts = {text: count_words(text) for text in {e.context for e in examples}}
+    answers = [_bucket(count_words(e.answers[0].text), _ANSWER_WORDS) if e.answers else "no answer" for e in examples]
+    found = {
+        GroupedBy.QUESTION_WORD: ([question_word(e.question) for e in examples], (*_QUESTION_WORDS, "other")),
+        GroupedBy.ANSWER_LENGTH: (answers, ("no answer", *_bucket_names(_ANSWER_WORDS))),
+        GroupedBy.CONTEXT_LENGTH: (
+            [_bucket(contexts[e.context], _CONTEXT_WORDS) for e in examples],
+            _bucket_names(_CONTEXT_WORDS),
+        ),
+    }
+    return tuple(
+        Grouping(by, tuple(Group(n, _score_facts(scores, np.asarray(labels) == n)) for n in names if n in labels))
+        for by, (labels, names) in found.items()
+    )
+
+
+def _interval(rows: Float64Array) -> Interval | None:
+    """None for few rows. If all are 0 or all are 1 the bootstrap has no width, and Wilson's interval stands in."""
     if len(rows) < SMALLEST_GROUP:
         return None
     if rows.min() == rows.max() and rows[0] in {0.0, 1.0}:
@@ -439,8 +463,8 @@ def _group_interval(rows: Rows) -> tuple[float, float] | None:
     return bootstrap_interval(rows)
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, 0 to 1, of ``count`` trials (Wilson 1927, "Probable Inference")."""
+def wilson_interval(share: float, count: int) -> Interval:
+    """Returns the 95 % interval of a share, 0 to 1, of ``count`` trials (Wilson 1927, "Probable Inference")."""
     square = _Z * _Z
     middle = (share + square / (2 * count)) / (1 + square / count)
     half = _Z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
@@ -450,12 +474,12 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 def worst_mistakes(
     examples: Sequence[Example], answers: Sequence[Answer], scores: Scores, count: int = WORST
 ) -> tuple[Mistake, ...]:
-    """At most ``count`` answers with an F1 below 1: the lowest F1 first, the most confident of equals first."""
+    """Returns at most ``count`` answers with an F1 below 1: lowest F1 first, then highest confidence."""
     wrong = [Mistake(e, a, float(f)) for e, a, f in zip(examples, answers, scores.rows_f1, strict=True) if f < 1]
     return tuple(sorted(wrong, key=lambda m: (m.f1, -m.answer.score))[:count])
 
 
-def _calibration(confidences: Rows, correct: Rows, fitted: Mapping[str, Any], key: str) -> Calibration:
+def _calibration(confidences: Float64Array, correct: Float64Array, fitted: Mapping[str, Any], key: str) -> Calibration:
     total = max(1, len(confidences))
     return Calibration(
         confidence_bins(confidences, correct),

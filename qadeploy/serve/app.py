@@ -1,4 +1,4 @@
-"""The routes: JSON in, one job for the scheduler, JSON out."""
+"""The routes: each request is JSON in, one job for the scheduler, JSON out."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
 from qadeploy import __version__
 from qadeploy.errors import LogitsError
-from qadeploy.inference.answerer import Reading, to_answers
-from qadeploy.inference.trace import candidates_of, trace_dict
-from qadeploy.records import Answer
+from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.inference.trace import trace_dict
+from qadeploy.records import NO_ANSWER
 from qadeploy.serve.auth import Auth
+from qadeploy.serve.body import BoundedRoute
 from qadeploy.serve.calls import Calls, call_of, response
 from qadeploy.serve.errors import RefusedError, clean, refusal
 from qadeploy.serve.examples import examples
-from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit, check
+from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit, check_limits
 from qadeploy.serve.metrics import CONTENT_TYPE
 from qadeploy.serve.reference import reference_page
 from qadeploy.serve.scheduler import Ask, Render, deadline_passed
 from qadeploy.serve.schemas import (
+    FORMS,
     AnswerRequest,
     AnswersOut,
     AskMany,
@@ -46,19 +49,22 @@ from qadeploy.serve.service import Service
 
 _log = logging.getLogger("qadeploy.serve")
 _SHOWN_FAULTS = 5
-_PLAIN = {404: ("not_found", "there is nothing here: /docs lists the routes"), 405: ("method", "not with this method")}
-_ABOUT = {
-    400: "The body is no JSON that can be read.",
-    401: "The bearer token is missing or wrong.",
-    408: "The body did not come in time.",
-    413: "The body has too many bytes.",
-    422: "The request is not as described, or asks for more than a limit.",
-    429: "The queue is full; Retry-After says in how many seconds it has room.",
-    500: "The model or the server is broken.",
-    503: "The server is going down.",
-    504: "No answer within the time that a request may take.",
+_PLAIN = {
+    404: ("not_found", "there is nothing here: /docs lists the routes"),
+    405: ("method", "this route does not support this method: /docs lists the routes"),
 }
-_DESCRIPTION = """Answers questions with spans of the context that is sent along. `start` and `end` count Unicode code
+_ABOUT = {
+    400: "The body is not valid JSON.",
+    401: "The bearer token is missing or wrong.",
+    408: "The body did not arrive in time.",
+    413: "The body has too many bytes.",
+    422: "The request does not match the schema, or exceeds a limit.",
+    429: "The queue is full; Retry-After says in how many seconds it has room.",
+    500: "The model or the server failed.",
+    503: "The server is shutting down.",
+    504: "There was no answer within the time allowed.",
+}
+_DESCRIPTION = """Answers questions with spans of the context in the request. `start` and `end` count Unicode code
 points: in Python `context[start:end]`, in JavaScript `Array.from(context).slice(start, end).join("")`."""
 
 
@@ -76,10 +82,12 @@ def create_app(service: Service) -> FastAPI:
         title="qadeploy",
         version=__version__,
         description=_DESCRIPTION,
-        docs_url=None,  # FastAPI's page takes its scripts from elsewhere
+        docs_url=None,  # FastAPI's page loads scripts from other sites
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.state.settings = settings
+    app.router.route_class = BoundedRoute
     app.add_middleware(BodyLimit, settings=settings)
     if settings.token is not None:
         app.add_middleware(Auth, token=settings.token, metrics=settings.protect_metrics)
@@ -91,19 +99,16 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["retry-after", "x-request-id"],
         )
-    app.add_middleware(
-        Calls, metrics=service.metrics, timeout=settings.request_timeout, closing=lambda: service.draining
-    )
+    app.add_middleware(Calls, metrics=service.metrics, settings=settings, closing=lambda: service.draining)
     _add_errors(app)
-    _add_answers(app, service)
-    _add_state(app, service)
+    locked = [Depends(HTTPBearer(auto_error=False))] if settings.token is not None else []
+    _add_answers(app, service, locked)
+    _add_state(app, service, locked)
     _add_pages(app)
     return app
 
 
-def _add_answers(app: FastAPI, service: Service) -> None:
-    locked = [Depends(HTTPBearer(auto_error=False))] if service.settings.token is not None else []
-
+def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
     @app.post(
         "/v1/answer",
         tags=["answers"],
@@ -114,9 +119,9 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         dependencies=locked,
     )
     async def answer(request: Request, body: Annotated[AnswerRequest, Body()]) -> Response:
-        """One object gives one result; a list, or `questions` on one `context`, gives a list of results in that order.
+        """One object gives one result. A list, or `questions` on one `context`, gives a list of results in the same order.
 
-        A request fails as a whole: the error names the question at fault.
+        If one question fails, the request fails, and the error names the question.
         """
         render: Render = _answers
         if isinstance(body, AskOne):
@@ -139,9 +144,9 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         dependencies=locked,
     )
     async def hugging_face(request: Request, body: HfRequest) -> Response:
-        """As `huggingface_hub.InferenceClient(model=URL).question_answering` asks.
+        """The format of `huggingface_hub.InferenceClient(model=URL).question_answering`.
 
-        One input gives an object, or with `top_k` above 1 a list of them; a list of inputs gives a list of these.
+        One input gives an object, or a list of objects if `top_k` is above 1. A list of inputs gives a list of these.
         """
         options = (body.parameters or HfParameters()).options
         many = isinstance(body.inputs, list)
@@ -151,22 +156,22 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         return _json(_list(found) if many else found[0])
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
+def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
     settings, answerer = service.settings, service.answerer
 
     @app.get(
         "/v1/model",
         tags=["state"],
-        summary="The bundle that answers, and the limits",
+        summary="The bundle and the limits",
         response_model=ModelOut,
         responses=_errors(401),
-        dependencies=[Depends(HTTPBearer(auto_error=False))] if settings.token is not None else [],
+        dependencies=locked,
     )
     async def model() -> dict[str, Any]:
-        """The manifest as it lies in the bundle: settings, measurements, versions, and the hash of every file."""
+        """The manifest of the bundle: settings, measurements, versions and the hash of every file."""
         bundle = answerer.bundle
         return {
-            "name": bundle.name if bundle else "",
+            "name": clean(bundle.name) if bundle else "",
             "hash": service.hash,
             "version": __version__,
             "device": service.device,
@@ -177,7 +182,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/health/live", tags=["state"], summary="Whether the process works", response_model=StateOut)
     async def live() -> JSONResponse:
-        """503 where a restart is needed: a worker has died."""
+        """503 means that a worker has died and the server needs a restart."""
         alive = service.scheduler.alive
         return JSONResponse({"status": "live" if alive else "dead"}, 200 if alive else 503)
 
@@ -186,22 +191,22 @@ def _add_state(app: FastAPI, service: Service) -> None:
         tags=["state"],
         summary="Whether to send requests here",
         response_model=StateOut,
-        responses={503: {"model": StateOut, "description": "The server is going down."}},
+        responses={503: {"model": StateOut, "description": "The server is shutting down, or a worker has died."}},
     )
     async def ready() -> JSONResponse:
-        """503 from SIGTERM on, while requests are still answered."""
-        state = "ready" if service.ready else "draining"
+        """503 from SIGTERM on, while requests are still answered (draining), and after a worker has died (broken)."""
+        state = "ready" if service.ready else "draining" if service.draining else "broken"
         return JSONResponse({"status": state}, 200 if service.ready else 503)
 
     @app.get(
         "/metrics",
         tags=["state"],
-        summary="What Prometheus reads",
+        summary="Metrics for Prometheus",
         response_class=Response,
         responses={200: {"content": {"text/plain": {}}}},
     )
     async def metrics() -> Response:
-        """Requests, queue, stages, batches, the bundle and the process."""
+        """Requests, queue, stages, batches, bundle and process."""
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
 
@@ -214,7 +219,7 @@ def _add_pages(app: FastAPI) -> None:
     async def handbook() -> Response:
         return _json(tried)
 
-    app.mount("/static", StaticFiles(directory=str(page)), name="static")
+    app.mount("/static", _Static(directory=str(page)), name="static")
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
@@ -223,6 +228,15 @@ def _add_pages(app: FastAPI) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(reference_page(app.openapi()))
+
+
+class _Static(StaticFiles):
+    """Files under one path each: Starlette's also have those with a slash at the end, or with ``//`` and ``./``."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if scope["path"] != f"/static/{path}":
+            raise HTTPException(404)
+        return await super().get_response(path, scope)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -247,9 +261,9 @@ def _add_errors(app: FastAPI) -> None:
 
 
 async def _answered(request: Request, service: Service, asks: Sequence[Ask], render: Render) -> list[bytes]:
-    """What ``render`` made of each question. Raises RefusedError: limits, a full queue, the deadline, what answering raised."""
+    """The results of ``render``. Raises RefusedError: limits, a full queue, the deadline, or an error of answering."""
     settings, scheduler, call = service.settings, service.scheduler, call_of(request.scope)
-    check(asks, settings)
+    check_limits(asks, settings)
     call.questions = len(asks)
     if settings.log_text:
         texts = [{"question": clean(ask.question), "context": clean(ask.context)} for ask in asks]
@@ -262,7 +276,7 @@ async def _answered(request: Request, service: Service, asks: Sequence[Ask], ren
             service.metrics.dropped("full")
         raise
     answered = asyncio.wrap_future(job.future)
-    answered.add_done_callback(lambda future: future.cancelled() or future.exception())  # has been seen
+    answered.add_done_callback(lambda future: future.cancelled() or future.exception())  # retrieves the exception
     gone = asyncio.ensure_future(request.receive())
     either: set[asyncio.Future[Any]] = {answered, gone}
     try:
@@ -270,23 +284,22 @@ async def _answered(request: Request, service: Service, asks: Sequence[Ask], ren
         if answered.done():
             return list(answered.result())
         if gone.done():
-            service.metrics.dropped("disconnect")
-            raise RefusedError(499, "disconnected", "the caller has gone")
+            raise RefusedError(499, "disconnected", "the client has disconnected")
         raise deadline_passed(settings.request_timeout)
     except Exception as error:
         raise _told(error, service, call.request_id) from error
     finally:
         call.windows = job.windows
         gone.cancel()
-        scheduler.drop(job, RefusedError(499, "dropped", "nobody waits for it"))  # nothing, if it is over
+        scheduler.drop(job, RefusedError(499, "dropped", "nobody waits for it"))  # no effect if it is over
 
 
 def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
-    """The refusal that the caller sees; counted, and logged where the fault is ours."""
+    """The refusal that the caller sees. It is counted, and logged if the server is at fault."""
     told = refusal(error, service.settings)
     if told.status == 504:
         service.metrics.dropped("deadline")
-        told = deadline_passed(service.settings.request_timeout)  # counted from the request's head
+        told = deadline_passed(service.settings.request_timeout)  # counted from the head of the request
     if isinstance(error, LogitsError):
         service.metrics.bad_logits()
     if told.status == 500:
@@ -295,21 +308,23 @@ def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
     return told
 
 
-def _answers(ask: Ask, reading: Reading) -> bytes:
-    return _dump({"answers": [answer.to_dict() for answer in to_answers(reading, ask.options)]})
+def _answers(ask: Ask, pair: DecodedPair) -> bytes:
+    return _dump({"answers": [answer.to_dict() for answer in to_answers(pair, ask.options)]})
 
 
 def _traced(service: Service) -> Render:
-    def render(ask: Ask, reading: Reading) -> bytes:
-        answers = [answer.to_dict() for answer in to_answers(reading, ask.options)]
-        trace = trace_dict(service.answerer, reading, candidates_of(reading, ask.options))
-        return _dump({"answers": answers, "trace": trace})
+    def render(ask: Ask, pair: DecodedPair) -> bytes:
+        answers = _answers(ask, pair)
+        trace = trace_dict(service.answerer, pair, ask.options)
+        # Window by window: one call for megabytes would keep the interpreter, and so the event loop, for too long.
+        windows = _list([_dump(window) for window in trace.pop("windows")])
+        return b'%b,"trace":%b,"windows":%b}}' % (answers[:-1], _dump(trace)[:-1], windows)
 
     return render
 
 
-def _hugging_face(ask: Ask, reading: Reading) -> bytes:
-    found = to_answers(reading, ask.options) or [Answer("", 0, 0, 0.0)]  # a context without a token that could be one
+def _hugging_face(ask: Ask, pair: DecodedPair) -> bytes:
+    found = to_answers(pair, ask.options) or [NO_ANSWER]  # no token of the context can be an answer
     told = [{"answer": a.text, "score": a.score, "start": a.start, "end": a.end} for a in found]
     return _dump(told if ask.options.top_k > 1 else told[0])
 
@@ -327,12 +342,10 @@ def _json(content: bytes) -> Response:
 
 
 def _faults(error: RequestValidationError) -> str:
-    """The first faults, a clause each: where, and what is wrong. Values are left out: they may be texts."""
+    """The first faults, one clause each: the field and what is wrong. Values are left out because they may be texts."""
     found = []
     for fault in error.errors():
-        place = [part for part in fault["loc"] if part not in {"body", "question", "questions", "batch"}] or fault[
-            "loc"
-        ]
-        found.append(f"{'.'.join(str(part) for part in place)}: {fault['msg']}")
+        place = fault["loc"][2:] if fault["loc"][1:2] and fault["loc"][1] in FORMS else fault["loc"][1:]
+        found.append(f"{'.'.join(map(str, place)) or 'body'}: {fault['msg']}")
     more = f" (and {len(found) - _SHOWN_FAULTS} more)" if len(found) > _SHOWN_FAULTS else ""
     return "; ".join(found[:_SHOWN_FAULTS]) + more

@@ -1,4 +1,4 @@
-"""The bearer token: all but the open paths need it where one is set."""
+"""The bearer token. If one is set, all paths except the open ones require it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qadeploy.serve.calls import respond
 from qadeploy.serve.errors import RefusedError
 
-# Without a token: what an orchestrator asks, and what tells nothing but how the API is used.
+# Open: what an orchestrator asks, and what only shows how the API is used.
 _OPEN = frozenset({"/", "/docs", "/openapi.json", "/health/live", "/health/ready"})
 
 
 class Auth:
     """ASGI middleware that refuses (401) requests without the token. It is compared in constant time.
 
-    GET of the page, its files, the API's document and the health checks are open, /metrics too unless ``metrics``.
+    GET of the page, its files, the API documents and the health checks is open, and so is /metrics unless ``metrics``.
     """
 
     def __init__(self, app: ASGIApp, token: str, *, metrics: bool) -> None:
@@ -25,7 +25,7 @@ class Auth:
         self._open = _OPEN if metrics else _OPEN | {"/metrics"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on where it may."""
+        """Passes the request on if it is allowed."""
         if scope["type"] != "http" or self._is_open(scope) or self._has_token(scope):
             await self._app(scope, receive, send)
             return

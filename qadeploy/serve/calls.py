@@ -1,27 +1,34 @@
-"""A request from its head to the end of its response: an id, a deadline, a line in the log and a count in the metrics."""
+"""A request from start to end: an id, a deadline, a line in the log and a count in the metrics."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qadeploy.errors import InputError
 from qadeploy.serve.errors import RefusedError, body
 from qadeploy.serve.metrics import Metrics
+from qadeploy.serve.settings import Settings
 
 ROUTES = frozenset(
     {"/", "/v1/answer", "/v1/model", "/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json"}
 )
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_QUIET = frozenset({"/health/live", "/health/ready", "/metrics"})  # asked for every few seconds
+_QUIET = frozenset({"/health/live", "/health/ready", "/metrics"})  # requested every few seconds
 _KEY = "qadeploy.call"
+REFUSED = "qadeploy.refused"  # in a scope: why the connection cannot read on
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _SAFE = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -36,7 +43,7 @@ _log = logging.getLogger("qadeploy.serve")
 
 @dataclass(slots=True)
 class Call:
-    """What is known of a request. ``deadline`` is a time of the event loop's clock, ``started`` of ``perf_counter``."""
+    """What is known about a request. ``deadline`` is a time of the event loop, ``started`` one of ``perf_counter``."""
 
     request_id: str
     started: float
@@ -47,7 +54,7 @@ class Call:
 
 
 def call_of(scope: Scope) -> Call:
-    """The call that ``Calls`` has put into a request's scope."""
+    """The call that ``Calls`` stored in the scope of a request."""
     found: Call = scope[_KEY]
     return found
 
@@ -57,24 +64,38 @@ async def respond(scope: Scope, receive: Receive, send: Send, refused: RefusedEr
     await response(scope, refused)(scope, receive, send)
 
 
+def early(metrics: Metrics, client: str | None, refused: RefusedError, seconds: float) -> bytes:
+    """Counts and logs a refusal of what never became a request, and returns it as bytes for the connection, which ends."""
+    request_id = uuid.uuid4().hex
+    metrics.responded("other", refused.status, seconds)
+    fields = {"request_id": request_id, "route": "other", "status": refused.status, "ms": round(1000 * seconds, 1)}
+    _log.info("request", extra={"fields": {**fields, "client": client, "error": refused.kind}})
+    found = JSONResponse(body(refused, request_id), refused.status, headers=refused.headers)
+    found.headers.update({"connection": "close", "x-request-id": request_id})
+    head = [f"HTTP/1.1 {refused.status} {HTTPStatus(refused.status).phrase}".encode()]
+    head += [name + b": " + value for name, value in (*found.raw_headers, *_SAFE)]
+    return b"\r\n".join(head) + b"\r\n\r\n" + bytes(found.body)
+
+
 def response(scope: Scope, refused: RefusedError) -> JSONResponse:
-    """A refusal as a response; its ``type`` goes to the log."""
+    """A refusal as a response; its ``type`` is logged."""
     call = call_of(scope)
     call.kind = refused.kind
     return JSONResponse(body(refused, call.request_id), refused.status, headers=refused.headers)
 
 
 class Calls:
-    """ASGI middleware, the outermost: gives each request its ``Call`` and its X-Request-ID, logs and counts it.
+    """The outermost ASGI middleware: gives each request its ``Call`` and its X-Request-ID, logs and counts it.
 
-    ``closing`` says whether callers should look for another connection: the responses then close theirs.
-    An id that the caller sends is kept where it is made of up to 64 letters, digits, dots, dashes and underscores.
+    If ``closing`` returns True, responses close their connection, so that clients open one elsewhere.
+    The client's own id is kept if it consists of up to 64 letters, digits, dots, dashes and underscores.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, timeout: float, closing: Callable[[], bool]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings, closing: Callable[[], bool]) -> None:
         self._app = app
         self._metrics = metrics
-        self._timeout = timeout
+        self._timeout = settings.request_timeout
+        self._trusted = networks(settings.trusted_proxies)
         self._closing = closing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -82,11 +103,11 @@ class Calls:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        now = asyncio.get_running_loop().time()  # of which uvloop's has whole milliseconds only
+        now = asyncio.get_running_loop().time()  # with uvloop, in whole milliseconds
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         request_id = given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
         call = scope[_KEY] = Call(request_id, time.perf_counter(), now + self._timeout)
-        status = 500
+        status = 0
 
         async def named(message: Message) -> None:
             nonlocal status
@@ -99,14 +120,20 @@ class Calls:
 
         try:
             await self._app(scope, receive, named)
+        except asyncio.CancelledError:  # a second signal, or the time to drain is up
+            if not status:
+                closing = RefusedError(503, "closing", "the server shut down before there was an answer", retry_after=1)
+                await respond(scope, receive, named, closing)
         finally:
-            self._end(scope, call, status)
+            self._end(scope, call, status or 500)
 
     def _end(self, scope: Scope, call: Call, status: int) -> None:
         seconds = time.perf_counter() - call.started
         path = scope["path"]
         route = path if path in ROUTES else "/static" if path.startswith("/static/") else "other"
         self._metrics.responded(route, status, seconds)
+        if call.kind == "disconnected":
+            self._metrics.dropped("disconnect")
         level = logging.ERROR if status == 500 else logging.INFO
         if path in _QUIET and status != 500:
             level = logging.DEBUG
@@ -118,10 +145,45 @@ class Calls:
             "route": route,
             "status": status,
             "ms": round(1000 * seconds, 1),
-            "client": scope["client"][0] if scope.get("client") else None,
+            "client": client_of(scope, self._trusted),
         }
         if call.kind:
             fields["error"] = call.kind
         if call.questions:
             fields |= {"questions": call.questions, "windows": call.windows}
         _log.log(level, "request", extra={"fields": fields})
+
+
+def networks(proxies: Sequence[str]) -> list[Network]:
+    """The networks of trusted proxies. Raises InputError if one is neither an address nor a network."""
+    try:
+        return [ipaddress.ip_network(proxy) for proxy in proxies]
+    except ValueError as error:
+        raise InputError(f"--trusted-proxy must be an address or a network such as 10.0.0.0/8: {error}") from error
+
+
+def client_of(scope: Scope, trusted: Sequence[Network]) -> str | None:
+    """The address of the client: the last in X-Forwarded-For that is no trusted proxy, if the peer is one, else the peer."""
+    peer = scope["client"][0] if scope.get("client") else None
+    found = _address(peer or "")
+    given = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")
+    hops = given.decode("latin-1").split(",")
+    while hops and found is not None and any(found in network for network in trusted):
+        before = _address(hops.pop())
+        if before is None:
+            break
+        found = before
+    return peer if found is None else str(found)
+
+
+def _address(text: str) -> Address | None:
+    """An address that may be followed by a port."""
+    text = text.strip()
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        return None if "%" in text else ipaddress.ip_address(text)  # the zone after % may be any text
+    except ValueError:
+        return None

@@ -1,7 +1,7 @@
-"""What a caller is told: every refusal and failure as one JSON shape with a status of its own.
+"""Every refusal and failure as a status and JSON of one shape.
 
 ``{"error": {"type", "message", "limit", "flag"}, "request_id"}``: ``type`` is for programs, ``message`` for people;
-``limit`` and ``flag`` name the number that was exceeded and what raises it, else null.
+``limit`` and ``flag`` are the limit that was exceeded and the flag that raises it, else null.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from qadeploy.errors import (
     StrideError,
     TooManyWindowsError,
 )
-from qadeploy.serve.settings import Settings, flag_of
+from qadeploy.options import flag_of
+from qadeploy.serve.settings import Settings
 
-# The status and ``type`` of an error that answering raises; the first that fits.
+# The status and ``type`` of an error of answering; the first class that matches.
 KINDS: tuple[tuple[type[QadeployError], int, str], ...] = (
     (QuestionTooLongError, 422, "question_too_long"),
     (StrideError, 422, "stride"),
@@ -30,10 +31,15 @@ KINDS: tuple[tuple[type[QadeployError], int, str], ...] = (
 
 
 class RefusedError(QadeployError):
-    """A request that gets no answer, with the status and the ``type`` that its caller sees.
+    """A request that gets no answer.
 
-    ``setting`` is the name of the limit in ``Settings`` that was exceeded, ``limit`` its value; ``retry_after``
-    the seconds after which another try has a chance.
+    Args:
+        status: The HTTP status.
+        kind: The ``type`` of the error.
+        message: For people.
+        limit: The limit that was exceeded.
+        setting: Its name in ``Settings``.
+        retry_after: Seconds after which to try again.
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class RefusedError(QadeployError):
 
 
 def refusal(error: Exception, settings: Settings) -> RefusedError:
-    """The refusal that an error of answering becomes. What is no QadeployError tells nothing of its inside."""
+    """The refusal for an error of answering. Only a QadeployError shows its message to the caller."""
     if isinstance(error, RefusedError):
         return error
     for kind, status, name in KINDS:
@@ -92,5 +98,5 @@ def body(refused: RefusedError, request_id: str) -> dict[str, Any]:
 
 
 def clean(text: str) -> str:
-    """Text that UTF-8 can write: lone surrogates, which a caller's names may hold, are spelled out."""
+    """Text that UTF-8 can encode: lone surrogates become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -7,7 +7,7 @@ from typing import Any
 
 from qadeploy.shipped import HANDBOOK
 
-# Rows of data/handbook.jsonl, three a paper; the texts stand there and nowhere else.
+# Ids of rows in data/handbook.jsonl, three per paper.
 _ROWS = (
     ("his-18-03", "his-18-07", "his-18-02"),
     ("saf-09-02", "saf-09-01", "saf-09-06"),
@@ -19,7 +19,7 @@ _ROWS = (
 
 
 def examples() -> list[dict[str, Any]]:
-    """Six papers, each ``{"title", "context", "questions": [...]}``, in the order that the page shows."""
+    """Six papers, each ``{"title", "context", "questions": [...]}``, in the order of the page."""
     found = map(json.loads, HANDBOOK.read_text(encoding="utf-8").strip().split("\n"))
     rows = {row["id"]: row for row in found}
     return [

@@ -1,4 +1,4 @@
-"""Logs as JSON, one object a line on stderr: ``time``, ``level``, ``event``, and what belongs to the event."""
+"""Logs as JSON lines on stderr: ``time``, ``level``, ``event``, and the fields of the event."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; ``extra={"fields": {...}}`` adds its entries."""
+    """A record as one line of JSON; ``extra={"fields": {...}}`` adds entries."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
@@ -26,19 +26,19 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             value["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(value)  # ASCII: a lone surrogate of some path cannot break the stream
+        return json.dumps(value)  # ASCII, so that a lone surrogate in a path cannot break the stream
 
 
 def set_up(level: str) -> None:
-    """Sends the logs of qadeploy and uvicorn to stderr as JSON. Raises InputError on an unknown level."""
+    """Sends the logs of qadeploy, uvicorn and asyncio to stderr as JSON. Raises InputError on an unknown level."""
     if level not in LEVELS:
         raise InputError(f"--log-level is {level!r}: choose {', '.join(LEVELS)}")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("qadeploy", "uvicorn"):
+    for name in ("qadeploy", "uvicorn", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(level.upper())
-    if level == "info":  # uvicorn's remarks on its own steps; ours say more
+    if level == "info":  # uvicorn logs its own steps, which ours cover
         logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics. Each server has a registry of its own; nothing is global."""
+"""The metrics at /metrics, for Prometheus. Each server has its own registry; nothing is global."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from qadeploy import __version__
 from qadeploy.inference.answerer import Answerer
+from qadeploy.serve.errors import clean
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -17,7 +18,7 @@ _TOKENS = (64, 128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Metrics:
-    """The counters of one server. Safe under threads."""
+    """The metrics of one server. Safe under threads."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -27,36 +28,44 @@ class Metrics:
         )
         self._seconds = Histogram(
             "qadeploy_request_seconds",
-            "From the request's head to the end of its response.",
+            "From the head of a request to the end of its response.",
             ["route"],
             buckets=_SECONDS,
             registry=registry,
         )
         self._stages = Histogram(
             "qadeploy_stage_seconds",
-            "Parts of a request: queue (until its first window runs), tokenize and decode (a question), run (a batch).",
+            "Stages: queue (until the first window of a request runs), tokenize and decode (per question), run (per batch).",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
         )
         self._stage = {name: self._stages.labels(name) for name in ("queue", "tokenize", "run", "decode")}
         self._batch_windows = Histogram(
-            "qadeploy_batch_windows", "Windows of one run.", buckets=_WINDOWS, registry=registry
+            "qadeploy_batch_windows", "Windows per run.", buckets=_WINDOWS, registry=registry
         )
         self._batch_tokens = Histogram(
-            "qadeploy_batch_tokens", "Tokens of one run, without padding.", buckets=_TOKENS, registry=registry
+            "qadeploy_batch_tokens", "Tokens per run, without padding.", buckets=_TOKENS, registry=registry
         )
         self._dropped = Counter(
             "qadeploy_dropped", "Requests without an answer: full, deadline, disconnect.", ["reason"], registry=registry
         )
         for reason in ("full", "deadline", "disconnect"):
             self._dropped.labels(reason)
+        self._cut = Counter(
+            "qadeploy_connections_cut",
+            "Connections that were closed on their client, by reason: limit (there were too many), or what took too long.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in ("limit", "body", "response"):
+            self._cut.labels(reason)
         self._bad_logits = Counter(
             "qadeploy_bad_logits", "Requests whose logits were NaN or infinite: the model is broken.", registry=registry
         )
 
     def describe(self, answerer: Answerer, bundle_hash: str, device: str, workers: int) -> None:
-        """Says which bundle this server answers with, and watches its cache of contexts."""
+        """Adds the bundle and the context cache of the answerer."""
         registry, bundle = self._registry, answerer.bundle
         info = Gauge(
             "qadeploy_bundle_info",
@@ -64,11 +73,13 @@ class Metrics:
             ["bundle", "hash", "precision", "version", "device", "workers"],
             registry=registry,
         )
-        known = ("", "", "") if bundle is None else (bundle.name, bundle_hash, bundle.precision)
+        known = ("", "", "") if bundle is None else (clean(bundle.name), bundle_hash, clean(bundle.precision))
         info.labels(*known, __version__, device, str(workers)).set(1)
-        hits = Gauge("qadeploy_context_cache_hits", "Contexts that were at hand, tokenised.", registry=registry)
+        hits = Gauge("qadeploy_context_cache_hits", "Contexts that were found in the cache.", registry=registry)
         misses = Gauge("qadeploy_context_cache_misses", "Contexts that were tokenised.", registry=registry)
-        size = Gauge("qadeploy_context_cache_bytes", "Memory of the contexts that are kept.", registry=registry)
+        size = Gauge(
+            "qadeploy_context_cache_bytes", "Memory of the tokenised contexts that are kept.", registry=registry
+        )
         hits.set_function(lambda: answerer.stats().hits)
         misses.set_function(lambda: answerer.stats().misses)
         size.set_function(lambda: answerer.stats().bytes)
@@ -80,38 +91,46 @@ class Metrics:
         tokens: Callable[[], float],
         wait: Callable[[], float],
     ) -> None:
-        """Reads the queue's depth whenever it is asked for."""
+        """Adds the depth of the queue, which is read at each request for the metrics."""
         for name, about, value in (
             ("questions", "Questions that wait or run.", questions),
             ("windows", "Windows that wait.", windows),
-            ("tokens", "Tokens that wait; of texts that are not tokenised yet a guess.", tokens),
-            ("wait_seconds", "Seconds until a new request has its turn, by the speed of late.", wait),
+            ("tokens", "Tokens that wait; estimated for texts that are not tokenised yet.", tokens),
+            ("wait_seconds", "Seconds until a new request would have its turn, at the recent speed.", wait),
         ):
             Gauge(f"qadeploy_queue_{name}", about, registry=self._registry).set_function(value)
 
+    def connections(self, count: Callable[[], float]) -> None:
+        """Adds the number of open connections."""
+        Gauge("qadeploy_connections", "Open connections.", registry=self._registry).set_function(count)
+
+    def cut(self, reason: str) -> None:
+        """Counts a connection that was closed on its client: limit, body or response."""
+        self._cut.labels(reason).inc()
+
     def stage(self, name: str, seconds: float) -> None:
-        """A part of a request: queue, tokenize or decode."""
+        """Counts a stage: queue, tokenize or decode."""
         self._stage[name].observe(seconds)
 
     def ran(self, seconds: float, windows: int, tokens: int) -> None:
-        """One run of the model."""
+        """Counts a run of the model."""
         self._stage["run"].observe(seconds)
         self._batch_windows.observe(windows)
         self._batch_tokens.observe(tokens)
 
     def dropped(self, reason: str) -> None:
-        """A request that gets no answer: full, deadline or disconnect."""
+        """Counts a request without an answer: full, deadline or disconnect."""
         self._dropped.labels(reason).inc()
 
     def bad_logits(self) -> None:
-        """A model that returned NaN or infinite logits."""
+        """Counts a request whose logits were NaN or infinite."""
         self._bad_logits.inc()
 
     def responded(self, route: str, status: int, seconds: float) -> None:
-        """A request that was answered in some way."""
+        """Counts a response."""
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""The API's document as a page: made of the OpenAPI document, without a script and without an outside resource."""
+"""The API reference as an HTML page: made from the OpenAPI document, without scripts or resources from other sites."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEAD = """<!doctype html>
 
 
 def reference_page(document: dict[str, Any]) -> str:
-    """The page of an OpenAPI document: its routes, their fields, examples and errors."""
+    """The page of an OpenAPI document: routes, fields, examples and errors."""
     return "".join([_HEAD, *_body(document), "</main>\n</body>\n</html>\n"])
 
 
@@ -29,7 +29,7 @@ def _body(document: dict[str, Any]) -> Iterator[str]:
     about = document["info"]
     yield f"<h1>{escape(about['title'])} {escape(about['version'])}</h1>\n"
     yield f"<p>{_text(about['description'])}</p>\n"
-    yield '<p>The same for programs: <a href="/openapi.json">openapi.json</a>.</p>\n'
+    yield '<p>For programs: <a href="/openapi.json">openapi.json</a>.</p>\n'
     for path, methods in document["paths"].items():
         for method, route in methods.items():
             yield f"<section>\n<h2><code>{method.upper()} {escape(path)}</code></h2>\n<p>{_text(route['summary'])}.</p>\n"
@@ -38,14 +38,14 @@ def _body(document: dict[str, Any]) -> Iterator[str]:
             if asked:
                 for schema in _forms(asked, document):
                     yield from _schema(schema, document)
-            yield "<h3>Answers</h3>\n<dl>\n"
+            yield "<h3>Responses</h3>\n<dl>\n"
             for status, told in sorted(route["responses"].items()):
                 yield f"<dt><code>{escape(status)}</code></dt><dd>{_text(told['description'])}</dd>\n"
             yield "</dl>\n</section>\n"
 
 
 def _forms(schema: dict[str, Any], document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The forms that a body may have, references followed."""
+    """The forms that a body may have, with references resolved."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return _forms(document["components"]["schemas"][name], document)
@@ -62,10 +62,10 @@ def _schema(schema: dict[str, Any], document: dict[str, Any]) -> Iterator[str]:
         yield f"<h3>{_text(schema.get('description', schema.get('title', '')))}</h3>\n"
     for example in schema.get("examples", ()):
         yield f"<pre>{escape(json.dumps(example, indent=2, ensure_ascii=False))}</pre>\n"
-    needed = schema.get("required", ())
+    required = schema.get("required", ())
     yield "<dl>\n"
-    for name, field in sorted(schema.get("properties", {}).items(), key=lambda entry: entry[0] not in needed):
-        of = "needed" if name in needed else f"default {json.dumps(field.get('default'))}"
+    for name, field in sorted(schema.get("properties", {}).items(), key=lambda entry: entry[0] not in required):
+        of = "required" if name in required else f"default {json.dumps(field.get('default'))}"
         yield f"<dt><code>{escape(name)}</code> <small>{escape(of)}</small></dt><dd>{_text(field.get('description', ''))}</dd>\n"
     yield "</dl>\n"
 

@@ -1,41 +1,52 @@
-"""The process: logs, the bundle, the listener, and going down in good order.
+"""The server process: logs, the bundle, the listener, and an orderly shutdown.
 
-SIGTERM: /health/ready turns 503 at once, so that balancers look elsewhere, while requests are still taken; ``drain_delay``
-later the listener closes; running requests are answered; the process ends with 0. SIGINT skips the delay. A second
-signal ends it at once, with 1.
+On SIGTERM /health/ready turns 503 at once, so that load balancers send requests elsewhere, while requests are still accepted.
+After ``drain_delay`` the listener closes, running requests are answered, and the process exits with 0. SIGINT skips the
+delay. A second signal refuses what runs (503) and ends the process, with 1.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
+import resource
 import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from prometheus_client import disable_created_metrics
 
 from qadeploy.errors import FailureError, InputError
 from qadeploy.serve.app import create_app
+from qadeploy.serve.calls import networks
+from qadeploy.serve.connections import Connection, Connections
 from qadeploy.serve.logs import set_up
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
 
 _BACKLOG = 2048
+_MOST_CONNECTIONS = 4096
+_SPARE_FILES = 64  # for files, pipes, and connections that are being closed
+_LAST_WORDS = 1.0  # seconds for refusals to be sent after a second signal
 _log = logging.getLogger("qadeploy.serve")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with signals of our own: uvicorn's close the listener first, and end with 143."""
+    """uvicorn's server with other signal handlers: uvicorn's close the listener first, and exit with 143."""
 
     def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], object]) -> None:
         super().__init__(config)
         self._service = service
         self._on_ready = on_ready
+        self.cut_off = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -51,14 +62,17 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listens, then says so."""
+        """Starts to listen, then calls ``on_ready``."""
         await super().startup(sockets)
         self._on_ready()
 
     def _drain(self, number: signal.Signals, delay: float) -> None:
         if self._service.draining:
             _log.warning("stopped at once", extra={"fields": {"signal": number.name}})
-            self.should_exit = self.force_exit = True
+            self.should_exit = self.cut_off = True
+            for task in self.server_state.tasks:
+                task.cancel()  # which answers with 503
+            asyncio.get_running_loop().call_later(_LAST_WORDS, setattr, self, "force_exit", True)
             return
         self._service.draining = True
         _log.info("draining", extra={"fields": {"signal": number.name, "drain_delay": delay}})
@@ -69,27 +83,39 @@ class _Server(uvicorn.Server):
 
 
 def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Service], object]) -> None:
-    """Serves a bundle until a signal; ``on_ready`` gets the URL once it listens.
+    """Serves a bundle until a signal arrives.
 
-    Raises InputError (settings, an address that cannot be listened on), what ``Answerer.load`` raises, and
-    FailureError where a second signal cut running requests off.
+    Args:
+        bundle: The bundle folder.
+        settings: The settings of the server.
+        on_ready: Called with the URL and the service once the server listens.
+
+    Raises:
+        InputError: The settings are wrong, or the server cannot listen on the address.
+        QadeployError: As ``Answerer.load`` does.
+        FailureError: A second signal cut off running requests.
     """
     set_up(settings.log_level)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # so that tokenising a long text lets other threads run
+    networks(settings.trusted_proxies)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # so that other threads run while a long text is tokenised
     disable_created_metrics()  # type: ignore[no-untyped-call]
     with contextlib.closing(_listen(settings.host, settings.port)) as listener:
-        service = Service.load(bundle, settings)
+        service = _load(bundle, settings)
         try:
             host, port = listener.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            connections = Connections(settings, service.metrics, _room(settings.max_connections))
+            protocol: Any = functools.partial(Connection, connections=connections)
             config = uvicorn.Config(
                 create_app(service),
+                http=protocol,
+                ws="none",
+                proxy_headers=False,
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 lifespan="off",
                 backlog=_BACKLOG,
-                timeout_keep_alive=int(settings.keep_alive),
                 timeout_graceful_shutdown=int(settings.request_timeout) + 1,
             )
             server = _Server(config, service, lambda: on_ready(url, service))
@@ -97,12 +123,45 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
         finally:
             service.close()
         _log.info("stopped")
-        if server.force_exit:
+        if server.cut_off:
             raise FailureError("stopped by a second signal before all running requests were answered")
 
 
+def _load(bundle: str | Path, settings: Settings) -> Service:
+    """``Service.load``; the process ends with 1 after ``load_timeout``, because a graph can keep ONNX Runtime busy for ever."""
+
+    def give_up() -> None:
+        message = f"Error: {bundle}: was not loaded within {settings.load_timeout:g} s: raise --load-timeout"
+        print(message, file=sys.stderr, flush=True)
+        os._exit(1)  # nothing else ends a thread inside ONNX Runtime
+
+    watch = threading.Timer(settings.load_timeout, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        return Service.load(bundle, settings)
+    finally:
+        watch.cancel()
+
+
+def _room(asked: int | None) -> int:
+    """The number of connections at a time. Raises InputError if there cannot be as many open files."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return asked or _MOST_CONNECTIONS
+    try:
+        room = files - len(os.listdir("/proc/self/fd")) - _SPARE_FILES
+    except OSError:  # not Linux
+        room = files - 2 * _SPARE_FILES
+    if (asked or 1) > room:
+        raise InputError(
+            f"--max-connections must be at most {max(room, 0)}, not {asked or 1}: this process may open {files} files (ulimit -n)"
+        )
+    return asked or min(room, _MOST_CONNECTIONS)
+
+
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket. It is bound first, so that a taken port is known before the bundle is loaded."""
+    """A bound socket. It is bound first, so that a port in use is reported before the bundle is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -1,128 +1,139 @@
-"""One queue for all requests, whose unit is the window.
+"""One queue of windows for all requests.
 
-    submit ─► encode (threads, a question at a time) ─► windows wait ─► workers run them ─► decode ─► Job.future
+    submit ─► encode (threads, one question at a time) ─► windows wait ─► workers run them ─► decode ─► Job.future
 
-The first four windows of each request run in the order of arrival: where sizes are alike no other order has a better tail
-(Wierman and Zwart 2012, "Is tail-optimal scheduling possible?"). What a request has beyond them, a long document or
-a large batch, waits in a second line whose requests take turns, a window each; that line gets every fourth turn, and all
-that the first leaves. So a long document never blocks a short question, and ends under any load of short ones.
-Nothing waits for company: a free worker takes what is there. On a CPU each worker runs one window on one thread,
-unpadded, which is the fastest there; on CUDA a batch of windows of like length within a budget of tokens.
+The first four windows of each request run in order of arrival: for similar sizes no other order has a better tail latency
+(Wierman and Zwart 2012, "Is tail-optimal scheduling possible?"). Further windows, of a long document or a large batch, wait in
+a second line, where the earliest deadline goes first: if documents took turns, an overload would make all of them late together.
+That line gets every fourth turn, and every turn that the first line does not need. So a long document never blocks a short
+question, and finishes under any load of short ones.
+Nothing waits for a batch to fill: a free worker takes what is there. On a CPU each worker runs one unpadded window on one
+thread, which is fastest there; on CUDA it runs a batch of windows of similar length, within a budget of tokens.
 
-The queue is bounded by questions and by time: the tokens of the first line over the tokens a second that were measured of
-late; and a request that has more than the first line takes is refused where all that waits leaves it no time to end.
+The queue is bounded by questions and by time: the tokens in the first line divided by the tokens per second measured recently.
+A request with more windows than the first line takes is refused if it, or one that was accepted before, would then be late. One
+that becomes hopeless later, because it has more tokens than estimated or the machine is slower, is refused at that moment.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from bisect import insort
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from qadeploy.core.settings import Options
 from qadeploy.errors import InputError
-from qadeploy.inference.answerer import Answerer, Begun, Options, Reading
-from qadeploy.records import FloatArray, Window
+from qadeploy.inference.answerer import Answerer, DecodedPair, EncodedPair
+from qadeploy.records import Logits, Window
+from qadeploy.serve.cost import Speed, TokenRatios, window_tokens
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.metrics import Metrics
+from qadeploy.serve.settings import Settings
 
-Logits = tuple[FloatArray, FloatArray]
-_FRONT = 4  # windows of a request that run in the order of arrival
-_BACK_EVERY = 4  # turns
-_LIKE = 1.25  # lengths up to this ratio share a batch: padding costs a fifth at most
-_LEARN = 0.05  # the weight of a new run in the measured speed
-_CHARACTERS_A_TOKEN = 4.0  # a guess for texts that are not tokenised yet
-_ENCODERS = 32  # threads that tokenise, at most
+_FRONT = 4  # windows of a request that run in order of arrival
+_BACK_EVERY = 4  # every so many turns the second line goes first
+_LIKE = 1.25  # lengths up to this ratio share a batch, so padding is at most a fifth
+_SLACK = 0.9  # a new document must be answered within this share of its time: the speed varies
+# A document whose windows beyond the first four have not begun must be in time even at four fifths of the speed, and one that has
+# begun is given up only if it would be late at five fourths of it: the windows that ran are lost.
+_BEFORE, _BEGUN = 1.25, 0.8
+_TRIED = 16  # windows that a document may run on an idle server before it is given up
+_ENCODERS = 32  # the largest number of threads that tokenise
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One question on one context, with the options of its call."""
+    """One question on one context, with its options."""
 
     question: str
     context: str
     options: Options
 
 
-Render = Callable[[Ask, Reading], Any]
+Render = Callable[[Ask, DecodedPair], Any]
 
 
 @dataclass(slots=True, eq=False)
-class _Part:
-    """One question of a job, on its way through the model."""
+class _Question:
+    """One question of a job: its number, its windows, their logits so far, and how many are missing."""
 
     number: int
-    begun: Begun
+    pair: EncodedPair
     logits: list[Logits | None]
     left: int
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request: its ``future`` gives a list with what ``render`` made of each question, in order, or raises.
+    """One request. The result of ``future`` is a list of what ``render`` returned for each question, in order.
 
-    It raises what answering raises, and RefusedError where the deadline passed or the job was dropped.
+    It raises what answering raises, and RefusedError if the deadline passed or the job was dropped.
     """
 
     asks: Sequence[Ask]
     render: Render
     deadline: float
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float
     future: Future[list[Any]] = field(default_factory=Future)
-    waiting: deque[tuple[_Part, int]] = field(default_factory=deque)
+    waiting: deque[tuple[_Question, int]] = field(default_factory=deque)
     results: list[Any] = field(default_factory=list)
     encoded: int = 0  # questions
     done: int = 0
     windows: int = 0
     taken: int = 0  # windows
-    guess: int = 0  # tokens of the questions that are not encoded yet
-    near: int = 0  # tokens that wait in the first line
-    tokens: int = 0  # tokens that wait
-    in_line: bool = False
+    guesses: list[int] = field(default_factory=list)  # estimated tokens of each question
+    guess: int = 0  # those of the questions that are not encoded yet
+    near: int = 0  # tokens waiting in the first line
+    tokens: int = 0  # tokens waiting
+    long: bool = False  # it has more windows than the first line takes, or is estimated to
+    alone: bool = False  # the server was idle when it came
     over: bool = False
 
 
-_Unit = tuple[Job, _Part, int]
+_Unit = tuple[Job, _Question, int]
 
 
 class Scheduler:
     """Runs the windows of many requests on ``workers`` threads. Safe under threads.
 
-    ``batch_tokens`` None runs windows one by one, a number in batches of at most so many tokens, padding included.
-    ``max_queue`` bounds the questions that wait or run, ``max_wait`` the seconds until a new request's first
-    windows run, ``max_windows`` the windows of one request.
+    Args:
+        answerer: Encodes, runs and decodes.
+        metrics: Counts what happens.
+        settings: ``max_queue``, ``max_wait``, ``max_windows`` and ``max_batch_tokens`` bound the queue and batches.
+        workers: Threads that run windows.
+        batched: Whether windows run in batches of at most ``max_batch_tokens`` tokens, else one by one.
+        tokens_per_second: The speed of all workers together, until it is measured.
     """
 
     def __init__(
         self,
         answerer: Answerer,
         metrics: Metrics,
+        settings: Settings,
         *,
         workers: int,
-        batch_tokens: int | None = None,
-        max_queue: int = 512,
-        max_wait: float = 3.5,
-        max_windows: int = 256,
-        tokens_a_second: float = 10_000.0,
+        batched: bool = False,
+        tokens_per_second: float = 10_000.0,
     ) -> None:
         self._answerer = answerer
         self._metrics = metrics
-        self._batch_tokens = batch_tokens
+        self._settings = settings
+        self._batched = batched
         self._padded = "attention_mask" in getattr(answerer.model, "inputs", ())
-        self._max_queue = max_queue
-        self._max_wait = max_wait
-        self._max_windows = max_windows
         self._longest = answerer.settings.max_seq_len
         self._workers = workers
-        self._rate = tokens_a_second  # of all workers together
         self._ready = threading.Condition()  # guards all that follows
         self._jobs: dict[Job, None] = {}  # oldest first
-        self._front: deque[Job] = deque()
-        self._back: deque[Job] = deque()
+        self._front: dict[Job, None] = {}  # with waiting windows among their first four, in order of arrival
+        self._back: list[Job] = []  # all long ones, the earliest deadline first
+        self._speed = Speed(tokens_per_second, max(1, workers))
+        self._ratios = TokenRatios()
         self._turn = 0
         self._questions = self._tokens = self._near = self._windows = 0
         self._closed = False
@@ -139,7 +150,7 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether all workers are at work."""
+        """Whether all workers are running."""
         return not self._closed and all(thread.is_alive() for thread in self._threads)
 
     @property
@@ -149,23 +160,35 @@ class Scheduler:
 
     @property
     def wait(self) -> float:
-        """Seconds until a new request's first windows run, by the speed of late."""
+        """Seconds until the first windows of a new request would run, at the recent speed."""
         share = 1 - 1 / _BACK_EVERY if self._back else 1
-        return self._near / (share * self._rate)
+        return self._near / (share * self._speed.all)
 
     def submit(self, asks: Sequence[Ask], render: Render, *, timeout: float) -> Job:
-        """Takes a request in; ``render`` makes a result of each reading, in a worker. Returns at once.
+        """Queues a request and returns at once.
 
-        Raises RefusedError (429) where the queue is full, with the seconds after which it has room.
+        Args:
+            asks: The questions.
+            render: Makes a result of each decoded question; called in a worker.
+            timeout: Seconds that the request may take.
+
+        Raises:
+            RefusedError: The queue is full (429, with the seconds after which it has room), or closed (503).
         """
-        job = Job(asks, render, time.monotonic() + timeout, results=[None] * len(asks))
-        job.guess = sum(self._guess(ask) for ask in asks)
-        job.future.set_running_or_notify_cancel()  # so that nobody cancels the future behind our back
+        now = time.monotonic()
+        job = Job(asks, render, now + timeout, now, results=[None] * len(asks))
+        guesses = [self._guess(ask) for ask in asks]
+        job.guesses = [tokens for _, tokens in guesses]
+        job.guess = sum(job.guesses)
+        job.long = sum(windows for windows, _ in guesses) > _FRONT
+        job.future.set_running_or_notify_cancel()  # so that nobody else can cancel the future
         with self._ready:
             if self._closed:
-                raise RefusedError(503, "closing", "the server is going down", retry_after=1)
+                raise RefusedError(503, "closing", "the server is shutting down", retry_after=1)
             self._admit(job, timeout)
             self._jobs[job] = None
+            if job.long:
+                insort(self._back, job, key=_deadline)
             self._questions += len(asks)
             self._add(job, job.guess, 0)
             self._recount(job)
@@ -173,42 +196,69 @@ class Scheduler:
         return job
 
     def _admit(self, job: Job, timeout: float) -> None:
-        """Raises RefusedError (429) where a job would wait too long. An idle server takes anything."""
-        if not self._jobs:
+        """Raises RefusedError (429) if a job would wait too long, or make one late. An idle server takes anything."""
+        job.alone = not self._jobs
+        if job.alone:
             return
-        wait, questions = self.wait, self._questions
-        if questions + len(job.asks) > self._max_queue:
-            raise _full(f"{questions} questions wait or run", self._max_queue, "max_queue", wait)
-        if wait > self._max_wait:
-            raise _full(f"the wait is {wait:.1f} seconds", self._max_wait, "max_wait", wait - self._max_wait)
-        if job.guess > _FRONT * self._longest:
-            needed = (self._tokens + job.guess) / self._rate
-            if needed > timeout:
-                why = f"a text of this length would be answered after {needed:.0f} seconds"
-                raise _full(why, timeout, "request_timeout", needed - timeout)
+        self._give_up()
+        wait, questions, settings = self.wait, self._questions, self._settings
+        if questions + len(job.asks) > settings.max_queue:
+            raise _full(f"{questions} questions wait or run", settings.max_queue, "max_queue", wait)
+        if wait > settings.max_wait:
+            raise _full(f"the wait is {wait:.1f} seconds", settings.max_wait, "max_wait", wait - settings.max_wait)
+        if job.long:
+            job.tokens = job.guess
+            line = sorted([*self._back, job], key=_deadline)
+            excess = max((seconds for _, seconds in self._hopeless(line)), default=0.0)
+            job.tokens = 0
+            if excess > 0:
+                raise _too_long(timeout + excess, timeout, excess)
+
+    def _hopeless(self, line: Iterable[Job]) -> Iterator[tuple[Job, float]]:
+        """The long jobs that cannot be answered in time, and by how many seconds, if ``line`` runs one after the other."""
+        now = time.monotonic()
+        speed = self._speed.left(now, 1 / _BACK_EVERY)
+        ahead = self._tokens - sum(job.tokens for job in self._back)  # short requests
+        for job in line:
+            if not job.tokens:  # all of its windows run
+                continue
+            own = job.tokens * (_BEFORE if job.taken <= _FRONT else _BEGUN)
+            left = (job.deadline - now) * (1 if job in self._jobs else _SLACK)
+            excess = (ahead + own) / speed - left
+            if excess > 0 and not (job.alone and job.taken < _TRIED):
+                yield job, excess
+            else:
+                ahead += job.tokens
+
+    def _give_up(self) -> None:
+        """Refuses the long jobs that cannot be answered in time."""
+        for job, excess in list(self._hopeless(self._back)):
+            timeout = job.deadline - job.arrived
+            self._metrics.dropped("full")
+            self._end(job, _too_long(timeout + excess, timeout, excess))
 
     def drop(self, job: Job, refused: RefusedError) -> None:
-        """Ends a job before its time: the windows that no worker has begun are not run. Does nothing to one that is over."""
+        """Ends a job early: windows that have not started are not run. Does nothing if the job is over."""
         self._end(job, refused)
 
     def close(self) -> None:
-        """Ends the workers; jobs that are not over are refused (503)."""
+        """Ends the workers. Unfinished jobs are refused (503)."""
         with self._ready:
             self._closed = True
             left = list(self._jobs)
             self._ready.notify_all()
         for job in left:
             self._end(
-                job, RefusedError(503, "closing", "the server went down before the answer was there", retry_after=1)
+                job, RefusedError(503, "closing", "the server shut down before there was an answer", retry_after=1)
             )
         self._encoders.shutdown(wait=True, cancel_futures=True)
         for thread in self._threads:
             thread.join()
 
     def _recount(self, job: Job) -> None:
-        """Counts anew what waits of a job."""
+        """Updates the number of tokens that a job has in the first line."""
         places = max(_FRONT - job.taken, 0)
-        first = [len(part.begun.windows[i]) for part, i in islice(job.waiting, places)]
+        first = [len(question.pair.windows[i]) for question, i in islice(job.waiting, places)]
         near = sum(first) + min(job.guess, (places - len(first)) * self._longest)
         self._near += near - job.near
         job.near = near
@@ -218,45 +268,54 @@ class Scheduler:
         self._tokens += tokens
         self._windows += windows
 
-    def _guess(self, ask: Ask) -> int:
-        """Tokens of the windows of texts that are not tokenised yet."""
-        tokens = int((len(ask.question) + len(ask.context)) / _CHARACTERS_A_TOKEN)
-        most = ask.options.prefilter
-        return tokens if most is None else min(tokens, most * self._longest)
+    def _guess(self, ask: Ask) -> tuple[int, int]:
+        """Estimated windows of a question that is not tokenised yet, and the tokens in them."""
+        question, context = self._ratios.tokens(ask.question), self._ratios.tokens(ask.context)
+        most = min(ask.options.prefilter or self._settings.max_windows, self._settings.max_windows)
+        try:
+            settings = ask.options.settings(self._answerer.settings)
+        except InputError:  # raised again where it is encoded
+            return 1, 0
+        return window_tokens(question, context, self._answerer.encoder.special_tokens, settings, most)
 
     # ------------------------------------------------------------ texts to windows
 
     def _encode(self, job: Job) -> None:
-        """Encodes a job's next question, and queues for the one after it, behind the others' questions."""
+        """Encodes the next question of a job, then queues for the one after it, behind the questions of other jobs."""
         if job.over or self._late(job):
             return
         ask, number = job.asks[job.encoded], job.encoded
         started = time.monotonic()
         try:
-            room = max(self._max_windows - job.windows, 0)
-            begun = self._answerer.begin(ask.question, ask.context, ask.options, max_windows=room)
+            room = max(self._settings.max_windows - job.windows, 0)
+            pair = self._answerer.encode(ask.question, ask.context, ask.options, max_windows=room)
         except Exception as error:
             if isinstance(error, InputError) and len(job.asks) > 1:
                 error = type(error)(f"question {number + 1}: {error}")
             self._end(job, error)
             return
         self._metrics.stage("tokenize", time.monotonic() - started)
-        part = _Part(number, begun, [None] * len(begun.windows), len(begun.windows))
+        question = _Question(number, pair, [None] * len(pair.windows), len(pair.windows))
         with self._ready:
+            self._ratios.learn(ask.context, len(pair.context))
             if job not in self._jobs:  # it ended meanwhile
                 return
             job.encoded += 1
-            job.windows += part.left
-            job.guess -= self._guess(ask)
-            job.waiting.extend((part, i) for i in range(part.left))
-            self._add(job, sum(len(w) for w in begun.windows) - self._guess(ask), part.left)
+            job.windows += question.left
+            job.guess -= job.guesses[number]
+            job.waiting.extend((question, i) for i in range(question.left))
+            self._add(job, sum(len(w) for w in pair.windows) - job.guesses[number], question.left)
             self._recount(job)
-            if not job.in_line:
-                job.in_line = True
-                (self._front if job.taken < _FRONT else self._back).append(job)
-            self._ready.notify(part.left)
-            more = job.encoded < len(job.asks) and not self._closed
-            if more:
+            if job.taken < _FRONT:
+                self._front[job] = None
+            if job.windows > _FRONT and not job.long:
+                job.long = True
+                insort(self._back, job, key=_deadline)
+            self._give_up()
+            if job not in self._jobs:
+                return
+            self._ready.notify(question.left)
+            if job.encoded < len(job.asks) and not self._closed:
                 self._encoders.submit(self._encode, job)
 
     # ------------------------------------------------------------ windows to logits
@@ -266,61 +325,53 @@ class Scheduler:
             self._run(batch)
 
     def _take(self) -> list[_Unit]:
-        """The next windows to run, as soon as there are any; none where the scheduler was closed."""
+        """Waits for windows and returns the next ones to run; none if the scheduler was closed."""
         with self._ready:
             while not self._closed:
-                first = self._next()
+                self._give_up()
+                self._turn += 1
+                lines: list[Iterable[Job]] = [self._front, self._back]
+                if self._turn % _BACK_EVERY == 0:
+                    lines.reverse()
+                first = self._first(lines)
                 if first is not None:
-                    return [first] if self._batch_tokens is None else self._fill(first)
+                    unit = self._pop(first)
+                    return self._fill(unit, lines) if self._batched else [unit]
                 self._ready.wait()
         return []
 
-    def _next(self) -> _Unit | None:
-        """The window whose turn it is."""
-        self._turn += 1
-        lines = (self._front, self._back) if self._turn % _BACK_EVERY else (self._back, self._front)
-        for line in lines:
-            while line:
-                job = line.popleft()
-                job.in_line = False
-                if job.over or not job.waiting or self._late(job):
-                    continue
-                unit = self._pop(job)
-                if job.waiting:
-                    job.in_line = True
-                    if job.taken < _FRONT:
-                        line.appendleft(job)
-                    else:
-                        self._back.append(job)
-                return unit
-        return None
+    def _first(self, lines: Sequence[Iterable[Job]]) -> Job | None:
+        """The job whose turn it is."""
+        while (job := next((job for line in lines for job in line if job.waiting), None)) and self._late(job):
+            pass
+        return job
 
     def _pop(self, job: Job) -> _Unit:
-        part, i = job.waiting.popleft()
+        question, i = job.waiting.popleft()
         if not job.taken:
             self._metrics.stage("queue", time.monotonic() - job.arrived)
         job.taken += 1
-        self._add(job, -len(part.begun.windows[i]), -1)
+        if job.taken >= _FRONT or not job.waiting:
+            self._front.pop(job, None)
+        self._add(job, -len(question.pair.windows[i]), -1)
         self._recount(job)
-        return job, part, i
+        return job, question, i
 
-    def _fill(self, first: _Unit) -> list[_Unit]:
-        """A batch around a window: others of like length, a window of each job in turn, within the budget of tokens."""
+    def _fill(self, first: _Unit, lines: Sequence[Iterable[Job]]) -> list[_Unit]:
+        """A batch with a window and the next ones of similar length, within the budget of tokens."""
         batch = [first]
         least = most = len(_window(first))
-        taken = True
-        while taken:
-            taken = False
-            for job in list(self._jobs):
-                if not job.waiting:
-                    continue
-                part, i = job.waiting[0]
-                size = len(part.begun.windows[i])
-                low, high = min(least, size), max(most, size)
-                alike = high <= _LIKE * low if self._padded else high == low
-                if alike and high * (len(batch) + 1) <= (self._batch_tokens or 0) and not self._late(job):
+        for line in lines:
+            for job in list(line):
+                while job.waiting and (line is self._back or job in self._front) and not self._late(job):
+                    question, i = job.waiting[0]
+                    size = len(question.pair.windows[i])
+                    low, high = min(least, size), max(most, size)
+                    alike = high <= _LIKE * low if self._padded else high == low
+                    if not alike or high * (len(batch) + 1) > self._settings.max_batch_tokens:
+                        break
                     batch.append(self._pop(job))
-                    least, most, taken = low, high, True
+                    least, most = low, high
         return batch
 
     def _run(self, batch: list[_Unit]) -> None:
@@ -328,9 +379,9 @@ class Scheduler:
         started = time.monotonic()
         try:
             model: Any = self._answerer.model
-            # On a device ``run`` knows the faster way for few windows and for many.
-            alone = self._batch_tokens is None or getattr(model, "device", "cpu") != "cpu"
-            logits = model.run(windows) if alone else model.run_batch(windows)
+            # On a GPU ``run`` chooses the faster way for few windows and for many.
+            padded = self._batched and getattr(model, "device", "cpu") == "cpu"
+            logits = model.run_batch(windows) if padded else model.run(windows)
         except Exception as error:
             for job in {id(job): job for job, _, _ in batch}.values():
                 self._end(job, error)
@@ -340,29 +391,32 @@ class Scheduler:
         self._metrics.ran(seconds, len(windows), tokens)
         finished = []
         with self._ready:
-            self._rate += _LEARN * (self._workers * tokens / max(seconds, 1e-6) - self._rate)
-            for (job, part, i), found in zip(batch, logits, strict=True):
-                part.logits[i] = found
-                part.left -= 1
-                if not part.left and not job.over:
-                    finished.append((job, part))
-        for job, part in finished:
-            self._decode(job, part)
+            for (job, question, i), found in zip(batch, logits, strict=True):
+                question.logits[i] = found
+                question.left -= 1
+                if not question.left and not job.over:
+                    finished.append((job, question))
+        for job, question in finished:
+            self._decode(job, question)
+        short = sum(len(_window(unit)) for unit in batch if not unit[0].long) / tokens
+        now = time.monotonic()
+        with self._ready:
+            self._speed.ran(tokens, short, now - started, now)
 
     # ------------------------------------------------------------ logits to results
 
-    def _decode(self, job: Job, part: _Part) -> None:
-        ask = job.asks[part.number]
+    def _decode(self, job: Job, question: _Question) -> None:
+        ask = job.asks[question.number]
         started = time.monotonic()
         try:
-            logits = [found for found in part.logits if found is not None]
-            result = job.render(ask, self._answerer.finish(part.begun, logits, ask.options))
+            logits = [found for found in question.logits if found is not None]
+            result = job.render(ask, self._answerer.decode(question.pair, logits, ask.options))
         except Exception as error:
             self._end(job, error)
             return
         self._metrics.stage("decode", time.monotonic() - started)
         with self._ready:
-            job.results[part.number] = result
+            job.results[question.number] = result
             job.done += 1
             whole = job.done == len(job.asks)
         if whole:
@@ -386,6 +440,9 @@ class Scheduler:
             self._near -= job.near
             job.near = 0
             job.waiting.clear()
+            self._front.pop(job, None)
+            if job.long:
+                self._back.remove(job)
         if error is None:
             job.future.set_result(job.results)
         else:
@@ -397,6 +454,16 @@ def _full(why: str, limit: float, setting: str, seconds: float) -> RefusedError:
     return RefusedError(429, "queue_full", message, limit=limit, setting=setting, retry_after=seconds)
 
 
+def _too_long(needed: float, timeout: float, seconds: float) -> RefusedError:
+    return _full(
+        f"a text of this length would be answered after {needed:.0f} seconds", timeout, "request_timeout", seconds
+    )
+
+
+def _deadline(job: Job) -> float:
+    return job.deadline
+
+
 def deadline_passed(seconds: float) -> RefusedError:
     """The refusal of a request that took too long."""
     message = (
@@ -406,5 +473,5 @@ def deadline_passed(seconds: float) -> RefusedError:
 
 
 def _window(unit: _Unit) -> Window:
-    _, part, i = unit
-    return part.begun.windows[i]
+    _, question, i = unit
+    return question.pair.windows[i]

@@ -1,6 +1,6 @@
-"""The JSON that goes in and out, as pydantic models: the API's document is made of them.
+"""The JSON of requests and responses as pydantic models, which the API documents are made from.
 
-Limits that an operator sets are not part of it: they are checked by ``limits`` and named by the error.
+Limits that an operator sets are not part of it: ``limits`` checks them, and the errors name them.
 """
 
 from __future__ import annotations
@@ -9,19 +9,28 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
-from qadeploy.inference.answerer import Options
+from qadeploy.core.settings import Options
+from qadeploy.options import declared
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number: 3.0 is a whole one. Texts and booleans stay what they are, and are refused."""
+    """JSON has one kind of number, so 3.0 is a whole number. Other types stay as they are, and are refused later."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _count(about: str, least: int = 1) -> Any:
-    return Annotated[
-        Annotated[int, Field(ge=least, strict=True), BeforeValidator(_whole)] | None,
-        Field(description=f"{about} Null or absent: what the bundle says."),
-    ]
+_DECLARED = declared(Options)
+
+
+def _choice(name: str) -> Any:
+    """The type of an answering option, with its declared range and description."""
+    one = _DECLARED[name]
+    text = one.help if one.default is not None else f"{one.help} Null or absent: {one.default_text}."
+    about = Field(description=text)
+    if one.kind is bool:
+        kind: Any = Annotated[bool, Field(strict=True)]
+    else:
+        kind = Annotated[int, Field(ge=int(one.least or 0), strict=True), BeforeValidator(_whole)]
+    return Annotated[kind if one.default is not None else kind | None, about]
 
 
 def _flag(about: str) -> Any:
@@ -40,34 +49,18 @@ class _Model(BaseModel):
 
 
 class _Choices(_Model):
-    top_k: Annotated[TopK, Field(description="How many answers, best first; fewer come where there are fewer.")] = 1
-    max_answer_len: _count("Longest answer in tokens.") = None  # type: ignore[valid-type]
-    max_seq_len: _count("Longest window in tokens.") = None  # type: ignore[valid-type]
-    doc_stride: _count("Overlap of neighbouring windows in tokens.", 0) = None  # type: ignore[valid-type]
-    align_to_words: _flag("Widen answers to whole words.") = False  # type: ignore[valid-type]
-    allow_no_answer: _flag(  # type: ignore[valid-type]
-        "Let 'no answer' (the empty text at 0) compete, by the bundle's null threshold."
-    ) = False
-    prefilter: Annotated[
-        Annotated[int, Field(ge=1, strict=True), BeforeValidator(_whole)] | None,
-        Field(
-            description="Read at most so many windows of a long context, the best by BM25: answers and scores are over these "
-            "alone, and only these count for max_windows. Null or absent: all are read."
-        ),
-    ] = None
+    top_k: _choice("top_k") = _DECLARED["top_k"].default  # type: ignore[valid-type]
+    max_answer_len: _choice("max_answer_len") = None  # type: ignore[valid-type]
+    max_seq_len: _choice("max_seq_len") = None  # type: ignore[valid-type]
+    doc_stride: _choice("doc_stride") = None  # type: ignore[valid-type]
+    align_to_words: _choice("align_to_words") = False  # type: ignore[valid-type]
+    allow_no_answer: _choice("allow_no_answer") = None  # type: ignore[valid-type]
+    prefilter: _choice("prefilter") = None  # type: ignore[valid-type]
 
     @property
     def options(self) -> Options:
-        """The choices as the answerer takes them."""
-        return Options(
-            self.top_k,
-            self.max_answer_len,
-            self.max_seq_len,
-            self.doc_stride,
-            self.align_to_words,
-            self.allow_no_answer,
-            self.prefilter,
-        )
+        """The options for the answerer."""
+        return Options(**{name: getattr(self, name) for name in _DECLARED})
 
 
 class AskItem(_Choices):
@@ -84,7 +77,7 @@ class AskOne(AskItem):
         json_schema_extra={"examples": [{"question": _QUESTION, "context": _CONTEXT, "top_k": 3}]}
     )
     trace: _flag(  # type: ignore[valid-type]
-        "Return the way to the answers too: tokens, windows, logits, candidates."
+        "Also return the trace: tokens, windows, logits and candidates."
     ) = False
 
 
@@ -98,23 +91,30 @@ class AskMany(_Choices):
     questions: Annotated[list[Question], Field(min_length=1)]
 
 
+FORMS = ("one", "many", "batch")  # the tags of a body, which pydantic puts into the location of an error
+
+
 def _form(body: Any) -> str | None:
     if isinstance(body, list):
         return "batch"
     if isinstance(body, dict):
-        return "questions" if "questions" in body else "question"
+        return "many" if "questions" in body else "one"
     return None
 
 
-Batch = Annotated[list[AskItem], Field(min_length=1, description="A batch of questions, each on a context of its own.")]
+Batch = Annotated[list[AskItem], Field(min_length=1, description="A batch of questions, each with its own context.")]
 AnswerRequest = Annotated[
-    Annotated[AskOne, Tag("question")] | Annotated[AskMany, Tag("questions")] | Annotated[Batch, Tag("batch")],
-    Discriminator(_form),
+    Annotated[AskOne, Tag("one")] | Annotated[AskMany, Tag("many")] | Annotated[Batch, Tag("batch")],
+    Discriminator(
+        _form,
+        custom_error_type="form",
+        custom_error_message="give an object with question and context, or with questions and context, or a list of objects",
+    ),
 ]
 
 
 class AnswerOut(BaseModel):
-    """An answer. ``context[start:end]`` is ``text``, counted in Unicode code points (not UTF-16 units, not bytes)."""
+    """An answer. ``context[start:end]`` is ``text``, in Unicode code points (not UTF-16 units, not bytes)."""
 
     text: str
     score: Annotated[float, Field(description="A probability: one softmax over all spans of all windows.")]
@@ -123,14 +123,14 @@ class AnswerOut(BaseModel):
 
 
 class TraceWindow(BaseModel):
-    """One model input; all lists have one entry a token."""
+    """One model input; all lists have one entry per token."""
 
     tokens: int
     context_begin: Annotated[int, Field(description="Position of the first context token in this window.")]
-    context_offset: Annotated[int, Field(description="Number of that token in the whole context.")]
-    context_length: Annotated[int, Field(description="How many context tokens stand in this window.")]
+    context_offset: Annotated[int, Field(description="Index of that token in the whole context.")]
+    context_length: Annotated[int, Field(description="Number of context tokens in this window.")]
     input_ids: list[int]
-    pieces: Annotated[list[str], Field(description="The tokens as the vocabulary writes them.")]
+    pieces: Annotated[list[str], Field(description="The tokens as the vocabulary spells them.")]
     offsets: Annotated[
         list[tuple[int, int] | None],
         Field(description="Code points of the context; null for the question and special tokens."),
@@ -141,26 +141,27 @@ class TraceWindow(BaseModel):
 
 
 class TracePrefilter(BaseModel):
-    """Which windows were read where ``prefilter`` left some out."""
+    """Which windows were read if ``prefilter`` left some out."""
 
     read: Annotated[
-        list[int], Field(description="Their numbers among all windows, from 1; ``windows`` lists these alone.")
+        list[int], Field(description="Their numbers among all windows, from 1; ``windows`` lists only these.")
     ]
     scores: Annotated[list[float], Field(description="The BM25 score of every window.")]
 
 
 class TraceCandidate(BaseModel):
-    """A pair of start and end positions with its fate."""
+    """A pair of start and end positions, and what became of it."""
 
-    window: Annotated[int, Field(description="From 1, among those that were read.")]
-    tokens: Annotated[list[int], Field(description="Start and end position in the window, both included.")]
+    window: Annotated[int, Field(description="From 1, among the windows that were read.")]
+    tokens: Annotated[list[int], Field(description="First and last position in the window.")]
     logit: float
     text: str
-    verdict: str
+    answer: Annotated[int | None, Field(description="Rank among the answers, from 1; null if it is none of them.")]
+    verdict: Annotated[str, Field(description="The reason, for people.")]
 
 
 class TraceOut(BaseModel):
-    """The way from texts to answers."""
+    """The steps from the texts to the answers."""
 
     settings: dict[str, Any]
     question_tokens: list[str]
@@ -172,7 +173,7 @@ class TraceOut(BaseModel):
 
 
 class AnswersOut(BaseModel):
-    """The answers to one question, best first; ``trace`` only where it was asked for."""
+    """The answers to one question, best first; ``trace`` only if it was requested."""
 
     answers: list[AnswerOut]
     trace: TraceOut | None = None
@@ -188,21 +189,26 @@ class HfInput(_Model):
 class HfParameters(_Model):
     """The parameters of the Hugging Face question-answering task."""
 
-    top_k: Annotated[TopK | None, Field(description="Absent, null or 1: one object; else a list.")] = None
-    doc_stride: _count("Overlap of windows in tokens.", 0) = None  # type: ignore[valid-type]
-    max_answer_len: _count("Longest answer in tokens.") = None  # type: ignore[valid-type]
-    max_seq_len: _count("Longest window in tokens.") = None  # type: ignore[valid-type]
-    max_question_len: _count(  # type: ignore[valid-type]
-        "Without effect, as in transformers' pipeline with a fast tokenizer: a question is never cut."
-    ) = None
-    align_to_words: Annotated[bool | None, Field(strict=True, description="True where absent, as in transformers.")] = (
+    top_k: Annotated[TopK | None, Field(description="Absent, null or 1 gives one object, a larger number a list.")] = (
+        None
+    )
+    doc_stride: _choice("doc_stride") = None  # type: ignore[valid-type]
+    max_answer_len: _choice("max_answer_len") = None  # type: ignore[valid-type]
+    max_seq_len: _choice("max_seq_len") = None  # type: ignore[valid-type]
+    max_question_len: Annotated[
+        TopK | None,
+        Field(
+            description="No effect, as in the transformers pipeline with a fast tokenizer: a question is never truncated."
+        ),
+    ] = None
+    align_to_words: Annotated[bool | None, Field(strict=True, description="True by default, as in transformers.")] = (
         None
     )
     handle_impossible_answer: Annotated[bool | None, Field(strict=True, description="Let 'no answer' compete.")] = None
 
     @property
     def options(self) -> Options:
-        """The parameters as the answerer takes them."""
+        """The options for the answerer."""
         return Options(
             self.top_k or 1,
             self.max_answer_len,
@@ -214,7 +220,7 @@ class HfParameters(_Model):
 
 
 class HfRequest(BaseModel):
-    """A request of the Hugging Face task; other keys than these, such as ``options``, are ignored."""
+    """A request of the Hugging Face task; other keys, such as ``options``, are ignored."""
 
     model_config = ConfigDict(
         frozen=True, json_schema_extra={"examples": [{"inputs": {"question": _QUESTION, "context": _CONTEXT}}]}
@@ -224,7 +230,7 @@ class HfRequest(BaseModel):
 
 
 class HfAnswer(BaseModel):
-    """An answer in the Hugging Face task's form; offsets count code points."""
+    """An answer in the form of the Hugging Face task; offsets count code points."""
 
     answer: str
     score: float
@@ -233,25 +239,25 @@ class HfAnswer(BaseModel):
 
 
 class ModelOut(BaseModel):
-    """What answers here."""
+    """The bundle that answers here."""
 
     name: str
-    hash: Annotated[str, Field(description="SHA-256 over the manifest, which holds the hashes of all files.")]
-    version: Annotated[str, Field(description="Of qadeploy.")]
+    hash: Annotated[str, Field(description="SHA-256 of the manifest, which holds the hashes of all files.")]
+    version: Annotated[str, Field(description="The version of qadeploy.")]
     device: str
-    workers: Annotated[int, Field(description="Windows (on CUDA: batches) that run at a time.")]
-    limits: Annotated[dict[str, float], Field(description="What a request may ask for, by setting.")]
+    workers: Annotated[int, Field(description="Windows (on CUDA batches) that run at a time.")]
+    limits: Annotated[dict[str, float], Field(description="The limits of a request, by setting.")]
     manifest: dict[str, Any]
 
 
 class StateOut(BaseModel):
-    """How the server is."""
+    """The state of the server."""
 
     status: str
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong. ``limit`` and ``flag`` name the exceeded number and what raises it."""
+    """What went wrong. ``limit`` and ``flag`` are the limit that was exceeded and the flag that raises it."""
 
     type: str
     message: str
@@ -260,7 +266,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorOut(BaseModel):
-    """Every error has this form."""
+    """The form of every error."""
 
     error: ErrorDetail
     request_id: str

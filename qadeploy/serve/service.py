@@ -1,4 +1,4 @@
-"""A bundle, loaded and ready to answer many callers: the answerer, its scheduler, its metrics and its state."""
+"""A loaded bundle with all that serves it: the answerer, its scheduler, its metrics and its state."""
 
 from __future__ import annotations
 
@@ -7,20 +7,28 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qadeploy.inference.answerer import Answerer, Options
+from qadeploy.core.settings import Options
+from qadeploy.inference.answerer import Answerer
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.scheduler import Scheduler
 from qadeploy.serve.settings import Settings
-from qadeploy.serve.threads import choose
+from qadeploy.serve.threads import choose_workers
 
 _log = logging.getLogger("qadeploy.serve")
 
 
 @dataclass(slots=True)
 class Service:
-    """What the routes need. ``draining`` turns /health/ready to 503.
+    """What the routes need.
 
-    ``hash`` names the bundle that was loaded, whatever lies in its folder since.
+    Attributes:
+        answerer: Answers.
+        settings: The settings of the server.
+        metrics: What /metrics shows.
+        scheduler: Runs the requests.
+        device: cpu or cuda.
+        hash: Identifies the bundle that was loaded, even if its folder has changed since.
+        draining: Whether the server is shutting down, so that /health/ready is 503.
     """
 
     answerer: Answerer
@@ -33,36 +41,38 @@ class Service:
 
     @classmethod
     def load(cls, bundle: str | Path, settings: Settings) -> Service:
-        """Loads a bundle, runs it once, and starts the workers. Raises what ``Answerer.load`` raises."""
-        # One thread a session: all workers run windows side by side on the one session that there is.
+        """Loads a bundle, warms it up and starts the workers. Raises what ``Answerer.load`` raises."""
+        # One thread per session: all workers run windows side by side in one session.
         answerer = Answerer.load(
-            bundle, device=settings.device, threads=1, context_cache_bytes=settings.context_cache_bytes
+            bundle,
+            device=settings.device,
+            threads=1,
+            context_cache_bytes=settings.context_cache_bytes,
+            sha256=settings.bundle_sha256,
         )
         return cls.of(answerer, settings)
 
     @classmethod
     def of(cls, answerer: Answerer, settings: Settings) -> Service:
-        """A service around an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
+        """The service of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
         device = getattr(answerer.model, "device", "cpu")
         words = "word " * (2 * answerer.settings.max_seq_len)
-        window = answerer.begin("What is it?", words, Options()).windows[0]
-        answerer.model.run([window])  # the first run allocates: it is no measure
+        window = answerer.encode("What is it?", words, Options()).windows[0]
+        answerer.model.run([window])  # the first run allocates memory, so it is not timed
         started = time.perf_counter()
         answerer.model.run([window])
         seconds = time.perf_counter() - started
         key = answerer.bundle.hash if answerer.bundle else ""
-        choice = choose(settings.threads, device, key, lambda: answerer.model.run([window]))
+        choice = choose_workers(settings.threads, device, key, lambda: answerer.model.run([window]))
         _log.info("threads", extra={"fields": {"workers": choice.workers, "source": choice.source, "device": device}})
         metrics = Metrics()
         scheduler = Scheduler(
             answerer,
             metrics,
+            settings,
             workers=choice.workers,
-            batch_tokens=settings.max_batch_tokens if device == "cuda" else None,
-            max_queue=settings.max_queue,
-            max_wait=settings.max_wait,
-            max_windows=settings.max_windows,
-            tokens_a_second=choice.workers * len(window) / seconds,
+            batched=device == "cuda",
+            tokens_per_second=choice.workers * len(window) / seconds,
         )
         metrics.describe(answerer, key, device, choice.workers)
         return cls(answerer, settings, metrics, scheduler, device, key)
@@ -73,5 +83,5 @@ class Service:
         return not self.draining and self.scheduler.alive
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers; unfinished requests are refused."""
         self.scheduler.close()

@@ -1,115 +1,86 @@
-"""The settings of the server: one table, from which the flags, the environment variables and the documents come.
+"""The settings of the server.
 
 A setting ``max_queue`` is the flag ``--max-queue`` and the environment variable ``QADEPLOY_MAX_QUEUE``; the flag wins.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
+from qadeploy import options
 from qadeploy.errors import InputError
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES
 from qadeploy.inference.cuda import TOKENS as CUDA_BATCH_TOKENS
-
-
-def _of(default: Any, about: str, kind: type, least: float | None = None, unset: str = "") -> Any:
-    """A setting. ``unset`` says what None means."""
-    return field(default=default, metadata={"help": about, "kind": kind, "least": least, "unset": unset})
+from qadeploy.options import check, option
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a server listens, schedules and what it refuses. Times in seconds, sizes in bytes, lengths as named.
+    """How a server listens and schedules, and what it refuses. Times are in seconds, sizes in bytes.
 
-    Raises InputError on a token that no header can hold.
+    Raises:
+        InputError: A value is out of range, or the token cannot be sent in a header.
     """
 
-    host: str = _of("127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.", str)
-    port: int = _of(8000, "Port to listen on; 0 takes a free one, which is printed.", int, 0)
-    token: str | None = _of(
-        None, "Bearer token that callers must send. In the environment it is hidden from ps.", str, unset="none needed"
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one, which is printed.", least=0)
+    token: str | None = option(
+        None, "Bearer token that clients must send. Set in the environment, it is hidden from ps.", shown="none needed"
     )
-    protect_metrics: bool = _of(False, "Ask for the token on /metrics too.", bool)
-    cors_origins: tuple[str, ...] = _of(
-        (), "Origin whose pages may call the API; may be given several times.", tuple, unset="none"
+    protect_metrics: bool = option(False, "Require the token for /metrics too.")
+    cors_origins: tuple[str, ...] = option((), "Origin whose pages may call the API; may be given several times.")
+    trusted_proxies: tuple[str, ...] = option(
+        (),
+        "Address or network of a proxy whose X-Forwarded-For names the client in the log; may be given several times.",
+        named="--trusted-proxy",
     )
-    device: str = _of("auto", "auto, cpu, cuda or cuda:N.", str)
-    threads: int | None = _of(
-        None, "Windows that run at a time on the CPU, on one thread each.", int, 1, unset="measured once, then cached"
+    bundle_sha256: str | None = options.bundle_sha256()
+    load_timeout: float = option(300.0, "Seconds that loading the bundle may take.", least=0.001)
+    device: str = options.device()
+    threads: int | None = option(
+        None, "Windows that run at a time on the CPU, one thread each.", least=1, shown="measured once, then cached"
     )
-    context_cache_bytes: int = _of(DEFAULT_CACHE_BYTES, "Memory for tokenised contexts; 0 keeps none.", int, 0)
-    max_queue: int = _of(512, "Questions that may wait or run; more are refused (429).", int, 1)
-    max_wait: float = _of(
-        4.0, "Seconds that a new request may have to wait for its turn; above that it is refused (429).", float, 0.0
+    context_cache_bytes: int = option(DEFAULT_CACHE_BYTES, "Memory for tokenised contexts; 0 keeps none.", least=0)
+    max_queue: int = option(512, "Questions that may wait or run; more are refused (429).", least=1)
+    max_wait: float = option(
+        4.0,
+        "Seconds that a new request may have to wait for its turn; with a longer wait it is refused (429).",
+        least=0,
     )
-    max_batch_tokens: int = _of(
-        CUDA_BATCH_TOKENS, "Tokens of one run on CUDA, padding included. On a CPU windows run alone.", int, 1
+    max_batch_tokens: int = option(
+        CUDA_BATCH_TOKENS, "Tokens per run on CUDA, padding included. On a CPU windows run alone.", least=1
     )
-    request_timeout: float = _of(30.0, "Seconds that a request may take, its upload included (408, 504).", float, 0.001)
-    drain_delay: float = _of(
-        5.0, "Seconds from SIGTERM, when /health/ready turns 503, until the listener closes.", float, 0.0
+    request_timeout: float = option(
+        30.0, "Seconds that a request may take, including its upload (408, 504).", least=0.001
     )
-    keep_alive: float = _of(75.0, "Seconds that an idle connection stays open.", float, 0.0)
-    max_body_bytes: int = _of(4 * 2**20, "Bytes of a request's body (413).", int, 1)
-    max_context_chars: int = _of(200_000, "Code points of a context (422).", int, 1)
-    max_question_chars: int = _of(4_000, "Code points of a question (422).", int, 1)
-    max_windows: int = _of(256, "Windows of one request, all its questions together (422).", int, 1)
-    max_batch: int = _of(64, "Questions of one request (422).", int, 1)
-    max_top_k: int = _of(100, "Answers to a question (422).", int, 1)
-    max_answer_tokens: int = _of(128, "Largest max_answer_len that a request may ask for (422).", int, 1)
-    log_text: bool = _of(False, "Write questions and contexts into the log.", bool)
-    log_level: str = _of("info", "debug, info, warning or error.", str)
+    drain_delay: float = option(
+        5.0, "Seconds from SIGTERM, when /health/ready turns 503, until the listener closes.", least=0
+    )
+    keep_alive: float = option(75.0, "Seconds that an idle connection stays open.", least=0)
+    max_connections: int | None = option(
+        None,
+        "Connections at a time. One more closes the one that has waited longest for its client, or is refused (503) "
+        "if none waits.",
+        least=1,
+        shown="what the limit of open files allows, at most 4096",
+    )
+    head_timeout: float = option(10.0, "Seconds that the head of a request may take to arrive (408).", least=0.001)
+    max_head_bytes: int = option(32 * 2**10, "Bytes per request line and headers (431).", least=1)
+    max_body_bytes: int = option(4 * 2**20, "Bytes per request body (413).", least=1)
+    max_upload_bytes: int = option(
+        256 * 2**20, "Bytes of all request bodies together. One more cuts off the upload that is the slowest.", least=1
+    )
+    max_context_chars: int = option(200_000, "Code points per context (422).", least=1)
+    max_question_chars: int = option(4_000, "Code points per question (422).", least=1)
+    max_windows: int = option(256, "Windows per request, for all of its questions (422).", least=1)
+    max_batch: int = option(64, "Questions per request (422).", least=1)
+    max_top_k: int = option(100, "Answers per question (422).", least=1)
+    max_answer_tokens: int = option(128, "The largest max_answer_len of a request (422).", least=1)
+    log_text: bool = option(False, "Write questions and contexts to the log.")
+    log_level: str = option("info", "debug, info, warning or error.")
 
     def __post_init__(self) -> None:
+        check(self)
         token = self.token
         if token is not None and not (token and token.isascii() and token.isprintable() and token == token.strip()):
             raise InputError("--token: give printable ASCII text without spaces around it, or leave it out")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One setting as it is shown: ``default`` as text, ``flag`` and ``env`` as they are given."""
-
-    name: str
-    flag: str
-    env: str
-    default: str
-    help: str
-    kind: type
-    least: float | None
-    value: Any
-
-
-def rows() -> list[Row]:
-    """All settings, in order."""
-    found = []
-    for one in fields(Settings):
-        known = one.metadata
-        name = one.name.removesuffix("s") if known["kind"] is tuple else one.name
-        default = "off" if one.default is False else known["unset"] or str(one.default)
-        found.append(
-            Row(
-                one.name,
-                flag_of(name),
-                f"QADEPLOY_{name.upper()}",
-                default,
-                known["help"],
-                known["kind"],
-                known["least"],
-                one.default,
-            )
-        )
-    return found
-
-
-def flag_of(name: str) -> str:
-    """The flag of a setting: ``--max-queue`` of ``max_queue``."""
-    return f"--{name.replace('_', '-')}"
-
-
-def table() -> str:
-    """The settings as a table in Markdown, as docs/serving.md has it."""
-    lines = ["| flag | environment | default | what |", "|---|---|---|---|"]
-    lines += [f"| `{row.flag}` | `{row.env}` | {row.default} | {row.help} |" for row in rows()]
-    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Which windows make a batch: so many of like length, or as many as a number of tokens holds."""
+"""Which windows make a batch: a number of windows of similar length, or as many as a number of tokens holds."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qadeploy.records import IntArray
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Indices in an order where neighbours have like lengths, drawn anew each epoch from the seed.
+    """Indices in an order in which neighbours have similar lengths, drawn anew each epoch from the seed.
 
-    Windows are shuffled, cut into pools of 50 batches, sorted by length inside a pool, and the
-    batches of the epoch are shuffled again; the longest batch comes first, so that memory fails early.
+    Windows are shuffled, cut into pools of 50 batches and sorted by length inside a pool, and the batches of the epoch are
+    shuffled again. The longest batch comes first, so that memory runs out early if it does.
     """
 
     POOL = 50
@@ -54,22 +54,22 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class UnitBatches(Sampler[list[int]]):
-    """Batches of whole units of like length, drawn anew each epoch from the seed.
+    """Batches of whole units of similar length, drawn anew each epoch from the seed.
 
-    A unit is the windows that must share a batch: one, or those of a question and its negatives. Units are sorted by
-    their longest window, those alike in an order drawn each epoch, and cut greedily. The batches come in an order drawn
-    each epoch, one of the longest windows first, so that memory fails early. Where the cuts lie depends on the lengths
-    alone: every epoch has the same number of batches, and each window is in one of them.
+    A unit is the windows that must share a batch: one, or those of a question and its negatives. Units are sorted by their
+    longest window, equal ones in an order drawn each epoch, and cut greedily. The batches come in an order drawn each epoch,
+    one with the longest windows first, so that memory runs out early if it does. The cuts depend on the lengths alone: every
+    epoch has the same number of batches, and each window is in one of them.
 
     Args:
         units: Indices of windows, unit by unit.
         lengths: ``[windows]``, in tokens.
-        seed: Of the orders.
-        tokens: The most tokens of a batch, padding included; None for no bound.
-        most: The most windows of a batch; None for no bound. A larger unit has a batch to itself.
+        seed: That of the orders.
+        tokens: The most tokens in a batch, padding included; None for no bound.
+        most: The most windows in a batch; None for no bound. A larger unit gets a batch to itself.
 
     Raises:
-        InputError: A window alone has more tokens than a batch may hold.
+        InputError: A single window has more tokens than a batch may hold.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class UnitBatches(Sampler[list[int]]):
         if tokens:
             check_tokens(tokens, lengths)
         self.units = [list(unit) for unit in units]
-        # Sorted by both, so that the cuts are the same whatever the order of units alike.
+        # Sorted by both, so that the cuts do not depend on the order of equal units.
         self.sizes = np.asarray([(max(lengths[i] for i in unit), len(unit)) for unit in self.units])
         self.seed = seed
         self.epoch = 0
@@ -106,16 +106,16 @@ class UnitBatches(Sampler[list[int]]):
 
 
 def check_tokens(tokens: int, lengths: Sequence[int]) -> None:
-    """Raises InputError where a batch of ``tokens`` tokens does not hold the longest window."""
+    """Raises InputError if a batch of ``tokens`` tokens does not hold the longest window."""
     if max(lengths) > tokens:
         raise InputError(
-            f"batch-tokens {tokens} holds not even one window: the longest has {max(lengths)} tokens. "
+            f"batch-tokens {tokens} does not hold even one window: the longest has {max(lengths)} tokens. "
             f"Give --batch-tokens {max(lengths)} or more, or a lower --max-seq-len"
         )
 
 
 def _cuts(sizes: IntArray, tokens: int | None, most: int | None) -> list[int]:
-    """Where batches of units begin, and their end. ``sizes`` ``[units, 2]`` are lengths, which fall, and windows."""
+    """Where batches of units begin, and the end. ``sizes`` ``[units, 2]`` are lengths, falling, and windows."""
     cuts, longest, windows = [0], 0, 0
     for number, (length, count) in enumerate(sizes.tolist()):
         full = most is not None and windows + count > most

@@ -1,4 +1,4 @@
-"""What training shows of its epochs: a progress bar, a row an epoch, and a plain remark on each."""
+"""What training shows of its epochs: a progress bar, and a table with one row per epoch and a remark on it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from qadeploy.errors import FailureError
+from qadeploy.reports.run_report import overfits
+from qadeploy.training.run_log import RunLog
 
-Say = Callable[[str], None]
 SpeedOf = Callable[[int], dict[str, Any] | None]
 LossOf = Callable[[], float | None]
 
@@ -24,20 +25,23 @@ class QuietProgress(ProgressCallback):
 
 
 class EpochTable(TrainerCallback):
-    """Prints a row an epoch, and keeps the rows; ``rows`` are those of a run that goes on.
+    """Prints one row per epoch, and keeps the rows. Warns once, when the gap between train and eval loss opens.
 
-    Warns once, where the gap between train and eval loss opens. ``speed_of`` gives ``Speed``'s row of an epoch,
-    whose figures are printed and not kept: two runs alike differ in them. ``loss_of`` gives the epoch's mean training loss.
+    Args:
+        log: Where rows are printed.
+        rows: Those of the epochs before a run was resumed.
+        speed_of: Gives the row of ``Speed`` for an epoch. Its figures are printed but not kept: equal runs differ in them.
+        loss_of: Gives the mean training loss of the epoch.
     """
 
     def __init__(
         self,
-        say: Say,
+        log: RunLog,
         rows: Sequence[dict[str, Any]] = (),
         speed_of: SpeedOf = lambda epoch: None,
         loss_of: LossOf = lambda: None,
     ) -> None:
-        self.say = say
+        self.log = log
         self.speed_of = speed_of
         self.loss_of = loss_of
         self.rows: list[dict[str, Any]] = []
@@ -47,20 +51,18 @@ class EpochTable(TrainerCallback):
 
     @property
     def best(self) -> dict[str, Any]:
-        """The row of the best epoch by F1, the earliest of equals (as the Trainer keeps it)."""
+        """The row of the best epoch by F1, the earliest of equals, as the Trainer does."""
         trained = [r for r in self.rows if r["epoch"]] or self.rows
         return max(trained, key=lambda r: (r["eval_f1"], -r["epoch"]))
 
     def header(self) -> None:
-        """Prints the head of the table, and the rows that are there already."""
-        self.say(
-            "                 epoch  train loss  eval loss  accuracy     EM     F1  windows/s  memory  observation"
-        )
+        """Prints the head of the table and the rows of a resumed run."""
+        self.log.detail("epoch  train loss  eval loss  accuracy     EM     F1  windows/s  memory  observation")
         for row in self.rows:
             self._print(row)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        """Adds the row of the epoch that was just evaluated on the dev part."""
+        """Adds the row of the epoch that was just evaluated on the dev set."""
         if "eval_f1" not in metrics:
             return
         row = {
@@ -85,31 +87,29 @@ class EpochTable(TrainerCallback):
         if speed:
             pace = f"{speed['windows_per_second']:.1f}"
             memory = memory_text(speed["peak_memory_bytes"])
-        self.say(
-            f"                 {row['epoch']:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
+        self.log.detail(
+            f"{row['epoch']:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
             f"{row['eval_exact_match']:5.1f}  {row['eval_f1']:5.1f}  {pace:>9}  {memory:>6}  {row['observation']}"
         )
         if self.gap_opened == row["epoch"]:
-            self.say(f"                 {gap_warning(row)}")
+            self.log.warning(gap_warning(row))
 
 
 def memory_text(size: int | None) -> str:
-    """Bytes as GiB in a few characters, - where they are not known."""
+    """Bytes as GiB in a few characters; - if they are not known."""
     return "-" if size is None else f"{size / 2**30:.2f}G"
 
 
 def gap_opens(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> bool:
     """Whether eval loss rises while train loss falls: the model learns its training questions, not the task."""
-    if not before or before[-1]["train_loss"] is None:
-        return False
-    return bool(row["eval_loss"] > before[-1]["eval_loss"] and row["train_loss"] < before[-1]["train_loss"])
+    return bool(before) and overfits(before[-1], row)
 
 
 def gap_warning(row: dict[str, Any]) -> str:
     """What the open gap means and what to do about it."""
     return (
-        f"WARNING: overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises away from train loss "
-        f"{row['train_loss']:.3f}. The epoch with the best dev F1 is kept all the same. More questions help most; else fewer "
+        f"overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises away from train loss "
+        f"{row['train_loss']:.3f}. The epoch with the best dev F1 is kept anyway. More questions help most; else try fewer "
         "--epochs, a lower --learning-rate, or a higher --weight-decay"
     )
 

@@ -1,13 +1,14 @@
 """A Hugging Face checkpoint folder as a model: loading, the encoder it needs, its stored settings.
 
-A checkpoint folder is what ``save_pretrained`` writes, with ``qadeploy.json`` (settings) beside it
-where qadeploy trained it. Any other question-answering checkpoint loads with default settings.
+A checkpoint folder is what ``save_pretrained`` writes, with ``qadeploy.json`` (settings) if qadeploy trained it. Any other
+question-answering checkpoint loads with default settings.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,14 +17,16 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+from transformers.utils import has_file
 from transformers.utils import logging as transformers_logging
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, pad_batch
+from qadeploy.core.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, is_rust_error, pad_batch
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.session import Pending
-from qadeploy.records import FloatArray, Window
+from qadeploy.machine import usable_cpus
+from qadeploy.records import Logits, Window
 from qadeploy.training.torch_device import torch_device
 
 SETTINGS_FILE = "qadeploy.json"
@@ -34,7 +37,7 @@ _UNLIMITED = 100_000
 class Checkpoint:
     """A loaded model (float32, eval mode), its tokenizer (for saving), encoder and settings.
 
-    ``new_head`` is true where the checkpoint is a bare encoder whose answer head is still random.
+    ``new_head`` is true if the checkpoint is a bare encoder, so that its answer head is random.
     """
 
     name: str
@@ -47,31 +50,44 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """How a model is fetched from the hub: its branch, tag or commit, the token to ask with, and whether its code may run.
+    """How a model is fetched from the hub.
 
-    Without a token the library's own sources count: the environment variable HF_TOKEN, then a login. Code that a model
-    brings along is foreign code on this machine, so it stays unread unless ``trust_remote_code``.
+    Attributes:
+        revision: Its branch, tag or commit.
+        token: Without one, the library takes the environment variable HF_TOKEN, then a login.
+        trust_remote_code: Whether Python code that a model brings may run on this machine.
+        allow_pickle: Whether weights may be read from a pickle; torch then makes nothing but tensors of it.
     """
 
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) -> Checkpoint:
-    """Loads a checkpoint folder or a hub name. ``overrides`` change the model's configuration.
+    """Loads a checkpoint.
 
-    Raises CheckpointError: no such model (offline or not), no fast tokenizer, a damaged file;
-    InputError: stored settings that make no sense, a revision of a folder.
+    Args:
+        name: A folder, or a name on the hub.
+        hub: How a model is fetched from the hub.
+        overrides: Changes of the model's configuration.
+
+    Raises:
+        CheckpointError: There is no such model, it has no fast tokenizer, a file is damaged, or the weights are a pickle, which
+            ``hub`` does not allow.
+        InputError: The stored settings make no sense, a revision of a folder was requested, or the tokenizer leaves
+            characters without a token.
     """
     name = str(name)
     folder = Path(name)
     hub = hub or Hub()
     if folder.is_dir() and hub.revision is not None:
-        raise InputError(f"{name}: is a folder, which has no revisions: model_revision is for a model of the hub")
+        raise InputError(f"{name}: is a folder, which has no revisions: --model-revision is for a model on the hub")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in it: this is not a checkpoint folder")
     transformers_logging.set_verbosity_error()
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # of itself it knows no quota
     # False, not None, which would ask on the terminal.
     access = {"revision": hub.revision or "main", "token": hub.token, "trust_remote_code": hub.trust_remote_code}
     try:
@@ -80,10 +96,22 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
             if hasattr(config, key):
                 setattr(config, key, value)
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, **access)
+        if not hub.allow_pickle:
+            refuse_pickle(name, hub)
         model, loading = AutoModelForQuestionAnswering.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, **access
+            name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=None if hub.allow_pickle else True,
+            weights_only=True,
+            **access,
         )
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
+    except CheckpointError:
+        raise
+    except BaseException as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError, ...
+        if not is_rust_error(error):
+            raise
         raise CheckpointError(_explain(name, folder, error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(f"{name}: has no fast tokenizer (tokenizer.json), which offsets need")
@@ -92,10 +120,40 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
         raise CheckpointError(f"{name}: the weights lack {', '.join(broken[:3])}: the file does not fit config.json")
     model.eval()
     encoder = Encoder(tokenizer.backend_tokenizer, encoder_config(model, tokenizer))
+    encoder.check_coverage(name)
     _silence_padding(model, encoder.config.pad_token_id)
     return Checkpoint(
         name, model, tokenizer, encoder, _settings(folder, encoder.config.position_limit), bool(loading["missing_keys"])
     )
+
+
+_SAFE = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def refuse_pickle(name: str, hub: Hub | None = None) -> None:
+    """Refuses a checkpoint whose weights are only there as a pickle: to read one is to run what it says.
+
+    Args:
+        name: A folder, or a name on the hub.
+        hub: How a model is fetched from the hub.
+
+    Raises:
+        CheckpointError: It has no safetensors file, but a pickle.
+        OSError: The hub has no such model, or the token does not open it.
+    """
+    hub = hub or Hub()
+    # Else transformers asks a service of the hub to convert the model and to propose the result to its author.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
+    has = partial(has_file, name, revision=hub.revision or "main", token=hub.token)
+    pickle = "" if any(map(has, _SAFE)) else next(filter(has, _PICKLES), "")
+    if pickle:
+        raise CheckpointError(
+            f"{name}: its weights are only there as a pickle ({pickle}), which can run code when it is read. Take a revision or a "
+            "copy with model.safetensors: https://huggingface.co/spaces/safetensors/convert makes one of a model on the hub, and "
+            "save_pretrained one of a folder. Or give --allow-pickle to train, evaluate, ask or export: torch then reads nothing "
+            "but tensors from it, and what train writes is model.safetensors"
+        )
 
 
 def _is_bare(folder: Path) -> bool:
@@ -103,23 +161,23 @@ def _is_bare(folder: Path) -> bool:
     return not any("QuestionAnswering" in a for a in architectures)
 
 
-def _explain(name: str, folder: Path, error: Exception) -> str:
+def _explain(name: str, folder: Path, error: BaseException) -> str:
     reason = " ".join(str(error).split())[:300]
-    if "trust_remote_code" in str(error):
+    if "trust_remote_code" in str(error):  # transformers has no type for it, only its text
         return (
-            f"{name}: brings Python code of its own, which is not run unless you say so: read it, and if you trust it give "
+            f"{name}: brings Python code of its own, which does not run unless you allow it: read it, and if you trust it give "
             f"--trust-remote-code ({reason})"
         )
     if folder.is_dir():
         return f"{name}: the checkpoint cannot be loaded: {reason}"
     return (
         f"{name}: no such folder, and no model of that name could be loaded from the hub "
-        f"(offline? misspelt?). Give a checkpoint folder, or download it where there is a network. ({reason})"
+        f"(offline? misspelt?). Give a checkpoint folder, or download the model with a network connection. ({reason})"
     )
 
 
 def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
-    """What the encoder must know, read off the model's forward, its configuration and its tokenizer."""
+    """What the encoder must know, from the model's forward, its configuration and its tokenizer."""
     takes = "token_type_ids" in inspect.signature(model.forward).parameters
     default = 3 if model.config.model_type == "xlnet" else 2  # XLNet gives CLS a type of its own
     kinds = int(getattr(model.config, "type_vocab_size", default) or 0)
@@ -127,7 +185,7 @@ def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
     limit = int(tokenizer.model_max_length) if tokenizer.model_max_length < _UNLIMITED else _UNLIMITED
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
-        # RoBERTa's kind counts positions from pad_token_id + 1, so that many are not usable.
+        # RoBERTa and its kind count positions from pad_token_id + 1, so that many are not usable.
         limit = positions - ((model.config.pad_token_id or 0) + 1 if _offset_positions(model) else 0)
     return EncoderConfig(
         segments=kinds if takes and (kinds > 1 or not _offset_positions(model)) else 0,
@@ -139,10 +197,10 @@ def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
 
 
 def _silence_padding(model: Any, pad_token_id: int) -> None:
-    """Makes a padded window's logits those of the window alone where neighbouring embeddings are mixed.
+    """Makes the logits of a padded window equal those of the window alone if the model mixes neighbouring embeddings.
 
-    MobileBERT's three-token input lets the last token see the embedding after it, past the attention mask: zeros
-    at the end of an input, the padding's row within a batch. A text holds no padding, so zeros there change nothing else.
+    MobileBERT's three-token input lets the last token see the embedding after it, past the attention mask: zeros at the end of
+    an input, the padding's embedding within a batch. A text holds no padding, so zeroing that embedding changes nothing else.
     """
     if getattr(model.config, "trigram_input", False):
         with torch.no_grad():
@@ -169,7 +227,7 @@ def _settings(folder: Path, limit: int) -> QaSettings:
 def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) -> None:
     """Writes weights (safetensors), config, tokenizer and settings into ``folder``."""
     tokenizer = checkpoint.tokenizer
-    # What lies in the file is what others load: no truncation or padding left over from the base model.
+    # Others load this file: it must not have the base model's truncation or padding.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = checkpoint.encoder.config.position_limit
@@ -179,9 +237,9 @@ def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) 
 
 
 class TorchModel:
-    """A PyTorch model as a function from windows to logits, in padded batches of like length.
+    """A PyTorch model as a function from windows to logits, in padded batches of similar length.
 
-    Runs on the device that the model is on, in float32: the reference that exports are held against.
+    It runs on the model's device in float32: the reference that exports are compared with.
     """
 
     BATCH = 16
@@ -190,20 +248,20 @@ class TorchModel:
         self.model = model
         self.pad_token_id = pad_token_id
 
-    def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+    def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
         order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-        logits: dict[int, tuple[FloatArray, FloatArray]] = {}
+        logits: dict[int, Logits] = {}
         for begin in range(0, len(order), self.BATCH):
             rows = order[begin : begin + self.BATCH]
             logits.update(zip(rows, self.run_batch([windows[i] for i in rows]), strict=True))
         return [logits[i] for i in range(len(windows))]
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is asked for."""
+        """Like ``run``, but computed when the result is asked for."""
         return Pending(partial(self.run, windows))
 
-    def run_batch(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+    def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
         """Like ``run``, as one padded batch; the padding's logits are cut off."""
         batch = {
             name: torch.from_numpy(values).to(self.model.device)
@@ -216,10 +274,16 @@ class TorchModel:
 
 
 def torch_answerer(checkpoint: Checkpoint, device: str = "cpu") -> Answerer:
-    """The checkpoint as an answerer: the same encoder and decoder, PyTorch in between.
+    """The checkpoint as an answerer: the same encoder and decoder, with PyTorch in between.
 
-    ``device`` is auto, cpu, cuda or cuda:N. Raises InputError on another name, DeviceError where CUDA
-    is asked for and not to be had, CheckpointError where the model has no trained answer head.
+    Args:
+        checkpoint: The checkpoint.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        InputError: Any other device.
+        DeviceError: CUDA was requested but is not available.
+        CheckpointError: The model has no trained answer head.
     """
     if checkpoint.new_head:
         raise CheckpointError(f"{checkpoint.name}: has no question-answering head, only an encoder: train it first")

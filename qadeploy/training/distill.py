@@ -1,9 +1,9 @@
 """Distillation: a teacher's start and end logits for the windows that a student is trained on.
 
 The teacher reads the text of each of the student's windows with its own tokenizer. Its logits are kept by character, so that
-the two tokenizers may differ, and only the highest ``KEPT`` of each window: what is left out has next to no probability. They
-are kept on disk by what they were computed from, in parts, so that an interrupted pass goes on where it was, and
-a second run asks only for what is new.
+the two tokenizers may differ, and only the highest ``KEPT`` per window: the rest have hardly any probability. They are kept on
+disk by what they were computed from, in chunks, so that an interrupted pass continues where it was, and a second run computes
+only what is new.
 
 The student's loss is the cross entropy with the teacher's distribution at temperature T (Hinton, Vinyals and Dean, "Distilling
 the Knowledge in a Neural Network", 2015, section 2), over the context and the null position.
@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,34 +24,27 @@ from numpy.typing import NDArray
 
 from qadeploy.core.windows import EncodedText, Encoder, pad_batch
 from qadeploy.errors import CheckpointError, InputError
-from qadeploy.files import hash_file
+from qadeploy.files import hash_file, sweep, writing
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import is_bundle, open_bundle
 from qadeploy.inference.cuda import batches
-from qadeploy.records import FloatArray, IntArray, Window
+from qadeploy.records import FloatArray, IntArray, Logits, Window
 from qadeploy.training.checkpoint import Hub, load_checkpoint
 from qadeploy.training.features import Feature, FeatureSet
+from qadeploy.training.run_log import RunLog
 from qadeploy.training.runs import find_run
 from qadeploy.training.torch_device import resolve_precision
 from qadeploy.training.training_set import SoftLabels
 
 KEPT = 16
-_PART = 4_096  # windows per file, and between two reports
+_CHUNK = 4_096  # windows per file, and between two lines of the report
 _BATCH_TOKENS = 32_768
-_NULL, _NONE = -1, -2  # places: the null position, and nothing
-_SHARE = 1e-3  # probabilities below it are left out
-_AGREE, _DOUBT = 0.05, 0.3  # shares of annotated windows that the teacher must find, and should
+_NULL, _NONE = -1, -2  # in place of a character: the null position, and nothing
+_LEAST_PROBABILITY = 1e-3
+_LEAST_AGREEMENT, _LOW_AGREEMENT = 0.05, 0.3  # of the teacher with the annotators
 _JUDGED = 200
 _FIELDS = ("start_places", "start_logits", "end_places", "end_logits")
-Rows = dict[str, NDArray[Any]]
-
-
-class Run(Protocol):
-    """Windows to logits, in order, as fast as they go."""
-
-    def __call__(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
-        """Start and end logits of each window, float32 ``[tokens]`` each."""
-        ...
+TopLogits = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +56,14 @@ class Teacher:
         digest: SHA-256 of its weights and of its encoder.
         encoder: Its own.
         longest: The most tokens of its windows.
-        run: Windows to logits.
+        logits: Computes the start and end logits of windows, float32 ``[tokens]`` each.
     """
 
     name: str
     digest: str
     encoder: Encoder
     longest: int
-    run: Run
+    logits: Callable[[Sequence[Window]], list[Logits]]
 
 
 def load_teacher(name: str, device: torch.device, hub: Hub | None = None) -> Teacher:
@@ -80,7 +72,7 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None) -> Tea
     Args:
         name: A bundle, a run, a checkpoint folder or a hub name.
         device: Where it computes. A bundle on a CPU runs through ONNX Runtime.
-        hub: How a model of the hub is fetched.
+        hub: How a model is fetched from the hub.
 
     Raises:
         CheckpointError: It does not load, has no fast tokenizer, or no trained answer head.
@@ -95,7 +87,9 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None) -> Tea
     found = find_run(name).checkpoint if (folder / "run.json").is_file() else name
     checkpoint = load_checkpoint(found, hub)
     if checkpoint.new_head:
-        raise CheckpointError(f"{name}: has no question-answering head, only an encoder: train it before it teaches")
+        raise CheckpointError(
+            f"{name}: has no question-answering head, only an encoder: train it before it is used as a teacher"
+        )
     weights = Path(found) / "model.safetensors"
     known = hash_file(weights) if weights.is_file() else f"{found}@{(hub or Hub()).revision}"
     model = checkpoint.model.to(device)
@@ -114,8 +108,8 @@ def _digest(weights: str, encoder: Encoder) -> str:
     return hashlib.sha256(f"{weights} {encoder.digest}".encode()).hexdigest()
 
 
-def _torch_logits(model: Any, windows: Sequence[Window], pad: int, bf16: bool) -> list[tuple[FloatArray, FloatArray]]:
-    found: dict[int, tuple[FloatArray, FloatArray]] = {}
+def _torch_logits(model: Any, windows: Sequence[Window], pad: int, bf16: bool) -> list[Logits]:
+    found: dict[int, Logits] = {}
     for rows in batches([len(w) for w in windows], tokens=_BATCH_TOKENS):
         own = [windows[i] for i in rows]
         batch = {name: torch.from_numpy(values).to(model.device) for name, values in pad_batch(own, pad).items()}
@@ -126,68 +120,74 @@ def _torch_logits(model: Any, windows: Sequence[Window], pad: int, bf16: bool) -
     return [found[i] for i in range(len(windows))]
 
 
-def teach(
-    teacher: Teacher,
-    features: FeatureSet,
-    *,
-    questions: Sequence[str],
-    temperature: float,
-    folder: Path | None,
-    say: Callable[[str], object],
+@dataclass(frozen=True, slots=True)
+class _Excerpt:
+    """What the teacher is asked for one of the student's windows.
+
+    Attributes:
+        question: The question.
+        text: The text that the window holds.
+        start: Where the text begins in the context.
+        feature: The window.
+        context: Its context.
+        key: Under which the teacher's logits are kept.
+    """
+
+    question: str
+    text: str
+    start: int
+    feature: Feature
+    context: EncodedText
+    key: bytes
+
+    @classmethod
+    def of(cls, question: str, context: EncodedText, feature: Feature) -> _Excerpt:
+        """That of a window."""
+        window, start, end = feature.window, 0, len(context.text)
+        if window.context_length < len(context):
+            last = window.context_offset + window.context_length - 1
+            start, end = int(context.offsets[window.context_offset, 0]), int(context.offsets[last, 1])
+        text = context.text[start:end]
+        key = hashlib.sha256(json.dumps((question, text)).encode()).digest()[:16]
+        return cls(question, text, start, feature, context, key)
+
+
+def soft_labels(
+    teacher: Teacher, features: FeatureSet, temperature: float, folder: Path | None, log: RunLog
 ) -> list[SoftLabels]:
-    """What a teacher says of every window of the training set.
+    """A teacher's distributions for every window of a training set.
 
     Args:
-        teacher: Who is asked.
+        teacher: The teacher.
         features: The student's windows.
-        questions: ``[examples]``, the questions' texts.
-        temperature: T; above 1 it flattens the teacher's distributions.
-        folder: Where its logits are kept, None keeps them nowhere.
-        say: Gets a line per part, and the teacher's agreement with the annotators.
+        temperature: T; above 1 it flattens the distributions.
+        folder: Where the teacher's logits are kept; None keeps nothing.
+        log: Gets a line per chunk, and the teacher's agreement with the annotators.
 
     Returns:
-        Its distributions, ``[windows]``.
+        ``[windows]``.
 
     Raises:
-        InputError: It finds next to none of the annotated answers.
+        InputError: The teacher finds hardly any of the annotated answers.
     """
-    pieces = [
-        (question, _piece(context, feature.window), feature, context)
-        for number, (question, context) in enumerate(zip(questions, features.contexts, strict=True))
+    excerpts = [
+        _Excerpt.of(example.question, context, feature)
+        for number, (example, context) in enumerate(zip(features.examples, features.contexts, strict=True))
         for feature in features.features[features.first[number] : features.first[number + 1]]
     ]
-    keys = [_key(question, text) for question, (text, _), _, _ in pieces]
-    store = _Store(folder and folder / f"teacher-{teacher.digest[:16]}")
-    wanted = {key: (question, text) for key, (question, (text, _), _, _) in zip(keys, pieces, strict=True)}
-    missing = [(key, *pair) for key, pair in wanted.items() if key not in store]
-    for begin in range(0, len(missing), _PART):
-        part = missing[begin : begin + _PART]
-        store.add([key for key, _, _ in part], _ask(teacher, [(q, t) for _, q, t in part]))
-        say(f"teacher          {min(begin + _PART, len(missing))} of {len(missing)} windows")
+    store = _LogitStore(folder and folder / f"teacher-{teacher.digest[:16]}")
+    missing = [e for key, e in {e.key: e for e in excerpts}.items() if key not in store]
+    for begin in range(0, len(missing), _CHUNK) or [0]:
+        chunk = missing[begin : begin + _CHUNK]
+        if chunk:
+            store.add([e.key for e in chunk], _ask(teacher, [(e.question, e.text) for e in chunk]))
+            log.step("teacher", f"{begin + len(chunk)} of {len(missing)} windows")
         if begin == 0:
-            _judge(teacher, pieces, keys, store, say)
-    if not missing:
-        _judge(teacher, pieces, keys, store, say)
-    return [
-        _soft(store[key], feature, context, start, temperature)
-        for key, (_, (_, start), feature, context) in zip(keys, pieces, strict=True)
-    ]
+            _check_agreement(teacher, excerpts, store, log)
+    return [_soft(store[e.key], e, temperature) for e in excerpts]
 
 
-def _piece(context: EncodedText, window: Window) -> tuple[str, int]:
-    """The text that a window holds, and where it begins in the context."""
-    if window.context_length == len(context):
-        return context.text, 0
-    last = window.context_offset + window.context_length - 1
-    start, end = int(context.offsets[window.context_offset, 0]), int(context.offsets[last, 1])
-    return context.text[start:end], start
-
-
-def _key(question: str, text: str) -> bytes:
-    return hashlib.sha256(json.dumps((question, text)).encode()).digest()[:16]
-
-
-def _ask(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> Rows:
+def _ask(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> TopLogits:
     """The highest logits of each question on each text, by character."""
     encoder = teacher.encoder
     texts = list(dict.fromkeys(text for _, text in pairs))
@@ -200,13 +200,13 @@ def _ask(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> Rows:
         cut = encoder.windows(question, encoded[text], max_seq_len=teacher.longest, doc_stride=stride)
         windows += cut
         owners += [number] * len(cut)
-    rows: Rows = {
+    rows: TopLogits = {
         "start_places": np.full((len(pairs), KEPT), _NONE, dtype=np.int32),
         "start_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
         "end_places": np.full((len(pairs), KEPT), _NONE, dtype=np.int32),
         "end_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
     }
-    logits = teacher.run(windows)
+    logits = teacher.logits(windows)
     begin = 0
     for number, (_, text) in enumerate(pairs):
         end = begin
@@ -222,7 +222,7 @@ def _ask(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> Rows:
 
 
 def _places(text: EncodedText) -> IntArray:
-    """``[tokens, 2]``: the first and the last visible character of each token, ``_NONE`` for a blank one."""
+    """``[tokens, 2]``: the first and the last visible character of each token; ``_NONE`` for a blank one."""
     codes = np.asarray([not c.isspace() for c in text.text], dtype=bool)
     nexts = np.append(np.where(codes, np.arange(len(codes)), len(codes)), len(codes))
     nexts = np.minimum.accumulate(nexts[::-1])[::-1]
@@ -233,7 +233,10 @@ def _places(text: EncodedText) -> IntArray:
 
 
 def _highest(windows: Sequence[Window], logits: Sequence[FloatArray], places: IntArray) -> tuple[IntArray, FloatArray]:
-    """The places of the ``KEPT`` highest logits, and these; a token in several windows has its highest, null its least."""
+    """The characters of the ``KEPT`` highest logits, and these logits.
+
+    A token in several windows counts with its highest logit, the null position with its lowest.
+    """
     best = np.full(len(places), -np.inf, dtype=np.float32)
     null = np.inf
     for window, values in zip(windows, logits, strict=True):
@@ -247,93 +250,91 @@ def _highest(windows: Sequence[Window], logits: Sequence[FloatArray], places: In
     return np.append(_NULL, places[order]), np.append(np.float32(null), best[order])
 
 
-def _soft(row: Rows, feature: Feature, context: EncodedText, shift: int, temperature: float) -> SoftLabels:
+def _soft(row: TopLogits, excerpt: _Excerpt, temperature: float) -> SoftLabels:
     """The teacher's distributions on the student's tokens."""
-    window = feature.window
+    window = excerpt.feature.window
     held = slice(window.context_offset, window.context_offset + window.context_length)
-    offsets = context.offsets[held] - shift
+    offsets = excerpt.context.offsets[held] - excerpt.start
     found: list[Any] = []
     for name in ("start", "end"):
         places, logits = row[f"{name}_places"], row[f"{name}_logits"].astype(np.float32)
         used = places != _NONE
         places, logits = places[used], logits[used] / temperature
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
-        # The last token that begins at or before the character; characters that no token covers belong to it too.
+        probabilities = np.exp(logits - logits.max())
+        probabilities /= probabilities.sum()
+        # The last token that begins at or before the character; it also gets the characters that no token covers.
         tokens = np.searchsorted(offsets[:, 0], places, side="right") - 1
         positions = np.where(places == _NULL, window.null_index, window.context_begin + np.maximum(tokens, 0))
         own, inverse = np.unique(positions, return_inverse=True)
-        summed = np.bincount(inverse, weights=shares)
-        kept = summed >= _SHARE
+        summed = np.bincount(inverse, weights=probabilities)
+        kept = summed >= _LEAST_PROBABILITY
         found += [own[kept], (summed[kept] / summed[kept].sum()).astype(np.float32)]
     return SoftLabels(*found)
 
 
-def _judge(
-    teacher: Teacher,
-    pieces: Sequence[tuple[str, tuple[str, int], Feature, EncodedText]],
-    keys: Sequence[bytes],
-    store: _Store,
-    say: Callable[[str], object],
-) -> None:
-    """Says how often the teacher's best start and end are an annotator's. Raises InputError if that is next to never."""
+def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _LogitStore, log: RunLog) -> None:
+    """Reports how often the teacher's best start and end are an annotator's. Raises InputError if hardly ever."""
     hits: list[bool] = []
-    for key, (_, (_, shift), feature, context) in zip(keys, pieces, strict=True):
-        if key in store and feature.positions[0, 0] != feature.window.null_index:
-            soft = _soft(store[key], feature, context, shift, 1.0)
-            answer = [_best(soft.starts, soft.start_shares), _best(soft.ends, soft.end_shares)]
+    for excerpt in excerpts:
+        feature = excerpt.feature
+        if excerpt.key in store and feature.positions[0, 0] != feature.window.null_index:
+            soft = _soft(store[excerpt.key], excerpt, 1.0)
+            answer = [_best(soft.starts, soft.start_probabilities), _best(soft.ends, soft.end_probabilities)]
             hits.append(any(answer == row.tolist() for row in feature.positions))
         if len(hits) >= 5 * _JUDGED:
             break
     if len(hits) < _JUDGED // 4:
         return
-    share = float(np.mean(hits))
-    line = f"the teacher {teacher.name} finds {100 * share:.1f} % of {len(hits)} annotated answers exactly"
-    if share < _AGREE:
+    agreement = float(np.mean(hits))
+    line = f"the teacher {teacher.name} finds {100 * agreement:.1f} % of {len(hits)} annotated answers exactly"
+    if agreement < _LEAST_AGREEMENT:
         raise InputError(f"{line}: it knows another task or language, and would teach that: give another --teacher")
-    say(f"teacher          {'WARNING: ' if share < _DOUBT else ''}{line}")
+    if agreement < _LOW_AGREEMENT:
+        log.warning(line)
+    else:
+        log.step("teacher", line)
 
 
-def _best(positions: IntArray, shares: FloatArray) -> int:
-    return int(positions[int(shares.argmax())])
+def _best(positions: IntArray, probabilities: FloatArray) -> int:
+    return int(positions[int(probabilities.argmax())])
 
 
-class _Store:
-    """Rows by key, in memory and, with a folder, in files of ``_PART`` rows, each written whole or not at all."""
+class _LogitStore:
+    """A teacher's logits by key, in memory and, with a folder, in files of ``_CHUNK`` rows, each written whole or not at all."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._rows: dict[bytes, tuple[Rows, int]] = {}
+        self._rows: dict[bytes, tuple[TopLogits, int]] = {}
+        if folder:
+            sweep(folder)
         for path in sorted(folder.glob("*.npz")) if folder and folder.is_dir() else []:
             try:
                 with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                     rows = {name: archive[name] for name in _FIELDS}
                     self._keep([key.tobytes() for key in archive["keys"]], rows)
-            except Exception:  # noqa: S112 - on a damaged file numpy and zipfile raise anything: its rows are asked for again
+            except Exception:  # noqa: S112 - on a damaged file numpy and zipfile raise anything: its rows are computed again
                 continue
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._rows
 
-    def __getitem__(self, key: bytes) -> Rows:
+    def __getitem__(self, key: bytes) -> TopLogits:
         rows, number = self._rows[key]
         return {name: values[number] for name, values in rows.items()}
 
-    def add(self, keys: Sequence[bytes], rows: Rows) -> None:
+    def add(self, keys: Sequence[bytes], rows: TopLogits) -> None:
         """Keeps rows under their keys."""
         self._keep(keys, rows)
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
-        temporary = self._folder / f"{name}.{os.getpid()}.tmp"
-        with temporary.open("wb") as stream:
+        with writing(self._folder / f"{name}.npz") as stream:
             np.savez_compressed(
                 stream, allow_pickle=False, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), **rows
             )
-        temporary.rename(self._folder / f"{name}.npz")
 
-    def _keep(self, keys: Sequence[bytes], rows: Rows) -> None:
+    def _keep(self, keys: Sequence[bytes], rows: TopLogits) -> None:
         self._rows.update({key: (rows, number) for number, key in enumerate(keys)})
 
 
@@ -342,20 +343,22 @@ def keep_layers(model: Any, count: int) -> Any:
 
     Args:
         model: A transformers model whose layers are one list, as BERT's are.
-        count: How many to keep.
+        count: How many layers to keep.
 
     Returns:
-        The same model, its configuration changed.
+        The same model, with its configuration changed.
 
     Raises:
-        InputError: It has not so many layers, or they cannot be told.
+        InputError: It has fewer layers, or it is not clear which modules they are.
     """
     names = ("num_hidden_layers", "n_layers", "num_layers")
     name = next((n for n in names if isinstance(getattr(model.config, n, None), int)), None)
     total = getattr(model.config, name) if name else 0
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == total]
     if name is None or len(lists) != 1:
-        raise InputError(f"--layers: the layers of a {model.config.model_type} model are not one list, so none can go")
+        raise InputError(
+            f"--layers: the layers of a {model.config.model_type} model are not one list, so none can be removed"
+        )
     if not 1 <= count <= total:
         raise InputError(f"--layers {count}: the base has {total} layers")
     chosen = np.unique(np.round(np.linspace(0, total - 1, count)).astype(int)) if count > 1 else np.asarray([0])

@@ -1,7 +1,7 @@
-"""Several processes of one run (``torchrun``): who prints and writes, and one message for one error.
+"""Several processes of one run (``torchrun``): which one prints and writes, and one message for one error.
 
-With a single process everything here does nothing. Process 0 is the first: it alone prints and
-writes, but for the random state that each adds to a save.
+With a single process nothing here has an effect. Process 0 is the first: only it prints and writes, except for the random
+state that each process adds to a save.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _Value = TypeVar("_Value")
 
 
 def count() -> int:
-    """How many processes train together, as torchrun says."""
+    """How many processes train together, according to torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_first() -> bool:
-    """True in the process that prints and writes."""
+    """Whether this process is the one that prints and writes."""
     return count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
@@ -35,8 +35,8 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def share(batch_size: int) -> int:
-    """Windows a step and process, where ``batch_size`` is those of all. Raises InputError where it is no whole number."""
+def windows_per_process(batch_size: int) -> int:
+    """The windows of a batch for each process. Raises InputError if ``batch_size`` cannot be shared evenly."""
     if batch_size % count():
         low = batch_size // count() * count()
         choices = " or ".join(str(n) for n in (low, low + count()) if n)
@@ -48,12 +48,13 @@ def share(batch_size: int) -> int:
 
 @contextmanager
 def together(on_cpu: bool = False) -> Iterator[None]:
-    """Joins the processes for the time of the block. Where several fail, one raises and the others end in silence.
+    """Joins the processes during the block. If several fail, one raises and the others exit silently.
 
-    They compute on a GPU each where there are some, unless ``on_cpu``.
+    The first process to fail raises its error. The others, which failed in the same way or because a neighbour is gone, raise
+    SystemExit with the exit code of their error.
 
-    The first process to fail raises its error; the others, whose errors are the same or only that a
-    neighbour is gone, leave by SystemExit with the exit code of theirs.
+    Args:
+        on_cpu: Compute on the CPU even if there are GPUs; otherwise each process takes one.
     """
     if count() == 1:
         yield
@@ -66,14 +67,14 @@ def together(on_cpu: bool = False) -> Iterator[None]:
             raise SystemExit(getattr(error, "exit_code", 1)) from error
         if _is_lost_neighbour(error):
             raise FailureError(
-                f"another of the {count()} processes ended without a word (killed?), so this run cannot go on"
+                f"another of the {count()} processes ended without an error message (killed?), so this run cannot go on"
             ) from error
         raise
     dist.destroy_process_group()
 
 
 def _is_first_to_fail() -> bool:
-    """Asked once by each process that fails; the store lies with torchrun, so it outlives each of them."""
+    """Each process that fails asks once. The store belongs to torchrun, so it outlives all of them."""
     try:
         return bool(dist.distributed_c10d._get_default_store().add("qadeploy/errors", 1) == 1)
     except (RuntimeError, ValueError):  # torchrun is gone, or nothing was joined yet
@@ -81,12 +82,13 @@ def _is_first_to_fail() -> bool:
 
 
 def _is_lost_neighbour(error: Exception) -> bool:
+    # PyTorch has no type for it, only its text.
     signs = ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
 
 def from_first(make: Callable[[], _Value]) -> _Value:
-    """What ``make``, called in the first process alone, returns, in all of them."""
+    """Calls ``make`` in the first process only, and returns its result in all of them."""
     if count() == 1:
         return make()
     parcel: list[Any] = [make() if is_first() else None]
@@ -96,6 +98,6 @@ def from_first(make: Callable[[], _Value]) -> _Value:
 
 
 def wait() -> None:
-    """Returns when every process has come this far."""
+    """Returns once every process has got here."""
     if count() > 1:
         dist.barrier()

@@ -1,14 +1,12 @@
 """Features kept on disk by what they were made from, so that a second run does not tokenise.
 
-An entry holds the windows and labels of all parts of a run together (train, dev, held out): another
-split of the same questions, or another fold, finds it too. Its name is the SHA-256 of everything
-that decides on its content: the questions, contexts and answers, the encoder's ``digest``
-(tokenizer, configuration, version), ``max_seq_len``, ``doc_stride``, and the code that makes windows,
-labels and entries, so that no change to it ever finds what the old one made.
+An entry holds the windows and labels of a run's train, dev and held-out sets together, so that another split of the same
+questions, or another fold, finds it too. Its name is the SHA-256 of everything that determines its content: the questions,
+contexts and answers, the encoder's ``digest`` (tokenizer, configuration, version), ``max_seq_len``, ``doc_stride``, and the
+code that makes windows, labels and entries, so that changed code never finds an old entry.
 
-On disk it is a numpy archive of flat arrays and their borders, read without pickle; the archive's own
-checksums find damage. A cache is never needed: whatever goes wrong with one is a note, and the
-features are made as if it were not there.
+On disk it is a numpy archive of flat arrays, read without pickle; the archive's own checksums find damage. A cache is never
+needed: if anything goes wrong with one, a note says so, and the features are made without it.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import inspect
 import io
 import json
 import os
+import re
 import tempfile
 import time
 import zipfile
@@ -27,59 +26,46 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qadeploy import __version__
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import EncodedText, Encoder
+from qadeploy.data.loading import DataSet
 from qadeploy.files import hash_file
-from qadeploy.records import Example, IntArray, Window
-from qadeploy.training.features import Feature, FeatureSet, make_features
+from qadeploy.records import Example, Window
+from qadeploy.training.features import (
+    Arrays,
+    Feature,
+    FeatureSet,
+    borders,
+    flat,
+    make_features,
+    pack_features,
+    unpack_features,
+)
 
 LIMIT_BYTES = 2 * 2**30
 _PREFIX = "features-"
+_ENTRY = re.compile(_PREFIX + "[0-9a-f]{64}\\.npz")  # other files in the folder are not ours to delete
+_SCRATCH = re.compile(_PREFIX + r"\w{8}\.tmp")
 _STALE_SECONDS = 24 * 60 * 60
 _DIGEST_BYTES = 32
-_WINDOW_FIELDS = ("context_begin", "context_length", "context_offset", "null_index")
 
-Arrays = dict[str, NDArray[Any]]
 MakeFeatures = Callable[[Sequence[Example], Encoder, QaSettings, str], FeatureSet]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Examples that become one feature set, and where they come from, for messages."""
-
-    examples: Sequence[Example]
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
 class CachedFeatures:
-    """A feature set a part, in order. ``found`` is true where they came from the cache."""
+    """Feature sets in the order of their data sets, and whether they came from the cache."""
 
     sets: tuple[FeatureSet, ...]
     found: bool
 
 
-def cache_folder() -> Path | None:
-    """``$QADEPLOY_CACHE``, else ``qadeploy`` under ``$XDG_CACHE_HOME``, else under ``~/.cache``; None without a home."""
-    own, shared = os.environ.get("QADEPLOY_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    if own:
-        return Path(own)
-    if Path(shared).is_absolute():  # the XDG base directory specification: others are to be ignored
-        return Path(shared) / "qadeploy"
-    try:
-        return Path.home() / ".cache" / "qadeploy"
-    except RuntimeError:
-        return None
-
-
 def cached_features(
-    parts: Sequence[Part],
+    data: Sequence[DataSet],
     encoder: Encoder,
     settings: QaSettings,
     folder: Path | None,
@@ -88,35 +74,41 @@ def cached_features(
     make: MakeFeatures = make_features,
     limit: int = LIMIT_BYTES,
 ) -> CachedFeatures:
-    """The features of each part, equal to ``make``'s, from ``folder`` where they are there, else made and kept there.
+    """The features of each data set, equal to ``make``'s, read from the cache if it has them, else made and kept.
 
-    ``folder`` None keeps nothing. ``limit`` is in bytes: the entries used least recently go where all together
-    are more. ``note`` gets one line where the cache cannot be read or written. Raises what ``make`` raises.
+    Args:
+        data: The data sets.
+        encoder: Cuts the windows.
+        settings: Their length and overlap.
+        folder: Where entries are kept; None keeps nothing.
+        note: Gets one line if the cache cannot be read or written.
+        make: Makes the features. What it raises is raised.
+        limit: Bytes that all entries may take; those used least recently are deleted.
     """
     if folder is None:
-        return CachedFeatures(tuple(make(p.examples, encoder, settings, p.source) for p in parts), found=False)
-    digests = _digests(chain.from_iterable(part.examples for part in parts))
+        return CachedFeatures(tuple(make(d.examples, encoder, settings, d.source) for d in data), found=False)
+    digests = _digests(chain.from_iterable(d.examples for d in data))
     key = _key(digests, encoder, settings)
     path = folder / f"{_PREFIX}{key}.npz"
     try:
-        sets = _unpack(_load(path, key), parts, digests, encoder)
+        sets = _unpack(_load(path, key), data, digests, encoder)
     except (FileNotFoundError, NotADirectoryError):
         pass  # nothing kept yet
     except Exception as error:  # a damaged file makes the readers raise anything
-        note(f"feature cache: {path} cannot be used ({_line(error)}): features are made anew")
+        note(f"feature cache: {path} cannot be used ({_reason(error)}): features are made anew")
     else:
         with suppress(OSError):
             os.utime(path)  # used last
         return CachedFeatures(tuple(sets), found=True)
-    sets = [make(part.examples, encoder, settings, part.source) for part in parts]
+    sets = [make(d.examples, encoder, settings, d.source) for d in data]
     try:
         _store(path, {"key": np.asarray(key), **_pack(sets, digests)}, limit)
     except OSError as error:
-        note(f"feature cache: {folder}: {_line(error)}: features are not kept (--no-cache, or set QADEPLOY_CACHE)")
+        note(f"feature cache: {folder}: {_reason(error)}: features are not kept (--no-cache, or set QADEPLOY_CACHE)")
     return CachedFeatures(tuple(sets), found=False)
 
 
-def _line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return str(text)[:200]
 
@@ -127,7 +119,7 @@ Content = tuple[str, str, tuple[tuple[int, int], ...]]
 
 
 def _content(example: Example) -> Content:
-    """What an example's features depend on: not its id, not its split."""
+    """What an example's features depend on; its id and its split do not matter."""
     return example.context, example.question, tuple((a.start, a.end) for a in example.answers)
 
 
@@ -141,7 +133,7 @@ def _digests(examples: Iterator[Example]) -> dict[Content, bytes]:
             continue
         context, question, answers = content
         if context not in contexts:
-            # A lone surrogate has no UTF-8; it is the encoder's to refuse, with its own words.
+            # A lone surrogate has no UTF-8; the encoder refuses it with a clear message.
             contexts[context] = hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest()
         found[content] = hashlib.sha256(json.dumps((contexts[context], question, answers)).encode()).digest()
     return found
@@ -157,7 +149,7 @@ def _key(digests: dict[Content, bytes], encoder: Encoder, settings: QaSettings) 
 
 @cache
 def _code() -> tuple[str, ...]:
-    """SHA-256 of the modules that decide on an entry; where they are no files of their own, the version has to do."""
+    """SHA-256 of the modules that determine an entry; if they are not files, the version has to do."""
     try:
         return tuple(hash_file(Path(inspect.getfile(what))) for what in (_key, make_features, Encoder, Window))
     except OSError:
@@ -168,7 +160,7 @@ def _code() -> tuple[str, ...]:
 
 
 def _pack(sets: Sequence[FeatureSet], digests: dict[Content, bytes]) -> Arrays:
-    """Every distinct example once, in order of its digest; rows ``borders[i] : borders[i + 1]`` are those of item ``i``."""
+    """Every distinct example once, in the order of their digests."""
     places: dict[bytes, tuple[FeatureSet, int]] = {}
     for features in sets:
         for number, example in enumerate(features.examples):
@@ -185,66 +177,42 @@ def _pack(sets: Sequence[FeatureSet], digests: dict[Content, bytes]) -> Arrays:
             encoded.append(context)
         context_of.append(contexts[context.text])
         groups.append(features.features[features.first[number] : features.first[number + 1]])
-    made = list(chain.from_iterable(groups))
-    windows = [f.window for f in made]
     return {
         "digests": np.frombuffer(b"".join(sorted(places)), dtype=np.uint8).reshape(-1, _DIGEST_BYTES),
-        "example_borders": _borders(groups),
+        "example_borders": borders(groups),
         "example_contexts": np.asarray(context_of),
-        "window_borders": _borders(windows),
-        "window_ids": _flat([w.input_ids for w in windows]),
-        "window_types": _flat([w.token_type_ids for w in windows if w.token_type_ids is not None]),
-        "window_fields": np.asarray([[getattr(w, f) for f in _WINDOW_FIELDS] for w in windows]),
-        "label_borders": _borders([f.positions for f in made]),
-        "labels": _flat([f.positions for f in made], 2),
-        "context_borders": _borders(encoded),
-        "context_ids": _flat([c.ids for c in encoded]),
-        "context_offsets": _flat([c.offsets for c in encoded], 2),
+        **pack_features(list(chain.from_iterable(groups))),
+        "context_borders": borders(encoded),
+        "context_ids": flat([c.ids for c in encoded]),
+        "context_offsets": flat([c.offsets for c in encoded], 2),
     }
 
 
-def _borders(items: Sequence[Any]) -> NDArray[Any]:
-    return np.cumsum([0, *(len(item) for item in items)])
-
-
-def _flat(items: Sequence[IntArray], *width: int) -> NDArray[Any]:
-    """All rows in one array, in the smallest type that holds them."""
-    flat = np.concatenate([np.zeros((0, *width), dtype=np.int64), *items])
-    return flat.astype(np.min_scalar_type(int(flat.max(initial=0))))
-
-
-def _unpack(arrays: Arrays, parts: Sequence[Part], digests: dict[Content, bytes], encoder: Encoder) -> list[FeatureSet]:
-    """The parts' feature sets, of arrays that ``_pack`` made of the same examples."""
+def _unpack(
+    arrays: Arrays, data: Sequence[DataSet], digests: dict[Content, bytes], encoder: Encoder
+) -> list[FeatureSet]:
+    """The feature sets of the data sets, from arrays that ``_pack`` made of the same examples."""
     rows = {digest.tobytes(): row for row, digest in enumerate(arrays["digests"])}
-    ids, types, labels = (arrays[name].astype(np.int64) for name in ("window_ids", "window_types", "labels"))
-    features = [
-        Feature(Window(ids[a:b], types[a:b] if len(types) else None, *fields), labels[c:d])
-        for (a, b), (c, d), fields in zip(
-            pairwise(arrays["window_borders"].tolist()),
-            pairwise(arrays["label_borders"].tolist()),
-            arrays["window_fields"].tolist(),
-            strict=True,
-        )
-    ]
+    features = unpack_features(arrays)
     groups = [features[a:b] for a, b in pairwise(arrays["example_borders"].tolist())]
     tokens, offsets = arrays["context_ids"].astype(np.int64), arrays["context_offsets"].astype(np.int64)
     spans = list(pairwise(arrays["context_borders"].tolist()))
     context_of = arrays["example_contexts"].tolist()
     encoded: dict[int, EncodedText] = {}
     sets = []
-    for part in parts:
-        found = [rows[digests[_content(example)]] for example in part.examples]
-        for row, example in zip(found, part.examples, strict=True):
+    for one in data:
+        found = [rows[digests[_content(example)]] for example in one.examples]
+        for row, example in zip(found, one.examples, strict=True):
             if context_of[row] not in encoded:
                 a, b = spans[context_of[row]]
                 encoded[context_of[row]] = encoder.restore(example.context, tokens[a:b], offsets[a:b])
         chosen = [groups[row] for row in found]
         sets.append(
             FeatureSet(
-                tuple(part.examples),
+                one.examples,
                 tuple(encoded[context_of[row]] for row in found),
                 tuple(chain.from_iterable(chosen)),
-                tuple(_borders(chosen).tolist()),
+                tuple(borders(chosen).tolist()),
             )
         )
     return sets
@@ -254,8 +222,8 @@ def _unpack(arrays: Arrays, parts: Sequence[Part], digests: dict[Content, bytes]
 
 
 def _load(path: Path, key: str) -> Arrays:
-    """The arrays of an entry. Raises FileNotFoundError where there is none, other errors where it is not a sound one."""
-    # Member by member, because reading one to its end is what checks its CRC; numpy stops where a header says.
+    """The arrays of an entry. Raises FileNotFoundError if there is none, other errors if it is damaged."""
+    # Member by member: reading one to its end checks its CRC, but numpy stops at the length in the header.
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     arrays = {
@@ -267,12 +235,12 @@ def _load(path: Path, key: str) -> Arrays:
 
 
 def _store(path: Path, arrays: Arrays, limit: int) -> None:
-    """Writes an entry so that nobody ever reads half of one, then drops what is over ``limit``. Raises OSError."""
+    """Writes an entry so that nobody ever reads half of one, then deletes what exceeds ``limit``. Raises OSError."""
     size = sum(array.nbytes for array in arrays.values())
     if size > limit:
         raise OSError(f"they take {size / 2**20:.0f} MiB, and the cache holds at most {limit / 2**20:.0f}")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # A name of its own for each writer, on whatever machine. Not flushed to the disk: damage is found on reading.
+    # Each writer has its own file, on whatever machine. It is not flushed to the disk: damage is found on reading.
     descriptor, temporary = tempfile.mkstemp(prefix=_PREFIX, suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -291,9 +259,9 @@ def _drop_oldest(newest: Path, limit: int) -> None:
     for path in newest.parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another process may drop it first
             status = path.stat()
-            if path.suffix == ".npz":
+            if _ENTRY.fullmatch(path.name):
                 entries.append((path == newest, status.st_mtime_ns, status.st_size, path))
-            elif path.suffix == ".tmp" and status.st_mtime < time.time() - _STALE_SECONDS:
+            elif _SCRATCH.fullmatch(path.name) and status.st_mtime < time.time() - _STALE_SECONDS:
                 path.unlink()
     total = sum(size for _, _, size, _ in entries)
     for is_newest, _, size, path in sorted(entries):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,22 @@ from numpy.typing import NDArray
 
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import EncodedText, Encoder
-from qadeploy.errors import DataError, QuestionTooLongError, StrideError
+from qadeploy.errors import DataError, QuestionTooLongError
 from qadeploy.records import Example, IntArray, Window
 
 NO_LABEL = -100
+_WINDOW_FIELDS = ("context_begin", "context_length", "context_offset", "null_index")
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Feature:
-    """A window and its labels: ``positions`` is int64 ``[annotations, 2]``, inclusive token positions.
+    """A window and its labels.
 
-    Every annotated span that lies whole in the window is one row; a window that holds none has the
-    single row (null_index, null_index).
+    Attributes:
+        window: The window.
+        positions: int64 ``[annotations, 2]``, inclusive token positions of each annotated span that lies whole in the
+            window. A window without one has the single row (null_index, null_index).
     """
 
     window: Window
@@ -31,7 +36,14 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSet:
-    """All features of a list of examples; ``first[i] : first[i + 1]`` are those of example ``i``."""
+    """The features of a list of examples.
+
+    Attributes:
+        examples: The questions.
+        contexts: ``[examples]``, their contexts.
+        features: All windows, in the order of the examples.
+        first: ``first[i] : first[i + 1]`` are the features of example ``i``.
+    """
 
     examples: tuple[Example, ...]
     contexts: tuple[EncodedText, ...]
@@ -53,10 +65,18 @@ class FeatureSet:
 def make_features(
     examples: Sequence[Example], encoder: Encoder, settings: QaSettings, source: str, before: int = 0
 ) -> FeatureSet:
-    """Windows and labels of all examples; each distinct context is tokenised once.
+    """Makes the windows and labels of all examples; each distinct context is tokenised once.
 
-    Raises DataError naming every row whose question leaves no room for its context; ``before`` examples of the
-    source come before the first of these.
+    Args:
+        examples: The questions.
+        encoder: Cuts the windows.
+        settings: Their length and overlap.
+        source: Where the examples come from, for messages.
+        before: How many examples of the source precede these.
+
+    Raises:
+        DataError: Questions leave no room for their context; every such row is named.
+        StrideError: ``doc_stride`` is at least ``max_seq_len``, and a context needs several windows.
     """
     texts = list(dict.fromkeys(e.context for e in examples))
     encoded = dict(zip(texts, encoder.encode_many(texts), strict=True))
@@ -70,7 +90,7 @@ def make_features(
             windows = encoder.windows(
                 question, context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
             )
-        except (QuestionTooLongError, StrideError) as error:
+        except QuestionTooLongError as error:
             problems.append(f"{source}: question {number} (id {example.id}), field question: {error}")
             continue
         spans = [context.tokens_of(a.start, a.end) for a in example.answers]
@@ -82,7 +102,7 @@ def make_features(
 
 
 def label(window: Window, spans: Sequence[tuple[int, int]]) -> IntArray:
-    """Positions in the window ``[spans inside, 2]`` of context token spans, or the null position alone."""
+    """The positions in the window, ``[spans inside, 2]``, of context token spans, or the null position alone."""
     shift = window.context_begin - window.context_offset
     end = window.context_offset + window.context_length
     inside = [(a + shift, b + shift) for a, b in spans if a >= window.context_offset and b < end]
@@ -90,9 +110,15 @@ def label(window: Window, spans: Sequence[tuple[int, int]]) -> IntArray:
 
 
 def collate_labels(features: Sequence[Feature], length: int) -> dict[str, NDArray[Any]]:
-    """``start_positions``/``end_positions`` ``[windows, annotations]`` (-100 fills) and ``answer_mask`` ``[windows, length]``.
+    """The labels of a batch.
 
-    The mask is true on context tokens and the null position: where an answer may start or end.
+    Args:
+        features: The windows.
+        length: To how many tokens they are padded.
+
+    Returns:
+        ``start_positions`` and ``end_positions``, ``[windows, annotations]``, filled up with -100, and ``answer_mask``,
+        ``[windows, length]``, true on context tokens and the null position: where an answer may start or end.
     """
     most = max(len(f.positions) for f in features)
     positions = np.full((len(features), most, 2), NO_LABEL, dtype=np.int64)
@@ -103,3 +129,47 @@ def collate_labels(features: Sequence[Feature], length: int) -> dict[str, NDArra
         mask[row, window.context_begin : window.context_begin + window.context_length] = True
         mask[row, window.null_index] = True
     return {"start_positions": positions[..., 0], "end_positions": positions[..., 1], "answer_mask": mask}
+
+
+# ---------------------------------------------------------------- flat arrays
+
+
+def pack_features(features: Sequence[Feature]) -> Arrays:
+    """Features as a few flat arrays: small on disk, and quick to send to another process.
+
+    Rows ``window_borders[i] : window_borders[i + 1]`` of the ids are those of window ``i``; labels likewise.
+    """
+    windows = [f.window for f in features]
+    return {
+        "window_borders": borders(windows),
+        "window_ids": flat([w.input_ids for w in windows]),
+        "window_types": flat([w.token_type_ids for w in windows if w.token_type_ids is not None]),
+        "window_fields": np.asarray([[getattr(w, f) for f in _WINDOW_FIELDS] for w in windows]),
+        "label_borders": borders([f.positions for f in features]),
+        "labels": flat([f.positions for f in features], 2),
+    }
+
+
+def unpack_features(arrays: Arrays) -> list[Feature]:
+    """The features of arrays that ``pack_features`` made."""
+    ids, types, labels = (arrays[name].astype(np.int64) for name in ("window_ids", "window_types", "labels"))
+    return [
+        Feature(Window(ids[a:b], types[a:b] if len(types) else None, *fields), labels[c:d])
+        for (a, b), (c, d), fields in zip(
+            pairwise(arrays["window_borders"].tolist()),
+            pairwise(arrays["label_borders"].tolist()),
+            arrays["window_fields"].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def borders(items: Sequence[Any]) -> NDArray[Any]:
+    """Where each item begins among the rows of all, and where the last ends."""
+    return np.cumsum([0, *(len(item) for item in items)])
+
+
+def flat(items: Sequence[IntArray], *width: int) -> NDArray[Any]:
+    """The rows of all items in one array, in the smallest type that holds them."""
+    rows = np.concatenate([np.zeros((0, *width), dtype=np.int64), *items])
+    return rows.astype(np.min_scalar_type(int(rows.max(initial=0))))

@@ -1,14 +1,14 @@
-"""Questions on texts that do not answer them, made from the training data itself, so that a model learns to say so.
+"""Negatives: questions on texts that do not answer them, so that a model learns to say so.
 
-Two kinds, both labelled "no answer":
+They are made from the training data itself. Two kinds, both labelled "no answer":
 
 - the question on another passage in which none of its answers occurs: in turns the best by BM25 (Robertson and Zaragoza 2009)
-  and the nearest in the data, which is most often of the same document;
-- the question on its own passage without the sentences that hold its answer. There is none if the answer occurs elsewhere
-  in the passage too, or if nothing else is left.
+  and the nearest in the data, which is usually of the same document;
+- the question on its own passage without the sentences that hold its answer. There is none if the answer also occurs
+  elsewhere in the passage, or if too little is left.
 
-Training normalises the windows of a question and of its negatives together (Clark and Gardner, "Simple and Effective Multi-Paragraph
-Reading Comprehension", ACL 2018), so ``groups`` says which belong together.
+Training normalises the windows of a question and of its negatives together (Clark and Gardner, "Simple and Effective
+Multi-Paragraph Reading Comprehension", ACL 2018), so ``groups`` says which belong together.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from itertools import islice, pairwise, zip_longest
 from qadeploy.errors import InputError, MissingExtraError
 from qadeploy.records import Example
 
-LONGEST = 2_000  # code points of another passage: of a longer one a part is taken
+LONGEST = 2_000  # code points of another passage; a longer one is cut
 _SHORTEST = 30  # code points that must be left of a passage without its answer
-_LOOKED_AT = 16  # candidates per negative that is wanted: many hold the answer too
+_LOOKED_AT = 16  # candidates per negative that is wanted; many hold the answer too
 # A sentence ends at a full stop, question or exclamation mark, closing quotes and brackets included, that no small letter
 # follows, or at a line break.
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])[\"'”’)\]]*\s+(?![a-zß-ÿ])|(?<=[。！？])|\n+)")
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
+class ExamplesWithNegatives:
     """Questions with their negatives.
 
     Attributes:
         examples: The questions as given, then the negatives.
-        groups: ``[examples]``, the number of the question that each belongs to; a question's own number is its place.
-        elsewhere: How many negatives are on another passage.
-        removed: How many are on their own passage without its answer.
+        groups: ``[examples]``, the number of the question that each belongs to; a question's own number is its index.
+        on_other_passages: How many negatives are on another passage.
+        answer_removed: How many are on their own passage without its answer.
     """
 
     examples: tuple[Example, ...]
     groups: tuple[int, ...]
-    elsewhere: int
-    removed: int
+    on_other_passages: int = 0
+    answer_removed: int = 0
 
 
-def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[str] = ()) -> Paired:
+def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[str] = ()) -> ExamplesWithNegatives:
     """Adds ``count`` negatives to each question that has an answer.
 
-    One in two is the question's own passage without its answer where ``count`` is 1, one of ``count`` where it is more; the
-    others are other passages, and stand in for what cannot be made.
+    If ``count`` is 1, every second one is the question's own passage without its answer; if it is more, one per question.
+    The others are other passages, which also stand in for what cannot be made.
 
     Args:
         examples: The questions. Those without an answer get no negatives.
@@ -58,17 +58,17 @@ def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[s
         passages: Further passages to take negatives from.
 
     Returns:
-        The questions and their negatives. A question that nothing could be made for stands alone.
+        The questions and their negatives. If none could be made for a question, it stands alone.
 
     Raises:
         InputError: ``count`` is below 0.
         MissingExtraError: bm25s is not installed.
     """
     if count < 0:
-        raise InputError(f"negatives is {count}: it is how many to make per question, 0 for none")
+        raise InputError(f"negatives is {count}: give the number to make per question, 0 for none")
     answered = [number for number, example in enumerate(examples) if example.answers]
     if not count or not answered:
-        return Paired(tuple(examples), tuple(range(len(examples))), 0, 0)
+        return ExamplesWithNegatives(tuple(examples), tuple(range(len(examples))))
     texts = list(dict.fromkeys((*(e.context for e in examples), *passages)))
     place = {text: number for number, text in enumerate(texts)}
     known = {(e.question, e.context) for e in examples}
@@ -90,11 +90,11 @@ def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[s
             counts[kind] += 1
             made.append(replace(example, id=f"{example.id}#{kind}-{which}", context=text, answers=(), also=()))
             groups.append(number)
-    return Paired((*examples, *made), tuple(groups), counts["elsewhere"], counts["removed"])
+    return ExamplesWithNegatives((*examples, *made), tuple(groups), counts["elsewhere"], counts["removed"])
 
 
 def without_answer(example: Example) -> str | None:
-    """The context less the sentences that an annotated answer touches, None if that is no negative."""
+    """The context without the sentences that an annotated answer touches; None if that is no negative."""
     borders = [0, *(match.end() for match in _SENTENCE_END.finditer(example.context)), len(example.context)]
     sentences = list(pairwise(borders))
     kept = [(a, b) for a, b in sentences if not any(x.start < b and x.end > a for x in example.answers)]
@@ -108,7 +108,7 @@ def holds_answer(example: Example, text: str) -> bool:
 
 
 def _nearest(place: int, count: int) -> list[int]:
-    """The numbers around a place, nearest first."""
+    """The numbers around a passage's, nearest first."""
     return [i for step in range(1, _LOOKED_AT) for i in (place + step, place - step) if 0 <= i < count]
 
 
@@ -119,28 +119,28 @@ def _in_turns(first: Sequence[int], second: Sequence[int]) -> list[int]:
 
 
 def _elsewhere(example: Example, texts: Iterable[str], known: set[tuple[str, str]]) -> Iterator[str]:
-    """The passages, or parts of them, that are negatives of a question."""
+    """The passages, cut if they are long, that are negatives of a question."""
     for text in texts:
         if text != example.context and (example.question, text) not in known:
-            part = _part(text, example)
-            if part:
-                yield part
+            excerpt = _excerpt(text, example)
+            if excerpt:
+                yield excerpt
 
 
-def _part(text: str, example: Example) -> str | None:
-    """The first part of a passage, cut at white space, that is not too long and holds no answer."""
+def _excerpt(text: str, example: Example) -> str | None:
+    """The first excerpt of a passage, cut at white space, that is not too long and holds no answer."""
     for begin in range(0, len(text), LONGEST):
-        part = text[begin : begin + LONGEST]
+        excerpt = text[begin : begin + LONGEST]
         if begin + LONGEST < len(text):
-            part = part.rpartition(" ")[0] or part
-        part = part.strip()
-        if len(part) >= _SHORTEST and not holds_answer(example, part):
-            return part
+            excerpt = excerpt.rpartition(" ")[0] or excerpt
+        excerpt = excerpt.strip()
+        if len(excerpt) >= _SHORTEST and not holds_answer(example, excerpt):
+            return excerpt
     return None
 
 
 def _ranked(questions: Sequence[str], texts: Sequence[str], most: int) -> list[list[int]]:
-    """For each question the texts' numbers, best first by BM25; texts that share no word with it are left out."""
+    """For each question, the numbers of the texts that share a word with it, best first by BM25."""
     try:
         import bm25s
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Where a run and a bundle come from: the base model and the versions of what made them, as their records say it."""
+"""Where a run and a bundle come from: the base model and the versions of what made them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qadeploy.training.checkpoint import Checkpoint
 
 
 def versions_of(names: Iterable[str], *, missing: str) -> dict[str, str]:
-    """The versions of Python and of the packages; ``missing`` where one is not installed as a package."""
+    """The versions of Python and of the packages; ``missing`` for one that is not installed as a package."""
     found = {"python": platform.python_version()}
     for name in names:
         try:
@@ -28,7 +28,7 @@ def versions_of(names: Iterable[str], *, missing: str) -> dict[str, str]:
 
 
 def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The base's name, the SHA-256 of its weights, its commit on the hub and its licence; None where not known."""
+    """The base's name, the SHA-256 of its weights, its commit on the hub and its licence; None if not known."""
     weights = Path(checkpoint.name) / "model.safetensors"
     commit = getattr(checkpoint.model.config, "_commit_hash", None)  # whatever branch or tag was asked for
     return {
@@ -40,7 +40,7 @@ def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def base_name(name: str) -> str:
-    """The base as a reader of the record knows it: the model that ships by its name, not by where it is installed."""
+    """How a record names the base: the shipped model by its name, not by the path where it is installed."""
     with suppress(CheckpointError):
         if name == str(base_model_path()):
             return base_model_path().name

@@ -1,7 +1,7 @@
-"""Interrupted runs: where an unfinished run lies, and how it goes on.
+"""Interrupted runs: where an unfinished run is, and how it is resumed.
 
-An unfinished run is a folder whose ``run.json`` says ``"status": "running"``: the run folder itself,
-or ``NAME.unfinished`` beside it where a finished run stands there until the new one replaces it.
+An unfinished run is a folder whose ``run.json`` says ``"status": "running"``: the run folder itself, or ``NAME.unfinished``
+beside it if a finished run is there until the new one replaces it.
 
     run.json      the record: options, data hash, base; "complete" only when everything else is written
     checkpoints/  the saves (training/saves.py)
@@ -11,7 +11,6 @@ or ``NAME.unfinished`` beside it where a finished run stands there until the new
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -22,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import CheckpointError, InputError
-from qadeploy.files import replace_folder, sync_folder, write_json
+from qadeploy.files import lock, replace_folder, sweep, sync_folder, temporary_folder, write_json
 from qadeploy.shipped import base_model_path
 from qadeploy.training import distributed
-from qadeploy.training.callbacks import Say
-from qadeploy.training.runs import RUN_FILE, UNFINISHED, read_status
+from qadeploy.training.run_log import RunLog
+from qadeploy.training.runs import RUN_FILE, UNFINISHED, check_replaceable, read_status
 from qadeploy.training.saves import Save, newest_complete, remove_after
 
 SAVES = "checkpoints"
-# These do not change what is trained, or are compared by content.
-_FREE = frozenset(
+# Options that do not change what is trained, or that are compared by content.
+_MAY_DIFFER = frozenset(
     {
         "out",
         "save_steps",
@@ -44,13 +43,21 @@ _FREE = frozenset(
         "n_best_size",
         "preprocessing_num_workers",
         "cache",
+        "allow_pickle",
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What is to be done in ``folder``: all of the run, the rest after ``saved``, or (``finished``) nothing."""
+class OpenRun:
+    """A run folder that is held for a run.
+
+    Attributes:
+        folder: Where it is written.
+        record: The content of its ``run.json``.
+        saved: The save to continue from; None starts at the beginning.
+        finished: Nothing is left to do.
+    """
 
     folder: Path
     record: dict[str, Any]
@@ -59,7 +66,7 @@ class Plan:
 
 
 def find_unfinished(out: Path) -> Path | None:
-    """The folder of the unfinished run whose run folder is to be ``out``, None where there is none."""
+    """The folder of the unfinished run for ``out``, None if there is none."""
     if read_status(out) == "running":
         return out
     beside = out.with_name(out.name + UNFINISHED)
@@ -67,21 +74,21 @@ def find_unfinished(out: Path) -> Path | None:
 
 
 def check_unfinished(out: Path, resume: bool) -> None:
-    """Raises InputError on an unfinished run in the way that is not to be resumed."""
+    """Raises InputError if an unfinished run is in the way and not to be resumed."""
     found = find_unfinished(out)
     if found and not resume:
         raise InputError(
-            f"{found}: holds an unfinished run (interrupted, or still training): give --resume to go on with it, "
+            f"{found}: holds an unfinished run (interrupted, or still training): give --resume to continue it, "
             "another --out, or remove the folder to start over"
         )
 
 
 def recorded_options(out: Path) -> dict[str, Any]:
-    """The options of the run in or beside ``out`` (unfinished or finished), {} where there is none."""
+    """The options of the run in or beside ``out``, finished or not; {} if there is none."""
     try:
         options: dict[str, Any] = _read((find_unfinished(out) or out) / RUN_FILE)["options"]
     except (OSError, CheckpointError):
-        return {}  # what is wrong there is said when the run is opened
+        return {}  # opening the run says what is wrong
     options.pop("out", None)
     with suppress(CheckpointError):
         if options.get("base") == base_model_path().name and not Path(options["base"]).exists():
@@ -90,120 +97,119 @@ def recorded_options(out: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def open_run(out: Path, record: Mapping[str, Any], resume: bool, say: Say) -> Iterator[Plan]:
-    """The run's folder for the time of the block, made or found by the first process and held by it alone.
+def open_run(out: Path, record: Mapping[str, Any], resume: bool, log: RunLog) -> Iterator[OpenRun]:
+    """Holds the run's folder during the block; the first process makes or finds it.
 
-    After a failure the folder stays where there is a complete save to resume from, else it goes.
-    Raises InputError where the unfinished run has other options, data or base, and where another
-    command is training in it.
+    After a failure the folder stays if there is a complete save to resume from; otherwise it is removed.
+
+    Raises:
+        InputError: The unfinished run has other options, data or base, or another command is training in it.
     """
     locks: list[int] = []
 
-    def begin() -> Plan:
-        plan, lock = _begin(out, json.loads(json.dumps(record)), resume, say)
-        locks.append(lock)
-        return plan
+    def begin() -> OpenRun:
+        opened, descriptor = _begin(out, json.loads(json.dumps(record)), resume, log)
+        locks.append(descriptor)
+        return opened
 
     try:
-        plan = distributed.from_first(begin)
+        opened = distributed.from_first(begin)
         try:
-            yield plan
+            yield opened
         except BaseException:
             if distributed.is_first():
-                _leave(plan.folder, out, say)
+                _leave(opened.folder, out, log)
             raise
     finally:
-        for lock in locks:
-            os.close(lock)
+        for descriptor in locks:
+            os.close(descriptor)
 
 
-def finish(plan: Plan, out: Path) -> None:
-    """Marks a run complete that is whole but for that, and gives it its place. A kill at any point loses nothing."""
-    sync_folder(plan.folder)
-    write_json(plan.folder / RUN_FILE, {**plan.record, "status": "complete"})
-    _publish(plan.folder, out)
+def finish(opened: OpenRun, out: Path) -> None:
+    """Marks a run complete and moves it to ``out``. A kill at any point loses nothing.
+
+    Raises InputError if something that is no run was put into ``out`` since the beginning; the run then stays beside it.
+    """
+    sync_folder(opened.folder)
+    write_json(opened.folder / RUN_FILE, {**opened.record, "status": "complete"})
+    _publish(opened.folder, out)
 
 
 # ---------------------------------------------------------------- beginning
 
 
-def _begin(out: Path, record: dict[str, Any], resume: bool, say: Say) -> tuple[Plan, int]:
-    """The plan, and the lock on its folder: a file descriptor."""
+def _begin(out: Path, record: dict[str, Any], resume: bool, log: RunLog) -> tuple[OpenRun, int]:
+    """The open run, and the lock on its folder: a file descriptor."""
     check_unfinished(out, resume)
     found = find_unfinished(out)
     if found is None and resume:
         if read_status(out) == "complete":
             found = out
         else:
-            say(f"{out}: holds no run to resume, so this one starts at its beginning")
+            log.say(f"{out}: holds no run to resume, so this one starts at its beginning")
     if found is None:
         folder = out if read_status(out) is None else out.with_name(out.name + UNFINISHED)
         _create(folder, record)
-        return Plan(folder, record), _lock(folder)
-    lock = _lock(found)
+        return OpenRun(folder, record), _lock(folder)
+    descriptor = _lock(found)
     try:
-        return _go_on(out, found, record, say), lock
+        return _resume(out, found, record, log), descriptor
     except BaseException:
-        os.close(lock)
+        os.close(descriptor)
         raise
 
 
 def _create(folder: Path, record: dict[str, Any]) -> None:
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        fresh.mkdir(parents=True)
-        write_json(fresh / RUN_FILE, record)
-        os.replace(fresh, folder)  # only with its record in it: a kill leaves nothing that is not known for what it is
+        with temporary_folder(folder) as fresh:
+            write_json(fresh / RUN_FILE, record)
+            os.replace(fresh, folder)  # with its record in it, so that what a kill leaves can be recognised
     except OSError as error:
         if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
-            raise InputError(f"{folder}: another command began a run in it just now: give another --out") from error
+            raise InputError(f"{folder}: another command has just begun a run in it: give another --out") from error
         raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _go_on(out: Path, folder: Path, record: dict[str, Any], say: Say) -> Plan:
+def _resume(out: Path, folder: Path, record: dict[str, Any], log: RunLog) -> OpenRun:
     old = _read(folder / RUN_FILE)
     differing = find_differences(old, record)
     if differing:
         raise InputError(
-            f"{folder}: the run cannot be resumed, because it was started otherwise:\n  "
+            f"{folder}: the run cannot be resumed, because it was started with something else:\n  "
             + "\n  ".join(differing)
-            + "\nGive what it was started with (--resume takes over the options that are not given), "
+            + "\nGive what it was started with (--resume takes the options that you do not give from the run), "
             "or remove the folder to start over"
         )
-    if old.get("status") == "complete":  # perhaps killed between its last line and its place
+    if old.get("status") == "complete":  # perhaps killed before it was moved to its place
         _publish(folder, out)
-        return Plan(out, old, finished=True)
+        return OpenRun(out, old, finished=True)
     versions = old.get("versions", {})
     changed = {n: (versions.get(n), v) for n, v in record["versions"].items() if versions.get(n) != v}
     if changed:
         named = ", ".join(f"{name} {a} is now {b}" for name, (a, b) in changed.items())
-        say(
-            f"                 WARNING: {named}: the resumed run may differ in its last digits from one without a break"
-        )
+        log.warning(f"{named}: the resumed run may differ in its last digits from one without a break")
     was, now = (r.get("machine", {}).get("device") for r in (old, record))
     if was and was != now:
-        say(f"                 WARNING: it was begun on {was} and goes on on {now}, so its last digits may differ")
-    saved = newest_complete(folder / SAVES, say)
+        log.warning(f"the run began on {was} and continues on {now}, so its last digits may differ")
+    saved = newest_complete(folder / SAVES, log.warning)
     step = saved.step if saved else 0
     remove_after(folder / SAVES, step)
-    say(
+    log.say(
         f"{folder}: resumes after step {step}"
         + (f", from {saved.folder.name}" if saved else ": it has no complete checkpoint yet")
     )
     record = {**record, "resumed_at_steps": [*old.get("resumed_at_steps", []), step]}
     write_json(folder / RUN_FILE, record)
-    return Plan(folder, record, saved)
+    return OpenRun(folder, record, saved)
 
 
 def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """A line for each thing that decides the weights and is not the same in two records of a run, as read from JSON."""
+    """A line for each difference between two records of a run, as read from JSON, that affects the weights."""
     before, after = old["options"], new["options"]
     lines = [
         f"--{name.replace('_', '-')} was {before[name]}, now {value}"
         for name, value in after.items()
-        if name not in _FREE and name in before and before[name] != value
+        if name not in _MAY_DIFFER and name in before and before[name] != value
     ]
     if before.get("precision") == after.get("precision") and old.get("precision") != new["precision"]:
         lines.append(f"--precision {after.get('precision')} meant {old.get('precision')}, now {new['precision']}")
@@ -235,16 +241,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _lock(folder: Path) -> int:
-    """Holds the folder until closed, or the process ends, however it ends. Raises InputError where another holds it."""
-    lock = os.open(folder, os.O_RDONLY)
+    """Locks the folder until the descriptor is closed or the process ends. Raises InputError if another holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(descriptor)
     except BlockingIOError as error:
-        os.close(lock)
+        os.close(descriptor)
         raise InputError(f"{folder}: another command is training in it: wait for it, or give another --out") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
+    return descriptor
 
 
 # ---------------------------------------------------------------- ending
@@ -252,21 +256,21 @@ def _lock(folder: Path) -> int:
 
 def _publish(folder: Path, out: Path) -> None:
     shutil.rmtree(folder / SAVES, ignore_errors=True)
-    for left in folder.glob(".*.tmp"):  # half-written files of a process that was killed
-        left.unlink(missing_ok=True)
+    sweep(folder)
     if folder != out:
+        check_replaceable(out)  # whatever has been put there meanwhile
         replace_folder(folder, out)
 
 
-def _leave(folder: Path, out: Path, say: Say) -> None:
-    """After a failure: keeps the run where it can be resumed, and says so; removes it where nothing was reached."""
+def _leave(folder: Path, out: Path, log: RunLog) -> None:
+    """After a failure: keeps the run if it can be resumed, and says so; else removes it."""
     if read_status(folder) != "running":
-        return  # complete, whatever came after
+        return  # it is complete, whatever failed afterwards
     saved = newest_complete(folder / SAVES)
     if saved is None:
         shutil.rmtree(folder, ignore_errors=True)
         return
-    say(
+    log.say(
         f"{folder}: the unfinished run is kept; its last complete checkpoint is {saved.folder.name}: "
-        f"qadeploy train --resume --out {out} goes on from there"
+        f"qadeploy train --resume --out {out} continues from there"
     )

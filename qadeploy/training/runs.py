@@ -7,19 +7,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadeploy.data.fields import Reading
-from qadeploy.data.readers import hash_examples, read
+from qadeploy.data.fields import DataOptions
+from qadeploy.data.loading import hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, InputError
+from qadeploy.evaluation.predictions import N_BEST, NULL_ODDS, PREDICTIONS
+from qadeploy.files import is_temporary
 from qadeploy.records import Example
 
 RUN_FILE = "run.json"
 UNFINISHED = ".unfinished"
+_PARTS = frozenset(
+    {
+        RUN_FILE,
+        "checkpoint",
+        "checkpoints",
+        "metrics.json",
+        "curves.png",
+        "report.html",
+        "README.md",
+        PREDICTIONS,
+        N_BEST,
+        NULL_ODDS,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A checkpoint folder, and the record of the run that made it (None for any other checkpoint)."""
+    """A checkpoint folder, and the record of the run that made it; None for any other checkpoint."""
 
     name: str
     checkpoint: Path
@@ -27,14 +43,16 @@ class Run:
 
 
 def find_run(path: str | Path | None) -> Run:
-    """A run folder, a checkpoint folder, or (None) the newest finished run under ``runs/``.
+    """Finds a run folder, a checkpoint folder, or with None the newest finished run under ``runs/``.
 
-    Raises InputError where there is nothing of the kind, CheckpointError where a run is not finished.
+    Raises:
+        InputError: There is none.
+        CheckpointError: The run is not finished.
     """
     if path is None:
         runs = Path("runs")
         found = [p for p in runs.iterdir() if (p / RUN_FILE).is_file()] if runs.is_dir() else []
-        found = [p for p in found if not p.name.startswith(".")]  # work that was cut off
+        found = [p for p in found if not p.name.startswith(".")]  # what a killed command left
         unfinished = [p for p in found if read_status(p) == "running"]
         found = [p for p in found if p not in unfinished]
         if not found:
@@ -62,7 +80,7 @@ def find_run(path: str | Path | None) -> Run:
 
 
 def read_status(folder: Path) -> str | None:
-    """What a run folder's record says, "complete" or "running"; "unknown" where it says neither; None without one."""
+    """The status in a run folder's record: "complete", "running", "unknown" for anything else; None without a record."""
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except OSError:
@@ -73,9 +91,31 @@ def read_status(folder: Path) -> str | None:
     return status if status in {"complete", "running"} else "unknown"
 
 
+def check_replaceable(out: Path) -> None:
+    """Raises InputError if ``out`` is anything but a free place, an empty folder, or a run and nothing else."""
+    if not out.name or out.is_symlink():
+        raise InputError(f"{out}: a run needs a folder of its own, not a link: give --out a name")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not out.is_dir() or read_status(out) not in {"complete", "running"} or not _has_options(out):
+        raise InputError(f"{out}: exists and is not a run folder, so it is not overwritten: give another --out")
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in _PARTS and not is_temporary(p.name))
+    if foreign:
+        raise InputError(
+            f"{out}: holds {', '.join(foreign[:5])} beside a run, which would be deleted: move it away, or give another --out"
+        )
+
+
+def _has_options(folder: Path) -> bool:
+    """Whether a record with a status is that of a run: other tools name files ``run.json`` too."""
+    return isinstance(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("options"), dict)
+
+
 def _unfinished(folder: Path) -> str:
     out = folder.with_name(folder.name.removesuffix(UNFINISHED))
-    return f"{folder} is not finished (interrupted, or still training): qadeploy train --resume --out {out} goes on with it"
+    return (
+        f"{folder} is not finished (interrupted, or still training): qadeploy train --resume --out {out} continues it"
+    )
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -90,16 +130,37 @@ def _read_record(path: Path) -> dict[str, Any]:
     return record
 
 
-def held_out(run: Run, eval_data: str | None, reading: Reading | None = None) -> tuple[str, tuple[Example, ...]]:
-    """Where the held-out examples come from, and the examples: never those that the run trained on.
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Questions to judge a run by: where they come from, and whether they are the dev set carved from that source."""
 
-    ``eval_data`` if given (understood by ``reading``), else the run's own evaluation data, the fixed validation
-    split of its data, or its dev data or part, carved again from the same data by the same seed. Raises InputError where
-    none of them can be had, or the data changed since the run.
+    source: str
+    examples: tuple[Example, ...]
+    dev_set: bool = False
+
+    @property
+    def name(self) -> str:
+        """The source as people read it."""
+        return f"{self.source} (dev set)" if self.dev_set else self.source
+
+
+def held_out(run: Run, eval_data: str | None, reading: DataOptions | None = None) -> HeldOut:
+    """The examples to judge a run by, never those that it trained on.
+
+    They are ``eval_data`` if given, else the run's own evaluation data, the fixed validation split of its data, or its dev set,
+    carved again from the same data with the same seed.
+
+    Args:
+        run: The run.
+        eval_data: A data set to use instead of the run's own.
+        reading: How to read it.
+
+    Raises:
+        InputError: None of them is available, or the data changed since the run.
     """
     if eval_data is not None:
         data = read(eval_data, reading)
-        return eval_data, data.part("validation") or data.examples
+        return HeldOut(eval_data, data.part("validation") or data.examples)
     if run.record is None:
         raise InputError(
             f"{run.checkpoint}: it is not known what this checkpoint was trained on: give --eval-data FILE"
@@ -107,31 +168,31 @@ def held_out(run: Run, eval_data: str | None, reading: Reading | None = None) ->
     options = run.record["options"]
     source = options["eval_data"] or options["data"]
     try:
-        data = read(source, Reading.of(options))
+        data = read(source, DataOptions.of(options))
     except InputError as error:
         raise InputError(f"the run's data cannot be read: {error}\nGive --eval-data FILE") from error
     if source == options["data"] and hash_examples(data.examples) != run.record["data_sha256"]:
         raise InputError(
             f"{source}: is not what the run was trained on (its content changed), so what it held out is "
-            "not known any more: give --eval-data FILE, or train again"
+            "no longer known: give --eval-data FILE, or train again"
         )
     validation = data.part("validation")
     if options["eval_data"] or validation:
-        return source, (validation or data.examples)[: options.get("max_eval_samples")]
+        return HeldOut(source, (validation or data.examples)[: options.get("max_eval_samples")])
     given = options.get("dev_data")
-    part = dev_part(run)
-    if given and not part:
+    examples = dev_set(run)
+    if given and not examples:
         raise InputError(f"{given}: is not the dev data that the run was made with: give --eval-data FILE")
-    return given or f"{source} (dev part)", part
+    return HeldOut(given or source, examples, dev_set=not given)
 
 
 def known_examples(checkpoint: Path) -> tuple[Example, ...]:
-    """What a run learned from or chose by: its data but for a fixed validation split; empty where it is not to be had."""
+    """The run's data without a fixed validation split: what it learned from or chose by. Empty if not available."""
     try:
         run = find_run(checkpoint)
         if run.record is None:
             return ()
-        data = read(run.record["options"]["data"], Reading.of(run.record["options"]))
+        data = read(run.record["options"]["data"], DataOptions.of(run.record["options"]))
     except (InputError, CheckpointError):
         return ()
     if hash_examples(data.examples) != run.record["data_sha256"]:
@@ -139,20 +200,20 @@ def known_examples(checkpoint: Path) -> tuple[Example, ...]:
     return tuple(e for e in data.examples if e.split != "validation")
 
 
-def dev_part(run: Run) -> tuple[Example, ...]:
-    """The run's dev data, or its dev part carved again by the same seed; empty where it is not to be had."""
+def dev_set(run: Run) -> tuple[Example, ...]:
+    """The run's dev data, or its dev set carved again with the same seed. Empty if not available."""
     if run.record is None:
         return ()
     options = run.record["options"]
     given, most = options.get("dev_data"), options.get("max_eval_samples")
     try:
-        data = read(given or options["data"], Reading.of(options))
+        data = read(given or options["data"], DataOptions.of(options))
     except InputError:
         return ()
     if given:
-        part = data.examples[:most]
-        return part if hash_examples(part) == run.record["dev_data_sha256"] else ()
+        examples = data.examples[:most]
+        return examples if hash_examples(examples) == run.record["dev_data_sha256"] else ()
     if hash_examples(data.examples) != run.record["data_sha256"]:
-        return ()  # another carving, which would hold questions that the run trained on
+        return ()  # carved anew, it would hold questions that the run trained on
     rest = tuple(e for e in data.examples if e.split != "validation")
     return carve_by_passage(rest, options["dev_fraction"], options["seed"])[1][:most]

@@ -1,7 +1,7 @@
-"""The saves of a run, ``checkpoint-STEP`` as the Trainer writes them: which are complete, which may go.
+"""The saves of a run, ``checkpoint-STEP`` as the Trainer writes them: which are complete, which may be removed.
 
-A save is complete when its ``complete.json`` stands: written last, after all else is on the disk, with
-the size of every file. What a kill or a full disk leaves of one is never taken for whole.
+A save is complete once it has a ``complete.json``, which is written after all else is on the disk and holds the size of every
+file. So what a kill or a full disk leaves of a save is never taken for a whole one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,36 +19,35 @@ from safetensors import SafetensorError
 
 from qadeploy.errors import FailureError
 from qadeploy.files import sync, sync_folder, write_json
-from qadeploy.training.callbacks import Say
 
 MARKER = "complete.json"
 _PREFIX = "checkpoint-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# How safetensors (the names of Rust's io::ErrorKind) and torch.save say in words what errno says in numbers.
+# safetensors (by the names of Rust's io::ErrorKind) and torch.save say only in words what errno says in numbers.
 _FULL_SIGNS = ("StorageFull", "QuotaExceeded", "FileTooLarge", "No space left", "File too large")
 _TORCH_SAVE_SIGNS = ("PytorchStreamWriter", "unexpected pos")
 
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """A complete save: its folder, its step, and what ``mark_complete`` was given as ``progress``."""
+    """A complete save: its folder, its step, and the state of the run that ``mark_complete`` was given."""
 
     folder: Path
     step: int
-    progress: dict[str, Any]
+    run_state: dict[str, Any]
 
 
-def mark_complete(folder: Path, progress: Mapping[str, Any]) -> None:
+def mark_complete(folder: Path, run_state: Mapping[str, Any]) -> None:
     """Flushes a save's files to the disk, then writes the marker that makes it complete."""
     sync_folder(folder)
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    write_json(folder / MARKER, {"files": sizes, "progress": progress})
+    write_json(folder / MARKER, {"files": sizes, "progress": run_state})
     sync(folder)
     sync(folder.parent)
 
 
 def find_flaw(folder: Path) -> str | None:
-    """Why a save is not complete; None where it is."""
+    """Why a save is not complete; None if it is."""
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes, _ = dict(marker["files"]), marker["progress"]["best_step"]
@@ -65,22 +64,22 @@ def find_flaw(folder: Path) -> str | None:
     return None
 
 
-def newest_complete(saves: Path, say: Say | None = None) -> Save | None:
-    """The complete save of the highest step, None where there is none; names each that is skipped to ``say``.
+def newest_complete(saves: Path, warn: Callable[[str], object] | None = None) -> Save | None:
+    """The complete save of the highest step, None if there is none. ``warn`` gets a line for each that is skipped.
 
-    A save is worth nothing without that of the best epoch before it, which is to be the result.
+    A save is useless without that of the best epoch before it, which may become the result.
     """
     steps = {_step(p): p for p in saves.glob(f"{_PREFIX}*") if _step(p) >= 0}
     for step in sorted(steps, reverse=True):
         flaw = find_flaw(steps[step])
         if flaw is None:
-            progress = json.loads((steps[step] / MARKER).read_text(encoding="utf-8"))["progress"]
-            best = progress["best_step"]
+            run_state = json.loads((steps[step] / MARKER).read_text(encoding="utf-8"))["progress"]
+            best = run_state["best_step"]
             if not best or find_flaw(saves / f"{_PREFIX}{best}") is None:
-                return Save(steps[step], step, progress)
-            flaw = f"that of the best epoch before it, {_PREFIX}{best}, is not complete"
-        if say:
-            say(f"                 WARNING: {steps[step]} is skipped: {flaw}")
+                return Save(steps[step], step, run_state)
+            flaw = f"the save of the best epoch before it, {_PREFIX}{best}, is not complete"
+        if warn:
+            warn(f"{steps[step]} is skipped: {flaw}")
     return None
 
 
@@ -92,14 +91,14 @@ def remove_after(saves: Path, step: int) -> None:
 
 
 def prune(saves: Path, newest: int, best: int | None) -> None:
-    """Removes all saves but the newest and the best, or where these are one, the newest two."""
+    """Removes all saves but the newest and the best one; if these are the same, all but the newest two."""
     older = sorted(step for step in map(_step, saves.iterdir()) if step not in {newest, best, -1})
     for step in older[:-1] if best in {newest, None} else older:
         remove(saves / f"{_PREFIX}{step}")
 
 
 def remove(folder: Path) -> None:
-    """Removes a save, its marker first, so that what a kill leaves of it is not taken for whole."""
+    """Removes a save, its marker first, so that what a kill leaves of it is not taken for a whole one."""
     (folder / MARKER).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -111,14 +110,14 @@ def _step(folder: Path) -> int:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Raises FailureError where the block's writes fail, saying whether the disk is full."""
+    """Raises FailureError if writing fails in the block, and says whether the disk is full."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        by_torch = any(sign in text for sign in _TORCH_SAVE_SIGNS)  # which does not say why
+        by_torch = any(sign in text for sign in _TORCH_SAVE_SIGNS)  # it does not say why
         if isinstance(error, RuntimeError) and not by_torch:
-            raise  # not of writing
+            raise  # writing did not fail
         full = getattr(error, "errno", None) in _FULL or any(sign in text for sign in _FULL_SIGNS)
         why = "the disk is full, or a limit on the size of files is reached" if full else "the disk may be full"
         raise FailureError(f"{folder}: cannot be written, {why} ({text[:160]})") from error

@@ -18,31 +18,31 @@ AMPERE = (8, 0)  # the first compute capability whose tensor cores multiply TF32
 
 
 def has_tf32(device: torch.device) -> bool:
-    """Whether products of float32 matrices can be taken in TF32 on this device."""
+    """Whether the device can compute float32 matmuls in TF32."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
 
 
 @contextmanager
-def tf32_products(device: torch.device) -> Iterator[None]:
-    """Within it products of float32 matrices are taken in TF32 where the device has it: 10 bits of mantissa, not 23.
+def tf32_matmuls(device: torch.device) -> Iterator[None]:
+    """Computes float32 matmuls in TF32 during the block if the device can: 10 bits of mantissa, not 23.
 
-    What computes in float32 afterwards, such as the reference that exports are held against, does so in full.
+    What computes in float32 afterwards, such as the reference for exports, has full precision again.
     """
     if not has_tf32(device):
         yield
         return
-    before = _products("high")
+    before = _set_matmul_precision("high")
     try:
         yield
     finally:
-        _products(before)
+        _set_matmul_precision(before)
 
 
-def _products(wanted: str) -> str:
-    """Sets the precision of float32 products; returns what it was.
+def _set_matmul_precision(wanted: str) -> str:
+    """Sets the precision of float32 matmuls and returns what it was.
 
-    By the calls that torch 2.9 warns of: torch.compile reads this setting itself, and fails where it was made by the new
-    fp32_precision, since torch forbids a mix (pytorch pull request 189955).
+    It uses the calls that torch 2.9 warns of: torch.compile reads this setting itself and fails if it was set through the new
+    fp32_precision, because torch forbids mixing both (pytorch pull request 189955).
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -55,9 +55,9 @@ def _products(wanted: str) -> str:
 
 @contextmanager
 def compiled(model: torch.nn.Module, wanted: bool, backend: Any = "inductor") -> Iterator[None]:
-    """Within it ``model`` runs compiled, if ``wanted``; its class, its weights and their names stay as they are.
+    """Runs ``model`` compiled during the block, if ``wanted``; its class, its weights and their names stay the same.
 
-    One compilation serves all lengths. Raises FailureError where the compiler fails.
+    One compilation serves all lengths. Raises FailureError if the compiler fails.
     """
     if not wanted:
         yield
@@ -78,11 +78,16 @@ def compiled(model: torch.nn.Module, wanted: bool, backend: Any = "inductor") ->
 
 
 class Speed(TrainerCallback):
-    """Windows a second and peak memory of each epoch; ``rows`` are those of a run that goes on.
+    """Windows per second and peak memory of each epoch.
 
-    ``windows`` counts the windows trained on so far, ``processes`` how many train alike. The time is that of
-    training alone, with saves inside the epoch, without the evaluation after it; of an epoch that was resumed it is
-    that of the rest. The memory is what PyTorch held at most on the GPU, on a CPU the process's largest resident set so far.
+    The time is that of training, with saves inside the epoch but without the evaluation after it; for a resumed epoch, that
+    of the rest. The memory is PyTorch's peak on a GPU, and the process's largest resident set so far on a CPU.
+
+    Args:
+        device: Where the model is trained.
+        windows: Counts the windows that this process has trained on so far.
+        processes: How many processes train.
+        rows: Those of the epochs before a run was resumed.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class Speed(TrainerCallback):
         self._begun = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forgets the memory that others had before."""
+        """Resets the peak of the memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -110,7 +115,7 @@ class Speed(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the row of an epoch."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # what was asked for is not yet done
+            torch.cuda.synchronize(self.device)  # the GPU may still be busy
         windows = (self.windows() - self._begun[1]) * self.processes
         seconds = time.perf_counter() - self._begun[0]
         self.rows.append(
@@ -123,12 +128,12 @@ class Speed(TrainerCallback):
             }
         )
 
-    def of(self, epoch: int) -> dict[str, Any] | None:
-        """The row of an epoch, None for one that was not trained."""
+    def row(self, epoch: int) -> dict[str, Any] | None:
+        """The row of an epoch; None if it was not trained."""
         return next((row for row in self.rows if row["epoch"] == epoch), None)
 
     def summary(self) -> dict[str, Any]:
-        """The rows, and of all of them windows a second and the largest peak; None where nothing was trained."""
+        """The rows, and over all of them windows per second and the largest peak; None if nothing was trained."""
         seconds = sum(row["seconds"] for row in self.rows)
         peaks = [row["peak_memory_bytes"] for row in self.rows if row["peak_memory_bytes"] is not None]
         return {

@@ -1,4 +1,4 @@
-"""The device that torch computes on, by the names that the runtime knows, with the same errors; its precision."""
+"""The device that torch computes on, with the names and errors of the runtime, and its precision."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from qadeploy.training import distributed
 
 
 def torch_device(name: str) -> torch.device:
-    """The device of a name: auto, cpu, cuda or cuda:N; CUDA only after a tensor was made on it.
+    """The device of a name: auto, cpu, cuda or cuda:N. CUDA is returned only if a tensor could be made on it.
 
-    ``auto`` takes the CPU where CUDA does not work, and warns (DeviceWarning) where a driver is there all the
-    same. Raises InputError on another name, DeviceError where CUDA is asked for and not to be had.
+    ``auto`` takes the CPU if CUDA does not work, and warns (DeviceWarning) if there is a driver.
+
+    Raises:
+        InputError: Any other name.
+        DeviceError: CUDA was requested but is not available.
     """
     asked = parse_device(name)
     if asked.kind == "cpu":
@@ -25,16 +28,17 @@ def torch_device(name: str) -> torch.device:
     if not why:
         return torch.device("cuda", asked.index)
     if asked.kind == "cuda":
-        raise DeviceError(f"{asked} was asked for and is not to be had: {why}. Or give --device cpu")
+        raise DeviceError(f"{asked} was requested but is not available: {why}. Or give --device cpu")
     if has_driver():
         warnings.warn(f"this runs on the CPU, though a GPU driver is there: {why}", DeviceWarning, stacklevel=2)
     return torch.device("cpu")
 
 
 def training_device(name: str) -> torch.device:
-    """``torch_device`` of this process: of several on a machine each takes a GPU of its own.
+    """The ``torch_device`` of this process; with several on a machine, each takes its own GPU.
 
-    Raises what it raises, and InputError where several are to share the one GPU that was named.
+    Raises:
+        InputError: Several processes would share the one GPU that was named. What ``torch_device`` raises is raised too.
     """
     asked = parse_device(name)
     if distributed.count() == 1:
@@ -52,7 +56,7 @@ def device_name(device: torch.device) -> str:
 
 
 def resolve_precision(wanted: str, device: str) -> str:
-    """``auto`` becomes bf16 where the ``device``, cpu or cuda, multiplies it natively, else fp32. Raises InputError."""
+    """``auto`` becomes bf16 if the ``device``, cpu or cuda, multiplies it natively, else fp32. Raises InputError."""
     if wanted not in {"auto", "fp32", "bf16", "fp16"}:
         raise InputError(f"precision is {wanted!r}: choose auto, fp32, bf16 or fp16")
     on_gpu = device == "cuda"
@@ -69,7 +73,7 @@ def resolve_precision(wanted: str, device: str) -> str:
 
 
 def _why_not(number: int) -> str:
-    """Why torch cannot compute on the GPU ``number``, with what mends it; empty where it can."""
+    """Why torch cannot compute on the GPU ``number``, and what to do about it; empty if it can."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if number >= count:

@@ -1,166 +1,83 @@
 """Fine-tuning: examples to a run folder, with the Hugging Face Trainer.
 
-Reads top to bottom: options, data, features, the trainer, the table of epochs, the run folder.
+Reads top to bottom: data, models, windows, training, evaluation, the run folder. What is printed meanwhile is worded in
+``run_log``.
 
-A run folder holds ``run.json`` (resolved options, seed, versions, data hash; its ``"status": "complete"``
-is written last and marks a finished run), ``metrics.json``, ``checkpoint/`` (the best epoch by dev F1), the
-predictions (see ``qadeploy/evaluation/predictions.py``) on the held-out part, or the dev part where nothing was held out, and
-what ``training/drawings.py`` draws: ``curves.png``, ``report.html`` and ``README.md``. ``training/resume.py`` says what an
-unfinished one holds.
+A run folder holds ``run.json`` (resolved options, seed, versions, data hash; its ``"status": "complete"`` is written last and
+marks a finished run), ``metrics.json``, ``checkpoint/`` (the best epoch by dev F1), the predictions (see
+``qadeploy/evaluation/predictions.py``) on the held-out set, or on the dev set if nothing was held out, and the files for people
+to read (``report_files``): ``curves.png``, ``report.html`` and ``README.md``. ``resume`` says what an unfinished one holds.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    EarlyStoppingCallback,
-    EvalPrediction,
-    Trainer,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from qadeploy.core.metrics import Scores, bootstrap_interval, score
-from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import Encoder
-from qadeploy.data.carriers import load_rows
+from qadeploy.core.metrics import Metric, Scores, choose_metric, score
+from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.data.check import check_rows
-from qadeploy.data.fields import OnAmbiguous, Reading
-from qadeploy.data.readers import DataSet, hash_examples, read
-from qadeploy.data.splits import carve_by_passage
-from qadeploy.data.table import one_line
+from qadeploy.data.fields import DataOptions
+from qadeploy.data.formats import load_rows
+from qadeploy.data.loading import hash_examples, read
 from qadeploy.errors import FailureError, InputError
-from qadeploy.evaluation.predictions import DEFAULT_N_BEST, write_predictions
-from qadeploy.files import write_json
+from qadeploy.evaluation.predictions import write_predictions
+from qadeploy.files import cache_folder, write_json
 from qadeploy.inference.devices import parse_device
-from qadeploy.records import Answer, Example, FloatArray
-from qadeploy.reports.curves import terminal_chart
+from qadeploy.options import check as check_declared
+from qadeploy.records import Answer, Example, Logits
+from qadeploy.reports.charts import terminal_chart
+from qadeploy.reports.run_report import RunRecord
 from qadeploy.shipped import base_model_path
 from qadeploy.training import distributed
 from qadeploy.training.batches import check_tokens
-from qadeploy.training.callbacks import EpochTable, QuietProgress, Say
+from qadeploy.training.callbacks import EpochTable, QuietProgress
 from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
-from qadeploy.training.distill import keep_layers, load_teacher, teach
-from qadeploy.training.drawings import draw_run
-from qadeploy.training.feature_cache import Part, cache_folder, cached_features
+from qadeploy.training.distill import Teacher, keep_layers, load_teacher, soft_labels
+from qadeploy.training.exportable import TESTED, exportable
+from qadeploy.training.feature_cache import cached_features
 from qadeploy.training.features import FeatureSet
-from qadeploy.training.negatives import Paired, with_negatives
+from qadeploy.training.negatives import with_negatives
+from qadeploy.training.options import FEW_EXAMPLES, TrainOptions
 from qadeploy.training.provenance import base_name, base_of, versions_of
-from qadeploy.training.resume import SAVES, Plan, check_unfinished, finish, open_run
+from qadeploy.training.report_files import shipped_base, write_report_files
+from qadeploy.training.resume import SAVES, OpenRun, check_unfinished, finish, open_run
+from qadeploy.training.run_data import RunData, split_data, unlabelled_questions
+from qadeploy.training.run_log import RunLog, Say
+from qadeploy.training.runs import check_replaceable
 from qadeploy.training.saves import writing
 from qadeploy.training.selection import (
+    ChoiceReport,
     answers_of,
+    can_tune_threshold,
     choose_settings,
+    initial_settings,
     predictions_of,
     report_choice,
     score_logits,
-    unchosen_settings,
 )
-from qadeploy.training.speed import Speed, compiled, has_tf32, tf32_products
+from qadeploy.training.speed import Speed, compiled, has_tf32, tf32_matmuls
 from qadeploy.training.torch_device import device_name, resolve_precision, training_device
-from qadeploy.training.trainer import SaveInside, SpanTrainer, collate, training_arguments
-from qadeploy.training.training_set import TrainingSet
+from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
+from qadeploy.training.training_set import TrainingSet, masked_windows
+from qadeploy.training.unknown_tokens import unknown_tokens
 from qadeploy.training.workers import make_features_in
 
-FEW_EXAMPLES = 5_000
-_COUNTS = (
-    "epochs",
-    "batch_size",
-    "batch_tokens",
-    "patience",
-    "max_train_samples",
-    "max_eval_samples",
-    "max_answer_len",
-    "n_best_size",
-    "gradient_accumulation_steps",
-    "preprocessing_num_workers",
-    "layers",
-)
-_INDENT = " " * 17
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainOptions:
-    """Everything a run depends on. None means: chosen from the data, and recorded in ``run.json``.
-
-    ``learning_rate``, ``epochs`` and ``batch_size`` default by the number of training questions (few:
-    below ``FEW_EXAMPLES``). ``dev_data`` chooses the epoch and the settings instead of ``dev_fraction`` of
-    the training questions. ``patience`` is in epochs without a better dev F1. ``attention_dropout``
-    0 lets PyTorch use its fused attention, which is faster.
-
-    ``max_train_samples`` and ``max_eval_samples`` keep the first so many questions, in file order, of the training
-    part (after the dev part was carved) and of the dev and held-out parts. ``batch_size`` is windows a forward
-    pass, of all processes, and a step is ``gradient_accumulation_steps`` of those. ``max_answer_len`` and
-    ``null_score_diff_threshold`` are taken instead of being chosen on the dev part. ``n_best_size`` is how many
-    candidates the predictions files list, nothing else. ``model_revision``, ``token`` and ``trust_remote_code``
-    are ``Hub``'s, for the base; ``token`` opens hub data too, and is recorded nowhere. ``save_steps`` adds
-    checkpoints inside epochs, every so many steps. ``cache`` keeps the windows for the next run.
-
-    ``negatives`` are made per training question, see ``training/negatives.py``; the dev part gets one each. ``teacher`` is
-    a model to learn from, see ``training/distill.py``: ``distill_weight`` of the loss of each window, at
-    ``distill_temperature``. The questions in ``unlabelled`` have no answers and are taught by it alone. ``layers``
-    keeps so many of the base's.
-
-    ``device`` is auto, cpu, cuda or cuda:N. With ``batch_tokens`` a batch holds so many tokens at most, padding included,
-    and ``batch_size`` windows where that is given. ``torch_compile`` runs the model compiled.
-    """
-
-    data: str = "handbook"
-    base: str | None = None
-    out: str = "runs/handbook"
-    eval_data: str | None = None
-    dev_data: str | None = None
-    dev_fraction: float = 0.1
-    epochs: int | None = None
-    learning_rate: float | None = None
-    batch_size: int | None = None
-    batch_tokens: int | None = None
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.06
-    patience: int = 2
-    seed: int = 13
-    max_seq_len: int | None = None
-    doc_stride: int | None = None
-    attention_dropout: float = 0.0
-    negatives: int = 0
-    teacher: str | None = None
-    distill_weight: float = 0.7
-    distill_temperature: float = 2.0
-    unlabelled: str | None = None
-    layers: int | None = None
-    precision: str = "auto"
-    device: str = "auto"
-    torch_compile: bool = False
-    on_ambiguous: OnAmbiguous = "error"
-    columns: str | None = None
-    no_answer_token: str | None = None
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    max_answer_len: int | None = None
-    null_score_diff_threshold: float | None = None
-    n_best_size: int = DEFAULT_N_BEST
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    preprocessing_num_workers: int = 1
-    save_steps: int | None = None
-    cache: bool = True
-    model_revision: str | None = None
-    trust_remote_code: bool = False
-    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,278 +92,306 @@ def train(
     options: TrainOptions,
     say: Say,
     *,
+    warn: Say | None = None,
     progress: bool = True,
     resume: bool = False,
+    data: RunData | None = None,
     more_metrics: Mapping[str, Any] | None = None,
 ) -> RunResult:
     """Fine-tunes ``options.base`` on ``options.data`` and writes the run folder.
 
-    ``say`` gets one line of report at a time; ``more_metrics`` go into ``metrics.json`` as they are. ``resume``
-    goes on with an unfinished run in ``options.out`` after its newest complete checkpoint. A finished run there
-    is replaced only when the new one is complete.
+    A finished run in ``options.out`` is replaced only when the new one is complete.
 
-    Raises InputError and DataError on unusable input before anything is written, and on an unfinished
-    run in the way or one that was started with other options, data or base; CheckpointError where the
-    base does not load; DeviceError where CUDA is asked for and not to be had; FailureError on a loss that is not
-    finite, on a full disk and where the model cannot be compiled.
+    Args:
+        options: What the run depends on.
+        say: Gets one line of the report at a time.
+        warn: Gets the text of each warning. By default ``say`` gets it, after "WARNING: ".
+        progress: Whether to show a progress bar.
+        resume: Continues the unfinished run in ``options.out`` after its newest complete checkpoint.
+        data: The questions, if they are read and split already.
+        more_metrics: Added to ``metrics.json``.
+
+    Returns:
+        The run folder and its metrics.
+
+    Raises:
+        InputError: Unusable input, a base that cannot be exported, an unfinished run in the way, or one that was started with
+            other options, data or base. Nothing was written.
+        DataError: Unusable rows. Nothing was written.
+        CheckpointError: The base does not load.
+        DeviceError: CUDA was requested but is not available.
+        FailureError: The loss is not finite, the disk is full, or the model cannot be compiled.
     """
+    started = time.time()
     with distributed.together(on_cpu=options.device == "cpu"):
-        return _train(options, say if distributed.is_first() else _silent, progress, resume, more_metrics or {})
+        log = RunLog(say, warn) if distributed.is_first() else RunLog(_ignore)
+        distributed.from_first(lambda: check(options, resume))
+        device = training_device(options.device)
+        data = data or _load_data(options, log)
+        options = _resolve(options, data.train.examples)
+        models = _load_models(options, device, choose_metric(options.metric, data.train.examples))
+        _check_export(models.checkpoint, log)
+        log.raw_data(data)
+        log.splits(data, options)
+        log.detail(f"metric of EM and F1: {models.settings.metric}")
+        windows = _make_windows(options, data, models, log)
+        record = _record(options, data, models)
+        with open_run(Path(options.out), record, resume, log) as opened, tf32_matmuls(device):
+            if opened.finished:
+                log.say(f"run folder: {options.out} was complete already")
+                return RunResult(
+                    opened.folder, json.loads((opened.folder / "metrics.json").read_text(encoding="utf-8"))
+                )
+            started -= opened.saved.run_state["seconds"] if opened.saved else 0
+            run = _TrainingRun(options, data, models, windows, opened, log, progress, started)
+            loop = _make_loop(run)
+            held_out_base = _fit(run, loop)
+            reached = _evaluate(run, loop, held_out_base)
+            metrics = _metrics(run, loop, reached) | dict(more_metrics or {})
+            if distributed.is_first():
+                _write(run, reached, metrics)
+                finish(opened, Path(options.out))
+            distributed.wait()
+    log.say(f"run folder: {options.out} ({metrics['seconds']:.0f} s)")
+    return RunResult(Path(options.out), metrics)
 
 
-def _silent(line: str) -> None:
+def _ignore(line: str) -> None:
     """The report of every process but the first."""
 
 
-def _train(options: TrainOptions, say: Say, progress: bool, resume: bool, more_metrics: Mapping[str, Any]) -> RunResult:
-    started = time.time()
-    distributed.from_first(lambda: check(options, resume))
-    device = training_device(options.device)
-    out = Path(options.out)
-    reading = Reading.of(asdict(options))
-    rows = list(load_rows(options.data, options.token))
-    checked = check_rows(options.data, rows, reading)
-    say(f"data check       {one_line(checked)}")
-    data = read(options.data, reading, rows=rows)
-    train_part, dev_part, eval_part = _parts(data, options)
-    options = _resolve(options, len(train_part))
-    distributed.share(options.batch_size or 1)
-    precision = resolve_precision(options.precision, device.type)
-    set_seed(options.seed)
-    hub = Hub(options.model_revision, options.token, options.trust_remote_code)
-    checkpoint = load_checkpoint(str(options.base), hub, **_dropout(options.attention_dropout))
-    if options.gradient_checkpointing and not checkpoint.model.supports_gradient_checkpointing:
-        raise InputError(f"{options.base}: this kind of model has no gradient checkpointing: leave it out")
-    settings = checkpoint.settings.changed(max_seq_len=options.max_seq_len, doc_stride=options.doc_stride)
-
-    if options.layers is not None:
-        keep_layers(checkpoint.model, options.layers)
-    teacher = load_teacher(options.teacher, device, hub) if options.teacher else None
-    example = train_part[0]
-    say(f"1 raw data       {len(data.examples)} questions on {_passages(data.examples)} passages from {data.source}")
-    for count, what in (
-        (data.skipped, "ambiguous rows skipped"),
-        (data.first_taken, "answers taken at their first place"),
-    ):
-        if count:
-            say(f"                 {count} {what}")
-    say(f"                 e.g. {_clip(example.question)} -> {_clip(_gold(example))}")
-    say(
-        f"2 preprocessing  train {len(train_part)}, dev {len(dev_part)} "
-        f"({'of ' + options.dev_data if options.dev_data else 'carved by passage'}, chooses the epoch)"
-        + (f", held out {len(eval_part)} (only reported)" if eval_part else "")
-    )
-    where = (
-        f"answer at code points {example.answers[0].start}-{example.answers[0].end}" if example.answers else "no answer"
-    )
-    say(f"                 e.g. {where} of {len(example.context)}")
-    unlabelled = _unlabelled(options)
-    paired = with_negatives(train_part, options.negatives, [e.context for e in unlabelled])
-    dev_paired = with_negatives(dev_part, min(options.negatives, 1))
-    for name, made in (("train", paired), ("dev", dev_paired)):
-        if made.elsewhere or made.removed:
-            say(
-                f"{_INDENT}{name} negatives: {made.elsewhere} on other passages, {made.removed} on their own without the answer"
-            )
-    for name, part, seen in (("dev", dev_part, train_part), ("held-out", eval_part, (*train_part, *dev_part))):
-        leaked = {e.context for e in part} & {e.context for e in seen}
-        if leaked:
-            say(
-                f"                 WARNING: {len(leaked)} {name} passages are also in the training data: their scores flatter"
-            )
-
-    def make(part: Sequence[Example], encoder: Encoder, settings: QaSettings, source: str) -> FeatureSet:
-        return make_features_in(options.preprocessing_num_workers, part, encoder, settings, source)
-
-    parts = [
-        Part((*paired.examples, *unlabelled), options.data),
-        Part(dev_paired.examples, options.dev_data or options.data),
-    ]
-    parts += [Part(eval_part, options.eval_data or options.data)] if eval_part else []
-    folder = cache_folder() if options.cache else None
-    kept = cached_features(parts, checkpoint.encoder, settings, folder, lambda line: say(_INDENT + line), make=make)
-    train_set, dev_set = kept.sets[:2]
-    eval_set = kept.sets[2] if eval_part else None
-    say(
-        f"3 features       train {len(train_set)} windows ({train_set.with_answer} with an answer), dev {len(dev_set)}; "
-        f"at most {settings.max_seq_len} tokens, overlap {settings.doc_stride}"
-        + (" (from the cache)" if kept.found else "")
-    )
-    say(f"                 e.g. {_feature_example(train_set, checkpoint)}")
-
-    if not train_set.with_answer:
-        raise InputError(f"{options.data}: no training window holds an answer, so there is nothing to learn from")
-
-    if options.batch_tokens:
-        check_tokens(options.batch_tokens, [len(f.window) for f in train_set.features])
-    soft = []
-    if teacher:
-        soft = teach(
-            teacher,
-            train_set,
-            questions=[e.question for e in train_set.examples],
-            temperature=options.distill_temperature,
-            folder=folder,
-            say=say,
-        )
-    training_set = TrainingSet(train_set, _groups(paired, len(unlabelled)), len(unlabelled), soft)
-    record = _record(options, precision, device, checkpoint, data, dev_part, eval_part)
-    with open_run(out, record, resume, say) as plan, tf32_products(device):
-        if plan.finished:
-            say(f"run folder: {out} was complete already")
-            return RunResult(out, json.loads((out / "metrics.json").read_text(encoding="utf-8")))
-        if plan.saved:
-            started -= plan.saved.progress["seconds"]
-        result, answers = _run(
-            options,
-            precision,
-            device,
-            checkpoint,
-            settings,
-            training_set,
-            dev_set,
-            eval_set,
-            plan,
-            say,
-            progress,
-            started,
-        )
-        result |= {"data_check": checked.to_dict(), **more_metrics}
-        if distributed.is_first():
-            with writing(plan.folder):
-                write_json(plan.folder / "metrics.json", result)
-                draw_run(plan.folder, out.name, plan.record, result, kept.sets, answers, data, say)
-            finish(plan, out)
-        distributed.wait()
-    say(f"run folder: {out} ({result['seconds']:.0f} s)")
-    return RunResult(out, result)
-
-
-# ---------------------------------------------------------------- data and options
-
-
 def check(options: TrainOptions, resume: bool = False) -> None:
-    """Raises InputError on numbers that the libraries below would answer with a traceback, and on a place that is taken."""
-    ranges = {
-        "learning_rate": (0.0, math.inf),
-        "weight_decay": (0.0, math.inf),
-        "warmup_ratio": (0.0, 1.0),
-        "attention_dropout": (0.0, 1.0),
-        "null_score_diff_threshold": (-math.inf, math.inf),
-        "seed": (0, 2**32 - 1),
-        "distill_weight": (0.0, 1.0),
-        "distill_temperature": (0.1, 100.0),
-        "negatives": (0, 100),
-    }
-    for name, (low, high) in ranges.items():
-        value = getattr(options, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            raise InputError(f"{name} is {value}: it must lie between {low} and {high}")
-    for name in _COUNTS:
-        value = getattr(options, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} is {value!r}: a whole number from 1 is needed")
+    """Raises InputError on an option that is out of range, and on a run folder that is taken."""
+    check_declared(options)
     parse_device(options.device)
     if options.batch_tokens and distributed.count() > 1:
         raise InputError("--batch-tokens trains in one process: leave it out, or torchrun")
-    _check_out(Path(options.out), resume)
-
-
-def _check_out(out: Path, resume: bool) -> None:
-    if not out.name or out.is_symlink():
-        raise InputError(f"{out}: a run needs a folder of its own, not a link: give --out a name")
-    if out.exists() and not (out / "run.json").is_file() and any(out.iterdir() if out.is_dir() else [out]):
-        raise InputError(f"{out}: exists and is not a run folder, so it is not overwritten: give another --out")
+    out = Path(options.out)
+    check_replaceable(out)
     check_unfinished(out, resume)
 
 
-def _parts(
-    data: DataSet, options: TrainOptions
-) -> tuple[tuple[Example, ...], tuple[Example, ...], tuple[Example, ...]]:
-    """Train, dev (``dev_data``, or carved from train by passage) and held-out examples, cut to the most asked for."""
-    held_out = data.part("validation")
-    rest = tuple(e for e in data.examples if e.split != "validation")
-    if options.eval_data is not None:
-        given = read(options.eval_data, Reading.of(asdict(options)), token=options.token)
-        held_out = given.part("validation") or given.examples
-    if not rest:
-        raise InputError(f"{options.data}: every row is marked as validation, none is left to train on")
-    if options.dev_data is not None:
-        train_part = rest
-        dev_part = read(options.dev_data, Reading.of(asdict(options)), token=options.token).examples
-    else:
-        train_part, dev_part = carve_by_passage(rest, options.dev_fraction, options.seed)
-    most = options.max_eval_samples  # training/runs.py cuts the same way when it carves again
-    return train_part[: options.max_train_samples], dev_part[:most], held_out[:most]
+# ---------------------------------------------------------------- data, models, windows
 
 
-def _resolve(options: TrainOptions, questions: int) -> TrainOptions:
-    few = questions < FEW_EXAMPLES
-    batch_size = None if options.batch_tokens else 16 if few else 24  # the tokens alone say how many
-    return replace(
+def _load_data(options: TrainOptions, log: RunLog) -> RunData:
+    """Reads, checks and splits the questions."""
+    reading = DataOptions.of(asdict(options))
+    rows = list(load_rows(options.data, options.token))
+    checked = check_rows(options.data, rows, reading)
+    log.data_check(checked)
+    return split_data(options, read(options.data, reading, rows=rows), checked)
+
+
+def _resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions:
+    """The options with what follows from the training questions."""
+    few = len(questions) < FEW_EXAMPLES
+    negatives = int(few and not any_unanswerable(questions))
+    batch_size = None if options.batch_tokens else 16 if few else 24  # with batch_tokens, the tokens alone decide
+    resolved = replace(
         options,
         base=str(options.base or base_model_path()),
         epochs=3 if options.epochs is None else options.epochs,
         learning_rate=(1e-4 if few else 1.8e-4) if options.learning_rate is None else options.learning_rate,
         batch_size=batch_size if options.batch_size is None else options.batch_size,
+        negatives=negatives if options.negatives is None else options.negatives,
     )
+    distributed.windows_per_process(resolved.batch_size or 1)  # raises before anything is loaded
+    return resolved
 
 
-def _unlabelled(options: TrainOptions) -> tuple[Example, ...]:
-    """The questions that a teacher alone labels."""
-    if options.unlabelled is None:
-        return ()
-    if options.teacher is None:
-        raise InputError("--unlabelled: only a teacher can label these questions: give --teacher, or leave it out")
-    found = read(options.unlabelled, Reading.of(asdict(options)), token=options.token, annotated=False).examples
-    return tuple(replace(e, answers=()) for e in found)
+@dataclass(frozen=True, slots=True)
+class _Models:
+    """The model to be trained, the settings it came with, what it learns from, and where it computes."""
+
+    checkpoint: Checkpoint
+    settings: QaSettings
+    teacher: Teacher | None
+    device: torch.device
+    precision: str
 
 
-def _groups(paired: Paired, unlabelled: int) -> tuple[int, ...]:
-    """The question of each training example, () if each is its own."""
-    if len(set(paired.groups)) == len(paired.groups):
-        return ()
-    return (*paired.groups, *range(len(paired.groups), len(paired.groups) + unlabelled))
+def _load_models(options: TrainOptions, device: torch.device, metric: Metric) -> _Models:
+    """Loads the base model and the teacher. The metric is the run's, whatever the base was chosen by."""
+    precision = resolve_precision(options.precision, device.type)
+    set_seed(options.seed)  # a new answer head is drawn by it
+    hub = Hub(options.model_revision, options.token, options.trust_remote_code, options.allow_pickle)
+    names = ("attention_probs_dropout_prob", "attention_dropout")  # as BERT and DistilBERT call it
+    dropout = dict.fromkeys(names, options.attention_dropout)
+    checkpoint = load_checkpoint(str(options.base), hub, **dropout)
+    if options.gradient_checkpointing and not checkpoint.model.supports_gradient_checkpointing:
+        raise InputError(f"{options.base}: this kind of model has no gradient checkpointing: leave it out")
+    settings = checkpoint.settings.changed(max_seq_len=options.max_seq_len, doc_stride=options.doc_stride)
+    settings = replace(settings, metric=metric)
+    if options.layers is not None:
+        keep_layers(checkpoint.model, options.layers)
+    teacher = load_teacher(options.teacher, device, hub) if options.teacher else None
+    return _Models(checkpoint, settings, teacher, device, precision)
 
 
-def _dropout(attention: float) -> dict[str, float]:
-    names = ("attention_probs_dropout_prob", "attention_dropout")  # BERT's kind, DistilBERT's kind
-    return dict.fromkeys(names, attention)
+def _check_export(checkpoint: Checkpoint, log: RunLog) -> None:
+    """Raises InputError if ``export`` cannot take the model; warns if it may fail."""
+    found = exportable(checkpoint.model.config)
+    if found.possible is False:
+        raise InputError(
+            f"{checkpoint.name}: {found.why}, so that qadeploy export could not take the trained model: give a --base of "
+            f"another kind: {', '.join(TESTED)}. (Not checked if optimum-onnx is not installed.)"
+        )
+    if found.possible is None:
+        log.warning(
+            f"{checkpoint.name}: whether qadeploy export can take it is not known, because {found.why}: train one epoch and "
+            "export that first"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """The windows to train on, to choose the epoch by, and only to report on, and the share of unknown tokens in all."""
+
+    train: TrainingSet
+    dev: FeatureSet
+    held_out: FeatureSet | None
+    unknown_tokens: float
+
+    @property
+    def sets(self) -> list[FeatureSet]:
+        """All of them that there are."""
+        return [self.train.features, self.dev, *([self.held_out] if self.held_out else [])]
+
+
+def _make_windows(options: TrainOptions, data: RunData, models: _Models, log: RunLog) -> _Windows:
+    """Adds negatives and a teacher's questions, cuts the windows, and asks the teacher for its labels."""
+    unlabelled = unlabelled_questions(options)
+    train = with_negatives(data.train.examples, options.negatives or 0, [e.context for e in unlabelled])
+    dev = with_negatives(data.dev.examples, min(options.negatives or 0, 1))
+    log.negatives("train", train)
+    log.negatives("dev", dev)
+    log.leaks(data)
+
+    asked = [replace(data.train, examples=(*train.examples, *unlabelled)), replace(data.dev, examples=dev.examples)]
+    asked += [data.held_out] if data.held_out else []
+    encoder, settings = models.checkpoint.encoder, models.settings
+    cache = cache_folder() if options.cache else None
+    make = partial(make_features_in, options.preprocessing_num_workers)
+    made = cached_features(asked, encoder, settings, cache, log.detail, make=make)
+    train_set, dev_set, *held_out = made.sets
+    log.features(train_set, dev_set, settings, made.found)
+    masked = masked_windows(train_set)
+    log.masked_windows(len(masked), taught=models.teacher is not None)
+    log.labelled_window(train_set, encoder.token_text)
+    unknown = unknown_tokens(made.sets, encoder)
+    log.unknown_tokens(unknown)
+
+    if not train_set.with_answer:
+        raise InputError(f"{options.data}: no training window holds an answer, so there is nothing to learn from")
+    if options.batch_tokens:
+        check_tokens(options.batch_tokens, [len(f.window) for f in train_set.features])
+    soft = soft_labels(models.teacher, train_set, options.distill_temperature, cache, log) if models.teacher else []
+    alone = len(set(train.groups)) == len(train.groups)  # no question has negatives
+    groups = () if alone else (*train.groups, *range(len(train.groups), len(train_set.examples)))
+    train_windows = TrainingSet(train_set, groups, len(unlabelled), soft, masked)
+    return _Windows(train_windows, dev_set, held_out[0] if held_out else None, unknown)
+
+
+def _record(options: TrainOptions, data: RunData, models: _Models) -> dict[str, Any]:
+    """The content of ``run.json``."""
+    return {
+        "status": "running",
+        "options": {
+            **{k: v for k, v in asdict(options).items() if k != "token"},
+            "base": base_name(models.checkpoint.name),
+        },
+        "precision": models.precision,
+        "seed": options.seed,
+        "processes": distributed.count(),
+        "data_sha256": hash_examples(data.found.examples),
+        "dev_data_sha256": hash_examples(data.dev.examples) if options.dev_data else None,
+        "eval_data_sha256": hash_examples(data.held_out.examples) if options.eval_data and data.held_out else None,
+        "base": base_of(models.checkpoint),
+        "versions": versions_of(_VERSIONED, missing="source"),
+        "machine": {
+            "cpu_count": os.cpu_count(),
+            "device": device_name(models.device),
+            "tf32": has_tf32(models.device),
+        },
+    }
 
 
 # ---------------------------------------------------------------- training
 
 
-def _run(
-    options: TrainOptions,
-    precision: str,
-    device: torch.device,
-    checkpoint: Checkpoint,
-    settings: QaSettings,
-    training_set: TrainingSet,
-    dev_set: FeatureSet,
-    eval_set: FeatureSet | None,
-    plan: Plan,
-    say: Say,
-    progress: bool,
-    started: float,
-) -> tuple[dict[str, Any], list[Answer]]:
-    """Trains, and returns the content of ``metrics.json`` and the answers to the held-out (else the dev) questions."""
-    epochs, learning_rate = options.epochs or 1, options.learning_rate or 0.0
-    # For the evaluation, where the tokens of a batch are given: as many of the longest windows as they hold.
-    batch_size = options.batch_size or max(1, (options.batch_tokens or 1) // settings.max_seq_len)
-    share = distributed.share(batch_size)
-    passes = options.gradient_accumulation_steps
-    arguments = training_arguments(
+@dataclass(frozen=True, slots=True)
+class _TrainingRun:
+    """Everything that the steps from here on share."""
+
+    options: TrainOptions
+    data: RunData
+    models: _Models
+    windows: _Windows
+    opened: OpenRun
+    log: RunLog
+    progress: bool
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """The Trainer, the table of its epochs, and its speed."""
+
+    trainer: SpanTrainer
+    table: EpochTable
+    speed: Speed
+
+
+def _make_loop(run: _TrainingRun) -> _Loop:
+    """Builds the Trainer with its callbacks."""
+    options, models, windows = run.options, run.models, run.windows
+    done: dict[str, Any] = run.opened.saved.run_state if run.opened.saved else {"rows": []}
+    speed = Speed(models.device, lambda: trainer.windows_seen, distributed.count(), done.get("speed", []))
+    table = EpochTable(run.log, done["rows"], speed.row)
+    pad = models.checkpoint.encoder.config.pad_token_id
+    settings = _epoch_settings(run)
+    trainer = SpanTrainer(
+        model=models.checkpoint.model,
+        args=_arguments(run),
+        train_dataset=windows.train,
+        eval_dataset=windows.dev,
+        data_collator=lambda items: collate(items, pad),
+        compute_metrics=lambda prediction: _dev_metrics(windows.dev, prediction, settings),
+        callbacks=[EarlyStoppingCallback(options.patience), speed, table],
+        run_state=lambda: {"rows": table.rows, "speed": speed.rows, "seconds": round(time.time() - run.started, 1)},
+        batch_tokens=options.batch_tokens,
+        most_windows=options.batch_size,
+        distill_weight=options.distill_weight if options.teacher else 0.0,
+        temperature=options.distill_temperature,
+    )
+    table.loss_of = trainer.epoch_loss
+    if options.save_steps:
+        trainer.add_callback(SaveEverySteps(options.save_steps))
+    trainer.remove_callback(PrinterCallback)
+    if run.progress:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(QuietProgress)
+    run.log.training(trainer, options, models.device, models.precision)
+    return _Loop(trainer, table, speed)
+
+
+def _arguments(run: _TrainingRun) -> SpanArguments:
+    """Our options in the Trainer's names."""
+    options, device, precision = run.options, run.models.device, run.models.precision
+    # With batch_tokens, an evaluation batch has as many of the longest windows as they hold.
+    batch_size = options.batch_size or max(1, (options.batch_tokens or 1) // run.models.settings.max_seq_len)
+    per_process = distributed.windows_per_process(batch_size)
+    return training_arguments(
         device,
-        output_dir=str(plan.folder / SAVES),
-        num_train_epochs=float(epochs),
-        learning_rate=learning_rate,
-        per_device_train_batch_size=share,
-        per_device_eval_batch_size=2 * share,
+        output_dir=str(run.opened.folder / SAVES),
+        num_train_epochs=float(options.epochs or 1),
+        learning_rate=options.learning_rate or 0.0,
+        per_device_train_batch_size=per_process,
+        per_device_eval_batch_size=2 * per_process,
         weight_decay=options.weight_decay,
         warmup_ratio=options.warmup_ratio,
-        gradient_accumulation_steps=passes,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=precision == "bf16",
@@ -455,7 +400,7 @@ def _run(
         eval_strategy="epoch",
         save_strategy="epoch",
         logging_strategy="epoch",
-        restore_callback_states_from_checkpoint=True,  # patience goes on counting
+        restore_callback_states_from_checkpoint=True,  # a resumed run keeps its count of epochs without a gain
         load_best_model_at_end=True,
         metric_for_best_model="eval_f1",
         greater_is_better=True,
@@ -463,107 +408,50 @@ def _run(
         label_names=["start_positions", "end_positions"],
         report_to=[],
         seed=options.seed,
-        disable_tqdm=not progress,
+        disable_tqdm=not run.progress,
         dataloader_pin_memory=device.type == "cuda",
         logging_nan_inf_filter=False,
     )
-    done: dict[str, Any] = plan.saved.progress if plan.saved else {"rows": []}
-    speed = Speed(device, lambda: trainer.windows_seen, distributed.count(), done.get("speed", []))
-    table = EpochTable(say, done["rows"], speed.of)
-    pad = checkpoint.encoder.config.pad_token_id
-    trainer = SpanTrainer(
-        model=checkpoint.model,
-        args=arguments,
-        train_dataset=training_set,
-        eval_dataset=dev_set,
-        data_collator=lambda features: collate(features, pad),
-        compute_metrics=lambda prediction: _metrics(dev_set, prediction, settings),
-        callbacks=[EarlyStoppingCallback(options.patience), speed, table],
-        progress=lambda: {"rows": table.rows, "speed": speed.rows, "seconds": round(time.time() - started, 1)},
-        batch_tokens=options.batch_tokens,
-        most_windows=options.batch_size,
-        distill_weight=options.distill_weight if options.teacher else 0.0,
-        temperature=options.distill_temperature,
-    )
-    table.loss_of = trainer.epoch_loss
-    _say_training(say, options, trainer, precision, device, len(training_set))
-    if options.save_steps:
-        trainer.add_callback(SaveInside(options.save_steps))
-    trainer.remove_callback(PrinterCallback)
-    if progress:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(QuietProgress)
 
-    held_out_base = _held_out(trainer, eval_set, settings) if eval_set else None
-    settings = unchosen_settings(settings, training_set.features.examples)
-    threshold = options.null_score_diff_threshold
-    given = threshold is not None
-    settings = replace(settings, null_threshold=threshold) if given else settings
-    table.header()
-    if not table.rows:
-        trainer.evaluate()  # the row "0": the base model before any step
-    with warnings.catch_warnings(), _memory_errors(), compiled(checkpoint.model, options.torch_compile):
-        # Epochs of less than a second look to the Trainer like a broken clock; it then goes by the step numbers.
+
+def _epoch_settings(run: _TrainingRun) -> QaSettings:
+    """The settings that epochs are judged with."""
+    settings = initial_settings(run.models.settings, run.windows.train.features.examples)
+    threshold = run.options.null_score_diff_threshold
+    return settings if threshold is None else replace(settings, null_threshold=threshold)
+
+
+def _dev_metrics(dev: FeatureSet, prediction: EvalPrediction, settings: QaSettings) -> dict[str, float]:
+    """The scores of an epoch."""
+    starts, ends = prediction.predictions[:2]
+    if not np.isfinite(starts[:, 0]).all():
+        raise FailureError("training diverged: the logits are not finite. Lower --learning-rate")
+    scores = score_logits(dev, (starts, ends), settings)
+    return {"eval_accuracy": scores.accuracy / 100, "eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
+
+
+def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
+    """Trains, and loads the best epoch's weights. Returns the base model's scores on the held-out set."""
+    held_out, base = run.windows.held_out, None
+    if held_out:
+        base = score_logits(held_out, _predict(loop.trainer, held_out), run.models.settings)
+    loop.table.header()
+    if not loop.table.rows:
+        loop.trainer.evaluate()  # row 0: the base model
+    with warnings.catch_warnings(), _memory_errors(), compiled(run.models.checkpoint.model, run.options.torch_compile):
+        # To the Trainer, epochs of less than a second look like a broken clock; it then goes by the step numbers.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
-        trainer.go_on(plan.saved)
-
-    dev_logits = _predict(trainer, dev_set)
-    settings = choose_settings(
-        dev_set, dev_logits, settings, max_answer_len=options.max_answer_len, keep_threshold=given
-    )
-    dev_scores = score_logits(dev_set, dev_logits, settings)
-    best = table.best
-    metrics: dict[str, Any] = {
-        "eval_loss": best["eval_loss"],
-        "eval_accuracy": dev_scores.accuracy / 100,
-        "eval_exact_match": dev_scores.exact_match,
-        "eval_f1": dev_scores.f1,
-        "best_epoch": best["epoch"],
-        "steps": trainer.state.global_step,
-        "overfitting_from_epoch": table.gap_opened,
-        "settings": settings.to_dict(),
-        "dev": dev_scores.to_dict(),
-        "epochs": table.rows,
-        "speed": speed.summary(),
-    }
-    whose = "as given" if options.max_answer_len else "chosen on the dev part"
-    say(f"5 evaluation     best epoch {best['epoch']}; max_answer_len {settings.max_answer_len} {whose}")
-    line = report_choice("dev", dev_set, dev_logits, settings, metrics, threshold_given=given)
-    say(f"                 dev: {line}")
-    answers = answers_of(dev_set, dev_logits, settings)
-    asked = dev_set.examples[0]
-    say(f"                 e.g. {_clip(asked.question)} -> {_clip(answers[0].text)}, annotated {_clip(_gold(asked))}")
-    _say_scores(say, "dev", dev_scores)
-    reported, logits, metrics["predictions"] = dev_set, dev_logits, "dev"
-    if eval_set:
-        eval_logits = _predict(trainer, eval_set)
-        answers = answers_of(eval_set, eval_logits, settings)
-        after = score(eval_set.examples, answers)
-        metrics["held_out"] = after.to_dict()
-        if held_out_base:
-            metrics["held_out_base"] = held_out_base.to_dict()
-            _say_scores(say, "held out, base model", held_out_base)
-        _say_scores(say, "held out", after)
-        say(f"                 held out: {report_choice('held_out', eval_set, eval_logits, settings, metrics)}")
-        reported, logits, metrics["predictions"] = eval_set, eval_logits, "held_out"
-    chart = terminal_chart(table.rows)
-    if chart:
-        say(chart)
-    if distributed.is_first():
-        with writing(plan.folder):
-            write_predictions(plan.folder, predictions_of(reported, logits, settings, options.n_best_size))
-            shutil.rmtree(plan.folder / "checkpoint", ignore_errors=True)  # begun by a process that was interrupted
-            save_checkpoint(checkpoint, settings, plan.folder / "checkpoint")
-    metrics["seconds"] = round(time.time() - started, 1)
-    return metrics, answers
+        loop.trainer.fit(run.opened.saved)
+    return base
 
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """Turns PyTorch's ways of running out of memory into a FailureError that says what to lower."""
+    """Raises FailureError, which says what to lower, if PyTorch runs out of memory."""
     try:
         yield
     except RuntimeError as error:
+        # On a CPU PyTorch has no type for it, only its text.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise FailureError(
                 "training ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len"
@@ -571,10 +459,10 @@ def _memory_errors() -> Iterator[None]:
         raise
 
 
-def _predict(trainer: Trainer, features: FeatureSet) -> tuple[FloatArray, FloatArray]:
-    """Start and end logits ``[windows, longest]`` in window order."""
+def _predict(trainer: SpanTrainer, features: FeatureSet) -> Logits:
+    """Start and end logits ``[windows, longest]`` in the order of the windows."""
     loader = trainer.get_eval_dataloader(features)
-    compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # they belong to the dev part
+    compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # they are for the dev set
     try:
         predictions = trainer.evaluation_loop(loader, "prediction", prediction_loss_only=False).predictions
     finally:
@@ -582,95 +470,107 @@ def _predict(trainer: Trainer, features: FeatureSet) -> tuple[FloatArray, FloatA
     return predictions[0], predictions[1]
 
 
-def _held_out(trainer: Trainer, features: FeatureSet, settings: QaSettings) -> Scores:
-    return score_logits(features, _predict(trainer, features), settings)
+# ---------------------------------------------------------------- evaluation
 
 
-def _metrics(features: FeatureSet, prediction: EvalPrediction, settings: QaSettings) -> dict[str, float]:
-    logits = prediction.predictions
-    if not np.isfinite(logits[0][:, 0]).all():
-        raise FailureError("training diverged: the logits are not finite. Lower --learning-rate")
-    scores = score_logits(features, (logits[0], logits[1]), settings)
-    return {"eval_accuracy": scores.accuracy / 100, "eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
+@dataclass(frozen=True, slots=True)
+class _SetResult:
+    """The trained model's answers to a set of questions, and what they are worth."""
+
+    features: FeatureSet
+    logits: Logits
+    answers: list[Answer]
+    scores: Scores
+    choice: ChoiceReport
+
+    @classmethod
+    def of(cls, features: FeatureSet, logits: Logits, settings: QaSettings) -> _SetResult:
+        """The result of logits under the chosen settings."""
+        answers = answers_of(features, logits, settings)
+        scores = score(features.examples, answers, settings.metric)
+        return cls(features, logits, answers, scores, report_choice(features, logits, settings))
 
 
-# ---------------------------------------------------------------- reports
+@dataclass(frozen=True, slots=True)
+class _Evaluation:
+    """The chosen settings, the results by set, and the base model's scores on the held-out set."""
+
+    settings: QaSettings
+    results: dict[str, _SetResult]
+    held_out_base: Scores | None
 
 
-def _say_training(
-    say: Say, options: TrainOptions, trainer: SpanTrainer, precision: str, device: torch.device, windows: int
-) -> None:
-    """What is trained, where, and in which steps."""
-    passes = options.gradient_accumulation_steps
-    batch, batches = f"{options.batch_size} windows", math.ceil(windows / (options.batch_size or 1))
-    if trainer.batches is not None:
-        batches = len(trainer.batches)
-        bounds = [f"{options.batch_tokens} tokens"] if options.batch_tokens else []
-        bounds += [f"{options.batch_size} windows"] if options.batch_size else []
-        batch = f"at most {' and '.join(bounds)} ({windows / batches:.1f} windows)"
-    say(
-        f"4 training       {sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters on "
-        f"{device_name(device)} in {precision}{', products in TF32' if has_tf32(device) else ''}"
-        f"{', compiled' if options.torch_compile else ''}, {options.epochs} epochs of {math.ceil(batches / passes)} steps "
-        f"of {f'{passes} x ' if passes > 1 else ''}{batch}, learning rate {options.learning_rate:g}"
-        + (f", {distributed.count()} processes" if distributed.count() > 1 else "")
+def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _Evaluation:
+    """Chooses the settings on the dev set, and scores the dev and the held-out set."""
+    options, log, dev, held_out = run.options, run.log, run.windows.dev, run.windows.held_out
+    logits = _predict(loop.trainer, dev)
+    given = options.null_score_diff_threshold is not None
+    settings = choose_settings(
+        dev, logits, _epoch_settings(run), max_answer_len=options.max_answer_len, keep_threshold=given
     )
-    if len(trainer.train_dataset.features.examples) < FEW_EXAMPLES:
-        say(
-            f"                 few examples ({len(trainer.train_dataset.features.examples)}): a low learning rate unless you give one, and "
-            f"training stops after {options.patience} epochs without a better dev F1"
-        )
-    first = trainer.train_dataset[0].feature.window
-    say(f"                 e.g. a window of {len(first)} tokens -> start and end logits [1, {len(first)}] each")
+    found = _SetResult.of(dev, logits, settings)
+    results = {"dev": found}
+    log.chosen(loop.table.best["epoch"], settings, options)
+    log.choice("dev", found.choice, settings, threshold_given=given, tuned=can_tune_threshold(dev))
+    log.answer(dev.examples[0], found.answers[0])
+    log.scores("dev", found.scores)
+    if held_out and held_out_base:
+        found = results["held_out"] = _SetResult.of(held_out, _predict(loop.trainer, held_out), settings)
+        log.scores("held out, base model", held_out_base)
+        log.scores("held out", found.scores)
+        log.choice("held out", found.choice, settings)
+    if chart := terminal_chart(loop.table.rows):
+        log.say(chart)
+    return _Evaluation(settings, results, held_out_base)
 
 
-def _say_scores(say: Say, name: str, scores: Scores) -> None:
-    low, high = bootstrap_interval(scores.rows_f1)
-    say(
-        f"                 {name}: accuracy {scores.accuracy / 100:.3f}, EM {scores.exact_match:.1f}, F1 {scores.f1:.1f} "
-        f"(95 % interval {low:.1f} to {high:.1f}) on {scores.total} questions"
-    )
-
-
-def _clip(text: str, width: int = 70) -> str:
-    text = " ".join(text.split())
-    return f'"{text}"' if len(text) <= width else f'"{text[: width - 3]}..."'
-
-
-def _gold(example: Example) -> str:
-    return example.answers[0].text if example.answers else "(no answer)"
-
-
-def _passages(examples: Sequence[Example]) -> int:
-    return len({e.context for e in examples})
-
-
-def _feature_example(features: FeatureSet, checkpoint: Checkpoint) -> str:
-    feature = next((f for f in features.features if f.positions[0, 0] != f.window.null_index), features.features[0])
-    first, last = feature.positions[0]
-    pieces = [checkpoint.encoder.token_text(int(i)) for i in feature.window.input_ids[first : last + 1]]
-    return f"tokens {first}-{last} of {len(feature.window)} are the answer: {' '.join(pieces)}"
-
-
-def _record(
-    options: TrainOptions,
-    precision: str,
-    device: torch.device,
-    checkpoint: Checkpoint,
-    data: DataSet,
-    dev_part: Sequence[Example],
-    eval_part: Sequence[Example],
-) -> dict[str, Any]:
-    return {
-        "status": "running",
-        "options": {**{k: v for k, v in asdict(options).items() if k != "token"}, "base": base_name(checkpoint.name)},
-        "precision": precision,
-        "seed": options.seed,
-        "processes": distributed.count(),
-        "data_sha256": hash_examples(data.examples),
-        "dev_data_sha256": hash_examples(dev_part) if options.dev_data else None,
-        "eval_data_sha256": hash_examples(eval_part) if options.eval_data else None,
-        "base": base_of(checkpoint),
-        "versions": versions_of(_VERSIONED, missing="source"),
-        "machine": {"cpu_count": os.cpu_count(), "device": device_name(device), "tf32": has_tf32(device)},
+def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, Any]:
+    """The content of ``metrics.json``."""
+    settings, results, best = reached.settings, reached.results, loop.table.best
+    dev = results["dev"].scores
+    metrics: dict[str, Any] = {
+        "eval_loss": best["eval_loss"],
+        "eval_accuracy": dev.accuracy / 100,
+        "eval_exact_match": dev.exact_match,
+        "eval_f1": dev.f1,
+        "best_epoch": best["epoch"],
+        "steps": loop.trainer.state.global_step,
+        "overfitting_from_epoch": loop.table.gap_opened,
+        "settings": settings.to_dict(),
+        "masked_windows": len(run.windows.train.masked),
+        "unknown_tokens": round(run.windows.unknown_tokens, 4),
+        **{name: result.scores.to_dict() for name, result in results.items()},
+        "epochs": loop.table.rows,
+        "speed": loop.speed.summary(),
+        "calibration": {
+            "temperature": settings.temperature,
+            **{name: result.choice.calibration for name, result in results.items()},
+        },
+        "predictions": [*results][-1],
+        "seconds": round(time.time() - run.started, 1),
     }
+    if reached.held_out_base:
+        metrics["held_out_base"] = reached.held_out_base.to_dict()
+    if settings.null_threshold is not None:
+        metrics["no_answer"] = {
+            "null_threshold": settings.null_threshold,
+            **{name: result.choice.no_answer for name, result in results.items()},
+        }
+    if run.data.check:
+        metrics["data_check"] = run.data.check.to_dict()
+    return metrics
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> None:
+    """Writes all of the run folder but its status."""
+    folder, settings, last = run.opened.folder, reached.settings, [*reached.results.values()][-1]
+    with writing(folder):
+        write_predictions(folder, predictions_of(last.features, last.logits, settings, run.options.n_best_size))
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # begun by a process that was interrupted
+        save_checkpoint(run.models.checkpoint, settings, folder / "checkpoint")
+        write_json(folder / "metrics.json", metrics)
+        described = RunRecord(Path(run.options.out).name, run.opened.record, metrics, shipped_base())
+        write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log)

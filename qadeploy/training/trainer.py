@@ -1,4 +1,4 @@
-"""The Trainer that training uses: length-grouped batches, a loss over valid positions only, complete checkpoints."""
+"""The Trainer as training uses it: length-grouped batches, a loss over valid positions only, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _LABELS = frozenset(
         "soft_ends",
     }
 )
-_NEVER = -1e9  # a logit without probability
+_MASKED = -1e9  # a logit whose probability is 0
 
 
 class SpanArguments(TrainingArguments):
-    """TrainingArguments of one device a process: with several GPUs at hand, the Trainer's would train on all by threads."""
+    """TrainingArguments with one device per process. With several GPUs the Trainer's would train on all by threads."""
 
-    gpu = 0  # of a single process; of several each has its own
+    gpu = 0  # for a single process; several have one each
 
     @property
     def device(self) -> torch.device:
@@ -55,10 +55,10 @@ class SpanArguments(TrainingArguments):
 
 
 def training_arguments(device: torch.device, **options: Any) -> SpanArguments:
-    """Arguments for ``device``, whose precision is what ``options`` say, whatever was trained in this process before.
+    """Arguments for ``device`` in the precision of ``options``, whatever was trained in this process before.
 
-    The Trainer obeys the environment variable ACCELERATE_MIXED_PRECISION. TrainingArguments sets it where bf16 or
-    fp16 is asked for and else keeps what it finds, so that a run in fp32 after one in bf16 would be bf16 too.
+    The Trainer obeys the environment variable ACCELERATE_MIXED_PRECISION. TrainingArguments sets it for bf16 and fp16 and
+    otherwise keeps what it finds, so that a run in fp32 after one in bf16 would be in bf16 too.
     """
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     arguments = SpanArguments(use_cpu=device.type == "cpu", **options)
@@ -68,8 +68,8 @@ def training_arguments(device: torch.device, **options: Any) -> SpanArguments:
     return arguments
 
 
-class SaveInside(TrainerCallback):
-    """Saves a checkpoint every ``steps`` steps inside an epoch; at its end the Trainer saves one anyway."""
+class SaveEverySteps(TrainerCallback):
+    """Saves a checkpoint every ``steps`` steps inside an epoch; the Trainer saves one at its end."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -83,29 +83,37 @@ class SaveInside(TrainerCallback):
 class SpanTrainer(Trainer):
     """The Trainer with length-grouped batches and a loss over valid positions only.
 
-    The loss is the cross entropy of start and end positions, averaged over the annotators of a
-    question (their spans are equally good targets) and over start and end. Its softmax runs over
-    the context and the null position, as the decoder's does.
+    The loss is the cross entropy of start and end positions, averaged over the annotators of a question (their spans are
+    equally good targets) and over start and end. Its softmax runs over the context and the null position, as the decoder's
+    does.
 
-    Two parts may join it. With a teacher, ``distill_weight`` of it is the cross entropy with the teacher's distribution at
-    ``temperature``, times its square. And questions that have negatives add the loss of their start and end positions among
-    all context positions of all windows of theirs (Clark and Gardner 2018, section 3.2: the summed objective), so that
-    logits compare between windows; they share a batch for it.
+    Two terms may be added. With a teacher, ``distill_weight`` of the loss is the cross entropy with the teacher's distribution
+    at ``temperature``, times its square. And questions with negatives add the loss of their start and end positions among all
+    context positions of all their windows (Clark and Gardner 2018, section 3.2: the summed objective), so that logits are
+    comparable between windows; these windows share a batch. Windows that only a teacher labels take no part in it.
 
-    A batch's loss is the mean of its windows'. Batches of units (with ``batch_tokens``, or negatives) have few windows or many,
-    and a mean would give those of few the greater weight: there it is the sum of its windows' losses, over the mean number
-    of windows in a batch, so that all windows of an epoch weigh the same. ``most_windows`` bounds such a batch.
+    The loss of a batch is the mean over its windows. Batches of units (with ``batch_tokens``, or negatives) have few windows or
+    many, and a mean would give windows in small batches more weight: there the loss is the sum over the windows, divided by the
+    mean number of windows in a batch, so that all windows of an epoch weigh the same.
 
-    ``windows_seen`` counts the windows that this process has trained on.
+    A checkpoint is marked complete once all of it is on the disk; only then are older ones removed.
 
-    A checkpoint is marked complete once all of it is on the disk, with ``progress()`` of the run in its
-    marker; only then are older ones removed.
+    Args:
+        run_state: Gives what the marker of a checkpoint stores about the run.
+        batch_tokens: The most tokens in a batch, padding included; None for batches of equal size.
+        most_windows: The most windows in a batch of units.
+        distill_weight: The teacher's share of the loss.
+        temperature: That of the teacher's distributions.
+
+    Attributes:
+        windows_seen: How many windows this process has trained on.
+        batches: The batches of units; None if all batches are of equal size.
     """
 
     def __init__(
         self,
         *args: Any,
-        progress: Callable[[], dict[str, Any]] = dict,
+        run_state: Callable[[], dict[str, Any]] = dict,
         batch_tokens: int | None = None,
         most_windows: int | None = None,
         distill_weight: float = 0.0,
@@ -123,18 +131,18 @@ class SpanTrainer(Trainer):
                 units, training_set.lengths, self.args.seed, tokens=batch_tokens, most=most_windows
             )
         self.model_accepts_loss_kwargs = False
-        self.progress = progress
+        self.run_state = run_state
         self._distill_weight, self._temperature = distill_weight, temperature
         self._loss_sum: Any = 0.0  # of the annotated labels alone, so that it compares with the eval loss
         self._loss_windows: Any = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # The batch of all processes, which accelerate deals out in slices: the same batches, however many share them.
+        # Batches of all processes together, which accelerate slices: they do not depend on how many processes share them.
         together = self.args.train_batch_size * self.args.world_size
         return LengthGroupedSampler(self.train_dataset.lengths, together, self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The Trainer's, or one of batches of units."""
+        """The Trainer's own, or one of batches of units."""
         loader: DataLoader[Any]
         if self.batches is None:
             loader = super().get_train_dataloader()
@@ -148,25 +156,25 @@ class SpanTrainer(Trainer):
             loader = self.accelerator.prepare(loader)
         return loader
 
-    def go_on(self, saved: Save | None) -> None:
-        """Trains, after ``saved`` where there is one, and loads the best epoch's weights."""
-        # A model that accelerate has prepared for an evaluation it would leave as it is: without DistributedDataParallel.
+    def fit(self, saved: Save | None) -> None:
+        """Trains from the beginning, or from ``saved`` on, and loads the best epoch's weights."""
+        # accelerate would leave a model that it prepared for an evaluation as it is: without DistributedDataParallel.
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         model._is_accelerate_prepared = False
         if self.args.world_size > 1:
             self.args.ddp_find_unused_parameters = self._has_unused_parameters()
         if saved is None:
             self.train()
-        elif saved.progress["stopped"]:  # by its last epoch or by patience: nothing is left but to choose
+        elif saved.run_state["stopped"]:  # after its last epoch or by patience: only the evaluation is left
             self.state = TrainerState.load_from_json(str(saved.folder / TRAINER_STATE_NAME))
             self._load_best_model()
         else:
             if distributed.is_first():
-                self._loss_sum, self._loss_windows = saved.progress["loss"]
+                self._loss_sum, self._loss_windows = saved.run_state["loss"]
             self.train(resume_from_checkpoint=str(saved.folder))
 
     def _has_unused_parameters(self) -> bool:
-        """True where the logits do not depend on all parameters (XLNet's): these must be looked for at every step."""
+        """Whether some parameters do not affect the logits (as in XLNet): DDP must look for these at every step."""
         batch = self._prepare_inputs(self.data_collator([self.train_dataset[0]]))
         self.compute_loss(self.model, batch).backward()
         unused = any(p.grad is None for p in self.model.parameters() if p.requires_grad)
@@ -174,7 +182,7 @@ class SpanTrainer(Trainer):
         return unused
 
     def _load_best_model(self) -> None:
-        # The recorded path is from where the run began; the folder may have been moved since.
+        # The recorded path is where the run began; the folder may have been moved since.
         self.state.best_model_checkpoint = str(self._checkpoint(self.state.best_global_step))
         super()._load_best_model()
 
@@ -182,23 +190,23 @@ class SpanTrainer(Trainer):
         return Path(self.args.output_dir) / f"checkpoint-{step}"
 
     def _losses(self) -> list[float]:
-        """The sum of the losses with the annotated labels since the last ``epoch_loss``, and their windows, of all processes."""
+        """The sum of the losses on annotated labels since the last ``epoch_loss``, and how many windows, over all processes."""
         own = torch.tensor(
             [float(self._loss_sum), float(self._loss_windows)], dtype=torch.float64, device=self.args.device
         )
         return [float(x) for x in self.accelerator.reduce(own, "sum")]
 
     def epoch_loss(self) -> float | None:
-        """The mean loss with the annotated labels of the windows trained on since it was last asked for."""
+        """The mean loss on annotated labels since the last call; None if nothing was trained."""
         total, windows = self._losses()
         self._loss_sum, self._loss_windows = 0.0, 0
-        return round(total / windows, 6) if windows else None  # so that a run in two parts has the same
+        return round(total / windows, 6) if windows else None  # so that a resumed run has the same
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, best = self.state.global_step, self.state.best_global_step
         folder = self._checkpoint(step)
-        progress = {
-            **self.progress(),
+        run_state = {
+            **self.run_state(),
             "stopped": self.control.should_training_stop,
             "best_step": best,
             "loss": self._losses(),
@@ -208,10 +216,10 @@ class SpanTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
                 distributed.wait()
                 if distributed.is_first():
-                    mark_complete(folder, progress)
+                    mark_complete(folder, run_state)
         except FailureError:
             if distributed.is_first():
-                remove(folder)  # what there is of it only fills the disk
+                remove(folder)  # half a save only fills the disk
             raise
         if distributed.is_first():
             prune(folder.parent, step, best)
@@ -219,7 +227,7 @@ class SpanTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch, and with ``return_outputs`` its logits."""
+        """The loss of a batch, and its logits with ``return_outputs``."""
         outputs = model(**{k: v for k, v in inputs.items() if k not in _LABELS})
         sides = (("start", outputs.start_logits), ("end", outputs.end_logits))
         if model.training:
@@ -241,7 +249,7 @@ class SpanTrainer(Trainer):
         positions, mask, labelled = inputs[f"{side}_positions"], inputs["answer_mask"], inputs["labelled"]
         hard = span_loss(logits, positions, mask) * labelled
         with torch.no_grad():
-            self._loss_sum += hard.sum().double() / 2  # half of it is the starts', half the ends'
+            self._loss_sum += hard.sum().double() / 2  # half of it for the starts, half for the ends
             self._loss_windows += labelled.sum() / 2
         soft = inputs.get(f"soft_{side}s")
         if soft is not None:
@@ -249,19 +257,20 @@ class SpanTrainer(Trainer):
             hard = (1 - self._distill_weight) * hard + self._distill_weight * taught
         total: torch.Tensor = hard.sum()
         if self.grouped:
-            total = total + shared_loss(logits, positions, mask, inputs["groups"], inputs["null_positions"]).sum()
+            shared = (logits, positions, mask, inputs["groups"], inputs["null_positions"])
+            total = total + shared_loss(*(values[labelled] for values in shared)).sum()
         return total / len(mask)
 
     def _own_rows(self, rows: int) -> int:
-        """How many windows of an evaluation batch count: the last one is filled up, so that all processes have as many.
+        """How many windows of an evaluation batch count: the last batch is filled up, so that all processes have equally many.
 
-        What is gathered is cut by accelerate, but the loss is a mean before it is gathered.
+        accelerate cuts what it gathers, but the loss is averaged before it is gathered.
         """
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return rows
         own = state.remainder - self.args.process_index * rows
-        return min(own, rows) if own > 0 else rows  # a process with none of its own is cut off altogether
+        return min(own, rows) if own > 0 else rows  # accelerate drops a process that has none of its own
 
 
 def span_loss(logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -269,34 +278,34 @@ def span_loss(logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor)
 
     Args:
         logits: ``[windows, tokens]``.
-        positions: ``[windows, annotations]``, -100 fills.
-        mask: ``[windows, tokens]``, true where a position is possible.
+        positions: ``[windows, annotations]``, filled up with -100.
+        mask: ``[windows, tokens]``, true if the position is possible.
 
     Returns:
         ``[windows]``.
     """
-    log_probabilities = torch.log_softmax(logits.float().masked_fill(~mask, _NEVER), dim=-1)
+    log_probabilities = torch.log_softmax(logits.float().masked_fill(~mask, _MASKED), dim=-1)
     valid = positions != NO_LABEL
     picked = log_probabilities.gather(1, positions.clamp(min=0)) * valid
     return -picked.sum(1) / valid.sum(1)
 
 
 def distillation_loss(
-    logits: torch.Tensor, shares: torch.Tensor, mask: torch.Tensor, temperature: float
+    logits: torch.Tensor, probabilities: torch.Tensor, mask: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     """The cross entropy with a teacher's distribution at a temperature, times its square (Hinton et al. 2015, section 2).
 
     Args:
         logits: The student's, ``[windows, tokens]``.
-        shares: The teacher's probabilities at this temperature, ``[windows, tokens]``.
-        mask: ``[windows, tokens]``, true where a position is possible.
+        probabilities: The teacher's at this temperature, ``[windows, tokens]``.
+        mask: ``[windows, tokens]``, true if the position is possible.
         temperature: T.
 
     Returns:
         ``[windows]``.
     """
-    log_probabilities = torch.log_softmax(logits.float().masked_fill(~mask, _NEVER) / temperature, dim=-1)
-    return -(shares * log_probabilities.masked_fill(~mask, 0.0)).sum(1) * temperature**2
+    log_probabilities = torch.log_softmax(logits.float().masked_fill(~mask, _MASKED) / temperature, dim=-1)
+    return -(probabilities * log_probabilities.masked_fill(~mask, 0.0)).sum(1) * temperature**2
 
 
 def shared_loss(
@@ -308,7 +317,7 @@ def shared_loss(
 
     Args:
         logits: ``[windows, tokens]``.
-        positions: ``[windows, annotations]``, -100 fills, the null position in windows without an answer.
+        positions: ``[windows, annotations]``, filled up with -100; the null position in windows without an answer.
         mask: ``[windows, tokens]``, true on context tokens and the null position.
         groups: ``[windows]``, the question of each.
         nulls: ``[windows]``, the null position of each.
@@ -316,14 +325,14 @@ def shared_loss(
     Returns:
         ``[questions with an answer and more than one window]``.
     """
-    scores = logits.float().masked_fill(~mask, _NEVER).scatter(1, nulls[:, None], _NEVER)
+    scores = logits.float().masked_fill(~mask, _MASKED).scatter(1, nulls[:, None], _MASKED)
     right = (positions != NO_LABEL) & (positions != nulls[:, None])
     targets = torch.zeros_like(scores).scatter_add(1, positions.clamp(min=0), right.float()) > 0
     every = torch.logsumexp(scores, dim=1)
-    wanted = torch.logsumexp(scores.masked_fill(~targets, _NEVER), dim=1)
+    wanted = torch.logsumexp(scores.masked_fill(~targets, _MASKED), dim=1)
     of, own = torch.unique(groups, return_inverse=True)
     member = own[None, :] == torch.arange(len(of), device=own.device)[:, None]  # [questions, windows]
-    totals = [torch.logsumexp(x[None, :].masked_fill(~member, _NEVER), dim=1) for x in (every, wanted)]
+    totals = [torch.logsumexp(x[None, :].masked_fill(~member, _MASKED), dim=1) for x in (every, wanted)]
     counts = (member & targets.any(1)[None, :]).any(1) & (member.sum(1) > 1)
     return (totals[0] - totals[1])[counts]
 

@@ -1,4 +1,4 @@
-"""What the trainer is fed: windows with their labels, which of them belong to one question, and what a teacher says of them."""
+"""What the Trainer is fed: windows with their labels, their questions, and a teacher's labels."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qadeploy.core.windows import pad_batch
-from qadeploy.records import FloatArray, IntArray
+from qadeploy.core.windows import EncodedText, pad_batch
+from qadeploy.data.match import Slice, cuts_a_word, occurrences
+from qadeploy.records import Example, FloatArray, IntArray, Window
 from qadeploy.training.features import Feature, FeatureSet, collate_labels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SoftLabels:
-    """A teacher's distributions over the start and the end positions of one window, where they are not negligible.
+    """A teacher's distributions over the start and the end positions of one window, without what is negligible.
 
     Attributes:
         starts: ``[k]`` token positions in the window.
-        start_shares: ``[k]`` probabilities that sum to 1.
+        start_probabilities: ``[k]`` probabilities that sum to 1.
         ends: ``[m]`` token positions.
-        end_shares: ``[m]`` probabilities that sum to 1.
+        end_probabilities: ``[m]`` probabilities that sum to 1.
     """
 
     starts: IntArray
-    start_shares: FloatArray
+    start_probabilities: FloatArray
     ends: IntArray
-    end_shares: FloatArray
+    end_probabilities: FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Item:
+class TrainingWindow:
     """A window to train on.
 
     Attributes:
         feature: The window and its labels.
         group: The number of the question that it belongs to.
-        labelled: Whether the labels are an annotator's, not only a teacher's.
-        soft: What a teacher says, None without one.
+        labelled: Whether the labels are an annotator's; if not, only the teacher's are learned from.
+        soft: The teacher's labels, None without a teacher.
     """
 
     feature: Feature
@@ -50,33 +51,38 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSet:
-    """The windows of training questions, with their negatives and those that a teacher alone labels.
+    """The windows of training questions, of their negatives, and of questions that only a teacher labels.
 
     Attributes:
         features: Windows and labels.
-        groups: ``[examples]``, the question's number of each; ``()`` where every example is a question of its own.
+        groups: ``[examples]``, the number of each one's question; ``()`` if every example is a question of its own.
         unlabelled: How many of the last examples have no annotated labels.
-        soft: ``[windows]``, what a teacher says of each, ``()`` without a teacher.
+        soft: ``[windows]``, the teacher's labels, ``()`` without a teacher.
+        masked: Numbers of windows whose labels may be wrong: only a teacher labels them; without one they are left out.
     """
 
     features: FeatureSet
     groups: Sequence[int] = ()
     unlabelled: int = 0
     soft: Sequence[SoftLabels] = ()
-    _items: list[Item] = field(default_factory=list)
+    masked: frozenset[int] = frozenset()
+    _items: list[TrainingWindow] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         first, labelled = self.features.first, len(self.features.examples) - self.unlabelled
         for number in range(len(self.features.examples)):
             group = self.groups[number] if self.groups else number
             for i in range(first[number], first[number + 1]):
+                if i in self.masked and not self.soft:
+                    continue
                 soft = self.soft[i] if self.soft else None
-                self._items.append(Item(self.features.features[i], group, number < labelled, soft))
+                annotated = number < labelled and i not in self.masked
+                self._items.append(TrainingWindow(self.features.features[i], group, annotated, soft))
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> TrainingWindow:
         return self._items[index]
 
     @property
@@ -86,29 +92,66 @@ class TrainingSet:
 
     @property
     def units(self) -> list[list[int]]:
-        """The windows that must share a batch: those of one question and of its negatives."""
+        """The windows that must share a batch: those of a question and of its negatives."""
         found: dict[int, list[int]] = {}
         for index, item in enumerate(self._items):
             found.setdefault(item.group, []).append(index)
         return list(found.values())
 
 
-def collate(items: Sequence[Feature | Item], pad_token_id: int) -> dict[str, NDArray[Any]]:
+def masked_windows(features: FeatureSet) -> frozenset[int]:
+    """Finds the windows whose label "no answer" may be wrong.
+
+    Such a window holds no annotated span, but an answer's text where nobody has annotated it: as whole words, in the same
+    letter case, overlapping no annotation.
+
+    Args:
+        features: Windows and labels.
+
+    Returns:
+        Their numbers in ``features``.
+    """
+    found: list[int] = []
+    for number, (example, context) in enumerate(zip(features.examples, features.contexts, strict=True)):
+        windows = range(features.first[number], features.first[number + 1])
+        without = [i for i in windows if features[i].positions[0, 0] == features[i].window.null_index]
+        if without and len(context) and len(places := _unannotated(example)):
+            found += [i for i in without if _holds(features[i].window, context, places)]
+    return frozenset(found)
+
+
+def _unannotated(example: Example) -> IntArray:
+    """Starts and ends, ``[places, 2]``, of the answers' texts as whole words that overlap no annotation."""
+    context, texts = example.context, {a.text.strip() for a in example.answers}
+    places = [Slice(at, at + len(text)) for text in texts for at in occurrences(text, context)]
+    free = [p for p in places if all(p.end <= a.start or a.end <= p.start for a in example.answers)]
+    whole = [(p.start, p.end) for p in free if not cuts_a_word(p, context)]
+    return np.asarray(whole, dtype=np.int64).reshape(-1, 2)
+
+
+def _holds(window: Window, context: EncodedText, places: IntArray) -> bool:
+    """Whether one of the places, ``[places, 2]``, lies in the window's part of the context."""
+    last = window.context_offset + window.context_length - 1
+    start, end = context.offsets[window.context_offset, 0], context.offsets[last, 1]
+    return bool(((places[:, 0] >= start) & (places[:, 1] <= end)).any())
+
+
+def collate(items: Sequence[Feature | TrainingWindow], pad_token_id: int) -> dict[str, NDArray[Any]]:
     """A batch, padded to its longest window.
 
     Args:
-        items: Windows to evaluate (features) or to train on (items).
-        pad_token_id: What fills ``input_ids``.
+        items: Windows to evaluate (``Feature``) or to train on (``TrainingWindow``).
+        pad_token_id: Fills up ``input_ids``.
 
     Returns:
-        The model's inputs, ``collate_labels``'s arrays, and of items ``null_positions``, ``groups`` and ``labelled`` ``[windows]``, and
-        ``soft_starts`` and ``soft_ends`` ``[windows, tokens]`` where a teacher taught them.
+        The model's inputs and the arrays of ``collate_labels``. For windows to train on also ``null_positions``, ``groups`` and
+        ``labelled``, ``[windows]``, and with a teacher ``soft_starts`` and ``soft_ends``, ``[windows, tokens]``.
     """
-    features = [item.feature if isinstance(item, Item) else item for item in items]
+    features = [item.feature if isinstance(item, TrainingWindow) else item for item in items]
     batch: dict[str, NDArray[Any]] = dict(pad_batch([f.window for f in features], pad_token_id))
     length = batch["input_ids"].shape[1]
     batch.update(collate_labels(features, length))
-    own = [item for item in items if isinstance(item, Item)]
+    own = [item for item in items if isinstance(item, TrainingWindow)]
     if not own:
         return batch
     batch["null_positions"] = np.asarray([f.window.null_index for f in features])
@@ -118,7 +161,7 @@ def collate(items: Sequence[Feature | Item], pad_token_id: int) -> dict[str, NDA
         starts, ends = np.zeros((2, len(own), length), dtype=np.float32)
         for row, item in enumerate(own):
             if item.soft is not None:
-                starts[row, item.soft.starts] = item.soft.start_shares
-                ends[row, item.soft.ends] = item.soft.end_shares
+                starts[row, item.soft.starts] = item.soft.start_probabilities
+                ends[row, item.soft.ends] = item.soft.end_probabilities
         batch["soft_starts"], batch["soft_ends"] = starts, ends
     return batch

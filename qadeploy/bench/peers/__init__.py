@@ -1,8 +1,8 @@
-"""The tools and runtimes that people would use in qadeploy's place, one a file.
+"""The tools and runtimes that people would use in qadeploy's place, one per file.
 
-Each module has a function that prepares a peer from a ``Setup`` (exports, quantizes) and says how to load it, and the
-functions that load it, which run again in a process of their own. Each imports what it needs inside its functions,
-and runs as its documentation says.
+Each module has functions that prepare a peer from a ``Setup`` (export, quantize) and say how to load it, and functions
+that load it, which run again in processes of their own. Each imports its libraries inside its functions and uses
+them as their documentation says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PyTorch with our windows and spans around it, in padded batches of like length: float32, and bfloat16."""
+"""PyTorch with our windows and spans around it, in padded batches of similar length: float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -31,18 +31,27 @@ def _prepare(setup: Setup, precision: str, itemsize: int) -> Variant:
             "device": setup.device,
             "threads": setup.threads,
             "allow_no_answer": setup.allow_no_answer,
+            "trust_remote_code": setup.trust_remote_code,
         },
         "torch" if precision == "fp32" else f"torch-{precision}",
         "with our windows and spans",
     )
 
 
-def load(checkpoint: str, bundle: str, precision: str, device: str, threads: int, allow_no_answer: bool) -> Asker:
-    """The checkpoint as ``torch_answerer`` runs it, its weights and arithmetic in ``precision``."""
+def load(
+    checkpoint: str,
+    bundle: str,
+    precision: str,
+    device: str,
+    threads: int,
+    allow_no_answer: bool,
+    trust_remote_code: bool = False,
+) -> Asker:
+    """The checkpoint as ``torch_answerer`` runs it, with weights and arithmetic in ``precision``."""
     torch = torch_with(threads)
-    from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
+    from qadeploy.training.checkpoint import Hub, load_checkpoint, torch_answerer
 
-    found = load_checkpoint(checkpoint)
+    found = load_checkpoint(checkpoint, Hub(trust_remote_code=trust_remote_code))
     answerer = torch_answerer(found, device)
     if precision == "bf16":
         found.model.to(torch.bfloat16)

@@ -1,8 +1,7 @@
 """OpenVINO: optimum's ONNX export quantized by NNCF (static int8, calibrated), run with our windows and spans around it.
 
-Of the products that stay in float the arithmetic is bfloat16 where the CPU has it. Many windows go through
-asynchronous requests on a model compiled for throughput, one window through a model compiled for latency, as
-OpenVINO's performance hints say (https://docs.openvino.ai, "High-level Performance Hints").
+Matmuls that stay in float are computed in bfloat16 if the CPU has it. Many windows go through asynchronous requests on a
+model compiled for throughput, one window through a model compiled for latency, as OpenVINO's performance hints say (https://docs.openvino.ai, "High-level Performance Hints").
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ import numpy as np
 from qadeploy.bench.peers.setup import Setup, exported, quiet
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.bench.workload import windows_of
-from qadeploy.core.windows import Encoder
 from qadeploy.errors import FailureError, MissingExtraError
-from qadeploy.inference.bundle import TOKENIZER
 from qadeploy.inference.session import Pending
-from qadeploy.records import FloatArray, Window
+from qadeploy.records import LOGIT_NAMES, Logits, Window
 
 _CALIBRATION_WINDOWS = 128
 
@@ -31,17 +28,16 @@ def prepare(setup: Setup) -> Variant:
     """Quantizes by NNCF and saves OpenVINO's format. Raises FailureError, MissingExtraError, and what the two raise."""
     openvino, nncf = _openvino(), _nncf()
     if setup.device != "cpu":
-        raise FailureError(f"runs on the CPU only here, and this bench runs on {setup.device}")
+        raise FailureError(f"only runs on the CPU here, and this bench runs on {setup.device}")
     if not setup.calibration:
         raise FailureError(
-            "there are no questions to calibrate int8 with beside those of the bench: "
-            "lower --questions, or bench a bundle whose run is still there"
+            "there are no other questions than those of the bench to calibrate int8 with: "
+            "lower --questions, or bench a bundle whose run still exists"
         )
     source = exported(setup)
     path = setup.folder / "openvino-int8" / "model.xml"
-    from tokenizers import Tokenizer
 
-    encoder = Encoder(Tokenizer.from_str(setup.bundle.read(TOKENIZER).decode("utf-8")), setup.bundle.encoder)
+    encoder = setup.bundle.load_encoder()
     windows = windows_of(encoder, setup.bundle.settings, setup.calibration)[:_CALIBRATION_WINDOWS]
     model = openvino.Core().read_model(source / "model.onnx")
     names = [port.get_any_name() for port in model.inputs]
@@ -92,10 +88,10 @@ class OpenVinoModel:
         throughput = core.compile_model(model, "CPU", {**common, "PERFORMANCE_HINT": "THROUGHPUT"})
         self._one = self._latency.create_infer_request()
         self._many = openvino.AsyncInferQueue(throughput)
-        self._logits: dict[int, tuple[FloatArray, FloatArray]] = {}
+        self._logits: dict[int, Logits] = {}
         self._many.set_callback(self._keep)
 
-    def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
+    def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order; each window alone and unpadded."""
         if len(windows) == 1:
             self._one.infer(inputs(windows[0], self._names), share_inputs=True)
@@ -124,8 +120,8 @@ def inputs(window: Window, names: Iterable[str]) -> dict[str, Any]:
     return {name: values[name] for name in names}
 
 
-def _outputs(request: Any) -> tuple[FloatArray, FloatArray]:
-    starts, ends = (request.get_tensor(name).data[0].astype(np.float32) for name in ("start_logits", "end_logits"))
+def _outputs(request: Any) -> Logits:
+    starts, ends = (request.get_tensor(name).data[0].astype(np.float32) for name in LOGIT_NAMES)
     return starts, ends
 
 
@@ -138,7 +134,7 @@ def _openvino() -> Any:
 
 
 def _nncf() -> Any:
-    os.environ.setdefault("NNCF_CI", "1")  # its one switch for telemetry, read while it is imported
+    os.environ.setdefault("NNCF_CI", "1")  # its only switch for telemetry, read at import
     try:
         with quiet():
             import nncf

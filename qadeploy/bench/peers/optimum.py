@@ -1,7 +1,7 @@
 """Optimum's ONNX model, for an int8 bundle with its own int8 preset: in the pipeline, and called directly.
 
-Directly means ``ORTModelForQuestionAnswering`` on one unpadded window a call, with our windows and spans around it:
-what is left of optimum's model without the pipeline's own work.
+Directly means ``ORTModelForQuestionAnswering`` on one unpadded window per call, with our windows and spans around it:
+optimum's model without the pipeline's own work.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from qadeploy.bench.peers.pipeline import in_pipeline, options
 from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.errors import MissingExtraError
-from qadeploy.inference.session import Pending
-from qadeploy.records import FloatArray, Window
+from qadeploy.inference.session import Pending, session_options
+from qadeploy.records import Logits, Window
 
 
 def prepare(setup: Setup) -> Variant:
@@ -35,6 +35,7 @@ def prepare(setup: Setup) -> Variant:
             "device": setup.device,
             "threads": setup.threads,
             "options": options(setup),
+            "trust_remote_code": setup.trust_remote_code,
         },
         "optimum",
     )
@@ -61,7 +62,7 @@ def prepare_direct(setup: Setup) -> Variant:
 
 
 def _model(setup: Setup) -> tuple[Path, str, str]:
-    """The model file, what it is called, and its precision."""
+    """The model file, its description, and its precision."""
     try:
         from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
     except ImportError as error:
@@ -81,22 +82,20 @@ def _load(model: str, device: str, threads: int) -> Any:
     torch_with(threads)
     from optimum.onnxruntime import ORTModelForQuestionAnswering
 
-    from qadeploy.inference.session import onnxruntime
-
-    session = onnxruntime().SessionOptions()
-    session.intra_op_num_threads = threads
     with quiet():
         return ORTModelForQuestionAnswering.from_pretrained(
             Path(model).parent,
             file_name=Path(model).name,
             provider="CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider",
-            session_options=session,
+            session_options=session_options(threads),
         )
 
 
-def load(checkpoint: str, model: str, device: str, threads: int, options: dict[str, Any]) -> Asker:
+def load(
+    checkpoint: str, model: str, device: str, threads: int, options: dict[str, Any], trust_remote_code: bool = False
+) -> Asker:
     """Optimum's model inside the pipeline."""
-    return in_pipeline(_load(model, device, threads), checkpoint, device, options)
+    return in_pipeline(_load(model, device, threads), checkpoint, device, options, trust_remote_code)
 
 
 def load_direct(model: str, bundle: str, device: str, threads: int, allow_no_answer: bool) -> Asker:
@@ -108,15 +107,15 @@ class _Direct:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def run(self, windows: Sequence[Window]) -> list[tuple[FloatArray, FloatArray]]:
-        """Start and end logits of each window, one call a window."""
+    def run(self, windows: Sequence[Window]) -> list[Logits]:
+        """Start and end logits of each window, one call per window."""
         return [self._one(window) for window in windows]
 
     def start(self, windows: Sequence[Window]) -> Pending:
         """``run``, when the result is asked for."""
         return Pending(partial(self.run, windows))
 
-    def _one(self, window: Window) -> tuple[FloatArray, FloatArray]:
+    def _one(self, window: Window) -> Logits:
         batch = {"input_ids": window.input_ids[None], "attention_mask": np.ones((1, len(window)), dtype=np.int64)}
         if window.token_type_ids is not None:
             batch["token_type_ids"] = window.token_type_ids[None]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qadeploy.bench.peers.setup import Setup, quiet, torch_with, weights_bytes
-from qadeploy.bench.variant import NO_ANSWER, Asker, Pairs, Variant
+from qadeploy.bench.variant import Asker, Pairs, Variant
 from qadeploy.errors import MissingExtraError
-from qadeploy.records import Answer
+from qadeploy.records import NO_ANSWER, Answer
 
 
 def prepare(setup: Setup) -> Variant:
@@ -24,6 +24,7 @@ def prepare(setup: Setup) -> Variant:
             "device": setup.device,
             "threads": setup.threads,
             "options": options(setup),
+            "trust_remote_code": setup.trust_remote_code,
         },
         "pipeline",
     )
@@ -40,33 +41,39 @@ def options(setup: Setup) -> dict[str, Any]:
     }
 
 
-def load(checkpoint: str, device: str, threads: int, options: dict[str, Any]) -> Asker:
+def load(checkpoint: str, device: str, threads: int, options: dict[str, Any], trust_remote_code: bool = False) -> Asker:
     """The pipeline around the PyTorch model."""
     torch = torch_with(threads)
     try:
         from transformers import AutoModelForQuestionAnswering
     except ImportError as error:
         raise MissingExtraError("the peer pipeline", "transformers", "train") from error
-    model = AutoModelForQuestionAnswering.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return in_pipeline(model, checkpoint, device, options)
+    from qadeploy.training.checkpoint import refuse_pickle
+
+    refuse_pickle(checkpoint)
+    model = AutoModelForQuestionAnswering.from_pretrained(
+        checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code
+    ).eval()
+    return in_pipeline(model, checkpoint, device, options, trust_remote_code)
 
 
-def in_pipeline(model: Any, checkpoint: str, device: str, options: dict[str, Any]) -> Asker:
+def in_pipeline(
+    model: Any, checkpoint: str, device: str, options: dict[str, Any], trust_remote_code: bool = False
+) -> Asker:
     """Any model that the pipeline takes, inside it."""
     from transformers import AutoTokenizer
     from transformers import pipeline as make
 
     with quiet():
-        pipe = make(
-            "question-answering", model=model, tokenizer=AutoTokenizer.from_pretrained(checkpoint), device=device
-        )
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        pipe = make("question-answering", model=model, tokenizer=tokenizer, device=device)
 
     def run(inputs: Any) -> Any:
         with quiet():
             return pipe(inputs, **options)
 
     def answer(found: Any) -> Answer:
-        if isinstance(found, list):  # what the pipeline gives where it finds no span
+        if isinstance(found, list):  # the pipeline's result if it finds no span
             return answer(found[0]) if found else NO_ANSWER
         return Answer(found["answer"], found["start"], found["end"], float(found["score"]))
 

@@ -1,4 +1,4 @@
-"""What every peer is told: the checkpoint, the bundle it stands against, and where it may write."""
+"""What every peer gets: the checkpoint, the bundle that it is compared with, and a folder to write to."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from qadeploy.records import Example
 class Setup:
     """What a peer is prepared from.
 
-    ``checkpoint`` is the PyTorch checkpoint folder; ``bundle`` lends its settings and, to peers that are a runtime and
-    no tool, its tokenizer; ``calibration`` are examples that the bench does not ask about; ``folder`` is scratch.
+    ``checkpoint`` is the PyTorch checkpoint folder; ``bundle`` gives its settings and, to peers that are only a runtime,
+    its tokenizer; ``calibration`` are examples that the bench does not ask; ``folder`` is for temporary files;
+    ``trust_remote_code`` allows the checkpoint's own code.
     """
 
     checkpoint: Path
@@ -32,17 +33,18 @@ class Setup:
     allow_no_answer: bool
     calibration: Sequence[Example]
     folder: Path
+    trust_remote_code: bool = False
 
     def found_checkpoint(self) -> str:
-        """The checkpoint folder's path. Raises FailureError where it is not there."""
+        """The checkpoint folder's path. Raises FailureError if it does not exist."""
         if not (self.checkpoint / "config.json").is_file():
-            raise FailureError(f"{self.checkpoint}: the bundle's source checkpoint is not there any more")
+            raise FailureError(f"{self.checkpoint}: the bundle's source checkpoint no longer exists")
         return str(self.checkpoint)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the deprecation and tracer remarks of the libraries inside, and with stdout left to the report."""
+    """Silences deprecation and tracer warnings of the libraries, and keeps their output off stdout."""
     for name in ("transformers", "optimum", "onnxruntime", "nncf"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):
@@ -62,17 +64,26 @@ def exported(setup: Setup) -> Path:
         from optimum.exporters.onnx import main_export
     except ImportError as error:
         raise MissingExtraError("a peer that runs ONNX", "optimum-onnx", "train") from error
+    from qadeploy.training.checkpoint import refuse_pickle
+
+    refuse_pickle(checkpoint)
     work = setup.folder / "fp32.tmp"
     with quiet():
-        main_export(checkpoint, work, task="question-answering", do_validation=False)
+        main_export(
+            checkpoint,
+            work,
+            task="question-answering",
+            do_validation=False,
+            trust_remote_code=setup.trust_remote_code,
+        )
     os.replace(work, folder)
     return folder
 
 
 def weights_bytes(checkpoint: str, itemsize: int) -> int:
-    """The bytes of a checkpoint's weights at ``itemsize`` bytes each, read off the head of its safetensors file.
+    """The bytes of a checkpoint's weights at ``itemsize`` bytes each, read from the header of its safetensors file.
 
-    Raises MissingExtraError, and FailureError where the checkpoint has no such file.
+    Raises MissingExtraError, and FailureError if the checkpoint has no such file.
     """
     try:
         from safetensors import safe_open

@@ -1,4 +1,4 @@
-"""Quantization: an fp32 bundle to a new int8 one by the recipe that serves best here, behind a gate of EM and F1."""
+"""Quantization: from an fp32 bundle to an int8 one, by the best recipe on this machine, behind a gate of EM and F1."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import GateError, InputError
-from qadeploy.evaluation.scoring import evaluate
 from qadeploy.export.manifest import finish_bundle, tune_model
 from qadeploy.export.parity import parity_windows
 from qadeploy.export.quantize.leaderboard import leaderboard, leaderboard_lines
-from qadeploy.export.quantize.recipes import RECIPES, Material
-from qadeploy.export.quantize.search import Candidate, Say, Search, Step, rank
-from qadeploy.export.reference import Reference, make_answerer
+from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
+from qadeploy.export.quantize.search import MeasuredRecipe, Say, Search, SearchOptions, Step, rank
+from qadeploy.export.reference import Reference, counted, make_answerer
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 
 
@@ -22,24 +21,32 @@ def quantize(
     reference: Reference,
     source: Bundle,
     out: Path,
-    max_f1_drop: float,
+    options: SearchOptions,
     *,
-    target: str = "latency",
     recipe: str | None = None,
-    budget: float | None = None,
-    cache: Path | None = None,
     say: Say = lambda _: None,
     on_step: Callable[[Step], object] = lambda _: None,
 ) -> Bundle:
     """Writes the int8 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
-    Every recipe (or the one named) is measured: F1 on the judging questions (see ``judging``), speed on this machine. Of those
-    that lose at most ``max_f1_drop`` points there, the best for ``target`` gets its session settings and is judged on the
-    held-out questions; where they refuse it, the next one is. The manifest holds the leaderboard. ``budget`` is in
-    seconds, and does not end the search before a recipe passes. ``say`` gets lines, ``on_step`` where it stands. Raises InputError on an unknown
-    recipe or target, GateError where every candidate loses more than ``max_f1_drop`` against PyTorch, and then ``out``
-    is left as it was.
+    Every recipe is measured: F1 on the judging questions (see ``judging``), speed on this machine. Of those that lose at most
+    ``max_f1_drop`` points there, the best for the target gets its session settings and is judged on the held-out
+    questions; if it fails there, the next one is. The manifest holds the leaderboard.
+
+    Args:
+        reference: The PyTorch model and the questions.
+        source: The fp32 bundle.
+        out: The folder to write.
+        options: What decides, and how long it may take.
+        recipe: Measure only this one.
+        say: Gets lines of text.
+        on_step: Gets the state of the search.
+
+    Raises:
+        InputError: The recipe or the target is unknown.
+        GateError: Every recipe loses more than ``max_f1_drop`` against PyTorch; ``out`` is left as it was.
     """
+    max_f1_drop = options.max_f1_drop
     model = source.read(MODEL)
     checkpoint = reference.checkpoint
     material = Material(
@@ -48,10 +55,10 @@ def quantize(
         checkpoint.encoder.config.pad_token_id,
         parity_windows(checkpoint, reference.choosing),
     )
-    search = Search(reference, model, material, target, cache, budget, say, on_step)
+    search = Search(reference, model, material, options, say, on_step)
     known = [find_recipe(recipe)] if recipe else list(RECIPES.values())
-    candidates = search.run(known, max_f1_drop)
-    waiting, duel = search.settle(rank(candidates, target, max_f1_drop))
+    candidates = search.run(known)
+    waiting, duel = search.settle(rank(candidates, options))
     judged: dict[str, float] = {}
 
     def board(chosen: str | None = None) -> list[dict[str, Any]]:
@@ -59,38 +66,38 @@ def quantize(
         return leaderboard(candidates, names, judged, max_f1_drop=max_f1_drop, chosen=chosen)
 
     while waiting or len(candidates) < len(known):
-        if not waiting:  # the held-out questions refused what the budget allowed to try: go on
+        if not waiting:  # all that the budget allowed failed on the held-out questions: go on
             done = len(candidates)
-            candidates += search.run(known[done : done + 1], max_f1_drop, done)
-            waiting = rank(candidates[-1:], target, max_f1_drop)
+            candidates += search.run(known[done : done + 1], done)
+            waiting = rank(candidates[-1:], options)
             continue
         candidate = waiting.pop(0)
         made = RECIPES[candidate.recipe].make(material)
         search.step(f"{candidate.recipe}: measuring session settings")
-        tuning = tune_model(reference, made.model, candidate.session, target=target)
-        search.step(f"{candidate.recipe}: answering the held-out questions")
+        tuning = tune_model(reference, made.model, candidate.session, target=options.target)
         answerer = make_answerer(reference, made.model, tuning.session)
-        lost = reference.scores.f1 - evaluate(answerer, reference.examples).scores.f1
+        judging = f"{candidate.recipe} answers the held-out questions"
+        lost = reference.scores.f1 - counted(answerer, reference.examples, judging, reference.count).scores.f1
         judged[candidate.recipe] = lost
         if not lost <= max_f1_drop:
             continue
         with writing_bundle(out) as work:
             (work / MODEL).write_bytes(made.model)
             manifest: dict[str, Any] = {
-                "graph": "single-node attention" if material.fused.fused else "plain",
-                "attention_nodes": material.fused.fused,
-                "attentions": material.fused.attentions,
+                "graph": "single-node attention" if material.rewritten.fused else "plain",
+                "attention_nodes": material.rewritten.fused,
+                "attentions": material.rewritten.attentions,
                 "from": source.name,
                 "recipe": candidate.recipe,
                 "what": RECIPES[candidate.recipe].what,
-                "target": target,
+                "target": options.target,
                 "float_nodes": list(made.float_nodes),
                 "max_f1_drop": max_f1_drop,
                 "judged_on": search.judges.to_dict(),
                 "leaderboard": board(candidate.recipe),
                 "duel": duel and asdict(duel),
             }
-            finish_bundle(reference, work, out.name, precision="int8", made=manifest, tolerance=None, tuning=tuning)
+            finish_bundle(reference, work, out.name, precision="int8", made=manifest, tuning=tuning)
         return open_bundle(out)
     for text in leaderboard_lines(board(), search.judges.to_dict()):
         say(text)
@@ -100,14 +107,14 @@ def quantize(
     )
 
 
-def find_recipe(name: str) -> Any:
-    """The recipe of this name. Raises InputError where there is none."""
+def find_recipe(name: str) -> Recipe:
+    """The recipe of this name. Raises InputError if there is none."""
     if name not in RECIPES:
         raise InputError(f"recipe is {name!r}: choose one of {', '.join(RECIPES)} (qadeploy export --list-recipes)")
     return RECIPES[name]
 
 
-def _losses(candidates: Sequence[Candidate], judged: dict[str, float]) -> str:
+def _losses(candidates: Sequence[MeasuredRecipe], judged: dict[str, float]) -> str:
     return "; ".join(
         f"{c.recipe}: {c.failed or f'{c.f1_lost:.2f} on the judging questions'}"
         + (f", {judged[c.recipe]:.2f} held out" if c.recipe in judged else "")

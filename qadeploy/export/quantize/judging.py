@@ -1,11 +1,11 @@
 """The questions that choose between candidates, and what a candidate loses on them against the float model.
 
-A small dev part decides by single answers: of 86, one is 1.16 points of F1. So further questions of the training part join
-in, asked in pairs: the same question to the float model and to the candidate. The model knows those by heart: it is surer of
-its answers, which rounding then turns less often. Counted as they are they would understate the loss. So every question counts as
-often as questions of its kind stand in the dev part, the kind being how sure the float model is of its answer (four classes
-of the dev part's scores; post-stratification, Holt & Smith 1979). Where the training part has no unsure questions, the dev
-part's stand for their class alone, and the interval says what that is worth.
+A small dev set decides by single answers: of 86, one is 1.16 points of F1. So questions of the training part are added, and
+each is answered by the float model and by the candidate. The model knows those by heart: it is surer of its answers, which
+rounding then changes less often, and plain counts would understate the loss. So questions are weighted by class to match
+the dev set; the class is how sure the float model is of its answer (four classes of the dev set's scores;
+post-stratification, Holt & Smith 1979). If the training part has no unsure questions, those of the dev set stand alone for
+their class, and the interval shows what that is worth.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qadeploy.core.metrics import bootstrap_interval
+from qadeploy.core.settings import any_unanswerable
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.export.reference import Reference
 from qadeploy.inference.answerer import Answerer
-from qadeploy.records import Example
+from qadeploy.records import Example, Float64Array
 from qadeploy.timing import spread
 from qadeploy.training.runs import known_examples
 
@@ -33,9 +33,9 @@ _CLASSES = 4
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a candidate changes, points of F1: over all judging questions by their weights, with its 95 % interval.
+    """What a candidate changes, in points of F1: the weighted mean over all judging questions with its 95 % interval.
 
-    ``dev`` and ``training`` are the plain means over each part (None without questions of the training part).
+    ``dev`` and ``training`` are the plain means over each part (None without training questions).
     """
 
     f1: float
@@ -46,20 +46,20 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judges:
-    """The judging questions, the ``dev`` first of them the dev part's; the float model's F1 on each, 0 to 1.
+    """The judging questions, of which the first ``dev`` are the dev set's; the float model's F1 on each, 0 to 1.
 
     ``weights`` ``[questions]`` have a mean of 1.
     """
 
     examples: tuple[Example, ...]
     dev: int
-    rows_f1: NDArray[np.float64]
-    weights: NDArray[np.float64]
+    rows_f1: Float64Array
+    weights: Float64Array
     allow_no_answer: bool
 
     @property
     def worth(self) -> float:
-        """So many questions of equal weight would tell as much (Kish's effective sample size)."""
+        """The number of questions of equal weight that would tell as much (Kish's effective sample size)."""
         return float(self.weights.sum() ** 2 / (self.weights**2).sum()) if len(self.weights) else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,19 +77,19 @@ class Judges:
 
 
 def find_judges(reference: Reference, model: Answerer, seconds: float | None = None) -> Judges:
-    """The judging questions of a run: its dev part, and of a small one's training part as many as ``seconds`` allow.
+    """The judging questions of a run: its dev set and, if that is small, as many training questions as ``seconds`` allow.
 
-    ``model`` is the float model; it answers them all. Contexts that the dev part or the held-out
-    questions ask about are left out. Without a training part to be had, the dev part judges alone.
+    ``model`` is the float model; it answers them all. Contexts of the dev set and of the held-out questions are left out.
+    If the training data are not available, the dev set judges alone.
     """
     dev = reference.choosing
     further = _training_part(reference, dev) if reference.dev and len(dev) < ENOUGH else []
-    allow = reference.checkpoint.settings.null_competes((*dev, *further))
+    allow = any_unanswerable((*dev, *further))
     started = time.monotonic()
     judged = evaluate(model, dev, allow_no_answer=allow)
     each = (time.monotonic() - started) / max(1, len(dev))
     count = min(MOST, ENOUGH - len(dev), len(further)) if further else 0
-    # Halved until it fits, so that the next search on this machine takes as many, and finds what this one kept.
+    # Halved until it fits, so that the next search on this machine takes as many and finds the kept measurements.
     while seconds is not None and count and (len(dev) + count) * each > seconds:
         count //= 2
     further = spread(further, count) if count else []
@@ -104,10 +104,10 @@ def find_judges(reference: Reference, model: Answerer, seconds: float | None = N
     )
 
 
-def weights(dev: NDArray[np.float64], training: NDArray[np.float64]) -> NDArray[np.float64]:
+def weights(dev: Float64Array, training: Float64Array) -> Float64Array:
     """Weights ``[dev + training]`` with a mean of 1 for scores ``[dev]`` and ``[training]`` of the float model.
 
-    Each class of scores, a quarter of the dev part, weighs as much as it does there, shared among all questions in it.
+    Each class of scores, a quarter of the dev set, has the same weight as there, shared among all questions in it.
     """
     every = np.concatenate([dev, training])
     if not len(training) or not len(dev):
@@ -115,7 +115,7 @@ def weights(dev: NDArray[np.float64], training: NDArray[np.float64]) -> NDArray[
     edges = np.quantile(dev, np.arange(1, _CLASSES) / _CLASSES)
     classes = np.searchsorted(edges, every, side="right")
     of_dev = np.bincount(classes[: len(dev)], minlength=_CLASSES) / len(dev)
-    # A class without dev questions (equal scores at an edge) weighs nothing, its training questions neither.
+    # A class without dev questions (equal scores at an edge) has no weight, and neither have its training questions.
     of_all = np.bincount(classes, minlength=_CLASSES) / len(every)
     return np.asarray((of_dev / np.maximum(of_all, 1e-12))[classes])
 

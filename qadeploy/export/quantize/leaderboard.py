@@ -1,24 +1,24 @@
-"""The leaderboard of a search over recipes: a row a recipe for the manifest, and the same rows as text."""
+"""The leaderboard of a search over recipes: one row per recipe for the manifest, and the same rows as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qadeploy.export.quantize.search import Candidate
+from qadeploy.export.quantize.search import MeasuredRecipe
 
 
 def leaderboard(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[MeasuredRecipe],
     known: Sequence[str],
     judged: Mapping[str, float],
     *,
     max_f1_drop: float,
     chosen: str | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each of the ``known`` recipes, those not measured too; ``judged`` holds the F1 lost on held-out questions.
+    """A row for each of the ``known`` recipes, measured or not; ``judged`` holds the F1 lost on held-out questions.
 
-    ``verdict`` says why a row was not chosen.
+    ``verdict`` says why a recipe was not chosen.
     """
     found = {candidate.recipe: candidate for candidate in candidates}
     rows: list[dict[str, Any]] = []
@@ -33,7 +33,7 @@ def leaderboard(
     return rows
 
 
-def _verdict(candidate: Candidate, held_out: float | None, max_f1_drop: float) -> str:
+def _verdict(candidate: MeasuredRecipe, held_out: float | None, max_f1_drop: float) -> str:
     if candidate.failed:
         return f"failed: {candidate.failed}"
     if not candidate.f1_lost <= max_f1_drop:
@@ -43,13 +43,15 @@ def _verdict(candidate: Candidate, held_out: float | None, max_f1_drop: float) -
     return "not the best"
 
 
-def leaderboard_lines(rows: Sequence[Mapping[str, Any]], judged_on: Mapping[str, Any]) -> list[str]:
-    """The rows of ``leaderboard`` as a table, under a line a column; ``judged_on`` as ``Judges.to_dict`` gives it."""
+def leaderboard_lines(
+    rows: Sequence[Mapping[str, Any]], judged_on: Mapping[str, Any], chosen: str | None = None
+) -> list[str]:
+    """The rows of ``leaderboard`` as a table, the chosen recipe marked; ``judged_on`` comes from ``Judges.to_dict``."""
     lines = [
         f"{'recipe':<22} {'size':>9} {'F1 change (95 %)':>24} {'one at a time, x fp32':>24} {'many, x fp32':>21}  verdict"
     ]
     for row in rows:
-        mark = "*" if row["verdict"] == "chosen" else " "
+        mark = "*" if row["recipe"] == chosen else " "
         if not row.get("size"):
             lines.append(f"{mark}{row['recipe']:<21} {row['verdict']}")
             continue
@@ -62,12 +64,12 @@ def leaderboard_lines(rows: Sequence[Mapping[str, Any]], judged_on: Mapping[str,
     training = judged_on["training"]
     asked = f"{judged_on['dev']} dev"
     if training:
-        asked += f" and {training} training questions, weighed as the dev part's (worth {judged_on['worth']:.0f} of equal weight)"
+        asked += f" and {training} training questions, weighted like the dev set (worth {judged_on['worth']:.0f} of equal weight)"
     else:
         asked += " questions"
     return [
         *lines,
-        f"F1 judged on {asked}, against the fp32 model; speeds are medians of rounds in turns (least to most)",
+        f"F1 judged on {asked}, against the fp32 model; speeds are medians of interleaved rounds (least to most)",
     ]
 
 

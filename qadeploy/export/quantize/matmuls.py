@@ -1,8 +1,7 @@
-"""The products of a graph with constant weights, Y = X W, and X as it really comes on windows of text.
+"""The matmuls of a graph with constant weights, Y = X W, and real values of X from windows of text.
 
-Everything that decides on int8 looks at these: how much rounding would harm a product, and what protects it. A product
-whose result is added to the residual stream is judged by what it does to the sum: the same error weighs less where
-the stream it joins is large.
+They decide on int8: how large the rounding error of a matmul would be, and what reduces it. A matmul whose result is added
+to the residual stream is judged by its effect on the sum: the same error matters less if the sum is large.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from qadeploy.core.windows import pad_batch
-from qadeploy.inference.session import onnxruntime
+from qadeploy.inference.session import onnxruntime, session_options
 from qadeploy.records import FloatArray, Window
 
 TOKENS = 8  # of each window
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Product:
+class MatMul:
     """A MatMul node: its name, the value that is X, and W ``[depth, columns]``.
 
-    ``joins`` is the sum of its result, bias included, and a value that is no constant; None where there is none.
+    ``joins`` is the sum of its result (with bias) and another computed value; None if there is no such sum.
     """
 
     name: str
@@ -38,11 +37,11 @@ class Product:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Activations:
-    """What products meet on windows of text, from the float model: every X whole by its ranges, and some of its rows.
+    """The inputs of matmuls on windows of text, from the float model: the ranges of every X, and some of its rows.
 
-    ``rows`` are tokens of each X by name, ``[rows, depth]``, the same ones of each, ``windows`` ``[rows]`` which window
-    each is from; ``lows`` and ``highs`` the least and largest of all its tokens, and zero, ``[windows, depth]``;
-    ``norms`` of the values that products join, by name, ``[rows]``.
+    ``rows`` are tokens of each X by name, ``[rows, depth]``, the same tokens of each; ``windows`` ``[rows]`` is the window
+    of each; ``lows`` and ``highs`` are the least and largest of all its tokens, and zero, ``[windows, depth]``;
+    ``norms`` are those of the sums that matmuls join, by name, ``[rows]``.
     """
 
     rows: Mapping[str, FloatArray]
@@ -57,14 +56,14 @@ class Activations:
 
     def error(
         self,
-        products: Sequence[Product],
+        matmuls: Sequence[MatMul],
         scales: FloatArray | None = None,
         float_rows: NDArray[np.int64] | None = None,
     ) -> float:
-        """The ``rounding_error`` of products that read one X, taken together; each window has ranges of its own."""
-        source = products[0].source
-        weight = np.concatenate([p.weight for p in products], axis=1)
-        joins = products[0].joins if len(products) == 1 else None
+        """The ``rounding_error`` of matmuls that read one X, taken together; each window has ranges of its own."""
+        source = matmuls[0].source
+        weight = np.concatenate([p.weight for p in matmuls], axis=1)
+        joins = matmuls[0].joins if len(matmuls) == 1 else None
         lows, highs = self.lows[source], self.highs[source]
         if scales is not None:
             lows, highs = lows / scales, highs / scales
@@ -74,8 +73,8 @@ class Activations:
         return rounding_error(self.rows[source], weight, scales, float_rows, self.norms.get(joins or ""), ranges)
 
 
-def find_products(proto: onnx.ModelProto) -> list[Product]:
-    """Every MatMul of two dimensions with constant weights, in the order of the graph."""
+def find_matmuls(proto: onnx.ModelProto) -> list[MatMul]:
+    """Every MatMul node with constant weights of two dimensions, in the order of the graph."""
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in proto.graph.node:
@@ -91,24 +90,22 @@ def find_products(proto: onnx.ModelProto) -> list[Product]:
         return None
 
     return [
-        Product(node.name, node.input[0], numpy_helper.to_array(constants[node.input[1]]), joins(node.output[0]))
+        MatMul(node.name, node.input[0], numpy_helper.to_array(constants[node.input[1]]), joins(node.output[0]))
         for node in proto.graph.node
         if node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 2
     ]
 
 
 def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
-    """Runs the float model on the windows; ``TOKENS`` of each, evenly spread, are kept."""
+    """Runs the float model on the windows and keeps ``TOKENS`` of each, evenly spread."""
     proto = onnx.load_model_from_string(model)
-    products = find_products(proto)
-    sources = list(dict.fromkeys(p.source for p in products))
-    names = list(dict.fromkeys([*sources, *(p.joins for p in products if p.joins)]))
+    matmuls = find_matmuls(proto)
+    sources = list(dict.fromkeys(p.source for p in matmuls))
+    names = list(dict.fromkeys([*sources, *(p.joins for p in matmuls if p.joins)]))
     known = {output.name for output in proto.graph.output}
     proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in known)
     ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
     taken = [i.name for i in session.get_inputs()]
     kept: dict[str, list[FloatArray]] = defaultdict(list)
     lows: dict[str, list[FloatArray]] = defaultdict(list)
@@ -130,7 +127,7 @@ def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
         np.asarray(numbers, dtype=np.int64),
         {name: np.stack(lows[name]) for name in sources},
         {name: np.stack(highs[name]) for name in sources},
-        {p.joins: np.linalg.norm(whole[p.joins], axis=1) for p in products if p.joins},
+        {p.joins: np.linalg.norm(whole[p.joins], axis=1) for p in matmuls if p.joins},
     )
 
 
@@ -144,13 +141,13 @@ def rounding_error(
 ) -> float:
     """Relative error of X W under dynamic int8; ``[rows, depth]``, ``[depth, columns]``.
 
-    It is the root mean square over rows of ||y - y8|| / ||y||: every token counts the same, or the few with huge values
-    (separators, mostly) would hide what happens to the others. ``norms`` ``[rows]`` stand in for ||y|| where given.
+    It is the root mean square over rows of ||y - y8|| / ||y||: every token counts the same, because the few with huge values
+    (mostly separators) would hide what happens to the others. ``norms`` ``[rows]``, if given, replace ||y||.
 
-    Int8 rounds X with one scale a tensor and W with one a column. ``scales`` ``[depth]`` divide X's columns and
-    multiply W's rows before; ``float_rows`` of W, with X's columns, are left out of the rounding and added in float.
-    ``ranges`` are the least and largest of the tensor that each row is from, scales and float rows regarded,
-    ``[rows]`` each; without them the rows are the tensor.
+    Int8 rounds X with one scale per tensor and W with one per column. Before that, ``scales`` ``[depth]`` divide X's columns
+    and multiply W's rows; ``float_rows`` of W, and the same columns of X, are not rounded but added in float.
+    ``ranges`` are the least and largest value of each row's tensor, after scales and float rows, ``[rows]`` each;
+    without them the rows are the tensor.
     """
     exact = inputs @ weight
     rest_inputs, rest_weight, rounded = inputs, weight, np.zeros_like(exact)

@@ -1,6 +1,6 @@
-"""How many arithmetic operations a model needs for a window: those of its matrix products, counted by PyTorch.
+"""The arithmetic operations of a model on a window: those of its matmuls, counted by PyTorch.
 
-They belong to the architecture, not to a file or a runtime: however a graph was rewritten or quantized, the useful work
+They belong to the architecture, not to a file or a runtime: however a graph is rewritten or quantized, the useful work
 is what the original model does on the window's own tokens, without padding.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ _LENGTHS = (16, 32, 64)
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """Operations of one window of n tokens: ``per_token`` n + ``per_square`` n², ``fixed`` besides.
+    """Operations of one window of n tokens: ``fixed`` + ``per_token`` n + ``per_square`` n².
 
-    A product of [m, k] by [k, n] is 2 m k n: a multiplication and an addition each.
+    A matmul of [m, k] by [k, n] is 2 m k n: a multiplication and an addition each.
     """
 
     fixed: float
@@ -37,18 +38,19 @@ class Operations:
         return float((self.fixed + self.per_token * n + self.per_square * n**2).sum())
 
 
-def count_operations(checkpoint: Path) -> Operations:
-    """Counts on the architecture of a checkpoint folder, on PyTorch's meta device: nothing is computed or loaded.
+def count_operations(checkpoint: Path, *, trust_remote_code: bool = False) -> Operations:
+    """Counts the operations of a checkpoint's architecture on PyTorch's meta device: no weights are loaded.
 
-    Raises FailureError where the architecture cannot be counted so, or the count is no square polynomial of the length
-    (attention to a local neighbourhood only).
+    ``trust_remote_code`` allows the checkpoint's own code. Raises FailureError if the operations cannot be counted, or are no
+    quadratic polynomial of the length (attention to a local neighbourhood only).
     """
     from transformers import AutoConfig, AutoModelForQuestionAnswering
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForQuestionAnswering.from_config(config, attn_implementation="eager").eval()
+            make = partial(AutoModelForQuestionAnswering.from_config, trust_remote_code=trust_remote_code)
+            model = make(config, attn_implementation="eager").eval()
         counts = [_count(model, n) for n in (*_LENGTHS, 96)]
     except Exception as error:  # an architecture may refuse the meta device in any way
         reason = " ".join(str(error).split())[:200]
@@ -56,7 +58,7 @@ def count_operations(checkpoint: Path) -> Operations:
     fixed, linear, square = np.linalg.solve(np.vander(np.asarray(_LENGTHS, float), increasing=True), counts[:3])
     found = Operations(float(round(fixed)), float(round(linear)), float(round(square)))
     if abs(found.of([96]) - counts[3]) > 1e-6 * counts[3]:
-        raise FailureError(f"{checkpoint}: its operations are no square polynomial of the window's length")
+        raise FailureError(f"{checkpoint}: its operations are no quadratic polynomial of the window's length")
     return found
 
 

@@ -19,13 +19,13 @@ from qadeploy.machine import machine
 from qadeploy.records import Window
 
 LARGE_TABLE = 1000  # rows
-BLOCK = 128  # weights that share a scale where weights alone are rounded
+BLOCK = 128  # weights that share a scale if only weights are rounded
 
 
 def quantize_embeddings(model: bytes) -> bytes:
-    """The model with large embedding tables in int8, one scale a row: Gather(rows) * Gather(scales).
+    """The model with large embedding tables in int8, one scale per row: Gather(rows) * Gather(scales).
 
-    ONNX Runtime's own quantizer gives a whole table one scale, which costs more than all of a row's.
+    ONNX Runtime's own quantizer gives a whole table one scale, which costs more accuracy.
     """
     proto = onnx.load_model_from_string(model)
     graph = proto.graph
@@ -59,9 +59,9 @@ def quantize_embeddings(model: bytes) -> bytes:
 
 
 def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = ()) -> bytes:
-    """The model with int8 weights, one scale a column, and activations rounded as they come.
+    """The model with int8 weights, one scale per column, and activations rounded as they come.
 
-    Only products with constant weights are touched: attention's own stay in float. ``float_nodes`` (names) stay too.
+    Only matmuls with constant weights change: attention's own stay in float, and so do ``float_nodes`` (names).
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -81,7 +81,7 @@ def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = ()) -> byte
 
 
 def quantize_static_int8(model: bytes, windows: Sequence[Window], float_nodes: Iterable[str] = ()) -> bytes:
-    """The model with int8 weights, one scale a column, and activations by the ranges that ``windows`` showed."""
+    """The model with int8 weights, one scale per column, and activations rounded by their ranges on ``windows``."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     taken = [i.name for i in onnx.load_model_from_string(model).graph.input]
@@ -112,7 +112,7 @@ def quantize_static_int8(model: bytes, windows: Sequence[Window], float_nodes: I
 
 
 def quantize_weights_int8(model: bytes) -> bytes:
-    """The model with 8-bit weights, one scale a ``BLOCK`` of each column; activations are rounded a block at a time."""
+    """The model with 8-bit weights, one scale per ``BLOCK`` of each column; activations are rounded block by block."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
     with _quietly():
@@ -124,7 +124,7 @@ def quantize_weights_int8(model: bytes) -> bytes:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """The quantizers warn through the root logger that they would like other shapes, and tell what they do."""
+    """Silences the quantizers, which warn through the root logger about shapes and report their steps."""
     loggers = [logging.getLogger(), logging.getLogger("onnxruntime.quantization")]
     loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("onnxruntime.")]
     levels = [logger.level for logger in loggers]

@@ -1,4 +1,4 @@
-"""The recipes that ``export --quantize`` chooses from: each makes a smaller or faster model of the exported one."""
+"""The recipes that ``export --quantize`` chooses from: each makes a smaller or faster model from the exported one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from qadeploy.export.quantize.quantizers import (
     quantize_static_int8,
     quantize_weights_int8,
 )
-from qadeploy.export.quantize.sensitivity import Harm, rank_products, worst
-from qadeploy.export.quantize.smoothquant import Protected, protect
+from qadeploy.export.quantize.sensitivity import Sensitivity, rank_matmuls, worst
+from qadeploy.export.quantize.smoothquant import SmoothedModel, smoothquant
 from qadeploy.inference.session import OnnxModel
 from qadeploy.records import Window
 
@@ -26,9 +26,9 @@ REWRITING_TOLERANCE = 1e-4
 
 @dataclass
 class Material:
-    """What recipes are made from: the exported model, its heads, and windows of training or dev text.
+    """What recipes work on: the exported model, its heads, and windows of training or dev text.
 
-    Everything costly is made when first asked for, and once.
+    Everything costly is made once, when it is first needed.
     """
 
     model: bytes
@@ -37,27 +37,27 @@ class Material:
     windows: Sequence[Window] = field(repr=False)
 
     @cached_property
-    def fused(self) -> Rewritten:
-        """The model with single-node attention, where that keeps its logits on the windows; else as it was."""
-        found = fuse_attention(self.model, self.heads or 0)  # 0, where the model does not tell, is refused below
+    def rewritten(self) -> Rewritten:
+        """The model with single-node attention if that keeps its logits on the windows; else as it was."""
+        found = fuse_attention(self.model, self.heads or 0)  # 0, if the model does not tell, is refused below
         if found.fused and self._logits_apart(found.model) > REWRITING_TOLERANCE:
             return Rewritten(self.model, 0, found.attentions, takes_mask=True)
         return found
 
     @cached_property
     def activations(self) -> Activations:
-        """What the fused model's products meet on the windows."""
-        return measure_activations(self.fused.model, self.windows)
+        """The inputs of the fused model's matmuls on the windows."""
+        return measure_activations(self.rewritten.model, self.windows)
 
     @cached_property
-    def protected(self) -> Protected:
-        """The fused model, its products made ready for int8."""
-        return protect(self.fused.model, self.activations)
+    def smoothed(self) -> SmoothedModel:
+        """The fused model with its matmuls made ready for int8."""
+        return smoothquant(self.rewritten.model, self.activations)
 
     @cached_property
-    def harms(self) -> list[Harm]:
-        """The fused model's products, the most harmed by int8 first."""
-        return rank_products(self.fused.model, self.activations)
+    def sensitivities(self) -> list[Sensitivity]:
+        """The fused model's matmuls, the one with the largest error under int8 first."""
+        return rank_matmuls(self.rewritten.model, self.activations)
 
     def _logits_apart(self, other: bytes) -> float:
         try:
@@ -65,14 +65,14 @@ class Material:
                 OnnxModel(lambda m=m: m, device="cpu", pad_token_id=self.pad_token_id).run(self.windows)  # type: ignore[misc]
                 for m in (self.model, other)
             ]
-        except Exception:  # whatever the runtime says of the rewritten graph: then it stays as it was
+        except Exception:  # if the runtime refuses the rewritten graph in any way, it is not used
             return np.inf
         return max(float(np.abs(a[i] - b[i]).max()) for a, b in zip(*runs, strict=True) for i in (0, 1))
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A recipe's model, and the products that it left in float."""
+class QuantizedModel:
+    """A recipe's model, and the matmuls that it left in float."""
 
     model: bytes
     float_nodes: tuple[str, ...] = ()
@@ -80,74 +80,72 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A way to make a model: ``precision`` is what its bundle says."""
+    """A way to make a model; ``precision`` is that of its bundle."""
 
     name: str
     what: str
     precision: str
-    make: Callable[[Material], Made]
+    make: Callable[[Material], QuantizedModel]
 
 
-def _int8(material: Material) -> Made:
-    return Made(quantize_dynamic_int8(quantize_embeddings(material.fused.model)))
+def _int8(material: Material) -> QuantizedModel:
+    return QuantizedModel(quantize_dynamic_int8(quantize_embeddings(material.rewritten.model)))
 
 
-def _protected(material: Material) -> Made:
-    kept = material.protected.float_nodes
-    return Made(quantize_dynamic_int8(quantize_embeddings(material.protected.model), kept), kept)
+def _smoothquant(material: Material) -> QuantizedModel:
+    kept = material.smoothed.float_nodes
+    return QuantizedModel(quantize_dynamic_int8(quantize_embeddings(material.smoothed.model), kept), kept)
 
 
-def _protected_mixed(material: Material) -> Made:
-    """The products with the largest error left, an eighth of them, stay in float beside their protection."""
-    left = [Harm(name, p.error) for p in material.protected.protections for name in p.products]
-    kept = (*worst(sorted(left, key=lambda h: -h.error), 1 / 8), *material.protected.float_nodes)
-    return Made(quantize_dynamic_int8(quantize_embeddings(material.protected.model), kept), kept)
+def _smoothquant_mixed(material: Material) -> QuantizedModel:
+    """The eighth of the matmuls whose error is still the largest stays in float too."""
+    left = [Sensitivity(name, p.error) for p in material.smoothed.smoothings for name in p.matmuls]
+    kept = (*worst(sorted(left, key=lambda s: -s.error), 1 / 8), *material.smoothed.float_nodes)
+    return QuantizedModel(quantize_dynamic_int8(quantize_embeddings(material.smoothed.model), kept), kept)
 
 
-def _mixed(share: float) -> Callable[[Material], Made]:
-    def make(material: Material) -> Made:
-        kept = tuple(worst(material.harms, share))
-        return Made(quantize_dynamic_int8(quantize_embeddings(material.fused.model), kept), kept)
+def _mixed(share: float) -> Callable[[Material], QuantizedModel]:
+    def make(material: Material) -> QuantizedModel:
+        kept = tuple(worst(material.sensitivities, share))
+        return QuantizedModel(quantize_dynamic_int8(quantize_embeddings(material.rewritten.model), kept), kept)
 
     return make
 
 
-def _static(material: Material) -> Made:
-    kept = material.protected.float_nodes
-    model = quantize_embeddings(material.protected.model)
-    return Made(quantize_static_int8(model, material.windows, kept), kept)
+def _static(material: Material) -> QuantizedModel:
+    kept = material.smoothed.float_nodes
+    model = quantize_embeddings(material.smoothed.model)
+    return QuantizedModel(quantize_static_int8(model, material.windows, kept), kept)
 
 
-def _weights(material: Material) -> Made:
-    return Made(quantize_weights_int8(quantize_embeddings(material.fused.model)))
+def _weights(material: Material) -> QuantizedModel:
+    return QuantizedModel(quantize_weights_int8(quantize_embeddings(material.rewritten.model)))
 
 
 _RECIPES = (
-    Recipe("int8", "dynamic int8: weights with one scale a column, activations rounded as they come", "int8", _int8),
+    Recipe("int8", "dynamic int8: weights with one scale per column, activations rounded as they come", "int8", _int8),
     Recipe(
         "int8-protected",
-        "dynamic int8 after smoothing, the few outlying channels of harmed products in float",
+        "dynamic int8 after SmoothQuant, with the few outlying channels of sensitive matmuls in float",
         "int8",
-        _protected,
+        _smoothquant,
     ),
     Recipe(
         "int8-protected-mixed",
-        "the same, with the eighth of the products that rounding still harms most in float",
+        "the same, with the eighth of the matmuls whose error is still the largest in float",
         "int8",
-        _protected_mixed,
+        _smoothquant_mixed,
     ),
     Recipe(
         "int8-mixed",
-        "dynamic int8, the quarter of the products that rounding harms most in float",
+        "dynamic int8, with the most sensitive quarter of the matmuls in float",
         "int8",
         _mixed(0.25),
     ),
-    Recipe(
-        "int8-half", "dynamic int8, the half of the products that rounding harms most in float", "int8", _mixed(0.5)
-    ),
+    Recipe("int8-half", "dynamic int8, with the most sensitive half of the matmuls in float", "int8", _mixed(0.5)),
     Recipe(
         "int8-static",
-        "int8 with the ranges of activations fixed beforehand on training windows, protected as int8-protected",
+        "int8 with SmoothQuant, the ranges of activations fixed in advance on training windows",
         "int8",
         _static,
     ),

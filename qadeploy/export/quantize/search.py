@@ -1,7 +1,7 @@
-"""The search over recipes: what every candidate costs in F1 and gains in speed on this machine, and the best of them.
+"""The search over recipes: what each costs in F1 and gains in speed on this machine, and which is best.
 
-What was measured is kept by content hash, so that a search that was cut off goes on and a second one is over at once.
-Models are not kept: the chosen one is made again, from the same bytes to the same bytes.
+Measurements are kept by content hash, so an interrupted search resumes and a repeated one ends at once.
+Models are not kept: the chosen one is made again, byte for byte the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qadeploy.data.readers import hash_examples
+from qadeploy.data.loading import hash_examples
 from qadeploy.errors import InputError
 from qadeploy.export import graph
 from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, sensitivity, smoothquant
@@ -27,9 +27,9 @@ from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
 from qadeploy.export.reference import Reference, make_answerer
 from qadeploy.files import write_json
 from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.session import onnxruntime, usable_cpus
+from qadeploy.inference.session import onnxruntime
 from qadeploy.inference.tuning import ROUNDS, SESSIONS
-from qadeploy.machine import machine
+from qadeploy.machine import machine, usable_cpus
 from qadeploy.timing import interleave, spread
 
 TARGETS = ("latency", "throughput", "size")
@@ -42,7 +42,7 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where a search stands: recipes ``done`` of ``of``, what is being done, seconds of the budget left (None: endless)."""
+    """The state of a search: recipes ``done`` of ``of``, what it is doing, seconds left of the budget (None: no limit)."""
 
     done: int
     of: int
@@ -51,13 +51,13 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A recipe's model as measured: points of F1 lost on the judging questions, speed as times the fp32 model's.
+class MeasuredRecipe:
+    """The figures of a recipe's model: points of F1 lost on the judging questions, speed as a multiple of the fp32 model's.
 
-    ``f1_lost`` is the mean by the judges' weights, ``f1_change_interval`` that of the change (gains above 0), 95 %.
-    ``latency`` is one question at a time, ``throughput`` many at once, with the least and the most of its rounds, both with the
-    better of the known session settings for it; ``session`` the settings that are better for the target. ``failed`` says why there
-    is no model.
+    ``f1_lost`` is the weighted mean, ``f1_change_interval`` the 95 % interval of the change (above 0: a gain).
+    ``latency`` is for one question at a time, ``throughput`` for many at once, with the least and the most of the rounds, each
+    with the better of the known session settings; ``session`` are the better settings for the target. ``failed`` says why
+    there is no model.
     """
 
     recipe: str
@@ -75,11 +75,11 @@ class Candidate:
     failed: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The candidate as plain JSON values."""
+        """The figures as plain JSON values."""
         return asdict(self)
 
     def speed_range(self, target: str) -> tuple[float, float]:
-        """The least and the most of the speed that the target goes by."""
+        """The least and the most of the speed that counts for the target."""
         return self.throughput_range if target == "throughput" else self.latency_range
 
 
@@ -91,7 +91,7 @@ class _Speed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Duel:
-    """The two best timed against each other once more: how often ``second``'s time goes into ``first``'s, with its range."""
+    """The two best timed against each other once more: ``first``'s time over ``second``'s, with its range."""
 
     first: str
     second: str
@@ -101,39 +101,48 @@ class Duel:
     why: str
 
 
-@dataclass
-class Search:
-    """A search over recipes for one model: ``source`` is its fp32 model.
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """What decides between recipes.
 
-    ``cache`` is where measurements are kept, ``budget`` the seconds that all may take, about.
+    Attributes:
+        max_f1_drop: Points of F1 that a recipe may lose.
+        target: One of ``TARGETS``.
+        budget: Seconds that the search may take, about, once a recipe passes; None for no limit.
+        cache: The folder of kept measurements; None keeps none.
     """
 
-    reference: Reference
-    source: bytes
-    material: Material
-    target: str
-    cache: Path | None
+    max_f1_drop: float
+    target: str = "latency"
     budget: float | None = None
-    say: Say = lambda _: None
-    on_step: Callable[[Step], object] = lambda _: None
-    _started: float = field(default_factory=time.monotonic, init=False)
-    _at: tuple[int, int] = field(default=(0, 0), init=False)
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise InputError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
 
-    def run(self, chosen: Sequence[Recipe], max_f1_drop: float, done: int = 0) -> list[Candidate]:
-        """Measures the recipes in turn until the budget is used up and one loses at most ``max_f1_drop``.
 
-        ``done`` recipes were measured before these.
-        """
-        found: list[Candidate] = []
+@dataclass
+class Search:
+    """A search over recipes for one model; ``source`` is its fp32 model."""
+
+    reference: Reference
+    source: bytes
+    material: Material
+    options: SearchOptions
+    say: Say = lambda _: None
+    on_step: Callable[[Step], object] = lambda _: None
+    _started: float = field(default_factory=time.monotonic, init=False)
+    _at: tuple[int, int] = field(default=(0, 0), init=False)
+
+    def run(self, chosen: Sequence[Recipe], done: int = 0) -> list[MeasuredRecipe]:
+        """Measures the recipes in turn until the budget is used up and one passes; ``done`` were measured before."""
+        found: list[MeasuredRecipe] = []
         of = done + len(chosen)
         for number, recipe in enumerate(chosen, done + 1):
-            if self._left() == 0 and rank(found, self.target, max_f1_drop):
+            if self._left() == 0 and rank(found, self.options):
                 self.say(
-                    f"  the budget of {self.budget:.0f} s is used up: {recipe.name} and what follows was not tried"
+                    f"  the budget of {self.options.budget:.0f} s is used up: {recipe.name} and what follows was not tried"
                 )
                 break
             self._at = (number - 1, of)
@@ -144,20 +153,22 @@ class Search:
         return found
 
     def _left(self) -> float | None:
-        return None if self.budget is None else max(0.0, self.budget - (time.monotonic() - self._started))
+        budget = self.options.budget
+        return None if budget is None else max(0.0, budget - (time.monotonic() - self._started))
 
     def step(self, doing: str) -> None:
-        """Says what is being done now."""
+        """Reports what the search is doing."""
         self.on_step(Step(*self._at, doing, self._left()))
 
     @cached_property
     def judges(self) -> Judges:
         """The questions that candidates are judged on, answered by the float model."""
         self.step("answering with the fp32 model")
-        share = None if self.budget is None else self.budget * _JUDGING / (len(RECIPES) + 1)
+        budget = self.options.budget
+        share = None if budget is None else budget * _JUDGING / (len(RECIPES) + 1)
         return find_judges(self.reference, self._floats[0], share)
 
-    def _measure(self, recipe: Recipe) -> Candidate:
+    def _measure(self, recipe: Recipe) -> MeasuredRecipe:
         judges = self.judges
         started = time.monotonic()
         try:
@@ -166,16 +177,18 @@ class Search:
             answerers = [make_answerer(self.reference, made.model, session) for session in SESSIONS]
             self.step(f"{recipe.name}: answering {len(judges.examples)} questions")
             change = judges.change(answerers[0])
-        except Exception as error:  # the quantizers raise anything on a graph that they do not know, and others may run
-            candidate = Candidate(recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        except Exception as error:  # a quantizer may raise anything on an unknown graph; the others go on
+            candidate = MeasuredRecipe(
+                recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            )
         else:
             self.step(f"{recipe.name}: timing one question at a time")
             latency = self._speeds(answerers, one=True)
             self.step(f"{recipe.name}: timing many at once")
             throughput = self._speeds(answerers, one=False)
-            deciding = throughput if self.target == "throughput" else latency
+            deciding = throughput if self.options.target == "throughput" else latency
             single, many = max(latency), max(throughput)
-            candidate = Candidate(
+            candidate = MeasuredRecipe(
                 recipe.name,
                 -change.f1,
                 change.interval,
@@ -201,7 +214,7 @@ class Search:
         return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
 
     def _speeds(self, answerers: Sequence[Answerer], *, one: bool) -> list[_Speed]:
-        """Each answerer's speed as times the fp32 model's with its better settings: interleaved rounds on dev questions."""
+        """Each answerer's speed as a multiple of the fp32 model's (its better settings): interleaved rounds, dev questions."""
         pairs = self._timed(_TIMED)
         variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(self._floats)}
         variants |= {str(i): _asking(answerer, pairs, one) for i, answerer in enumerate(answerers)}
@@ -210,18 +223,18 @@ class Search:
         ratios = [floats / np.asarray(timings[str(i)].seconds) for i in range(len(answerers))]
         return [_Speed(float(np.median(r)), float(r.min()), float(r.max())) for r in ratios]
 
-    def settle(self, ranked: Sequence[Candidate]) -> tuple[list[Candidate], Duel | None]:
-        """The ranked candidates, the first two in the order that timing them against each other gives.
+    def settle(self, ranked: Sequence[MeasuredRecipe]) -> tuple[list[MeasuredRecipe], Duel | None]:
+        """The ranked candidates, with the first two timed against each other and reordered if their ranges overlap.
 
-        Only where their ranges overlap. Where neither is clearly faster, the one that loses less F1 comes first.
+        If neither is clearly faster, the one that loses less F1 comes first.
         """
-        if self.target == "size" or len(ranked) < 2:
+        if self.options.target == "size" or len(ranked) < 2:
             return list(ranked), None
         first, second = ranked[:2]
-        if first.speed_range(self.target)[0] > second.speed_range(self.target)[1]:
+        if first.speed_range(self.options.target)[0] > second.speed_range(self.options.target)[1]:
             return list(ranked), None
         self.step(f"timing {first.recipe} against {second.recipe}")
-        pairs, one = self._timed(_DUEL_TIMED), self.target != "throughput"
+        pairs, one = self._timed(_DUEL_TIMED), self.options.target != "throughput"
         variants = {}
         for candidate in (first, second):
             model = RECIPES[candidate.recipe].make(self.material).model
@@ -241,14 +254,14 @@ class Search:
 
     @cached_property
     def _ground(self) -> str:
-        """Everything but the recipe that decides on a measurement: model, settings, questions, target, machine, code."""
+        """All that a measurement depends on besides the recipe: model, settings, questions, target, machine, code."""
         parts = (
             hashlib.sha256(self.source).hexdigest(),
             self.reference.checkpoint.settings.to_dict(),
             hash_examples(self.judges.examples),
             self.judges.dev,
             hash_examples(self.reference.choosing),
-            self.target,
+            self.options.target,
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
             [_ROUNDS, _TIMED, SESSIONS],
             [inspect.getsource(m) for m in (graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)],
@@ -256,20 +269,20 @@ class Search:
         return json.dumps(parts, sort_keys=True)
 
     def _path(self, recipe: Recipe) -> Path | None:
-        if self.cache is None:
+        if self.options.cache is None:
             return None
-        return self.cache / f"recipe-{hashlib.sha256((self._ground + recipe.name).encode()).hexdigest()}.json"
+        return self.options.cache / f"recipe-{hashlib.sha256((self._ground + recipe.name).encode()).hexdigest()}.json"
 
-    def _kept(self, recipe: Recipe) -> Candidate | None:
+    def _kept(self, recipe: Recipe) -> MeasuredRecipe | None:
         path = self._path(recipe)
         try:
             kept = json.loads(path.read_text(encoding="utf-8")) if path else None
             pairs = ("f1_change_interval", "latency_range", "throughput_range")
-            return kept and Candidate(**{**kept, **{name: tuple(kept[name]) for name in pairs}})
+            return kept and MeasuredRecipe(**{**kept, **{name: tuple(kept[name]) for name in pairs}})
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
-    def _keep(self, recipe: Recipe, candidate: Candidate) -> None:
+    def _keep(self, recipe: Recipe, candidate: MeasuredRecipe) -> None:
         path = self._path(recipe)
         if path is None or candidate.failed:
             return
@@ -280,15 +293,15 @@ class Search:
             self.say(f"  measurements are not kept: {path.parent}: {error.strerror}")
 
 
-def rank(candidates: Sequence[Candidate], target: str, max_f1_drop: float) -> list[Candidate]:
+def rank(candidates: Sequence[MeasuredRecipe], options: SearchOptions) -> list[MeasuredRecipe]:
     """The candidates that lose at most ``max_f1_drop`` points of F1, the best for the target first."""
-    sound = [c for c in candidates if not c.failed and c.f1_lost <= max_f1_drop]
-    if target == "size":
+    sound = [c for c in candidates if not c.failed and c.f1_lost <= options.max_f1_drop]
+    if options.target == "size":
         return sorted(sound, key=lambda c: (c.size, -c.latency))
-    return sorted(sound, key=lambda c: -(c.throughput if target == "throughput" else c.latency))
+    return sorted(sound, key=lambda c: -(c.throughput if options.target == "throughput" else c.latency))
 
 
-def line(candidate: Candidate) -> str:
+def line(candidate: MeasuredRecipe) -> str:
     """One line of the leaderboard."""
     if candidate.failed:
         return f"{candidate.recipe:<22} {candidate.failed}"
@@ -299,10 +312,10 @@ def line(candidate: Candidate) -> str:
 
 
 def duel_line(duel: Duel) -> str:
-    """What timing the best two against each other said."""
+    """The result of timing the best two against each other."""
     low, high = duel.ratio_range
     return (
-        f"{duel.second} against {duel.first}: x{duel.ratio:.2f} ({low:.2f} to {high:.2f}), {ROUNDS} rounds in turns: "
+        f"{duel.second} against {duel.first}: x{duel.ratio:.2f} ({low:.2f} to {high:.2f}), {ROUNDS} interleaved rounds: "
         f"{duel.chosen} is {duel.why}"
     )
 

@@ -1,7 +1,7 @@
-"""Which products of a graph int8 would hurt most: its rounding simulated on real activations.
+"""Which matmuls of a graph int8 would change most: its rounding simulated on real activations.
 
-The relative error of a product (see ``rounding_error``) is computed in numpy for inputs as they really come, from
-one run of the float graph, so ranking all products costs seconds, not one quantized model a product.
+The relative error of a matmul (see ``rounding_error``) is computed in numpy on real inputs from one run of the float
+graph, so ranking all matmuls takes seconds instead of one quantized model per matmul.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 
 import onnx
 
-from qadeploy.export.quantize.matmuls import Activations, find_products
+from qadeploy.export.quantize.matmuls import Activations, find_matmuls
 
 
 @dataclass(frozen=True, slots=True)
-class Harm:
-    """A product by name and the relative error that int8 would bring to it."""
+class Sensitivity:
+    """A matmul by name and the relative error that int8 would bring to it."""
 
     name: str
     error: float
 
 
-def rank_products(model: bytes, activations: Activations) -> list[Harm]:
-    """Every product with constant weights, the most harmed by int8 first."""
-    harms = [Harm(p.name, activations.error([p])) for p in find_products(onnx.load_model_from_string(model))]
-    return sorted(harms, key=lambda h: -h.error)
+def rank_matmuls(model: bytes, activations: Activations) -> list[Sensitivity]:
+    """Every matmul with constant weights, the one with the largest error first."""
+    found = [Sensitivity(m.name, activations.error([m])) for m in find_matmuls(onnx.load_model_from_string(model))]
+    return sorted(found, key=lambda s: -s.error)
 
 
-def worst(harms: Sequence[Harm], share: float) -> list[str]:
-    """Names of the most harmed ``share`` (0 to 1) of the products, rounded down."""
-    return [h.name for h in harms[: int(len(harms) * share)]]
+def worst(ranked: Sequence[Sensitivity], share: float) -> list[str]:
+    """Names of the first ``share`` (0 to 1) of the ranked matmuls, rounded down."""
+    return [s.name for s in ranked[: int(len(ranked) * share)]]

@@ -1,7 +1,7 @@
 """Bundles whose graph answers by itself, for callers without this package: ``NAME-spans`` and ``NAME-text``.
 
-Both are made from a bundle and hold one ``model.onnx`` beside tokenizer, card and manifest. They are written only where they
-say what the Python decoder says, on real windows and questions.
+Both are made from a bundle and hold one ``model.onnx`` beside tokenizer, card and manifest. They are only written if they
+agree with the Python decoder on real windows and questions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from qadeploy.core.decoding import decode
+from qadeploy.core.decoding import WindowLogits, decode_many
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import CONTEXT_MASK, EncodedText, Encoder, pad_batch, pad_context_masks
 from qadeploy.errors import FailureError, GateError, InputError
@@ -28,7 +28,7 @@ from qadeploy.integrations.onnx_standalone import span_head, text_graph
 from qadeploy.integrations.onnx_standalone.span_head import SpanHead, add_span_head
 from qadeploy.integrations.onnx_standalone.text_graph import text_model
 from qadeploy.integrations.onnx_standalone.wordpiece import read_wordpiece, special_tokens
-from qadeploy.records import Answer, Example, Window
+from qadeploy.records import LOGIT_NAMES, Answer, Example, Window
 from qadeploy.timing import spread
 
 QUESTIONS = 64
@@ -43,9 +43,9 @@ _NOTHING = Answer("", -1, -1, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class SpanProof:
-    """The head against the decoder: ``spans`` compared on ``windows``, of which ``different`` had others or in another order.
+    """The head compared with the decoder: ``spans`` on ``windows``, of which ``different`` had other spans or another order.
 
-    A window counts once alone and once in a padded batch, where the model takes one.
+    A window counts once alone and once in a padded batch, if the model takes one.
     ``score_difference`` is the largest difference of any span's probability in its window, absolute.
     """
 
@@ -57,16 +57,16 @@ class SpanProof:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placed:
-    """A window and the context that it is of."""
+    """A window and its context."""
 
     window: Window
     context: EncodedText
 
 
 def cut_windows(encoder: Encoder, settings: QaSettings, examples: Sequence[Example]) -> Iterator[Placed]:
-    """The windows of real questions: as the settings say, every third context cut into short ones.
+    """The windows of real questions by the settings, but every third context is cut into short ones.
 
-    A question that leaves too little room for its context has none, as it has no answer.
+    A question that leaves too little room for its context has no windows, because it has no answer.
     """
     for i, example in enumerate(examples):
         question, context = encoder.encode(example.question), encoder.encode(example.context)
@@ -81,7 +81,7 @@ def cut_windows(encoder: Encoder, settings: QaSettings, examples: Sequence[Examp
 
 
 def compare_spans(model: GraphModel, head: SpanHead, cuts: Sequence[Placed], pad_token_id: int) -> SpanProof:
-    """Runs windows alone and, where the model takes a mask, in padded batches; the decoder reads the same run's logits."""
+    """Runs windows alone and, if the model takes a mask, in padded batches; the decoder gets the same run's logits."""
     batches = [[cut] for cut in cuts]
     if "attention_mask" in model.inputs:
         batches += [list(cuts[i : i + _BATCH]) for i in range(0, len(cuts), _BATCH)]
@@ -99,19 +99,17 @@ def compare_spans(model: GraphModel, head: SpanHead, cuts: Sequence[Placed], pad
 
 
 def _compare_window(out: Outputs, cut: Placed, head: SpanHead) -> tuple[bool, int, float]:
-    """Whether the head found what the decoder finds, how many spans that are, and how far a probability was off."""
+    """Whether the head finds the decoder's spans, how many there are, and the largest difference of a probability."""
     window, context = cut.window, cut.context
-    decoded = decode(
-        [window],
-        [out["start_logits"]],
-        [out["end_logits"]],
-        context,
+    logits = [out[name] - (out[name][window.null_index] if head.relative_to_null else 0) for name in LOGIT_NAMES]
+    (decoded,) = decode_many(
+        [WindowLogits([window], logits[:1], logits[1:], context)],
         top_k=head.top_k,
         max_answer_len=head.max_answer_len,
         temperature=head.temperature,
     )
     shift = window.context_offset - window.context_begin
-    found: dict[tuple[int, int], tuple[int, int, float]] = {}  # the decoder takes spans of the same text for one
+    found: dict[tuple[int, int], tuple[int, int, float]] = {}  # the decoder counts spans of the same text once
     valid = out["span_starts"] >= 0
     for logit, first, last in zip(*(out[name][valid] for name in span_head.OUTPUTS[:3]), strict=True):
         own = int(first) + shift, int(last) + shift
@@ -133,13 +131,13 @@ def spans_in_graph(
 ) -> Bundle:
     """Writes ``out``, the bundle ``source`` with a span head, and returns it, verified.
 
-    Raises InputError on ``top_k`` below 1 and without a question to ask, FailureError on a model that the head cannot be put on, GateError where the head
-    and the decoder differ on a window of ``examples``, and then ``out`` is left as it was.
+    Raises InputError on ``top_k`` below 1 or if no question can be asked, FailureError on a model that takes no head, GateError
+    if the head and the decoder differ on a window of ``examples``; ``out`` is then left as it was.
     """
     encoder = _encoder(source)
     head = SpanHead.of(encoder, source.settings, top_k)
     made = add_span_head(source.read(MODEL), head)
-    model = GraphModel(made, source.manifest.get("session"))
+    model = GraphModel(made, source.checked.session)
     cuts = list(cut_windows(encoder, source.settings, spread(examples, QUESTIONS)))
     if not cuts:
         raise _nothing_asked(out)
@@ -151,17 +149,17 @@ def spans_in_graph(
         )
     usage = [
         f"The graph returns the {head.top_k} best spans of each window by itself, for callers without Python: it takes "
-        "`context_mask` beside the model's inputs, 1 at the tokens of the context.",
+        "`context_mask` besides the model's inputs, 1 at the tokens of the context.",
     ]
     return _write(source, out, made, model, {"kind": "spans", **head.to_dict()}, asdict(proof), usage)
 
 
 def span_line(bundle: Bundle) -> str:
-    """What was proven of a bundle with a span head, in one line."""
+    """The proof of a bundle with a span head, in one line."""
     proof = bundle.manifest["made"]["proof"]
     return (
-        f"{bundle.manifest['in_graph']['k']} spans a window from the graph itself, the decoder's on all {proof['windows']} "
-        "windows compared"
+        f"{bundle.manifest['in_graph']['k']} spans per window from the graph itself, equal to the decoder's on all {proof['windows']} "
+        "windows"
     )
 
 
@@ -170,10 +168,10 @@ def span_line(bundle: Bundle) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TextProof:
-    """The text model against the Answerer: of ``questions`` how many answers were ``equal`` (text and place).
+    """The text model compared with the Answerer: of ``questions``, how many answers are ``equal`` (text and place).
 
-    ``skipped`` are not counted in: a text of theirs holds the name of a special token, which the graph reads as
-    text. ``score_difference`` is the largest difference of a score, absolute.
+    ``skipped`` questions are not counted: a text of theirs contains the name of a special token, which the graph reads as
+    plain text. ``score_difference`` is the largest absolute difference of a score.
     """
 
     questions: int
@@ -183,7 +181,7 @@ class TextProof:
 
 
 def ask(model: GraphModel, question: str, context: str) -> Answer:
-    """One question to a text model. Places are -1 where it found no answer."""
+    """Asks a text model one question. Places are -1 if it found no answer."""
     out = model.run({"question": [question], "context": [context]})
     answer, score, start, end = (out[name][0] for name in text_graph.OUTPUTS[:4])
     return Answer(str(answer), int(start), int(end), float(score))
@@ -192,7 +190,7 @@ def ask(model: GraphModel, question: str, context: str) -> Answer:
 def compare_answers(
     model: GraphModel, answerer: Answerer, examples: Sequence[Example], special: Sequence[str]
 ) -> TextProof:
-    """Asks both the same questions, but for texts that hold one of the ``special`` tokens. What the Answerer refuses has no answer."""
+    """Asks both the same questions, except those with a ``special`` token in a text. An error of the Answerer is no answer."""
     asked = [e for e in examples if not any(token in e.question + e.context for token in special)]
     equal, apart = 0, 0.0
     for example in asked:
@@ -209,14 +207,14 @@ def compare_answers(
 def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example]) -> Bundle:
     """Writes ``out``, the bundle ``source`` as one text-in, answer-out model, and returns it, verified.
 
-    Raises InputError where its tokenizer is not BERT's WordPiece and without a question to ask, FailureError on a model that cannot be built in, GateError
-    where an answer to ``examples`` differs from the Answerer's, and then ``out`` is left as it was.
+    Raises InputError if its tokenizer is not BERT's WordPiece or no question can be asked, FailureError on a model that cannot
+    be built in, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left as it was.
     """
     tokenizer = _tokenizer(source)
     pieces = read_wordpiece(tokenizer)
     answerer = Answerer.load(source.folder, device="cpu", threads=1)
     made = text_model(source.read(MODEL), pieces, answerer.encoder, source.settings)
-    model = GraphModel(made, source.manifest.get("session"))
+    model = GraphModel(made, source.checked.session)
     proof = compare_answers(model, answerer, spread(examples, QUESTIONS), special_tokens(tokenizer))
     if not proof.questions:
         raise _nothing_asked(out)
@@ -226,18 +224,16 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example]) -> 
             f"by up to {proof.score_difference:.1e}: it was not written; take --spans-in-graph"
         )
     usage = [
-        "One file takes texts and gives the answer, in any language that ONNX Runtime has: inputs `question` and `context`, a "
+        "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
         "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`.",
     ]
     return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage)
 
 
 def text_line(bundle: Bundle) -> str:
-    """What was proven of a text model, in one line."""
+    """The proof of a text model, in one line."""
     proof = bundle.manifest["made"]["proof"]
-    return (
-        f"text in, answer out in one file, the Answerer's answers to all {proof['questions']} questions asked of both"
-    )
+    return f"text in, answer out in one file; its answers to all {proof['questions']} questions equal the Answerer's"
 
 
 # ---------------------------------------------------------------- the bundle
@@ -252,7 +248,7 @@ def add_in_graph(
     strings: bool = False,
     say: Callable[[str], object] = lambda _: None,
 ) -> list[Bundle]:
-    """Writes what is asked for of ``source``: ``PLACE-spans`` with ``spans`` spans a window, ``PLACE-text``. Returns the bundles."""
+    """Writes ``PLACE-spans`` with ``spans`` spans per window, and ``PLACE-text`` if ``strings``; returns the bundles."""
     made = []
     for end in [*(["-spans"] if spans is not None else []), *(["-text"] if strings else [])]:
         check_place(place.with_name(place.name + end))
@@ -266,9 +262,7 @@ def add_in_graph(
 
 
 def _nothing_asked(out: Path) -> InputError:
-    return InputError(
-        f"{out}: none of the questions can be asked of this model, so nothing is proven: give --eval-data FILE"
-    )
+    return InputError(f"{out}: none of the questions can be asked, so nothing can be checked: give --eval-data FILE")
 
 
 def _tokenizer(source: Bundle) -> Tokenizer:
@@ -281,7 +275,7 @@ def _encoder(source: Bundle) -> Encoder:
             f"{source.folder}: has its {source.in_graph} in the graph already: give the bundle that it was made from, "
             f"{source.manifest['made']['from']}"
         )
-    return Encoder(_tokenizer(source), source.encoder)
+    return source.load_encoder()
 
 
 def _write(

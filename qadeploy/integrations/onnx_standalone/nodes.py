@@ -1,4 +1,4 @@
-"""Writing ONNX nodes: each call makes a node and gives the name of what it computes."""
+"""Writing ONNX nodes: each call makes a node and returns the name of its output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 
 class Nodes:
-    """Nodes and constants in the order in which they were written; all names begin with ``prefix``."""
+    """Nodes and constants in the order of writing; all names begin with ``prefix``."""
 
     def __init__(self, prefix: str) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -21,20 +21,20 @@ class Nodes:
         self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
 
     def __call__(self, op: str, *inputs: str, out: str = "", domain: str = "", **attributes: Any) -> str:
-        """A node with one output, named ``out`` where given; returns its name."""
+        """Adds a node with one output, named ``out`` if given; returns its name."""
         return self.many(op, *inputs, out=(out or self._name(op),), domain=domain, **attributes)[0]
 
     def many(
         self, op: str, *inputs: str, out: tuple[str, ...] = (), outputs: int = 1, domain: str = "", **attributes: Any
     ) -> tuple[str, ...]:
-        """A node with several outputs; returns their names."""
+        """Adds a node with several outputs; returns their names."""
         names = out or tuple(self._name(op) for _ in range(outputs))
         node = helper.make_node(op, list(inputs), list(names), self._name(op), domain=domain, **attributes)
         self.nodes.append(node)
         return names
 
     def constant(self, value: ArrayLike, kind: type = np.int64) -> str:
-        """A constant of this kind (str for text); equal ones are kept once."""
+        """A constant of this kind (str for text); equal ones are stored once."""
         array: NDArray[Any] = np.asarray(value, dtype=object if kind is str else kind)
         key = (kind.__name__, array.shape, repr(array.tolist()).encode() if kind is str else array.tobytes())
         if key not in self._known:
@@ -53,5 +53,5 @@ class Nodes:
 
 
 def default_opset(proto: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators that a model asks for."""
+    """The version of ONNX's own operators that a model requires."""
     return max((o.version for o in proto.opset_import if o.domain in {"", "ai.onnx"}), default=0)

@@ -3,17 +3,17 @@
 Inputs: ``question`` and ``context``, a string ``[1]`` each. Outputs, ``[1]`` each:
 
     answer           string   the best answer, cut out of the context
-    score            float32  its probability, as the Answerer's
-    start, end       int64    where it stands in the context, in code points, the end exclusive; -1 where there is none
-    null_difference  float32  the null logit minus the best span's: "no answer" where it exceeds the null threshold
+    score            float32  its probability, equal to the Answerer's
+    start, end       int64    its place in the context in code points, the end exclusive; -1 if there is none
+    null_difference  float32  the null logit minus the best span's: "no answer" if it exceeds the null threshold
 
-Without an answer (no token in the context, a question that fills the window, or one that leaves no more of it than
-``doc_stride``) the answer is empty, the score 0. The score is NaN where the model's logits are.
+Without an answer (no token in the context, or a question that leaves it no room) the answer is empty and the score 0.
+The score is NaN if the model's logits are.
 
 Characters come from com.microsoft's ``Tokenizer``, symbols and tokens from look-ups in the tables of ``wordpiece``; the
-model is the body of a loop over the windows, each alone and unpadded, as the runtime runs them, so the logits are its
-logits. onnxruntime-extensions is not used: its BertTokenizer (0.15.2) counts offsets in another text than the one given,
-takes letters apart otherwise than BERT's own tokenizer, and cannot be loaded from JavaScript.
+model is the body of a loop over the windows, each alone and unpadded like in the runtime, so the logits are equal.
+onnxruntime-extensions is not used: its BertTokenizer (0.15.2) counts offsets in a different text than the given one,
+splits letters differently from BERT's own tokenizer, and cannot be loaded from JavaScript.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from qadeploy.core.windows import Encoder
 from qadeploy.errors import FailureError, InputError
 from qadeploy.integrations.onnx_standalone.nodes import Nodes, default_opset
 from qadeploy.integrations.onnx_standalone.wordpiece import SPACE, WordPiece
+from qadeploy.records import LOGIT_NAMES
 
 INPUTS = ("question", "context")
 OUTPUTS = ("answer", "score", "start", "end", "null_difference")
@@ -63,7 +64,7 @@ _KINDS = {
 def text_model(model: bytes, pieces: WordPiece, encoder: Encoder, settings: QaSettings) -> bytes:
     """The model as text in, answer out. ``pieces`` are the tables of the encoder's tokenizer.
 
-    Raises FailureError on a model that cannot be the body of the loop, InputError where the context stands first.
+    Raises FailureError on a model that cannot be the body of the loop, InputError if the context comes first.
     """
     if encoder.config.context_first:
         raise InputError("strings-in-graph: this model takes the context before the question: take spans-in-graph")
@@ -89,7 +90,7 @@ def text_model(model: bytes, pieces: WordPiece, encoder: Encoder, settings: QaSe
 
 
 def _raise_opset(proto: onnx.ModelProto) -> None:
-    """Asks for opset 20 at least, where that changes nothing for the model's own nodes."""
+    """Requires opset 20 at least; FailureError if that would change the model's own nodes."""
     opset = default_opset(proto)
     if opset < _OLDEST:
         raise FailureError(f"the model's operators are of opset {opset}, a text model needs {_OLDEST}: export it again")
@@ -98,7 +99,7 @@ def _raise_opset(proto: onnx.ModelProto) -> None:
             versions = {defs.get_schema(node.op_type, each, "").since_version for each in (opset, _OPSET)}
             if len(versions) > 1:
                 raise FailureError(
-                    f"the model's {node.op_type} means something else in opset {_OPSET}, which a text model needs: "
+                    f"the model's {node.op_type} has another meaning in opset {_OPSET}, which a text model needs: "
                     "take spans-in-graph"
                 )
     for entry in proto.opset_import:
@@ -148,11 +149,11 @@ def _tokenise(n: Nodes, pieces: WordPiece, question: str, context: str) -> tuple
     begins = n("Or", alone, n("And", letter, n("Not", before)))
     number, length = _longest_pieces(n, pieces, symbol, begins, space, size)
 
-    # The places where pieces begin, walking from each word's begin by the longest piece; in rounds of twice as many steps.
+    # The places where pieces begin, walking from the start of each word by the longest piece; each round doubles the steps.
     position = n("Range", n.constant(0), n("Squeeze", size), n.constant(1))
     fails = n("Equal", length, n.constant(0))
     onward = n("Where", fails, size, n("Add", position, length))
-    onward = n("Concat", onward, size, axis=0)  # behind the last symbol one goes nowhere
+    onward = n("Concat", onward, size, axis=0)  # the last symbol leads nowhere
     reached = n("Concat", n("Cast", begins, to=TensorProto.INT64), zero, axis=0)
     for _ in range(math.ceil(math.log2(pieces.longest_word + 1))):
         met = n("Where", n("Cast", reached, to=TensorProto.BOOL), onward, size)
@@ -189,8 +190,8 @@ def _tokenise(n: Nodes, pieces: WordPiece, question: str, context: str) -> tuple
 
 
 def _longest_pieces(n: Nodes, pieces: WordPiece, symbol: str, begins: str, space: str, size: str) -> tuple[str, str]:
-    """``[symbols]``: id and length of the longest piece that begins at each; the length is 0 where there is none."""
-    # A piece ends with its word: there the symbols that follow are unknown letters, which no piece has.
+    """``[symbols]``: id and length of the longest piece that begins at each; the length is 0 if there is none."""
+    # A piece ends with its word: the symbols after it become unknown letters, which no piece has.
     inner = n("Where", n("Or", begins, space), n.constant(0), symbol)
     ahead = n("Concat", inner, n.constant(np.zeros(pieces.longest)), axis=0)
     states = n.constant(pieces.ids)
@@ -254,10 +255,12 @@ def _read(
     length, frame = settings.max_answer_len, encoder.frame
     total, asked = _size(n, context), _size(n, question)
     room = n("Sub", n.constant([settings.max_seq_len - encoder.special_tokens]), asked)
-    step = n("Sub", room, n.constant([settings.doc_stride]))
-    safe = n("Max", step, one)
-    more = n("Div", n("Sub", n("Add", n("Sub", total, room), safe), one), safe)
-    several = n("Where", n("Less", step, one), zero, n("Add", more, one))
+    stride = n.constant([settings.doc_stride])
+    stride = n("Where", n("Less", stride, room), stride, n("Div", room, n.constant([2])))
+    step = n("Max", n("Sub", room, stride), one)
+    more = n("Div", n("Sub", n("Add", n("Sub", total, room), step), one), step)
+    # A doc_stride that no question allows is an error in Python.
+    several = n("Add", more, one) if settings.doc_stride < settings.max_seq_len else zero
     windows = n("Where", n("LessOrEqual", total, room), n("Min", total, one), several)
     windows = n("Where", n("Less", room, one), zero, windows)
     nothing = n.constant(-np.inf, np.float32)
@@ -289,9 +292,13 @@ def _read(
         b("Cast", b("Unsqueeze", values[each.name], b0), to=kind, out=each.name)
     b.nodes.extend(model.node)
     b.constants.extend(model.initializer)
-    # The rows of the table that this window knows of: its spans, where they are better than a window's before.
+    # The rows of the table that this window covers: its spans, if they are better than those of earlier windows.
     first = b("Add", b.constant([len(frame.before) + len(frame.between)]), asked)
-    row = [b("Squeeze", b("Cast", name, to=TensorProto.FLOAT), b0) for name in ("start_logits", "end_logits")]
+    row = [b("Squeeze", b("Cast", name, to=TensorProto.FLOAT), b0) for name in LOGIT_NAMES]
+    asked_at = encoder.windows(encoder.encode("what"), encoder.encode("a"), max_seq_len=encoder.config.position_limit)
+    at = b.constant(asked_at[0].null_index)
+    if settings.relative_to_null:
+        row = [b("Sub", each, b("Gather", each, at)) for each in row]
     starts, ends = (b("Slice", each, first, b("Add", first, size)) for each in row)
     beyond = b("Concat", ends, b.constant(np.full(length - 1, -np.inf), np.float32), axis=0)
     positions = b("Range", b.constant(0), b("Squeeze", size), b.constant(1))
@@ -300,8 +307,6 @@ def _read(
     best = b("Max", b("Slice", "read/table", begin, end), spans)
     above, below = b("Slice", "read/table", b0, begin), b("Slice", "read/table", end, total)
     merged = b("Concat", above, best, below, axis=0)
-    asked_at = encoder.windows(encoder.encode("what"), encoder.encode("a"), max_seq_len=encoder.config.position_limit)
-    at = b.constant(asked_at[0].null_index)
     null = b("Min", "read/null", b("Add", *(b("Gather", each, at) for each in row)))
     on = b("Identity", "read/on")
     carried = [("read/table", TensorProto.FLOAT, [None, length]), ("read/null", TensorProto.FLOAT, [])]
@@ -315,7 +320,7 @@ def _answer(n: Nodes, settings: QaSettings, table: str, null: str, begins: str, 
     """The graph's outputs: the best cell of the table, its probability and its text."""
     zero, one, double = n.constant([0]), n.constant([1]), TensorProto.DOUBLE
     nothing, length = n.constant([-np.inf], np.float32), n.constant(settings.max_answer_len)
-    # One cell more, which is taken where no other is valid; it stands for the place -1.
+    # One more cell, taken if no other is valid; it means the place -1.
     flat = n("Concat", n("Reshape", table, n.constant([-1])), nothing, axis=0)
     best = n("ArgMax", flat, axis=0, keepdims=1)
     logit = n("Gather", flat, best)
@@ -333,7 +338,7 @@ def _answer(n: Nodes, settings: QaSettings, table: str, null: str, begins: str, 
     end = n("Gather", n("Concat", ends, nowhere, axis=0), last, out="end")
     n("Where", there, n("Sub", null, peak), n.constant([np.inf], np.float32), out="null_difference")
 
-    # Characters are joined by twos, until one text is left.
+    # Characters are joined in pairs until one text is left.
     letters = n("Slice", characters, n("Max", start, zero), n("Max", end, zero))
     letters = n("Concat", letters, n.constant([""], str), axis=0)
     b = Nodes("text/join/")

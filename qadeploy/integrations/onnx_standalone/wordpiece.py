@@ -1,9 +1,9 @@
 """A WordPiece tokenizer as tables of numbers, for a graph that tokenises by look-ups.
 
-Every table is asked of the tokenizer itself: each code point is normalised and pre-tokenised by it, alone, which says all,
-since BERT's normaliser and pre-tokenizer look at one character at a time. (Only the order of combining marks is not: two
-marks of which one is no accent may change places.) The pieces of the vocabulary become a trie over symbols, so that
-the longest piece at a place is found by walking it (Song et al. 2021, "Fast WordPiece Tokenization", without its failure links).
+The tables come from the tokenizer itself: it normalises and pre-tokenises each code point alone, which is enough because
+BERT's normaliser and pre-tokenizer look at one character at a time. (The only exception is the order of combining marks: two
+marks may swap if one is no accent.) The pieces of the vocabulary become a trie over symbols, in which the longest piece at a
+place is found by walking (Song et al. 2021, "Fast WordPiece Tokenization", without its failure links).
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from tokenizers import Tokenizer
 from qadeploy.errors import InputError
 from qadeploy.records import IntArray
 
-# Symbols: what a normalised character is to the tokenizer. Those of the vocabulary follow.
-LETTER, ALONE, SPACE = 0, 1, 2  # an unknown one inside a word; an unknown one that is a word by itself; white space
+# Symbols of normalised characters; those of the vocabulary follow.
+LETTER, ALONE, SPACE = 0, 1, 2  # unknown, in a word; unknown, a word by itself; white space
 _FIRST = 3
-# All code points but the surrogates, and planes 4 to 13, which hold nothing.
+# All code points except the surrogates and the empty planes 4 to 13.
 _CODES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, sys.maxunicode + 1))
 _BAR = "|"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WordPiece:
-    """``characters`` to rows of ``rows`` ``[rows, width]``: the symbols of a character, filled up with -1.
+    """``characters`` maps to rows of ``rows`` ``[rows, width]``: the symbols of a character, padded with -1.
 
-    Any other character is row 0. ``alone`` ``[symbols]`` says which symbols are words by themselves. The trie: ``steps`` is
-    state x symbols + symbol to the next state; states 0 (nothing), 1 (a word's begin), 2 (inside a word); ``ids``
-    ``[states]`` is the token that a state completes, -1 for none. Words longer than ``longest_word`` symbols and words that
-    the pieces do not make up are ``unknown_id``. ``longest`` is the longest piece in symbols.
+    All other characters are row 0. ``alone`` ``[symbols]`` says which symbols are words by themselves. The trie: ``steps`` is
+    state x symbols + symbol to the next state; states 0 (nothing), 1 (start of a word), 2 (inside a word); ``ids``
+    ``[states]`` is the token that a state completes, or -1. Words longer than ``longest_word`` symbols, and words that the
+    pieces cannot form, are ``unknown_id``. ``longest`` is the longest piece in symbols.
     """
 
     characters: dict[str, int]
@@ -48,12 +48,12 @@ class WordPiece:
 
     @property
     def symbols(self) -> int:
-        """How many symbols there are."""
+        """The number of symbols."""
         return len(self.alone)
 
 
 def read_wordpiece(tokenizer: Tokenizer) -> WordPiece:
-    """The tables of a tokenizer. Raises InputError, naming its kind, where it is no WordPiece one as BERT's."""
+    """The tables of a tokenizer. Raises InputError, which names its kind, if it is not BERT's WordPiece."""
     model = check_wordpiece(tokenizer)
     prefix, vocabulary = model["continuing_subword_prefix"], model["vocab"]
     special = set(special_tokens(tokenizer))
@@ -80,7 +80,7 @@ def read_wordpiece(tokenizer: Tokenizer) -> WordPiece:
 
 
 def check_wordpiece(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The model of a WordPiece tokenizer as BERT's, as ``tokenizer.json`` writes it; InputError, naming its kind, on any other."""
+    """The model of BERT's WordPiece tokenizer as stored in ``tokenizer.json``. Raises InputError, which names the kind."""
     stored = json.loads(tokenizer.to_str())
     model = stored["model"]
     kinds = {part: (stored[part] or {}).get("type", "none") for part in ("model", "normalizer", "pre_tokenizer")}
@@ -94,17 +94,17 @@ def check_wordpiece(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _normalised(tokenizer: Tokenizer) -> dict[str, str]:
-    """Each code point that there is, normalised between bars, which keep combining marks apart."""
+    """Each code point, normalised between bars, which keep combining marks apart."""
     normalise = tokenizer.normalizer.normalize_str
     letters = [chr(code) for codes in _CODES for code in codes if chr(code) != _BAR]
     texts = normalise(_BAR.join(letters)).split(_BAR)
     if len(texts) != len(letters):
-        texts = [normalise(letter) for letter in letters]  # a bar is no bar to this one
+        texts = [normalise(letter) for letter in letters]  # this one changes bars
     return {_BAR: normalise(_BAR), **dict(zip(letters, texts, strict=True))}
 
 
 def _kinds(tokenizer: Tokenizer, letters: list[str]) -> dict[str, int]:
-    """Whether the pre-tokenizer takes a character as part of a word (LETTER), as one (ALONE), or as none (SPACE)."""
+    """Whether a character is part of a word (LETTER), a word (ALONE) or none (SPACE) to the pre-tokenizer."""
     line = "a" + "".join(letter + "a" for letter in letters)
     inside, alone = set[int](), set[int]()
     for _, (begin, end) in tokenizer.pre_tokenizer.pre_tokenize_str(line):
@@ -144,7 +144,7 @@ def _trie(pieces: dict[str, int], prefix: str, symbol: dict[str, int]) -> tuple[
         inside = piece.startswith(prefix) and len(piece) > len(prefix)
         text = piece.removeprefix(prefix) if inside else piece
         if not text or any(letter not in symbol for letter in text):
-            continue  # with white space in it no word is like it
+            continue  # no word contains white space
         state = 2 if inside else 1
         for letter in text:
             key = state * symbols + symbol[letter]
@@ -158,5 +158,5 @@ def _trie(pieces: dict[str, int], prefix: str, symbol: dict[str, int]) -> tuple[
 
 
 def special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """The tokens that a tokenizer finds in any text before all else, such as ``[SEP]``; a graph takes them for text."""
+    """The tokens that a tokenizer finds in any text first, such as ``[SEP]``; a graph takes them for plain text."""
     return [token.content for token in tokenizer.get_added_tokens_decoder().values()]

@@ -1,4 +1,4 @@
-"""Triton's config.pbtxt for a model, written and read with Triton's own schema, held against the model.
+"""Triton's config.pbtxt for a model, written and read with Triton's own schema, and checked against the model.
 
 The schema is ``ModelConfig`` of model_config.proto, which the ``tritonclient`` package brings compiled. What the ONNX
 Runtime backend understands: https://github.com/triton-inference-server/onnxruntime_backend#other-optimization-options-with-onnx-runtime;
@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import Any
 
 from qadeploy.errors import BundleError, InputError, MissingExtraError
-from qadeploy.inference.session import onnxruntime
+from qadeploy.inference.session import onnxruntime, session_options
 
 CONFIG = "config.pbtxt"
 BACKEND = "onnxruntime"
-# A parameter a version, so that a client can tell which bundle answers it. Triton returns parameters that it does not know.
+# One parameter per version tells a client which bundle answers. Triton returns parameters that it does not know.
 BUNDLE_PARAMETER = "qadeploy_bundle_"
 # The columns "Model Config" and "ONNX Runtime" of the table of data types in model_configuration.md.
 _TYPES = {
@@ -32,13 +32,13 @@ _TYPES = {
     "tensor(double)": "TYPE_FP64",
     "tensor(string)": "TYPE_STRING",
 }
-_WARM_TOKENS = 32  # the kernels and arenas are there after any run; a short one costs least
+_WARM_TOKENS = 32  # any run creates kernels and arenas; a short one costs least
 _PROTO = "tritonclient.grpc.model_config_pb2"
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input or output as Triton names it: ``dims`` are without the batch, -1 stands for any size."""
+    """An input or output as Triton names it: ``dims`` exclude the batch, -1 means any size."""
 
     name: str
     data_type: str
@@ -50,7 +50,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """The inputs and outputs of a model, in its order."""
+    """The inputs and outputs of a model, in order."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
@@ -58,9 +58,9 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """How Triton shall run a model.
+    """How Triton runs a model.
 
-    ``max_batch`` is the most windows of one run, ``delay`` how long a request may wait for others to join it
+    ``max_batch`` is the most windows per run, ``delay`` how long a request may wait for others to join it
     (microseconds; None: none are joined). ``gpu`` puts an instance on every GPU, else there are ``instances``
     on the CPU, each with ``threads`` threads.
     """
@@ -73,18 +73,16 @@ class Running:
 
 
 def tensors_of(model: bytes) -> Tensors:
-    """The inputs and outputs of an ONNX model, as ONNX Runtime tells them.
+    """The inputs and outputs of an ONNX model, according to ONNX Runtime.
 
-    Raises BundleError where it cannot load the model, where a tensor has no batch of any size in front, or is of a type that
-    Triton does not know.
+    Raises BundleError if it cannot load the model, or a tensor has no leading batch of any size or a type unknown to Triton.
     """
     ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is only asked for its names
+    options = session_options()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # only its names are read
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the binding raises one class a status code, all of them bare
+    except Exception as error:  # the binding raises one class per status code, without a common base
         raise BundleError(f"model.onnx: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
     return Tensors(tuple(map(_tensor, session.get_inputs())), tuple(map(_tensor, session.get_outputs())))
 
@@ -93,12 +91,12 @@ def _tensor(node: Any) -> Tensor:
     if node.type not in _TYPES:
         raise BundleError(f"model.onnx: {node.name} is {node.type}, which Triton does not take")
     if len(node.shape) < 2 or isinstance(node.shape[0], int):
-        raise BundleError(f"model.onnx: {node.name} is {list(node.shape)}: Triton needs a batch of any size in front")
+        raise BundleError(f"model.onnx: {node.name} is {list(node.shape)}: Triton needs a leading batch of any size")
     return Tensor(node.name, _TYPES[node.type], tuple(d if isinstance(d, int) else -1 for d in node.shape[1:]))
 
 
 def write_config(name: str, tensors: Tensors, running: Running, remarks: Sequence[str]) -> str:
-    """The text of config.pbtxt, ``remarks`` above it as comments. Raises MissingExtraError."""
+    """The text of config.pbtxt, with ``remarks`` as comments above it. Raises MissingExtraError."""
     schema = require_schema()
     config = schema.ModelConfig(name=name, backend=BACKEND, max_batch_size=running.max_batch)
     for kind, field in ((tensors.inputs, config.input), (tensors.outputs, config.output)):
@@ -126,30 +124,30 @@ def write_config(name: str, tensors: Tensors, running: Running, remarks: Sequenc
 
 
 def bundle_parameter(version: int, bundle_hash: str) -> str:
-    """The lines of config.pbtxt that say which bundle a version is; to be added at the end."""
+    """The lines to append to config.pbtxt that say which bundle a version is."""
     config = require_schema().ModelConfig()
     config.parameters[f"{BUNDLE_PARAMETER}{version}"].string_value = bundle_hash
     return str(_text_format().MessageToString(config))
 
 
 def check_config(text: str, place: Path, tensors: Tensors) -> Any:
-    """Reads a config.pbtxt by Triton's schema and holds it against a model; returns the ``ModelConfig`` message.
+    """Reads a config.pbtxt by Triton's schema and checks it against a model; returns the ``ModelConfig`` message.
 
-    Raises InputError where it is no such file, or names another backend, a batch of none, or other tensors
-    than the model's: names, data types and shapes.
+    Raises InputError if it is no such file, or has another backend, no batch, or tensors whose names, data types or
+    shapes are not the model's.
     """
     config = require_schema().ModelConfig()
     try:
         _text_format().Parse(text, config)
     except _text_format().ParseError as error:
-        raise InputError(f"{place}: line {error.GetLine()}: is no model configuration of Triton's: {error}") from error
+        raise InputError(f"{place}: line {error.GetLine()}: is not a Triton model configuration: {error}") from error
     if config.name not in {"", place.parent.name}:
-        raise InputError(f"{place}: name is {config.name!r}, Triton wants the folder's, {place.parent.name!r}")
+        raise InputError(f"{place}: name is {config.name!r}, Triton requires the folder's, {place.parent.name!r}")
     if config.backend != BACKEND and config.platform != "onnxruntime_onnx":
         raise InputError(f"{place}: backend is {config.backend or config.platform!r}, a bundle needs {BACKEND!r}")
     if config.max_batch_size < 1:
         raise InputError(
-            f"{place}: max_batch_size is {config.max_batch_size}: a bundle's model takes batches, give 1 or more"
+            f"{place}: max_batch_size is {config.max_batch_size}: a bundle's model takes batches: give 1 or more"
         )
     names = require_schema().DataType.Name
     for kind, own, stated in (("input", tensors.inputs, config.input), ("output", tensors.outputs, config.output)):
@@ -169,9 +167,9 @@ def check_config(text: str, place: Path, tensors: Tensors) -> Any:
 
 
 def require_schema() -> ModuleType:
-    """Triton's schema: ``tritonclient.grpc.model_config_pb2``, by its file: importing it by name would ask for grpcio, which it does not use.
+    """Triton's schema, ``tritonclient.grpc.model_config_pb2``. Raises MissingExtraError (``triton``).
 
-    Raises MissingExtraError (``triton``).
+    It is loaded from its file, because importing it by name would require grpcio, which it does not use.
     """
     if _PROTO in sys.modules:
         return sys.modules[_PROTO]
@@ -192,7 +190,7 @@ def require_schema() -> ModuleType:
 
 
 def _text_format() -> Any:
-    require_schema()  # so that a missing protobuf is said in one place
+    require_schema()  # reports a missing protobuf
     from google.protobuf import text_format
 
     return text_format

@@ -1,8 +1,8 @@
 """A Triton model repository of bundles.
 
     REPOSITORY/NAME/config.pbtxt    how Triton runs the model, checked against it
-    REPOSITORY/NAME/1               the bundle, whole: Triton takes its model.onnx, a client its tokenizer and manifest
-    REPOSITORY/NAME/2               the bundle that was added under the same name later, which Triton then serves
+    REPOSITORY/NAME/1               the whole bundle: Triton uses its model.onnx, a client its tokenizer and manifest
+    REPOSITORY/NAME/2               a bundle added later under the same name, which Triton then serves
 
 The layout and what else may lie in it: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_repository.md.
 """
@@ -12,24 +12,20 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from qadeploy import __version__
-from qadeploy.core.windows import CONTEXT_MASK, EncodedText, Encoder, pad_batch, pad_context_masks
+from qadeploy.core.windows import CONTEXT_MASK, EncodedText, pad_batch, pad_context_masks
 from qadeploy.errors import BundleError, InputError
-from qadeploy.files import hash_file, sync_folder, write_text
-from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, TOKENIZER, Bundle, open_bundle
+from qadeploy.files import hash_file, holding, sync_folder, temporary_folder, write_text
+from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, Bundle, open_bundle
 from qadeploy.inference.cuda import batches
 from qadeploy.inference.graph_model import GraphModel
-from qadeploy.inference.layout import SessionSettings
-from qadeploy.inference.session import Logits, usable_cpus
+from qadeploy.inference.manifest import SessionSettings
 from qadeploy.integrations.triton.model_config import (
     BUNDLE_PARAMETER,
     CONFIG,
@@ -40,23 +36,23 @@ from qadeploy.integrations.triton.model_config import (
     tensors_of,
     write_config,
 )
-from qadeploy.records import Window
+from qadeploy.machine import usable_cpus
+from qadeploy.records import LOGIT_NAMES, Logits, Window
 
-# How far logits may move when windows run together. Sums in another order move fp32 by 1e-5; int8 whose scales
-# are taken from all that runs together moves by tenths and more. fp16 rounds at every step (build.half.FP16_TOLERANCE).
+# How far logits may move when windows run together. Sums in another order move fp32 by 1e-5; int8 with scales for the
+# whole batch moves by tenths and more. fp16 rounds at every step (export.parity.TOLERANCES).
 _APART = {"fp16": 0.1}
 _APART_ELSE = 1e-3
-# On a CPU batches are slower than windows one by one (docs/triton.md); whoever has others' requests to join raises it.
+# On a CPU batches are slower than single windows (docs/triton.md).
 _GPU_BATCH, _CPU_BATCH = 32, 1
 _GPU_DELAY = 500  # microseconds: a fraction of what a batch takes
 _SAMPLE_TOKENS = 128  # the longest of the windows that are run alone and together
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", CONTEXT_MASK})
-_LOGITS = ("start_logits", "end_logits")
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What ``add_bundle`` did: ``folder`` is the version's, a bundle; not ``new`` where this very bundle was there already."""
+    """What ``add_bundle`` did: ``folder`` is the version's, a bundle; it is not ``new`` if that bundle was already there."""
 
     name: str
     version: int
@@ -66,7 +62,7 @@ class Added:
 
 
 def check_repository(repository: Path) -> None:
-    """Raises InputError where no model can be added to ``repository``: it is a file, a bundle, or a single model's folder.
+    """Raises InputError if no model can be added to ``repository``: it is a file, a bundle, or a single model's folder.
 
     Raises MissingExtraError without the extra ``triton``.
     """
@@ -79,25 +75,28 @@ def check_repository(repository: Path) -> None:
 
 
 def takes(bundle: Bundle) -> bool:
-    """Whether a repository can hold the bundle: all but those with the text in the graph."""
+    """Whether a repository can hold the bundle: not if its text is in the graph."""
     return bundle.in_graph in {"", "spans"}
 
 
 def add_bundle(bundle: Bundle, repository: Path, *, max_batch: int | None = None) -> Added:
-    """Adds a verified bundle to a model repository, which is made where it is missing; other models are left alone.
+    """Adds a verified bundle to a model repository, which is created if needed; other models are not touched.
 
-    ``max_batch`` is how many windows a run may hold, of one request or of several that Triton joins (default: 32 for
+    ``max_batch`` is how many windows a run may have, of one request or of several that Triton joins (default: 32 for
     fp16, which is for GPUs, else 1).
 
-    A model of the bundle's name gets one more version, the newest, which Triton serves by default; its config.pbtxt stays
-    as it is, edited by hand or not, but for one parameter more. The bundle that is the newest already is not added again.
-    A version stands whole or not at all. Raises InputError where ``repository`` cannot hold models or the
-    config.pbtxt there is not of such a model, or the bundle has the text in its graph, or where windows may not run together as ``max_batch`` wants, BundleError, MissingExtraError (``triton``).
+    A model of the bundle's name gets a new version, which Triton serves by default; its config.pbtxt, edited by hand or not,
+    only gets one more parameter. A bundle that is already the newest version is not added again. No version is written
+    partly.
+
+    Raises InputError if ``repository`` cannot hold models, its config.pbtxt is not of such a model, the bundle has the text in
+    its graph, its windows may not run together as ``max_batch`` requires, or another command adds the same model; BundleError;
+    MissingExtraError (``triton``).
     """
     check_repository(repository)
     if not takes(bundle):
         raise InputError(
-            f"{bundle.folder}: has its {bundle.in_graph} in the graph, one question a run, where Triton needs a batch in front: "
+            f"{bundle.folder}: has its {bundle.in_graph} in the graph, one question per run, but Triton needs a leading batch: "
             f"give the bundle that it was made from, {bundle.manifest['made']['from']}, or its NAME-spans"
         )
     name = bundle.folder.resolve().name
@@ -106,6 +105,11 @@ def add_bundle(bundle: Bundle, repository: Path, *, max_batch: int | None = None
         raise InputError(f"max_batch {max_batch} is below 1")
     if not model.exists():
         return _add_model(bundle, model, max_batch)
+    with holding(model):
+        return _add_version(bundle, model, max_batch)
+
+
+def _add_version(bundle: Bundle, model: Path, max_batch: int | None) -> Added:
     place = model / CONFIG
     if not place.is_file():
         raise InputError(
@@ -113,25 +117,32 @@ def add_bundle(bundle: Bundle, repository: Path, *, max_batch: int | None = None
         )
     latest = max(_versions(model), default=0)
     if latest and _is(bundle, model / str(latest)):
-        return Added(name, latest, model / str(latest), False)
+        return Added(model.name, latest, model / str(latest), False)
     tensors = tensors_of(bundle.read(MODEL))
     text = _read(place)
     before = check_config(text, place, tensors)
+    if not any(parameter.startswith(BUNDLE_PARAMETER) for parameter in before.parameters):
+        raise InputError(
+            f"{place}: names no bundle in its parameters, so the model is not one that qadeploy added, and Triton would serve "
+            "the bundle in its place: give another repository"
+        )
     if max_batch is not None and max_batch != before.max_batch_size:
-        raise InputError(f"{place}: max_batch_size is {before.max_batch_size}, and the file is kept: change it there")
+        raise InputError(
+            f"{place}: max_batch_size is {before.max_batch_size}, and the file is not overwritten: change it there"
+        )
     effects = measure_effects(bundle)
     _require_sound(effects, before.max_batch_size, f"{place}: max_batch_size")
     version = latest + 1
-    stale = f"{BUNDLE_PARAMETER}{version}"  # of a run that was cut off before its version stood
+    stale = f"{BUNDLE_PARAMETER}{version}"  # of a run that was interrupted before its version was complete
     if stale in before.parameters:
         text = text.replace(bundle_parameter(version, before.parameters[stale].string_value), "")
     text = text.rstrip("\n") + "\n" + bundle_parameter(version, bundle.hash)
     check_config(text, place, tensors)
-    with _staging(model, str(version)) as work:
+    with temporary_folder(model / str(version)) as work:
         _copy(bundle, work)
         write_text(place, text)
         os.rename(work, model / str(version))
-    return Added(name, version, model / str(version), True, effects.remarks())
+    return Added(model.name, version, model / str(version), True, effects.remarks())
 
 
 def _add_model(bundle: Bundle, model: Path, max_batch: int | None) -> Added:
@@ -143,27 +154,18 @@ def _add_model(bundle: Bundle, model: Path, max_batch: int | None) -> Added:
     text += bundle_parameter(1, bundle.hash)
     check_config(text, model / CONFIG, tensors)
     model.parent.mkdir(parents=True, exist_ok=True)
-    # Triton takes every folder in the repository for a model, hidden or not, and does not start where one is none: half
-    # a model must not lie there. Only a repository that is a mount has no other place on its file system.
+    # Triton takes every folder in the repository for a model, even a hidden one, and does not start if one is not: a
+    # partial model must not be there. Only a repository that is a mount has no other place on its file system.
     above = model.parent.resolve().parent
     beside = above if above.stat().st_dev == model.parent.stat().st_dev else model.parent
-    with _staging(beside, model.name) as work:
+    with holding(model), temporary_folder(beside / model.name) as work:
+        if model.exists():  # another command has just added it
+            return _add_version(bundle, model, max_batch)
         _copy(bundle, work / "1")
         write_text(work / CONFIG, text)
         sync_folder(work)
         os.rename(work, model)
     return Added(model.name, 1, model / "1", True, remarks)
-
-
-@contextmanager
-def _staging(parent: Path, name: str) -> Iterator[Path]:
-    work = parent / f".{name}.{os.getpid()}.tmp"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _copy(bundle: Bundle, folder: Path) -> None:
@@ -176,7 +178,7 @@ def _copy(bundle: Bundle, folder: Path) -> None:
 
 
 def _versions(model: Path) -> list[int]:
-    """The numbers of a model's versions. Triton ignores what is no number or begins with 0, as its documentation says."""
+    """The numbers of a model's versions. Triton ignores other names and those that begin with 0."""
     names = [path.name for path in model.iterdir() if path.is_dir()]
     return [int(name) for name in names if name.isascii() and name.isdigit() and not name.startswith("0")]
 
@@ -197,25 +199,25 @@ def _require_sound(effects: Effects, max_batch: int, what: str) -> None:
     if max_batch > 1 and not effects.sound:
         raise InputError(
             f"{what} is {max_batch}, but windows of this bundle that run together move each other's logits by up to "
-            f"{effects.together:.2g}, as their activations are rounded by common scales: give 1"
+            f"{effects.together:.2g}, because their activations share scales: give 1"
         )
 
 
 def _running(bundle: Bundle, effects: Effects, max_batch: int | None) -> tuple[Running, tuple[str, ...]]:
-    """How Triton shall run a bundle's model, and why."""
+    """How Triton runs a bundle's model, and why."""
     gpu = bundle.precision == "fp16"
     size = max_batch or (_GPU_BATCH if gpu and effects.sound else _CPU_BATCH)
     _require_sound(effects, size, f"{bundle.folder}: max_batch")
     if gpu:
-        where = "An instance on each GPU, as fp16 pays there."
+        where = "One instance per GPU, where fp16 pays."
     else:
-        where = "An instance of one thread for each CPU of the machine that wrote this: set count to the server's."
+        where = "One single-threaded instance per CPU of the machine that wrote this: set count to the server's CPUs."
     if effects.sound:
-        batches = "Up to max_batch_size requests of one length run together, which pays on GPUs and costs on CPUs; "
+        batches = "Up to max_batch_size requests of equal length run together, which pays on GPUs and costs on CPUs; "
         batches += f"logits move by up to {effects.together:.1g}."
     else:
         batches = f"No batches: windows that run together move each other's logits by up to {effects.together:.2g}, "
-        batches += "as their activations are rounded by common scales."
+        batches += "because their activations share scales."
     running = Running(
         max_batch=size,
         delay=(_GPU_DELAY if gpu else 0) if effects.sound else None,
@@ -227,9 +229,9 @@ def _running(bundle: Bundle, effects: Effects, max_batch: int | None) -> tuple[R
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """How far logits move on a Triton server at most, against the bundle's own session: measured on a CPU.
+    """The most that logits move on a Triton server, compared with the bundle's own session, measured on a CPU.
 
-    ``together``: where windows run as one batch instead of alone. ``settings``: without the session settings ``unset``, for
+    ``together``: if windows run as one batch instead of alone. ``settings``: without the session settings ``unset``, for
     which Triton's backend has no parameter.
     """
 
@@ -239,26 +241,26 @@ class Effects:
     sound: bool
 
     def remarks(self) -> tuple[str, ...]:
-        """A line on what cannot be set, if anything."""
+        """A line about settings that cannot be set, if any."""
         if not self.unset:
             return ()
         what = "; ".join(self.unset)
         return (
             f"Without {what}, which Triton's ONNX Runtime backend cannot set: "
-            f"perhaps slower, and logits move by up to {self.settings:.1g}.",
+            f"it may be slower, and logits move by up to {self.settings:.1g}.",
         )
 
 
 def measure_effects(bundle: Bundle) -> Effects:
-    """Runs windows of the bundle's own card alone and together, with its session settings and without.
+    """Runs windows of the bundle's own card alone and together, with and without its session settings.
 
-    They are two of one length and a shorter one, which is padded where the model takes an ``attention_mask``.
+    Two have the same length; a shorter one is padded if the model takes an ``attention_mask``.
     """
-    stored = SessionSettings.from_manifest(bundle.manifest.get("session"))
+    stored = bundle.checked.session
     unset = [f"disabled_optimizers {', '.join(stored.disabled_optimizers)}"] if stored.disabled_optimizers else []
     unset += [f"{key} {value}" for key, value in stored.config.items()]
     if bundle.precision == "fp16":
-        unset = []  # they hold on a CPU only
+        unset = []  # they only apply to a CPU
     windows, card = _sample(bundle)
     served = _model(bundle, None)
     single = [[i] for i in range(len(windows))]
@@ -268,14 +270,14 @@ def measure_effects(bundle: Bundle) -> Effects:
     together = _apart(alone, _run(served, windows, card, joined, bundle.encoder.pad_token_id))
     settings = 0.0
     if unset:
-        own = _model(bundle, bundle.manifest.get("session"))
+        own = _model(bundle, stored)
         settings = _apart(alone, _run(own, windows, card, single, bundle.encoder.pad_token_id))
     return Effects(together, settings, tuple(unset), together <= _APART.get(bundle.precision, _APART_ELSE))
 
 
-def _model(bundle: Bundle, session: Mapping[str, Any] | None) -> GraphModel:
-    model = GraphModel(bundle.read(MODEL), session)
-    if not set(model.inputs) <= _INPUTS or not set(_LOGITS) <= set(model.outputs):
+def _model(bundle: Bundle, settings: SessionSettings | None) -> GraphModel:
+    model = GraphModel(bundle.read(MODEL), settings)
+    if not set(model.inputs) <= _INPUTS or not set(LOGIT_NAMES) <= set(model.outputs):
         raise BundleError(
             f"{bundle.folder / MODEL}: inputs {', '.join(model.inputs)} and outputs {', '.join(model.outputs)} are not those of "
             "a question-answering model: export it with qadeploy export"
@@ -286,13 +288,13 @@ def _model(bundle: Bundle, session: Mapping[str, Any] | None) -> GraphModel:
 def _run(
     model: GraphModel, windows: Sequence[Window], context: EncodedText, groups: Sequence[Sequence[int]], pad: int
 ) -> list[Logits]:
-    """Start and end logits of windows of one context, in order, those of a group in one run."""
+    """Start and end logits of windows of one context, in order; each group is one run."""
     logits: dict[int, Logits] = {}
     for group in groups:
         held = [windows[i] for i in group]
         masks = pad_context_masks(held, [context] * len(held))
         out = model.run({**pad_batch(held, pad), CONTEXT_MASK: masks})
-        starts, ends = (out[name] for name in _LOGITS)
+        starts, ends = (out[name] for name in LOGIT_NAMES)
         logits |= {i: (starts[row, : len(windows[i])], ends[row, : len(windows[i])]) for row, i in enumerate(group)}
     return [logits[i] for i in range(len(windows))]
 
@@ -303,8 +305,8 @@ def _apart(some: Sequence[Logits], others: Sequence[Logits]) -> float:
 
 
 def _sample(bundle: Bundle) -> tuple[list[Window], EncodedText]:
-    """Windows, and the card that they are of."""
-    encoder = Encoder(Tokenizer.from_str(bundle.read(TOKENIZER).decode("utf-8")), bundle.encoder)
+    """Windows of the card, and the card."""
+    encoder = bundle.load_encoder()
     card = encoder.encode(bundle.read(CARD).decode("utf-8"))
     longest = min(_SAMPLE_TOKENS, bundle.settings.max_seq_len)
 

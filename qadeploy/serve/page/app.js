@@ -1,5 +1,5 @@
-// The page of `qadeploy serve`: asks POST /v1/answer and shows the answers where they stand in the text.
-// Spans count code points, JavaScript's strings count UTF-16 units: `cut` is the only place where one becomes the other.
+// The page of `qadeploy serve`: asks POST /v1/answer and highlights the answers in the text.
+// Spans count code points, JavaScript strings count UTF-16 units: only `cut` converts one to the other.
 
 const ANSWERS = 5;
 const TOKEN = "qadeploy-token";
@@ -11,9 +11,9 @@ const page = Object.fromEntries(
 
 const state = {
   limits: {}, temperature: null, knowsNull: false, // of the model
-  examples: [], own: "", // own: what was typed, kept while an example is shown
-  shown: null, // what the answers on the page belong to: {context, question, answers, trace, chosen}
-  asking: null, // the AbortController of a request under way
+  examples: [], own: "", // own: the user's text, kept while an example is shown
+  shown: null, // what the answers on the page are for: {context, question, answers, trace, chosen}
+  asking: null, // the AbortController of the running request
   again: 0, // the timer after a 429
 };
 
@@ -78,7 +78,7 @@ async function call(path, body, signal) {
     response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Problem("The server cannot be reached. Is it still running, and are you still connected?");
+    throw new Problem("The server cannot be reached. Check that it is running and that you are connected.");
   }
   let answer = null;
   try {
@@ -87,7 +87,7 @@ async function call(path, body, signal) {
     if (error.name === "AbortError") throw error;
   }
   if (!response.ok) throw problem(response, answer);
-  if (answer === null) throw new Problem("The server sent something that is no answer. Ask again.");
+  if (answer === null) throw new Problem("The server sent an invalid response. Ask again.");
   return answer;
 }
 
@@ -96,18 +96,18 @@ function problem(response, answer) {
   const told = answer?.error ?? {};
   const found = { status, id: response.headers.get("X-Request-Id") ?? "", wait: Number(response.headers.get("Retry-After")) || 0 };
   const reason = told.message ? told.message[0].toUpperCase() + told.message.slice(1).replace(/\.?$/, ".") : "";
-  const limit = told.limit ? ` The server takes ${number(told.limit)} bytes at most.` : "";
+  const limit = told.limit ? ` The server accepts at most ${number(told.limit)} bytes.` : "";
   const words = {
-    401: sessionStorage.getItem(TOKEN) ? "The server does not know this token." : "The server asks for a token: enter it above.",
-    408: "The text did not arrive in time. Ask again, or with a shorter text.",
+    401: sessionStorage.getItem(TOKEN) ? "The server rejected this token." : "The server requires a token: enter it above.",
+    408: "The text did not arrive in time. Ask again, or use a shorter text.",
     413: `The text is too long to send.${limit} Shorten it and ask again.`,
     422: reason || "The server cannot use this text or question.",
     429: `The server is busy. Ask again in ${plural(found.wait || 1, "second")}.`,
     500: `The server failed to answer. ${reason}`,
     503: "The server is shutting down. Ask again in a moment.",
-    504: "No answer came in time. Ask again, or with a shorter text.",
+    504: "There was no answer in time. Ask again, or use a shorter text.",
   };
-  return new Problem(words[status] ?? `The server answered with status ${status}. ${reason}`, found);
+  return new Problem(words[status] ?? `The server returned status ${status}. ${reason}`, found);
 }
 
 // ---------------------------------------------------------------- text and question
@@ -115,11 +115,11 @@ function problem(response, answer) {
 function countText() {
   const points = length(page.context.value);
   const limit = state.limits.max_context_chars ?? Infinity;
-  page.count.textContent = points === 0 ? "" : points > limit ? `${number(points)} characters, ${number(limit)} at most` : plural(points, "character");
+  page.count.textContent = points === 0 ? "" : points > limit ? `${number(points)} characters, at most ${number(limit)}` : plural(points, "character");
   page.count.classList.toggle("over", points > limit);
 }
 
-/** Shows the text as one that can be edited; with `select`, the highlighted part is selected. */
+/** Shows the text in its editable form; with `select`, the highlighted part is selected. */
 function edit(select = false) {
   if (page.reading.hidden) return;
   const place = page.reading.scrollTop;
@@ -162,7 +162,7 @@ function pick(index) {
 async function ask() {
   const context = page.context.value;
   const question = page.question.value;
-  for (const [field, text, words] of [[page.context, context, "There is no text yet: paste one, or choose an example."], [page.question, question, "There is no question yet."]]) {
+  for (const [field, text, words] of [[page.context, context, "There is no text yet: paste one or choose an example."], [page.question, question, "There is no question yet."]]) {
     if (!text.trim()) {
       tell(new Problem(words));
       if (field === page.context) edit();
@@ -228,7 +228,7 @@ function show(found) {
   );
   page.facts.textContent = answers.length
     ? `${answers.length > 1 ? "Choose one to see it in the text. " : ""}Answered in ${number(Math.max(1, Math.round(milliseconds)))} ms.`
-    : "There is nothing in this text that could be an answer.";
+    : "Nothing in this text can be an answer.";
   page.result.hidden = page.trace.hidden = false;
   const best = answers[0];
   page.said.textContent = !best ? page.facts.textContent : best.text ? `Answer: ${best.text}, ${percent(best.score)}` : `No answer in this text, ${percent(best.score)}`;
@@ -245,7 +245,7 @@ function show(found) {
   if (page.trace.open) explain();
 }
 
-/** Highlights one of the answers in the text and brings it into view, without moving the page. */
+/** Highlights one of the answers in the text and scrolls to it, without moving the page. */
 function choose(index) {
   const { answers, context } = state.shown;
   state.shown.chosen = index;
@@ -274,19 +274,19 @@ async function explain() {
   const shown = state.shown;
   if (!shown) return;
   if (!shown.trace) {
-    page["trace-body"].replaceChildren(make("p", { class: "note", text: "Reading once more …" }));
+    page["trace-body"].replaceChildren(make("p", { class: "note", text: "Loading the trace …" }));
     try {
       shown.trace = (await call("/v1/answer", request(shown.context, shown.question, true))).trace;
     } catch (error) {
       if (state.shown !== shown) return;
-      page["trace-body"].replaceChildren(make("p", { class: "note", text: "The trace did not come: close this and open it again." }));
+      page["trace-body"].replaceChildren(make("p", { class: "note", text: "The trace could not be loaded: close this and open it again." }));
       tell(error);
       return;
     }
   }
   if (state.shown !== shown) return;
   const { trace } = shown;
-  const best = trace.candidates.find((candidate) => candidate.verdict.startsWith("answer 1,"));
+  const best = trace.candidates.find((candidate) => candidate.answer === 1);
   page["trace-body"].replaceChildren(numbers(trace), ...windows(trace, best), ...candidates(trace));
   reveal(page["trace-body"].querySelector(".tokens")); // now that it has a size
 }
@@ -299,15 +299,15 @@ function numbers(trace) {
     ["Windows", `${number(trace.windows.length)} of at most ${number(settings.max_seq_len)} tokens`],
     ["Longest answer", plural(settings.max_answer_len, "token")],
     ["Temperature", settings.temperature.toFixed(3)],
-    ["Logit of no answer", signed(trace.null_logit)],
-    ["Threshold of no answer", settings.null_threshold === null ? "none" : signed(settings.null_threshold)],
+    ["Null logit (no answer)", signed(trace.null_logit)],
+    ["Null threshold", settings.null_threshold === null ? "none" : signed(settings.null_threshold)],
   ];
   return make("dl", { class: "numbers" }, ...facts.map(([name, value]) => make("div", {}, make("dt", { text: name }), make("dd", { text: value }))));
 }
 
 function windows(trace, best) {
-  const title = make("h2", { text: "Where an answer begins and ends" });
-  const about = make("p", { class: "note", text: "The model gives each token a number (a logit) as the first and one as the last of the answer. The deeper the colour, the higher the number in this window." });
+  const title = make("h2", { text: "Where answers start and end" });
+  const about = make("p", { class: "note", text: "The model gives each token two numbers (logits): how well it fits as the start and as the end of an answer. The deeper the colour, the higher the logit within this window." });
   const where = make("span", { role: "status" });
   const back = make("button", { type: "button", class: "quiet", text: "Previous window" });
   const on = make("button", { type: "button", class: "quiet", text: "Next window" });
@@ -335,7 +335,7 @@ function windows(trace, best) {
   return trace.windows.length > 1 ? [title, about, make("div", { class: "pager" }, back, where, on), body] : [title, about, body];
 }
 
-/** 0 to 1 by logit: squared, since most logits lie far below the few that count. */
+/** Scales logits to 0 to 1, squared because most are far below the few that matter. */
 function scale(logits) {
   const low = Math.min(...logits);
   const range = Math.max(...logits) - low || 1;
@@ -343,7 +343,7 @@ function scale(logits) {
 }
 
 function heat(shown, span) {
-  const rows = [["start", "Begins", shown.start_logits], ["end", "Ends", shown.end_logits]].map(([kind, name, logits]) => {
+  const rows = [["start", "Start", shown.start_logits], ["end", "End", shown.end_logits]].map(([kind, name, logits]) => {
     const best = logits.indexOf(Math.max(...logits));
     const label = `${name}: highest at “${shown.pieces[best]}”, ${signed(logits[best])}; lowest ${signed(Math.min(...logits))}`;
     const cells = scale(logits).map((value, i) => make("i", { "--heat": value.toFixed(3), title: `${shown.pieces[i]} ${signed(logits[i])}` }));
@@ -353,22 +353,22 @@ function heat(shown, span) {
   const ends = scale(shown.end_logits);
   const tokens = shown.pieces.map((piece, i) => make("span", {
     class: [shown.offsets[i] ? "" : "outside", span && i >= span[0] && i <= span[1] ? "chosen" : ""].join(" ").trim() || null,
-    title: `token ${i}, id ${shown.input_ids[i]}: begins ${signed(shown.start_logits[i])}, ends ${signed(shown.end_logits[i])}`,
+    title: `token ${i}, id ${shown.input_ids[i]}: start ${signed(shown.start_logits[i])}, end ${signed(shown.end_logits[i])}`,
     "--s": starts[i].toFixed(3), "--e": ends[i].toFixed(3), text: piece,
   }));
   return [...rows, make("div", { class: "tokens", tabindex: "0", role: "group", "aria-label": "The tokens of this window" }, ...tokens)];
 }
 
-/** Scrolls a box of tokens to the chosen ones, and nothing else. */
+/** Scrolls a box of tokens to the chosen ones, without moving the page. */
 function reveal(box) {
   const chosen = box.querySelector(".chosen");
   if (chosen) box.scrollTop += chosen.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 3;
 }
 
 function candidates(trace) {
-  const head = ["Window", "Tokens", "Logit", "Text", "Why"];
+  const head = ["Window", "Tokens", "Logit", "Text", "Verdict"];
   const rows = trace.candidates.slice(0, 12).map((candidate) => make(
-    "tr", { class: candidate.verdict.startsWith("answer ") ? null : "lost" },
+    "tr", { class: candidate.answer === null ? "lost" : null },
     make("td", { class: "number", text: candidate.window }),
     make("td", { class: "number", text: candidate.tokens.join("–") }),
     make("td", { class: "number", text: signed(candidate.logit) }),
@@ -376,7 +376,7 @@ function candidates(trace) {
     make("td", { text: candidate.verdict }),
   ));
   return [
-    make("h2", { text: "The strongest spans, and what became of them" }),
+    make("h2", { text: "The strongest spans and their verdicts" }),
     make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "The strongest spans" }, make(
       "table", {},
       make("thead", {}, make("tr", {}, ...head.map((name, i) => make("th", { scope: "col", class: i < 3 ? "number" : null, text: name })))),
@@ -401,14 +401,14 @@ async function offer() {
   try {
     state.examples = await call("/static/examples.json");
   } catch {
-    return; // the page works without
+    return; // the page works without examples
   }
   page.example.append(make("option", { value: -1, text: "Your own text" }), ...state.examples.map((example, index) => make("option", { value: index, text: example.title })));
   page.example.parentElement.hidden = false;
   if (!page.context.value && !page.question.value) {
     page.example.value = 0;
     pick(0);
-  } else page.example.value = -1; // a reload kept what was typed
+  } else page.example.value = -1; // after a reload the browser keeps the text
 }
 
 page.ask.addEventListener("submit", (event) => {
@@ -459,6 +459,6 @@ document.addEventListener("keydown", (event) => {
 
 offer();
 meet().catch((error) => {
-  if (error.status === 401 && !sessionStorage.getItem(TOKEN)) unlock(); // the field says it all
+  if (error.status === 401 && !sessionStorage.getItem(TOKEN)) unlock(); // the form asks for the token
   else tell(error);
 });

@@ -1,0 +1,214 @@
+"""Parquet and arrow files as Python rows, within a budget: what they would unpack to is counted before it is unpacked.
+
+An index of a few bytes can stand for a long text, a run of one value for any number of rows. So texts stay dictionaries until
+their lengths are added up.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from qadeploy.data.parquet_pages import unpacked
+from qadeploy.data.shapes import refuse_twice
+from qadeploy.data.unpacking import Budget
+from qadeploy.data.wording import one_line
+from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.machine import usable_cpus
+
+_ROWS = 1024  # of parquet unpacked at a time
+_ROW, _CELL = 200, 8  # bytes that Python takes at least
+_ENCODINGS = ("run_end_encoded", "list_view", "large_list_view")
+
+
+def read_parquet(content: bytes, name: str) -> list[dict[str, Any]]:
+    """Reads the rows of a parquet file.
+
+    Args:
+        content: Its bytes.
+        name: The file, for errors.
+
+    Raises:
+        InputError: It cannot be read, names a column twice, or unpacks to more than a ``Budget`` allows.
+        MissingExtraError: pyarrow is not installed.
+    """
+    return _read(content, name, "parquet", _parquet_batches)
+
+
+def read_arrow(content: bytes, name: str) -> list[dict[str, Any]]:
+    """Reads the rows of an arrow file, in the stream format that ``datasets`` writes or the file format.
+
+    Args:
+        content: Its bytes.
+        name: The file, for errors.
+
+    Raises:
+        InputError: It cannot be read, names a column twice, or unpacks to more than a ``Budget`` allows.
+        MissingExtraError: pyarrow is not installed.
+    """
+    return _read(content, name, "arrow", _arrow_batches)
+
+
+def _read(content: bytes, name: str, kind: str, batches: Any) -> list[dict[str, Any]]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtraError(f"reading {kind}", "pyarrow", "parquet") from error
+    arrow.set_cpu_count(min(arrow.cpu_count(), usable_cpus()))  # of itself it knows no quota
+    budget = Budget(name, len(content))
+    rows: list[dict[str, Any]] = []
+    try:
+        for batch in batches(arrow, content, budget):
+            refuse_twice(batch.schema.names, name)
+            budget.take(_ROW * len(batch))
+            budget.take(sum(_size(column, name) for column in batch.columns))
+            rows += to_rows(batch)
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
+        raise InputError(f"{name}: not a readable {kind} file: {one_line(error)}") from error
+    return rows
+
+
+def _parquet_batches(arrow: Any, content: bytes, budget: Budget) -> Iterator[Any]:
+    source = arrow.BufferReader(content)
+    with arrow.parquet.ParquetFile(source) as file:
+        claimed = Budget(budget.name, budget.packed)
+        claimed.take(_ROW * file.metadata.num_rows)
+        for size in unpacked(content):
+            claimed.take(size)
+        columns = [file.schema.column(i) for i in range(len(file.schema))]
+        texts = [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
+    with arrow.parquet.ParquetFile(source, read_dictionary=texts) as file:
+        refuse_twice(file.schema_arrow.names, budget.name)  # also of a file without rows
+        yield from file.iter_batches(_ROWS)
+
+
+def _arrow_batches(arrow: Any, content: bytes, budget: Budget) -> Iterator[Any]:
+    stream = content[8:] if content.startswith(b"ARROW1") else content  # the file format is a stream with a frame
+    claimed = Budget(budget.name, budget.packed)
+    for message in arrow.ipc.MessageReader.open_stream(stream):
+        claimed.take(_unpacked(message))
+    with arrow.ipc.open_stream(stream) as reader:
+        refuse_twice(reader.schema.names, budget.name)
+        for batch in reader:
+            batch.validate(full=True)  # else damaged offsets read other memory
+            yield batch
+
+
+def _unpacked(message: Any) -> int:
+    """The bytes that the buffers of an IPC message unpack to: each compressed buffer begins with its length."""
+    if message.type not in {"record batch", "dictionary"}:
+        return 0
+    data, body = memoryview(message.metadata), memoryview(message.body)
+
+    def number(code: str, at: int) -> int:
+        return int(struct.unpack_from(f"<{code}", data, at)[0])
+
+    def member(table: int, index: int) -> int | None:
+        """The place of a member of a flatbuffers table, None if it is left out."""
+        members = table - number("i", table)
+        offset = number("H", members + 4 + 2 * index) if 4 + 2 * index < number("H", members) else 0
+        return table + offset if offset else None
+
+    def follow(table: int, index: int) -> int | None:
+        at = member(table, index)
+        return None if at is None else at + number("I", at)
+
+    batch = follow(number("I", 0), 2)
+    if batch is not None and message.type == "dictionary":
+        batch = follow(batch, 1)
+    buffers = None if batch is None else follow(batch, 2)
+    if batch is None or buffers is None or member(batch, 3) is None:  # not compressed
+        return len(body)
+    places = [struct.unpack_from("<qq", data, buffers + 4 + 16 * i) for i in range(number("I", buffers))]
+    return sum(max(struct.unpack_from("<q", body, at)[0], 0) for at, length in places if length)
+
+
+def _size(column: Any, name: str) -> int:
+    """The bytes that an array's values take at least, without making them."""
+    import pyarrow as arrow
+    from pyarrow import compute
+
+    kind = column.type
+    if str(kind).startswith(_ENCODINGS):
+        raise InputError(f"{name}: holds a column of type {kind}, which is not read: save it as plain lists or values")
+    if isinstance(column, arrow.ExtensionArray):
+        return _size(column.storage, name)
+    if arrow.types.is_struct(kind):
+        return _CELL * len(column) + sum(_size(child, name) for child in column.flatten())
+    if hasattr(column, "flatten") and hasattr(kind, "value_type"):  # lists and maps
+        return _CELL * len(column) + _size(column.flatten(), name)
+    lengths = None
+    if arrow.types.is_dictionary(kind):
+        lengths = _lengths(column.dictionary, name)
+        lengths = None if lengths is None else compute.take(lengths, column.indices)
+    else:
+        lengths = _lengths(column, name)
+    return _CELL * len(column) + (column.nbytes if lengths is None else compute.sum(lengths).as_py() or 0)
+
+
+def _lengths(values: Any, name: str) -> Any:
+    """The lengths of texts or of bytes as an arrow array, None of anything else."""
+    import pyarrow as arrow
+    from pyarrow import compute
+
+    if str(values.type) in {"string_view", "binary_view"}:  # the first number of each view
+        views = np.frombuffer(values.buffers()[1], np.int32).reshape(-1, 4)
+        return arrow.array(views[values.offset : values.offset + len(values), 0], arrow.int64())
+    try:
+        return compute.cast(compute.binary_length(values), arrow.int64())
+    except arrow.ArrowNotImplementedError:
+        return None
+
+
+def to_rows(batch: Any) -> list[dict[str, Any]]:
+    """Makes Python objects of a record batch.
+
+    A date, a time or a duration that Python cannot hold is the number that the file has for it: it is no text in any case, and
+    other columns can be used.
+
+    Args:
+        batch: A record batch of pyarrow.
+
+    Returns:
+        A dictionary per row.
+
+    Raises:
+        ValueError: A value cannot be read, e.g. a text that is not UTF-8.
+    """
+    columns: Iterable[list[Any]] = [_values(column) for column in batch.columns]
+    names = batch.schema.names
+    return [dict(zip(names, cells, strict=True)) for cells in zip(*columns, strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, OverflowError, KeyError, ImportError):  # KeyError: a time zone that is not known
+        return list(column.cast(_counted(column.type)).to_pylist())
+
+
+def _counted(kind: Any) -> Any:
+    """An arrow type with plain numbers in place of dates, times and durations."""
+    import pyarrow as arrow
+
+    types = arrow.types
+    if types.is_date32(kind) or types.is_time32(kind):
+        return arrow.int32()
+    if types.is_temporal(kind) and not types.is_interval(kind):
+        return arrow.int64()
+    if types.is_struct(kind):
+        return arrow.struct([field.with_type(_counted(field.type)) for field in kind])
+    if types.is_map(kind):
+        return arrow.map_(_counted(kind.key_type), _counted(kind.item_type))
+    if types.is_fixed_size_list(kind):
+        return arrow.list_(_counted(kind.value_type), kind.list_size)
+    if types.is_list(kind) or types.is_large_list(kind):
+        make = arrow.list_ if types.is_list(kind) else arrow.large_list
+        return make(kind.value_field.with_type(_counted(kind.value_type)))
+    return _counted(kind.value_type) if types.is_dictionary(kind) else kind

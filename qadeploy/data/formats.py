@@ -1,0 +1,345 @@
+"""Formats: files, folders and hub data sets to raw rows. ``READERS`` lists the kinds of files.
+
+What a format holds is nested in one of the ``shapes``; the content of fields is examined in ``fields``, ``loading`` and ``check``.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from qadeploy.data.arrow import read_arrow, read_parquet
+from qadeploy.data.rows import SPLITS, RawRow
+from qadeploy.data.shapes import SHAPES, is_header, numbered, refuse_twice, rows_of, rows_of_line
+from qadeploy.data.unpacking import Budget, gunzip
+from qadeploy.data.wording import one_line
+from qadeploy.errors import DataWarning, InputError, MissingExtraError
+from qadeploy.shipped import HANDBOOK
+
+_DELIMITERS = (",", ";", "\t", "|")
+_HEAD = 2**20  # characters in which the header ends
+_EXCEL_ROWS = 2**20
+_MAGIC = {
+    b"\x1f\x8b": "gzip: name it .gz",
+    b"PK\x03\x04": "a zip archive or an Excel file: unpack it, or name it .xlsx",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A kind of file: its endings, what people call it, and what reads its bytes."""
+
+    suffixes: tuple[str, ...]
+    name: str
+    read: Callable[[bytes, str], list[RawRow]]
+
+
+def load_rows(source: str, token: str | None = None) -> Iterable[RawRow]:
+    """Reads the rows of a source.
+
+    Args:
+        source: ``handbook``, a file, a folder that ``datasets`` saved, or ``hub:NAME[@CONFIG][:SPLIT]``.
+        token: An access token for the hub.
+
+    Raises:
+        InputError: The source cannot be read.
+        MissingExtraError: The format needs an optional package.
+    """
+    if source.startswith("hub:"):
+        return _hub_rows(source, token)
+    path = HANDBOOK if source == "handbook" else Path(source)
+    if not os.path.exists(path):  # false for a name too long, where Path.exists raises
+        raise InputError(f"{source}: no such file. Give a file ({_endings()}), 'handbook' or 'hub:NAME'")
+    if path.is_dir():
+        return _saved_rows(path, source)
+    return _file_rows(path, source)
+
+
+def _endings() -> str:
+    return ", ".join(suffix for reader in READERS for suffix in reader.suffixes)
+
+
+def _file_rows(path: Path, name: str) -> list[RawRow]:
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    packed = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[:-1] if packed else suffixes)[-1:] or [""]
+    reader = next((reader for reader in READERS if suffix[0] in reader.suffixes), None)
+    if reader is None:
+        raise InputError(f"{name}: unknown ending {suffix[0]!r}: use {_endings()}, or one of them with .gz")
+    try:
+        content = path.read_bytes()
+        if packed:
+            content = gunzip(content, name)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{name}: not a readable gzip file: {one_line(error)}") from error
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+    if not content.strip():
+        raise _empty(name)
+    return reader.read(content, name)
+
+
+# ---------------------------------------------------------------- text
+
+
+def _decode(content: bytes, name: str, *, windows: bool = False) -> str:
+    """The text of a file: UTF-8, or UTF-16 with its mark; with ``windows`` also Windows-1252, which Excel saves, with a warning.
+
+    Bytes are decoded as they are: universal newlines would shorten the line ends inside a quoted field and move the offsets.
+    """
+    marked = content[:2] in {b"\xff\xfe", b"\xfe\xff"}
+    try:
+        text = content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        text = _decode_windows(content, f"{name}: not UTF-8 text (byte {error.start})", _hint(content, marked), windows)
+    if text.count("\0") > len(text) // 4:
+        raise InputError(f"{name}: holds NUL characters, as UTF-16 without its mark does: save it as UTF-8")
+    if not text.strip():
+        raise _empty(name)
+    return text
+
+
+def _hint(content: bytes, marked: bool) -> str:
+    """What else bytes that are no text may be, "" if they may be in an older encoding; ``marked`` as UTF-16."""
+    known = next((what for mark, what in _MAGIC.items() if content.startswith(mark)), "")
+    if known:
+        return f", but {known}"
+    if marked or content.count(0) > len(content) // 4:
+        return ", but looks like UTF-16, cut short or without its mark: save it as UTF-8"
+    if not content.decode("utf-8", errors="ignore").isascii():
+        return ", but UTF-8 elsewhere: it is damaged there"
+    return ""
+
+
+def _decode_windows(content: bytes, problem: str, hint: str, allowed: bool) -> str:
+    """The text of bytes that are not UTF-8, in Windows-1252 if that is ``allowed``. Raises InputError otherwise."""
+    if hint:
+        raise InputError(problem + hint)
+    try:
+        text = content.decode("cp1252")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{problem}: save it as UTF-8") from error
+    if not allowed:
+        raise InputError(f"{problem}, probably Windows-1252: save it as UTF-8, e.g. iconv -f cp1252 -t utf-8")
+    warnings.warn(f"{problem}: read as Windows-1252; if letters are wrong, save it as UTF-8", DataWarning, stacklevel=2)
+    return text
+
+
+def _empty(name: str, what: str = "the file") -> InputError:
+    return InputError(f"{name}: {what} is empty; it needs at least one row with context, question and answer")
+
+
+def _json_rows(content: bytes, name: str) -> list[RawRow]:
+    text = _decode(content, name)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            first = text[: error.pos]
+            if first.lstrip().startswith("{") and "\n" in first[len(first.rstrip()) :] and "\n" not in first.strip():
+                return _lines(text)  # one object per line under a .json name
+        raise InputError(f"{name}: {_json_problem(error)}") from error
+    return rows_of(value, name)
+
+
+def _json_problem(error: ValueError | RecursionError, before: int = 0) -> str:
+    """Says where and why a text is not JSON; ``before``: how many lines of the file precede it."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {before + error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
+    return f"from line {before + 1}: not valid JSON: {one_line(error)}"  # too deep, or a number too long
+
+
+def _jsonl_rows(content: bytes, name: str) -> list[RawRow]:
+    return _lines(_decode(content, name))
+
+
+def _lines(text: str) -> list[RawRow]:
+    rows: list[RawRow] = []
+    for before, line in ((n, line) for n, line in enumerate(text.split("\n")) if line.strip()):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            rows.append(RawRow(0, {}, problem=_json_problem(error, before)))
+            continue
+        if is_header(value) and not rows:
+            continue
+        try:
+            rows += [*rows_of_line(value, f"line {before + 1}")]
+        except InputError as error:
+            rows.append(RawRow(0, {}, problem=str(error)))
+        except RecursionError:
+            rows.append(RawRow(0, {}, problem=f"line {before + 1}: is nested too deeply"))
+    return numbered(rows)
+
+
+def _csv_rows(content: bytes, name: str) -> list[RawRow]:
+    text = _decode(content, name, windows=True)
+    first, _, rest = text.partition("\n")
+    first = first.rstrip("\r ")
+    if first[:4].lower() == "sep=" and first[4:] in _DELIMITERS:  # Excel's own line
+        return _separated(rest, name, first[4:])
+    return _separated(text, name, _delimiter(text))
+
+
+def _tsv_rows(content: bytes, name: str) -> list[RawRow]:
+    return _separated(_decode(content, name, windows=True), name, "\t")
+
+
+def _reader(text: str, delimiter: str, **options: Any) -> Any:
+    csv.field_size_limit(sys.maxsize)
+    return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **options)
+
+
+def _delimiter(text: str) -> str:
+    """The delimiter that splits the header into most fields; a comma if several do."""
+    head = text[:_HEAD].lstrip("\r\n")
+    return max(_DELIMITERS, key=lambda each: len(next(_reader(head, each), [])))
+
+
+def _separated(text: str, name: str, delimiter: str) -> list[RawRow]:
+    reader = _reader(text, delimiter, strict=True)
+    rows: list[RawRow] = []
+    try:
+        header = [cell.strip() for cell in next(values for values in reader if values)]
+        refuse_twice(header, name)
+        for values in (v for v in reader if v):
+            if len(values) != len(header):
+                problem = f"{len(values)} fields, the header has {len(header)}: quote the delimiters"
+                rows.append(RawRow(0, {}, problem=problem))
+                continue
+            rows += rows_of_line(dict(zip(header, values, strict=True)), f"{name}: line {reader.line_num}")
+    except csv.Error as error:
+        raise InputError(f"{name}: line {reader.line_num}: not valid CSV: {error}") from error
+    return numbered(rows)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _parquet_rows(content: bytes, name: str) -> list[RawRow]:
+    return rows_of(read_parquet(content, name), name)
+
+
+def _arrow_rows(content: bytes, name: str) -> list[RawRow]:
+    return rows_of(read_arrow(content, name), name)
+
+
+def _excel_rows(content: bytes, name: str) -> list[RawRow]:
+    try:
+        import openpyxl
+    except ImportError as error:
+        raise MissingExtraError("reading Excel files", "openpyxl", "excel") from error
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # which unpacks no more of a part than its entry says
+            Budget(name, len(content)).take(sum(part.file_size for part in archive.infolist()))
+        sheet = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True).worksheets[0]
+        sheet.reset_dimensions()  # which some programs write wrongly
+        values = _filled(sheet.iter_rows(values_only=True), name, len(content))
+    except InputError:
+        raise
+    except Exception as error:  # the library raises many unrelated types on a damaged file
+        raise InputError(f"{name}: not a readable Excel file: {one_line(error)}") from error
+    if not values:
+        raise _empty(name, "its first sheet")
+    header = ["" if cell is None else str(cell).strip() for cell in values[0]]
+    refuse_twice(header, name)
+    rows: list[RawRow] = []
+    for cells in values[1:]:
+        if any(cell is not None for cell in cells[len(header) :]):
+            rows.append(RawRow(0, {}, problem=f"{len(cells)} cells, the header has {len(header)}"))
+        else:
+            rows += rows_of_line(dict(zip_longest(header, cells[: len(header)])), name)
+    return numbered(rows)
+
+
+def _filled(rows: Iterable[tuple[Any, ...]], name: str, packed: int) -> list[tuple[Any, ...]]:
+    """The rows of a sheet that hold anything. Raises InputError if it is larger than Excel writes, or than a ``Budget`` allows."""
+    budget = Budget(name, packed)
+    found: list[tuple[Any, ...]] = []
+    for number, row in enumerate(rows, 1):
+        if number > _EXCEL_ROWS:  # one cell may name any row, and all before it are made up
+            raise InputError(f"{name}: its first sheet has more than the {_EXCEL_ROWS:,} rows that Excel allows")
+        if any(cell is not None for cell in row):
+            budget.take(8 * len(row))
+            found.append(row)
+    return found
+
+
+READERS = (
+    Reader((".json",), "JSON", _json_rows),
+    Reader((".jsonl", ".ndjson"), "JSONL", _jsonl_rows),
+    Reader((".csv",), "CSV with a header; comma, semicolon, tab or bar", _csv_rows),
+    Reader((".tsv",), "tab-separated text with a header", _tsv_rows),
+    Reader((".parquet",), "parquet", _parquet_rows),
+    Reader((".arrow",), "arrow", _arrow_rows),
+    Reader((".xlsx",), "Excel, the first sheet", _excel_rows),
+)
+
+
+def table() -> str:
+    """The shapes and the kinds of files that are read, as two tables in Markdown."""
+    shapes = ["| shape | looks like |", "|---|---|", *(f"| {shape.name} | {shape.looks} |" for shape in SHAPES)]
+    files = ["| ending | kind |", "|---|---|"]
+    files += [f"| {', '.join(f'`{suffix}`' for suffix in reader.suffixes)} | {reader.name} |" for reader in READERS]
+    return "\n".join([*shapes, "", *files]) + "\n"
+
+
+# ---------------------------------------------------------------- the datasets library
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError(what, "datasets", "train") from error
+    return datasets
+
+
+def _saved_rows(path: Path, name: str) -> list[RawRow]:
+    """Reads a folder that ``save_to_disk`` wrote."""
+    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
+        raise InputError(f"{name}: this is a folder, and not one that datasets saved: give a file ({_endings()})")
+    datasets = _datasets("reading a folder that datasets saved")
+    try:
+        found = datasets.load_from_disk(str(path))
+        return _split_rows(found if isinstance(found, dict) else {"": found}, name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{name}: not a readable folder of datasets: {one_line(error)}") from error
+
+
+def _hub_rows(source: str, token: str | None) -> list[RawRow]:
+    datasets = _datasets("reading from a hub")
+    place, _, wanted = source.removeprefix("hub:").partition(":")
+    name, _, config = place.partition("@")
+    try:
+        chosen = {"name": config} if config else {}
+        found = datasets.load_dataset(name, split=wanted or None, token=token, **chosen)
+    except Exception as error:  # the library raises many unrelated types
+        raise InputError(
+            f"{source}: the data set cannot be loaded from the hub: {one_line(error)}. "
+            "Check the name and the network, or download it once and give the file"
+        ) from error
+    parts = {"": found} if wanted else dict(found)
+    if len({"test", "validation"} & parts.keys()) == 2:
+        del parts["test"]  # hub test splits are for submissions, often without answers: name one to read it
+    return _split_rows(parts, source)
+
+
+def _split_rows(parts: Any, name: str) -> list[RawRow]:
+    rows: list[RawRow] = []
+    for split, part in parts.items():
+        fixed = SPLITS.get(split, "train") if split else ""
+        rows += [replace(row, split=fixed) for fields in part for row in rows_of_line(dict(fields), name)]
+    return numbered(rows)

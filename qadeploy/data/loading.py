@@ -1,0 +1,233 @@
+"""Loading data: files and hub data sets in, validated ``Example`` lists out.
+
+``read`` returns every row or raises one DataError that lists every bad row. It drops nothing unless
+``on_ambiguous="skip"`` asks for it, and then counts the rows skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
+
+from qadeploy.data.fields import (
+    DataOptions,
+    ParsedRow,
+    RawAnswer,
+    check_labels,
+    check_withheld,
+    parse_row,
+    without_placeholders,
+)
+from qadeploy.data.formats import load_rows
+from qadeploy.data.match import from_utf16, occurrences
+from qadeploy.data.problems import Problem, Reason, RowError
+from qadeploy.data.rows import RawRow
+from qadeploy.data.wording import WITHHELD, quote
+from qadeploy.errors import DataError, DataWarning, InputError
+from qadeploy.records import Annotation, Example
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """Examples in file order, their source, and how many rows were skipped or took the first of several places."""
+
+    source: str
+    examples: tuple[Example, ...]
+    skipped: int = 0
+    first_taken: int = 0
+
+    def part(self, split: str) -> tuple[Example, ...]:
+        """Returns the examples whose fixed split is ``split``."""
+        return tuple(e for e in self.examples if e.split == split)
+
+
+def read(
+    source: str,
+    options: DataOptions | None = None,
+    *,
+    token: str | None = None,
+    annotated: bool = True,
+    rows: Iterable[RawRow] | None = None,
+) -> DataSet:
+    """Reads a data set.
+
+    Rows with the same question and context are several annotators of one question and become one example with all
+    their answers. In SQuAD's own nesting every id stays an example, because every id is scored.
+
+    Args:
+        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``.
+        options: How to read the rows; None for the defaults.
+        token: An access token for the hub.
+        annotated: False to ignore answers (questions to be answered, not to learn from).
+        rows: The rows of the source, if they are already loaded.
+
+    Raises:
+        DataError: Rows that cannot be used, all of them listed.
+        InputError: A source, column or option that cannot be used, or a source without rows.
+        MissingExtraError: The format needs an optional package.
+    """
+    loaded = load_rows(source, token) if rows is None else rows
+    return _collect(source, list(loaded), options or DataOptions(), annotated)
+
+
+def read_split(
+    source: str, split: str, options: DataOptions, say: Callable[[str], object], *, annotated: bool = True
+) -> tuple[Example, ...]:
+    """Reads the examples of one split.
+
+    Args:
+        source: What ``read`` takes.
+        split: ``train`` or ``validation``; ``all`` for every example; ``auto`` for the validation split if there is one, else all.
+        options: How to read the rows.
+        say: Gets a remark on rows that were skipped or guessed, or belong to another split.
+        annotated: What ``read`` takes.
+
+    Raises:
+        InputError: No row has the split. What ``read`` raises is raised too.
+    """
+    data = read(source, options, annotated=annotated)
+    for count, what in (
+        (data.skipped, "ambiguous rows skipped"),
+        (data.first_taken, "answers taken at their first place"),
+    ):
+        if count:
+            say(f"{source}: {count} {what}")
+    if split == "all":
+        return data.examples
+    part = data.part("validation" if split == "auto" else split)
+    if split == "auto":
+        if part and len(part) < len(data.examples):
+            say(
+                f"{source}: scoring the {len(part)} questions of its validation split (--split all scores the others too)"
+            )
+        return part or data.examples
+    if not part:
+        raise InputError(f"{source}: no row has the split {split!r}")
+    return part
+
+
+def hash_examples(examples: Iterable[Example]) -> str:
+    """Returns the SHA-256 of the examples' content, whatever file format they came in."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(asdict(example), sort_keys=True, ensure_ascii=False).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- rows to examples
+
+# What ``qadeploy check --fix`` may be able to repair.
+_REPAIRABLE = {Reason.ABSENT, Reason.AMBIGUOUS, Reason.WRONG_OFFSET, Reason.SAME_ID}
+
+
+def _collect(source: str, rows: list[RawRow], options: DataOptions, annotated: bool) -> DataSet:
+    examples: list[Example] = []
+    problems: list[tuple[int, Problem]] = []
+    skipped = first_taken = 0
+    seen: dict[str, int] = {}
+    asked: dict[tuple[str, str, str], tuple[int, int]] = {}
+    if annotated:
+        check_labels(source, rows, options)
+    parsed = _parsed(source, rows, options, annotated, problems)
+    given = {row.id for row in parsed if row and row.id is not None}  # generated ids avoid these
+    for row, found in zip(rows, parsed, strict=True):
+        if found is None:
+            continue
+        try:
+            example, guessed = _example(row, found, options)
+            first_taken += guessed
+            if found.id is None:
+                while example.id in seen or example.id in given:
+                    example = replace(example, id=f"{example.id}-2")
+            elif example.id in seen:
+                raise RowError(Problem(Reason.SAME_ID, "id", (quote(example.id), seen[example.id])))
+            key = (example.context, example.question, example.split)
+            if annotated and not row.nested and key in asked:
+                at, number = asked[key]
+                examples[at] = _merged(examples[at], example, number)
+                seen[example.id] = row.number
+                continue
+        except RowError as error:
+            if error.problem.reason is Reason.AMBIGUOUS and options.on_ambiguous == "skip":
+                skipped += 1
+            else:
+                problems.append((row.number, error.problem))
+            continue
+        seen[example.id] = row.number
+        asked[key] = len(examples), row.number
+        examples.append(example)
+    if problems:
+        fix = ""
+        if annotated and any(problem.reason in _REPAIRABLE for _, problem in problems):
+            fix = f"See what can be repaired: qadeploy check {source} --fix OUT.jsonl"
+        raise DataError(
+            [f"{source}: {_line(n, problem, options)}" for n, problem in sorted(problems, key=itemgetter(0))], fix
+        )
+    if not examples:
+        raise InputError(f"{source}: holds no rows that can be used")
+    return DataSet(source, tuple(examples), skipped, first_taken)
+
+
+def _line(number: int, problem: Problem, options: DataOptions) -> str:
+    field = f", field {options.column(problem.field)}" if problem.field else ""
+    return f"row {number}{field}: {problem.sentence}"
+
+
+def _parsed(
+    source: str, rows: list[RawRow], options: DataOptions, annotated: bool, problems: list[tuple[int, Problem]]
+) -> list[ParsedRow | None]:
+    """The fields of each row, None for those whose problem was added to ``problems``. Warns of labels that may be withheld."""
+    parsed: list[ParsedRow | None] = []
+    for row in rows:
+        try:
+            parsed.append(parse_row(row, options, annotated=annotated))
+        except RowError as error:
+            problems.append((row.number, error.problem))
+            parsed.append(None)
+    withheld = check_withheld(source, parsed, options) if rows else 0
+    if withheld and options.empty_answers is None:
+        warnings.warn(f"{source}: {withheld} of {len(rows)} rows have {WITHHELD}", DataWarning, stacklevel=2)
+    return without_placeholders(parsed)
+
+
+def _merged(first: Example, again: Example, number: int) -> Example:
+    """One example of two annotators of a question; ``number`` is the first's row."""
+    if bool(first.answers) != bool(again.answers):
+        text = (first.answers or again.answers)[0].text
+        raise RowError(Problem(Reason.CONTRADICTS, "", (number, quote(text))))
+    return replace(first, answers=first.answers + again.answers, also=(*first.also, again.id))
+
+
+def _example(row: RawRow, parsed: ParsedRow, options: DataOptions) -> tuple[Example, bool]:
+    found = [_annotation(given, parsed.context, options, row.utf16) for given in parsed.answers]
+    return Example(
+        id=f"row-{row.number}" if parsed.id is None else parsed.id,
+        question=parsed.question,
+        context=parsed.context,
+        answers=tuple(annotation for annotation, _ in found),
+        split=parsed.split,
+    ), any(guessed for _, guessed in found)
+
+
+def _annotation(given: RawAnswer, context: str, options: DataOptions, utf16: bool) -> tuple[Annotation, bool]:
+    """Returns the answer at its offset or where it was found, and whether the first of several places was taken."""
+    text, start = given.text, given.start
+    if start is None:
+        places = occurrences(text, context)
+        field = "answers.text" if given.field == "answers.answer_start" else "answer"
+        if not places:
+            hint = ": it must be copied from it letter by letter"
+            raise RowError(Problem(Reason.ABSENT, field, (quote(text), hint)))
+        if len(places) > 1 and options.on_ambiguous != "first":
+            choice = "choose with --on-ambiguous first|skip"
+            raise RowError(Problem(Reason.AMBIGUOUS, field, (quote(text), len(places), choice)))
+        return Annotation(text, places[0]), len(places) > 1
+    at = from_utf16(start, context) if utf16 else start
+    there = context[at : at + len(text)] if at is not None else ""
+    if at is None or there != text:
+        raise RowError(Problem(Reason.WRONG_OFFSET, given.field, (start, quote(there), quote(text))))
+    return Annotation(text, at), False

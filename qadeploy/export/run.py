@@ -1,0 +1,212 @@
+"""``qadeploy export`` as a function: from a run to its bundles, or from a bundle to further ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from qadeploy.data.fields import DataOptions
+from qadeploy.data.loading import read
+from qadeploy.errors import FailureError, GateError, InputError
+from qadeploy.export import fp16, fused
+from qadeploy.export.onnx import export
+from qadeploy.export.options import ExportOptions
+from qadeploy.export.quantize import int8
+from qadeploy.export.quantize.leaderboard import leaderboard_lines
+from qadeploy.export.quantize.search import SearchOptions, Step
+from qadeploy.export.reference import Reference, make_reference, table
+from qadeploy.files import cache_folder
+from qadeploy.inference.bundle import Bundle, check_place, is_bundle, open_bundle
+from qadeploy.inference.devices import parse_device
+from qadeploy.integrations.onnx_standalone.in_graph import add_in_graph
+from qadeploy.integrations.onnx_standalone.wordpiece import check_wordpiece
+from qadeploy.integrations.triton.repository import add_bundle, check_repository, takes
+from qadeploy.options import check
+from qadeploy.records import Example
+from qadeploy.timing import seconds_of, spread
+from qadeploy.training.checkpoint import Hub
+from qadeploy.training.runs import find_run, held_out
+
+
+class Listener(Protocol):
+    """Receives the progress of an export."""
+
+    def say(self, message: str) -> None:
+        """Takes a line of text."""
+
+    def count(self, done: int, of: int, rest: str) -> None:
+        """Takes how much of the current step is done, and what it is."""
+
+    def step(self, step: Step) -> None:
+        """Takes the state of the search over int8 recipes."""
+
+
+@dataclass
+class Exported:
+    """What an export made.
+
+    Attributes:
+        bundles: Those made from the run.
+        further: Those made from bundles, whose graphs answer by themselves.
+        triton: The folders added to a model repository.
+        lines: The closing report as text.
+    """
+
+    bundles: list[Bundle] = field(default_factory=list)
+    further: list[Bundle] = field(default_factory=list)
+    triton: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The manifests by folder, and what was added for Triton, as plain JSON values."""
+        value: dict[str, Any] = {"bundles": {str(b.folder): b.manifest for b in (*self.bundles, *self.further)}}
+        return value | ({"triton": self.triton} if self.triton else {})
+
+
+def export_run(source: str | None, options: ExportOptions, listener: Listener) -> Exported:
+    """Makes everything that ``options`` request.
+
+    Args:
+        source: A run or checkpoint folder, or a bundle to make further ones of; None takes the newest run.
+        options: What to make.
+        listener: Receives the progress.
+
+    Raises:
+        InputError: An option makes no sense with another, or a place is taken.
+        FailureError: A step failed.
+        GateError: A bundle lost more than it may.
+    """
+    check(options)
+    if options.triton:
+        check_repository(Path(options.triton))
+    if source and is_bundle(source):
+        return _from_bundle(source, options, listener)
+    return _Export(source, options, listener).run()
+
+
+def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exported:
+    in_graph = options.spans_in_graph or options.text_in_graph
+    if options.quantize or (options.out and not in_graph) or not (in_graph or options.triton):
+        raise InputError(
+            f"{source}: is a bundle, from which only --spans-in-graph, --text-in-graph and --triton make more: give the run "
+            "for --quantize or --out"
+        )
+    opened, made = open_bundle(source), Exported()
+    if in_graph:
+        examples = read(options.eval_data or "handbook", DataOptions.of(asdict(options))).examples
+        made.further = _in_graph(opened, Path(options.out or source), examples, options, listener)
+    if options.triton:
+        _to_triton(made, [opened, *made.further], options, listener)
+    return made
+
+
+def _in_graph(
+    bundle: Bundle, place: Path, examples: Sequence[Example], options: ExportOptions, listener: Listener
+) -> list[Bundle]:
+    spans = options.span_top_k if options.spans_in_graph else None
+    strings = options.text_in_graph and bundle.precision != "fp16"
+    return add_in_graph(bundle, place, examples, spans=spans, strings=strings, say=listener.say)
+
+
+def _to_triton(made: Exported, bundles: Sequence[Bundle], options: ExportOptions, listener: Listener) -> None:
+    """Adds bundles to a model repository; if there are others, one that it cannot hold is skipped with a remark."""
+    repository = Path(options.triton or "")
+    for bundle in bundles:
+        if len(bundles) > 1 and not takes(bundle):
+            listener.say(
+                f"{bundle.folder}: not for Triton, because it takes one question per run: left out of {repository}"
+            )
+            continue
+        added = add_bundle(bundle, repository, max_batch=options.triton_batch)
+        made.triton[str(added.folder)] = asdict(added) | {"folder": str(added.folder)}
+        state = "added" if added.new else "already there"
+        made.lines += [
+            f"{added.folder}: {state}, version {added.version}",
+            *(f"  {remark}" for remark in added.remarks),
+        ]
+
+
+class _Export:
+    """The bundles of one run, step by step."""
+
+    def __init__(self, source: str | None, options: ExportOptions, listener: Listener) -> None:
+        self.options, self.listener = options, listener
+        self.found = find_run(source)
+        self.place = Path(options.out or f"bundles/{self.found.name}")
+        self.fused, self.int8, self.fp16 = (
+            self.place.with_name(self.place.name + end) for end in ("-fused", "-int8", "-fp16")
+        )
+        for folder in (self.place, self.fused, self.int8, self.fp16):
+            check_place(folder)
+        self.budget = seconds_of("budget", options.budget)
+        self.wants_fp16 = options.fp16 or parse_device(options.device).kind == "cuda"
+        if options.recipe:
+            int8.find_recipe(options.recipe)
+        self.made = Exported()
+
+    def run(self) -> Exported:
+        reference = self._reference()
+        plain = export(reference, self.place)
+        self.made.bundles.append(plain)
+        self.listener.say(f"{self.place}: logits within {plain.manifest['parity']['max_abs_diff']:.1e} of PyTorch")
+        if self.options.optimize:
+            self._fuse(reference, plain)
+        if self.wants_fp16:
+            made = fp16.write_fp16(reference, plain, self.fp16, device=self.options.device, say=self.listener.say)
+            self.made.bundles.append(made)
+            for text in fp16.fp16_lines(made):
+                self.listener.say(f"{self.fp16}: {text}")
+        board = self._quantize(reference, plain) if self.options.quantize else []
+        for bundle in self.made.bundles:
+            if bundle.folder != self.fused:
+                self.made.further += _in_graph(bundle, bundle.folder, reference.examples, self.options, self.listener)
+        rows = [(bundle.name, bundle.manifest) for bundle in self.made.bundles]
+        size = 4 * plain.manifest["architecture"]["parameters"]
+        self.made.lines += [*board, "", *table(reference, size, rows)]
+        if self.options.triton:
+            self.made.lines.append("")
+            served = [b for b in (*self.made.bundles, *self.made.further) if b.folder != self.fused]
+            _to_triton(self.made, served, self.options, self.listener)
+        return self.made
+
+    def _reference(self) -> Reference:
+        """The PyTorch model and the questions that judge the bundles."""
+        found = held_out(self.found, self.options.eval_data, DataOptions.of(asdict(self.options)))
+        judges = replace(found, examples=tuple(spread(found.examples, self.options.max_eval_samples)))
+        count, every = len(judges.examples), len(found.examples)
+        of = "" if count == every else f" of {every} (--max-eval-samples)"
+        self.listener.say(f"exporting {self.found.checkpoint}, judged on {count}{of} questions of {judges.name}")
+        hub = Hub(trust_remote_code=self.options.trust_remote_code, allow_pickle=self.options.allow_pickle)
+        reference = make_reference(self.found, judges, hub, self.listener.count)
+        if self.options.text_in_graph:
+            check_wordpiece(reference.checkpoint.tokenizer.backend_tokenizer)
+        return reference
+
+    def _fuse(self, reference: Reference, plain: Bundle) -> None:
+        try:
+            self.made.bundles.append(fused.optimize(reference, plain, self.fused))
+            self.listener.say(f"{self.fused}: {fused.fusion_line(self.made.bundles[-1])}")
+        except GateError:
+            raise
+        except FailureError as error:
+            self.listener.say(f"no optimised graph: {error}")
+
+    def _quantize(self, reference: Reference, plain: Bundle) -> list[str]:
+        """Writes the int8 bundle; the leaderboard's lines."""
+        options = self.options
+        self.listener.say(f"int8 recipes for {options.target}, against the fp32 model:")
+        made = int8.quantize(
+            reference,
+            plain,
+            self.int8,
+            SearchOptions(options.max_f1_drop, options.target, self.budget, cache_folder() if options.cache else None),
+            recipe=options.recipe,
+            say=self.listener.say,
+            on_step=self.listener.step,
+        )
+        self.made.bundles.append(made)
+        how = made.manifest["made"]
+        self.listener.say(f"{self.int8}: recipe {how['recipe']}, {how['what']}")
+        return ["", *leaderboard_lines(how["leaderboard"], how["judged_on"], how["recipe"])]

@@ -1,0 +1,100 @@
+"""Proof on loading that the model of a bundle is the one that was exported: one question with its logits, kept in the manifest.
+
+Hashes tell whether files are those that were written. They do not tell whether tokenizer and model belong together, or whether
+this CPU computes what the one of the export did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from qadeploy.core.windows import Encoder
+from qadeploy.errors import BundleError, InputError
+from qadeploy.inference.bundle import Bundle
+from qadeploy.records import Logits, Window
+
+_QUESTION = "Who lights the 3 lamps?"
+_CONTEXT = "At dusk the keeper, Ada Quill, lights the 3 lamps of the harbour."
+# How far logits may be from those of the export, as a share of their spread: a choice that tells another model from another CPU,
+# whose int8 products may differ.
+_APART = {"int8": 0.25}
+_APART_ELSE = 0.05
+_LEAST = 1e-3
+_LONGEST = 128  # tokens
+
+
+class RunsBatches(Protocol):
+    """What a probe needs of a model."""
+
+    def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
+        """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
+        ...
+
+
+def make_probe(encoder: Encoder, model: RunsBatches) -> dict[str, Any]:
+    """The ``probe`` entry of a manifest: one question with its tokens and the model's logits."""
+    window = _window(encoder, _QUESTION, _CONTEXT)
+    starts, ends = model.run_batch([window])[0]
+    return {
+        "question": _QUESTION,
+        "context": _CONTEXT,
+        "input_ids": window.input_ids.tolist(),
+        "start_logits": [round(float(x), 4) for x in starts],
+        "end_logits": [round(float(x), 4) for x in ends],
+    }
+
+
+def prove(bundle: Bundle, encoder: Encoder, model: RunsBatches) -> None:
+    """Asks the model of a bundle its probe, and gives it the last token of the vocabulary.
+
+    Args:
+        bundle: The bundle.
+        encoder: Its encoder.
+        model: Its model.
+
+    Raises:
+        BundleError: The model does not run, does not know a token of its tokenizer, or tokens or logits are not those of the export.
+    """
+    probe = bundle.checked.probe
+    question, context = (probe.question, probe.context) if probe else (_QUESTION, _CONTEXT)
+    try:
+        window = _window(encoder, question, context)
+    except InputError as error:
+        raise BundleError(f"{bundle.folder}: its tokenizer cannot be used: {error}: export the bundle again") from error
+    starts, ends = model.run_batch([window])[0]
+    last = np.full(4, encoder.vocabulary - 1, dtype=np.int64)
+    types = None if window.token_type_ids is None else np.zeros(4, dtype=np.int64)
+    try:
+        model.run_batch([Window(last, types, 0, 4, 0, 0)])
+    except BundleError as error:
+        raise BundleError(
+            f"{bundle.folder}: the model does not take token {last[0]}, the last of its tokenizer: export the bundle again ({error})"
+        ) from error
+    if probe is None:
+        return
+    if tuple(window.input_ids.tolist()) != probe.input_ids:
+        raise BundleError(
+            f"{bundle.folder}: the tokenizer does not cut the manifest's probe as it did at the export: it belongs to another model, or "
+            "this version of tokenizers reads it otherwise; export the bundle again"
+        )
+    stored = np.array([probe.start_logits, probe.end_logits])
+    apart = float(np.abs(np.array([starts, ends]) - stored).max())
+    allowed = max(_LEAST, _APART.get(bundle.precision, _APART_ELSE) * float(np.ptp(stored)))
+    if not apart <= allowed:
+        cpu = (
+            ", or this CPU saturates in int8: export it on this machine"
+            if bundle.precision == "int8"
+            else ": export it again"
+        )
+        raise BundleError(
+            f"{bundle.folder}: logits are {apart:.2g} from those of the export, at most {allowed:.2g} is allowed: the model is damaged "
+            f"or another one{cpu}"
+        )
+
+
+def _window(encoder: Encoder, question: str, context: str) -> Window:
+    asked, read = encoder.encode(question), encoder.encode(context)
+    return encoder.windows(asked, read, max_seq_len=min(encoder.config.position_limit, _LONGEST), doc_stride=0)[0]

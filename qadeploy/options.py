@@ -1,0 +1,283 @@
+"""Every option is declared once, as a field of a dataclass: its type, default, range, help and names.
+
+The flags of the command line, the checks of a config file, the environment variables, the validation of what a library call
+gives and the tables in the documentation are all made from these declarations::
+
+    @dataclass(frozen=True)
+    class Options:
+        epochs: int | None = option(None, "Epochs at most.", least=1, shown="3", also=("--num-train-epochs",))
+
+    declared(Options)["epochs"].flag  # --epochs
+    check(Options(epochs=0))          # InputError: epochs must be a whole number from 1, not 0
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from inspect import get_annotations
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from qadeploy.errors import InputError
+
+_KEY = "option"
+PREFIX = "QADEPLOY_"
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One declared option.
+
+    Attributes:
+        name: The field's name.
+        kind: ``bool``, ``int``, ``float`` or ``str``, of each item where ``many``.
+        default: The default; None if it is chosen later.
+        help: What it does, a sentence or two.
+        least: The smallest value allowed.
+        most: The largest value allowed.
+        choices: The values allowed, () for any.
+        also: Further flags with the same meaning.
+        off: The flag that says False, for a bool that is True or None by default.
+        shown: How the default is described where it is not the value itself.
+        many: Whether it may be given several times.
+        secret: Whether it must not be recorded.
+        named: The flag, where it is not the field's name.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    least: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    off: str = ""
+    shown: str = ""
+    many: bool = False
+    secret: bool = False
+    named: str = ""
+
+    @property
+    def flag(self) -> str:
+        """The flag: ``--max-queue`` for ``max_queue``, ``--cors-origin`` for ``cors_origins``, which may be repeated."""
+        return self.named or flag_of(self.name.removesuffix("s") if self.many else self.name)
+
+    @property
+    def env(self) -> str:
+        """The environment variable, for options that have one."""
+        return PREFIX + self.flag.removeprefix("--").replace("-", "_").upper()
+
+    @property
+    def default_text(self) -> str:
+        """The default as people read it."""
+        if self.shown:
+            return self.shown
+        if self.default is None or self.many:
+            return "none"
+        return ("on" if self.default else "off") if self.kind is bool else str(self.default)
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value, "" if nothing is."""
+        if value is None:
+            return "" if self.default is None else "is missing"
+        if self.many:
+            return next((text for text in map(self._one_problem, value) if text), "")
+        return self._one_problem(value)
+
+    def _one_problem(self, value: Any) -> str:
+        if self.kind is bool or self.kind is str:
+            if not isinstance(value, self.kind):
+                return f"must be {'true or false' if self.kind is bool else 'text'}, not {value!r}"
+            if self.choices and value not in self.choices:
+                return f"is {value!r}: choose {', '.join(self.choices)}"
+            return ""
+        right = (int,) if self.kind is int else (int, float)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, right)
+            or not math.isfinite(value)
+            or not self._inside(value)
+        ):
+            return f"must be {self.range_text}, not {value!r}"
+        return ""
+
+    def _inside(self, value: float) -> bool:
+        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
+
+    @property
+    def range_text(self) -> str:
+        """The numbers allowed, as text."""
+        text = "a whole number" if self.kind is int else "a number"
+        if self.least is not None and self.most is not None:
+            return f"{text} from {self.least:g} to {self.most:g}"
+        if self.least is not None:
+            return f"{text} from {self.least:g}"
+        return text if self.most is None else f"{text} up to {self.most:g}"
+
+
+def option(
+    default: Any,
+    help: str,  # noqa: A002 - its name in click
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
+    off: str = "",
+    shown: str = "",
+    secret: bool = False,
+    named: str = "",
+) -> Any:
+    """Declares an option as a dataclass field; see ``Option`` for the arguments."""
+    values = {
+        "help": help, "least": least, "most": most, "choices": choices, "also": also,
+        "off": off, "shown": shown, "secret": secret, "named": named,
+    }  # fmt: skip
+    return field(default=default, repr=not secret, metadata={_KEY: values})
+
+
+@cache
+def declared(cls: Any) -> dict[str, Option]:
+    """The options that a dataclass declares, by field name, in order."""
+    hints = get_type_hints(cls)
+    own = get_annotations(cls)  # its own options go before those that it shares
+    ordered = sorted(fields(cls), key=lambda each: each.name not in own)
+    return {each.name: _of(each, hints[each.name]) for each in ordered if _KEY in each.metadata}
+
+
+def _of(each: Field[Any], hint: Any) -> Option:
+    kinds = get_args(hint) if get_origin(hint) in {Union, UnionType} else (hint,)
+    kind = next(k for k in kinds if k is not NoneType)
+    values = dict(each.metadata[_KEY])
+    many = get_origin(kind) is tuple
+    if many:
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Literal:
+        values["choices"], kind = get_args(kind), str
+    default = None if each.default is MISSING else each.default
+    return Option(name=each.name, kind=kind, default=default, many=many, **values)
+
+
+def check(options: Any) -> None:
+    """Checks the values of a dataclass against its declarations.
+
+    Raises:
+        InputError: Names the first option whose value is of the wrong type, out of range or no choice.
+    """
+    cls: Any = type(options)
+    for name, each in declared(cls).items():
+        problem = each.problem(getattr(options, name))
+        if problem:
+            raise InputError(f"{name} {problem}")
+
+
+def flag_of(name: str) -> str:
+    """The flag of a name: ``--max-queue`` for ``max_queue``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def table(cls: type, *, env: bool = False) -> str:
+    """The options of a dataclass as a table in Markdown, with their environment variables if they have some."""
+    head = ["flag", "environment", "default", "what"] if env else ["flag", "default", "what"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for each in declared(cls).values():
+        cells = [f"`{each.flag}`", *([f"`{each.env}`"] if env else []), each.default_text, each.help]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- options that several commands share
+
+
+def bundle_sha256() -> Any:
+    """``bundle_sha256``: which bundle is meant, whatever lies in its folder."""
+    return option(None, "SHA-256 of the bundle's manifest.json (sha256sum); any other is refused.", shown="any bundle")
+
+
+def device() -> Any:
+    """``device``: where a model runs."""
+    return option("auto", "auto, cpu, cuda or cuda:N.")
+
+
+def threads() -> Any:
+    """``threads``: how many CPU threads to use."""
+    return option(None, "CPU threads.", least=1, shown="all")
+
+
+def trust_remote_code() -> Any:
+    """``trust_remote_code``: whether a model's own code may run."""
+    return option(False, "Run the Python code that a model brings along. Read it first.")
+
+
+def allow_pickle() -> Any:
+    """``allow_pickle``: whether weights may be read from a pickle."""
+    return option(
+        False, "Read weights that are only there as a pickle (pytorch_model.bin); torch makes only tensors of it."
+    )
+
+
+def hub_token() -> Any:
+    """``token``: an access token for the hub."""
+    return option(
+        None,
+        "Token for the hub, for private models and data sets.",
+        shown="$HF_TOKEN, or a login",
+        secret=True,
+        named="--hub-token",
+        also=("--token",),
+    )
+
+
+def columns() -> Any:
+    """``columns``: how the data name our fields."""
+    return option(
+        None, "Which column holds which of our fields, e.g. context=review,answer=ans,span=indices.", shown="ours"
+    )
+
+
+def no_answer_token() -> Any:
+    """``no_answer_token``: the text that stands for "no answer"."""
+    return option(None, "An answer that means 'none in this context', e.g. ANSWERNOTFOUND; '' for a blank one.")
+
+
+def on_ambiguous() -> Any:
+    """``on_ambiguous``: what to do with an answer that occurs several times."""
+    return option(
+        "error", "What to do with an answer that occurs several times in its context and has no answer_start."
+    )
+
+
+def label() -> Any:
+    """``label``: which regions of an annotation tool are answers."""
+    return option(
+        None,
+        "The label of the regions that are answers, if an annotation tool's export has several.",
+        shown="the only one",
+    )
+
+
+def empty_answers() -> Any:
+    """``empty_answers``: what an empty list of answers means."""
+    return option(
+        None,
+        "What an empty list of answers means if nothing else says that there is none; reject: the labels are withheld.",
+        shown="no-answer, with a warning",
+    )
+
+
+def keep(what: str) -> Any:
+    """``cache``: whether ``what`` is kept for the next run."""
+    return option(True, f"Keep {what} in $QADEPLOY_CACHE (~/.cache/qadeploy).", off="--no-cache")
+
+
+def prefilter() -> Any:
+    """``prefilter``: how many windows of a context are read."""
+    return option(
+        None,
+        "Of a long context, read only this many windows, those that share most with the question (BM25).",
+        least=1,
+        shown="all",
+    )

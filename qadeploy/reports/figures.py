@@ -1,0 +1,98 @@
+"""Figures drawn by matplotlib: as SVG for a page with light and dark colours, and as PNG."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+from cycler import cycler
+from markupsafe import Markup
+from matplotlib import style
+from matplotlib.figure import Figure
+
+# The light colours of report.css. In a page each becomes the variable of that name, which also knows the dark ones.
+COLOURS = {
+    "text": "#1b1e23", "muted": "#565d67", "grid": "#e7e9ed", "card": "#ffffff",
+    "a": "#1a5ca6", "b": "#b0420c", "c": "#0a6e5c", "bar": "#8fa9c9",
+}  # fmt: skip
+_WIDTH = 440  # of an SVG figure, in its own units
+_STYLE = {
+    "axes.autolimit_mode": "round_numbers",
+    "axes.axisbelow": True,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": COLOURS["text"],
+    "axes.labelpad": 6,
+    "axes.prop_cycle": cycler(color=[COLOURS[c] for c in "abc"], marker=["o", "D", "^"], linestyle=["-", "--", ":"]),
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.xmargin": 0,
+    "axes.ymargin": 0,
+    "figure.facecolor": "none",
+    "grid.color": COLOURS["grid"],
+    "legend.frameon": False,
+    "legend.labelcolor": COLOURS["text"],
+    "lines.linewidth": 2.25,
+    "lines.markeredgecolor": COLOURS["card"],
+    "lines.markersize": 8,
+    "svg.fonttype": "none",
+    "text.color": COLOURS["muted"],
+    "text.parse_math": False,
+    "xtick.color": COLOURS["muted"],
+    "xtick.major.size": 0,
+    "xtick.major.pad": 6,
+    "ytick.color": COLOURS["muted"],
+    "ytick.major.pad": 8,
+    "ytick.major.size": 0,
+}
+
+
+def svg(title: str, draw: Callable[[Figure], None], height: int) -> Markup:
+    """Returns a figure as inline SVG that takes its font and colours from the page.
+
+    Args:
+        title: What a screen reader says. The ids in a page are unique if the titles are.
+        draw: Draws into the empty figure.
+        height: In units of which the figure is 440 wide.
+    """
+    stream = io.StringIO()
+    # Room for the largest letters that report.css sets, on a narrow screen.
+    with style.context(["default", _STYLE, {"font.size": 14, "svg.hashsalt": title}]):
+        figure = Figure((_WIDTH / 72, height / 72), layout="constrained")
+        draw(figure)
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    body = stream.getvalue().partition("<svg ")[2].partition(">")[2]
+    for pattern, replacement in (
+        (r"<defs>\s*<style.*?</defs>", ""),  # it would style the whole page
+        (r'<g id="[^"]*"', "<g"),
+        (r'font[\w-]*: [^;"]*(; |(?="))', ""),
+        ("xlink:href", "href"),
+        *((colour, f"var(--{name})") for name, colour in COLOURS.items()),
+    ):
+        body = re.sub(pattern, replacement, body, flags=re.DOTALL)
+    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}').format(
+        _WIDTH,
+        height,
+        title,
+        Markup(body),  # noqa: S704 - matplotlib escapes texts
+    )
+
+
+def png(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
+    """Returns a figure of ``size`` inches as a PNG picture."""
+    stream = io.BytesIO()
+    with style.context(["default", _STYLE]):
+        figure = Figure(size, dpi=120, facecolor="white", layout="constrained")
+        draw(figure)
+        figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def legend_above(axes: Any, columns: int) -> None:
+    """Puts the legend above the axes, and above what stands on their top edge."""
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.12), borderaxespad=0, ncols=columns, handlelength=2.2)

@@ -1,0 +1,110 @@
+"""JSON bodies, read so that none of them holds up the event loop.
+
+Python needs milliseconds for megabytes of text in strings, but seconds for megabytes of small values, and pydantic longer
+still for their errors. So the strings and the bytes outside them (punctuation, numbers, names of constants) are counted
+first, in steps between which other requests run. Their number is bounded by what ``max_batch`` questions can need, and so is
+all that follows: parsing, counting the questions, and validating each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+
+from qadeploy.options import flag_of
+from qadeploy.serve.errors import RefusedError
+from qadeploy.serve.limits import hold
+from qadeploy.serve.settings import Settings
+
+_STEP = 2**16  # bytes
+_PARTS_PER_QUESTION = 128  # strings, and bytes outside them but white space; with every option a question has about 70
+_PARTS_MORE = 1024  # what surrounds the questions, such as ``parameters``
+_WHITE = b" \t\r\n"
+
+
+class BoundedRoute(APIRoute):
+    """A route whose JSON body is bounded by the settings in the state of the application."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler, with another way to read JSON."""
+        handler = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            own = _Request(request.scope, request.receive)
+            try:
+                return await handler(own)
+            except HTTPException as error:  # FastAPI makes one of whatever reading the body raises
+                raise own.refused or error from error
+
+        return bounded
+
+
+class _Request(Request):
+    refused: RefusedError | None = None
+
+    async def json(self) -> Any:
+        try:
+            return await read_json(await self.body(), self.app.state.settings)
+        except RefusedError as refused:
+            self.refused = refused
+            raise
+
+
+async def read_json(body: bytes, settings: Settings) -> Any:
+    """The value of a JSON text with at most ``max_batch`` questions.
+
+    Raises:
+        RefusedError: It holds more questions (422), or more of anything than so many questions need (422), or the part
+            that was read is not JSON (400).
+        ValueError: It is not JSON, not UTF-8, or has a number of too many digits.
+        RecursionError: It is nested too deep.
+    """
+    allowed = _PARTS_MORE + _PARTS_PER_QUESTION * settings.max_batch
+    found = 0
+    for end, parts in _parts(body):
+        found += parts
+        if found > allowed:
+            raise _too_much(body[:end], settings)
+        await asyncio.sleep(0)
+    value = json.loads(body.decode("utf-8-sig"))
+    hold(_questions(value), settings, "max_batch", "batch_too_large", "the request holds {} questions")
+    return value
+
+
+def _parts(body: bytes) -> Iterator[tuple[int, int]]:
+    """The end of each step, and its number of strings and of bytes outside them. A backslash there ends any parser."""
+    inside, escape = False, b""
+    for start in range(0, len(body), _STEP):
+        step = (escape + body[start : start + _STEP]).replace(b"\\\\", b"")
+        escape = b"\\" if step.endswith(b"\\") else b""
+        pieces = step.removesuffix(escape).replace(b'\\"', b"").split(b'"')
+        yield start + _STEP, len(pieces) // 2 + len(b"".join(pieces[inside::2]).translate(None, _WHITE))
+        inside ^= len(pieces) % 2 == 0
+
+
+def _too_much(begun: bytes, settings: Settings) -> RefusedError:
+    """The refusal of a body by its first bytes: too many questions, or too much of something else."""
+    try:
+        count = _questions(from_json(begun.decode("utf-8-sig", "ignore"), allow_partial=True))
+        hold(count, settings, "max_batch", "batch_too_large", "the request holds {} questions or more")
+    except RefusedError as refused:
+        return refused
+    except ValueError:
+        return RefusedError(400, "bad_request", "the body is not valid JSON, or is nested too deep")
+    limit, flag = settings.max_batch, flag_of("max_batch")
+    message = f"the body holds more values, fields or digits than {limit} questions need ({flag})"
+    return RefusedError(422, "invalid_request", message, limit=limit, setting="max_batch")
+
+
+def _questions(value: Any) -> int:
+    """How many questions a body of any route asks."""
+    if isinstance(value, dict):
+        value = value.get("questions", value.get("inputs"))
+    return len(value) if isinstance(value, list) else 1

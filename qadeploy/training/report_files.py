@@ -1,0 +1,73 @@
+"""The files of a finished run that people read: ``curves.png``, ``report.html`` and ``README.md``.
+
+No later step reads them, so if one cannot be made, a warning says so, and the run and the other files stay.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+from qadeploy.data.loading import DataSet
+from qadeploy.errors import CheckpointError
+from qadeploy.files import write_text
+from qadeploy.records import Answer
+from qadeploy.reports.charts import draw_curves
+from qadeploy.reports.report_page import report_page
+from qadeploy.reports.run_card import run_card
+from qadeploy.reports.run_report import Part, RunFacts, RunRecord, make_facts
+from qadeploy.shipped import base_model_path
+from qadeploy.training.features import FeatureSet
+from qadeploy.training.run_log import RunLog
+
+ROLES = (("train", "learned from"), ("dev", "chose the epoch"), ("held out", "only reported on"))
+
+
+def write_report_files(
+    folder: Path, run: RunRecord, sets: Sequence[FeatureSet], answers: Sequence[Answer], data: DataSet, log: RunLog
+) -> None:
+    """Writes the report files of a run.
+
+    Args:
+        folder: The run folder.
+        run: What the run records about itself.
+        sets: The train set, the dev set and, if there is one, the held-out set.
+        answers: The best answers to the questions of the last set, in order.
+        data: The questions as they were read.
+        log: Gets a warning for each file that cannot be made, with the reason and the place in the code.
+    """
+
+    @cache
+    def facts() -> RunFacts:
+        parts = [_part(*role, features) for role, features in zip(ROLES, sets, strict=False)]
+        return make_facts(run, parts, answers, skipped=data.skipped, first_taken=data.first_taken)
+
+    files: dict[str, Callable[[Path], None]] = {
+        "curves.png": lambda path: draw_curves(run.metrics["epochs"], path),
+        "report.html": lambda path: write_text(path, report_page(facts())),
+        "README.md": lambda path: write_text(path, run_card(facts())),
+    }
+    for name, write in files.items():
+        try:
+            write(folder / name)
+        except Exception as error:  # whatever it is: hours of training weigh more than a picture
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            log.warning(
+                f"{name} cannot be made, the run is complete without it: {type(error).__name__}: {error} "
+                f"({Path(place.filename).name}, line {place.lineno})"
+            )
+
+
+def shipped_base() -> str | None:
+    """The name of the base model that ships, None if it is not there."""
+    with suppress(CheckpointError):
+        return base_model_path().name
+    return None
+
+
+def _part(name: str, role: str, features: FeatureSet) -> Part:
+    windows = tuple(end - begin for begin, end in zip(features.first, features.first[1:], strict=False))
+    return Part(name, role, features.examples, windows)

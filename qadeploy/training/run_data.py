@@ -1,0 +1,84 @@
+"""The questions of a run: what it trains on, what chooses the epoch, and what it only reports on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+from qadeploy.data.check import CheckedData
+from qadeploy.data.fields import DataOptions
+from qadeploy.data.loading import DataSet, read
+from qadeploy.data.splits import carve_by_passage
+from qadeploy.errors import InputError
+from qadeploy.records import Example
+from qadeploy.training.options import TrainOptions
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """The questions of a run.
+
+    Attributes:
+        found: All questions of ``--data``.
+        check: What the check of their rows found; None if they were not checked.
+        train: The training set.
+        dev: The dev set.
+        held_out: The held-out set, None without one.
+    """
+
+    found: DataSet
+    check: CheckedData | None
+    train: DataSet
+    dev: DataSet
+    held_out: DataSet | None
+
+
+def split_data(
+    options: TrainOptions, found: DataSet, check: CheckedData | None = None, held_out: Sequence[Example] | None = None
+) -> RunData:
+    """Splits the questions of ``--data``, and reads the data sets that other options name.
+
+    Args:
+        options: Those of the run.
+        found: The questions of ``--data``.
+        check: What the check of their rows found.
+        held_out: The held-out set, instead of what the data and the options say.
+
+    Raises:
+        InputError: Nothing is left to train on, or all questions are on one passage.
+    """
+    rest = tuple(e for e in found.examples if e.split != "validation")
+    if not rest:
+        raise InputError(f"{options.data}: every row is marked as validation, so none is left to train on")
+    source = options.data
+    if held_out is None:
+        held_out = found.part("validation")
+        if options.eval_data is not None:
+            given = _read(options, options.eval_data)
+            source, held_out = given.source, given.part("validation") or given.examples
+    if options.dev_data is not None:
+        train, dev = rest, _read(options, options.dev_data).examples
+    else:
+        train, dev = carve_by_passage(rest, options.dev_fraction, options.seed)
+    most = options.max_eval_samples  # training/runs.py cuts the same way when it carves again
+    return RunData(
+        found,
+        check,
+        DataSet(options.data, train[: options.max_train_samples]),
+        DataSet(options.dev_data or options.data, dev[:most]),
+        DataSet(source, tuple(held_out[:most])) if held_out else None,
+    )
+
+
+def unlabelled_questions(options: TrainOptions) -> tuple[Example, ...]:
+    """The questions of ``--unlabelled``, which only a teacher labels. Raises InputError without a teacher."""
+    if options.unlabelled is None:
+        return ()
+    if options.teacher is None:
+        raise InputError("--unlabelled: only a teacher can label these questions: give --teacher, or leave it out")
+    found = read(options.unlabelled, DataOptions.of(asdict(options)), token=options.token, annotated=False).examples
+    return tuple(replace(e, answers=()) for e in found)
+
+
+def _read(options: TrainOptions, source: str) -> DataSet:
+    return read(source, DataOptions.of(asdict(options)), token=options.token)

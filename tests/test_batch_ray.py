@@ -1,0 +1,326 @@
+"""The Ray engine for real, on a Ray of this machine that the tests share: the same answers, whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+
+from qadeploy.batch import ray_engine
+from qadeploy.batch.output import Counts
+from qadeploy.batch.ray_engine import Cluster, Pool, share_out
+from qadeploy.batch.run import BatchProgress, BatchRequest, answer_files
+from qadeploy.errors import BundleError, FailureError, InputError
+from tests.answerers_for_tests import BREAK, RAISE, SEGFAULT, PoisonedLoad
+from tests.conftest import triplets, write_jsonl
+
+ROWS = [{"context": row["context"], "question": row["question"]} for row in triplets(80)]
+LONG = [row | {"context": f"{row['context']} " * 60} for row in ROWS] * 40  # enough that a command is still at work
+TWO = Cluster(actors=2, cpus_per_actor=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """A local Ray, which the engine finds running and leaves running."""
+    import ray
+
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(ray_engine, "usable_cpus", lambda: 2)
+        with ray_engine.running(Cluster()):
+            yield
+    assert not ray.is_initialized()
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two files of questions."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "asked"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", ROWS[:45])
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS[45:]), folder / "b.parquet", row_group_size=12)
+    return folder
+
+
+def request(
+    bundle: Path, *inputs: Path, output: str = "out", cluster: Cluster | None = TWO, rows: int = 10
+) -> BatchRequest:
+    return BatchRequest(str(bundle), tuple(map(str, inputs)), output, device="cpu", shard_rows=rows, cluster=cluster)
+
+
+def answers(folder: str = "out") -> list[dict[str, object]]:
+    return parquet.read_table(folder).to_pylist()
+
+
+def rejected(folder: str = "out") -> dict[int, str]:
+    files = sorted(Path(folder, "rejected").glob("*"))
+    rows = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    return {row["row"]: row["reason"] for row in rows}
+
+
+def test_both_engines_give_the_same_answers(bundle, asked):
+    shown: list[int] = []
+    found = answer_files(request(bundle, asked), BatchProgress(advance=shown.append))
+    assert found.counts == Counts(80, 0)
+    assert sorted(shown) == [5, 5, *[10] * 7]
+    answer_files(request(bundle, asked, output="local", cluster=None))
+    assert answers() == answers("local")
+    assert [path.read_bytes() for path in sorted(Path("out").iterdir())] == [
+        path.read_bytes() for path in sorted(Path("local").iterdir())
+    ]
+
+
+def test_bad_rows_and_rows_that_kill_are_set_aside_and_nothing_else(bundle, asked):
+    rows = [dict(row) for row in ROWS[:30]]
+    rows[3]["question"] = " "
+    rows[14]["question"] = SEGFAULT
+    rows[15]["question"] = RAISE
+    rows[24]["question"] = BREAK
+    source = write_jsonl(asked.parent / "poison.jsonl", rows)
+    found = answer_files(request(bundle, source), load=PoisonedLoad(str(bundle)))
+    reasons = rejected()
+    assert sorted(reasons) == [4, 15, 16, 25]
+    assert found.counts == Counts(26, 4)
+    assert reasons[4] == "is empty"
+    assert reasons[16] == "RuntimeError: no kernel for this"
+    for row in (15, 25):
+        assert "its worker process ended 2 times while it answered this row alone" in reasons[row]
+    answer_files(request(bundle, write_jsonl(asked.parent / "good.jsonl", ROWS[:30]), output="good", cluster=None))
+    assert answers() == [row for n, row in enumerate(answers("good"), 1) if n not in reasons]
+    assert not [name for name in os.listdir("out") if name.startswith(".")]
+
+
+def test_a_killed_actor_loses_nothing_and_nothing_comes_twice(bundle, asked):
+    pids = asked.parent / "pids"
+    pids.mkdir()
+    killed: list[int] = []
+
+    def kill(rows: int) -> None:
+        if not killed:
+            killed.append(int(os.listdir(pids)[0]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    found = answer_files(
+        request(bundle, asked), BatchProgress(advance=kill), PoisonedLoad(str(bundle), str(pids), 0.02)
+    )
+    assert killed
+    assert len(os.listdir(pids)) > 2  # another process took its place
+    assert found.counts == Counts(80, 0)
+    answer_files(request(bundle, asked, output="local", cluster=None))
+    assert answers() == answers("local")
+    assert not Path("out/rejected").exists()
+
+
+def test_one_engine_goes_on_where_the_other_stopped(bundle, asked):
+    def stop(rows: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer_files(request(bundle, asked), BatchProgress(advance=stop), PoisonedLoad(str(bundle), seconds=0.02))
+    done = {path.name: path.stat().st_mtime_ns for path in Path("out").glob("part-*")}
+    assert 1 <= len(done) < 9
+    found = answer_files(request(bundle, asked, cluster=None))
+    assert found.counts == Counts(80, 0)
+    assert found.before >= 5
+    assert {name: Path("out", name).stat().st_mtime_ns for name in done} == done
+    answer_files(request(bundle, asked, output="whole", cluster=None))
+    assert answers() == answers("whole")
+
+
+def test_what_stops_an_actor_is_one_clear_error(bundle, asked, tmp_path):
+    with pytest.raises(FailureError, match=r"no such bundle folder.*each must see the bundle"):
+        answer_files(request(bundle, asked), load=PoisonedLoad(str(tmp_path / "gone")))
+
+    def vanish(rows: int) -> None:
+        (asked / "b.parquet").unlink(missing_ok=True)
+
+    with pytest.raises(FailureError, match=r"b.parquet: rows \d+ to \d+ cannot be read on .*input may be on s3"):
+        answer_files(
+            request(bundle, asked, output="second"), BatchProgress(advance=vanish), PoisonedLoad(str(bundle), "", 0.02)
+        )
+
+
+def test_workers_that_never_get_to_a_row_end_the_run(bundle, asked):
+    with pytest.raises(FailureError, match="5 worker processes ended one after the other before"):
+        answer_files(request(bundle, asked / "a.jsonl", rows=100), load=_die)
+
+
+def _die() -> None:
+    os._exit(9)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "cpus", "gpus", "pool"),
+    [
+        (Cluster(), 2, 0, Pool(2, 1, 0, 1)),
+        (Cluster(), 64, 0, Pool(8, 8, 0, 8)),
+        (Cluster(actors=2), 5, 0, Pool(2, 2, 0, 2)),
+        (Cluster(actors=3), 2, 0, Pool(3, 0.6666, 0, 1)),
+        (Cluster(cpus_per_actor=4), 16, 0, Pool(4, 4, 0, 4)),
+        (Cluster("auto"), 100, 0, Pool(100, 1, 0, 1)),
+        (Cluster("auto", gpus_per_actor=0.5), 16, 2, Pool(4, 1, 0.5, 1)),
+        (Cluster(gpus_per_actor=1), 16, 2, Pool(2, 8, 1, 8)),
+    ],
+)
+def test_cores_are_shared_out(cluster, cpus, gpus, pool):
+    assert share_out(cluster, cpus, gpus) == pool
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        (Cluster(gpus_per_actor=1), "--gpus-per-actor 1 with 1 actors: Ray has 0 GPUs"),
+        (Cluster(actors=3, cpus_per_actor=2), "3 actors of 2 CPUs each: Ray has 4 CPUs"),
+        (Cluster("auto", actors=9), "9 actors of 1 CPUs each: Ray has 4 CPUs"),
+    ],
+)
+def test_more_than_there_is_is_refused(cluster, message):
+    with pytest.raises(InputError, match=message):
+        share_out(cluster, 4, 0)
+
+
+def test_a_damaged_bundle_is_found_before_anything_starts(bundle, asked, tmp_path):
+    with pytest.raises((BundleError, InputError)):
+        answer_files(request(tmp_path / "typo", asked))
+    assert not Path("out").exists()
+
+
+# ---------------------------------------------------------------- the command, with a Ray of its own
+
+
+def ray_processes(session: int) -> list[str]:
+    """The processes of a session of the system, but for the command's own."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and process.pid != session and process.status() != "zombie":
+                found.append(" ".join(process.cmdline())[:80])
+    return found
+
+
+@contextlib.contextmanager
+def command(bundle: Path, source: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """``qadeploy answer --engine ray`` in a session of its own."""
+    line = [sys.executable, "-m", "qadeploy", "answer", str(bundle), "--input", str(source), "--output", "out"]
+    line += ["--engine", "ray", "--actors", "2", *more]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        process.stderr.close()
+
+
+def none_left(session: int) -> list[str]:
+    until = time.monotonic() + 20
+    while (left := ray_processes(session)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return left
+
+
+def actors(session: int) -> list[int]:
+    """The processes of the pool's actors, by the title that Ray gives them."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and "".join(process.cmdline()).startswith("ray::MapWorker"):
+                found.append(process.pid)
+    return found
+
+
+def test_the_command_is_quiet_whatever_dies_and_leaves_no_process(bundle, asked):
+    """Ray keeps remarks that repeat themselves back until it ends: those of later deaths must not reach stdout."""
+    rows = LONG[:800]
+    source = write_jsonl(asked.parent / "many.jsonl", rows)
+    killed: set[int] = set()
+    with command(bundle, source, "--json", "--shard-rows", "20") as process:
+        until = time.monotonic() + 100
+        while len(killed) < 3 and process.poll() is None and time.monotonic() < until:
+            if list(Path("out").glob("part-*")):
+                for pid in set(actors(process.pid)) - killed:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+            time.sleep(0.05)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        assert len(killed) >= 3
+        assert json.loads(out) == {"rows": len(rows), "rejected": 0, "output": "out"}
+        assert err.strip() == "answering"
+        assert none_left(process.pid) == []
+
+
+def test_ctrl_c_ends_it_all_and_says_how_to_go_on(bundle, asked):
+    source = write_jsonl(asked.parent / "many.jsonl", LONG)
+    with command(bundle, source, "--shard-rows", "20") as process:
+        stop = threading.Timer(100, process.kill)
+        stop.start()
+        until = time.monotonic() + 100
+        while not list(Path("out").glob("part-*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=60)
+        stop.cancel()
+        assert process.returncode == 130, err
+        assert "stopped: finished parts are kept, and the same command continues from there" in err
+        assert "Traceback" not in err
+        assert none_left(process.pid) == []
+    assert list(Path("out").glob("part-*"))
+
+
+def test_a_local_ray_is_closed_to_others_and_says_when_it_is_killed(bundle, asked, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    source = write_jsonl(asked.parent / "many.jsonl", LONG)
+    with command(bundle, source, "--shard-rows", "20") as process:
+        until = time.monotonic() + 100
+        while not list(Path("out").glob("part-*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        heard: dict[str, set[str]] = {}
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.getsid(each.pid) == process.pid:
+                    places = {c.laddr.ip for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+                    heard[each.name()] = places
+                    if each.name() == "raylet":
+                        raylet = each
+        assert set().union(*heard.values()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, heard
+        assert heard["raylet"]
+        assert heard["gcs_server"]
+        environment = raylet.environ()
+        assert environment["RAY_AUTH_MODE"] == "token"
+        assert len(environment["RAY_AUTH_TOKEN"]) == 64
+        raylet.kill()
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 1
+        assert "Error: Ray has ended: its process raylet was killed or crashed" in err
+        assert "Traceback" not in err
+        assert none_left(process.pid) == []
+
+
+def test_an_address_without_a_cluster_is_named(bundle, asked):
+    with command(bundle, asked, "--address", "127.0.0.1:1") as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Error: --address 127.0.0.1:1: cannot be reached" in err
+    assert "Traceback" not in err
