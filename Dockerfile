@@ -1,24 +1,31 @@
 # syntax=docker/dockerfile:1
 # qadeploy serve, without torch. Targets: cpu (the default), gpu, and baked, which is either of them with a bundle inside.
-# docs/container.md shows how they are built and run; benchmarks/container_steps.py runs the steps of the cpu target.
-ARG PYTHON=3.12
+# docs/container.md shows how they are built and run; tests/container_steps.py runs the steps of the cpu target.
+# A tag may be moved: pin what you deploy, PYTHON_IMAGE=python:3.12-slim@sha256:...
+ARG PYTHON_IMAGE=python:3.12-slim
 ARG TARGET=cpu
 
-FROM python:${PYTHON}-slim AS source
+FROM ${PYTHON_IMAGE} AS source
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
+COPY requirements ./requirements
 COPY qadeploy ./qadeploy
-# The base model is for training: an empty folder stands in its place, so that the wheel is small.
-RUN mkdir -p models/minilm-l6-qa
+# The models that ship are not served from here: empty folders stand in their place, so that the wheel is small.
+RUN mkdir -p models/minilm-l6-qa models/minilm-l6-qa-int8
+# Every package by its hash, none built from source but this one, whose build tools stay here.
+RUN python -m venv /src/tools && /src/tools/bin/pip install --no-cache-dir --require-hashes --only-binary=:all: -r requirements/build.txt
+RUN /src/tools/bin/pip wheel --no-deps --no-build-isolation --no-index --wheel-dir /src/wheels .
 RUN python -m venv /opt/venv
 
 FROM source AS build-cpu
-RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[cpu,serve]'
+RUN /opt/venv/bin/pip install --no-cache-dir --require-hashes --only-binary=:all: -r requirements/cpu.txt
+RUN /opt/venv/bin/pip install --no-deps --no-index /src/wheels/*.whl
 
 FROM source AS build-gpu
-RUN /opt/venv/bin/pip install --no-cache-dir -c constraints.txt '.[gpu,serve]'
+RUN /opt/venv/bin/pip install --no-cache-dir --require-hashes --only-binary=:all: -r requirements/gpu.txt
+RUN /opt/venv/bin/pip install --no-deps --no-index /src/wheels/*.whl
 
-FROM python:${PYTHON}-slim AS runtime
+FROM ${PYTHON_IMAGE} AS runtime
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -1,6 +1,10 @@
 # make        lint and tests
 # make demo   train, export, quantize, bench and answer on what the repository ships
-# make test   the tests
+# make test   all tests
+# make quick  the tests that need neither torch nor a trained model nor other processes, in under a minute
+# make coverage   all tests, and the share of the lines that they run, by room
+# make docs   the documentation as a website, in site/
+# make requirements   the hashes of the packages in a container, in requirements/, after a change of constraints.txt
 # make node-check   the answers of Node.js from bundles that answer by themselves (needs node 20 or newer)
 # make inference-servers   an environment with Triton and MLServer, without which the tests that need them are skipped
 # Each sets up .venv by itself; on a machine with an NVIDIA driver with the GPU build of ONNX Runtime.
@@ -13,8 +17,11 @@ SERVERS := .venv-servers
 SERVERS_READY := $(SERVERS)/.ready
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 BUNDLE := bundles/handbook-int8
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--constraint constraints.txt --custom-compile-command 'make requirements'
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 
-.PHONY: all setup lint format test demo inference-servers node-check clean
+.PHONY: all setup lint format quick test coverage requirements docs demo inference-servers node-check clean
 
 all: lint test
 
@@ -38,8 +45,28 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+quick: $(READY)
+	$(BIN)/python -m pytest tests/unit
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+coverage: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=qadeploy --cov-report=
+	@for room in qadeploy/*/; do \
+		printf '%-24s %s %%\n' $$room "$$($(BIN)/coverage report --include="$$room*" --format=total 2>/dev/null)"; \
+	done
+
+# One list for every Python and machine that there are wheels for.
+requirements: $(READY)
+	$(BIN)/python -m pip install --quiet uv==0.13.9
+	$(COMPILE) --extra cpu --extra serve --output-file requirements/cpu.txt pyproject.toml
+	$(COMPILE) --extra gpu --extra serve --output-file requirements/gpu.txt pyproject.toml
+	$(COMPILE) --output-file requirements/build.txt requirements/build.in
+
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # onnxruntime-node holds its CPU library; its install script would download the one for CUDA.
 node-check: $(READY)
@@ -54,12 +81,12 @@ $(SERVERS_READY): tests/inference_servers/requirements.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/qadeploy train --data handbook --out runs/handbook
-	$(BIN)/qadeploy export runs/handbook --quantize --budget 3m --out bundles/handbook
-	$(BIN)/qadeploy bench $(BUNDLE)
+	$(BIN)/qadeploy train --data handbook --epochs 1 --out runs/handbook
+	$(BIN)/qadeploy export runs/handbook --quantize --budget 30s --out bundles/handbook
+	$(BIN)/qadeploy bench $(BUNDLE) --questions 100 --rounds 2
 	$(BIN)/qadeploy ask $(BUNDLE) --top-k 1 \
 		--question "Why does the coxswain not use a pen?" \
 		--context "The night boat leaves Carrow Quay at twenty to eleven. Hester Quill hands the sealed sacks to the coxswain, Donal Keane, who signs for them in pencil, because ink runs; at Port Ansel the sacks are counted again by lantern."
 
 clean:
-	rm -rf $(VENV) $(SERVERS) runs bundles .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(SERVERS) runs bundles site .mypy_cache .ruff_cache .pytest_cache .hypothesis

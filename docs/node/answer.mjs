@@ -1,10 +1,10 @@
 // Answers from a bundle of `qadeploy export --strings-in-graph` (or --spans-in-graph), with ONNX Runtime for Node alone.
 //
 //   node answer.mjs bundles/faq-text "Who keeps the lamp?" "Mungo Strand keeps the lamp."
-//   node answer.mjs bundles/faq-text < questions.jsonl      {"question": ..., "context": ...} a line, or, for a bundle
-//   node answer.mjs bundles/faq-spans < windows.jsonl       NAME-spans, {"input_ids": [...], "context_mask": [...], ...}
+//   node answer.mjs bundles/faq-text < questions.jsonl      one {"question": ..., "context": ...} per line, or for a
+//   node answer.mjs bundles/faq-spans < windows.jsonl       bundle NAME-spans {"input_ids": [...], "context_mask": [...], ...}
 //
-// Prints one JSON object a line.
+// Prints one JSON object per line.
 
 import { readFileSync } from "node:fs";
 import { join } from "node:path";
@@ -19,7 +19,7 @@ if (!folder || (question !== undefined && context === undefined)) {
 const manifest = JSON.parse(readFileSync(join(folder, "manifest.json"), "utf8"));
 const kind = manifest.in_graph?.kind;
 if (kind !== "text" && kind !== "spans") {
-  console.error(`${folder}: has no answers in its graph: make it with qadeploy export --strings-in-graph`);
+  console.error(`${folder}: has no answers in its graph: export it with qadeploy export --strings-in-graph`);
   process.exit(2);
 }
 const session = await ort.InferenceSession.create(join(folder, "model.onnx"));
