@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 
@@ -40,7 +39,7 @@ _FLOATS = frozenset({"FP32", "FP16"})
 # this make few shapes; on a CPU every token of padding is computed.
 _GPU_MULTIPLE = 64
 _CONNECTIONS = 4
-_Value = TypeVar("_Value")
+_HEADER_LENGTH = "Inference-Header-Content-Length"  # of Triton's binary tensors: the JSON's bytes, before the tensors'
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +141,13 @@ class TritonModel:
         self._asked_version = str(options.version)
         self._timeout = options.timeout
         self._headers = dict(options.headers or {})
-        self._address = _address(url)
-        self._client_module, self._server_error = _tritonclient()
-        self._local = threading.local()
-        self._pid = os.getpid()
+        self._base = _base(url)
+        self._protocol, self._urllib3 = _client_modules()
         self._pad_token_id = bundle.encoder.pad_token_id
-        with ThreadPoolExecutor(1) as aside:  # a client's event loop belongs to its thread
-            self.served = aside.submit(self._look, bundle).result()
+        self._connect(_CONNECTIONS)
+        self.served = self._look(bundle)
         self.threads = options.connections or max(2 * self.served.instances, _CONNECTIONS)
-        self._pool = self._new_pool()
+        self._connect(self.threads)
         self.inputs = tuple(self.served.inputs)
         gpu, masked = self.served.gpu, "attention_mask" in self.inputs
         self._batch = min(options.batch or (self.served.max_batch if gpu else 1), self.served.max_batch)
@@ -184,19 +181,15 @@ class TritonModel:
 
     def _ask(self, windows: Sequence[Window], tokens: int) -> list[Logits]:
         """One request: the windows' logits, without those of the padding."""
-        module, served = self._client_module, self.served
+        protocol, served = self._protocol, self.served
         given = pad_batch(windows, self._pad_token_id, tokens=tokens)
         inputs = []
         for name, kind in served.inputs.items():
-            tensor = module.InferInput(name, [len(windows), tokens], "INT32" if kind == np.int32 else "INT64")
+            tensor = protocol.InferInput(name, [len(windows), tokens], "INT32" if kind == np.int32 else "INT64")
             tensor.set_data_from_numpy(given[name].astype(kind, copy=False), binary_data=served.binary)
             inputs.append(tensor)
-        outputs = [module.InferRequestedOutput(name, binary_data=served.binary) for name in LOGIT_NAMES]
-        reply = self._call(
-            lambda client: client.infer(
-                self.name, inputs, model_version=self._asked_version, outputs=outputs, headers=self._headers
-            )
-        )
+        outputs = [protocol.InferRequestedOutput(name, binary_data=served.binary) for name in LOGIT_NAMES]
+        reply = self._infer(inputs, outputs)
         version = str(reply.get_response().get("model_version") or "")
         if version and served.version and version != served.version:
             raise RemoteError(
@@ -219,20 +212,19 @@ class TritonModel:
 
     def _look(self, bundle: Bundle) -> ServedModel:
         """What the server has, checked against the bundle."""
-        server = self._call(lambda client: client.get_server_metadata(headers=self._headers))
-        extensions = server.get("extensions") or []
+        extensions = self._json("GET", "").get("extensions") or []
         try:
-            told = self._call(lambda client: client.get_model_metadata(self.name, self._asked_version, self._headers))
+            told = self._json("GET", self._path())
         except RemoteError as error:
             raise RemoteError(f"{error}{self._others(extensions)}") from error
         inputs = self._check_inputs(told, bundle)
         versions = [str(each) for each in told.get("versions") or []]
         version = self._asked_version or max(versions, key=lambda v: (len(v), v), default="")
-        if not self._call(lambda client: client.is_model_ready(self.name, self._asked_version, self._headers)):
+        if self._send("GET", f"{self._path()}/ready").status != 200:
             raise RemoteError(f"{self.url}: model {self.name} is not ready: wait for it, or see the server's log")
         config: dict[str, Any] = {}
         if "model_configuration" in extensions:
-            config = self._call(lambda client: client.get_model_config(self.name, self._asked_version, self._headers))
+            config = self._json("GET", f"{self._path()}/config")
         stored = (config.get("parameters") or {}).get(f"{BUNDLE_PARAMETER}{version}", {}).get("string_value", "")
         if stored and stored != bundle.hash:
             raise RemoteError(
@@ -280,49 +272,76 @@ class TritonModel:
         """The models that the server has, if it reports them."""
         if "model_repository" not in extensions:
             return ""
-        index = self._call(lambda client: client.get_model_repository_index(headers=self._headers))
+        index = self._json("POST", "/repository/index")
         names = sorted({str(each["name"]) for each in index})
         return f" (it has {_names(names)})" if names else " (it has no model)"
 
-    def _call(self, work: Callable[[Any], _Value]) -> _Value:
-        """Calls this thread's client, since a client must stay in its thread, and turns its errors into ours."""
-        client = getattr(self._local, "client", None)
-        if client is None:
-            client = self._local.client = self._new_client()
+    def _path(self) -> str:
+        version = f"/versions/{quote(self._asked_version, safe='')}" if self._asked_version else ""
+        return f"/models/{quote(self.name, safe='')}{version}"
+
+    def _infer(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
+        """The protocol's ``infer``: a result whose tensors ``as_numpy`` returns."""
+        client = self._protocol.InferenceServerClient
+        body, header_length = client.generate_request_body(inputs, outputs=outputs)
+        headers = {_HEADER_LENGTH: str(header_length)} if header_length is not None else {}
+        reply = self._send("POST", f"{self._path()}/infer", body, headers)
+        if reply.status != 200:
+            raise self._refused(reply)
+        length = reply.headers.get(_HEADER_LENGTH)
         try:
-            return work(client)
-        except self._server_error as error:
-            raise RemoteError(f"{self.url}: {self.name}: {str(error.message()).strip()}") from error
-        except TimeoutError as error:
-            self._local.client = None  # its connection may still get the late answer
+            return client.parse_response_body(reply.data, header_length=int(length) if length is not None else None)
+        except Exception as error:  # bytes that are not the protocol's raise anything
+            raise self._silent(error) from error
+
+    def _json(self, method: str, path: str) -> Any:
+        reply = self._send(method, path)
+        if reply.status != 200:
+            raise self._refused(reply)
+        try:
+            return reply.json()
+        except ValueError as error:
+            raise self._silent(error) from error
+
+    def _send(self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None) -> Any:
+        """One request. Raises RemoteError if there is no reply in time."""
+        errors = self._urllib3.exceptions
+        try:
+            url = f"{self._base}/v2{path}"
+            return self._connections.request(method, url, body=body, headers={**self._headers, **(headers or {})})
+        except errors.NewConnectionError as error:
+            raise self._silent(error.__cause__ or error) from error
+        except errors.TimeoutError as error:
             raise RemoteError(
                 f"{self.url}: did not answer within {self._timeout:g} s: raise timeout, or see what the server is busy with"
             ) from error
-        except Exception as error:  # sockets, HTTP and JSON raise their own errors
-            self._local.client = None
-            reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            raise RemoteError(f"{self.url}: no inference server answers ({reason}): is it running?") from error
+        except (errors.HTTPError, OSError) as error:
+            raise self._silent(error) from error
 
-    def _new_client(self) -> Any:
-        host, ssl = self._address
-        options: dict[str, Any] = {}
-        if ssl:
-            import gevent.ssl
+    def _refused(self, reply: Any) -> RemoteError:
+        """The error that a server sent."""
+        try:
+            reason = str(reply.json()["error"])
+        except (ValueError, LookupError, TypeError):
+            reason = f"HTTP {reply.status}"
+        return RemoteError(f"{self.url}: {self.name}: {reason.strip()}")
 
-            options = {"ssl": True, "ssl_context_factory": gevent.ssl.create_default_context}
-        return self._client_module.InferenceServerClient(
-            host, connection_timeout=self._timeout, network_timeout=self._timeout, **options
+    def _silent(self, error: BaseException) -> RemoteError:
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
+        return RemoteError(f"{self.url}: no inference server answers ({reason}): is it running?")
+
+    def _connect(self, connections: int) -> None:
+        """Makes this process's connections, and the threads that wait for their replies."""
+        self._pid = os.getpid()
+        self._connections = self._urllib3.PoolManager(
+            maxsize=connections, timeout=self._urllib3.Timeout(self._timeout), retries=False
         )
-
-    def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.threads, thread_name_prefix="qadeploy-triton")
+        self._pool = ThreadPoolExecutor(connections, thread_name_prefix="qadeploy-triton")
 
     def _mine(self) -> ThreadPoolExecutor:
         """The threads of this process: a forked child has none, and must not use its parent's connections."""
         if self._pid != os.getpid():
-            self._local = threading.local()
-            self._pool = self._new_pool()
-            self._pid = os.getpid()
+            self._connect(self.threads)
         return self._pool
 
 
@@ -349,28 +368,27 @@ class _Replies(Pending):
         return [found[i] for i in range(len(found))]
 
 
-def _address(url: str) -> tuple[str, bool]:
-    """Host, port and path for the client, and whether it is https. Raises InputError."""
+def _base(url: str) -> str:
+    """The address before ``/v2``. Raises InputError."""
     try:
         parts = urlsplit(url)
         wrong = parts.scheme not in {"http", "https"} or not parts.hostname or bool(parts.query) or bool(parts.fragment)
-        port = parts.port
+        _ = parts.port
     except ValueError:
-        wrong, port = True, None
+        wrong = True
     if wrong:
         raise InputError(f"server {url!r}: give a URL such as http://localhost:8000 (the HTTP port, not that of gRPC)")
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    ssl = parts.scheme == "https"
-    return f"{host}:{port or (443 if ssl else 80)}{parts.path.rstrip('/')}", ssl
+    return url.rstrip("/")
 
 
-def _tritonclient() -> tuple[Any, Any]:
+def _client_modules() -> tuple[Any, Any]:
+    """What writes and reads the protocol's messages, and what sends them."""
     try:
-        import tritonclient.http as module
-        from tritonclient.utils import InferenceServerException
+        import tritonclient.http as protocol
+        import urllib3
     except (ImportError, RuntimeError) as error:  # RuntimeError: tritonclient without [http]
         raise MissingExtraError("a Triton server's client", "tritonclient[http]", "triton") from error
-    return module, InferenceServerException
+    return protocol, urllib3
 
 
 def _names(names: Sequence[str] | Mapping[str, Any]) -> str:
