@@ -2,7 +2,10 @@
 
     python models/publish.py RUN FOLDER_OF_PREPARE_DATA models/minilm-l6-qa
 
-Run it in the root of the repository. The bundle is written beside the weights, as ``models/minilm-l6-qa-int8``. Everything in
+    python models/publish.py --without-vnni FOLDER_OF_PREPARE_DATA models/minilm-l6-qa
+
+Run it in the root of the repository. The second, on a machine without VNNI, measures the bundle there and notes the figures in its
+manifest, if they are within ``LOSS`` of those in evaluation.json. The bundle is written beside the weights, as ``models/minilm-l6-qa-int8``. Everything in
 the card is read from the run or measured here, on the weights and the bundle as they ship.
 """
 
@@ -12,6 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +28,12 @@ from qadeploy.bench.workload import draw
 from qadeploy.cli.progress import Progress
 from qadeploy.core.metrics import Scores, bootstrap_interval
 from qadeploy.data.loading import read
+from qadeploy.errors import MachineWarning
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.run import export_run
 from qadeploy.inference.bundle import open_bundle, rewrite_manifest
+from qadeploy.machine import machine
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 
 SETS = {
@@ -39,7 +45,9 @@ SETS = {
     "articles": "the articles' questions, each on its whole article",
 }
 LONG = "articles"
+PLAIN = ("wiki", "reddit", "amazon")
 LONG_QUESTIONS = 300
+LOSS = 0.5  # percentage points of F1, of all questions of the plain sets
 
 
 def main(run: Path, data: Path, out: Path) -> None:
@@ -69,6 +77,30 @@ def main(run: Path, data: Path, out: Path) -> None:
     record, metrics = (json.loads((run / name).read_text()) for name in ("run.json", "metrics.json"))
     (out / "README.md").write_text(_card(record, metrics, measured), encoding="utf-8")
     (out / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+def confirm_without_vnni(data: Path, out: Path) -> None:
+    """Measures ``out-int8`` on this machine and notes it in the manifest. Raises SystemExit if F1 falls by more than ``LOSS``."""
+    if machine().has_vnni:
+        raise SystemExit("this machine has VNNI: there is nothing to confirm")
+    bundle = out.with_name(f"{out.name}-int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MachineWarning)
+        answerer = Answerer.load(bundle)
+    before = json.loads((out / "evaluation.json").read_text())
+    found: dict[str, Any] = {"cpu": machine().cpu, "instruction_sets": list(machine().instruction_sets)}
+    for name in PLAIN:
+        scores = evaluate(answerer, read(str(data / f"held_out_{name}.jsonl")).examples).scores
+        with_vnni = before[f"{name}, int8 bundle"]
+        found[name] = {"questions": scores.total, "f1": scores.f1, "f1_with_vnni": with_vnni["f1"]}
+        print(f"{name}: {_figures(scores)}, with VNNI F1 {with_vnni['f1']:.1f}", flush=True)
+    counts, lost = zip(
+        *((found[n]["questions"], found[n]["f1_with_vnni"] - found[n]["f1"]) for n in PLAIN), strict=True
+    )
+    mean = sum(n * points for n, points in zip(counts, lost, strict=True)) / sum(counts)
+    if mean > LOSS:
+        raise SystemExit(f"{mean:.2f} points of F1 are lost: the bundle is left as it is")
+    rewrite_manifest(open_bundle(bundle), {"measured_without_vnni": found})
 
 
 def _measure(out: Path, bundle: Path, data: Path) -> Iterator[tuple[str, Any]]:
@@ -174,4 +206,7 @@ Measured by `models/publish.py`; of the questions on whole articles {LONG_QUESTI
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    if sys.argv[1] == "--without-vnni":
+        confirm_without_vnni(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

@@ -72,17 +72,18 @@ def entry_has_vnni(entry: object) -> bool:
     return not (isinstance(stored, list) and stored) or any(name in stored for name in _VNNI)
 
 
-def saturation_warning(precision: str, exported_on: object) -> str:
-    """Says what to do if int8 matmuls of a bundle may saturate on this machine; "" if they cannot.
+def saturation_warning(precision: str, exported_on: object, *, measured: bool = False) -> str:
+    """Says what to do if int8 matmuls of a bundle may saturate on this machine; "" if they cannot, or do no harm.
 
     An export on a machine without VNNI gives the weights 7 bits, so that nothing saturates.
 
     Args:
         precision: The bundle's.
         exported_on: The ``machine`` entry of the machine that exported it.
+        measured: Whether its accuracy was measured on a machine without VNNI too, and is the same.
     """
     here = machine()
-    if precision != "int8" or here.has_vnni or not here.instruction_sets or not entry_has_vnni(exported_on):
+    if precision != "int8" or measured or here.has_vnni or not here.instruction_sets or not entry_has_vnni(exported_on):
         return ""
     return (
         "this machine has no VNNI, so 8-bit matmuls may saturate, which costs accuracy and no setting repairs: "

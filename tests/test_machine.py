@@ -231,12 +231,21 @@ def test_an_answerer_obeys_the_quota(tiny, monkeypatch):
     assert Answerer.load(tiny.bundle()).model.threads == 1
 
 
-@pytest.mark.parametrize(("sets", "warned"), [(("avx2",), True), (("avx2", "avx_vnni"), False), ((), False)])
-def test_a_bundle_for_any_machine_warns_only_where_int8_may_saturate(sets, warned, monkeypatch):
+@pytest.mark.parametrize(
+    ("sets", "measured", "warned"),
+    [
+        (("avx2",), None, True),
+        (("avx2",), {"f1": 80}, False),
+        (("avx2", "avx_vnni"), None, False),
+        ((), None, False),
+    ],
+)
+def test_a_bundle_for_any_machine_warns_only_where_int8_may_saturate(sets, measured, warned, tmp_path, monkeypatch):
     monkeypatch.setattr("qadeploy.machine.machine", lambda: Machine("another", sets))
+    path = sealed_copy(base_bundle_path(), tmp_path / "base", measured_without_vnni=measured)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        Answerer.load(base_bundle_path(), threads=1)
+        Answerer.load(path, threads=1)
     assert [w.category for w in caught] == [MachineWarning] * warned
     assert all("no VNNI, so 8-bit matmuls may saturate" in str(w.message) for w in caught)
 

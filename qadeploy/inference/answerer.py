@@ -516,7 +516,8 @@ def _machine_warning(bundle: Bundle) -> str:
     """What to know of a bundle that was made for another CPU than this one; "" if there is nothing."""
     manifest = bundle.manifest
     if "machine" not in manifest:  # its session settings are for any machine
-        return saturation_warning(bundle.precision, manifest["exported_on"]) if "exported_on" in manifest else ""
+        measured = bool(manifest.get("measured_without_vnni"))
+        return saturation_warning(bundle.precision, manifest.get("exported_on"), measured=measured)
     difference = machine().unlike(manifest["machine"])
     return difference and (
         f"this machine {difference}, unlike the one on which its session settings were measured: "
