@@ -1,0 +1,154 @@
+"""``qadeploy answer --engine ray`` as a command with a Ray of its own: what dies, what is heard, what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import triplets, write_jsonl
+
+ROWS = [{"context": row["context"], "question": row["question"]} for row in triplets(80)]
+LONG = [row | {"context": f"{row['context']} " * 60} for row in ROWS] * 40  # enough that a command is still at work
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the command is run in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ray_processes(session: int) -> list[str]:
+    """The processes of a session of the system, but for the command's own."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and process.pid != session and process.status() != "zombie":
+                found.append(" ".join(process.cmdline())[:80])
+    return found
+
+
+@contextlib.contextmanager
+def command(bundle: Path, source: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """``qadeploy answer --engine ray`` in a session of its own."""
+    line = [sys.executable, "-m", "qadeploy", "answer", str(bundle), "--input", str(source), "--output", "out"]
+    line += ["--engine", "ray", "--actors", "2", *more]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    process = subprocess.Popen(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        process.stderr.close()
+
+
+def none_left(session: int) -> list[str]:
+    until = time.monotonic() + 20
+    while (left := ray_processes(session)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return left
+
+
+def actors(session: int) -> list[int]:
+    """The processes of the pool's actors, by the title that Ray gives them."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and "".join(process.cmdline()).startswith("ray::MapWorker"):
+                found.append(process.pid)
+    return found
+
+
+def test_the_command_is_quiet_whatever_dies_and_leaves_no_process(bundle, folder):
+    """Ray keeps remarks that repeat themselves back until it ends: those of later deaths must not reach stdout."""
+    rows = LONG[:800]
+    source = write_jsonl(folder / "many.jsonl", rows)
+    killed: set[int] = set()
+    with command(bundle, source, "--json", "--shard-rows", "20") as process:
+        until = time.monotonic() + 100
+        while len(killed) < 3 and process.poll() is None and time.monotonic() < until:
+            if list(Path("out").glob("part-*")):
+                for pid in set(actors(process.pid)) - killed:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                    killed.add(pid)
+            time.sleep(0.05)
+        out, err = process.communicate(timeout=200)
+        assert process.returncode == 0, err
+        assert len(killed) >= 3
+        assert json.loads(out) == {"rows": len(rows), "rejected": 0, "output": "out"}
+        assert err.strip() == "answering"
+        assert none_left(process.pid) == []
+
+
+def test_ctrl_c_ends_it_all_and_says_how_to_go_on(bundle, folder):
+    source = write_jsonl(folder / "many.jsonl", LONG)
+    with command(bundle, source, "--shard-rows", "20") as process:
+        stop = threading.Timer(100, process.kill)
+        stop.start()
+        until = time.monotonic() + 100
+        while not list(Path("out").glob("part-*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=60)
+        stop.cancel()
+        assert process.returncode == 130, err
+        assert "stopped: finished parts are kept, and the same command continues from there" in err
+        assert "Traceback" not in err
+        assert none_left(process.pid) == []
+    assert list(Path("out").glob("part-*"))
+
+
+def test_a_local_ray_is_closed_to_others_and_says_when_it_is_killed(bundle, folder, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    source = write_jsonl(folder / "many.jsonl", LONG)
+    with command(bundle, source, "--shard-rows", "20") as process:
+        until = time.monotonic() + 100
+        while not list(Path("out").glob("part-*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        heard: dict[str, set[str]] = {}
+        for each in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if os.getsid(each.pid) == process.pid:
+                    places = {c.laddr.ip for c in each.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+                    heard[each.name()] = places
+                    if each.name() == "raylet":
+                        raylet = each
+        assert set().union(*heard.values()) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, heard
+        assert heard["raylet"]
+        assert heard["gcs_server"]
+        environment = raylet.environ()
+        assert environment["RAY_AUTH_MODE"] == "token"
+        assert len(environment["RAY_AUTH_TOKEN"]) == 64
+        raylet.kill()
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 1
+        assert "Error: Ray has ended: its process raylet was killed or crashed" in err
+        assert "Traceback" not in err
+        assert none_left(process.pid) == []
+
+
+def test_an_address_without_a_cluster_is_named(bundle, folder):
+    with command(bundle, write_jsonl(folder / "one.jsonl", ROWS[:1]), "--address", "127.0.0.1:1") as process:
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Error: --address 127.0.0.1:1: cannot be reached" in err
+    assert "Traceback" not in err
