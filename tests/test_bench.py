@@ -23,14 +23,14 @@ from qadeploy.bench import plot, table
 from qadeploy.bench.measure import BenchRequest, bench
 from qadeploy.bench.options import BenchOptions
 from qadeploy.bench.own import open_bundles
-from qadeploy.bench.page import bench_page, write
+from qadeploy.bench.page import bench_page, require_own, write
 from qadeploy.bench.peers import PEERS
 from qadeploy.bench.split import PARTS, measure_split
 from qadeploy.bench.variant import Asker, Variant
 from qadeploy.bench.workload import draw
 from qadeploy.cli import main
 from qadeploy.data.loading import read
-from qadeploy.errors import FailureError
+from qadeploy.errors import FailureError, InputError
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.records import NO_ANSWER, Annotation
 from tests.conftest import sealed_copy
@@ -296,3 +296,20 @@ def test_limits_that_nothing_can_be_held_against_are_refused_at_once(tiny, tiny_
     assert "--max-f1-drop needs a float variant to lose from" in result.stderr
     assert not (tmp_path / "o").exists()
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["bench.json", "bench.html", "bench.png"])
+def test_files_that_are_no_report_are_not_overwritten(name, bundle, tmp_path):
+    (tmp_path / name).write_text('{"mine": true}')
+    done = CliRunner().invoke(main, ["bench", str(bundle), "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert f"{tmp_path}: {name} would be overwritten, and is no report of bench: give another --out" in done.stderr
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, '{"mine": true}')]
+
+
+def test_a_report_is_replaced_by_the_next(benched, tmp_path):
+    write(benched[0], tmp_path)
+    require_own(tmp_path)
+    (tmp_path / "bench.json").unlink()
+    with pytest.raises(InputError, match="no report of bench"):
+        require_own(tmp_path)

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qadeploy.bench import plot, table
+from qadeploy.errors import InputError
 from qadeploy.files import write_bytes, write_json, write_text
 from qadeploy.reports.page import render, value
 
 _TEMPLATE = Path(__file__).with_name("bench.html.j2")
+_REPORT = "bench.json"
+_FILES = (_REPORT, "bench.html", "bench.png")
+
+
+def require_own(folder: Path) -> None:
+    """Raises InputError if ``write`` would overwrite a file in ``folder`` that is not from an earlier report."""
+    there = [name for name in _FILES if os.path.lexists(folder / name)]
+    if not there:
+        return
+    try:
+        found = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not (isinstance(found, dict) and {"variants", "workload", "environment"} <= found.keys()):
+        raise InputError(
+            f"{folder}: {', '.join(there)} would be overwritten, and is no report of bench: give another --out"
+        )
 
 
 def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -21,9 +41,9 @@ def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
     page = bench_page(report)
     picture = plot.png(report) if plot.dots(report) else None
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "bench.json", report)
+    write_json(folder / _REPORT, report)
     write_text(folder / "bench.html", page)
-    files = [folder / "bench.json", folder / "bench.html"]
+    files = [folder / _REPORT, folder / "bench.html"]
     if picture:
         write_bytes(folder / "bench.png", picture)
         files.append(folder / "bench.png")

@@ -44,6 +44,10 @@ def bench_bundles(
     """
     check(options)
     peers = parse_peers(options.against)
+    if options.out:
+        from qadeploy.bench.page import require_own, write  # what it needs is missed now, not after the measurements
+
+        require_own(Path(options.out))
     parse_device(options.device)
     opened, broken = open_bundles(bundles or [newest_bundle()])
     limits.check(peers, [bundle.precision for bundle in opened[1:]])
@@ -51,8 +55,6 @@ def bench_bundles(
     name, examples = _questions(checkpoint, options, say)
     workload = draw(name, examples, options.questions)
     if options.out:
-        from qadeploy.bench.page import write  # what it needs is missed now, not after the measurements
-
         Path(options.out).mkdir(parents=True, exist_ok=True)
     known = (*known_examples(checkpoint), *examples) if "openvino" in peers else ()
     report = bench(BenchRequest(opened, broken, workload, peers, checkpoint, known, options, limits), say)
