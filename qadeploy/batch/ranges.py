@@ -25,7 +25,7 @@ from qadeploy.errors import InputError, MissingExtraError
 FINEST = 250  # rows of the smallest range by default
 _MARKS = 4096  # with more ranges per file, they are joined in pairs, so that a plan stays small
 _BATCH = 256  # rows of parquet held at a time
-_FIELDS = ("context", "question", "id")
+_FIELDS = ("context", "contexts", "question", "id")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -119,8 +119,9 @@ def _scan_parquet(source: Source, data_options: DataOptions) -> int:
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise InputError(f"{source.path}: not a readable parquet file: {one_line(error)}") from error
     found = schema.names
+    known = {*found, *columns_of(found, data_options.columns)}
     for field in ("context", "question"):
-        if field not in found and field not in columns_of(found, data_options.columns):
+        if field not in known and not (field == "context" and "contexts" in known):
             option = guess({each.name: "text" if "string" in str(each.type) else None for each in schema})
             hint = f"; did you mean {option}?" if option else ""
             raise InputError(f"{source.path}: column {field} is missing; the columns found are {names(found)}{hint}")

@@ -75,7 +75,7 @@ class Worker:
             answerer, reader = self._ready(plan)
             journal.loaded()
             results = self._results(ShardAnswering(answerer, plan, shard, reader), shard, journal)
-            counts = self._folder.write(number, results, plan.settings.bundle)
+            counts = self._folder.write(number, results, plan.settings)
         except BrokenModelError:
             raise  # counts as a death: another process will find the row
         except BaseException:

@@ -42,6 +42,12 @@ def present(answers: Sequence[Answer], texts: Sequence[str], snippet: SnippetSiz
     return shown
 
 
+def check_snippet(snippet: SnippetSize) -> None:
+    """Raises MissingExtraError if a snippet needs a package that is not installed."""
+    if snippet == "sentence":
+        _sentences("")
+
+
 def characters_around(text: str, answer: Place, size: int) -> Place:
     """The code points of an answer with at most ``size`` on each side: whole words, and without white space at the ends."""
     start, end = max(answer[0] - size, 0), min(answer[1] + size, len(text))

@@ -50,7 +50,7 @@ def check_passages(passages: Sequence[str]) -> list[int]:
             raise InputError(f"contexts[{number}] must be text, not {type(passage).__name__}")
     numbers = [number for number, passage in enumerate(passages) if passage.strip()]
     if not numbers:
-        raise InputError(f"contexts: every passage is empty: give some text")
+        raise InputError("contexts: every passage is empty: give some text")
     return numbers
 
 
