@@ -19,6 +19,9 @@ from qadeploy.inference.answerer import Answerer, DecodedPair, to_answers
 from qadeploy.inference.texts import Asked
 from qadeploy.records import NO_ANSWER
 
+COLUMNS = ("id", "answer", "score", "start", "end", "bundle")
+PASSAGE_COLUMNS = ("passage", "skipped")  # if the input has passages
+SNIPPET_COLUMNS = ("snippet", "snippet_start", "snippet_end")  # if snippets are requested
 _PROBE = ("what", "warms up")  # a question that a working model answers
 # Decimals of a score. Logits are float32. Further digits depend on which questions were decoded together, since the terms of a
 # sum are added in another order, and would differ between a first and a second run.

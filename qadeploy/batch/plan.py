@@ -70,12 +70,16 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """The settings, the input files, and the shards. ``step`` is the number of rows of a full shard."""
+    """The settings, the input files, and the shards.
+
+    ``step`` is the number of rows of a full shard; ``passages`` says whether any file has a column of passages.
+    """
 
     settings: BatchSettings
     sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
     step: int
+    passages: bool = False
 
     @property
     def rows(self) -> int:
@@ -92,6 +96,7 @@ class BatchPlan:
             "schema": SCHEMA,
             **asdict(self.settings),
             "shard_rows": self.step,
+            "passages": self.passages,
             "files": [asdict(source) for source in self.sources],
         }
         numbers = {source: n for n, source in enumerate(self.sources)}
@@ -113,7 +118,7 @@ class BatchPlan:
             shards = tuple(
                 Shard(number, sources[row[0]], Range(*row[1:])) for number, row in enumerate(value["shards"])
             )
-            return cls(settings, sources, shards, int(value["shard_rows"]))
+            return cls(settings, sources, shards, int(value["shard_rows"]), bool(value["passages"]))
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise InputError(
                 f"{name}: is not a plan of qadeploy answer: remove the folder, or give another --output"
@@ -185,7 +190,7 @@ def make_plan(settings: BatchSettings, patterns: Sequence[str], step: int | None
         step = max(step, *(found.step for found in scans))
     parts = [(source, part) for source, found in zip(sources, scans, strict=True) for part in found.coarser(step)]
     shards = tuple(Shard(number, source, part) for number, (source, part) in enumerate(parts))
-    return BatchPlan(settings, tuple(sources), shards, step)
+    return BatchPlan(settings, tuple(sources), shards, step, any(found.passages for found in scans))
 
 
 def _check_first_rows(source: Source, part: Range, data_options: DataOptions) -> None:
