@@ -73,7 +73,7 @@ def without_adding(theirs: Any, items: Sequence[Json], **options: int) -> list[J
 def best_by_window(reading: DecodedPair) -> Place:
     """The word-aligned span of the highest probability within a window (softmax of starts times softmax of ends)."""
     best, found = -np.inf, (0, 0)
-    words = reading.context.words
+    words = reading.context.aligned
     for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True):
         table = span_table([WindowLogits([window], [starts], [ends], reading.context)], reading.settings.max_answer_len)
         free = [window.null_index, *range(window.context_begin, window.context_begin + window.context_length)]

@@ -37,7 +37,7 @@ class Option:
         help: What it does, a sentence or two.
         least: The smallest value allowed.
         most: The largest value allowed.
-        choices: The values allowed, () for any.
+        choices: The values allowed, () for any; of a number, words allowed instead.
         also: Further flags with the same meaning.
         off: The flag that says False, for a bool that is True or None by default.
         shown: How the default is described where it is not the value itself.
@@ -94,6 +94,8 @@ class Option:
             if self.choices and value not in self.choices:
                 return f"is {value!r}: choose {', '.join(self.choices)}"
             return ""
+        if isinstance(value, str) and value in self.choices:
+            return ""
         right = (int,) if self.kind is int else (int, float)
         if (
             isinstance(value, bool)
@@ -110,7 +112,8 @@ class Option:
     @property
     def range_text(self) -> str:
         """The numbers allowed, as text."""
-        text = "a whole number" if self.kind is int else "a number"
+        text = "".join(f"{word} or " for word in self.choices)
+        text += "a whole number" if self.kind is int else "a number"
         if self.least is not None and self.most is not None:
             return f"{text} from {self.least:g} to {self.most:g}"
         if self.least is not None:
@@ -150,13 +153,15 @@ def declared(cls: Any) -> dict[str, Option]:
 
 def _of(each: Field[Any], hint: Any) -> Option:
     kinds = get_args(hint) if get_origin(hint) in {Union, UnionType} else (hint,)
-    kind = next(k for k in kinds if k is not NoneType)
+    kind, *others = (k for k in kinds if k is not NoneType)
     values = dict(each.metadata[_KEY])
     many = get_origin(kind) is tuple
     if many:
         kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         values["choices"], kind = get_args(kind), str
+    elif others:
+        values["choices"] = get_args(others[0])
     default = None if each.default is MISSING else each.default
     return Option(name=each.name, kind=kind, default=default, many=many, **values)
 
@@ -280,4 +285,27 @@ def prefilter() -> Any:
         "Of a long context, read only this many windows, those that share most with the question (BM25).",
         least=1,
         shown="all",
+    )
+
+
+def min_score() -> Any:
+    """``min_score``: which answers are good enough."""
+    return option(0.0, "Leave out answers with a lower score, 'no answer' included.", least=0, most=1)
+
+
+def snippet() -> Any:
+    """``snippet``: what is returned around an answer."""
+    return option(
+        None,
+        "Also return the sentence around each answer, or whole words of so many characters on each side.",
+        least=1,
+        most=5_000,
+        shown="nothing",
+    )
+
+
+def offsets() -> Any:
+    """``offsets``: what offsets count."""
+    return option(
+        "codepoints", "What start and end count: code points (Python), UTF-16 units (JavaScript, Java) or UTF-8 bytes."
     )

@@ -96,20 +96,41 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class Snippet:
+    """The text around an answer: ``context[start:end] == text``, in the units of the answer."""
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer: ``context[start:end] == text`` in code points; ``score`` is a probability.
+    """An answer: ``context[start:end] == text`` in code points, or in the units that were requested.
 
     The empty text with ``start == end == 0`` is the null answer ("not in this context").
+
+    Attributes:
+        text: The answer.
+        start: Where it starts in its context or passage.
+        end: Where it ends there, exclusive.
+        score: A probability.
+        passage: The index of its passage among the ``contexts`` of the question, from 0; None if the question had one context, and
+            for the null answer, which is that of all passages.
+        snippet: The text around it, if that was requested; None for the null answer.
     """
 
     text: str
     start: int
     end: int
     score: float
+    passage: int | None = None
+    snippet: Snippet | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the answer as plain JSON values."""
-        return asdict(self)
+        """Returns the answer as plain JSON values, without ``passage`` and ``snippet`` if they are None."""
+        optional = ("passage", "snippet")
+        return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
 
 
 NO_ANSWER = Answer("", 0, 0, 0.0)  # if no span of the context can be an answer

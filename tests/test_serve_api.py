@@ -181,7 +181,10 @@ def test_many_callers_at_once_get_their_own_answers(server, answerer):
         ({"question": QUESTION, "context": CONTEXT, "top_k": 2.5}, "top_k: Input should be a valid integer"),
         ({"question": QUESTION, "context": 5}, "context: Input should be a valid string"),
         ([], "List should have at least 1 item"),
-        ([{"question": QUESTION, "context": CONTEXT}, {"question": QUESTION}], "1.context: Field required"),
+        (
+            [{"question": QUESTION, "context": CONTEXT}, {"question": QUESTION}],
+            "1: give either context, or contexts for several passages",
+        ),
         ({"questions": [], "context": CONTEXT}, "List should have at least 1 item"),
         ("text", "give an object with question and context"),
         (None, "Field required"),

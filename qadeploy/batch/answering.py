@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qadeploy.batch.plan import BatchPlan, Shard
@@ -15,10 +15,13 @@ from qadeploy.data.problems import RowError
 from qadeploy.data.rows import RawRow
 from qadeploy.data.wording import one_line
 from qadeploy.errors import FailureError, QadeployError
-from qadeploy.inference.answerer import Answerer, Pair, to_answers
-from qadeploy.records import NO_ANSWER, Answer
+from qadeploy.inference.answerer import Answerer, DecodedPair, to_answers
+from qadeploy.inference.texts import Asked
+from qadeploy.records import NO_ANSWER
 
 COLUMNS = ("id", "answer", "score", "start", "end", "bundle")
+PASSAGE_COLUMNS = ("passage", "skipped")  # if the input has passages
+SNIPPET_COLUMNS = ("snippet", "snippet_start", "snippet_end")  # if snippets are requested
 _PROBE = ("what", "warms up")  # a question that a working model answers
 # Decimals of a score. Logits are float32. Further digits depend on which questions were decoded together, since the terms of a
 # sum are added in another order, and would differ between a first and a second run.
@@ -31,9 +34,19 @@ class BrokenModelError(FailureError):
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The answer to a row. The null answer is the empty text at 0. ``start`` and ``end`` count code points.
+    """The answer to a row. The null answer is the empty text at 0.
 
-    ``score`` is a probability, rounded to 7 decimals.
+    Attributes:
+        id: The id of the row.
+        answer: The text.
+        score: A probability, rounded to 7 decimals.
+        start: Where it starts in the context or passage, in code points or the unit of the batch.
+        end: Where it ends, exclusive.
+        passage: The index of its passage in ``contexts``; None for a row with a context, and for the null answer.
+        skipped: The indices of empty passages.
+        snippet: The text around it, if the batch has snippets.
+        snippet_start: Where that starts.
+        snippet_end: Where it ends.
     """
 
     id: str
@@ -41,6 +54,11 @@ class Answered:
     score: float
     start: int
     end: int
+    passage: int | None = None
+    skipped: tuple[int, ...] = ()
+    snippet: str | None = None
+    snippet_start: int | None = None
+    snippet_end: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +76,25 @@ Result = Answered | Rejected
 
 
 def to_dict(result: Result) -> dict[str, Any]:
-    """A result as plain JSON values."""
-    return asdict(result)
+    """A result as plain JSON values, without what it does not have."""
+    return {name: value for name, value in asdict(result).items() if value is not None and value != ()}
 
 
 def of_dict(value: Mapping[str, Any]) -> Result:
     """The result that ``to_dict`` was given."""
-    return Rejected(**value) if "reason" in value else Answered(**value)
+    if "reason" in value:
+        return Rejected(**value)
+    return Answered(**{**value, "skipped": tuple(value.get("skipped", ()))})
 
 
 @dataclass(slots=True)
-class _Asked:
+class _Row:
     """A usable row: its index among the results, and what to ask."""
 
     place: int
     row: int
     id: str
-    pair: Pair
+    pair: Asked
 
 
 class ShardAnswering:
@@ -88,19 +108,19 @@ class ShardAnswering:
         self._answerer = answerer
         self._plan = plan
         self._shard = shard
-        self._options = Options(allow_no_answer=plan.settings.allow_no_answer, prefilter=plan.settings.prefilter)
+        self._options = plan.settings.options
         self._data_options = plan.settings.data_options
         self._rows = reader.rows(shard.source, shard.range)
 
     def stream(self) -> list[Result]:
         """One result per row, in order. Raises OSError, InputError (reading), BrokenModelError."""
         results: list[Result | None] = []
-        waiting: deque[_Asked | None] = deque()
+        waiting: deque[_Row | None] = deque()
         rows = self._asked(results)
         failures: list[Exception] = []
         ended = False
 
-        def pairs() -> Iterator[Pair]:
+        def pairs() -> Iterator[Asked]:
             nonlocal ended
             # If the first question of a stream is a chunk by itself, it runs on all threads, which may change the last
             # bit of its score. The probe before it prevents that.
@@ -122,7 +142,7 @@ class ShardAnswering:
             try:
                 for pair in self._answerer.read_stream(pairs(), self._options):
                     if asked := waiting.popleft():
-                        results[asked.place] = _answered(asked, to_answers(pair, self._options))
+                        results[asked.place] = _answered(asked, pair, self._options)
             except Exception:  # one of the waiting rows caused it: asking each alone shows which
                 suspects = [asked for asked in waiting if asked]
                 waiting.clear()
@@ -158,7 +178,7 @@ class ShardAnswering:
         reason = f"its worker process ended {times} times while it answered this row alone (out of memory, or a crash)"
         return Rejected(self._shard.source.path, row, "", "", reason)
 
-    def _asked(self, results: list[Result | None]) -> Iterator[_Asked]:
+    def _asked(self, results: list[Result | None]) -> Iterator[_Row]:
         """The usable rows. Each row of the shard gets an entry in ``results``: its rejection, or None for now."""
         for row in self._rows:
             results.append(None)
@@ -169,7 +189,7 @@ class ShardAnswering:
                 results[-1] = self._rejected(row, field, str(error))
                 continue
             identity = self._plan.row_id(self._shard.source, row.number) if fields.id is None else fields.id
-            yield _Asked(len(results) - 1, row.number, identity, (fields.question, fields.context))
+            yield _Row(len(results) - 1, row.number, identity, (fields.question, fields.contexts or fields.context))
 
     def _rejected(self, row: RawRow, field: str, reason: str) -> Rejected:
         given = row.fields.get(self._data_options.columns.get("id", "id"))
@@ -178,13 +198,13 @@ class ShardAnswering:
         clean = identity.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written
         return Rejected(self._shard.source.path, row.number, field, clean, reason)
 
-    def _alone(self, asked: _Asked) -> Result:
+    def _alone(self, asked: _Row) -> Result:
         """The answer to one row, by the same runs of the model as in ``stream``."""
         source = self._shard.source.path
         try:
             pair = self._answerer.encode(*asked.pair, self._options)
             logits = self._answerer.model.start(pair.windows).result()
-            return _answered(asked, to_answers(self._answerer.decode(pair, logits, self._options), self._options))
+            return _answered(asked, self._answerer.decode(pair, logits, self._options), self._options)
         except QadeployError as error:
             return Rejected(source, asked.row, "", asked.id, one_line(error))
         except Exception as error:  # onnxruntime raises many types, and a large row MemoryError
@@ -200,6 +220,11 @@ class ShardAnswering:
             raise BrokenModelError(f"{cause}; since then the model answers nothing: {one_line(error)}") from error
 
 
-def _answered(asked: _Asked, answers: Iterable[Answer]) -> Answered:
-    best = next(iter(answers), NO_ANSWER)
-    return Answered(asked.id, best.text, round(best.score, _DECIMALS), best.start, best.end)
+def _answered(asked: _Row, pair: DecodedPair, options: Options) -> Answered:
+    best = next(iter(to_answers(pair, options)), NO_ANSWER)
+    answered = Answered(
+        asked.id, best.text, round(best.score, _DECIMALS), best.start, best.end, best.passage, pair.skipped
+    )
+    if best.snippet is None:
+        return answered
+    return replace(answered, snippet=best.snippet.text, snippet_start=best.snippet.start, snippet_end=best.snippet.end)

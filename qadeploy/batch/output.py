@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadeploy.batch.answering import COLUMNS, Answered, Rejected, Result, to_dict
+from qadeploy.batch.answering import COLUMNS, PASSAGE_COLUMNS, SNIPPET_COLUMNS, Answered, Rejected, Result, to_dict
 from qadeploy.batch.journal import Journal
 from qadeploy.batch.plan import BatchPlan, BatchSettings
 from qadeploy.batch.ranges import import_parquet
@@ -133,7 +133,9 @@ class Folder:
             with suppress(OSError):  # the journal is only kept out of trouble
                 Journal(path).left()
 
-    def write(self, number: int, results: Sequence[Result], bundle: str) -> Counts:
+    def write(
+        self, number: int, results: Sequence[Result], bundle: str, *, passages: bool = False, snippets: bool = False
+    ) -> Counts:
         """Writes the results of a shard: rejected rows first, so that an existing part is complete."""
         answered, rejected = split(results)
         where = self.rejected(number)
@@ -142,7 +144,7 @@ class Folder:
             write_bytes(where, "".join(map(rejected_line, rejected)).encode())
         else:
             where.unlink(missing_ok=True)  # left by an earlier worker that died before it wrote the part
-        write_bytes(self.part(number), _parquet(answered, bundle, len(rejected)))
+        write_bytes(self.part(number), _parquet(answered, bundle, len(rejected), passages=passages, snippets=snippets))
         return Counts(len(answered), len(rejected))
 
 
@@ -202,16 +204,20 @@ def rejected_line(row: Rejected) -> str:
     return json.dumps(to_dict(row)) + "\n"
 
 
-def _parquet(rows: Sequence[Answered], bundle: str, rejected: int) -> bytes:
-    """The bytes of a part with the columns ``COLUMNS``; its metadata hold the number of rejected rows of the shard."""
+def _parquet(rows: Sequence[Answered], bundle: str, rejected: int, *, passages: bool, snippets: bool) -> bytes:
+    """The bytes of a part; its metadata hold the number of rejected rows of the shard."""
     parquet = import_parquet("writing parquet (or name the output .jsonl)")
     import pyarrow
 
-    kinds = (pyarrow.string(), pyarrow.string(), pyarrow.float64(), pyarrow.int64(), pyarrow.int64(), pyarrow.string())
-    schema = pyarrow.schema(list(zip(COLUMNS, kinds, strict=True)), {_COUNT: str(rejected)})
-    columns = {name: [getattr(row, name) for row in rows] for name in COLUMNS[:-1]}
+    text, number = pyarrow.string(), pyarrow.int64()
+    kinds = {"score": pyarrow.float64(), "skipped": pyarrow.list_(number)}
+    kinds |= dict.fromkeys(("id", "answer", "snippet", "bundle"), text)
+    passages = passages or any(row.passage is not None or row.skipped for row in rows)
+    names = (*COLUMNS[:-1], *PASSAGE_COLUMNS * passages, *SNIPPET_COLUMNS * snippets)
+    columns = {name: [getattr(row, name) for row in rows] for name in names} | {COLUMNS[-1]: [bundle] * len(rows)}
+    schema = pyarrow.schema([(name, kinds.get(name, number)) for name in columns], {_COUNT: str(rejected)})
     stream = io.BytesIO()
-    parquet.write_table(pyarrow.table({**columns, COLUMNS[-1]: [bundle] * len(rows)}, schema), stream)
+    parquet.write_table(pyarrow.table(columns, schema), stream)
     return stream.getvalue()
 
 

@@ -14,11 +14,14 @@ from itertools import islice
 
 from qadeploy.batch.ranges import FINEST, Range, Reader, scan
 from qadeploy.batch.sources import Source, expand
+from qadeploy.core.settings import Offsets, Options, SnippetSize
 from qadeploy.data.fields import DataOptions, parse_row
 from qadeploy.data.problems import RowError
 from qadeploy.errors import InputError
+from qadeploy.options import check, flag_of
 
-SCHEMA = 1
+SCHEMA = 2
+CALL_OPTIONS = ("allow_no_answer", "prefilter", "min_score", "snippet", "offsets")  # of ``Options``, that a batch takes
 _PARTS, _MOST_ROWS = 200, 8000  # with more than _PARTS parts, a part has more than FINEST rows, up to _MOST_ROWS
 _CHECKED_ROWS = 100  # one of the first rows of a file must be usable
 
@@ -31,13 +34,24 @@ class BatchSettings:
         bundle: The hash of the bundle.
         columns: Our field names and the data's column names.
         allow_no_answer: Whether "no answer" competes.
-        prefilter: The largest number of windows to read per context, None for all.
+        prefilter: The largest number of windows to read per question, None for all.
+        min_score: The lowest score of an answer.
+        snippet: What is returned around an answer.
+        offsets: What offsets count.
     """
 
     bundle: str
     columns: Mapping[str, str]
     allow_no_answer: bool
     prefilter: int | None = None
+    min_score: float = 0.0
+    snippet: SnippetSize = None
+    offsets: Offsets = "codepoints"
+
+    @property
+    def options(self) -> Options:
+        """The options of every call."""
+        return Options(**{name: getattr(self, name) for name in CALL_OPTIONS})
 
     @property
     def data_options(self) -> DataOptions:
@@ -56,12 +70,16 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """The settings, the input files, and the shards. ``step`` is the number of rows of a full shard."""
+    """The settings, the input files, and the shards.
+
+    ``step`` is the number of rows of a full shard; ``passages`` says whether any file has a column of passages.
+    """
 
     settings: BatchSettings
     sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
     step: int
+    passages: bool = False
 
     @property
     def rows(self) -> int:
@@ -78,6 +96,7 @@ class BatchPlan:
             "schema": SCHEMA,
             **asdict(self.settings),
             "shard_rows": self.step,
+            "passages": self.passages,
             "files": [asdict(source) for source in self.sources],
         }
         numbers = {source: n for n, source in enumerate(self.sources)}
@@ -92,14 +111,14 @@ class BatchPlan:
             value = json.loads(text)
             if value["schema"] != SCHEMA:
                 raise InputError(f"{name}: schema {value['schema']!r} is not {SCHEMA}, which this version reads")
-            settings = BatchSettings(
-                str(value["bundle"]), dict(value["columns"]), bool(value["allow_no_answer"]), value["prefilter"]
-            )
+            chosen = {name: value[name] for name in CALL_OPTIONS}
+            settings = BatchSettings(str(value["bundle"]), dict(value["columns"]), **chosen)
+            check(settings.options)
             sources = tuple(Source(**entry) for entry in value["files"])
             shards = tuple(
                 Shard(number, sources[row[0]], Range(*row[1:])) for number, row in enumerate(value["shards"])
             )
-            return cls(settings, sources, shards, int(value["shard_rows"]))
+            return cls(settings, sources, shards, int(value["shard_rows"]), bool(value["passages"]))
         except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise InputError(
                 f"{name}: is not a plan of qadeploy answer: remove the folder, or give another --output"
@@ -117,13 +136,13 @@ class BatchPlan:
         if dict(settings.columns) != dict(self.settings.columns):
             found.append(f"--columns was {_mapping(self.settings.columns)}, now it is {_mapping(settings.columns)}")
         if settings.allow_no_answer != self.settings.allow_no_answer:
-            was, now = (
-                ("" if on else "not ") + "given" for on in (self.settings.allow_no_answer, settings.allow_no_answer)
-            )
-            found.append(f"--allow-no-answer was {was}, now it is {now}")
-        if settings.prefilter != self.settings.prefilter:
-            windows = [value or "not given" for value in (self.settings.prefilter, settings.prefilter)]
-            found.append(f"--prefilter was {windows[0]}, now it is {windows[1]}")
+            given = ["given" if each.allow_no_answer else "not given" for each in (self.settings, settings)]
+            found.append(f"--allow-no-answer was {given[0]}, now it is {given[1]}")
+        for name in CALL_OPTIONS[1:]:
+            before, now = (getattr(each, name) for each in (self.settings, settings))
+            if before != now:
+                was, now = ("not given" if value is None else value for value in (before, now))
+                found.append(f"{flag_of(name)} was {was}, now it is {now}")
         if step is not None and step != self.step:
             found.append(f"--shard-rows was {self.step}, now it is {step}")
         return found + _changed(self.sources, sources)
@@ -171,7 +190,7 @@ def make_plan(settings: BatchSettings, patterns: Sequence[str], step: int | None
         step = max(step, *(found.step for found in scans))
     parts = [(source, part) for source, found in zip(sources, scans, strict=True) for part in found.coarser(step)]
     shards = tuple(Shard(number, source, part) for number, (source, part) in enumerate(parts))
-    return BatchPlan(settings, tuple(sources), shards, step)
+    return BatchPlan(settings, tuple(sources), shards, step, any(found.passages for found in scans))
 
 
 def _check_first_rows(source: Source, part: Range, data_options: DataOptions) -> None:

@@ -25,7 +25,7 @@ from qadeploy.errors import InputError, MissingExtraError
 FINEST = 250  # rows of the smallest range by default
 _MARKS = 4096  # with more ranges per file, they are joined in pairs, so that a plan stays small
 _BATCH = 256  # rows of parquet held at a time
-_FIELDS = ("context", "question", "id")
+_FIELDS = ("context", "contexts", "question", "id")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -41,11 +41,15 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """The rows of a file in ranges of ``step`` rows; the last one may be shorter."""
+    """The rows of a file in ranges of ``step`` rows; the last one may be shorter.
+
+    ``passages`` says whether a row may have passages.
+    """
 
     rows: int
     step: int
     ranges: tuple[Range, ...]
+    passages: bool = False
 
     def coarser(self, step: int) -> tuple[Range, ...]:
         """The same rows in ranges of ``step`` rows, which must be a multiple of this scan's step."""
@@ -68,10 +72,15 @@ def scan(source: Source, step: int | None, data_options: DataOptions) -> Scan:
         MissingExtraError: The file is parquet and pyarrow is not installed.
     """
     if source.kind in LINES:
-        found = _scan_lines(source, step)
+        found = _scan_lines(source, step, f'"{data_options.columns.get("contexts", "contexts")}"'.encode())
     else:
-        rows = _scan_parquet(source, data_options) if source.kind == PARQUET else len(_whole(source))
-        found = _even(rows, step or _doubled(FINEST, rows, _MARKS))
+        if source.kind == PARQUET:
+            rows, names = _scan_parquet(source, data_options)
+        else:
+            whole = _whole(source)
+            rows, names = len(whole), {name for row in whole for name in row.fields}
+        passages = data_options.column("contexts") in names or "contexts" in names
+        found = _even(rows, step or _doubled(FINEST, rows, _MARKS), passages)
     if not found.rows:
         raise InputError(f"{source.path}: holds no rows")
     return found
@@ -83,17 +92,19 @@ def _doubled(step: int, rows: int, most: int) -> int:
     return step
 
 
-def _even(rows: int, step: int) -> Scan:
-    return Scan(rows, step, tuple(Range(first, min(step, rows - first)) for first in range(0, rows, step)))
+def _even(rows: int, step: int, passages: bool) -> Scan:
+    return Scan(rows, step, tuple(Range(first, min(step, rows - first)) for first in range(0, rows, step)), passages)
 
 
-def _scan_lines(source: Source, step: int | None) -> Scan:
+def _scan_lines(source: Source, step: int | None, passages: bytes) -> Scan:
     size = step or FINEST
     ranges: list[Range] = []
     rows = at = begin = first = 0
+    found = False
     try:
         with source.open() as stream:
             for line in stream:
+                found = found or passages in line
                 if _body(line, at):
                     if rows - first == size:
                         ranges.append(Range(first, size, begin, at))
@@ -107,10 +118,10 @@ def _scan_lines(source: Source, step: int | None) -> Scan:
         raise InputError(f"{source.path}: cannot be read: {one_line(error)}") from error
     if rows:
         ranges.append(Range(first, rows - first, begin, at))
-    return Scan(rows, size, tuple(ranges))
+    return Scan(rows, size, tuple(ranges), found)
 
 
-def _scan_parquet(source: Source, data_options: DataOptions) -> int:
+def _scan_parquet(source: Source, data_options: DataOptions) -> tuple[int, set[str]]:
     import_parquet(f"reading {source.path}")
     try:
         with source.open() as stream:
@@ -119,12 +130,13 @@ def _scan_parquet(source: Source, data_options: DataOptions) -> int:
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise InputError(f"{source.path}: not a readable parquet file: {one_line(error)}") from error
     found = schema.names
+    known = {*found, *columns_of(found, data_options.columns)}
     for field in ("context", "question"):
-        if field not in found and field not in columns_of(found, data_options.columns):
+        if field not in known and not (field == "context" and "contexts" in known):
             option = guess({each.name: "text" if "string" in str(each.type) else None for each in schema})
             hint = f"; did you mean {option}?" if option else ""
             raise InputError(f"{source.path}: column {field} is missing; the columns found are {names(found)}{hint}")
-    return rows
+    return rows, set(found)
 
 
 def import_parquet(purpose: str) -> Any:

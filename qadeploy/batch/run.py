@@ -12,15 +12,16 @@ from pathlib import Path
 from qadeploy import options
 from qadeploy.batch import local, ray_engine
 from qadeploy.batch.output import REJECTED, Counts, Folder, OneFile, explain
-from qadeploy.batch.plan import BatchPlan, BatchSettings, Shard, make_plan
+from qadeploy.batch.plan import CALL_OPTIONS, BatchPlan, BatchSettings, Shard, make_plan
 from qadeploy.batch.ranges import import_parquet
 from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.sources import LINES, expand, local_folder
 from qadeploy.batch.work import BundleLoad, Load, Worker
-from qadeploy.core.settings import Options
+from qadeploy.core.settings import Offsets, Options, SnippetSize
 from qadeploy.data.fields import DataOptions
 from qadeploy.errors import FailureError, InputError
 from qadeploy.inference.bundle import open_bundle
+from qadeploy.inference.presenting import check_snippet
 from qadeploy.options import check, option
 
 
@@ -34,7 +35,10 @@ class BatchRequest:
         output: A folder of parquet files, or with the local engine one file that ends in .jsonl.
         data_options: How rows are read.
         allow_no_answer: Whether "no answer" competes; None: if the model was trained for it.
-        prefilter: The largest number of windows to read per context, None for all.
+        prefilter: The largest number of windows to read per question, None for all.
+        min_score: The lowest score of an answer; a row without one has the empty answer.
+        snippet: What is returned around an answer.
+        offsets: What offsets count.
         bundle_sha256: The SHA-256 of the manifest of the bundle that is meant, None for any.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads of the local engine.
@@ -53,6 +57,9 @@ class BatchRequest:
         shown="if the model was trained to say so",
     )
     prefilter: int | None = options.prefilter()
+    min_score: float = options.min_score()
+    snippet: SnippetSize = options.snippet()
+    offsets: Offsets = options.offsets()
     bundle_sha256: str | None = options.bundle_sha256()
     device: str = options.device()
     threads: int | None = option(None, "CPU threads of the local engine.", least=1, shown="all")
@@ -139,7 +146,9 @@ def _answer_files(request: BatchRequest, shown: BatchProgress, load: Load | None
     bundle = open_bundle(request.bundle, sha256=request.bundle_sha256)
     check(request)
     allow = Options(allow_no_answer=request.allow_no_answer).null_competes(bundle.settings)
-    settings = BatchSettings(bundle.hash, dict(request.data_options.columns), allow, request.prefilter)
+    chosen = {name: getattr(request, name) for name in CALL_OPTIONS} | {"allow_no_answer": allow}
+    settings = BatchSettings(bundle.hash, dict(request.data_options.columns), **chosen)
+    check_snippet(request.snippet)
     load = load or BundleLoad(str(bundle.folder.absolute()), bundle.hash, request.device, request.threads)
     output = local_folder(request.output)
     if output.suffix.lower() in LINES:

@@ -75,7 +75,13 @@ class Worker:
             answerer, reader = self._ready(plan)
             journal.loaded()
             results = self._results(ShardAnswering(answerer, plan, shard, reader), shard, journal)
-            counts = self._folder.write(number, results, plan.settings.bundle)
+            counts = self._folder.write(
+                number,
+                results,
+                plan.settings.bundle,
+                passages=plan.passages,
+                snippets=plan.settings.snippet is not None,
+            )
         except BrokenModelError:
             raise  # counts as a death: another process will find the row
         except BaseException:

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import click
 
 from qadeploy import options
+from qadeploy.batch.plan import CALL_OPTIONS
 from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.run import BatchProgress, BatchRequest, Terminated, answer_files
 from qadeploy.cli.common import (
@@ -152,15 +153,19 @@ def _null_rule(allowed: bool, threshold: float | None, by_rule: bool) -> str:
 qadeploy ask --question "When did it sail?" --context "It sailed at dawn."
 qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @notes.txt --top-k 3 --trace
 qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @book.txt --prefilter 8
+qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @a.txt --context @b.txt --snippet sentence
 """,
 )
 @bundle_argument
 @click.option("--question", required=True, help="The question.")
 @click.option(
     "--context",
+    "contexts",
     required=True,
+    multiple=True,
     help="The text to find the answer in, or @FILE: a UTF-8 file, read as it is but for a byte order mark, which is skipped "
-    "and not counted in places. @@TEXT is a text that begins with @.",
+    "and not counted in places. @@TEXT is a text that begins with @. Given several times, the texts are passages that are read "
+    "together.",
 )
 @options_of(Options)
 @click.option("--trace", "show_trace", is_flag=True, help="Show the encoding, the forward pass and the span selection.")
@@ -169,23 +174,31 @@ def ask(
     as_json: bool,
     bundle: str,
     question: str,
-    context: str,
+    contexts: tuple[str, ...],
     show_trace: bool,
     **given: Any,
 ) -> None:
-    """Answer one question from one context with BUNDLE (a run or checkpoint folder works too).
+    """Answer one question from one context, or from several passages, with BUNDLE (a run or checkpoint folder works too).
 
     Without BUNDLE the newest under bundles/ is taken, else the one that ships.
     """
     from qadeploy.cli.progress import Progress
     from qadeploy.inference.answerer import to_answers
+    from qadeploy.inference.texts import skipped_passages
 
-    text = _context(context)
+    texts = tuple(map(_context, contexts))
     answerer = load_predictor(bundle, **{name: given.pop(name) for name in _LOADING})
     chosen = Options(**given)
     with Progress(as_json) as progress:
-        pair = answerer.read(question, text, chosen, lambda done, of: progress.count(done, of, " windows read"))
+        pair = answerer.read(
+            question,
+            texts if len(texts) > 1 else texts[0],
+            chosen,
+            lambda done, of: progress.count(done, of, " windows read"),
+        )
     answers = to_answers(pair, chosen)
+    if pair.skipped:
+        note(f"Warning: {skipped_passages(pair.skipped)}")
     value: dict[str, Any] = {"question": question, "answers": [a.to_dict() for a in answers]}
     lines: list[str] = []
     if show_trace:
@@ -195,8 +208,17 @@ def ask(
         lines += [*trace_lines(answerer, pair, chosen), ""]
     for rank, answer in enumerate(answers, 1):
         shown = answer.text if answer.text else "(no answer in this text)"
-        lines.append(f"{rank}. {shown}   score {answer.score:.4f}, code points {answer.start}-{answer.end}")
-    print_result(as_json, value, lines or ["no answer: the context has no token that could be an answer"])
+        place = "" if answer.passage is None else f"passage {answer.passage}, "
+        place += f"{_UNITS[chosen.offsets]} {answer.start}-{answer.end}"
+        lines.append(f"{rank}. {shown}   score {answer.score:.4f}, {place}")
+        if answer.snippet:
+            lines.append("   " + " ".join(answer.snippet.text.split()))
+    none = f"no answer has a score of {chosen.min_score:g} or more" if chosen.min_score else _NONE
+    print_result(as_json, value, lines or [none])
+
+
+_UNITS = {"codepoints": "code points", "utf16": "UTF-16 units", "utf8": "bytes"}
+_NONE = "no answer: the context has no token that could be an answer"
 
 
 def _context(value: str) -> str:
@@ -228,7 +250,7 @@ qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answer
     "sources",
     required=True,
     multiple=True,
-    help="Rows with context and question: a file, folder or glob of parquet or JSONL, local or on s3://..., or any format "
+    help="Rows with question and context, or contexts (a list of passages): a file, folder or glob of parquet or JSONL, local or on s3://..., or any format "
     "that train reads. May be given several times.",
 )
 @click.option(
@@ -245,7 +267,7 @@ qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answer
     show_default=True,
     help="local: this process on all cores; ray: actors on Ray, on this machine or a cluster.",
 )
-@options_of(BatchRequest, "allow_no_answer", "prefilter", "bundle_sha256", "device", "threads", "shard_rows")
+@options_of(BatchRequest, *CALL_OPTIONS, "bundle_sha256", "device", "threads", "shard_rows")
 @options_of(Cluster)
 @click.option(
     "--max-rejected",

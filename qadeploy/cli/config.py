@@ -17,6 +17,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from qadeploy.cli.options import NumberOrWord
 from qadeploy.data.wording import printable
 from qadeploy.errors import InputError, MissingExtraError
 
@@ -146,6 +147,8 @@ def _checked(value: Any, param: click.Parameter, context: click.Context) -> Any:
         wanted, fits = "a whole number", isinstance(value, int) and not isinstance(value, bool)
     elif isinstance(param.type, click.types.FloatParamType):
         wanted, fits = "a number", isinstance(value, int | float) and not isinstance(value, bool)
+    elif isinstance(param.type, NumberOrWord):
+        wanted, fits = "a whole number or a word", isinstance(value, int | str) and not isinstance(value, bool)
     else:
         wanted, fits = "text", isinstance(value, str)
     if fits and isinstance(value, str) and not _is_text(value):

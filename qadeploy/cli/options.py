@@ -35,6 +35,23 @@ def options_of(
     return add
 
 
+class NumberOrWord(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
+    """A whole number, or one of some words."""
+
+    name = "number or word"
+
+    def __init__(self, each: Option) -> None:
+        self._option = each
+        self.choices = each.choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number or the word."""
+        found = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 10 else value
+        if problem := self._option.problem(found):
+            self.fail(problem, param, ctx)
+        return found
+
+
 def click_option(each: Option, *, env: bool = False) -> Callable[[_Function], _Function]:
     """The click option of a declared one."""
     flags = [each.flag, *each.also]
@@ -42,7 +59,7 @@ def click_option(each: Option, *, env: bool = False) -> Callable[[_Function], _F
         flags[-1] += f"/{each.off}"
     kind: Any = {int: click.INT, float: click.FLOAT, str: click.STRING}.get(each.kind)
     if each.choices:
-        kind = click.Choice(each.choices)
+        kind = click.Choice(each.choices) if each.kind is str else NumberOrWord(each)
     elif each.kind is int and (each.least is not None or each.most is not None):
         low, high = (None if x is None else int(x) for x in (each.least, each.most))
         kind = click.IntRange(low, high)
@@ -53,6 +70,7 @@ def click_option(each: Option, *, env: bool = False) -> Callable[[_Function], _F
         *flags,
         each.name,
         type=None if each.kind is bool else kind,
+        metavar=f"[{'|'.join(each.choices)}|N]" if each.choices and each.kind is not str else None,
         is_flag=is_flag or None,
         multiple=each.many,
         default=(None if each.default == () else each.default) if each.many else each.default,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from qadeploy.core.windows import EncodedText
 from qadeploy.errors import InputError, LogitsError
-from qadeploy.records import Answer, Float64Array, FloatArray, Span, Window
+from qadeploy.records import Answer, BoolArray, Float64Array, FloatArray, IntArray, Span, Window
 
 DEFAULT_MAX_ANSWER_LEN = 30
 _CELLS = 2**16  # spans in one table: 256 KB of logits and 512 KB of weights, which fit a core's cache
@@ -202,6 +202,7 @@ def decode_many(
     align_to_words: bool = False,
     allow_no_answer: bool = False,
     temperature: float = 1.0,
+    most_overlap: float | None = None,
 ) -> list[Decoded]:
     """Finds the best spans of each context, with their scores and the null answer's.
 
@@ -215,6 +216,8 @@ def decode_many(
         align_to_words: Whether to widen spans to whole pre-tokenised words.
         allow_no_answer: Whether the null answer competes in the softmax.
         temperature: Divides the logits in the softmax; it changes scores, never ranks.
+        most_overlap: Leaves out spans of whose text, or of that of a better one returned, more than this share is common to both;
+            None leaves out none. It changes no score.
 
     Raises:
         LogitsError: The logits are NaN or infinite.
@@ -225,7 +228,8 @@ def decode_many(
     found: list[Decoded] = []
     for group in _groups(scored, max_answer_len):
         if len(group) == 1 and _cells(group[0], max_answer_len) > _CELLS:
-            found.append(_decode_long(group[0], allow_no_answer, top_k, max_answer_len, align_to_words, temperature))
+            rule = _Rule(group[0].context, top_k, align_to_words, most_overlap)
+            found.append(_decode_long(group[0], rule, allow_no_answer, max_answer_len, temperature))
             continue
         table = span_table(group, max_answer_len)
         counts = np.asarray([len(one.context) for one in group])
@@ -236,7 +240,8 @@ def decode_many(
             part = table[begins[i] : begins[i] + counts[i]]
             peak, total = float(peaks[i]), float(totals[i])
             cells = partial(_best_cells, part.ravel())
-            best = _best_spans(cells, part.size, table.shape[1], one.context, top_k, align_to_words)
+            rule = _Rule(one.context, top_k, align_to_words, most_overlap)
+            best = _best_spans(cells, part.size, table.shape[1], rule)
             found.append(_scores(best, nulls[i], allow_no_answer, peak, total, temperature))
     return found
 
@@ -251,8 +256,48 @@ def _scores(
     return Decoded(tuple(spans), null, math.exp((null - peak) / temperature) / total if allow_no_answer else 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Which spans of a context are returned; see ``decode_many``."""
+
+    context: EncodedText
+    top_k: int
+    align_to_words: bool
+    most_overlap: float | None
+
+    def text_span(self, first: int, last: int) -> tuple[int, int]:
+        """The code points of the span from one token to another."""
+        source = self.context.aligned if self.align_to_words else self.context.offsets
+        return self.context.visible(int(source[first, 0]), int(source[last, 1]))
+
+    def choose(self, ranked: Sequence[_Best], spans: dict[tuple[int, int], _Best]) -> None:
+        """Adds further spans, best first, to those chosen before, by text."""
+        if self.most_overlap is None:
+            for each in ranked:
+                if len(spans) == self.top_k:
+                    return
+                spans.setdefault(each[0], each)
+            return
+        places = np.asarray([text for text, *_ in ranked], dtype=np.int64).reshape(-1, 2)
+        fits = np.ones(len(ranked), dtype=np.bool_)
+        for text in spans:
+            fits &= self._apart(places, text)
+        while len(spans) < self.top_k and fits.any():
+            best = ranked[int(fits.argmax())]
+            spans[best[0]] = best
+            fits &= self._apart(places, best[0])
+
+    def _apart(self, places: IntArray, text: tuple[int, int]) -> BoolArray:
+        """Whether each of ``places``, ``[spans, 2]``, is another text than ``text`` that overlaps it by no more than allowed."""
+        start, end = text
+        shared = np.minimum(places[:, 1], end) - np.maximum(places[:, 0], start)
+        shorter = np.minimum(places[:, 1] - places[:, 0], end - start)
+        same = (places[:, 0] == start) & (places[:, 1] == end)
+        return np.asarray(~same & (shared <= (self.most_overlap or 0.0) * shorter))
+
+
 def _decode_long(
-    one: WindowLogits, allow_no_answer: bool, top_k: int, max_answer_len: int, align_to_words: bool, temperature: float
+    one: WindowLogits, rule: _Rule, allow_no_answer: bool, max_answer_len: int, temperature: float
 ) -> Decoded:
     """Decodes a context block by block."""
     rows = _Rows(one, max_answer_len)
@@ -278,7 +323,7 @@ def _decode_long(
         weighed = True
         return best
 
-    best = _best_spans(cells, len(one.context) * rows.lengths, rows.lengths, one.context, top_k, align_to_words)
+    best = _best_spans(cells, len(one.context) * rows.lengths, rows.lengths, rule)
     if peak == -np.inf:  # nothing can be an answer
         peak, total = 0.0, 1.0
     return _scores(best, null, allow_no_answer, peak, total, temperature)
@@ -327,32 +372,26 @@ def _normalisers(
 
 
 def _best_spans(
-    best_cells: Callable[[int], list[tuple[int, float]]],
-    size: int,
-    lengths: int,
-    context: EncodedText,
-    top_k: int,
-    align_to_words: bool,
+    best_cells: Callable[[int], list[tuple[int, float]]], size: int, lengths: int, rule: _Rule
 ) -> list[_Best]:
-    """Finds the ``top_k`` best spans of one context that differ in text.
+    """Finds the best spans of one context.
 
     ``best_cells`` returns that many cells of its table of ``size`` cells, as ``_best_cells`` does.
     """
     spans: dict[tuple[int, int], _Best] = {}
-    ranked, want = 0, min(size, 1 if top_k == 1 else max(2 * top_k, 16))
-    while len(spans) < top_k and ranked < want:
+    ranked, want = 0, min(size, 1 if rule.top_k == 1 else max(2 * rule.top_k, 16))
+    while len(spans) < rule.top_k and ranked < want:
         cells = best_cells(want)
-        for cell, logit in cells[ranked:]:
-            first, extra = divmod(cell, lengths)
-            text = _text_span(context, first, first + extra, align_to_words)
-            if text not in spans:
-                spans[text] = (text, first, first + extra, logit)
-                if len(spans) == top_k:
-                    break
+        rule.choose([_best(cell, logit, lengths, rule) for cell, logit in cells[ranked:]], spans)
         if len(cells) < want:  # there are no more valid ones
             break
         ranked, want = want, min(size, 4 * want)
     return list(spans.values())
+
+
+def _best(cell: int, logit: float, lengths: int, rule: _Rule) -> _Best:
+    first, extra = divmod(cell, lengths)
+    return rule.text_span(first, first + extra), first, first + extra, logit
 
 
 def rank_answers(
@@ -392,8 +431,3 @@ def _best_cells(flat: FloatArray, count: int) -> list[tuple[int, float]]:
     else:
         cells = np.flatnonzero(flat > -np.inf)
     return [(int(c), float(flat[c])) for c in cells[np.lexsort((cells, -flat[cells]))]]
-
-
-def _text_span(context: EncodedText, first: int, last: int, align_to_words: bool) -> tuple[int, int]:
-    source = context.words if align_to_words else context.offsets
-    return context.visible(int(source[first, 0]), int(source[last, 1]))

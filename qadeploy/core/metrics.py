@@ -32,6 +32,7 @@ from typing import Literal
 
 import numpy as np
 
+from qadeploy.core.scripts import UNSPACED
 from qadeploy.records import Answer, BoolArray, Example, Float64Array
 
 Metric = Literal["squad", "mixed"]
@@ -41,13 +42,7 @@ MOST_OTHER_LETTERS = 0.1  # the share of letters outside the Latin script up to 
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _FULL_WIDTH = 0xFEE0  # from an ASCII character to its full-width form
-_UNSPACED = (
-    "\u0e00-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Thai, Lao, Tibetan, Myanmar
-    "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
-    "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
-    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # Hiragana, Katakana
-)
-_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\s\u200b{_UNSPACED}]+")
+_TOKEN = re.compile(rf"[{UNSPACED}]|[^\s\u200b{UNSPACED}]+")
 
 
 def choose_metric(choice: MetricChoice, examples: Sequence[Example]) -> Metric:

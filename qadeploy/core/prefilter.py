@@ -48,9 +48,13 @@ def rank_windows(question: IntArray, context: IntArray, cut: Cut, count: int) ->
         count: How many windows to choose.
     """
     begins = np.asarray(cut.begins, dtype=np.int64)
-    ends = np.minimum(begins + cut.room, cut.tokens)
+    return rank_parts(question, context, begins, np.minimum(begins + cut.room, cut.tokens), count)
+
+
+def rank_parts(question: IntArray, context: IntArray, begins: IntArray, ends: IntArray, count: int) -> Ranking:
+    """``rank_windows`` for windows that hold the context tokens ``begins`` to ``ends`` (exclusive), ``[windows]`` each."""
     lengths = ends - begins
-    norms = K1 * (1 - B + B * lengths / lengths.mean())
+    norms = K1 * (1 - B + B * lengths / max(lengths.mean(), 1))
     scores = np.zeros(len(begins))
     for places in _places(question, context):
         counts = np.searchsorted(places, ends) - np.searchsorted(places, begins)

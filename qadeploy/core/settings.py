@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from qadeploy import options
 from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, WindowLogits
@@ -14,6 +14,9 @@ from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, Encod
 from qadeploy.errors import InputError
 from qadeploy.options import check, option
 from qadeploy.records import Example, FloatArray, Window
+
+SnippetSize = int | Literal["sentence"] | None
+Offsets = Literal["codepoints", "utf16", "utf8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,12 @@ class AnswerOptions(TypedDict, total=False):
         doc_stride: The overlap of neighbouring windows in tokens.
         align_to_words: Whether answers are widened to whole words.
         allow_no_answer: Whether "no answer" (the empty text) competes.
-        prefilter: The largest number of windows to read per context, the best by BM25.
+        prefilter: The largest number of windows to read per question, the best by BM25.
+        distinct: Whether answers that overlap a better one are left out.
+        overlap_threshold: With ``distinct``, the share of the shorter answer that may be common to both.
+        min_score: The lowest score of an answer.
+        snippet: "sentence", or the number of code points on each side of an answer to return with it.
+        offsets: The unit of ``start`` and ``end``: "codepoints", "utf16" or "utf8".
     """
 
     top_k: int
@@ -131,6 +139,11 @@ class AnswerOptions(TypedDict, total=False):
     align_to_words: bool
     allow_no_answer: bool | None
     prefilter: int | None
+    distinct: bool
+    overlap_threshold: float
+    min_score: float
+    snippet: SnippetSize
+    offsets: Offsets
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +165,16 @@ class Options:
         shown="if the model was trained to say so",
     )
     prefilter: int | None = options.prefilter()
+    distinct: bool = option(False, "Leave out answers that overlap a better one.")
+    overlap_threshold: float = option(
+        0.0,
+        "With distinct, the share of the shorter answer's characters that two answers may have in common.",
+        least=0,
+        most=1,
+    )
+    min_score: float = options.min_score()
+    snippet: SnippetSize = options.snippet()
+    offsets: Offsets = options.offsets()
 
     def settings(self, stored: QaSettings) -> QaSettings:
         """The stored settings with the values of this call. Raises InputError on a value out of range."""
@@ -159,6 +182,11 @@ class Options:
         return stored.changed(
             max_seq_len=self.max_seq_len, doc_stride=self.doc_stride, max_answer_len=self.max_answer_len
         )
+
+    @property
+    def most_overlap(self) -> float | None:
+        """The overlap that ``distinct`` allows, None if any is allowed."""
+        return self.overlap_threshold if self.distinct else None
 
     def null_competes(self, stored: QaSettings) -> bool:
         """Whether "no answer" competes: as requested, else if the model was trained for it (it has a null threshold)."""

@@ -11,7 +11,7 @@ from qadeploy.data.values import is_missing, literal, offset_of, plain
 from qadeploy.errors import InputError
 
 FIELDS = (
-    "context", "question", "answer", "answers", "answer_start", "answer_end", "span", "id", "split", "is_impossible", "answerable",
+    "context", "contexts", "question", "answer", "answers", "answer_start", "answer_end", "span", "id", "split", "is_impossible", "answerable",
 )  # fmt: skip
 # Names seen in public data sets and exports, most telling first.
 _ALSO = {

@@ -115,7 +115,8 @@ class ParsedRow:
     """The fields of a row.
 
     ``answers`` is empty if the row says that its context holds none; it is ``withheld`` if the list of answers is empty and
-    nothing else says so.
+    nothing else says so. A row that is not annotated may have passages, ``contexts``, of which some may be blank; ``context`` is
+    then empty.
     """
 
     context: str
@@ -124,6 +125,7 @@ class ParsedRow:
     id: str | None
     split: str
     withheld: bool = False
+    contexts: tuple[str, ...] = ()
 
 
 def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> ParsedRow:
@@ -140,7 +142,11 @@ def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> P
     if row.problem:
         raise RowError(Problem(Reason.UNREADABLE, "", (row.problem,)))
     fields = rename(row.fields, options.columns)
-    context, question = (_text(fields, name, row) for name in ("context", "question"))
+    contexts: tuple[str, ...] = ()
+    if annotated or is_missing(fields.get("contexts")):
+        context, question = (_text(fields, name, row) for name in ("context", "question"))
+    else:
+        contexts, context, question = _passages(fields), "", _text(fields, "question", row)
     split = row.split
     if not is_missing(fields.get("split")):
         split = SPLITS.get(str(fields["split"]).lower(), "")
@@ -160,7 +166,7 @@ def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> P
     if identity is not None and not isinstance(identity, str | int):
         raise _wrong("id", kind_of(identity), "text")
     _refuse_surrogates(str(identity), "id")
-    return ParsedRow(context, question, answers, None if identity is None else str(identity), split, withheld)
+    return ParsedRow(context, question, answers, None if identity is None else str(identity), split, withheld, contexts)
 
 
 def check_labels(source: str, rows: Iterable[RawRow], options: DataOptions) -> None:
@@ -278,6 +284,26 @@ def _text(fields: Mapping[str, Any], name: str, row: RawRow) -> str:
         hint = f"; did you mean {option}?" if option else ""
         raise RowError(Problem(Reason.MISSING, name, (names(row.fields), hint)))
     return _visible(fields[name], name)
+
+
+def _passages(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The passages of a row: a list of texts, or a cell that holds one as Python or JSON writes it."""
+    value = fields["contexts"]
+    if not is_missing(fields.get("context")):
+        raise RowError(Problem(Reason.BOTH, "contexts", ("context",)))
+    if isinstance(value, str):
+        value = literal(value)
+    if not isinstance(value, list | tuple):
+        raise _wrong("contexts", kind_of(value), "a list of texts")
+    if not value:
+        raise RowError(Problem(Reason.EMPTY_LIST, "contexts"))
+    for number, passage in enumerate(value):
+        if not isinstance(passage, str):
+            raise _wrong(f"contexts[{number}]", kind_of(passage), "text")
+        _refuse_surrogates(passage, f"contexts[{number}]")
+    if not any(passage.strip() for passage in value):
+        raise RowError(Problem(Reason.ALL_EMPTY, "contexts"))
+    return tuple(value)
 
 
 def _visible(value: Any, field: str) -> str:

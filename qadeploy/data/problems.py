@@ -12,6 +12,9 @@ class Reason(Enum):
     UNREADABLE = "{}"  # what the file's format says
     MISSING = "is missing; the fields found are {}{}"
     EMPTY = "is empty"
+    ALL_EMPTY = "holds no passage with text"
+    EMPTY_LIST = "is an empty list: give at least one passage"
+    BOTH = "is given beside {}: leave one of them out"
     WRONG_VALUE = "must be {1}, not {0}"
     NOT_WHOLE = "must be a whole number, not {}"
     SPELLED_TWICE = "stands in two columns, {} and {}: say which is meant with --columns"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol, Unpack
 
 from qadeploy.core.decoding import Decoded, WindowLogits, decode_many, rank_answers
+from qadeploy.core.passages import JoinedText, passage_windows
 from qadeploy.core.prefilter import Ranking, rank_windows
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
 from qadeploy.core.windows import EncodedText, Encoder
@@ -24,8 +25,19 @@ from qadeploy.errors import (
 from qadeploy.inference.aio import AnswerThreads, RunWindows
 from qadeploy.inference.bundle import MODEL, Bundle, default_bundle, open_bundle
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
+from qadeploy.inference.presenting import present
 from qadeploy.inference.probe import prove
 from qadeploy.inference.session import OnnxModel, Pending
+from qadeploy.inference.texts import (
+    Asked,
+    Texts,
+    check_passages,
+    check_text,
+    chunks_of,
+    one_of,
+    texts_of,
+    warn_of_skipped,
+)
 from qadeploy.machine import machine, saturation_warning
 from qadeploy.records import Answer, Example, Logits, Window
 
@@ -35,7 +47,6 @@ OnWindows = Callable[[int, int], object]
 _REPORTED_PER_THREAD, _REPORTED_ON_CUDA = 8, 128
 # Pairs per chunk: enough to keep each thread busy for a while. Two chunks are held at a time.
 _CHUNK_PAIRS, _CHUNK_PAIRS_PER_THREAD = 32, 8
-_CHUNK_CHARACTERS = 200_000
 
 
 class LogitsModel(Protocol):
@@ -56,18 +67,25 @@ class EncodedPair:
 
     Attributes:
         question: The tokens of the question.
-        context: The tokens of the context.
+        context: The tokens of the context; a ``JoinedText`` if passages were given.
         windows: The windows that the model reads.
         ranking: The BM25 scores of all windows if ``prefilter`` left some out, else None.
+        skipped: The indices of empty passages.
     """
 
     question: EncodedText
     context: EncodedText
     windows: Sequence[Window]
     ranking: Ranking | None
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def passages(self) -> JoinedText | None:
+        """The passages, None if a single context was given."""
+        return self.context if isinstance(self.context, JoinedText) else None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodedPair(EncodedPair):
     """An encoded pair with the model's logits and the spans decoded from them.
 
@@ -107,6 +125,9 @@ class Answerer:
         >>> answers = answerer.answer("Who trims the light?", "Mungo Strand trims the light.", top_k=3)
         >>> answers[0].text, answers[0].start, answers[0].end
         ('Mungo Strand', 0, 12)
+        >>> found = answerer.answer("Who trims the light?", contexts=["The light is red.", "Mungo Strand trims the light."])
+        >>> found[0].text, found[0].passage
+        ('Mungo Strand', 1)
     """
 
     def __init__(
@@ -209,42 +230,51 @@ class Answerer:
     def answer(
         self,
         question: str,
-        context: str,
+        context: str | None = None,
         *,
+        contexts: Sequence[str] | None = None,
         on_windows: OnWindows | None = None,
         **options: Unpack[AnswerOptions],
     ) -> list[Answer]:
-        """Answers one question from one context.
+        """Answers one question from one context, or from several passages together.
+
+        Passages are read like the windows of one long context: one ranking, one softmax over the spans of all of them, and one
+        null answer. So their scores compare. Empty passages are skipped with a DataWarning that names their indices.
 
         Args:
             question: The question.
             context: The text to answer it from, of any length.
+            contexts: Passages to answer it from, instead of ``context``: any number, each of any length.
             on_windows: Called as ``on_windows(done, total)``, before the first window and as the model goes on. What it
                 raises ends the call.
             **options: See ``AnswerOptions``. If "no answer" competes, it comes first when its logit exceeds that of the best
                 span by more than the stored ``null_threshold`` (0 without one).
 
         Returns:
-            The ``top_k`` best answers, best first; fewer if there are fewer. ``start`` and ``end`` count code points.
+            The ``top_k`` best answers, best first; fewer if there are fewer. ``start`` and ``end`` count code points (see
+            ``offsets``) of the context, or of the passage with the index ``passage``.
 
         Raises:
-            InputError: A text is empty or invalid, or an option is out of range.
+            InputError: A text or every passage is empty or invalid, there is not one of ``context`` and ``contexts``, or an option
+                is out of range.
             QuestionTooLongError: The question leaves no room for the context.
             StrideError: ``doc_stride`` is at least ``max_seq_len``, and the context needs several windows.
             LogitsError: The model returned NaN or infinite logits.
         """
         chosen = Options(**options)
-        return to_answers(self.read(question, context, chosen, on_windows), chosen)
+        pair = self.read(question, one_of(context, contexts), chosen, on_windows)
+        warn_of_skipped(pair.skipped)
+        return to_answers(pair, chosen)
 
     def answer_batch(
         self,
-        pairs: Iterable[Pair],
+        pairs: Iterable[Asked],
         **options: Unpack[AnswerOptions],
     ) -> list[list[Answer]]:
         """Answers many (question, context) pairs, in order.
 
         Args:
-            pairs: (question, context) pairs.
+            pairs: (question, context) pairs; instead of a context there may be a list of passages.
             **options: See ``AnswerOptions``.
 
         Returns:
@@ -257,18 +287,19 @@ class Answerer:
 
     def answer_stream(
         self,
-        pairs: Iterable[Pair],
+        pairs: Iterable[Asked],
         **options: Unpack[AnswerOptions],
     ) -> Iterator[list[Answer]]:
         """``answer_batch`` for an iterable of any length: lazy, in order, in bounded memory."""
         chosen = Options(**options)
-        return (to_answers(pair, chosen) for pair in self.read_stream(pairs, chosen))
+        return (_told(pair, chosen, number) for number, pair in enumerate(self.read_stream(pairs, chosen), 1))
 
     async def aanswer(
         self,
         question: str,
-        context: str,
+        context: str | None = None,
         *,
+        contexts: Sequence[str] | None = None,
         on_windows: OnWindows | None = None,
         **options: Unpack[AnswerOptions],
     ) -> list[Answer]:
@@ -278,17 +309,18 @@ class Answerer:
         on at a time. A cancelled call does not start, or stops before its next windows. ``on_windows`` is called in a
         thread. Raises what ``answer`` raises.
         """
-        chosen = Options(**options)
+        chosen, texts = Options(**options), one_of(context, contexts)
 
         def work(run: RunWindows) -> list[Answer]:
-            pair = self.encode(question, context, chosen)
+            pair = self.encode(question, texts, chosen)
+            warn_of_skipped(pair.skipped)
             return to_answers(self.decode(pair, self._run(pair.windows, run, on_windows), chosen), chosen)
 
         return await self._answer_threads.run(work, self.model.run, self.model.start)
 
     async def aanswer_batch(
         self,
-        pairs: Iterable[Pair],
+        pairs: Iterable[Asked],
         **options: Unpack[AnswerOptions],
     ) -> list[list[Answer]]:
         """``answer_batch`` for coroutines; a thread iterates over ``pairs``."""
@@ -296,25 +328,25 @@ class Answerer:
 
     def aanswer_stream(
         self,
-        pairs: Iterable[Pair],
+        pairs: Iterable[Asked],
         **options: Unpack[AnswerOptions],
     ) -> AsyncGenerator[list[Answer], None]:
         """``answer_stream`` for coroutines: an async generator; a thread iterates over ``pairs``. It stops when closed early."""
         return self._answer_threads.stream(self.answer_stream(pairs, **options))
 
-    def read(self, question: str, context: str, options: Options, on_windows: OnWindows | None = None) -> DecodedPair:
-        """``answer`` with the windows, logits and spans that the answers are made from."""
+    def read(self, question: str, context: Texts, options: Options, on_windows: OnWindows | None = None) -> DecodedPair:
+        """``answer`` of a context or of passages, with the windows, logits and spans that the answers are made from."""
         pair = self.encode(question, context, options)
         return self.decode(pair, self._run(pair.windows, self.model.run, on_windows), options)
 
-    def encode(self, question: str, context: str, options: Options, *, max_windows: int | None = None) -> EncodedPair:
+    def encode(self, question: str, context: Texts, options: Options, *, max_windows: int | None = None) -> EncodedPair:
         """The first step of ``read``, for callers that run the windows themselves.
 
         Args:
             question: The question.
-            context: The context.
+            context: The context, or the passages.
             options: The options of this call.
-            max_windows: The largest number of windows allowed.
+            max_windows: The largest number of windows allowed, of all passages together.
 
         Raises:
             InputError: As ``answer`` does for its texts and options.
@@ -339,7 +371,7 @@ class Answerer:
             on_windows(len(logits), len(windows))
         return logits
 
-    def read_stream(self, pairs: Iterable[Pair], options: Options) -> Iterator[DecodedPair]:
+    def read_stream(self, pairs: Iterable[Asked], options: Options) -> Iterator[DecodedPair]:
         """``read`` for an iterable of pairs: lazy, in order, in bounded memory. Errors name the pair, counted from 1.
 
         It goes chunk by chunk, and tokenises the next one while the model runs the one before. An error in a chunk is raised
@@ -371,11 +403,11 @@ class Answerer:
                     started[1].cancel()
 
     def _started(
-        self, pairs: Iterable[Pair], options: Options, settings: QaSettings
+        self, pairs: Iterable[Asked], options: Options, settings: QaSettings
     ) -> Iterator[tuple[list[EncodedPair], Pending]]:
         """Chunks of pairs, each encoded and its windows started."""
         done = 0
-        for chunk in _chunks(pairs, self._chunk_pairs):
+        for chunk in chunks_of(pairs, self._chunk_pairs):
             encoded = []
             # Even without a cache, each context of a chunk is tokenised once.
             contexts, questions = self._tokenise_ahead(chunk)
@@ -389,17 +421,18 @@ class Answerer:
             yield encoded, Pending(partial(self.model.run, windows)) if alone else self.model.start(windows)
             done += len(chunk)
 
-    def _tokenise_ahead(self, chunk: Sequence[Pair]) -> tuple[dict[str, EncodedText], dict[str, EncodedText]]:
+    def _tokenise_ahead(self, chunk: Sequence[Asked]) -> tuple[dict[str, EncodedText], dict[str, EncodedText]]:
         """On CUDA, the contexts and questions of a chunk, tokenised on all cores; else empty.
 
         On a CPU the model needs the cores. ``_encode`` reports a text that cannot be tokenised.
         """
         if getattr(self.model, "device", "cpu") != "cuda" or len(chunk) < 2:
             return {}, {}
-        pairs = [pair for pair in chunk if all(isinstance(text, str) and text.strip() for text in pair)]
+        given = [text for _, texts in chunk for text in texts_of(texts)]
+        asked = [text for question, _ in chunk for text in texts_of(question)]
         try:
-            contexts = self._contexts.ahead([context for _, context in pairs], self.encoder.encode_many)
-            questions = list(dict.fromkeys(question for question, _ in pairs))
+            contexts = self._contexts.ahead(given, self.encoder.encode_many)
+            questions = list(dict.fromkeys(asked))
             return contexts, dict(zip(questions, self.encoder.encode_many(questions), strict=True))
         except InputError:
             return {}, {}
@@ -407,15 +440,17 @@ class Answerer:
     def _encode(
         self,
         question: str,
-        context: str,
+        context: Texts,
         options: Options,
         settings: QaSettings,
         contexts: dict[str, EncodedText] | None = None,
         questions: Mapping[str, EncodedText] | None = None,
         max_windows: int | None = None,
     ) -> EncodedPair:
-        _check_text("question", question)
-        _check_text("context", context)
+        check_text("question", question)
+        if isinstance(context, list | tuple):
+            return self._encode_passages(question, context, options, settings, contexts, questions, max_windows)
+        context = check_text("context", context)
         encoded = self._contexts.get(context, contexts)
         asked = (questions or {}).get(question) or self.encoder.encode(question)
         cut = self.encoder.cut(asked, encoded, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride)
@@ -425,6 +460,37 @@ class Answerer:
             ranking = rank_windows(asked.ids, encoded.ids, cut, options.prefilter)
             begins = [cut.begins[i] for i in ranking.chosen]
         return EncodedPair(asked, encoded, self.encoder.make(asked, encoded, cut, begins, max_windows), ranking)
+
+    def _encode_passages(
+        self,
+        question: str,
+        passages: Sequence[str],
+        options: Options,
+        settings: QaSettings,
+        contexts: dict[str, EncodedText] | None,
+        questions: Mapping[str, EncodedText] | None,
+        max_windows: int | None,
+    ) -> EncodedPair:
+        numbers = check_passages(passages)
+        asked = (questions or {}).get(question) or self.encoder.encode(question)
+        joined = JoinedText([self._passage(passages, number, contexts) for number in numbers], numbers)
+        windows, ranking = passage_windows(
+            self.encoder,
+            asked,
+            joined,
+            max_seq_len=settings.max_seq_len,
+            doc_stride=settings.doc_stride,
+            prefilter=options.prefilter,
+            max_windows=max_windows,
+        )
+        skipped = tuple(sorted({*range(len(passages))} - {*numbers}))
+        return EncodedPair(asked, joined, windows, ranking, skipped)
+
+    def _passage(self, passages: Sequence[str], number: int, contexts: dict[str, EncodedText] | None) -> EncodedText:
+        try:
+            return self._contexts.get(passages[number], contexts)
+        except InputError as error:
+            raise type(error)(f"contexts[{number}]: {error}") from error
 
     def _decode_named(
         self, pairs: Sequence[EncodedPair], logits: Sequence[Logits], options: Options, settings: QaSettings, done: int
@@ -453,9 +519,19 @@ class Answerer:
             align_to_words=options.align_to_words,
             allow_no_answer=options.null_competes(settings),
             temperature=settings.temperature,
+            most_overlap=options.most_overlap,
         )
         return [
-            DecodedPair(pair.question, pair.context, pair.windows, pair.ranking, own, settings, decoded)
+            DecodedPair(
+                pair.question,
+                pair.context,
+                pair.windows,
+                pair.ranking,
+                pair.skipped,
+                scored=own,
+                settings=settings,
+                decoded=decoded,
+            )
             for pair, own, decoded in zip(pairs, scored, found, strict=True)
         ]
 
@@ -471,13 +547,33 @@ def refuse_in_graph(bundle: Bundle) -> None:
 
 def to_answers(pair: DecodedPair, options: Options) -> list[Answer]:
     """The answers of a decoded pair, best first, with the null answer among them if it is allowed."""
-    return rank_answers(
+    answers = rank_answers(
         pair.decoded,
         pair.context.text,
         top_k=options.top_k,
         allow_no_answer=options.null_competes(pair.settings),
         null_threshold=pair.settings.null_threshold,
     )
+    answers = [answer for answer in answers if answer.score >= options.min_score]
+    joined = pair.passages
+    parts = [joined.part_at(answer.start) if joined and answer.text else 0 for answer in answers]
+    if joined:
+        answers = [_in_passage(a, joined, i) if a.text else a for a, i in zip(answers, parts, strict=True)]
+    if options.snippet is None and options.offsets == "codepoints":
+        return answers
+    texts = [joined.parts[i].text if joined else pair.context.text for i in parts]
+    return present(answers, texts, options.snippet, options.offsets)
+
+
+def _in_passage(answer: Answer, passages: JoinedText, part: int) -> Answer:
+    begin = int(passages.begins[part])
+    return replace(answer, start=answer.start - begin, end=answer.end - begin, passage=passages.numbers[part])
+
+
+def _told(pair: DecodedPair, options: Options, number: int) -> list[Answer]:
+    """The answers of a pair of a stream, with a warning of the passages that were skipped."""
+    warn_of_skipped(pair.skipped, f"pair {number}: ")
+    return to_answers(pair, options)
 
 
 def _with_logits(
@@ -488,28 +584,6 @@ def _with_logits(
     for pair in pairs:
         yield pair, logits[first : first + len(pair.windows)]
         first += len(pair.windows)
-
-
-def _chunks(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
-    chunk: list[Pair] = []
-    characters = 0
-    for number, pair in enumerate(pairs, 1):
-        if not (isinstance(pair, tuple | list) and len(pair) == 2):
-            raise InputError(f"pair {number}: must be a (question, context) pair, not {type(pair).__name__}")
-        chunk.append((pair[0], pair[1]))
-        characters += len(pair[1]) if isinstance(pair[1], str) else 0
-        if len(chunk) == size or characters >= _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be text, not {type(value).__name__}")
-    if not value.strip():
-        raise InputError(f"{name} is empty: give it some text")
 
 
 def _machine_warning(bundle: Bundle) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -53,7 +53,8 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
             for e in np.argsort(-ends[:size])[:_TOP]
         ]
     pairs.sort(key=lambda p: -p[0])
-    answers = {(a.start, a.end): (rank, a) for rank, a in enumerate(to_answers(reading, options), 1)}
+    plain = replace(options, snippet=None, offsets="codepoints")
+    answers = {(a.passage, a.start, a.end): (rank, a) for rank, a in enumerate(to_answers(reading, plain), 1)}
     seen: dict[tuple[int, int], int] = {}
     for logit, number, start, end in pairs[: 4 * _TOP]:
         window, text, answer = reading.windows[number], "", None
@@ -66,8 +67,8 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
             else:
                 seen[first, last] = len(seen) + 1
                 verdict = "valid, but not among the answers"
-                if (first, last) in answers:
-                    answer, found = answers[first, last]
+                if (place := _place(reading, first, last)) in answers:
+                    answer, found = answers[place]
                     verdict = f"answer {answer}, score {found.score:.4f}"
         yield SpanCandidate(number + 1, start, end, logit, text, answer, verdict)
 
@@ -76,6 +77,16 @@ def _span(reading: DecodedPair, window: Window, start: int, end: int) -> tuple[i
     shift = window.context_offset - window.context_begin
     offsets = reading.context.offsets
     return reading.context.visible(int(offsets[start + shift, 0]), int(offsets[end + shift, 1]))
+
+
+def _place(reading: DecodedPair, first: int, last: int) -> tuple[int | None, int, int]:
+    """The passage of a span, None without passages, and its code points there."""
+    joined = reading.passages
+    if joined is None:
+        return None, first, last
+    part = joined.part_at(first)
+    begin = int(joined.begins[part])
+    return joined.numbers[part], first - begin, last - begin
 
 
 def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:
@@ -95,6 +106,23 @@ def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:
     return ""
 
 
+def _offset(reading: DecodedPair, window: Window) -> tuple[int, int | None]:
+    """The index of a window's first context token in its context or passage, and the index of the passage, None without passages."""
+    joined = reading.passages
+    if joined is None:
+        return window.context_offset, None
+    part = joined.part_of(window)
+    return window.context_offset - int(joined.token_begins[part]), joined.numbers[part]
+
+
+def _offsets(reading: DecodedPair, window: Window) -> list[list[int]]:
+    """The code points of a window's context tokens in its context or passage."""
+    held = reading.context.offsets[window.context_offset : window.context_offset + window.context_length]
+    joined = reading.passages
+    found: list[list[int]] = (held - joined.begins[joined.part_of(window)] if joined else held).tolist()
+    return found
+
+
 def trace_lines(answerer: Answerer, reading: DecodedPair, options: Options) -> Iterator[str]:
     """The trace as lines of text."""
     encoder, settings = answerer.encoder, reading.settings
@@ -102,16 +130,19 @@ def trace_lines(answerer: Answerer, reading: DecodedPair, options: Options) -> I
         reading.question, reading.context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
     )
     yield "1 INPUT ENCODING"
+    joined = reading.passages
+    passages = f"{len(joined.parts)} passages" if joined else "context"
     yield (
-        f"  question {len(reading.question)} tokens, context {len(reading.context)} tokens, "
+        f"  question {len(reading.question)} tokens, {passages} {len(reading.context)} tokens, "
         f"{len(reading.windows)} window{'s' if len(reading.windows) > 1 else ''} of at most {settings.max_seq_len} tokens, "
         f"overlap {cut.overlap}"
     )
     if reading.ranking is not None:
         yield _prefilter_line(reading.ranking)
     for number, window in enumerate(reading.windows[:_SHOWN_WINDOWS], 1):
-        last = window.context_offset + window.context_length - 1
-        yield f"  window {number}: {len(window)} tokens, context tokens {window.context_offset}-{last}"
+        first, where = _offset(reading, window)
+        held = "context" if where is None else f"passage {where}"
+        yield f"  window {number}: {len(window)} tokens, {held} tokens {first}-{first + window.context_length - 1}"
         shown = min(len(window), _SHOWN_TOKENS)
         types = window.token_type_ids
         yield f"    {'position':>8} {'token':<16} {'id':>6} {'mask':>4} {'segment':>7}"
@@ -164,11 +195,10 @@ def _prefilter_line(ranking: Ranking) -> str:
 def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> dict[str, Any]:
     """The trace as plain JSON values: windows with ids, tokens, offsets and logits, and candidates with verdicts.
 
-    ``offsets`` are code points of the context, null for special tokens and those of the question. ``context_begin``
-    is the position of the first context token in a window, ``context_offset`` its index in the whole context. ``prefilter`` is
+    ``offsets`` are code points of the context or passage, null for special tokens and those of the question. ``context_begin``
+    is the position of the first context token in a window, ``context_offset`` its index in the whole context or passage. ``prefilter`` is
     null if all windows were read, else the numbers (from 1) of those that were, and the scores of all.
     """
-    offsets = reading.context.offsets
     return {
         "settings": reading.settings.to_dict(),
         "question_tokens": reading.question.tokens,
@@ -181,14 +211,15 @@ def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> di
         "windows": [
             {
                 "tokens": len(window),
+                **({} if passage is None else {"passage": passage}),
                 "context_begin": window.context_begin,
-                "context_offset": window.context_offset,
+                "context_offset": offset,
                 "context_length": window.context_length,
                 "input_ids": window.input_ids.tolist(),
                 "pieces": [answerer.encoder.token_text(number) for number in window.input_ids.tolist()],
                 "offsets": [
                     *[None] * window.context_begin,
-                    *offsets[window.context_offset : window.context_offset + window.context_length].tolist(),
+                    *_offsets(reading, window),
                     *[None] * (len(window) - window.context_begin - window.context_length),
                 ],
                 "token_type_ids": None if window.token_type_ids is None else window.token_type_ids.tolist(),
@@ -196,6 +227,7 @@ def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> di
                 "end_logits": [round(float(x), 4) for x in ends],
             }
             for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True)
+            for offset, passage in [_offset(reading, window)]
         ],
         "candidates": [
             {

@@ -24,7 +24,8 @@ from typing import Any
 
 from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN
 from qadeploy.errors import CallError, CallKeyError, InputError
-from qadeploy.inference.answerer import Answerer, Pair
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.texts import Asked, check_passages, check_text, texts_of
 from qadeploy.records import Answer
 
 __all__ = ["QuestionAnsweringPipeline", "SquadExample", "pipeline"]
@@ -41,7 +42,7 @@ _LEAST = {
 }
 _SWITCHES = ("handle_impossible_answer", "align_to_words")
 _PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
-_INPUTS = ("X", "data", "question", "context")
+_INPUTS = ("X", "data", "question", "context", "contexts")
 _FORMS = "give question= and context=, a dict with both, or a list of such dicts"
 _DTYPES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16"}
 _STAND_IN = "-"  # asked instead of a blank context, so that the questions of a batch keep their numbers
@@ -129,6 +130,8 @@ class QuestionAnsweringPipeline:
         is "" at 0. Questions come as
 
         - ``question=`` and ``context=``: two texts, a list of questions on one context, or two lists of equal length;
+        - ``question=`` and ``contexts=``, a list of passages that are read together, which transformers does not have: each answer
+          also has the index of its ``passage``;
         - a dict with these keys, several, or a list of them (``create_sample``'s too), also as ``data=`` or ``X=``;
         - a generator, which is answered while the answers are iterated, ``batch_size`` questions at a time, or a torch
           ``Dataset``, likewise, each time it is iterated.
@@ -195,17 +198,20 @@ class QuestionAnsweringPipeline:
             yield from answers
             first += len(batch)
 
-    def _answer(self, pairs: Sequence[Pair], parameters: _Parameters, options: dict[str, Any]) -> list[Any]:
-        asked = [
-            (self._cut(question, parameters.max_question_len), context if context.strip() else _STAND_IN)
+    def _answer(self, pairs: Sequence[Asked], parameters: _Parameters, options: dict[str, Any]) -> list[Any]:
+        asked: list[Asked] = [
+            (self._cut(question, parameters.max_question_len), context if texts_of(context) else _STAND_IN)
             for question, context in pairs
         ]
-        if len(asked) == 1:
-            found = [self.answerer.answer(*asked[0], **options)]
-        else:
+        question, given = asked[0]
+        if len(asked) > 1:
             found = self.answerer.answer_batch(asked, **options)
+        elif isinstance(given, str):
+            found = [self.answerer.answer(question, given, **options)]
+        else:
+            found = [self.answerer.answer(question, contexts=given, **options)]
         return [
-            _shaped(answers if context.strip() else [], parameters)
+            _shaped(answers if texts_of(context) else [], parameters)
             for answers, (_, context) in zip(found, pairs, strict=True)
         ]
 
@@ -237,7 +243,11 @@ def _shaped(answers: Sequence[Answer], parameters: _Parameters) -> Any:
     best: dict[str, Answer] = {}
     for answer in answers or [Answer("", 0, 0, float(parameters.handle_impossible_answer))]:
         best.setdefault(answer.text.lower(), answer)
-    rows = [{"score": a.score, "start": a.start, "end": a.end, "answer": a.text} for a in best.values()]
+    rows = [
+        {"score": a.score, "start": a.start, "end": a.end, "answer": a.text}
+        | ({} if a.passage is None else {"passage": a.passage})
+        for a in best.values()
+    ]
     return rows[0] if parameters.top_k == 1 else rows[: parameters.top_k]
 
 
@@ -257,6 +267,8 @@ def _inputs(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         return next(iter(named.values()))
     if set(named) == {"question", "context"}:
         return _paired(named["question"], named["context"], "")
+    if set(named) == {"question", "contexts"}:
+        return named
     found = " and ".join(f"{name}=" for name in named) or "nothing"
     raise CallError(f"the call holds {found}: {_FORMS}")
 
@@ -276,7 +288,7 @@ def _paired(question: Any, context: Any, where: str) -> list[dict[str, Any]]:
     return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
 
 
-def _eager(inputs: Any) -> tuple[list[Pair], bool]:
+def _eager(inputs: Any) -> tuple[list[Asked], bool]:
     """All pairs of an input that is no generator, and whether it is a single question.
 
     Raises CallError, CallKeyError.
@@ -296,9 +308,10 @@ def _eager(inputs: Any) -> tuple[list[Pair], bool]:
         if isinstance(item, dict):
             _check_keys(item, where)
             if len(item) > 2:
-                extra = ", ".join(str(key) for key in item if key not in {"question", "context"})
-                raise CallError(f"{where}has {extra} besides question and context: leave it out (or pass a generator)")
-            if item["context"] == "":
+                name = "context" if "context" in item else "contexts"
+                extra = ", ".join(str(key) for key in item if key not in {"question", name})
+                raise CallError(f"{where}has {extra} besides question and {name}: leave it out (or pass a generator)")
+            if item.get("context") == "":
                 raise CallError(f"{where}context is empty: give it some text")
         pairs.append(_streamed(item, where))
     return pairs, alone
@@ -306,25 +319,40 @@ def _eager(inputs: Any) -> tuple[list[Pair], bool]:
 
 def _check_keys(item: dict[Any, Any], where: str) -> None:
     for key in ("question", "context"):
-        if key not in item:
+        if key not in item and not (key == "context" and "contexts" in item):
             raise CallKeyError(f"{where}has no {key}: give a dict with question and context")
 
 
-def _streamed(item: Any, where: str) -> Pair:
-    """The pair of a dict or of a ``SquadExample``, ours or transformers'. Raises CallError, CallKeyError."""
+def _streamed(item: Any, where: str) -> Asked:
+    """The question and context, or passages, of a dict or of a ``SquadExample``, ours or transformers'. Raises CallError, CallKeyError."""
     if isinstance(item, dict):
         _check_keys(item, where)
-        question, context = item["question"], item["context"]
+        question, context = item["question"], item.get("context")
+        if "context" not in item:
+            return _question(question, where), _passages(item["contexts"], where)
     elif hasattr(item, "question_text") and hasattr(item, "context_text"):
         question, context = item.question_text, item.context_text
     else:
         raise CallError(f"{where}{type(item).__name__} is not a question with a context: {_FORMS}")
-    for name, text in (("question", question), ("context", context)):
-        if not isinstance(text, str):
-            raise CallError(f"{where}{name} must be text, not {type(text).__name__}")
-    if not question.strip():
-        raise CallError(f"{where}question is empty: give it some text")
+    question = _question(question, where)
+    if not isinstance(context, str):
+        raise CallError(f"{where}context must be text, not {type(context).__name__}")
     return question, context
+
+
+def _question(value: Any, where: str) -> str:
+    try:
+        return check_text("question", value)
+    except InputError as error:
+        raise CallError(f"{where}{error}") from error
+
+
+def _passages(value: Any, where: str) -> list[str]:
+    try:
+        check_passages(value)
+    except InputError as error:
+        raise CallError(f"{where}{error}") from error
+    return list(value)
 
 
 def _is_dataset(inputs: Any) -> bool:

@@ -65,7 +65,8 @@ _ABOUT = {
     504: "There was no answer within the time allowed.",
 }
 _DESCRIPTION = """Answers questions with spans of the context in the request. `start` and `end` count Unicode code
-points: in Python `context[start:end]`, in JavaScript `Array.from(context).slice(start, end).join("")`."""
+points: in Python `context[start:end]`, in JavaScript `Array.from(context).slice(start, end).join("")`. With
+`"offsets": "utf16"` they count what `context.slice(start, end)` counts in JavaScript, and `substring` in Java."""
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -112,7 +113,7 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
     @app.post(
         "/v1/answer",
         tags=["answers"],
-        summary="Answer one question, a batch, or many questions on one context",
+        summary="Answer one question, a batch, or many questions on one context, or on several passages",
         response_model=AnswersOut | list[AnswersOut],
         response_model_exclude_unset=True,
         responses=_ANSWERING,
@@ -121,17 +122,20 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
     async def answer(request: Request, body: Annotated[AnswerRequest, Body()]) -> Response:
         """One object gives one result. A list, or `questions` on one `context`, gives a list of results in the same order.
 
+        `contexts` instead of `context` holds passages that are read together: one ranking, scores that compare over all of
+        them, one "no answer". Each answer has the index of its passage.
+
         If one question fails, the request fails, and the error names the question.
         """
         render: Render = _answers
         if isinstance(body, AskOne):
-            asks = [Ask(body.question, body.context, body.options)]
+            asks = [Ask(body.question, body.texts, body.options)]
             if body.trace:
                 render = _traced(service)
         elif isinstance(body, AskMany):
-            asks = [Ask(question, body.context, body.options) for question in body.questions]
+            asks = [Ask(question, body.texts, body.options) for question in body.questions]
         else:
-            asks = [Ask(item.question, item.context, item.options) for item in body]
+            asks = [Ask(item.question, item.texts, item.options) for item in body]
         found = await _answered(request, service, asks, render)
         return _json(found[0] if isinstance(body, AskOne) else _list(found))
 
@@ -266,8 +270,8 @@ async def _answered(request: Request, service: Service, asks: Sequence[Ask], ren
     check_limits(asks, settings)
     call.questions = len(asks)
     if settings.log_text:
-        texts = [{"question": clean(ask.question), "context": clean(ask.context)} for ask in asks]
-        _log.info("asked", extra={"fields": {"request_id": call.request_id, "asked": texts}})
+        asked = [_logged(ask) for ask in asks]
+        _log.info("asked", extra={"fields": {"request_id": call.request_id, "asked": asked}})
     seconds = call.deadline - asyncio.get_running_loop().time()
     try:
         job = scheduler.submit(asks, render, timeout=seconds)
@@ -308,8 +312,15 @@ def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
     return told
 
 
+def _logged(ask: Ask) -> dict[str, Any]:
+    if isinstance(ask.context, str):
+        return {"question": clean(ask.question), "context": clean(ask.context)}
+    return {"question": clean(ask.question), "contexts": [clean(text) for text in ask.context]}
+
+
 def _answers(ask: Ask, pair: DecodedPair) -> bytes:
-    return _dump({"answers": [answer.to_dict() for answer in to_answers(pair, ask.options)]})
+    answers = [answer.to_dict() for answer in to_answers(pair, ask.options)]
+    return _dump({"answers": answers, "skipped": pair.skipped} if pair.skipped else {"answers": answers})
 
 
 def _traced(service: Service) -> Render:

@@ -2,8 +2,8 @@
 
 Python needs milliseconds for megabytes of text in strings, but seconds for megabytes of small values, and pydantic longer
 still for their errors. So the strings and the bytes outside them (punctuation, numbers, names of constants) are counted
-first, in steps between which other requests run. Their number is bounded by what ``max_batch`` questions can need, and so is
-all that follows: parsing, counting the questions, and validating each.
+first, in steps between which other requests run. Their number is bounded by what ``max_batch`` questions on ``max_passages``
+passages each can need, and so is all that follows: parsing, counting the questions, and validating each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from qadeploy.serve.limits import hold
 from qadeploy.serve.settings import Settings
 
 _STEP = 2**16  # bytes
-_PARTS_PER_QUESTION = 128  # strings, and bytes outside them but white space; with every option a question has about 70
+_PARTS_PER_QUESTION = 128  # strings, and bytes outside them but white space; with every option a question has about 100
+_PARTS_PER_PASSAGE = 2  # the string and the comma
 _PARTS_MORE = 1024  # what surrounds the questions, such as ``parameters``
 _WHITE = b" \t\r\n"
 
@@ -66,7 +67,8 @@ async def read_json(body: bytes, settings: Settings) -> Any:
         ValueError: It is not JSON, not UTF-8, or has a number of too many digits.
         RecursionError: It is nested too deep.
     """
-    allowed = _PARTS_MORE + _PARTS_PER_QUESTION * settings.max_batch
+    each = _PARTS_PER_QUESTION + _PARTS_PER_PASSAGE * settings.max_passages
+    allowed = _PARTS_MORE + each * settings.max_batch
     found = 0
     for end, parts in _parts(body):
         found += parts
@@ -90,9 +92,12 @@ def _parts(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _too_much(begun: bytes, settings: Settings) -> RefusedError:
-    """The refusal of a body by its first bytes: too many questions, or too much of something else."""
+    """The refusal of a body by its first bytes: too many questions or passages, or too much of something else."""
     try:
-        count = _questions(from_json(begun.decode("utf-8-sig", "ignore"), allow_partial=True))
+        value = from_json(begun.decode("utf-8-sig", "ignore"), allow_partial=True)
+        most = max(map(_passages, value if isinstance(value, list) else [value]), default=0)
+        hold(most, settings, "max_passages", "too_many_passages", "a question has {} passages or more")
+        count = _questions(value)
         hold(count, settings, "max_batch", "batch_too_large", "the request holds {} questions or more")
     except RefusedError as refused:
         return refused
@@ -101,6 +106,12 @@ def _too_much(begun: bytes, settings: Settings) -> RefusedError:
     limit, flag = settings.max_batch, flag_of("max_batch")
     message = f"the body holds more values, fields or digits than {limit} questions need ({flag})"
     return RefusedError(422, "invalid_request", message, limit=limit, setting="max_batch")
+
+
+def _passages(value: Any) -> int:
+    """How many passages a question has."""
+    found = value.get("contexts") if isinstance(value, dict) else None
+    return len(found) if isinstance(found, list) else 0
 
 
 def _questions(value: Any) -> int:

@@ -16,6 +16,7 @@ from qadeploy.serve.settings import Settings
 REQUEST_LIMITS = (
     "max_body_bytes",
     "max_context_chars",
+    "max_passages",
     "max_question_chars",
     "max_windows",
     "max_batch",
@@ -31,12 +32,21 @@ def check_limits(asks: Sequence[Ask], settings: Settings) -> None:
     for number, ask in enumerate(asks, 1):
         where = f"question {number}: " if len(asks) > 1 else ""
         of = ask.options
+        many = not isinstance(ask.context, str)
+        what = f"the {len(ask.context)} passages have" if many else "the context has"
         hold(
-            len(ask.context),
+            len(ask.context) if many else 1,
+            settings,
+            "max_passages",
+            "too_many_passages",
+            f"{where}it has {{}} passages",
+        )
+        hold(
+            sum(map(len, ask.texts)),
             settings,
             "max_context_chars",
             "context_too_long",
-            f"{where}the context has {{}} characters",
+            f"{where}{what} {{}} characters",
         )
         hold(len(ask.question), settings, "max_question_chars", "question_too_long", f"{where}it has {{}} characters")
         hold(of.top_k, settings, "max_top_k", "top_k_too_large", f"{where}top_k is {{}}")

@@ -17,6 +17,7 @@ that becomes hopeless later, because it has more tokens than estimated or the ma
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from bisect import insort
@@ -30,6 +31,7 @@ from typing import Any
 from qadeploy.core.settings import Options
 from qadeploy.errors import InputError
 from qadeploy.inference.answerer import Answerer, DecodedPair, EncodedPair
+from qadeploy.inference.texts import Texts
 from qadeploy.records import Logits, Window
 from qadeploy.serve.cost import Speed, TokenRatios, window_tokens
 from qadeploy.serve.errors import RefusedError
@@ -49,11 +51,16 @@ _ENCODERS = 32  # the largest number of threads that tokenise
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One question on one context, with its options."""
+    """One question on one context, or on passages, with its options."""
 
     question: str
-    context: str
+    context: Texts
     options: Options
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The context alone, or the passages."""
+        return [self.context] if isinstance(self.context, str) else self.context
 
 
 Render = Callable[[Ask, DecodedPair], Any]
@@ -270,13 +277,20 @@ class Scheduler:
 
     def _guess(self, ask: Ask) -> tuple[int, int]:
         """Estimated windows of a question that is not tokenised yet, and the tokens in them."""
-        question, context = self._ratios.tokens(ask.question), self._ratios.tokens(ask.context)
+        question = self._ratios.tokens(ask.question)
         most = min(ask.options.prefilter or self._settings.max_windows, self._settings.max_windows)
         try:
             settings = ask.options.settings(self._answerer.settings)
         except InputError:  # raised again where it is encoded
             return 1, 0
-        return window_tokens(question, context, self._answerer.encoder.special_tokens, settings, most)
+        special = self._answerer.encoder.special_tokens
+        guesses = [
+            window_tokens(question, self._ratios.tokens(text), special, settings, most)
+            for text in ask.texts
+            if text.strip()
+        ]
+        windows, tokens = (sum(each) for each in zip(*guesses, strict=True)) if guesses else (1, 0)
+        return min(windows, most), tokens if windows <= most else math.ceil(tokens * most / windows)
 
     # ------------------------------------------------------------ texts to windows
 
@@ -297,7 +311,7 @@ class Scheduler:
         self._metrics.stage("tokenize", time.monotonic() - started)
         question = _Question(number, pair, [None] * len(pair.windows), len(pair.windows))
         with self._ready:
-            self._ratios.learn(ask.context, len(pair.context))
+            self._ratios.learn("".join(ask.texts), len(pair.context))
             if job not in self._jobs:  # it ended meanwhile
                 return
             job.encoded += 1

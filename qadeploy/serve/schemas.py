@@ -5,11 +5,13 @@ Limits that an operator sets are not part of it: ``limits`` checks them, and the
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from qadeploy.core.settings import Options
+from qadeploy.inference.texts import Texts
 from qadeploy.options import declared
 
 
@@ -28,8 +30,15 @@ def _choice(name: str) -> Any:
     about = Field(description=text)
     if one.kind is bool:
         kind: Any = Annotated[bool, Field(strict=True)]
+    elif one.kind is str:
+        kind = Literal[one.choices]
+    elif one.kind is float:
+        kind = Annotated[float, Field(ge=one.least, le=one.most, strict=True)]
     else:
-        kind = Annotated[int, Field(ge=int(one.least or 0), strict=True), BeforeValidator(_whole)]
+        most = None if one.most is None else int(one.most)
+        kind = Annotated[int, Field(ge=int(one.least or 0), le=most, strict=True), BeforeValidator(_whole)]
+        if one.choices:
+            kind = kind | Literal[one.choices]
     return Annotated[kind if one.default is not None else kind | None, about]
 
 
@@ -41,6 +50,14 @@ _QUESTION, _CONTEXT = "Who trims the light?", "Mungo Strand trims the light at P
 Text = Annotated[str, Field(min_length=1, pattern=r"\S", strict=True)]
 Question = Annotated[Text, Field(description="The question.", examples=[_QUESTION])]
 Context = Annotated[Text, Field(description="The text that holds the answer.", examples=[_CONTEXT])]
+Passages = Annotated[
+    list[Annotated[str, Field(strict=True)]],
+    Field(
+        min_length=1,
+        description="Passages that are read together, instead of `context`; empty ones are skipped.",
+        examples=[[_CONTEXT, "Port Ansel has a pub, the Galley."]],
+    ),
+]
 TopK = Annotated[int, Field(ge=1, strict=True), BeforeValidator(_whole)]
 
 
@@ -56,6 +73,11 @@ class _Choices(_Model):
     align_to_words: _choice("align_to_words") = False  # type: ignore[valid-type]
     allow_no_answer: _choice("allow_no_answer") = None  # type: ignore[valid-type]
     prefilter: _choice("prefilter") = None  # type: ignore[valid-type]
+    distinct: _choice("distinct") = False  # type: ignore[valid-type]
+    overlap_threshold: _choice("overlap_threshold") = _DECLARED["overlap_threshold"].default  # type: ignore[valid-type]
+    min_score: _choice("min_score") = _DECLARED["min_score"].default  # type: ignore[valid-type]
+    snippet: _choice("snippet") = None  # type: ignore[valid-type]
+    offsets: _choice("offsets") = _DECLARED["offsets"].default  # type: ignore[valid-type]
 
     @property
     def options(self) -> Options:
@@ -63,11 +85,29 @@ class _Choices(_Model):
         return Options(**{name: getattr(self, name) for name in _DECLARED})
 
 
-class AskItem(_Choices):
+class _Texts(_Choices):
+    """A context, or passages."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["context"]}, {"required": ["contexts"]}]})
+    context: Context | None = None
+    contexts: Passages | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.context is None) == (self.contexts is None):
+            raise PydanticCustomError("texts", "give either context, or contexts for several passages")
+        return self
+
+    @property
+    def texts(self) -> Texts:
+        """The context, or the passages."""
+        return self.context if self.context is not None else tuple(self.contexts or ())
+
+
+class AskItem(_Texts):
     """One question of a batch."""
 
     question: Question
-    context: Context
 
 
 class AskOne(AskItem):
@@ -81,13 +121,12 @@ class AskOne(AskItem):
     ) = False
 
 
-class AskMany(_Choices):
-    """Many questions on one context, which is tokenised once."""
+class AskMany(_Texts):
+    """Many questions on one context or on the same passages, which are tokenised once."""
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"questions": [_QUESTION, "Where is the light?"], "context": _CONTEXT}]}
     )
-    context: Context
     questions: Annotated[list[Question], Field(min_length=1)]
 
 
@@ -102,7 +141,9 @@ def _form(body: Any) -> str | None:
     return None
 
 
-Batch = Annotated[list[AskItem], Field(min_length=1, description="A batch of questions, each with its own context.")]
+Batch = Annotated[
+    list[AskItem], Field(min_length=1, description="A batch of questions, each with its own context or passages.")
+]
 AnswerRequest = Annotated[
     Annotated[AskOne, Tag("one")] | Annotated[AskMany, Tag("many")] | Annotated[Batch, Tag("batch")],
     Discriminator(
@@ -113,27 +154,44 @@ AnswerRequest = Annotated[
 ]
 
 
+class SnippetOut(BaseModel):
+    """The text around an answer, which is ``context[start:end]`` in the units of the answer."""
+
+    text: str
+    start: Annotated[int, Field(ge=0)]
+    end: Annotated[int, Field(ge=0)]
+
+
 class AnswerOut(BaseModel):
-    """An answer. ``context[start:end]`` is ``text``, in Unicode code points (not UTF-16 units, not bytes)."""
+    """An answer. ``context[start:end]`` is ``text``, in Unicode code points unless ``offsets`` asks for another unit."""
 
     text: str
     score: Annotated[float, Field(description="A probability: one softmax over all spans of all windows.")]
-    start: Annotated[int, Field(ge=0, description="First code point of the answer in the context.")]
+    start: Annotated[int, Field(ge=0, description="First code point of the answer in its context or passage.")]
     end: Annotated[int, Field(ge=0, description="One past the last code point.")]
+    passage: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="The index in `contexts` of its passage, from 0; absent for `context` and for 'no answer'.",
+        ),
+    ] = None
+    snippet: Annotated[SnippetOut | None, Field(description="Only if it was requested; absent for 'no answer'.")] = None
 
 
 class TraceWindow(BaseModel):
     """One model input; all lists have one entry per token."""
 
     tokens: int
+    passage: Annotated[int | None, Field(description="The index of its passage; absent for a single context.")] = None
     context_begin: Annotated[int, Field(description="Position of the first context token in this window.")]
-    context_offset: Annotated[int, Field(description="Index of that token in the whole context.")]
+    context_offset: Annotated[int, Field(description="Index of that token in the whole context or passage.")]
     context_length: Annotated[int, Field(description="Number of context tokens in this window.")]
     input_ids: list[int]
     pieces: Annotated[list[str], Field(description="The tokens as the vocabulary spells them.")]
     offsets: Annotated[
         list[tuple[int, int] | None],
-        Field(description="Code points of the context; null for the question and special tokens."),
+        Field(description="Code points of the context or passage; null for the question and special tokens."),
     ]
     token_type_ids: list[int] | None
     start_logits: list[float]
@@ -176,6 +234,10 @@ class AnswersOut(BaseModel):
     """The answers to one question, best first; ``trace`` only if it was requested."""
 
     answers: list[AnswerOut]
+    skipped: Annotated[
+        list[int] | None,
+        Field(description="The indices of empty passages, which were skipped; absent if there are none."),
+    ] = None
     trace: TraceOut | None = None
 
 

@@ -70,7 +70,10 @@ class Settings:
     max_upload_bytes: int = option(
         256 * 2**20, "Bytes of all request bodies together. One more cuts off the upload that is the slowest.", least=1
     )
-    max_context_chars: int = option(200_000, "Code points per context (422).", least=1)
+    max_context_chars: int = option(
+        200_000, "Code points per context, or of all passages of a question (422).", least=1
+    )
+    max_passages: int = option(100, "Passages per question (422).", least=1)
     max_question_chars: int = option(4_000, "Code points per question (422).", least=1)
     max_windows: int = option(256, "Windows per request, for all of its questions (422).", least=1)
     max_batch: int = option(64, "Questions per request (422).", least=1)

@@ -50,15 +50,15 @@ def test_a_plan_survives_as_text(files):
     assert json.loads(plan.to_json())["files"][0]["name"] == "a.jsonl"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', "[" * 99_999])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 2}', "[" * 99_999])
 def test_a_text_that_is_no_plan_is_named(text):
     with pytest.raises(InputError, match=r"DIR/_plan.json: is not a plan"):
         BatchPlan.of(text, "DIR/_plan.json")
 
 
 def test_a_later_schema_is_named(files):
-    text = make_plan(JOB, [str(files)]).to_json().replace('"schema": 1', '"schema": 9')
-    with pytest.raises(InputError, match=r"schema 9 is not 1"):
+    text = make_plan(JOB, [str(files)]).to_json().replace('"schema": 2', '"schema": 9')
+    with pytest.raises(InputError, match=r"schema 9 is not 2"):
         BatchPlan.of(text, "x")
 
 

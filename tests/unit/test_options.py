@@ -97,14 +97,16 @@ def test_http_takes_the_same_answering_options():
     from qadeploy.serve.schemas import AskOne
 
     schema = AskOne.model_json_schema()["properties"]
-    assert set(schema) - {"question", "context", "trace"} == set(declared(Options))
+    assert set(schema) - {"question", "context", "contexts", "trace"} == set(declared(Options))
     for name, each in declared(Options).items():
         found = schema[name]
         kind = found.get("anyOf", [found])[0]
         assert found["default"] == each.default
         assert found["description"].startswith(each.help)
-        assert kind["type"] == {bool: "boolean", int: "integer"}[each.kind]
-        assert kind.get("minimum") == (each.least if each.kind is int else None)
+        assert kind["type"] == {bool: "boolean", int: "integer", float: "number", str: "string"}[each.kind]
+        assert (kind.get("minimum"), kind.get("maximum")) == (each.least, each.most)
+        words = kind.get("enum") or [one["const"] for one in found.get("anyOf", ()) if "const" in one]
+        assert tuple(words) == each.choices
         assert (NoneType in get_args(get_type_hints(Options)[name])) == ("anyOf" in found)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from math import exp, inf, log
 from typing import Any
 
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qadeploy.core import decoding as decoder
 from qadeploy.core.decoding import Decoded, WindowLogits, decode_many, rank_answers, span_table
+from qadeploy.core.scripts import UNSPACED, within_script
 from qadeploy.core.windows import EncodedText, Encoder, EncoderConfig
 from qadeploy.errors import InputError, LogitsError
 from qadeploy.records import Answer, FloatArray, Window
@@ -74,6 +77,20 @@ def rows(decoded: Decoded) -> list[tuple[int, int, int, int, float, float]]:
     return [(s.start, s.end, s.start_token, s.end_token, s.logit, s.score) for s in decoded.spans]
 
 
+def in_script(text: str, token: tuple[int, int], word: tuple[int, int]) -> tuple[int, int]:
+    """A word without what a character of a script without spaces cuts off from the token, one character after the other."""
+
+    def apart(place: int) -> bool:  # test_metrics checks which characters these are
+        return re.match(rf"[{UNSPACED}\u3000-\u303f\uff00-\uff65]", text[place]) is not None
+
+    start, end = token
+    while start > word[0] and start < len(text) and not (apart(start - 1) or apart(start)):
+        start -= 1
+    while end < word[1] and end > 0 and not (apart(end - 1) or apart(end)):
+        end += 1
+    return start, end
+
+
 @pytest.mark.parametrize("align_to_words", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 @thorough
@@ -95,7 +112,9 @@ def test_decode_equals_brute_force(name, align_to_words, text, data):
 
     encoding = kind.tokenizer.encode(text, add_special_tokens=False)
     words = [
-        encoding.offsets[i] if word is None or not align_to_words else encoding.word_to_chars(word)
+        encoding.offsets[i]
+        if word is None or not align_to_words
+        else in_script(text, encoding.offsets[i], encoding.word_to_chars(word))
         for i, word in enumerate(encoding.word_ids)
     ]
     spans, null, null_score = brute_force(windows, starts, ends, text, encoding.offsets, words, max_answer_len, allow)
@@ -111,6 +130,55 @@ def test_decode_equals_brute_force(name, align_to_words, text, data):
         assert text[span.start : span.end] == text[span.start : span.end].strip() != ""
     # The scores are those of the whole list, however few are asked for.
     assert rows(decode(windows, starts, ends, context, top_k=1, **options)) == rows(found)[:1]
+
+
+@thorough
+@given(text=texts(15), data=st.data())
+def test_distinct_spans_are_the_best_that_overlap_no_better_one(text, data):
+    kind = family("bert")
+    question, context = kind.encoder.encode("Who?"), kind.encoder.encode(text)
+    windows = kind.encoder.windows(question, context, max_seq_len=len(question) + 12, doc_stride=4)
+    starts, ends = random_logits(windows, data.draw(st.integers(0, 9999), "seed"), data.draw(st.booleans(), "ties"))
+    threshold = data.draw(st.sampled_from((0.0, 0.3, 0.5, 1.0)), "threshold")
+    top_k = data.draw(st.sampled_from((1, 3, 50)), "top_k")
+    options = {
+        "align_to_words": data.draw(st.booleans(), "align"),
+        "max_answer_len": data.draw(st.integers(1, 9), "length"),
+    }
+
+    kept: list[Any] = []
+    for span in decode(windows, starts, ends, context, top_k=100_000, **options).spans:
+        shared = [min(span.end, k.end) - max(span.start, k.start) for k in kept]
+        shorter = [min(span.end - span.start, k.end - k.start) for k in kept]
+        if all(both <= threshold * length for both, length in zip(shared, shorter, strict=True)):
+            kept.append(span)
+    cells = data.draw(st.sampled_from((1, 2**16)), "cells")  # 1: block by block, as a long context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "_CELLS", cells)
+        found = decode(windows, starts, ends, context, top_k=top_k, most_overlap=threshold, **options).spans
+    assert [(s.start, s.end, s.logit) for s in found] == [(s.start, s.end, s.logit) for s in kept[:top_k]]
+    assert [s.score for s in found] == pytest.approx([s.score for s in kept[:top_k]], rel=1e-5)
+
+
+SPACED_OR_NOT = [
+    ("我在Google工作，住在北京市。", "Google", "Google"),
+    ("我在Google工作，住在北京市。", "北京", "北京"),
+    ("東京に住んでいます。iPhoneを買った。", "Phone", "iPhone"),
+    ("ผมชื่อจอห์นอยู่ที่กรุงเทพ", "กรุงเทพ", "กรุงเทพ"),
+    ("서울에서 만나요", "서울", "서울에서"),
+    ("Mungo Strand's lamp", "Strand", "Strand's"),
+]
+
+
+@pytest.mark.parametrize(("text", "answer", "aligned"), SPACED_OR_NOT)
+def test_words_are_whole_in_scripts_with_spaces_and_answers_stay_short_in_others(text, answer, aligned):
+    offsets = np.asarray([(i, i + 1) for i in range(len(text))])
+    # What a SentencePiece tokenizer takes for words: all between two spaces.
+    borders = [0, *(i + 1 for i, c in enumerate(text) if c == " "), len(text) + 1]
+    words = np.asarray([next((a, b - 1) for a, b in pairwise(borders) if i < b) for i in range(len(text))])
+    found = within_script(text, offsets, words)
+    start = text.index(answer)
+    assert text[found[start, 0] : found[start + len(answer) - 1, 1]] == aligned
 
 
 def table_of_one_window_after_another(

@@ -1,0 +1,109 @@
+"""Answers for people and for other programs: the text around an answer, and offsets in the units of JavaScript, Java or bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qadeploy.core.settings import Offsets, SnippetSize
+from qadeploy.errors import MissingExtraError
+from qadeploy.records import Answer, Snippet
+
+Place = tuple[int, int]
+# Code points on each side of an answer in which its sentence is looked for: a text may have no sentences, such as a table.
+_FAR = 1_000
+_PARAGRAPH = re.compile(r"\n[^\S\n]*\n|\u2029|\f")
+# The library asks for a language. Its rules for English hold for the sentence ends of all scripts, and know the abbreviations of English.
+_LANGUAGE = "en"
+_CODECS = {"utf16": ("utf-16-le", 2), "utf8": ("utf-8", 1)}
+
+
+def present(answers: Sequence[Answer], texts: Sequence[str], snippet: SnippetSize, offsets: Offsets) -> list[Answer]:
+    """Adds snippets to answers, and converts all of their offsets. The null answer stays as it is.
+
+    Args:
+        answers: The answers, with offsets in code points.
+        texts: The context or passage of each.
+        snippet: "sentence", or the number of code points on each side; None for no snippet.
+        offsets: The unit of the offsets.
+
+    Raises:
+        MissingExtraError: ``snippet`` is "sentence", and sentencex is not installed.
+    """
+    shown = []
+    for answer, text in zip(answers, texts, strict=True):
+        if answer.text and snippet is not None:
+            place = (answer.start, answer.end)
+            cut = sentence_around(text, place) if snippet == "sentence" else characters_around(text, place, snippet)
+            answer = replace(answer, snippet=Snippet(text[cut[0] : cut[1]], *cut))
+        shown.append(answer if offsets == "codepoints" or text.isascii() else _converted(answer, text, offsets))
+    return shown
+
+
+def check_snippet(snippet: SnippetSize) -> None:
+    """Raises MissingExtraError if a snippet needs a package that is not installed."""
+    if snippet == "sentence":
+        _sentences("")
+
+
+def characters_around(text: str, answer: Place, size: int) -> Place:
+    """The code points of an answer with at most ``size`` on each side: whole words, and without white space at the ends."""
+    start, end = max(answer[0] - size, 0), min(answer[1] + size, len(text))
+    if start and not text[start - 1].isspace():  # inside a word: go on to the next
+        start = next((i for i in range(start, answer[0]) if text[i].isspace()), start)
+    if end < len(text) and not text[end].isspace():
+        end = next((i for i in range(end, answer[1], -1) if text[i - 1].isspace()), end)
+    return _trimmed(text, (start, end))
+
+
+def sentence_around(text: str, answer: Place) -> Place:
+    """The code points of the sentence that holds an answer, or of all sentences that hold a part of it.
+
+    A blank line ends a sentence. Of a sentence longer than 1,000 code points on one side of the answer, only these are taken.
+
+    Raises:
+        MissingExtraError: sentencex is not installed.
+    """
+    first, last = max(answer[0] - 2 * _FAR, 0), min(answer[1] + 2 * _FAR, len(text))
+    for border in _PARAGRAPH.finditer(text, first, last):
+        if border.end() <= answer[0]:
+            first = border.end()
+        elif border.start() >= answer[1]:
+            last = border.start()
+            break
+    start, end = answer
+    for begin, stop in _sentences(text[first:last]):
+        if begin + first < answer[1] and stop + first > answer[0]:
+            start, end = min(start, begin + first), max(end, stop + first)
+    near = characters_around(text, answer, _FAR)
+    return _trimmed(text, (max(start, near[0]), min(end, near[1])))
+
+
+def _sentences(text: str) -> Iterator[Place]:
+    try:
+        from sentencex import get_sentence_boundaries
+    except ImportError as error:
+        raise MissingExtraError("snippet sentence", "sentencex", "snippet") from error
+    found: list[dict[str, Any]] = get_sentence_boundaries(_LANGUAGE, text)
+    return ((each["start_index"], each["end_index"]) for each in found)
+
+
+def _trimmed(text: str, place: Place) -> Place:
+    start, end = place
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return start, end
+
+
+def _converted(answer: Answer, text: str, offsets: Offsets) -> Answer:
+    codec, size = _CODECS[offsets]
+
+    def units(position: int) -> int:
+        return len(text[:position].encode(codec)) // size
+
+    found = answer.snippet and replace(answer.snippet, start=units(answer.snippet.start), end=units(answer.snippet.end))
+    return replace(answer, start=units(answer.start), end=units(answer.end), snippet=found)
