@@ -94,7 +94,7 @@ def test_openvino_int8_calibrated_on_other_contexts_answers(tiny, tiny_export, e
     [
         ("openvino", "openvino", "not installed: pip install 'qadeploy[peers]' (openvino)"),
         ("torch", "torch", "not installed: pip install 'qadeploy[train]' (torch)"),
-        ("optimum", "optimum.onnxruntime", "not installed: pip install 'qadeploy[train]' (optimum-onnx)"),
+        ("optimum", "optimum.onnxruntime", "not installed: pip install 'qadeploy[optimum]' (optimum-onnx)"),
     ],
 )
 def test_a_missing_package_is_a_line_with_its_fix(
