@@ -31,11 +31,11 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
     axes = {0: "batch_size", 1: "sequence_length"}
     for name in _SILENCED:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), eager_attention(checkpoint.model):
+    with warnings.catch_warnings(), eager_attention(checkpoint.model) as model:
         warnings.simplefilter("ignore")  # parity decides
         try:
             program = torch.onnx.export(
-                checkpoint.model,
+                model,
                 (),
                 kwargs=inputs,
                 dynamo=True,
@@ -52,15 +52,15 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
             raise FailureError(f"PyTorch cannot export a {kind} model: {reason}") from error
     assert program is not None  # noqa: S101 - dynamo=True returns a program
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine
-    model = onnx_ir.to_proto(program.model)
-    outputs = [output.name for output in model.graph.output]
+    proto = onnx_ir.to_proto(program.model)
+    outputs = [output.name for output in proto.graph.output]
     if outputs != list(LOGIT_NAMES):
         raise FailureError(f"an exported model returns {', '.join(outputs)}, not the two logits alone")
-    model.ir_version = _IR
-    del model.graph.value_info[:]
-    _fill_biases(model)
-    simplify_masks(model, checkpoint.encoder.config.position_limit)
-    return model
+    proto.ir_version = _IR
+    del proto.graph.value_info[:]
+    _fill_biases(proto)
+    simplify_masks(proto, checkpoint.encoder.config.position_limit)
+    return proto
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
@@ -61,17 +62,22 @@ def trainer_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def eager_attention(model: Any) -> Iterator[None]:
-    """Computes attention by plain matmuls and softmax during the block, if the model lets that be chosen after it was made.
+def eager_attention(model: Any) -> Iterator[Any]:
+    """The model with attention computed by plain matmuls and softmax, during the block.
 
-    PyTorch's exporter gives fused attention nodes that guard against rows of padding alone.
+    PyTorch's exporter gives fused attention nodes that guard against rows of padding alone. Before 5, many models choose how
+    they compute attention when they are made, so there it is another one with the same weights.
     """
     before = getattr(model.config, "_attn_implementation", "eager")
-    if before == "eager" or not IS_5:
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    if before == "eager":
+        yield model
+    elif not IS_5:
+        other = type(model)._from_config(deepcopy(model.config), attn_implementation="eager")
+        other.load_state_dict(model.state_dict(), assign=True)
+        yield other.eval()
+    else:
+        model.set_attn_implementation("eager")
+        try:
+            yield model
+        finally:
+            model.set_attn_implementation(before)
