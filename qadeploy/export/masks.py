@@ -9,6 +9,7 @@ knows. Any other, such as a local layer's window, is left as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -103,7 +104,7 @@ def _divide(graph: Graph, scores: str) -> None:
     for i, name in enumerate(node.input):
         factor = graph.constant(name)
         if factor is not None and factor.size == 1:
-            divisor = numpy_helper.from_array(np.asarray(1 / factor, factor.dtype), f"{name}/inverse")
+            divisor = numpy_helper.from_array(np.asarray(1 / float(factor.item()), factor.dtype), f"{name}/inverse")
             if divisor.name not in graph.constants:
                 graph.constants[divisor.name] = divisor
                 graph.graph.initializer.append(divisor)
@@ -114,12 +115,12 @@ def _divide(graph: Graph, scores: str) -> None:
 
 def _add_mask(model: onnx.ModelProto) -> None:
     """Adds (1 - mask) times the lowest number, ``[batch, 1, 1, tokens]``, before all other nodes."""
-    constants: dict[str, NDArray[np.generic]] = {
+    constants: dict[str, Any] = {
         "first": np.array([1]), "second": np.array([2]), "one": np.float32(1), "padding": np.float32(_PADDING),
     }  # fmt: skip
     for name, value in constants.items():
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"{_INPUT}/{name}"))
-    steps = (
+    steps: tuple[tuple[str, tuple[str, ...], str, dict[str, int]], ...] = (
         ("Unsqueeze", ("", "first"), "rows", {}),
         ("Unsqueeze", ("rows", "second"), "keys", {}),
         ("Cast", ("keys",), "float", {"to": TensorProto.FLOAT}),
