@@ -3,6 +3,7 @@
 # make test   all tests
 # make quick  the tests that need neither torch nor a trained model nor other processes, in under a minute
 # make coverage   all tests, and the share of the lines that they run, by room
+# make test-next  the tests of training, export and answers on transformers 5 without optimum (constraints-next.txt)
 # make docs   the documentation as a website, in site/
 # make requirements   the hashes of the packages in a container, in requirements/, after a change of constraints.txt
 # make node-check   the answers of Node.js from bundles that answer by themselves (needs node 20 or newer)
@@ -16,12 +17,16 @@ READY := $(VENV)/.ready
 SERVERS := .venv-servers
 SERVERS_READY := $(SERVERS)/.ready
 RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+NEXT := .venv-next
+NEXT_READY := $(NEXT)/.ready
 BUNDLE := bundles/handbook-int8
+NEXT_TESTS := tests/test_architectures.py tests/test_exporters.py tests/test_trainer.py tests/test_export.py \
+	tests/test_session_answerer.py tests/test_exportable.py tests/test_transformers_versions.py
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--constraint constraints.txt --custom-compile-command 'make requirements'
 WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 
-.PHONY: all setup lint format quick test coverage requirements docs demo inference-servers node-check clean
+.PHONY: all setup lint format quick test test-next coverage requirements docs demo inference-servers node-check clean
 
 all: lint test
 
@@ -32,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "qadeploy needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "no venv module: install your system's python3-venv package"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),scale,serve,train,triton,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),scale,serve,train,optimum,triton,dev]'
 	@touch $@
 
 lint: $(READY)
@@ -50,6 +55,14 @@ quick: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-next: $(NEXT_READY)
+	$(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(NEXT_TESTS)
+
+$(NEXT_READY): pyproject.toml constraints-next.txt
+	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
+	$(NEXT)/bin/python -m pip install --quiet -c constraints-next.txt -e '.[cpu,serve,train,dev]'
+	@touch $@
 
 coverage: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=qadeploy --cov-report=
@@ -89,4 +102,4 @@ demo: $(READY)
 		--context "The night boat leaves Carrow Quay at twenty to eleven. Hester Quill hands the sealed sacks to the coxswain, Donal Keane, who signs for them in pencil, because ink runs; at Port Ansel the sacks are counted again by lantern."
 
 clean:
-	rm -rf $(VENV) $(SERVERS) runs bundles site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NEXT) $(SERVERS) runs bundles site .mypy_cache .ruff_cache .pytest_cache .hypothesis

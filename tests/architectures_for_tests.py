@@ -1,9 +1,10 @@
 """The architecture matrix: tiny models of each kind of encoder, trained, exported, fused, quantized and asked.
 
-    python -m tests.architectures_for_tests           writes benchmarks/results/architectures.json and docs/architectures.md
-    python -m tests.architectures_for_tests --table   writes the table of docs/architectures.md again from the JSON
+    python -m tests.architectures_for_tests           writes the JSON of this environment's exporter and docs/architectures.md
+    python -m tests.architectures_for_tests --table   writes the tables of docs/architectures.md again from the JSON
 
-Run it from the root of the repository. The tests compare each recorded row with a fresh run. A step that fails is recorded
+Run it from the root of the repository, in an environment with optimum and in one without. The tests compare each recorded row
+with a fresh run. A step that fails is recorded
 with its reason.
 """
 
@@ -36,6 +37,7 @@ from qadeploy.inference.bundle import MODEL, Bundle
 from qadeploy.inference.doctor import diagnose
 from qadeploy.records import Annotation, Example, FloatArray
 from qadeploy.training.checkpoint import Checkpoint
+from qadeploy.training.exportable import choose_exporter
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.runs import HeldOut, dev_set, find_run
 from qadeploy.training.train import train
@@ -43,7 +45,10 @@ from tests.conftest import triplets, write_jsonl
 from tests.models_for_tests import ARCHITECTURES, Architecture
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "architectures.json"
+RESULTS = {  # by exporter
+    "optimum": ROOT / "benchmarks" / "results" / "architectures.json",
+    "torch": ROOT / "benchmarks" / "results" / "architectures-torch.json",
+}
 DOCS = ROOT / "docs" / "architectures.md"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 INT8_MATMULS = ("MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "QLinearMatMul", "MatMulNBits")
@@ -201,9 +206,14 @@ def _logits(answerer: Answerer, reference: Reference) -> FloatArray:
 # ---------------------------------------------------------------- the table
 
 
-def table(results: dict[str, Any]) -> list[str]:
-    """The lines of docs/architectures.md between its markers."""
-    rows = results["rows"]
+def recorded(exporter: str) -> dict[str, Any]:
+    """What was recorded with an exporter."""
+    found: dict[str, Any] = json.loads(RESULTS[exporter].read_text(encoding="utf-8"))
+    return found
+
+
+def matrix(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of what each step found."""
     notes: list[str] = []
     lines = [
         "| architecture | export: largest difference to PyTorch | fused attention | other fused nodes | int8: single-node attention | int8 matmuls | int8 logits' correlation |",
@@ -220,8 +230,12 @@ def table(results: dict[str, Any]) -> list[str]:
             _cell(row, "int8", lambda f: f"{f['correlation']:.4f}", []),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), ""] if notes else [""]
-    lines += [
+    return lines + (["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), ""] if notes else [""])
+
+
+def description(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of what each model is like."""
+    lines = [
         "| architecture | as | pieces | window | token types | longest input | attention |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -236,18 +250,23 @@ def table(results: dict[str, Any]) -> list[str]:
                 model["attention"],
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def environment(results: dict[str, Any]) -> str:
+    """What was compared, and with which packages."""
+    rows = results["rows"]
     exported = [row["fp32"] for row in rows if row["fp32"]["status"] == "ok"]
     lengths = [f["parity"][end] for f in exported for end in ("shortest", "longest")]
     packages = results["environment"]["packages"]
-    lines += [
-        "",
+    exporter = f"optimum-onnx {packages['optimum-onnx']}, " if packages["optimum-onnx"] else ""
+    return (
         f"{len(rows)} tiny models. The logits, of a standard deviation of {min(f['logits_deviation'] for f in exported):.1f} to "
         f"{max(f['logits_deviation'] for f in exported):.1f}, are compared on windows of {min(lengths)} to {max(lengths)} tokens, "
-        f"alone and in padded batches. torch {packages['torch']}, transformers {packages['transformers']}, optimum-onnx "
-        f"{packages['optimum-onnx']}, ONNX Runtime {packages['onnxruntime'] or packages['onnxruntime-gpu']}, commit "
-        f"{results['environment']['commit']}.",
-    ]
-    return lines
+        f"alone and in padded batches. torch {packages['torch']}, transformers {packages['transformers']}, {exporter}"
+        f"ONNX Runtime {packages['onnxruntime'] or packages['onnxruntime-gpu']}, commit "
+        f"{results['environment']['commit']}."
+    )
 
 
 def _other_nodes(found: dict[str, Any]) -> str:
@@ -266,11 +285,20 @@ def _cell(row: dict[str, Any], step: str, show: Callable[[dict[str, Any]], str],
     return f"no ({notes.index(found['why']) + 1})"
 
 
-def written(docs: str, results: dict[str, Any]) -> str:
-    """The text of docs/architectures.md with the table of these results."""
+def table(optimum: dict[str, Any], by_torch: dict[str, Any]) -> list[str]:
+    """The lines of docs/architectures.md between its markers."""
+    return [
+        *("Through optimum:", "", *matrix(optimum["rows"]), environment(optimum), ""),
+        *("Through PyTorch's own exporter:", "", *matrix(by_torch["rows"]), environment(by_torch), ""),
+        *description(optimum["rows"]),
+    ]
+
+
+def written(docs: str) -> str:
+    """The text of docs/architectures.md with the tables of the recorded results."""
     before, _, rest = docs.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return "\n".join([before + BEGIN, *table(results), END + after])
+    return "\n".join([before + BEGIN, *table(recorded("optimum"), recorded("torch")), END + after])
 
 
 def run_matrix(architectures: Sequence[Architecture]) -> dict[str, Any]:
@@ -291,10 +319,9 @@ def run_matrix(architectures: Sequence[Architecture]) -> dict[str, Any]:
 def main(only_table: bool) -> None:
     """Runs the matrix and writes its results."""
     if not only_table:
-        write_json(RESULTS, run_matrix(ARCHITECTURES))
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    DOCS.write_text(written(DOCS.read_text(encoding="utf-8"), results), encoding="utf-8")
-    click.echo("\n".join(table(results)))
+        write_json(RESULTS[choose_exporter()], run_matrix(ARCHITECTURES))
+    DOCS.write_text(written(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
+    click.echo("\n".join(table(recorded("optimum"), recorded("torch"))))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from qadeploy.inference.session import OnnxModel
 from qadeploy.inference.tuning import FP32_TOLERANCE
 from qadeploy.records import Window
 from qadeploy.training.checkpoint import Checkpoint, TorchModel, encoder_config, load_checkpoint
-from tests.architectures_for_tests import DOCS, RESULTS, run_architecture, table, written
+from qadeploy.training.exportable import choose_exporter
+from tests.architectures_for_tests import DOCS, matrix, recorded, run_architecture, written
 from tests.conftest import triplets, write_jsonl
 from tests.models_for_tests import ARCHITECTURES, BY_NAME, LONGEST, Architecture
 from tests.tokenizers_for_tests import family
@@ -28,7 +28,7 @@ from tests.tokenizers_for_tests import family
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text())
+    return recorded(choose_exporter())
 
 
 def windows_of(checkpoint: Checkpoint, *repeats: int) -> list[Window]:
@@ -61,7 +61,7 @@ def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_record
 ) -> None:
     monkeypatch.setattr("qadeploy.inference.session.usable_cpus", lambda: 1)  # tiny models gain nothing from threads
     row = run_architecture(architecture, tmp_path)
-    assert settled(row) in [settled(recorded) for recorded in results["rows"]]
+    assert settled(row) in [settled(each) for each in results["rows"]]
 
     assert (row["model"]["token_types"], row["model"]["longest_input"]) == (architecture.segments, architecture.limit)
     first, *_, last = row["train"]["loss"]
@@ -82,7 +82,7 @@ def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_record
 
 def test_the_documented_table_is_the_recorded_one(results: dict[str, Any]) -> None:
     docs = DOCS.read_text(encoding="utf-8")
-    assert written(docs, results) == docs
+    assert written(docs) == docs
     assert [row["name"] for row in results["rows"]] == [architecture.name for architecture in ARCHITECTURES]
 
 
@@ -90,7 +90,7 @@ def test_the_table_says_why_a_step_was_refused(results: dict[str, Any]) -> None:
     good, bad = results["rows"][0], {"name": "Odd", "like": "an/odd", "model": results["rows"][0]["model"]}
     refused = {"status": "refused", "why": "optimum cannot export an odd model"}
     rest = {step: {"status": "not tried", "why": "fp32 was refused"} for step in ("fused", "int8")}
-    lines = table({**results, "rows": [good, {**bad, "train": {"status": "ok"}, "fp32": refused, **rest}]})
+    lines = matrix([good, {**bad, "train": {"status": "ok"}, "fp32": refused, **rest}])
     assert "| Odd | no (1) | - | - | - | - | - |" in lines
     assert "1. optimum cannot export an odd model" in lines
 

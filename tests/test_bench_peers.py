@@ -94,7 +94,7 @@ def test_openvino_int8_calibrated_on_other_contexts_answers(tiny, tiny_export, e
     [
         ("openvino", "openvino", "not installed: pip install 'qadeploy[peers]' (openvino)"),
         ("torch", "torch", "not installed: pip install 'qadeploy[train]' (torch)"),
-        ("optimum", "optimum.onnxruntime", "not installed: pip install 'qadeploy[train]' (optimum-onnx)"),
+        ("optimum", "optimum.onnxruntime", "not installed: pip install 'qadeploy[optimum]' (optimum-onnx)"),
     ],
 )
 def test_a_missing_package_is_a_line_with_its_fix(
@@ -185,3 +185,12 @@ def test_windows_of_many_are_those_of_each(tiny, tiny_export, examples):
     one = [w for e in examples[:4] for w in windows_of(answerer.encoder, settings, [e])]
     assert [w.input_ids.tolist() for w in found] == [w.input_ids.tolist() for w in one]
     assert len(found) > 4
+
+
+def test_the_pipeline_says_why_it_is_missing_from_transformers_5_on(tiny, tiny_export, examples, tmp_path, monkeypatch):
+    monkeypatch.setattr("qadeploy.training.transformers_versions.IS_5", True)
+    with pytest.raises(
+        FailureError, match=r"^transformers .* has no question-answering pipeline.*'transformers<5'"
+    ) as error:
+        PEERS["pipeline"](setup(tiny, examples, tmp_path))
+    assert "has no question-answering pipeline" in status_of(error.value)

@@ -32,6 +32,7 @@ from qadeploy.inference.tuning import SPINNING
 from qadeploy.records import Example, Window
 from qadeploy.shipped import base_bundle_path, base_model_path
 from qadeploy.training.checkpoint import TorchModel, load_checkpoint
+from qadeploy.training.exportable import choose_exporter
 from qadeploy.training.runs import HeldOut, Run, dev_set, find_run, held_out
 from qadeploy.training.train import train
 from tests.conftest import sealed_copy, tiny_options, triplets, write_jsonl
@@ -109,7 +110,8 @@ def test_the_manifest_says_what_was_made_from_what_and_what_was_measured(tiny, t
     assert source["checkpoint"] == str(tiny.run / "checkpoint")
     assert source["run"]["data_sha256"] == record["data_sha256"]
     assert len(source["checkpoint_sha256"]) == 64
-    assert all(manifest["versions"][name] != "none" for name in ("torch", "optimum", "onnx", "onnxruntime"))
+    used = ("torch", "optimum" if choose_exporter() == "optimum" else "onnxscript", "onnx", "onnxruntime")
+    assert all(manifest["versions"][name] != "none" for name in used)
     card = (bundle.folder / CARD).read_text()
     assert f"# {bundle.name}" in card
     assert "EM 100.0" in card
@@ -194,6 +196,7 @@ def test_parity_is_measured_on_windows_of_many_lengths_and_of_several_a_context(
 
 
 def test_a_model_that_optimum_cannot_export_is_named(reference, tmp_path):
+    pytest.importorskip("optimum.exporters.onnx", reason="the extra optimum is not installed")
     config = FNetConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
     checkpoint = replace(reference.checkpoint, model=FNetForQuestionAnswering(config).eval())
     with pytest.raises(FailureError, match="optimum cannot export a fnet model: "):

@@ -278,11 +278,14 @@ def test_one_device_a_process(tmp_path, monkeypatch):
 def test_the_precision_is_that_of_this_run_not_of_the_one_before(precision, mixed, tiny_checkpoint, tmp_path):
     for wanted in ("fp32", "bf16", precision):
         arguments = training_arguments(CPU, bf16=wanted == "bf16", output_dir=str(tmp_path), report_to=[])
-    trainer = SpanTrainer(model=load_checkpoint(tiny_checkpoint).model, args=arguments)
+    model = load_checkpoint(tiny_checkpoint).model
+    trainer = SpanTrainer(model=model, args=arguments)
     assert trainer.accelerator.mixed_precision == mixed
+    computed: list[torch.dtype] = []
+    model.qa_outputs.register_forward_hook(lambda module, given, logits: computed.append(logits.dtype))
     with trainer.compute_loss_context_manager():
-        product = torch.ones(2, 2) @ torch.ones(2, 2)
-    assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+        trainer.accelerator.prepare(model)(input_ids=torch.tensor([[2, 3]]))
+    assert computed == [torch.bfloat16 if precision == "bf16" else torch.float32]
 
 
 def padded(lengths: np.ndarray, order: list[int], batch: int) -> float:

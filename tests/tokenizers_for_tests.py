@@ -142,8 +142,8 @@ def _roberta() -> Tokenizer:
     return _byte_level(
         ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
         lambda t: processors.RobertaProcessing(
-            sep=("</s>", t.token_to_id("</s>")),
-            cls=("<s>", t.token_to_id("<s>")),
+            ("</s>", t.token_to_id("</s>")),  # by position: the names changed in tokenizers 0.23
+            ("<s>", t.token_to_id("<s>")),
             trim_offsets=True,
             add_prefix_space=False,
         ),

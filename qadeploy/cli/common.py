@@ -27,7 +27,7 @@ from qadeploy.errors import DataWarning, DeviceWarning, InputError, MachineWarni
 from qadeploy.options import declared
 
 _TRAIN_PACKAGES = frozenset(
-    {"torch", "transformers", "optimum", "onnx", "datasets", "accelerate", "jinja2", "markupsafe", "matplotlib"}
+    {"torch", "transformers", "onnx", "onnx_ir", "datasets", "accelerate", "jinja2", "markupsafe", "matplotlib"}
 )
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

@@ -19,7 +19,17 @@ from qadeploy.machine import machine
 from qadeploy.records import LOGIT_NAMES
 from qadeploy.training.provenance import versions_of
 
-_VERSIONED = ("qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "onnx", "onnxruntime", "tokenizers")
+_VERSIONED = (
+    "qadeploy",
+    "torch",
+    "transformers",
+    "optimum",
+    "optimum-onnx",
+    "onnxscript",
+    "onnx",
+    "onnxruntime",
+    "tokenizers",
+)
 _TUNING_SECONDS = 20.0
 
 

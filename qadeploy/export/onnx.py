@@ -1,12 +1,8 @@
-"""Export: from a checkpoint to an fp32 bundle through optimum, with logit parity checked."""
+"""Export: from a checkpoint to an fp32 bundle through one of two exporters, with logit parity checked."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import shutil
 import tempfile
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,54 +10,55 @@ import onnx
 
 from qadeploy.errors import FailureError
 from qadeploy.export.manifest import finish_bundle
-from qadeploy.export.onnx_config import own_configs
+from qadeploy.export.optimum_exporter import export_by_optimum
 from qadeploy.export.reference import Reference
+from qadeploy.export.torch_exporter import export_by_torch
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.training.checkpoint import Checkpoint
-from qadeploy.training.exportable import TASK, exportable
+from qadeploy.training.exportable import choose_exporter, exportable
+
+_LARGEST = 2 * 2**30  # bytes of one protobuf file
 
 
-def export(reference: Reference, out: Path) -> Bundle:
+def export(reference: Reference, out: Path, exporter: str = "auto") -> Bundle:
     """Writes the fp32 bundle ``out`` and returns it, verified.
 
-    Raises FailureError if optimum cannot export the model, GateError if the logits miss parity, InputError if ``out``
-    exists and is not a bundle.
+    Args:
+        reference: The model, and the questions that judge the bundle.
+        out: The bundle folder.
+        exporter: auto, optimum or torch; see ``choose_exporter``.
+
+    Raises:
+        FailureError: The exporter cannot take the model, or is not installed (MissingExtraError).
+        GateError: The logits miss parity.
+        InputError: ``out`` exists and is not a bundle.
     """
+    exporter = choose_exporter(exporter)
     with writing_bundle(out) as work:
-        with tempfile.TemporaryDirectory() as folder:
-            export_graph(reference.checkpoint, Path(folder))
-            shutil.copyfile(Path(folder) / MODEL, work / MODEL)
-        finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain"})
+        export_graph(reference.checkpoint, work, exporter)
+        finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain", "exporter": exporter})
     return open_bundle(out)
 
 
-def export_graph(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes the checkpoint as ``folder/model.onnx``, fp32, by optimum. Raises FailureError if that is not possible."""
-    found = exportable(checkpoint.model.config)
+def export_graph(checkpoint: Checkpoint, folder: Path, exporter: str = "auto") -> None:
+    """Writes the checkpoint as ``folder/model.onnx``, fp32; either exporter gives the same inputs, outputs and opset.
+
+    Raises:
+        FailureError: The exporter cannot take the model, or is not installed (MissingExtraError).
+    """
+    exporter = choose_exporter(exporter)
+    found = exportable(checkpoint.model.config, exporter)
     if found.possible is False:
         raise FailureError(found.why)
-    from optimum.exporters.onnx import onnx_export_from_model
-
-    logging.getLogger("optimum").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer; parity decides
-        try:
-            with contextlib.redirect_stdout(None):
-                onnx_export_from_model(
-                    checkpoint.model,
-                    folder,
-                    task=TASK,
-                    do_validation=False,
-                    preprocessors=[],
-                    custom_onnx_configs=own_configs(checkpoint),
-                )
-        except Exception as error:  # optimum raises ValueError, KeyError, RuntimeError, ... by model
-            kind = getattr(checkpoint.model.config, "model_type", "unknown")
-            raise FailureError(f"optimum cannot export a {kind} model: {' '.join(str(error).split())[:300]}") from error
-    if not (folder / MODEL).is_file() or list(folder.glob("*.onnx_data")):
+    if 4 * checkpoint.model.num_parameters() >= _LARGEST:
         raise FailureError("the exported model is larger than one ONNX file may be (2 GB), which a bundle must be")
-    model = onnx.load(folder / MODEL)
+    if exporter == "optimum":
+        with tempfile.TemporaryDirectory() as work:
+            model = export_by_optimum(checkpoint, Path(work))
+    else:
+        model = export_by_torch(checkpoint)
     read_shared_weights(model.graph)
+    folder.mkdir(parents=True, exist_ok=True)
     onnx.save(model, folder / MODEL)
 
 

@@ -17,6 +17,10 @@ class ExportOptions(DataFlags):
     """Everything that an export depends on besides its run."""
 
     out: str | None = option(None, "Bundle folder.", shown="bundles/NAME after the run", also=("--output",))
+    exporter: Literal["auto", "optimum", "torch"] = option(
+        "auto",
+        "What writes the ONNX graph: optimum, or PyTorch's own exporter; auto is optimum if optimum-onnx is installed.",
+    )
     quantize: bool = option(False, "Also write NAME-int8, if it keeps its F1.")
     fp16: bool = option(False, "Also write NAME-fp16, the graph for GPUs.")
     device: str = option(

@@ -27,6 +27,7 @@ from qadeploy.options import check
 from qadeploy.records import Example
 from qadeploy.timing import seconds_of, spread
 from qadeploy.training.checkpoint import Hub
+from qadeploy.training.exportable import choose_exporter
 from qadeploy.training.runs import find_run, held_out
 
 
@@ -133,6 +134,7 @@ class _Export:
 
     def __init__(self, source: str | None, options: ExportOptions, listener: Listener) -> None:
         self.options, self.listener = options, listener
+        self.exporter = choose_exporter(options.exporter)  # one that is not installed is missed now, not after scoring
         self.found = find_run(source)
         self.place = Path(options.out or f"bundles/{self.found.name}")
         self.fused, self.int8, self.fp16 = (
@@ -148,7 +150,7 @@ class _Export:
 
     def run(self) -> Exported:
         reference = self._reference()
-        plain = export(reference, self.place)
+        plain = export(reference, self.place, self.exporter)
         self.made.bundles.append(plain)
         self.listener.say(f"{self.place}: logits within {plain.manifest['parity']['max_abs_diff']:.1e} of PyTorch")
         if self.options.optimize:

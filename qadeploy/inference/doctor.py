@@ -20,7 +20,8 @@ from qadeploy.shipped import base_model_path
 
 _PACKAGES = {
     "runtime": ("numpy", "tokenizers", "onnxruntime", "onnxruntime-gpu"),
-    "train": ("torch", "transformers", "optimum", "optimum-onnx", "onnx", "datasets", "accelerate", "pyarrow"),
+    "train": ("torch", "transformers", "onnx", "onnxscript", "datasets", "accelerate", "pyarrow"),
+    "optimum": ("optimum", "optimum-onnx"),
     "peers": ("openvino", "nncf"),
 }
 

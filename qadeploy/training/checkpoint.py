@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
 from transformers.utils import has_file
-from transformers.utils import logging as transformers_logging
 
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, is_rust_error, pad_batch
@@ -28,6 +27,7 @@ from qadeploy.inference.session import Pending
 from qadeploy.machine import usable_cpus
 from qadeploy.records import Logits, Window
 from qadeploy.training.torch_device import torch_device
+from qadeploy.training.transformers_versions import silence
 
 SETTINGS_FILE = "qadeploy.json"
 _UNLIMITED = 100_000
@@ -86,7 +86,7 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
         raise InputError(f"{name}: is a folder, which has no revisions: --model-revision is for a model on the hub")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in it: this is not a checkpoint folder")
-    transformers_logging.set_verbosity_error()
+    silence()
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # of itself it knows no quota
     # False, not None, which would ask on the terminal.
     access = {"revision": hub.revision or "main", "token": hub.token, "trust_remote_code": hub.trust_remote_code}

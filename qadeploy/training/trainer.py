@@ -19,6 +19,7 @@ from qadeploy.training.features import NO_LABEL
 from qadeploy.training.saves import Save, mark_complete, prune, remove, writing
 from qadeploy.training.training_set import TrainingSet
 from qadeploy.training.training_set import collate as collate_arrays
+from qadeploy.training.transformers_versions import trainer_options
 
 _LABELS = frozenset(
     {
@@ -57,11 +58,13 @@ class SpanArguments(TrainingArguments):
 def training_arguments(device: torch.device, **options: Any) -> SpanArguments:
     """Arguments for ``device`` in the precision of ``options``, whatever was trained in this process before.
 
+    ``options`` have the names of transformers 4.57, whatever release is installed.
+
     The Trainer obeys the environment variable ACCELERATE_MIXED_PRECISION. TrainingArguments sets it for bf16 and fp16 and
     otherwise keeps what it finds, so that a run in fp32 after one in bf16 would be in bf16 too.
     """
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    arguments = SpanArguments(use_cpu=device.type == "cpu", **options)
+    arguments = SpanArguments(use_cpu=device.type == "cpu", **trainer_options(options))
     if device.type == "cuda" and arguments.world_size == 1:
         arguments.gpu = device.index or 0
         torch.cuda.set_device(arguments.device)  # what accelerate goes by

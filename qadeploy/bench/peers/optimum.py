@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qadeploy.bench.peers.pipeline import in_pipeline, options
+from qadeploy.bench.peers.pipeline import in_pipeline, options, require_pipeline
 from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.errors import MissingExtraError
@@ -24,6 +24,7 @@ from qadeploy.records import Logits, Window
 def prepare(setup: Setup) -> Variant:
     """Optimum's model in transformers' pipeline. Raises FailureError, MissingExtraError, and what optimum raises."""
     path, what, precision = _model(setup)
+    require_pipeline()
     return Variant(
         f"optimum ONNX {what} in the pipeline",
         precision,
@@ -66,7 +67,7 @@ def _model(setup: Setup) -> tuple[Path, str, str]:
     try:
         from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
     except ImportError as error:
-        raise MissingExtraError("the peer optimum", "optimum-onnx", "train") from error
+        raise MissingExtraError("the peer optimum", "optimum-onnx", "optimum") from error
     source = exported(setup)
     if setup.bundle.precision != "int8":
         return source / "model.onnx", "fp32", "fp32"

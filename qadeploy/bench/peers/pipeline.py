@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from qadeploy.bench.peers.setup import Setup, quiet, torch_with, weights_bytes
 from qadeploy.bench.variant import Asker, Pairs, Variant
-from qadeploy.errors import MissingExtraError
+from qadeploy.errors import FailureError, MissingExtraError
 from qadeploy.records import NO_ANSWER, Answer
 
 
 def prepare(setup: Setup) -> Variant:
     """The pipeline with the bundle's window and answer lengths. Raises FailureError, MissingExtraError."""
+    require_pipeline()
     checkpoint = setup.found_checkpoint()
     torch_with(setup.threads)
     return Variant(
@@ -28,6 +30,19 @@ def prepare(setup: Setup) -> Variant:
         },
         "pipeline",
     )
+
+
+def require_pipeline() -> None:
+    """Raises FailureError if the installed transformers has no question-answering pipeline, as from 5.0 on."""
+    try:
+        from qadeploy.training.transformers_versions import IS_5
+    except ImportError as error:
+        raise MissingExtraError("the peer pipeline", "transformers", "train") from error
+    if IS_5:
+        raise FailureError(
+            f"transformers {version('transformers')} has no question-answering pipeline, which 4.57 was the last to have: to "
+            "bench against it, pip install 'transformers<5' in another environment"
+        )
 
 
 def options(setup: Setup) -> dict[str, Any]:

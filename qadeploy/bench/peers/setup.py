@@ -63,7 +63,7 @@ def exported(setup: Setup) -> Path:
     try:
         from optimum.exporters.onnx import main_export
     except ImportError as error:
-        raise MissingExtraError("a peer that runs ONNX", "optimum-onnx", "train") from error
+        raise MissingExtraError("a peer that runs ONNX", "optimum-onnx", "optimum") from error
     from qadeploy.training.checkpoint import refuse_pickle
 
     refuse_pickle(checkpoint)

@@ -1,11 +1,45 @@
-"""Export configurations that optimum lacks: ModernBERT's answer head, a single token type, a model's own code."""
+"""Export through optimum, with the configurations that it lacks: ModernBERT's answer head, a single token type, own code."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import warnings
+from pathlib import Path
 from typing import Any
 
+import onnx
+
+from qadeploy.errors import FailureError
+from qadeploy.inference.bundle import MODEL
 from qadeploy.training.checkpoint import Checkpoint
 from qadeploy.training.exportable import TASK
+
+
+def export_by_optimum(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
+    """The checkpoint's graph; writes to ``folder``. Raises FailureError if optimum cannot export the model."""
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    logging.getLogger("optimum").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer; parity decides
+        try:
+            with contextlib.redirect_stdout(None):
+                onnx_export_from_model(
+                    checkpoint.model,
+                    folder,
+                    task=TASK,
+                    do_validation=False,
+                    preprocessors=[],
+                    custom_onnx_configs=own_configs(checkpoint),
+                )
+        except Exception as error:  # optimum raises ValueError, KeyError, RuntimeError, ... by model
+            kind = getattr(checkpoint.model.config, "model_type", "unknown")
+            reason = " ".join(str(error).split())[:300]
+            raise FailureError(
+                f"optimum cannot export a {kind} model: {reason} (--exporter torch may take it)"
+            ) from error
+    return onnx.load(folder / MODEL)
 
 
 def own_configs(checkpoint: Checkpoint) -> dict[str, Any] | None:

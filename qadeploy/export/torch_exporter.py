@@ -1,0 +1,88 @@
+"""Export by PyTorch itself (``torch.export`` and onnxscript), with a graph as ONNX Runtime's fusions expect it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+from onnx import numpy_helper
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from qadeploy.errors import FailureError
+from qadeploy.export.masks import simplify_masks
+from qadeploy.records import LOGIT_NAMES
+from qadeploy.training.checkpoint import Checkpoint
+from qadeploy.training.transformers_versions import eager_attention
+
+_OPSET, _IR = 18, 8  # what optimum writes
+_BATCH, _TOKENS = 2, 16  # of the traced input; any will do but 0 and 1
+_SILENCED = ("torch.onnx", "onnxscript", "onnx_ir")
+
+
+def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """The checkpoint's graph. Raises FailureError if PyTorch cannot export the model."""
+    inputs = _inputs(checkpoint)
+    axes = {0: "batch_size", 1: "sequence_length"}
+    for name in _SILENCED:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), eager_attention(checkpoint.model) as model:
+        warnings.simplefilter("ignore")  # parity decides
+        try:
+            program = torch.onnx.export(
+                model,
+                (),
+                kwargs=inputs,
+                dynamo=True,
+                verbose=False,
+                opset_version=_OPSET,
+                external_data=False,
+                input_names=list(inputs),
+                output_names=list(LOGIT_NAMES),
+                dynamic_shapes=dict.fromkeys(inputs, axes),
+            )
+        except Exception as error:  # of torch.export, the decompositions, onnxscript: by model
+            kind = getattr(checkpoint.model.config, "model_type", "unknown")
+            reason = " ".join(str(error).split())[:300]
+            raise FailureError(f"PyTorch cannot export a {kind} model: {reason}") from error
+    assert program is not None  # noqa: S101 - dynamo=True returns a program
+    ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine
+    proto = onnx_ir.to_proto(program.model)
+    outputs = [output.name for output in proto.graph.output]
+    if outputs != list(LOGIT_NAMES):
+        raise FailureError(f"an exported model returns {', '.join(outputs)}, not the two logits alone")
+    proto.ir_version = _IR
+    del proto.graph.value_info[:]
+    _fill_biases(proto)
+    simplify_masks(proto, checkpoint.encoder.config.position_limit)
+    return proto
+
+
+def _inputs(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Tokens to trace with; one row is padded, so that no branch for full rows is taken."""
+    mask = torch.ones((_BATCH, _TOKENS), dtype=torch.int64)
+    mask[0, _TOKENS // 2 :] = 0
+    inputs = {"input_ids": mask + checkpoint.encoder.config.pad_token_id * (1 - mask)}
+    if "attention_mask" in inspect.signature(checkpoint.model.forward).parameters:
+        inputs["attention_mask"] = mask
+    if checkpoint.encoder.config.segments:
+        inputs["token_type_ids"] = torch.zeros_like(mask)
+    return inputs
+
+
+def _fill_biases(model: onnx.ModelProto) -> None:
+    """Gives each LayerNormalization its optional bias, which ONNX Runtime's fusions read without asking."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "LayerNormalization" or len(node.input) > 2 or node.input[1] not in weights:
+            continue
+        name = f"{node.input[1]}/zero_bias"
+        if name not in weights:
+            weights[name] = numpy_helper.from_array(np.zeros(weights[node.input[1]].dims, np.float32), name)
+            model.graph.initializer.append(weights[name])
+        node.input.append(name)
