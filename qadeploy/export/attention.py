@@ -63,8 +63,14 @@ def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: 
         writer.replace(attention)
     if _DOMAIN not in {opset.domain for opset in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    if not keep_mask:
+        for node in proto.graph.node:
+            if node.op_type == "Shape" and node.input[0] == _MASK:  # the ids have the same
+                node.input[0] = _IDS
     graph.prune()
     takes_mask = _MASK in {i.name for i in proto.graph.input}
+    if takes_mask and not keep_mask:  # a part of it is still read, so batches would be padded
+        return fuse_attention(model, heads, keep_mask=True, plain=plain)
     return Rewritten(proto.SerializeToString(), len(found), len(softmaxes), takes_mask)
 
 

@@ -15,8 +15,10 @@ from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 
+ATTENTION = ("Attention", "MultiHeadAttention")  # each is the whole of a layer's
 _COUNTED = (
-    "Attention",
+    *ATTENTION,
+    "RotaryEmbedding",
     "EmbedLayerNormalization",
     "SkipLayerNormalization",
     "LayerNormalization",
@@ -53,7 +55,8 @@ def fusion_line(bundle: Bundle) -> str:
     """What fused, in one line: attention nodes compared with layers."""
     made = bundle.manifest["made"]
     nodes = ", ".join(f"{count} {name}" for name, count in made["fused_nodes"].items() if count)
-    line = f"fused {made['fused_nodes']['Attention']} of {made['layers']} attention layers ({nodes})"
-    if made["fused_nodes"]["Attention"] < made["layers"]:
+    attentions = sum(made["fused_nodes"][name] for name in ATTENTION)
+    line = f"fused {attentions} of {made['layers']} attention layers ({nodes})"
+    if attentions < made["layers"]:
         line += ": not every attention layer has a form that ONNX Runtime knows"
     return line

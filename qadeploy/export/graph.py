@@ -9,6 +9,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+_FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
+_AXES = 8  # integers: fewer are axes or shapes
+
+
 class Graph:
     """A graph with the maps that rewriting needs: which node makes a value, which nodes read it."""
 
@@ -43,7 +47,7 @@ class Graph:
         return None if value is None else np.asarray(numpy_helper.to_array(value))
 
     def sources(self, name: str) -> set[str]:
-        """The graph inputs and larger constants that a value is computed from; shapes do not count."""
+        """The graph inputs and larger constants that a value is computed from; shapes and axes do not count."""
         found: set[str] = set()
         stack, seen = [name], set()
         while stack:
@@ -54,7 +58,7 @@ class Graph:
             node = self.makers.get(value)
             if node is None:
                 tensor = self.constants.get(value)
-                if tensor is None or int(np.prod(tensor.dims)) > 1:
+                if tensor is None or int(np.prod(tensor.dims)) > (1 if tensor.data_type in _FLOATS else _AXES):
                     found.add(value)
             elif node.op_type != "Shape":
                 stack += [i for i in node.input if i]

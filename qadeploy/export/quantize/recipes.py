@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qadeploy.export.graph import Rewritten, fuse_attention
+from qadeploy.export.attention import Rewritten, fuse_attention
 from qadeploy.export.quantize.matmuls import Activations, measure_activations
 from qadeploy.export.quantize.quantizers import (
     quantize_dynamic_int8,

@@ -20,7 +20,7 @@ import numpy as np
 
 from qadeploy.data.loading import hash_examples
 from qadeploy.errors import InputError
-from qadeploy.export import graph
+from qadeploy.export import attention, graph
 from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, sensitivity, smoothquant
 from qadeploy.export.quantize.judging import Judges, find_judges
 from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
@@ -264,7 +264,7 @@ class Search:
             self.options.target,
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
             [_ROUNDS, _TIMED, SESSIONS],
-            [inspect.getsource(m) for m in (graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)],
+            [inspect.getsource(m) for m in (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)],
         )
         return json.dumps(parts, sort_keys=True)
 
