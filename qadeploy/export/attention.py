@@ -175,7 +175,9 @@ class _Terms:
             radius = _radius(graph, name) if sources <= {_MASK} else None
             if radius is None:
                 biases.append(name)
-        return None if len(biases) > 1 or (biases and radius is not None) else cls(*biases or [None], radius=radius)
+        if len(biases) > 1 or (biases and radius is not None):
+            return None
+        return cls(biases[0] if biases else None, radius)
 
 
 def _scores(graph: Graph, name: str) -> tuple[onnx.NodeProto, float | None, list[str]] | None:
@@ -257,12 +259,14 @@ def _untransposed(graph: Graph, name: str) -> tuple[str | None, bool]:
     # PyTorch's exporter merges batch and heads meanwhile.
     outer = graph.maker(name, "Reshape")
     transpose = graph.maker(outer.input[0], "Transpose") if outer is not None else None
-    inner = graph.maker(transpose.input[0], "Reshape") if transpose is not None and _perm(transpose) == [0, 2, 1] else None
+    inner = (
+        graph.maker(transpose.input[0], "Reshape") if transpose is not None and _perm(transpose) == [0, 2, 1] else None
+    )
     return (inner.input[0] if inner is not None else None), False
 
 
 def _rotated(graph: Graph, name: str) -> _Rotated | None:
-    """x cos + (-x2, x1) sin, where x1 and x2 are the halves of x."""
+    """X cos + (-x2, x1) sin, where x1 and x2 are the halves of x."""
     add = graph.maker(name, "Add")
     products = [graph.maker(i, "Mul") for i in add.input] if add is not None else []
     for plain, turned in (products, products[::-1]) if len(products) == 2 else ():
@@ -387,7 +391,9 @@ class _Writer:
         stem = f"{last.name or last.output[0]}/attention"
         query, key, value = (
             self._tokens(name, name in attention.swapped, f"{stem}/{part}")
-            for name, part in zip((attention.query, attention.key, attention.value), ("query", "key", "value"), strict=True)
+            for name, part in zip(
+                (attention.query, attention.key, attention.value), ("query", "key", "value"), strict=True
+            )
         )
         if attention.rotations is not None:
             query, key = (
@@ -416,10 +422,6 @@ class _Writer:
         self._nodes.insert(self._place, helper.make_node(kind, inputs, [output], stem, **attributes))
         self._place += 1
         return output
-
-    def _once(self, *key: str) -> str | None:
-        found = self._made.get(key)
-        return found[0] if found else None
 
     def _constant(self, name: str, value: Any, kind: Any = np.int64) -> str:
         """The name of an initializer, which is made once."""
@@ -465,7 +467,7 @@ class _Writer:
         return self._made[key][index]
 
     def _opset(self) -> int:
-        return next(o.version for o in self._graph.proto.opset_import if o.domain in {"", "ai.onnx"})
+        return int(next(o.version for o in self._graph.proto.opset_import if o.domain in {"", "ai.onnx"}))
 
     def _rotate(self, name: str, rotation: _Rotated, stem: str) -> str:
         """``RotaryEmbedding`` of a value; positions count from 0, so the cosines and sines are those of this run's tokens."""
@@ -479,7 +481,9 @@ class _Writer:
         if key not in self._made:
             halves = [f"{name}/half_{i}" for i in range(2)]
             sizes: dict[str, Any] = {"num_outputs": 2} if self._opset() >= 18 else {}
-            self._nodes.insert(self._place, helper.make_node("Split", [name], halves, f"{name}/halves", axis=-1, **sizes))
+            self._nodes.insert(
+                self._place, helper.make_node("Split", [name], halves, f"{name}/halves", axis=-1, **sizes)
+            )
             self._place += 1
             self._made[key] = [self._add("Squeeze", [halves[0]], f"{name}/cache")]
         return self._made[key][0]
@@ -506,7 +510,9 @@ class _Writer:
         sizes = self._block_sizes(radius)
         padded = self._add("Pad", [query, sizes["own"]], f"{stem}/pad")
         blocks = self._add("Reshape", [padded, sizes["blocks"]], f"{stem}/blocks")
-        near = [self._neighbours(name, radius, sizes, f"{stem}/{part}") for name, part in ((key, "keys"), (value, "values"))]
+        near = [
+            self._neighbours(name, radius, sizes, f"{stem}/{part}") for name, part in ((key, "keys"), (value, "values"))
+        ]
         inputs = [blocks, *near, "", "", self._local_bias(radius, sizes)]
         seen = self._attend(inputs, attributes, stem, f"{stem}/out")
         joined = self._add("Reshape", [seen, sizes["joined"]], f"{stem}/joined")
@@ -566,7 +572,9 @@ class _Writer:
             four = self._add("Unsqueeze", [rows, self._constant("attention/one", [1])], f"{stem}/four")
             places = np.arange(3 * radius) - radius
             band = np.abs(places - np.arange(radius)[:, None]) <= radius
-            seen = self._add("Mul", [four, self._constant(f"{stem}/band", band[None, None], np.float32)], f"{stem}/seen")
+            seen = self._add(
+                "Mul", [four, self._constant(f"{stem}/band", band[None, None], np.float32)], f"{stem}/seen"
+            )
             unseen = self._add("Sub", [seen, self._constant("attention/real_one", 1.0, np.float32)], f"{stem}/unseen")
             far = self._constant("attention/far", -100 * _BLOCKED, np.float32)
             self._made[key] = [self._add("Mul", [unseen, far], f"{stem}/low")]

@@ -57,7 +57,7 @@ def silent() -> Iterator[None]:
     """Silences the logs and prints of ``onnxruntime.transformers``; what it did is counted afterwards."""
     names = ("onnxruntime.transformers", *logging.root.manager.loggerDict)
     for name in names:
-        if name.startswith(("onnxruntime.transformers", "fusion", "onnx_model", "optimizer")):
+        if name.startswith(("onnxruntime.t", "fusion", "onnx_model", "optimizer", "symbolic_shape_infer")):
             logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -29,6 +29,7 @@ def export(reference: Reference, out: Path) -> Bundle:
     """
     with writing_bundle(out) as work:
         with tempfile.TemporaryDirectory() as folder:
+            reference.count(0, 1, " exporting to ONNX")
             export_graph(reference.checkpoint, Path(folder))
             shutil.copyfile(Path(folder) / MODEL, work / MODEL)
         finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain"})
