@@ -21,7 +21,7 @@ from qadeploy.training.runs import HeldOut, Run, dev_set
 Count = Callable[[int, int, str], object]
 _TIMED_QUESTIONS = 16
 _LEAST_TIMED = 4
-_ROUNDS = 5
+ROUNDS = 5
 TIMING_SECONDS = 20.0  # for a bundle against PyTorch, about: of a large model fewer questions are timed
 
 
@@ -74,7 +74,7 @@ def make_reference(run: Run, held_out: HeldOut, hub: Hub | None = None, count: C
     started = time.perf_counter()
     scores = counted(answerer, held_out.examples, "PyTorch answers", count).scores
     seconds = (time.perf_counter() - started) / max(1, len(held_out.examples))
-    fitting = int(TIMING_SECONDS / (2 * (_ROUNDS + 1) * max(seconds, 1e-6)))
+    fitting = int(TIMING_SECONDS / (2 * (ROUNDS + 1) * max(seconds, 1e-6)))
     number = min(_TIMED_QUESTIONS, max(_LEAST_TIMED, fitting))
     timed = tuple((e.question, e.context) for e in spread(held_out.examples, number))
     return Reference(run, checkpoint, held_out, dev_set(run), answerer, scores, timed, seconds, count)
@@ -123,7 +123,7 @@ def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation | N
     difference = scores.rows_f1 - reference.scores.rows_f1
     reference.count(0, 1, " timing it against PyTorch")
     timings = interleave(
-        {"pytorch": _asker(reference.answerer, reference), "this": _asker(answerer, reference)}, _ROUNDS
+        {"pytorch": _asker(reference.answerer, reference), "this": _asker(answerer, reference)}, ROUNDS
     )
     asked = len(reference.timed)
     own, torch = timings["this"], timings["pytorch"]
@@ -143,7 +143,7 @@ def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation | N
         "speedup_to_pytorch": own.speedup,
         "speedup_range": list(own.speedup_range),
         "timed_questions": asked,
-        "rounds": _ROUNDS,
+        "rounds": ROUNDS,
     }
 
 
@@ -170,7 +170,7 @@ def table(reference: Reference, pytorch_bytes: int, manifests: Sequence[tuple[st
             f"{change:>22} {m['ms_per_question']:>12.1f} {m['speedup_to_pytorch']:>10.2f}"
         )
     lines.append(
-        f"on {reference.questions}; one question at a time, medians of {_ROUNDS} interleaved rounds; "
+        f"on {reference.questions}; one question at a time, medians of {ROUNDS} interleaved rounds; "
         f"{len(reference.examples)} questions resolve no better than the interval"
     )
     return lines

@@ -157,6 +157,11 @@ def tune(
     return _Tuner(make, pairs, dict(stored or {}), target, tolerance, seconds, say).run()
 
 
+def least_seconds(each: float) -> float:
+    """What tuning takes at least for a model that takes ``each`` seconds per question, whatever time it is given."""
+    return FEWER_ROUNDS * _PASSES * each
+
+
 class _Tuner:
     """A tuning in progress: the settings found so far, their answerer, and the trials."""
 

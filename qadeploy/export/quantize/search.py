@@ -22,7 +22,7 @@ from qadeploy.data.loading import hash_examples
 from qadeploy.errors import InputError
 from qadeploy.export import attention, graph
 from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, sensitivity, smoothquant
-from qadeploy.export.quantize.judging import Judges, find_judges
+from qadeploy.export.quantize.judging import ENOUGH, Judges, find_judges, fitting_questions
 from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
 from qadeploy.export.reference import Reference, make_answerer
 from qadeploy.files import hash_file, write_json
@@ -38,6 +38,7 @@ _TIMED = 12
 _LEAST_TIMED = 3
 _TIMING = 1 / 4  # the share of the budget that may go into timing
 _DUEL_TIMED = 16
+_RUNS = 2 * (_ROUNDS + 1) * (1 + len(SESSIONS) / 2)  # of a timed question: fp32 once, int8 by session in half the time
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 Say = Callable[[str], object]
 
@@ -169,22 +170,13 @@ class Search:
         """The questions that candidates are judged on, answered by the float model."""
         self.step("answering with the fp32 model")
         budget = self.options.budget
-        share = None if budget is None else budget * _JUDGING / (len(RECIPES) + 1)
         model = self._floats()[0]
-        found = find_judges(self.reference, model, share)
+        found = find_judges(self.reference, model, None if budget is None else _judging_seconds(budget))
         pairs = self._timed(_LEAST_TIMED)
         started = time.monotonic()
         _asking(model, pairs, one=True)()
-        self._questions = self._fitting((time.monotonic() - started) / len(pairs))
+        self._questions = _timed_questions((time.monotonic() - started) / len(pairs), budget)
         return found
-
-    def _fitting(self, each: float) -> int:
-        """How many questions are timed, if the float model takes ``each`` seconds: halved until they fit, like the judging ones."""
-        count, budget = _TIMED, self.options.budget
-        runs = 2 * (_ROUNDS + 1) * (len(self.sessions) + len(SESSIONS) / 2)  # int8 takes about half the time
-        while budget is not None and count > _LEAST_TIMED and count * each * runs > budget * _TIMING / len(RECIPES):
-            count //= 2
-        return count
 
     def _measure(self, recipe: Recipe) -> MeasuredRecipe:
         judges = self.judges
@@ -313,6 +305,29 @@ class Search:
             write_json(path, asdict(candidate))
         except OSError as error:
             self.say(f"  measurements are not kept: {path.parent}: {error.strerror}")
+
+
+def judged_questions(reference: Reference, each: float, budget: float) -> int:
+    """How many questions judge each recipe, about, if the float model takes ``each`` seconds for one."""
+    dev = len(reference.choosing)
+    return dev + fitting_questions(dev, ENOUGH if reference.dev else 0, each, _judging_seconds(budget))
+
+
+def timing_seconds(each: float, budget: float) -> float:
+    """What timing a recipe takes, about, if the float model takes ``each`` seconds per question."""
+    return _timed_questions(each, budget) * each * _RUNS
+
+
+def _judging_seconds(budget: float) -> float:
+    return budget * _JUDGING / (len(RECIPES) + 1)
+
+
+def _timed_questions(each: float, budget: float | None) -> int:
+    """How many questions are timed: halved until they fit, like the judging ones."""
+    count = _TIMED
+    while budget is not None and count > _LEAST_TIMED and count * each * _RUNS > budget * _TIMING / len(RECIPES):
+        count //= 2
+    return count
 
 
 def rank(candidates: Sequence[MeasuredRecipe], options: SearchOptions) -> list[MeasuredRecipe]:
