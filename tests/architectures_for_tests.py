@@ -26,7 +26,7 @@ import torch
 
 from qadeploy import Answerer
 from qadeploy.errors import QadeployError
-from qadeploy.export.fused import optimize
+from qadeploy.export.fused import ATTENTION, optimize
 from qadeploy.export.onnx import export
 from qadeploy.export.parity import parity_windows
 from qadeploy.export.quantize.int8 import quantize
@@ -166,7 +166,7 @@ def _exported(reference: Reference, bundle: Bundle) -> dict[str, Any]:
 def _fused(bundle: Bundle) -> dict[str, Any]:
     made = bundle.manifest["made"]
     return {
-        "attention": made["fused_nodes"]["Attention"],
+        "attention": sum(made["fused_nodes"][name] for name in ATTENTION),
         "layers": made["layers"],
         "nodes": {name: count for name, count in made["fused_nodes"].items() if count},
         "max_abs_diff": bundle.manifest["parity"]["max_abs_diff"],
@@ -270,7 +270,7 @@ def environment(results: dict[str, Any]) -> str:
 
 
 def _other_nodes(found: dict[str, Any]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in found["nodes"].items() if name != "Attention")
+    return ", ".join(f"{count} {name}" for name, count in found["nodes"].items() if name not in ATTENTION)
 
 
 def _cell(row: dict[str, Any], step: str, show: Callable[[dict[str, Any]], str], notes: list[str]) -> str:

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from qadeploy import Answerer
 from qadeploy.core.windows import pad_batch
 from qadeploy.errors import DeviceError, InputError
-from qadeploy.export.graph import fuse_attention
+from qadeploy.export.attention import fuse_attention
 from qadeploy.inference.bundle import MODEL, open_bundle
 from qadeploy.inference.cuda import (
     GRAPH_ROWS,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from qadeploy.export.graph import fuse_attention
+from qadeploy.export.attention import fuse_attention
 from qadeploy.export.parity import parity_windows
 from qadeploy.export.quantize.matmuls import TOKENS, Activations, find_matmuls, measure_activations, rounding_error
 from qadeploy.export.quantize.quantizers import quantize_dynamic_int8, quantize_embeddings

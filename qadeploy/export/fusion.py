@@ -1,4 +1,7 @@
-"""ONNX Runtime's graph fusions (``onnxruntime.transformers``), for the graphs of the CPU and of CUDA."""
+"""ONNX Runtime's graph fusions (``onnxruntime.transformers``), for the graphs of the CPU and of CUDA.
+
+For the CPU, attention that they do not know is fused before.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx
+
+from qadeploy.export.attention import fuse_attention
 
 # ONNX Runtime's optimizer knows families of graphs; these are built like BERT's.
 _BERT_LIKE = frozenset(
@@ -32,6 +37,8 @@ def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = Fa
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
 
+    if not mask_index:
+        model = fuse_attention(model, architecture["heads"] or 0, keep_mask=True, plain=False).model
     options = FusionOptions("bert")
     options.use_raw_attention_mask(not mask_index)
     with silent():
@@ -50,7 +57,7 @@ def silent() -> Iterator[None]:
     """Silences the logs and prints of ``onnxruntime.transformers``; what it did is counted afterwards."""
     names = ("onnxruntime.transformers", *logging.root.manager.loggerDict)
     for name in names:
-        if name.startswith(("onnxruntime.transformers", "fusion", "onnx_model", "optimizer")):
+        if name.startswith(("onnxruntime.t", "fusion", "onnx_model", "optimizer", "symbolic_shape_infer")):
             logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qadeploy.evaluation.scoring import Evaluation
 from qadeploy.export.parity import TOLERANCES, measure_parity, require_parity
 from qadeploy.export.reference import Reference, make_answerer, measure
 from qadeploy.files import hash_file
@@ -30,12 +31,12 @@ _VERSIONED = (
     "onnxruntime",
     "tokenizers",
 )
-_TUNING_SECONDS = 20.0
+TUNING_SECONDS = 20.0
 
 
 def tune_model(
     reference: Reference,
-    model: bytes,
+    model: bytes | Path,
     stored: Mapping[str, Any] | None = None,
     *,
     target: str = "latency",
@@ -48,7 +49,8 @@ def tune_model(
         stored,
         target="throughput" if target == "throughput" else "latency",
         tolerance=tolerance,
-        seconds=_TUNING_SECONDS,
+        seconds=TUNING_SECONDS,
+        say=lambda what: reference.count(0, 1, f" {what}"),
     )
 
 
@@ -61,20 +63,23 @@ def finish_bundle(
     made: dict[str, Any],
     tuning: Tuning | None = None,
     device: str = "cpu",
+    evaluation: Evaluation | None = None,
 ) -> dict[str, Any]:
     """Measures the model in ``work`` on ``device``, adds tokenizer, card and manifest; returns the manifest's content.
 
-    ``tuning`` are its session settings; without them they are measured here. Raises GateError if its logits are further
+    ``tuning`` are its session settings; without them they are measured here. ``evaluation`` are its answers to the held-out
+    questions, if they are known. Raises GateError if its logits are further
     from PyTorch's than its precision allows.
     """
     tolerance = TOLERANCES[precision]
     checkpoint = reference.checkpoint
-    model = (work / MODEL).read_bytes()
+    model = work / MODEL
     if tuning is None:
         tuning = tune_model(reference, model, tolerance=tolerance)
     session = tuning.session
     answerer = make_answerer(reference, model, session, device=device)
     onnx = model_of(answerer)
+    reference.count(0, 1, " comparing logits with PyTorch's")
     parity = measure_parity(checkpoint, onnx, reference.examples)
     if tolerance is not None:
         require_parity(parity, name, tolerance)
@@ -102,7 +107,7 @@ def finish_bundle(
         "inputs": list(onnx.inputs),
         "outputs": list(LOGIT_NAMES),
         "parity": parity.to_dict(),
-        "measured": {**measure(reference, answerer), "device": onnx.device},
+        "measured": {**measure(reference, answerer, evaluation), "device": onnx.device},
         "source": {
             "checkpoint": str(reference.run.checkpoint),
             "checkpoint_sha256": hash_file(weights) if weights.is_file() else None,

@@ -35,6 +35,7 @@ def export(reference: Reference, out: Path, exporter: str = "auto") -> Bundle:
     """
     exporter = choose_exporter(exporter)
     with writing_bundle(out) as work:
+        reference.count(0, 1, " exporting to ONNX")
         export_graph(reference.checkpoint, work, exporter)
         finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain", "exporter": exporter})
     return open_bundle(out)

@@ -14,7 +14,8 @@ from qadeploy.inference.tuning import FP32_TOLERANCE
 from qadeploy.records import Example, Window
 from qadeploy.training.checkpoint import Checkpoint, TorchModel
 
-_WINDOWS = 24
+PARITY_RUNS = 24  # about: each question has one window or a few
+_WINDOWS = PARITY_RUNS
 _BATCH = 8
 _SHORT = (96, 32)  # max_seq_len and doc_stride that force several windows per context
 # By precision, how far a logit may be from PyTorch's; int8 has no limit, since F1 judges it. A logit of 10 rounds by

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from qadeploy.core.metrics import Scores, bootstrap_interval
@@ -18,7 +20,9 @@ from qadeploy.training.runs import HeldOut, Run, dev_set
 
 Count = Callable[[int, int, str], object]
 _TIMED_QUESTIONS = 16
-_ROUNDS = 5
+_LEAST_TIMED = 4
+ROUNDS = 5
+TIMING_SECONDS = 20.0  # for a bundle against PyTorch, about: of a large model fewer questions are timed
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Reference:
     """The PyTorch model that exports are compared with, and the questions to do it on.
 
     ``dev`` are the questions that may choose between variants (empty if the run is not known);
-    those ``held_out`` judge the chosen one.
+    those ``held_out`` judge the chosen one. ``seconds`` is what PyTorch takes per question.
     """
 
     run: Run
@@ -36,6 +40,7 @@ class Reference:
     answerer: Answerer
     scores: Scores
     timed: tuple[tuple[str, str], ...] = field(repr=False)
+    seconds: float
     count: Count = field(default=lambda *_: None, repr=False)
 
     @property
@@ -65,10 +70,14 @@ def make_reference(run: Run, held_out: HeldOut, hub: Hub | None = None, count: C
     """
     checkpoint = load_checkpoint(run.checkpoint, hub)
     answerer = torch_answerer(checkpoint)
-    timed = tuple((e.question, e.context) for e in spread(held_out.examples, _TIMED_QUESTIONS))
     answerer.require_room(held_out.examples, held_out.name)
+    started = time.perf_counter()
     scores = counted(answerer, held_out.examples, "PyTorch answers", count).scores
-    return Reference(run, checkpoint, held_out, dev_set(run), answerer, scores, timed, count)
+    seconds = (time.perf_counter() - started) / max(1, len(held_out.examples))
+    fitting = int(TIMING_SECONDS / (2 * (ROUNDS + 1) * max(seconds, 1e-6)))
+    number = min(_TIMED_QUESTIONS, max(_LEAST_TIMED, fitting))
+    timed = tuple((e.question, e.context) for e in spread(held_out.examples, number))
+    return Reference(run, checkpoint, held_out, dev_set(run), answerer, scores, timed, seconds, count)
 
 
 def counted(answerer: Answerer, examples: Sequence[Example], what: str, count: Count) -> Evaluation:
@@ -85,15 +94,15 @@ def counted(answerer: Answerer, examples: Sequence[Example], what: str, count: C
 
 def make_answerer(
     reference: Reference,
-    model: bytes,
+    model: bytes | Path,
     session: Mapping[str, Any],
     *,
     device: str = "cpu",
 ) -> Answerer:
-    """An answerer for a model that is not in a bundle yet."""
+    """An answerer for a model that is not in a bundle yet. A file takes less memory than bytes."""
     config = reference.checkpoint.encoder.config
     onnx = OnnxModel(
-        lambda: model,
+        lambda: str(model) if isinstance(model, Path) else model,
         device=device,
         pad_token_id=config.pad_token_id,
         settings=SessionSettings.from_manifest(session),
@@ -102,17 +111,19 @@ def make_answerer(
     return Answerer(reference.checkpoint.encoder, reference.checkpoint.settings, onnx)
 
 
-def measure(reference: Reference, answerer: Answerer) -> dict[str, Any]:
+def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation | None = None) -> dict[str, Any]:
     """Scores and calibration error, the paired F1 difference to PyTorch with its interval, and speed against PyTorch.
 
+    ``evaluation`` are its answers to the held-out questions, if they are known.
     ``ms_per_question`` is for one question at a time with all threads, the median of interleaved rounds;
     ``speedup_to_pytorch`` is the median ratio within a round.
     """
-    evaluation = counted(answerer, reference.examples, "the bundle answers", reference.count)
+    evaluation = evaluation or counted(answerer, reference.examples, "the bundle answers", reference.count)
     scores = evaluation.scores
     difference = scores.rows_f1 - reference.scores.rows_f1
+    reference.count(0, 1, " timing it against PyTorch")
     timings = interleave(
-        {"pytorch": _asker(reference.answerer, reference), "this": _asker(answerer, reference)}, _ROUNDS
+        {"pytorch": _asker(reference.answerer, reference), "this": _asker(answerer, reference)}, ROUNDS
     )
     asked = len(reference.timed)
     own, torch = timings["this"], timings["pytorch"]
@@ -132,7 +143,7 @@ def measure(reference: Reference, answerer: Answerer) -> dict[str, Any]:
         "speedup_to_pytorch": own.speedup,
         "speedup_range": list(own.speedup_range),
         "timed_questions": asked,
-        "rounds": _ROUNDS,
+        "rounds": ROUNDS,
     }
 
 
@@ -159,7 +170,7 @@ def table(reference: Reference, pytorch_bytes: int, manifests: Sequence[tuple[st
             f"{change:>22} {m['ms_per_question']:>12.1f} {m['speedup_to_pytorch']:>10.2f}"
         )
     lines.append(
-        f"on {reference.questions}; one question at a time, medians of {_ROUNDS} interleaved rounds; "
+        f"on {reference.questions}; one question at a time, medians of {ROUNDS} interleaved rounds; "
         f"{len(reference.examples)} questions resolve no better than the interval"
     )
     return lines

@@ -13,6 +13,7 @@ from qadeploy.errors import FailureError, GateError, InputError
 from qadeploy.export import fp16, fused
 from qadeploy.export.onnx import export
 from qadeploy.export.options import ExportOptions
+from qadeploy.export.plan import plan_lines
 from qadeploy.export.quantize import int8
 from qadeploy.export.quantize.leaderboard import leaderboard_lines
 from qadeploy.export.quantize.search import SearchOptions, Step
@@ -150,6 +151,8 @@ class _Export:
 
     def run(self) -> Exported:
         reference = self._reference()
+        for line in plan_lines(self.options, reference, self.budget):
+            self.listener.say(line)
         plain = export(reference, self.place, self.exporter)
         self.made.bundles.append(plain)
         self.listener.say(f"{self.place}: logits within {plain.manifest['parity']['max_abs_diff']:.1e} of PyTorch")

@@ -154,7 +154,7 @@ class OnnxModel:
     """A model file as a function from windows to logits. Safe under threads and after a fork.
 
     Args:
-        read: Returns the bytes of the model; called once per session.
+        read: Returns the bytes of the model or the path of its file; called once per session.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads; None takes all CPUs.
         pad_token_id: The id that fills batches.
@@ -169,7 +169,7 @@ class OnnxModel:
 
     def __init__(
         self,
-        read: Callable[[], bytes],
+        read: Callable[[], bytes | str],
         *,
         device: str = "auto",
         threads: int | None = None,

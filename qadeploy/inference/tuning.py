@@ -34,6 +34,7 @@ _LAYOUT_QUESTIONS = 6
 _SEARCHED = 200  # questions searched for some with one window and some with several
 _JOINED = 64  # at most this many contexts make a question with several windows
 SECONDS = 60.0  # for all steps, approximately; large models are asked fewer questions
+FEWER_ROUNDS = 5  # of a model so slow that not even two questions fit; a setting must then win all of them
 _PASSES = 17  # each question is asked about this often per round of all steps
 _COMPARED = 32  # windows whose logits are compared
 
@@ -143,7 +144,7 @@ def tune(
         target: latency (one question at a time) or throughput (many at once). It applies to the first two steps: the layout
             concerns single questions only.
         tolerance: Settings that move any logit by more are left out; None leaves none out.
-        seconds: The approximate time for all steps. A large model is asked fewer questions, but at least two.
+        seconds: The approximate time for all steps. A large model is asked fewer questions, the largest one in fewer rounds.
         say: Called with a line before each step.
 
     Raises:
@@ -154,6 +155,11 @@ def tune(
     if not pairs:
         raise InputError("there is no question to measure with: give data with questions")
     return _Tuner(make, pairs, dict(stored or {}), target, tolerance, seconds, say).run()
+
+
+def least_seconds(each: float) -> float:
+    """What tuning takes at least for a model that takes ``each`` seconds per question, whatever time it is given."""
+    return FEWER_ROUNDS * _PASSES * each
 
 
 class _Tuner:
@@ -174,6 +180,7 @@ class _Tuner:
         self.session = stored
         self.answerer = make(stored)
         self.threads = model_of(self.answerer).threads
+        self.rounds = ROUNDS
         self.asked = self._fitting(pairs, seconds)
         self.pairs = pairs
         searched = [(pair, self._windows(pair)) for pair in spread(pairs, _SEARCHED)]
@@ -202,7 +209,7 @@ class _Tuner:
             self.target,
             self.threads,
             len(self.asked),
-            ROUNDS,
+            self.rounds,
             self.tolerance,
             self.moved,
             tuple(self.trials),
@@ -211,7 +218,10 @@ class _Tuner:
     # ------------------------------------------------------------ questions
 
     def _fitting(self, pairs: Sequence[Pair], seconds: float) -> list[Pair]:
-        """Evenly spaced questions: as many as the time allows; for throughput enough to keep all threads busy."""
+        """Evenly spaced questions: as many as the time allows; for throughput enough to keep all threads busy.
+
+        A model for which not even two fit gets one, and fewer rounds.
+        """
         most = _QUESTIONS if self.target == "latency" else max(_QUESTIONS, 4 * self.threads)
         asked = spread(pairs, most)
         self.answerer.answer(*asked[0])
@@ -220,7 +230,12 @@ class _Tuner:
         for question, context in probe:
             self.answerer.answer(question, context)
         each = (time.perf_counter() - started) / len(probe)
-        return spread(asked, min(most, max(2, int(seconds / (ROUNDS * _PASSES * each)))))
+        fitting = int(seconds / (ROUNDS * _PASSES * each))
+        if fitting < 2:
+            self.rounds = FEWER_ROUNDS
+            least = 1 if self.target == "latency" else self.threads
+            fitting = max(least, int(seconds / (FEWER_ROUNDS * _PASSES * each)))
+        return spread(asked, min(most, fitting))
 
     def _windows(self, pair: Pair) -> list[Window]:
         encoder, settings = self.answerer.encoder, self.answerer.settings
@@ -248,7 +263,7 @@ class _Tuner:
         (first, _), *rest = others.items()
         self.say(f"measuring {step}")
         answerers = {first: self.answerer, **{name: self.make(others[name]) for name, _ in rest}}
-        timings = interleave({name: self._work(a) for name, a in answerers.items()}, ROUNDS)
+        timings = interleave({name: self._work(a) for name, a in answerers.items()}, self.rounds)
         apart = {name: self._apart(a) for name, a in answerers.items()}
         faster = [n for n, t in timings.items() if self._sound(apart[n]) and t.clearly_faster(timings[first])]
         taken = max(faster, key=lambda n: timings[n].speedup, default=first)
@@ -271,7 +286,7 @@ class _Tuner:
             first = {self._plan(way, counts): way for way in reversed(ways)}  # of layouts that run alike, the first
             alone = [way for way in ways if first[self._plan(way, counts)] == way]
             work = {str(way): (lambda a=answerers[way], p=pairs: _one_by_one(a, p)) for way in alone}
-            timed = interleave(work, ROUNDS)
+            timed = interleave(work, self.rounds)
             found.append((kind, counts, {way: timed[str(first[self._plan(way, counts)])] for way in ways}))
         sound = [
             way

@@ -47,15 +47,14 @@ def quantize(
         GateError: Every recipe loses more than ``max_f1_drop`` against PyTorch; ``out`` is left as it was.
     """
     max_f1_drop = options.max_f1_drop
-    model = source.read(MODEL)
     checkpoint = reference.checkpoint
     material = Material(
-        model,
+        source.folder / MODEL,
         getattr(checkpoint.model.config, "num_attention_heads", None),
         checkpoint.encoder.config.pad_token_id,
         parity_windows(checkpoint, reference.choosing),
     )
-    search = Search(reference, model, material, options, say, on_step)
+    search = Search(reference, material.source, material, options, [source.manifest["session"]], say, on_step)
     known = [find_recipe(recipe)] if recipe else list(RECIPES.values())
     candidates = search.run(known)
     waiting, duel = search.settle(rank(candidates, options))
@@ -77,16 +76,18 @@ def quantize(
         tuning = tune_model(reference, made.model, candidate.session, target=options.target)
         answerer = make_answerer(reference, made.model, tuning.session)
         judging = f"{candidate.recipe} answers the held-out questions"
-        lost = reference.scores.f1 - counted(answerer, reference.examples, judging, reference.count).scores.f1
+        evaluation = counted(answerer, reference.examples, judging, reference.count)
+        lost = reference.scores.f1 - evaluation.scores.f1
         judged[candidate.recipe] = lost
         if not lost <= max_f1_drop:
             continue
         with writing_bundle(out) as work:
             (work / MODEL).write_bytes(made.model)
+            rewritten = material.rewritten
             manifest: dict[str, Any] = {
-                "graph": "single-node attention" if material.rewritten.fused else "plain",
-                "attention_nodes": material.rewritten.fused,
-                "attentions": material.rewritten.attentions,
+                "graph": "single-node attention" if rewritten.fused else "plain",
+                "attention_nodes": rewritten.fused,
+                "attentions": rewritten.attentions,
                 "from": source.name,
                 "recipe": candidate.recipe,
                 "what": RECIPES[candidate.recipe].what,
@@ -97,7 +98,9 @@ def quantize(
                 "leaderboard": board(candidate.recipe),
                 "duel": duel and asdict(duel),
             }
-            finish_bundle(reference, work, out.name, precision="int8", made=manifest, tuning=tuning)
+            finish_bundle(
+                reference, work, out.name, precision="int8", made=manifest, tuning=tuning, evaluation=evaluation
+            )
         return open_bundle(out)
     for text in leaderboard_lines(board(), search.judges.to_dict()):
         say(text)

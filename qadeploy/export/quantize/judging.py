@@ -88,10 +88,7 @@ def find_judges(reference: Reference, model: Answerer, seconds: float | None = N
     started = time.monotonic()
     judged = evaluate(model, dev, allow_no_answer=allow)
     each = (time.monotonic() - started) / max(1, len(dev))
-    count = min(MOST, ENOUGH - len(dev), len(further)) if further else 0
-    # Halved until it fits, so that the next search on this machine takes as many and finds the kept measurements.
-    while seconds is not None and count and (len(dev) + count) * each > seconds:
-        count //= 2
+    count = fitting_questions(len(dev), len(further), each, seconds)
     further = spread(further, count) if count else []
     more = evaluate(model, further, allow_no_answer=allow)
     sure = [np.asarray([a.score for a in part.answers]) for part in (judged, more)]
@@ -102,6 +99,17 @@ def find_judges(reference: Reference, model: Answerer, seconds: float | None = N
         weights(sure[0], sure[1]),
         allow,
     )
+
+
+def fitting_questions(dev: int, further: int, each: float, seconds: float | None) -> int:
+    """How many questions of the training part judge besides ``dev`` ones, of ``further``, if each takes ``each`` seconds.
+
+    Halved until they fit, so that the next search on this machine takes as many and finds the kept measurements.
+    """
+    count = max(0, min(MOST, ENOUGH - dev, further))
+    while seconds is not None and count and (dev + count) * each > seconds:
+        count //= 2
+    return count
 
 
 def weights(dev: Float64Array, training: Float64Array) -> Float64Array:

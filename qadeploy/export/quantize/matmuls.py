@@ -6,9 +6,11 @@ to the residual stream is judged by its effect on the sum: the same error matter
 
 from __future__ import annotations
 
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -103,9 +105,14 @@ def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
     sources = list(dict.fromkeys(p.source for p in matmuls))
     names = list(dict.fromkeys([*sources, *(p.joins for p in matmuls if p.joins)]))
     known = {output.name for output in proto.graph.output}
+    joined = {p.joins for p in matmuls if p.joins}
+    del matmuls  # and with them a copy of all weights
     proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in known)
-    ort = onnxruntime()
-    session = ort.InferenceSession(proto.SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        onnx.save(proto, file)
+        del proto
+        session = onnxruntime().InferenceSession(str(file), session_options(), providers=["CPUExecutionProvider"])
     taken = [i.name for i in session.get_inputs()]
     kept: dict[str, list[FloatArray]] = defaultdict(list)
     lows: dict[str, list[FloatArray]] = defaultdict(list)
@@ -127,7 +134,7 @@ def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
         np.asarray(numbers, dtype=np.int64),
         {name: np.stack(lows[name]) for name in sources},
         {name: np.stack(highs[name]) for name in sources},
-        {p.joins: np.linalg.norm(whole[p.joins], axis=1) for p in matmuls if p.joins},
+        {name: np.linalg.norm(whole[name], axis=1) for name in joined},
     )
 
 

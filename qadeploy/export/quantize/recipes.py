@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
-from qadeploy.export.graph import Rewritten, fuse_attention
+from qadeploy.export.attention import Rewritten, fuse_attention
 from qadeploy.export.quantize.matmuls import Activations, measure_activations
 from qadeploy.export.quantize.quantizers import (
     quantize_dynamic_int8,
@@ -19,40 +24,64 @@ from qadeploy.export.quantize.quantizers import (
 from qadeploy.export.quantize.sensitivity import Sensitivity, rank_matmuls, worst
 from qadeploy.export.quantize.smoothquant import SmoothedModel, smoothquant
 from qadeploy.inference.session import OnnxModel
-from qadeploy.records import Window
+from qadeploy.records import Logits, Window
 
 REWRITING_TOLERANCE = 1e-4
+_Model = TypeVar("_Model", Rewritten, SmoothedModel)
 
 
 @dataclass
 class Material:
     """What recipes work on: the exported model, its heads, and windows of training or dev text.
 
-    Everything costly is made once, when it is first needed.
+    Everything costly is made once, when it is first needed. Models wait in files, because each is as large as all weights.
     """
 
-    model: bytes
+    source: bytes | Path
     heads: int | None
     pad_token_id: int
     windows: Sequence[Window] = field(repr=False)
+    _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="qadeploy-")), init=False, repr=False)
+    _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
+    def __post_init__(self) -> None:
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    @property
+    def model(self) -> bytes:
+        """The exported model."""
+        return self.source.read_bytes() if isinstance(self.source, Path) else self.source
+
+    @property
     def rewritten(self) -> Rewritten:
         """The model with single-node attention if that keeps its logits on the windows; else as it was."""
-        found = fuse_attention(self.model, self.heads or 0)  # 0, if the model does not tell, is refused below
+        return self._kept("rewritten", self._rewrite)
+
+    def _rewrite(self) -> Rewritten:
+        found = fuse_attention(self.model, self.heads or 0)  # 0, if the model does not tell, is refused
         if found.fused and self._logits_apart(found.model) > REWRITING_TOLERANCE:
             return Rewritten(self.model, 0, found.attentions, takes_mask=True)
         return found
+
+    def _kept(self, name: str, make: Callable[[], _Model]) -> _Model:
+        """What ``make`` makes, its model read from a file."""
+        file = self._folder / f"{name}.onnx"
+        if name not in self._made:
+            made = make()
+            file.write_bytes(made.model)
+            self._made[name] = replace(made, model=b"")
+        facts: _Model = self._made[name]
+        return replace(facts, model=file.read_bytes())
 
     @cached_property
     def activations(self) -> Activations:
         """The inputs of the fused model's matmuls on the windows."""
         return measure_activations(self.rewritten.model, self.windows)
 
-    @cached_property
+    @property
     def smoothed(self) -> SmoothedModel:
         """The fused model with its matmuls made ready for int8."""
-        return smoothquant(self.rewritten.model, self.activations)
+        return self._kept("smoothed", lambda: smoothquant(self.rewritten.model, self.activations))
 
     @cached_property
     def sensitivities(self) -> list[Sensitivity]:
@@ -61,13 +90,14 @@ class Material:
 
     def _logits_apart(self, other: bytes) -> float:
         try:
-            runs = [
-                OnnxModel(lambda m=m: m, device="cpu", pad_token_id=self.pad_token_id).run(self.windows)  # type: ignore[misc]
-                for m in (self.model, other)
-            ]
+            runs = [self._run(each) for each in (self.source, other)]
         except Exception:  # if the runtime refuses the rewritten graph in any way, it is not used
             return np.inf
         return max(float(np.abs(a[i] - b[i]).max()) for a, b in zip(*runs, strict=True) for i in (0, 1))
+
+    def _run(self, model: bytes | Path) -> list[Logits]:
+        read = lambda: str(model) if isinstance(model, Path) else model  # noqa: E731
+        return OnnxModel(read, device="cpu", pad_token_id=self.pad_token_id).run(self.windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,34 +118,39 @@ class Recipe:
     make: Callable[[Material], QuantizedModel]
 
 
+def _dynamic(model: bytes, float_nodes: Sequence[str] = ()) -> bytes:
+    return quantize_dynamic_int8(quantize_embeddings(model), float_nodes)
+
+
 def _int8(material: Material) -> QuantizedModel:
-    return QuantizedModel(quantize_dynamic_int8(quantize_embeddings(material.rewritten.model)))
+    return QuantizedModel(_dynamic(material.rewritten.model))
 
 
 def _smoothquant(material: Material) -> QuantizedModel:
-    kept = material.smoothed.float_nodes
-    return QuantizedModel(quantize_dynamic_int8(quantize_embeddings(material.smoothed.model), kept), kept)
+    smoothed = material.smoothed
+    return QuantizedModel(_dynamic(smoothed.model, smoothed.float_nodes), smoothed.float_nodes)
 
 
 def _smoothquant_mixed(material: Material) -> QuantizedModel:
     """The eighth of the matmuls whose error is still the largest stays in float too."""
-    left = [Sensitivity(name, p.error) for p in material.smoothed.smoothings for name in p.matmuls]
-    kept = (*worst(sorted(left, key=lambda s: -s.error), 1 / 8), *material.smoothed.float_nodes)
-    return QuantizedModel(quantize_dynamic_int8(quantize_embeddings(material.smoothed.model), kept), kept)
+    smoothed = material.smoothed
+    left = [Sensitivity(name, p.error) for p in smoothed.smoothings for name in p.matmuls]
+    kept = (*worst(sorted(left, key=lambda s: -s.error), 1 / 8), *smoothed.float_nodes)
+    return QuantizedModel(_dynamic(smoothed.model, kept), kept)
 
 
 def _mixed(share: float) -> Callable[[Material], QuantizedModel]:
     def make(material: Material) -> QuantizedModel:
         kept = tuple(worst(material.sensitivities, share))
-        return QuantizedModel(quantize_dynamic_int8(quantize_embeddings(material.rewritten.model), kept), kept)
+        return QuantizedModel(_dynamic(material.rewritten.model, kept), kept)
 
     return make
 
 
 def _static(material: Material) -> QuantizedModel:
-    kept = material.smoothed.float_nodes
-    model = quantize_embeddings(material.smoothed.model)
-    return QuantizedModel(quantize_static_int8(model, material.windows, kept), kept)
+    smoothed = material.smoothed
+    model = quantize_embeddings(smoothed.model)
+    return QuantizedModel(quantize_static_int8(model, material.windows, smoothed.float_nodes), smoothed.float_nodes)
 
 
 def _weights(material: Material) -> QuantizedModel:

@@ -20,12 +20,12 @@ import numpy as np
 
 from qadeploy.data.loading import hash_examples
 from qadeploy.errors import InputError
-from qadeploy.export import graph
+from qadeploy.export import attention, graph
 from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, sensitivity, smoothquant
-from qadeploy.export.quantize.judging import Judges, find_judges
+from qadeploy.export.quantize.judging import ENOUGH, Judges, find_judges, fitting_questions
 from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
 from qadeploy.export.reference import Reference, make_answerer
-from qadeploy.files import write_json
+from qadeploy.files import hash_file, write_json
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.session import onnxruntime
 from qadeploy.inference.tuning import ROUNDS, SESSIONS
@@ -35,7 +35,10 @@ from qadeploy.timing import interleave, spread
 TARGETS = ("latency", "throughput", "size")
 _ROUNDS = 5
 _TIMED = 12
+_LEAST_TIMED = 3
+_TIMING = 1 / 4  # the share of the budget that may go into timing
 _DUEL_TIMED = 16
+_RUNS = 2 * (_ROUNDS + 1) * (1 + len(SESSIONS) / 2)  # of a timed question: fp32 once, int8 by session in half the time
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 Say = Callable[[str], object]
 
@@ -124,16 +127,18 @@ class SearchOptions:
 
 @dataclass
 class Search:
-    """A search over recipes for one model; ``source`` is its fp32 model."""
+    """A search over recipes for one model; ``source`` is its fp32 model, which runs with each of ``sessions`` to compare with."""
 
     reference: Reference
-    source: bytes
+    source: bytes | Path
     material: Material
     options: SearchOptions
+    sessions: Sequence[Mapping[str, Any]] = SESSIONS
     say: Say = lambda _: None
     on_step: Callable[[Step], object] = lambda _: None
     _started: float = field(default_factory=time.monotonic, init=False)
     _at: tuple[int, int] = field(default=(0, 0), init=False)
+    _questions: int = field(default=_TIMED, init=False)
 
     def run(self, chosen: Sequence[Recipe], done: int = 0) -> list[MeasuredRecipe]:
         """Measures the recipes in turn until the budget is used up and one passes; ``done`` were measured before."""
@@ -165,8 +170,13 @@ class Search:
         """The questions that candidates are judged on, answered by the float model."""
         self.step("answering with the fp32 model")
         budget = self.options.budget
-        share = None if budget is None else budget * _JUDGING / (len(RECIPES) + 1)
-        return find_judges(self.reference, self._floats[0], share)
+        model = self._floats()[0]
+        found = find_judges(self.reference, model, None if budget is None else _judging_seconds(budget))
+        pairs = self._timed(_LEAST_TIMED)
+        started = time.monotonic()
+        _asking(model, pairs, one=True)()
+        self._questions = _timed_questions((time.monotonic() - started) / len(pairs), budget)
+        return found
 
     def _measure(self, recipe: Recipe) -> MeasuredRecipe:
         judges = self.judges
@@ -183,9 +193,11 @@ class Search:
             )
         else:
             self.step(f"{recipe.name}: timing one question at a time")
-            latency = self._speeds(answerers, one=True)
+            floats = self._floats()
+            latency = self._speeds(floats, answerers, one=True)
             self.step(f"{recipe.name}: timing many at once")
-            throughput = self._speeds(answerers, one=False)
+            throughput = self._speeds(floats, answerers, one=False)
+            del floats
             deciding = throughput if self.options.target == "throughput" else latency
             single, many = max(latency), max(throughput)
             candidate = MeasuredRecipe(
@@ -205,22 +217,21 @@ class Search:
         self._keep(recipe, candidate)
         return candidate
 
-    @cached_property
     def _floats(self) -> list[Answerer]:
-        """The fp32 model with each of the known session settings."""
-        return [make_answerer(self.reference, self.source, session) for session in SESSIONS]
+        """The fp32 model with each of its session settings: made when needed, because it takes more memory than all the rest."""
+        return [make_answerer(self.reference, self.source, session) for session in self.sessions]
 
     def _timed(self, count: int) -> list[tuple[str, str]]:
         return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
 
-    def _speeds(self, answerers: Sequence[Answerer], *, one: bool) -> list[_Speed]:
+    def _speeds(self, floats: Sequence[Answerer], answerers: Sequence[Answerer], *, one: bool) -> list[_Speed]:
         """Each answerer's speed as a multiple of the fp32 model's (its better settings): interleaved rounds, dev questions."""
-        pairs = self._timed(_TIMED)
-        variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(self._floats)}
+        pairs = self._timed(self._questions)
+        variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(floats)}
         variants |= {str(i): _asking(answerer, pairs, one) for i, answerer in enumerate(answerers)}
         timings = interleave(variants, _ROUNDS)
-        floats = np.min([timings[f"float {i}"].seconds for i in range(len(self._floats))], axis=0)
-        ratios = [floats / np.asarray(timings[str(i)].seconds) for i in range(len(answerers))]
+        fastest = np.min([timings[f"float {i}"].seconds for i in range(len(floats))], axis=0)
+        ratios = [fastest / np.asarray(timings[str(i)].seconds) for i in range(len(answerers))]
         return [_Speed(float(np.median(r)), float(r.min()), float(r.max())) for r in ratios]
 
     def settle(self, ranked: Sequence[MeasuredRecipe]) -> tuple[list[MeasuredRecipe], Duel | None]:
@@ -256,15 +267,18 @@ class Search:
     def _ground(self) -> str:
         """All that a measurement depends on besides the recipe: model, settings, questions, target, machine, code."""
         parts = (
-            hashlib.sha256(self.source).hexdigest(),
+            hash_file(self.source) if isinstance(self.source, Path) else hashlib.sha256(self.source).hexdigest(),
             self.reference.checkpoint.settings.to_dict(),
             hash_examples(self.judges.examples),
             self.judges.dev,
             hash_examples(self.reference.choosing),
             self.options.target,
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
-            [_ROUNDS, _TIMED, SESSIONS],
-            [inspect.getsource(m) for m in (graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)],
+            [_ROUNDS, self._questions, SESSIONS, list(map(dict, self.sessions))],
+            [
+                inspect.getsource(m)
+                for m in (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)
+            ],
         )
         return json.dumps(parts, sort_keys=True)
 
@@ -291,6 +305,29 @@ class Search:
             write_json(path, asdict(candidate))
         except OSError as error:
             self.say(f"  measurements are not kept: {path.parent}: {error.strerror}")
+
+
+def judged_questions(reference: Reference, each: float, budget: float) -> int:
+    """How many questions judge each recipe, about, if the float model takes ``each`` seconds for one."""
+    dev = len(reference.choosing)
+    return dev + fitting_questions(dev, ENOUGH if reference.dev else 0, each, _judging_seconds(budget))
+
+
+def timing_seconds(each: float, budget: float) -> float:
+    """What timing a recipe takes, about, if the float model takes ``each`` seconds per question."""
+    return _timed_questions(each, budget) * each * _RUNS
+
+
+def _judging_seconds(budget: float) -> float:
+    return budget * _JUDGING / (len(RECIPES) + 1)
+
+
+def _timed_questions(each: float, budget: float | None) -> int:
+    """How many questions are timed: halved until they fit, like the judging ones."""
+    count = _TIMED
+    while budget is not None and count > _LEAST_TIMED and count * each * _RUNS > budget * _TIMING / len(RECIPES):
+        count //= 2
+    return count
 
 
 def rank(candidates: Sequence[MeasuredRecipe], options: SearchOptions) -> list[MeasuredRecipe]:

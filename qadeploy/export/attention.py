@@ -1,0 +1,581 @@
+"""Attention as single nodes: ``MultiHeadAttention`` in place of matmuls, softmax, scaling, mask and transposes.
+
+ONNX Runtime's own fusions know BERT's form of attention. Here are the others too: a bias that depends on positions alone
+(MPNet), rotated queries and keys (ModernBERT), and local layers, which see a window around each token. They are matched
+backwards from each softmax by what the nodes compute, so graphs of both exporters match. onnxscript 0.7's ``ort_fusions`` found no
+attention in optimum's graphs, nor MPNet's in any.
+
+A local layer is computed in blocks: as many queries as the window's radius attend to their own block of keys and its two neighbours,
+so time and memory grow with the length, not with its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from qadeploy.export.graph import Graph
+from qadeploy.inference.session import onnxruntime, session_options
+
+_SPLIT_HEADS = [0, 2, 1, 3]  # [batch, tokens, heads, size] to [batch, heads, tokens, size], and back
+_KEYS = [0, 2, 3, 1]  # the same, transposed for the matmul with the queries
+_IDS, _MASK = "input_ids", "attention_mask"
+_DOMAIN = "com.microsoft"
+_PROBED = 1024  # tokens of the run that shows a mask's window
+_BLOCKED = -1e4  # a mask adds less than this to what must not be seen
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A model, and how many of its attentions are single nodes now."""
+
+    model: bytes
+    fused: int
+    attentions: int
+    takes_mask: bool
+
+
+def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: bool = True) -> Rewritten:
+    """The model with its attentions as single nodes if all of them have a known form; else as it was.
+
+    If one cannot be rewritten, none is: a mixed graph gains little. The caller must check that the logits stay the same.
+
+    Args:
+        model: The model as exported.
+        heads: The number of attention heads.
+        keep_mask: Without a mask a model is faster, but must not get padded batches: on a CPU every window runs alone.
+        plain: Whether to rewrite a model with BERT's form of attention, which ONNX Runtime's fusions know too.
+    """
+    proto = onnx.load_model_from_string(model)
+    graph = Graph(proto)
+    softmaxes = [node for node in proto.graph.node if node.op_type == "Softmax"]
+    matched = [_attention(graph, node) for node in softmaxes]
+    found = [each for each in matched if each is not None]
+    if not heads or not found or len(found) < len(matched) or not (plain or any(a.special for a in found)):
+        return Rewritten(model, 0, len(softmaxes), takes_mask=True)
+    writer = _Writer(graph, heads, keep_mask)
+    for attention in found:
+        writer.replace(attention)
+    if _DOMAIN not in {opset.domain for opset in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    if not keep_mask:
+        for node in proto.graph.node:
+            if node.op_type == "Shape" and node.input[0] == _MASK:  # the ids have the same
+                node.input[0] = _IDS
+    graph.prune()
+    takes_mask = _MASK in {i.name for i in proto.graph.input}
+    if takes_mask and not keep_mask:  # a part of it is still read, so batches would be padded
+        return fuse_attention(model, heads, keep_mask=True, plain=plain)
+    return Rewritten(proto.SerializeToString(), len(found), len(softmaxes), takes_mask)
+
+
+# ---------------------------------------------------------------- finding
+
+
+@dataclass(frozen=True, slots=True)
+class _Scaled:
+    """A value before multiplications or divisions by numbers: ``factor`` is their product, None if it is not known."""
+
+    name: str
+    factor: float | None = 1.0
+
+    def times(self, other: float | None) -> float | None:
+        return None if self.factor is None or other is None else self.factor * other
+
+
+@dataclass(frozen=True, slots=True)
+class _Rotated:
+    """A value ``[batch, heads, tokens, size]`` and the cosines and sines that rotate it."""
+
+    name: str
+    cos: str
+    sin: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """An attention.
+
+    ``query``, ``key`` and ``value`` are ``[batch, heads, tokens, size]`` or, if ``swapped`` holds the name,
+    ``[batch, tokens, heads, size]``. ``bias`` ``[any batch, heads, tokens, tokens]`` is added to the scores. ``radius`` is how many tokens to
+    either side are seen, None for all. ``scale`` is None for 1 / sqrt(size). ``last`` makes the result, ``[batch, tokens, hidden]``.
+    """
+
+    query: str
+    key: str
+    value: str
+    swapped: frozenset[str]
+    rotations: tuple[_Rotated, _Rotated] | None
+    bias: str | None
+    radius: int | None
+    scale: float | None
+    last: onnx.NodeProto
+
+    @property
+    def special(self) -> bool:
+        """Whether there is more to it than a mask."""
+        return self.rotations is not None or self.bias is not None or self.radius is not None
+
+
+def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
+    """The attention around a softmax, or None if it has no known form."""
+    found = _scores(graph, softmax.input[0])
+    weighted = _weighted(graph, softmax.output[0])
+    if found is None or weighted is None or weighted.input[0] not in _same(graph, softmax.output[0]):
+        return None
+    matmul, factor, added = found
+    query, keys = _unscaled(graph, matmul.input[0]), _unscaled(graph, matmul.input[1])
+    key, swapped = _untransposed(graph, keys.name)
+    if key is None:
+        return None
+    key_inside = _unscaled(graph, key)
+    value = weighted.input[1]
+    back = graph.only_reader(weighted.output[0], "Transpose")
+    last = graph.only_reader(back.output[0], "Reshape") if back is not None and _perm(back) == _SPLIT_HEADS else None
+    terms = _Terms.of(graph, added)
+    if last is None or terms is None:
+        return None
+    rotated = _rotated(graph, query.name), _rotated(graph, key_inside.name)
+    rotations = (rotated[0], rotated[1]) if rotated[0] is not None and rotated[1] is not None else None
+    if rotations is None and any(rotated):
+        return None
+    names = (rotations[0].name, rotations[1].name) if rotations else (query.name, key_inside.name)
+    scale: float | None = 1.0
+    for part in (factor, query.factor, keys.factor, key_inside.factor):
+        scale = _Scaled("", scale).times(part)
+    layout = frozenset({names[1]}) if swapped else frozenset()
+    return _Attention(*names, value, layout, rotations, terms.bias, terms.radius, scale, last)
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What is added to the scores, besides a mask of padding."""
+
+    bias: str | None = None
+    radius: int | None = None
+
+    @classmethod
+    def of(cls, graph: Graph, added: Sequence[str]) -> _Terms | None:
+        """The terms, or None if one of them depends on the text."""
+        biases: list[str] = []
+        radius = None
+        for name in added:
+            sources = graph.sources(name)
+            if _IDS in sources:
+                return None
+            if not _depends_on_positions(graph, name):
+                if not sources <= {_MASK}:
+                    return None
+                continue
+            radius = _radius(graph, name) if sources <= {_MASK} else None
+            if radius is None:
+                biases.append(name)
+        if len(biases) > 1 or (biases and radius is not None):
+            return None
+        return cls(biases[0] if biases else None, radius)
+
+
+def _scores(graph: Graph, name: str) -> tuple[onnx.NodeProto, float | None, list[str]] | None:
+    """The matmul of queries and keys behind a softmax, its scaling, and what is added to it."""
+    added: list[str] = []
+    while True:
+        scaled = _unscaled(graph, name)
+        matmul = graph.maker(scaled.name, "MatMul")
+        if matmul is not None:
+            return matmul, scaled.factor, added
+        add = graph.maker(name, "Add")
+        if add is None:
+            return None
+        first = _reaches_matmul(graph, add.input[0])
+        if first == _reaches_matmul(graph, add.input[1]):
+            return None
+        name, other = add.input if first else reversed(add.input)
+        added.append(other)
+
+
+def _reaches_matmul(graph: Graph, name: str) -> bool:
+    """Whether a value is a matmul of two computed values, scaled or with something added."""
+    node = graph.makers.get(_unscaled(graph, name).name)
+    if node is None or node.op_type not in {"MatMul", "Add"}:
+        return False
+    if node.op_type == "Add":
+        return any(_reaches_matmul(graph, i) for i in node.input)
+    return _IDS in graph.sources(node.output[0])
+
+
+def _same(graph: Graph, name: str) -> set[str]:
+    """The names of a value, also behind nodes that guard against NaN in fully masked rows."""
+    names = {name}
+    for node in graph.readers[name]:
+        if node.op_type == "Where" and graph.maker(node.input[0], "IsNaN") is not None:
+            names.add(node.output[0])
+    return names
+
+
+def _weighted(graph: Graph, name: str) -> onnx.NodeProto | None:
+    for value in _same(graph, name):
+        node = next((n for n in graph.readers[value] if n.op_type == "MatMul"), None)
+        if node is not None:
+            return node
+    return None
+
+
+def _unscaled(graph: Graph, name: str) -> _Scaled:
+    """The value before multiplications or divisions by a number."""
+    found = _Scaled(name)
+    while True:
+        node = graph.maker(found.name, "Mul") or graph.maker(found.name, "Div")
+        if node is None:
+            return found
+        others = [i for i in node.input if not _is_number(graph, i)]
+        if len(others) != 1 or (node.op_type == "Div" and others[0] != node.input[0]):
+            return found
+        number = next(i for i in node.input if i != others[0])
+        value = graph.constant(number)
+        known = None if value is None else float(value.reshape(-1)[0])
+        factor = 1 / known if known and node.op_type == "Div" else known
+        found = _Scaled(others[0], found.times(factor))
+
+
+def _is_number(graph: Graph, name: str) -> bool:
+    """Whether a value is a single number made from constants and shapes alone, as far as can be told."""
+    value = graph.constant(name)
+    if value is not None:
+        return value.size == 1
+    node = graph.makers.get(name)
+    return node is not None and node.op_type in {"Sqrt", "Div", "Cast"} and not graph.sources(name)
+
+
+def _untransposed(graph: Graph, name: str) -> tuple[str | None, bool]:
+    """Keys before they were transposed for the matmul, and whether heads and tokens are swapped in them."""
+    transpose = graph.maker(name, "Transpose")
+    if transpose is not None and _perm(transpose) in ([0, 1, 3, 2], _KEYS):
+        return transpose.input[0], _perm(transpose) == _KEYS
+    # PyTorch's exporter merges batch and heads meanwhile.
+    outer = graph.maker(name, "Reshape")
+    transpose = graph.maker(outer.input[0], "Transpose") if outer is not None else None
+    inner = (
+        graph.maker(transpose.input[0], "Reshape") if transpose is not None and _perm(transpose) == [0, 2, 1] else None
+    )
+    return (inner.input[0] if inner is not None else None), False
+
+
+def _rotated(graph: Graph, name: str) -> _Rotated | None:
+    """X cos + (-x2, x1) sin, where x1 and x2 are the halves of x."""
+    add = graph.maker(name, "Add")
+    products = [graph.maker(i, "Mul") for i in add.input] if add is not None else []
+    for plain, turned in (products, products[::-1]) if len(products) == 2 else ():
+        if plain is None or turned is None:
+            continue
+        for halves, sin in (turned.input, reversed(turned.input)):
+            concat = graph.maker(halves, "Concat")
+            negative = graph.maker(concat.input[0], "Neg") if concat is not None else None
+            if concat is None or negative is None:
+                continue
+            source = _whole(graph, negative.input[0])
+            others = [i for i in plain.input if i != source]
+            if source is not None and source == _whole(graph, concat.input[1]) and len(others) == 1:
+                return _Rotated(source, others[0], sin)
+    return None
+
+
+def _whole(graph: Graph, name: str) -> str | None:
+    """What a value is a slice or a part of."""
+    node = graph.maker(name, "Slice") or graph.maker(name, "Split")
+    return node.input[0] if node is not None else None
+
+
+def _perm(node: onnx.NodeProto) -> list[int]:
+    return next((list(a.ints) for a in node.attribute if a.name == "perm"), [])
+
+
+def _packed(graph: Graph, name: str) -> tuple[str, int] | None:
+    """The value ``[batch, tokens, 3 * hidden]`` and the third of it that were split into heads to make this one.
+
+    It is reshaped to ``[batch, tokens, 3, heads, size]``; heads come before tokens either before or after it is taken apart.
+    """
+    outer = graph.maker(name, "Transpose")
+    if outer is not None and _perm(outer) == _SPLIT_HEADS:
+        name = outer.input[0]
+    index = None
+    squeeze = graph.maker(name, "Squeeze")
+    if squeeze is not None:
+        part = graph.maker(squeeze.input[0], "Split") or graph.maker(squeeze.input[0], "Slice")
+        if part is not None and part.op_type == "Split":
+            index = list(part.output).index(squeeze.input[0])
+        elif part is not None:
+            index = _integer(graph, part.input[1])
+    else:
+        part = graph.maker(name, "Gather")
+        index = _integer(graph, part.input[1]) if part is not None else None
+    if part is None or index is None:
+        return None
+    inner = graph.maker(part.input[0], "Transpose")
+    if (inner is not None and _perm(inner) == [0, 3, 2, 1, 4]) == (outer is not None):
+        return None
+    reshape = graph.maker(inner.input[0] if inner is not None else part.input[0], "Reshape")
+    return (reshape.input[0], index) if reshape is not None and index in range(3) else None
+
+
+def _integer(graph: Graph, name: str) -> int | None:
+    value = graph.constant(name)
+    return int(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
+
+
+# ---------------------------------------------------------------- masks
+
+
+def _depends_on_positions(graph: Graph, name: str) -> bool:
+    return any(node.op_type == "Range" for node in graph.ancestors(name))
+
+
+def _radius(graph: Graph, name: str) -> int | None:
+    """How far a mask lets a token see to either side: shown by running the mask's part of the graph. None if it is no window."""
+    mask = np.ones((2, _PROBED), dtype=np.int64)
+    mask[1, _PROBED // 3 :] = 0
+    try:
+        value = _run_part(graph, name, {_MASK: mask, _IDS: mask})
+    except Exception:  # of the runtime, which raises one bare class per status code
+        return None
+    if value.shape != (2, 1, _PROBED, _PROBED):
+        return None
+    radius = int((value[0, 0, 0] > _BLOCKED).sum()) - 1
+    places = np.arange(_PROBED)
+    near = np.abs(places[:, None] - places) <= radius
+    seen = near[None] & (mask[:, None] != 0)
+    fits = 0 < radius < _PROBED - 1 and np.array_equal(value[:, 0] > _BLOCKED, seen) and not value[:, 0][seen].any()
+    return radius if fits else None
+
+
+def _run_part(graph: Graph, name: str, feeds: dict[str, Any]) -> Any:
+    """A value of the graph for these inputs; only what it depends on is run."""
+    needed = {name: None}
+    nodes = []
+    for node in reversed(graph.graph.node):
+        if any(output in needed for output in node.output):
+            nodes.append(node)
+            needed |= dict.fromkeys(node.input)
+    inputs = [i for i in graph.graph.input if i.name in needed]
+    weights = [t for t in graph.graph.initializer if t.name in needed]
+    output = helper.make_empty_tensor_value_info(name)
+    part = helper.make_graph(nodes[::-1], "part", inputs, [output], weights)
+    model = helper.make_model(part, opset_imports=graph.proto.opset_import, ir_version=graph.proto.ir_version)
+    session = onnxruntime().InferenceSession(
+        model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+    )
+    return session.run([name], {i.name: feeds[i.name] for i in inputs})[0]
+
+
+# ---------------------------------------------------------------- writing
+
+
+class _Writer:
+    """Puts single nodes into a graph. What layers share, such as a bias, is made once."""
+
+    def __init__(self, graph: Graph, heads: int, keep_mask: bool) -> None:
+        self._graph, self._nodes = graph, graph.graph.node
+        self._heads, self._keep_mask = heads, keep_mask
+        self._place = 0
+        self._made: dict[tuple[str, ...], list[str]] = {}
+
+    def replace(self, attention: _Attention) -> None:
+        """Writes the node in place of the last one of an attention."""
+        last = attention.last
+        self._place = list(self._nodes).index(last)
+        self._nodes.remove(last)
+        stem = f"{last.name or last.output[0]}/attention"
+        query, key, value = (
+            self._tokens(name, name in attention.swapped, f"{stem}/{part}")
+            for name, part in zip(
+                (attention.query, attention.key, attention.value), ("query", "key", "value"), strict=True
+            )
+        )
+        if attention.rotations is not None:
+            query, key = (
+                self._rotate(name, rotation, f"{stem}/{part}")
+                for name, rotation, part in zip((query, key), attention.rotations, ("query", "key"), strict=True)
+            )
+        attributes: dict[str, Any] = {"num_heads": self._heads}
+        if attention.scale is not None:
+            attributes["scale"] = attention.scale
+        if attention.radius is not None:
+            self._local(query, key, value, attention.radius, attributes, stem, last.output[0])
+            return
+        mask = self._padding_mask() if self._keep_mask else ""
+        bias = self._shared_bias(attention.bias) if attention.bias else ""
+        inputs = [query, key, value, "", mask, bias]
+        self._attend(inputs, attributes, stem, last.output[0])
+
+    def _attend(self, inputs: list[str], attributes: dict[str, Any], stem: str, output: str) -> str:
+        while not inputs[-1]:
+            inputs = inputs[:-1]
+        return self._add("MultiHeadAttention", inputs, stem, output=output, domain=_DOMAIN, **attributes)
+
+    def _add(self, kind: str, inputs: Sequence[str], stem: str, *, output: str = "", **attributes: Any) -> str:
+        """Inserts a node; returns its output."""
+        output = output or f"{stem}/out"
+        self._nodes.insert(self._place, helper.make_node(kind, inputs, [output], stem, **attributes))
+        self._place += 1
+        return output
+
+    def _constant(self, name: str, value: Any, kind: Any = np.int64) -> str:
+        """The name of an initializer, which is made once."""
+        if name not in self._graph.constants:
+            tensor = numpy_helper.from_array(np.asarray(value, dtype=kind), name)
+            self._graph.graph.initializer.append(tensor)
+            self._graph.constants[name] = tensor
+        return name
+
+    # ------------------------------------------------------------ [batch, tokens, hidden]
+
+    def _tokens(self, name: str, swapped: bool, stem: str) -> str:
+        """The value ``[batch, tokens, hidden]`` of one with heads; the nodes that split it are undone or left out."""
+        graph = self._graph
+        if swapped:
+            return self._merged(name, stem)
+        packed = _packed(graph, name)
+        if packed is not None:
+            source, index = packed
+            return self._third(source, index)
+        transpose = graph.maker(name, "Transpose")
+        if transpose is not None and _perm(transpose) == _SPLIT_HEADS:
+            return self._merged(transpose.input[0], stem)
+        turned = self._add("Transpose", [name], f"{stem}/transpose", perm=_SPLIT_HEADS)
+        return self._merge(turned, stem)
+
+    def _merged(self, name: str, stem: str) -> str:
+        reshape = self._graph.maker(name, "Reshape")
+        return reshape.input[0] if reshape is not None else self._merge(name, stem)
+
+    def _merge(self, name: str, stem: str) -> str:
+        return self._add("Reshape", [name, self._constant("attention/merged", [0, 0, -1])], f"{stem}/merge")
+
+    def _third(self, source: str, index: int) -> str:
+        key = ("third", source)
+        if key not in self._made:
+            outputs = [f"{source}/third_{i}" for i in range(3)]
+            sizes: dict[str, Any] = {"num_outputs": 3} if self._opset() >= 18 else {}
+            node = helper.make_node("Split", [source], outputs, f"{source}/thirds", axis=-1, **sizes)
+            self._nodes.insert(self._place, node)
+            self._place += 1
+            self._made[key] = outputs
+        return self._made[key][index]
+
+    def _opset(self) -> int:
+        return int(next(o.version for o in self._graph.proto.opset_import if o.domain in {"", "ai.onnx"}))
+
+    def _rotate(self, name: str, rotation: _Rotated, stem: str) -> str:
+        """``RotaryEmbedding`` of a value; positions count from 0, so the cosines and sines are those of this run's tokens."""
+        caches = [self._half(value) for value in (rotation.cos, rotation.sin)]
+        start = self._constant("attention/first_position", [0])
+        return self._add("RotaryEmbedding", [name, start, *caches], f"{stem}/rotary", domain=_DOMAIN)
+
+    def _half(self, name: str) -> str:
+        """The first half of cosines or sines, ``[tokens, size / 2]``: the second is the same."""
+        key = ("half", name)
+        if key not in self._made:
+            halves = [f"{name}/half_{i}" for i in range(2)]
+            sizes: dict[str, Any] = {"num_outputs": 2} if self._opset() >= 18 else {}
+            self._nodes.insert(
+                self._place, helper.make_node("Split", [name], halves, f"{name}/halves", axis=-1, **sizes)
+            )
+            self._place += 1
+            self._made[key] = [self._add("Squeeze", [halves[0]], f"{name}/cache")]
+        return self._made[key][0]
+
+    # ------------------------------------------------------------ masks and biases
+
+    def _padding_mask(self) -> str:
+        key = ("mask",)
+        if key not in self._made:
+            self._made[key] = [self._add("Cast", [_MASK], "attention/padding_mask", to=TensorProto.INT32)]
+        return self._made[key][0]
+
+    def _shared_bias(self, name: str) -> str:
+        """A bias; the node broadcasts it to the batch by itself."""
+        expand = self._graph.maker(name, "Expand")
+        return expand.input[0] if expand is not None else name
+
+    # ------------------------------------------------------------ local attention
+
+    def _local(
+        self, query: str, key: str, value: str, radius: int, attributes: dict[str, Any], stem: str, output: str
+    ) -> None:
+        """Attention to the tokens within ``radius``, in blocks of as many queries."""
+        sizes = self._block_sizes(radius)
+        padded = self._add("Pad", [query, sizes["own"]], f"{stem}/pad")
+        blocks = self._add("Reshape", [padded, sizes["blocks"]], f"{stem}/blocks")
+        near = [
+            self._neighbours(name, radius, sizes, f"{stem}/{part}") for name, part in ((key, "keys"), (value, "values"))
+        ]
+        inputs = [blocks, *near, "", "", self._local_bias(radius, sizes)]
+        seen = self._attend(inputs, attributes, stem, f"{stem}/out")
+        joined = self._add("Reshape", [seen, sizes["joined"]], f"{stem}/joined")
+        ends = [self._constant("attention/zero", [0]), sizes["tokens"], self._constant("attention/one", [1])]
+        self._add("Slice", [joined, *ends], f"{stem}/tokens", output=output)
+
+    def _block_sizes(self, radius: int) -> dict[str, str]:
+        """What every local layer needs of the window's length: paddings and shapes."""
+        key = (f"block sizes {radius}",)
+        if key not in self._made:
+            stem = f"attention/local_{radius}"
+            shape = self._add("Shape", [_IDS], f"{stem}/shape")
+            zero, one, two = (self._constant(f"attention/{n}", [i]) for i, n in enumerate(("zero", "one", "two")))
+            batch = self._add("Slice", [shape, zero, one], f"{stem}/batch")
+            tokens = self._add("Slice", [shape, one, two], f"{stem}/length")
+            width = self._constant(f"{stem}/radius", [radius])
+            negative = self._add("Neg", [tokens], f"{stem}/negative")
+            rest = self._add("Mod", [negative, width], f"{stem}/rest")  # that fills the last block
+            more = self._add("Add", [rest, width], f"{stem}/more")
+            zeros = self._constant("attention/zeros", [0, 0, 0, 0])
+            before = self._constant(f"{stem}/before", [0, radius, 0, 0])
+            own = self._add("Concat", [zeros, rest, zero], f"{stem}/own", axis=0)
+            near = self._add("Concat", [before, more, zero], f"{stem}/near", axis=0)
+            minus = self._constant("attention/minus_one", [-1])
+            joined = self._add("Concat", [batch, minus, zero], f"{stem}/joined", axis=0)
+            blocks = self._constant(f"{stem}/blocks", [-1, radius, 0])
+            self._made[key] = [own, near, joined, blocks, tokens]
+        return dict(zip(("own", "near", "joined", "blocks", "tokens"), self._made[key], strict=True))
+
+    def _neighbours(self, name: str, radius: int, sizes: dict[str, str], stem: str) -> str:
+        """Each block with the one before and the one after it, ``[batch * blocks, 3 * radius, any]``."""
+        padded = self._add("Pad", [name, sizes["near"]], f"{stem}/pad")
+        axis = self._constant("attention/one", [1])
+        parts = []
+        for i, end in enumerate((-2 * radius, -radius, np.iinfo(np.int64).max)):
+            first = self._constant(f"attention/local_{radius}/first_{i}", [i * radius])
+            past = self._constant(f"attention/local_{radius}/past_{i}", [end])
+            part = self._add("Slice", [padded, first, past, axis], f"{stem}/slice_{i}")
+            parts.append(self._add("Reshape", [part, sizes["blocks"]], f"{stem}/blocks_{i}"))
+        return self._add("Concat", parts, f"{stem}/near", axis=1)
+
+    def _local_bias(self, radius: int, sizes: dict[str, str]) -> str:
+        """0 for the tokens that a query sees, far below it for others, ``[batch * blocks, 1, radius, 3 * radius]``."""
+        key = (f"local bias {radius}",)
+        if key not in self._made:
+            stem = f"attention/local_{radius}/bias"
+            if self._keep_mask:
+                real = self._add("Cast", [_MASK], f"{stem}/mask", to=TensorProto.FLOAT)
+            else:
+                shape = self._add("Shape", [_IDS], f"{stem}/shape")
+                ones = numpy_helper.from_array(np.ones(1, dtype=np.float32))
+                real = self._add("ConstantOfShape", [shape], f"{stem}/ones", value=ones)
+            two = self._constant("attention/two", [2])
+            columns = self._add("Unsqueeze", [real, two], f"{stem}/columns")
+            near = self._neighbours(columns, radius, sizes, stem)
+            rows = self._add("Transpose", [near], f"{stem}/rows", perm=[0, 2, 1])
+            four = self._add("Unsqueeze", [rows, self._constant("attention/one", [1])], f"{stem}/four")
+            places = np.arange(3 * radius) - radius
+            band = np.abs(places - np.arange(radius)[:, None]) <= radius
+            seen = self._add(
+                "Mul", [four, self._constant(f"{stem}/band", band[None, None], np.float32)], f"{stem}/seen"
+            )
+            unseen = self._add("Sub", [seen, self._constant("attention/real_one", 1.0, np.float32)], f"{stem}/unseen")
+            far = self._constant("attention/far", -100 * _BLOCKED, np.float32)
+            self._made[key] = [self._add("Mul", [unseen, far], f"{stem}/low")]
+        return self._made[key][0]
