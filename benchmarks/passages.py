@@ -25,7 +25,7 @@ import os
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,23 +161,26 @@ def measure_model(folder: Path, rows: Sequence[Among]) -> Json:
     return {"model": folder.name, "settings": answerer.settings.to_dict(), "passages": found}
 
 
-def measure(models: Sequence[Path], data: Path, questions: int, seed: int) -> Json:
-    """The content of results/passages.json."""
+def measure(models: Sequence[Path], data: Path, questions: int, seed: int) -> Iterator[Json]:
+    """The content of results/passages.json, after each model."""
     everything = held_out(data)
     texts = list(dict.fromkeys(example.context for example in everything))
     generator = random.Random(seed)
     examples = generator.sample(everything, min(questions, len(everything)))
     rows = among(examples, texts, generator)
-    return report(
-        environment={"threads": len(os.sched_getaffinity(0))},
-        data=[f"held_out_{name}" for name in SETS],
-        data_sha256=hash_examples(examples),
-        questions=len(examples),
-        paragraphs=len(texts),
-        bm25s=bm25s.__version__,
-        seed=seed,
-        models=[measure_model(folder, rows) for folder in models],
-    )
+    measured: list[Json] = []
+    for folder in models:
+        measured.append(measure_model(folder, rows))
+        yield report(
+            environment={"threads": len(os.sched_getaffinity(0))},
+            data=[f"held_out_{name}" for name in SETS],
+            data_sha256=hash_examples(examples),
+            questions=len(examples),
+            paragraphs=len(texts),
+            bm25s=bm25s.__version__,
+            seed=seed,
+            models=measured,
+        )
 
 
 def table(found: Json) -> list[str]:
@@ -228,7 +231,8 @@ def main(models: tuple[Path, ...], check: bool, data: Path | None, **options: An
     if models:
         if data is None:
             raise click.UsageError("also give --data")
-        write_report(RESULTS / REPORT, measure(models, data, **options))
+        for found in measure(models, data, **options):
+            write_report(RESULTS / REPORT, found)
     lines = table(read_report(REPORT))
     write_table("docs/passages.md", "passages", lines, check=check)
     click.echo("\n".join(lines))
