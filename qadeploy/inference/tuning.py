@@ -322,7 +322,9 @@ class _Tuner:
     # ------------------------------------------------------------ logits and trials
 
     def _logits(self, answerer: Answerer) -> np.ndarray[Any, Any]:
-        return np.concatenate([values for pair in answerer.model.run(self.compared) for values in pair])
+        # One by one: windows side by side would take a second session, with all weights once more.
+        found = [answerer.model.run([window])[0] for window in self.compared]
+        return np.concatenate([values for pair in found for values in pair])
 
     def _apart(self, answerer: Answerer) -> float:
         return float(np.abs(self._logits(answerer) - self.logits).max())
