@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import T5Config, T5ForQuestionAnswering
 
 from qadeploy.errors import FailureError, InputError, MissingExtraError
+from qadeploy.export.attention import fuse_attention
 from qadeploy.export.fusion import fuse
-from qadeploy.export.graph import fuse_attention
 from qadeploy.export.masks import simplify_masks
 from qadeploy.export.onnx import export_graph
 from qadeploy.export.options import ExportOptions
