@@ -274,7 +274,8 @@ class Search:
             hash_examples(self.reference.choosing),
             self.options.target,
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
-            [_ROUNDS, self._questions, SESSIONS, list(map(dict, self.sessions))],
+            # Not what was timed here: it varies with the load, and the next run would find nothing.
+            [_ROUNDS, _TIMED, SESSIONS],
             [
                 inspect.getsource(m)
                 for m in (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)
