@@ -354,21 +354,11 @@ def _radius(graph: Graph, name: str) -> int | None:
 
 def _run_part(graph: Graph, name: str, feeds: dict[str, Any]) -> Any:
     """A value of the graph for these inputs; only what it depends on is run."""
-    needed = {name: None}
-    nodes = []
-    for node in reversed(graph.graph.node):
-        if any(output in needed for output in node.output):
-            nodes.append(node)
-            needed |= dict.fromkeys(node.input)
-    inputs = [i for i in graph.graph.input if i.name in needed]
-    weights = [t for t in graph.graph.initializer if t.name in needed]
-    output = helper.make_empty_tensor_value_info(name)
-    part = helper.make_graph(nodes[::-1], "part", inputs, [output], weights)
-    model = helper.make_model(part, opset_imports=graph.proto.opset_import, ir_version=graph.proto.ir_version)
+    model = graph.part(name)
     session = onnxruntime().InferenceSession(
         model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
     )
-    return session.run([name], {i.name: feeds[i.name] for i in inputs})[0]
+    return session.run([name], {i.name: feeds[i.name] for i in model.graph.input})[0]
 
 
 # ---------------------------------------------------------------- writing

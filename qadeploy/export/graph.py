@@ -7,7 +7,7 @@ from collections import defaultdict
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 _FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 _AXES = 8  # integers: fewer are axes or shapes
@@ -75,6 +75,19 @@ class Graph:
                 found[value] = node
                 stack += node.input
         return list(found.values())
+
+    def part(self, name: str) -> onnx.ModelProto:
+        """What computes a value, as a model of its own with that value as its output."""
+        needed, nodes = {name}, []
+        for node in reversed(self.graph.node):
+            if any(output in needed for output in node.output):
+                nodes.append(node)
+                needed.update(node.input)
+        inputs = [given for given in self.graph.input if given.name in needed]
+        constants = [tensor for tensor in self.graph.initializer if tensor.name in needed]
+        output = helper.make_empty_tensor_value_info(name)
+        part = helper.make_graph(nodes[::-1], "part", inputs, [output], constants)
+        return helper.make_model(part, opset_imports=self.proto.opset_import, ir_version=self.proto.ir_version)
 
     def prune(self) -> None:
         """Removes what no output needs: nodes, constants, inputs."""

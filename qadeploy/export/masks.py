@@ -59,7 +59,7 @@ def simplify_masks(model: onnx.ModelProto, longest: int) -> int:
 
 def _hides_padding_only(graph: Graph, name: str, shapes: Sequence[tuple[int, int]]) -> bool:
     """Whether a value is 0 for tokens and very negative for padding, for every query, on random masks of these shapes."""
-    evaluator = ReferenceEvaluator(_computing(graph, name))
+    evaluator = ReferenceEvaluator(graph.part(name))
     random = np.random.default_rng(0)
     for shape in shapes:
         mask = random.integers(0, 2, shape)
@@ -80,20 +80,6 @@ def _is_added(value: NDArray[np.float32], mask: NDArray[np.int64]) -> bool:
         return False
     kept = np.broadcast_to(mask[:, None, None, :] == 1, each.shape)
     return bool((each[kept] == 0).all() and (each[~kept] < _HIDDEN).all())
-
-
-def _computing(graph: Graph, name: str) -> onnx.ModelProto:
-    """The part of the graph that computes a value, as a model."""
-    needed, nodes = {name}, []
-    for node in reversed(graph.graph.node):
-        if needed & set(node.output):
-            nodes.append(node)
-            needed.update(node.input)
-    inputs = [i for i in graph.graph.input if i.name in needed]
-    constants = [tensor for tensor in graph.graph.initializer if tensor.name in needed]
-    output = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-    part = helper.make_graph(nodes[::-1], "mask", inputs, [output], constants)
-    return helper.make_model(part, opset_imports=graph.proto.opset_import, ir_version=graph.proto.ir_version)
 
 
 def _divide(graph: Graph, scores: str) -> None:

@@ -11,8 +11,8 @@ from qadeploy.export.reference import ROUNDS, Reference
 from qadeploy.inference.tuning import least_seconds
 
 _LONG = 900  # seconds, after which it says what would make it shorter
-_INT8 = 0.4  # of the time of fp32, about
-# Seconds per parameter that ONNX's libraries take on one core of 2024 to export, fuse or quantize a model: about.
+_INT8 = 0.4  # of the time of fp32: a rough guess too
+# Rough guesses, not measurements: the seconds per parameter that exporting, fusing and quantizing take.
 _EXPORTING, _FUSING, _QUANTIZING = 2e-7, 2e-7, 2e-7
 
 
