@@ -37,7 +37,7 @@ from qadeploy.inference.bundle import MODEL, Bundle
 from qadeploy.inference.doctor import diagnose
 from qadeploy.records import Annotation, Example, FloatArray
 from qadeploy.training.checkpoint import Checkpoint
-from qadeploy.training.exportable import choose_exporter
+from qadeploy.training.exportable import exporters
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.runs import HeldOut, dev_set, find_run
 from qadeploy.training.train import train
@@ -319,7 +319,7 @@ def run_matrix(architectures: Sequence[Architecture]) -> dict[str, Any]:
 def main(only_table: bool) -> None:
     """Runs the matrix and writes its results."""
     if not only_table:
-        write_json(RESULTS[choose_exporter()], run_matrix(ARCHITECTURES))
+        write_json(RESULTS[exporters()[0]], run_matrix(ARCHITECTURES))
     DOCS.write_text(written(DOCS.read_text(encoding="utf-8")), encoding="utf-8")
     click.echo("\n".join(table(recorded("optimum"), recorded("torch"))))
 

@@ -19,7 +19,7 @@ from qadeploy.inference.session import OnnxModel
 from qadeploy.inference.tuning import FP32_TOLERANCE
 from qadeploy.records import Window
 from qadeploy.training.checkpoint import Checkpoint, TorchModel, encoder_config, load_checkpoint
-from qadeploy.training.exportable import choose_exporter
+from qadeploy.training.exportable import exporters
 from tests.architectures_for_tests import DOCS, matrix, recorded, run_architecture, written
 from tests.conftest import triplets, write_jsonl
 from tests.models_for_tests import ARCHITECTURES, BY_NAME, LONGEST, Architecture
@@ -28,7 +28,7 @@ from tests.tokenizers_for_tests import family
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return recorded(choose_exporter())
+    return recorded(exporters()[0])
 
 
 def windows_of(checkpoint: Checkpoint, *repeats: int) -> list[Window]:

@@ -13,15 +13,20 @@ from transformers import (
     DebertaForQuestionAnswering,
     LayoutLMv3Config,
     LlamaConfig,
+    LlamaForQuestionAnswering,
     LongformerConfig,
     LongformerForQuestionAnswering,
     T5Config,
     XLNetConfig,
 )
 
+from qadeploy.data.loading import read
 from qadeploy.errors import FailureError, InputError
 from qadeploy.export.onnx import export_graph
-from qadeploy.training.exportable import TESTED, Exportable, exportable
+from qadeploy.export.parity import measure_parity, require_parity
+from qadeploy.inference.session import OnnxModel
+from qadeploy.training.checkpoint import load_checkpoint
+from qadeploy.training.exportable import TESTED, Exportable, exportable, exportable_by, exporters
 from qadeploy.training.train import train
 from tests.architectures_for_tests import RESULTS, recorded
 from tests.conftest import tiny_options, triplets, write_jsonl
@@ -42,12 +47,12 @@ def test_the_kinds_called_tested_are_those_of_the_recorded_matrix():
         (
             LongformerConfig(),
             False,
-            "an exported longformer model takes global_attention_mask, which a bundle does not provide",
+            "a longformer model exported by optimum takes global_attention_mask, which a bundle does not provide",
         ),
         (
             LayoutLMv3Config(),
             False,
-            "an exported layoutlmv3 model takes bbox, pixel_values, which a bundle does not provide",
+            "a layoutlmv3 model exported by optimum takes bbox, pixel_values, which a bundle does not provide",
         ),
         (XLNetConfig(), None, "optimum has no configuration for xlnet models"),
         (SimpleNamespace(model_type="own-code"), None, "optimum has no configuration for own-code models"),
@@ -56,21 +61,24 @@ def test_the_kinds_called_tested_are_those_of_the_recorded_matrix():
 )
 def test_what_optimum_says_about_a_kind_of_model(config, possible, why):
     pytest.importorskip("optimum.exporters.onnx", reason="the extra optimum is not installed")
-    assert exportable(config) == Exportable(possible, why)
+    assert exportable_by("optimum", config) == Exportable(possible, why)
 
 
-def test_without_optimum_only_tested_kinds_are_known(monkeypatch):
+def test_with_pytorchs_exporter_no_kind_is_ruled_out(monkeypatch):
+    open_kind = Exportable(None, "PyTorch's exporter is not tested on longformer models")
+    assert exportable_by("torch", LongformerConfig()) == open_kind
     monkeypatch.setitem(sys.modules, "optimum.exporters.onnx", None)
     assert exportable(BertConfig()) == Exportable(True)
-    assert exportable(LongformerConfig()) == Exportable(None, "PyTorch's exporter is not tested on longformer models")
-    assert exportable(LongformerConfig(), "torch") == exportable(LongformerConfig())
+    assert exportable(LongformerConfig()) == open_kind
 
 
-def test_export_gives_the_same_reason(tmp_path):
+def test_all_exporters_that_are_installed_are_asked(monkeypatch):
     pytest.importorskip("optimum.exporters.onnx", reason="the extra optimum is not installed")
-    checkpoint = SimpleNamespace(model=SimpleNamespace(config=LongformerConfig()))
-    with pytest.raises(FailureError, match=r"^an exported longformer model takes global_attention_mask"):
-        export_graph(checkpoint, tmp_path)
+    assert exportable(DebertaConfig()) == Exportable(True)
+    optimum, torch = (exportable_by(name, LongformerConfig()) for name in ("optimum", "torch"))
+    assert exportable(LongformerConfig()) == Exportable(None, f"{optimum.why}, and {torch.why}")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert exportable(LongformerConfig()) == optimum
 
 
 SIZES = {
@@ -83,16 +91,51 @@ SIZES = {
 }
 
 
-def test_train_refuses_a_model_that_cannot_be_exported_and_names_kinds_that_can(tiny_checkpoint, tmp_path):
-    pytest.importorskip("optimum.exporters.onnx", reason="the extra optimum is not installed")
+@pytest.fixture
+def longformer(tiny_checkpoint, tmp_path):
+    """A checkpoint that neither exporter takes."""
     base = tmp_path / "base"
     LongformerForQuestionAnswering(LongformerConfig(**SIZES, attention_window=[8])).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(base)
+    return base
+
+
+def test_export_says_why_each_exporter_refused(longformer, tmp_path):
+    checkpoint = load_checkpoint(longformer)
+    refused = (
+        "" if "optimum" not in exporters() else "a longformer model exported by optimum takes global_attention_mask.*; "
+    )
+    with pytest.raises(
+        FailureError, match=f"^{refused}PyTorch cannot export a longformer model: Could not guard"
+    ) as caught:
+        export_graph(checkpoint, tmp_path / "out")
+    assert "\x1b" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_optimum_does_not_take_is_exported_by_pytorch(tiny_checkpoint, tmp_path):
+    pytest.importorskip("optimum.exporters.onnx", reason="the extra optimum is not installed")
+    base = tmp_path / "base"
+    sizes = {**SIZES, "num_key_value_heads": 2}
+    LlamaForQuestionAnswering(LlamaConfig(**sizes)).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(base)
+    checkpoint = load_checkpoint(base)
+    with pytest.raises(FailureError, match=r"^optimum exports llama models, but not for question-answering$"):
+        export_graph(checkpoint, tmp_path / "none", "optimum")
+    assert export_graph(checkpoint, tmp_path) == "torch"
+    model = (tmp_path / "model.onnx").read_bytes()
+    found = OnnxModel(lambda: model, device="cpu", pad_token_id=checkpoint.encoder.config.pad_token_id)
+    examples = read(str(write_jsonl(tmp_path / "t.jsonl", triplets(6)))).examples
+    require_parity(measure_parity(checkpoint, found, examples), "exported")
+
+
+def test_train_refuses_a_model_that_cannot_be_exported_and_names_kinds_that_can(longformer, tmp_path, monkeypatch):
+    pytest.importorskip("optimum.exporters.onnx", reason="the extra optimum is not installed")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    base = longformer
     data = write_jsonl(tmp_path / "few.jsonl", triplets(16))
     said: list[str] = []
-    message = (
-        "base: an exported longformer model takes global_attention_mask.*give a --base of another kind: albert, bert,"
-    )
+    message = "base: a longformer model exported by optimum takes global_attention_mask.*give a --base of another kind: albert, bert,"
     with pytest.raises(InputError, match=message):
         train(tiny_options(data, base, tmp_path / "run"), said.append, progress=False)
     assert not any(line.startswith(("3 features", "4 training")) for line in said)

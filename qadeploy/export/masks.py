@@ -2,13 +2,13 @@
 
 How a mask is computed differs by release of transformers and by kind of model: ranges, gathers, comparisons, expansions. So
 it is known by what it does: it is computed from ``attention_mask`` alone, and on examples adds 0 to the scores of tokens and
-a very negative number to those of padding. Such a mask is replaced by the four nodes that ONNX Runtime's attention fusion
-knows. Any other, such as a local layer's window, is left as it is.
+a very negative number to those of padding, or chooses that number instead of the score. Such a mask is replaced by the nodes
+that ONNX Runtime's attention fusion knows. Any other, such as a local layer's window, is left as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,29 +36,45 @@ def simplify_masks(model: onnx.ModelProto, longest: int) -> int:
         How many attentions read the new mask.
     """
     graph = Graph(model)
-    inputs = {each.name for each in model.graph.input}
     shapes = ((3, 7), (1, min(longest, _LONGEST)))
     found: dict[str, bool] = {}
-    readers = []
+    masked: list[tuple[onnx.NodeProto, str]] = []  # by which node, and the scores
     for softmax in [node for node in model.graph.node if node.op_type == "Softmax"]:
-        add = graph.maker(softmax.input[0], "Add")
-        for i, name in enumerate(add.input if add is not None else ()):
+        node = graph.makers.get(softmax.input[0])
+        for name, scores, chosen in _readings(graph, node) if node is not None else ():
             if name not in found:
-                found[name] = graph.sources(name) & inputs == {_INPUT} and _hides_padding_only(graph, name, shapes)
-            if add is not None and found[name]:
-                readers.append((add, i))
-    if not readers:
+                found[name] = _hides_padding_only(graph, name, shapes, chosen)
+            if found[name]:
+                masked.append((node, scores))
+                break
+    if not masked:
         return 0
-    for node, i in readers:
-        node.input[i] = f"{_INPUT}/added"
-        _divide(graph, node.input[1 - i])
+    for node, scores in masked:
+        node.op_type = "Add"
+        node.input[:] = [_divide(graph, scores), f"{_INPUT}/added"]
     _add_mask(model)
     Graph(model).prune()
-    return len(readers)
+    return len(masked)
 
 
-def _hides_padding_only(graph: Graph, name: str, shapes: Sequence[tuple[int, int]]) -> bool:
-    """Whether a value is 0 for tokens and very negative for padding, for every query, on random masks of these shapes."""
+def _readings(graph: Graph, node: onnx.NodeProto) -> Iterator[tuple[str, str, float | None]]:
+    """How a node may mask scores: the mask, the scores, and for a condition what a score counts as where it holds."""
+    if node.op_type == "Add":
+        yield node.input[0], node.input[1], None
+        yield node.input[1], node.input[0], None
+    elif node.op_type == "Where":
+        low = graph.constant(node.input[1])
+        if low is not None and low.size == 1:
+            yield node.input[0], node.input[2], float(low.item())
+
+
+def _hides_padding_only(graph: Graph, name: str, shapes: Sequence[tuple[int, int]], chosen: float | None) -> bool:
+    """Whether a mask does nothing to tokens and hides padding, for every query, on random masks of these shapes.
+
+    ``chosen`` replaces the scores for which the mask, a condition, is true; None if the mask is added to them.
+    """
+    if graph.sources(name) & {each.name for each in graph.graph.input} != {_INPUT}:
+        return False
     evaluator = ReferenceEvaluator(graph.part(name))
     random = np.random.default_rng(0)
     for shape in shapes:
@@ -67,36 +83,55 @@ def _hides_padding_only(graph: Graph, name: str, shapes: Sequence[tuple[int, int
         value = evaluator.run(
             None, {each: mask if each == _INPUT else np.zeros_like(mask) for each in evaluator.input_names}
         )[0]
-        if not _is_added(value, mask):
+        if not _is_added(value if chosen is None else np.where(value, np.float32(chosen), np.float32(0)), mask):
             return False
     return True
 
 
 def _is_added(value: NDArray[np.float32], mask: NDArray[np.int64]) -> bool:
     batch, tokens = mask.shape
+    heads = value.shape[-3] if value.ndim > 2 else 1
     try:
-        each = np.broadcast_to(value, (batch, 1, tokens, tokens))
+        each = np.broadcast_to(value, (batch, heads, tokens, tokens))
     except ValueError:
         return False
     kept = np.broadcast_to(mask[:, None, None, :] == 1, each.shape)
     return bool((each[kept] == 0).all() and (each[~kept] < _HIDDEN).all())
 
 
-def _divide(graph: Graph, scores: str) -> None:
-    """Scales scores by a division if a multiplication does: of a Mul beside the mask the fusion thinks that it is the mask."""
-    node = graph.maker(scores, "Mul")
-    if node is None:
-        return
-    for i, name in enumerate(node.input):
-        factor = graph.constant(name)
-        if factor is not None and factor.size == 1:
-            divisor = numpy_helper.from_array(np.asarray(1 / float(factor.item()), factor.dtype), f"{name}/inverse")
-            if divisor.name not in graph.constants:
-                graph.constants[divisor.name] = divisor
-                graph.graph.initializer.append(divisor)
-            node.input[:] = [node.input[1 - i], divisor.name]
-            node.op_type = "Div"
-            return
+def _divide(graph: Graph, scores: str) -> str:
+    """The scores, scaled by a division after the product, which is the form that the fusion knows.
+
+    Of a Mul beside the mask the fusion thinks that it is the mask. A query that is scaled before the product scales the scores
+    alike. Returns the name of the scaled scores.
+    """
+    product = graph.maker(scores, "MatMul")
+    node = graph.maker(product.input[0], "Div") if product is not None else graph.maker(scores, "Mul")
+    found = _factor(graph, node) if node is not None else None
+    if node is None or found is None:
+        return scores
+    name, factor = found
+    if product is None:
+        divisor = numpy_helper.from_array(np.asarray(1 / float(factor.item()), factor.dtype), f"{name}/inverse")
+        if divisor.name not in graph.constants:
+            graph.constants[divisor.name] = divisor
+            graph.graph.initializer.append(divisor)
+        node.input[:] = [node.input[1 - list(node.input).index(name)], divisor.name]
+        node.op_type = "Div"
+        return scores
+    product.input[0] = node.input[0]
+    scaled = helper.make_node("Div", [scores, name], [f"{scores}/scaled"], f"{scores}/scaled")
+    graph.graph.node.insert(list(graph.graph.node).index(product) + 1, scaled)
+    return str(scaled.output[0])
+
+
+def _factor(graph: Graph, node: onnx.NodeProto) -> tuple[str, NDArray[Any]] | None:
+    """The constant that a node multiplies or divides by, with its name, or None if that is no single number."""
+    for name in node.input if node.op_type == "Mul" else node.input[1:]:
+        value = graph.constant(name)
+        if value is not None and value.size == 1:
+            return name, value
+    return None
 
 
 def _add_mask(model: onnx.ModelProto) -> None:

@@ -15,7 +15,7 @@ from qadeploy.export.reference import Reference
 from qadeploy.export.torch_exporter import export_by_torch
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.training.checkpoint import Checkpoint
-from qadeploy.training.exportable import choose_exporter, exportable
+from qadeploy.training.exportable import exportable_by, exporters
 
 _LARGEST = 2 * 2**30  # bytes of one protobuf file
 
@@ -26,41 +26,53 @@ def export(reference: Reference, out: Path, exporter: str = "auto") -> Bundle:
     Args:
         reference: The model, and the questions that judge the bundle.
         out: The bundle folder.
-        exporter: auto, optimum or torch; see ``choose_exporter``.
+        exporter: auto, optimum or torch; see ``exporters``.
 
     Raises:
         FailureError: The exporter cannot take the model, or is not installed (MissingExtraError).
         GateError: The logits miss parity.
         InputError: ``out`` exists and is not a bundle.
     """
-    exporter = choose_exporter(exporter)
     with writing_bundle(out) as work:
         reference.count(0, 1, " exporting to ONNX")
-        export_graph(reference.checkpoint, work, exporter)
-        finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain", "exporter": exporter})
+        used = export_graph(reference.checkpoint, work, exporter)
+        finish_bundle(reference, work, out.name, precision="fp32", made={"graph": "plain", "exporter": used})
     return open_bundle(out)
 
 
-def export_graph(checkpoint: Checkpoint, folder: Path, exporter: str = "auto") -> None:
+def export_graph(checkpoint: Checkpoint, folder: Path, exporter: str = "auto") -> str:
     """Writes the checkpoint as ``folder/model.onnx``, fp32; either exporter gives the same inputs, outputs and opset.
 
+    Returns:
+        The exporter that took the model, optimum or torch.
+
     Raises:
-        FailureError: The exporter cannot take the model, or is not installed (MissingExtraError).
+        FailureError: No exporter can take the model, or the one asked for is not installed (MissingExtraError).
     """
-    exporter = choose_exporter(exporter)
-    found = exportable(checkpoint.model.config, exporter)
-    if found.possible is False:
-        raise FailureError(found.why)
     if 4 * checkpoint.model.num_parameters() >= _LARGEST:
         raise FailureError("the exported model is larger than one ONNX file may be (2 GB), which a bundle must be")
-    if exporter == "optimum":
-        with tempfile.TemporaryDirectory() as work:
-            model = export_by_optimum(checkpoint, Path(work))
-    else:
-        model = export_by_torch(checkpoint)
-    read_shared_weights(model.graph)
-    folder.mkdir(parents=True, exist_ok=True)
-    onnx.save(model, folder / MODEL)
+    reasons = []
+    for used in exporters(exporter):
+        try:
+            model = _export_by(used, checkpoint)
+        except FailureError as error:
+            reasons.append(str(error))
+            continue
+        read_shared_weights(model.graph)
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx.save(model, folder / MODEL)
+        return used
+    raise FailureError("; ".join(reasons))
+
+
+def _export_by(exporter: str, checkpoint: Checkpoint) -> onnx.ModelProto:
+    found = exportable_by(exporter, checkpoint.model.config)
+    if found.possible is False:
+        raise FailureError(found.why)
+    if exporter == "torch":
+        return export_by_torch(checkpoint)
+    with tempfile.TemporaryDirectory() as work:
+        return export_by_optimum(checkpoint, Path(work))
 
 
 def read_shared_weights(graph: onnx.GraphProto) -> None:

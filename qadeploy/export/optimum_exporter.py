@@ -36,9 +36,7 @@ def export_by_optimum(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
         except Exception as error:  # optimum raises ValueError, KeyError, RuntimeError, ... by model
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
             reason = " ".join(str(error).split())[:300]
-            raise FailureError(
-                f"optimum cannot export a {kind} model: {reason} (--exporter torch may take it)"
-            ) from error
+            raise FailureError(f"optimum cannot export a {kind} model: {reason}") from error
     return onnx.load(folder / MODEL)
 
 

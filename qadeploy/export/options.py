@@ -19,7 +19,7 @@ class ExportOptions(DataFlags):
     out: str | None = option(None, "Bundle folder.", shown="bundles/NAME after the run", also=("--output",))
     exporter: Literal["auto", "optimum", "torch"] = option(
         "auto",
-        "What writes the ONNX graph: optimum, or PyTorch's own exporter; auto is optimum if optimum-onnx is installed.",
+        "What writes the ONNX graph: optimum, or PyTorch's own exporter; auto is optimum if optimum-onnx is installed and takes the model.",
     )
     quantize: bool = option(False, "Also write NAME-int8, if it keeps its F1.")
     fp16: bool = option(False, "Also write NAME-fp16, the graph for GPUs.")

@@ -28,7 +28,7 @@ from qadeploy.options import check
 from qadeploy.records import Example
 from qadeploy.timing import seconds_of, spread
 from qadeploy.training.checkpoint import Hub
-from qadeploy.training.exportable import choose_exporter
+from qadeploy.training.exportable import exporters
 from qadeploy.training.runs import find_run, held_out
 
 
@@ -135,7 +135,7 @@ class _Export:
 
     def __init__(self, source: str | None, options: ExportOptions, listener: Listener) -> None:
         self.options, self.listener = options, listener
-        self.exporter = choose_exporter(options.exporter)  # one that is not installed is missed now, not after scoring
+        exporters(options.exporter)  # one that is not installed is missed now, not after scoring
         self.found = find_run(source)
         self.place = Path(options.out or f"bundles/{self.found.name}")
         self.fused, self.int8, self.fp16 = (
@@ -153,7 +153,7 @@ class _Export:
         reference = self._reference()
         for line in plan_lines(self.options, reference, self.budget):
             self.listener.say(line)
-        plain = export(reference, self.place, self.exporter)
+        plain = export(reference, self.place, self.options.exporter)
         self.made.bundles.append(plain)
         self.listener.say(f"{self.place}: logits within {plain.manifest['parity']['max_abs_diff']:.1e} of PyTorch")
         if self.options.optimize:

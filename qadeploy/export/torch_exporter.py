@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from qadeploy.errors import FailureError
+from qadeploy.export.graph import Graph
 from qadeploy.export.masks import simplify_masks
 from qadeploy.records import LOGIT_NAMES
 from qadeploy.training.checkpoint import Checkpoint
@@ -48,8 +49,7 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
             )
         except Exception as error:  # of torch.export, the decompositions, onnxscript: by model
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
-            reason = " ".join(str(error).split())[:300]
-            raise FailureError(f"PyTorch cannot export a {kind} model: {reason}") from error
+            raise FailureError(f"PyTorch cannot export a {kind} model: {_reason(error)}") from error
     assert program is not None  # noqa: S101 - dynamo=True returns a program
     ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine
     proto = onnx_ir.to_proto(program.model)
@@ -59,8 +59,15 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
     proto.ir_version = _IR
     del proto.graph.value_info[:]
     _fill_biases(proto)
+    _spell_out_lengths(proto)
     simplify_masks(proto, checkpoint.encoder.config.position_limit)
     return proto
+
+
+def _reason(error: Exception) -> str:
+    """What the exporter failed at, without the advice for authors of models that it wraps it in."""
+    lines = str(error.__cause__ or error).strip().splitlines()
+    return f"{lines[0].strip()[:300]}" if lines else type(error).__name__
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -86,3 +93,30 @@ def _fill_biases(model: onnx.ModelProto) -> None:
             weights[name] = numpy_helper.from_array(np.zeros(weights[node.input[1]].dims, np.float32), name)
             model.graph.initializer.append(weights[name])
         node.input.append(name)
+
+
+def _spell_out_lengths(model: onnx.ModelProto) -> None:
+    """Takes positions up to the length of input_ids, as an element of its shape: so ONNX Runtime's fusion knows embeddings."""
+    graph = Graph(model)
+    for cut in [node for node in model.graph.node if node.op_type == "Slice"]:
+        positions, shape = graph.constant(cut.input[0]), graph.maker(cut.input[2], "Shape")
+        if positions is None or positions.ndim != 2 or shape is None or not _is_length(shape):
+            continue
+        name = f"{cut.output[0]}/length"
+        values = {f"{name}/axis": np.array(1), f"{name}/axes": np.array([0])}
+        model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in values.items())
+        steps = (
+            helper.make_node("Shape", ["input_ids"], [f"{name}/shape"]),
+            helper.make_node("Gather", [f"{name}/shape", f"{name}/axis"], [f"{name}/number"]),
+            helper.make_node("Unsqueeze", [f"{name}/number", f"{name}/axes"], [name]),
+        )
+        for place, node in enumerate(steps):
+            model.graph.node.insert(place, node)
+        cut.input[2] = name
+    Graph(model).prune()
+
+
+def _is_length(shape: onnx.NodeProto) -> bool:
+    """Whether this is the second axis of an input of the model, all of which are [batch, tokens]."""
+    axes = {each.name: each.i for each in shape.attribute}
+    return axes == {"start": 1, "end": 2} and shape.input[0] in ("input_ids", "attention_mask", "token_type_ids")

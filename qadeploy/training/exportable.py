@@ -23,6 +23,7 @@ TESTED = (
     "roberta",
     "xlm-roberta",
 )
+_MODULES = {"optimum": "optimum.exporters.onnx", "torch": "onnxscript"}  # by exporter, in the order of preference
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}  # what a bundle gives to its model
 
 
@@ -39,22 +40,23 @@ class Exportable:
     why: str = ""
 
 
-def choose_exporter(wanted: str = "auto") -> str:
-    """The exporter to take: optimum or torch.
+def exporters(wanted: str = "auto") -> tuple[str, ...]:
+    """The exporters to try, in order: optimum, torch, or both.
 
     Args:
-        wanted: Its name, or auto: optimum if optimum-onnx is installed, else PyTorch's own.
+        wanted: The name of one, or auto: optimum if optimum-onnx is installed, then PyTorch's own for what optimum cannot take.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: None is installed.
     """
-    if wanted != "torch" and _has("optimum.exporters.onnx"):
-        return "optimum"
-    if wanted == "optimum":
-        raise MissingExtraError("--exporter optimum", "optimum-onnx", "optimum")
-    if not _has("onnxscript"):
-        raise MissingExtraError("PyTorch's exporter", "onnxscript", "train")
-    return "torch"
+    missing = {
+        "optimum": MissingExtraError("--exporter optimum", "optimum-onnx", "optimum"),
+        "torch": MissingExtraError("PyTorch's exporter", "onnxscript", "train"),
+    }
+    installed = tuple(name for name, module in _MODULES.items() if wanted in ("auto", name) and _has(module))
+    if not installed:
+        raise missing["optimum" if wanted == "optimum" else "torch"]
+    return installed
 
 
 def _has(module: str) -> bool:
@@ -65,23 +67,34 @@ def _has(module: str) -> bool:
     return True
 
 
-def exportable(config: Any, exporter: str | None = None) -> Exportable:
-    """Looks up whether ``export`` can take a kind of model.
-
-    optimum is asked about kinds that are not tested. If it does not know a kind either, or PyTorch exports, the answer is open:
-    ``export`` then tries, and parity decides.
+def exportable(config: Any) -> Exportable:
+    """Looks up whether ``export`` can take a kind of model, by the exporters that are installed.
 
     Args:
         config: The model's configuration, as transformers has it.
-        exporter: optimum or torch; None for the one that ``export`` takes by default.
+    """
+    if config.model_type in TESTED:
+        return Exportable(True)
+    try:
+        found = [exportable_by(name, config) for name in exporters()]
+    except MissingExtraError as error:
+        return Exportable(None, str(error))
+    if any(each.possible for each in found):
+        return Exportable(True)
+    return Exportable(
+        None if any(each.possible is None for each in found) else False, ", and ".join(each.why for each in found)
+    )
+
+
+def exportable_by(exporter: str, config: Any) -> Exportable:
+    """Looks up whether an exporter, optimum or torch, can take a kind of model.
+
+    optimum is asked about kinds that are not tested. If it does not know a kind either, or PyTorch exports, the answer is open:
+    ``export`` then tries, and parity decides.
     """
     kind = config.model_type
     if kind in TESTED:
         return Exportable(True)
-    try:
-        exporter = exporter or choose_exporter()
-    except MissingExtraError as error:
-        return Exportable(None, str(error))
     if exporter == "torch":
         return Exportable(None, f"PyTorch's exporter is not tested on {kind} models")
     from optimum.exporters.onnx import model_configs  # noqa: F401 - makes them known
@@ -95,5 +108,7 @@ def exportable(config: Any, exporter: str | None = None) -> Exportable:
         return Exportable(False, f"optimum exports {kind} models, but not for {TASK}")
     more = sorted(set(tasks[TASK](config).inputs) - _INPUTS)
     if more:
-        return Exportable(False, f"an exported {kind} model takes {', '.join(more)}, which a bundle does not provide")
+        return Exportable(
+            False, f"a {kind} model exported by optimum takes {', '.join(more)}, which a bundle does not provide"
+        )
     return Exportable(True)

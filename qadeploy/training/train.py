@@ -235,7 +235,7 @@ def _check_export(checkpoint: Checkpoint, log: RunLog) -> None:
     if found.possible is False:
         raise InputError(
             f"{checkpoint.name}: {found.why}, so that qadeploy export could not take the trained model: give a --base of "
-            f"another kind: {', '.join(TESTED)}. (Not checked if optimum-onnx is not installed.)"
+            f"another kind: {', '.join(TESTED)}"
         )
     if found.possible is None:
         log.warning(
