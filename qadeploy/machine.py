@@ -5,9 +5,12 @@ They are read from ``/proc/cpuinfo``; on systems without it no instruction set i
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -126,6 +129,14 @@ def peak_memory() -> int | None:
     except OSError:
         return None
     return 1024 * int(found[0]) if found else None
+
+
+def return_freed_memory() -> None:
+    """Gives the memory of what was freed back to the system if the C library is glibc, which else keeps gigabytes of it."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 _CGROUPS = Path("/sys/fs/cgroup")

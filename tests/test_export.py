@@ -14,13 +14,14 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
-from transformers import FNetConfig, FNetForQuestionAnswering
+from transformers import AutoTokenizer, FNetConfig, FNetForQuestionAnswering
 
 from qadeploy import Answerer
 from qadeploy.data.loading import read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
 from qadeploy.export.fused import fusion_line, optimize
+from qadeploy.export.fusion import fuse_file
 from qadeploy.export.onnx import export, read_shared_weights
 from qadeploy.export.parity import Parity, parity_windows, require_parity
 from qadeploy.export.quantize.int8 import quantize
@@ -200,8 +201,23 @@ def test_a_model_that_optimum_cannot_export_is_named(reference, tmp_path):
     config = FNetConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
     checkpoint = replace(reference.checkpoint, model=FNetForQuestionAnswering(config).eval())
     with pytest.raises(FailureError, match="optimum cannot export a fnet model: "):
-        export(replace(reference, checkpoint=checkpoint), tmp_path / "out")
+        export(replace(reference, checkpoint=checkpoint), tmp_path / "out", "optimum")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_tell_padding_from_text_is_refused(tiny_checkpoint, tmp_path):
+    config = FNetConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
+    FNetForQuestionAnswering(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="fnet models take no attention_mask"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_failure_of_the_fusions_is_named_and_leaves_the_model(tmp_path):
+    (tmp_path / MODEL).write_bytes(b"no model")
+    with pytest.raises(FailureError, match=r"^ONNX Runtime's graph optimisation failed: .*DecodeError"):
+        fuse_file(tmp_path / MODEL, {"heads": 2, "hidden": 8})
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"no model"]
 
 
 def test_a_model_without_known_fusions_is_named(reference, bundle, tmp_path):

@@ -6,16 +6,14 @@ written beside the plain one, and both record their speed.
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
-import onnx
-
 from qadeploy.errors import FailureError
-from qadeploy.export.fusion import fuse, has_fusions
+from qadeploy.export.fusion import fuse_file, has_fusions
 from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
+from qadeploy.machine import return_freed_memory
 
 ATTENTION = ("Attention", "MultiHeadAttention")  # each is the whole of a layer's
 _COUNTED = (
@@ -42,14 +40,13 @@ def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
         raise FailureError(f"ONNX Runtime's graph optimisation has no fusions for {kind} models")
     with writing_bundle(out) as work:
         reference.count(0, 1, " fusing the graph")
-        fused = fuse(source.read(MODEL), architecture)
+        return_freed_memory()  # of the exported model's sessions
+        (work / MODEL).write_bytes(source.read(MODEL))
+        counts = fuse_file(work / MODEL, architecture)
         layers = architecture["layers"] or 0
-        counts = Counter(node.op_type for node in fused.model.graph.node)
         report = {name: counts.get(name, 0) for name in _COUNTED}
         if not any(report.values()):
             raise FailureError(f"ONNX Runtime's graph optimisation fused nothing in this {kind} model")
-        onnx.save(fused.model, work / MODEL)
-        del fused  # as large as the model
         made = {"graph": "fused", "from": source.name, "fused_nodes": report, "layers": layers}
         finish_bundle(reference, work, out.name, precision="fp32", made=made)
     return open_bundle(out)

@@ -1,19 +1,28 @@
 """ONNX Runtime's graph fusions (``onnxruntime.transformers``), for the graphs of the CPU and of CUDA.
 
-For the CPU, attention that they do not know is fused before.
+For the CPU, attention that they do not know is fused before. The fusions copy a model several times, so ``fuse_file`` runs them in
+a process of its own, with the large weights outside the copies.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import external_data_helper
 
+from qadeploy.errors import FailureError
 from qadeploy.export.attention import fuse_attention
 
 # ONNX Runtime's optimizer knows families of graphs; these are built like BERT's.
@@ -26,6 +35,43 @@ _BERT_LIKE = frozenset(
 def has_fusions(kind: str) -> bool:
     """Whether ONNX Runtime's optimizer knows graphs of this ``model_type``."""
     return kind in _BERT_LIKE
+
+
+_OUTSIDE = 2**16  # bytes of a weight that the copies go without
+_WEIGHTS = "weights.bin"
+
+
+def fuse_file(model: Path, architecture: Mapping[str, Any]) -> dict[str, int]:
+    """Fuses everything that can be in a model's file, which is replaced; returns how many nodes of each kind it has then.
+
+    Raises FailureError if ONNX Runtime's optimizer fails, with its reason; the file is then as it was.
+    """
+    sizes = [str(architecture[name] or 0) for name in ("heads", "hidden")]
+    command = [sys.executable, "-m", __name__, model.name, *sizes]
+    path = os.pathsep.join(each for each in sys.path if each)  # the child works beside the file
+    done = subprocess.run(
+        command, cwd=model.parent, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise FailureError(f"ONNX Runtime's graph optimisation failed: {reason}")
+    counts: dict[str, int] = json.loads(done.stdout)
+    return counts
+
+
+def _fuse_here(name: str, heads: int, hidden: int) -> dict[str, int]:
+    """``fuse_file`` for a file in the working folder, where onnx looks for weights outside a model if one is read."""
+    proto = onnx.load(name)
+    external_data_helper.convert_model_to_external_data(proto, location=_WEIGHTS, size_threshold=_OUTSIDE)
+    external_data_helper.write_external_data_tensors(proto, ".")
+    skeleton = proto.SerializeToString()
+    del proto
+    fused = fuse(skeleton, {"heads": heads, "hidden": hidden}).model
+    external_data_helper.load_external_data_for_model(fused, ".")
+    onnx.save(fused, f"{name}.new")
+    Path(_WEIGHTS).unlink(missing_ok=True)  # of a small model
+    Path(f"{name}.new").replace(name)
+    return Counter(node.op_type for node in fused.graph.node)
 
 
 def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = False) -> Any:
@@ -62,3 +108,7 @@ def silent() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+if __name__ == "__main__":
+    print(json.dumps(_fuse_here(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

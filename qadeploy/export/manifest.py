@@ -16,7 +16,7 @@ from qadeploy.inference.bundle_card import bundle_card
 from qadeploy.inference.probe import make_probe
 from qadeploy.inference.session import onnxruntime
 from qadeploy.inference.tuning import Tuning, model_of, tune
-from qadeploy.machine import machine
+from qadeploy.machine import machine, return_freed_memory
 from qadeploy.records import LOGIT_NAMES
 from qadeploy.training.provenance import versions_of
 
@@ -71,6 +71,7 @@ def finish_bundle(
     questions, if they are known. Raises GateError if its logits are further
     from PyTorch's than its precision allows.
     """
+    return_freed_memory()  # of the graph's copies
     tolerance = TOLERANCES[precision]
     checkpoint = reference.checkpoint
     model = work / MODEL

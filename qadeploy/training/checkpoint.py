@@ -74,8 +74,8 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
         overrides: Changes of the model's configuration.
 
     Raises:
-        CheckpointError: There is no such model, it has no fast tokenizer, a file is damaged, or the weights are a pickle, which
-            ``hub`` does not allow.
+        CheckpointError: There is no such model, it has no fast tokenizer or takes no attention_mask, a file is damaged, or
+            the weights are a pickle, which ``hub`` does not allow.
         InputError: The stored settings make no sense, a revision of a folder was requested, or the tokenizer leaves
             characters without a token.
     """
@@ -115,6 +115,10 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
         raise CheckpointError(_explain(name, folder, error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(f"{name}: has no fast tokenizer (tokenizer.json), which offsets need")
+    if "attention_mask" not in inspect.signature(model.forward).parameters:
+        raise CheckpointError(
+            f"{name}: {config.model_type} models take no attention_mask, so they would read padding as text: choose another kind"
+        )
     broken = list(loading["missing_keys"])
     if broken and folder.is_dir() and not _is_bare(folder):
         raise CheckpointError(f"{name}: the weights lack {', '.join(broken[:3])}: the file does not fit config.json")

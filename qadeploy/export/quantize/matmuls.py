@@ -26,15 +26,20 @@ TOKENS = 8  # of each window
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatMul:
-    """A MatMul node: its name, the value that is X, and W ``[depth, columns]``.
+    """A MatMul node: its name, the value that is X, and W's tensor.
 
     ``joins`` is the sum of its result (with bias) and another computed value; None if there is no such sum.
     """
 
     name: str
     source: str
-    weight: FloatArray
+    tensor: onnx.TensorProto
     joins: str | None = None
+
+    @property
+    def weight(self) -> FloatArray:
+        """W, ``[depth, columns]``: a copy, so one that is only held while it is needed."""
+        return np.asarray(numpy_helper.to_array(self.tensor))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +97,7 @@ def find_matmuls(proto: onnx.ModelProto) -> list[MatMul]:
         return None
 
     return [
-        MatMul(node.name, node.input[0], numpy_helper.to_array(constants[node.input[1]]), joins(node.output[0]))
+        MatMul(node.name, node.input[0], constants[node.input[1]], joins(node.output[0]))
         for node in proto.graph.node
         if node.op_type == "MatMul" and node.input[1] in constants and len(constants[node.input[1]].dims) == 2
     ]
@@ -101,12 +106,13 @@ def find_matmuls(proto: onnx.ModelProto) -> list[MatMul]:
 def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
     """Runs the float model on the windows and keeps ``TOKENS`` of each, evenly spread."""
     proto = onnx.load_model_from_string(model)
+    del model  # as large as the weights; the caller has handed it over
     matmuls = find_matmuls(proto)
     sources = list(dict.fromkeys(p.source for p in matmuls))
     names = list(dict.fromkeys([*sources, *(p.joins for p in matmuls if p.joins)]))
     known = {output.name for output in proto.graph.output}
     joined = {p.joins for p in matmuls if p.joins}
-    del matmuls  # and with them a copy of all weights
+    del matmuls  # and with them the weights
     proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in known)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"

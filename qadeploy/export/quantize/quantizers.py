@@ -28,6 +28,7 @@ def quantize_embeddings(model: bytes) -> bytes:
     ONNX Runtime's own quantizer gives a whole table one scale, which costs more accuracy.
     """
     proto = onnx.load_model_from_string(model)
+    del model  # as large as the weights; the caller has handed it over
     graph = proto.graph
     tables = {t.name: t for t in graph.initializer}
     users = Counter(name for node in graph.node for name in node.input)
@@ -66,9 +67,11 @@ def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = ()) -> byte
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quietly(), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / MODEL
+        source, path = Path(folder) / "source.onnx", Path(folder) / MODEL
+        source.write_bytes(model)
+        del model  # as large as the weights; the quantizer makes fewer copies of a file
         quantize_dynamic(
-            onnx.load_model_from_string(model),
+            source,
             path,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
@@ -94,9 +97,11 @@ def quantize_static_int8(model: bytes, windows: Sequence[Window], float_nodes: I
             return next(self.batches, None)
 
     with _quietly(), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / MODEL
+        source, path = Path(folder) / "source.onnx", Path(folder) / MODEL
+        source.write_bytes(model)
+        del model
         quantize_static(
-            onnx.load_model_from_string(model),
+            source,
             path,
             Reader(),
             quant_format=QuantFormat.QDQ,
@@ -117,7 +122,9 @@ def quantize_weights_int8(model: bytes) -> bytes:
 
     with _quietly():
         config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=8)
-        quantizer = MatMulNBitsQuantizer(onnx.load_model_from_string(model), algo_config=config)
+        proto = onnx.load_model_from_string(model)
+        del model
+        quantizer = MatMulNBitsQuantizer(proto, algo_config=config)
         quantizer.process()
         return bytes(quantizer.model.model.SerializeToString())
 

@@ -89,8 +89,10 @@ class Material:
         return rank_matmuls(self.rewritten.model, self.activations)
 
     def _logits_apart(self, other: bytes) -> float:
+        file = self._folder / "other.onnx"  # takes less memory than bytes
+        file.write_bytes(other)
         try:
-            runs = [self._run(each) for each in (self.source, other)]
+            runs = [self._run(each) for each in (self.source, file)]
         except Exception:  # if the runtime refuses the rewritten graph in any way, it is not used
             return np.inf
         return max(float(np.abs(a[i] - b[i]).max()) for a, b in zip(*runs, strict=True) for i in (0, 1))

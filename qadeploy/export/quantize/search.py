@@ -29,7 +29,7 @@ from qadeploy.files import hash_file, write_json
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.session import onnxruntime
 from qadeploy.inference.tuning import ROUNDS, SESSIONS
-from qadeploy.machine import machine, usable_cpus
+from qadeploy.machine import machine, return_freed_memory, usable_cpus
 from qadeploy.timing import interleave, spread
 
 TARGETS = ("latency", "throughput", "size")
@@ -170,7 +170,7 @@ class Search:
         """The questions that candidates are judged on, answered by the float model."""
         self.step("answering with the fp32 model")
         budget = self.options.budget
-        model = self._floats()[0]
+        model = make_answerer(self.reference, self.source, self.sessions[0])
         found = find_judges(self.reference, model, None if budget is None else _judging_seconds(budget))
         pairs = self._timed(_LEAST_TIMED)
         started = time.monotonic()
@@ -183,7 +183,9 @@ class Search:
         started = time.monotonic()
         try:
             self.step(f"{recipe.name}: making the model")
+            return_freed_memory()
             made = recipe.make(self.material)
+            return_freed_memory()  # of its copies
             answerers = [make_answerer(self.reference, made.model, session) for session in SESSIONS]
             self.step(f"{recipe.name}: answering {len(judges.examples)} questions")
             change = judges.change(answerers[0])
@@ -193,11 +195,9 @@ class Search:
             )
         else:
             self.step(f"{recipe.name}: timing one question at a time")
-            floats = self._floats()
-            latency = self._speeds(floats, answerers, one=True)
+            latency = self._speeds(answerers, one=True)
             self.step(f"{recipe.name}: timing many at once")
-            throughput = self._speeds(floats, answerers, one=False)
-            del floats
+            throughput = self._speeds(answerers, one=False)
             deciding = throughput if self.options.target == "throughput" else latency
             single, many = max(latency), max(throughput)
             candidate = MeasuredRecipe(
@@ -217,15 +217,17 @@ class Search:
         self._keep(recipe, candidate)
         return candidate
 
-    def _floats(self) -> list[Answerer]:
-        """The fp32 model with each of its session settings: made when needed, because it takes more memory than all the rest."""
-        return [make_answerer(self.reference, self.source, session) for session in self.sessions]
-
     def _timed(self, count: int) -> list[tuple[str, str]]:
         return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
 
-    def _speeds(self, floats: Sequence[Answerer], answerers: Sequence[Answerer], *, one: bool) -> list[_Speed]:
-        """Each answerer's speed as a multiple of the fp32 model's (its better settings): interleaved rounds, dev questions."""
+    def _speeds(self, answerers: Sequence[Answerer], *, one: bool) -> list[_Speed]:
+        """Each answerer's speed as a multiple of the fp32 model's (its better settings): interleaved rounds, dev questions.
+
+        The fp32 model is made anew each time: it takes more memory than all the rest, and its sessions for one question and
+        for many together twice as much.
+        """
+        return_freed_memory()
+        floats = [make_answerer(self.reference, self.source, session) for session in self.sessions]
         pairs = self._timed(self._questions)
         variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(floats)}
         variants |= {str(i): _asking(answerer, pairs, one) for i, answerer in enumerate(answerers)}

@@ -58,6 +58,7 @@ class SmoothedModel:
 def smoothquant(model: bytes, activations: Activations) -> SmoothedModel:
     """The model with its matmuls made ready for int8."""
     proto = onnx.load_model_from_string(model)
+    del model  # as large as the weights; the caller has handed it over
     groups: dict[str, list[MatMul]] = defaultdict(list)
     for matmul in find_matmuls(proto):
         groups[matmul.source].append(matmul)
