@@ -24,6 +24,7 @@ from qadeploy.export.quantize.quantizers import (
 from qadeploy.export.quantize.sensitivity import Sensitivity, rank_matmuls, worst
 from qadeploy.export.quantize.smoothquant import SmoothedModel, smoothquant
 from qadeploy.inference.session import OnnxModel
+from qadeploy.machine import return_freed_memory
 from qadeploy.records import Logits, Window
 
 REWRITING_TOLERANCE = 1e-4
@@ -70,6 +71,8 @@ class Material:
             made = make()
             file.write_bytes(made.model)
             self._made[name] = replace(made, model=b"")
+            del made
+            return_freed_memory()
         facts: _Model = self._made[name]
         return replace(facts, model=file.read_bytes())
 
