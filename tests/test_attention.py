@@ -142,10 +142,13 @@ def test_a_window_that_may_be_wider_than_the_probe_stays_a_bias_of_the_whole(mod
 def test_another_scale_of_the_scores_is_kept(mpnet):
     proto = onnx.load_model_from_string(mpnet.model)
     graph = Graph(proto)
-    scales = [graph.makers[n.input[1]] for n in proto.graph.node if n.op_type == "Div" and "attn" in n.name]
-    for node in scales:
-        node.attribute[0].t.CopyFrom(numpy_helper.from_array(np.float32(2.5)))
-    assert len(scales) == 2
+    for softmax in [n for n in proto.graph.node if n.op_type == "Softmax"]:
+        scores = graph.makers[softmax.input[0]]
+        while scores.op_type == "Add":  # of the mask and the bias
+            scores = graph.makers[scores.input[0]]
+        assert scores.op_type == "Div"
+        scores.input[1] = "other"
+    proto.graph.initializer.append(numpy_helper.from_array(np.float32(2.5), "other"))
     model = proto.SerializeToString()
     found = fuse_attention(model, HEADS)
     assert found.fused == 2
