@@ -101,7 +101,7 @@ def make_tiny_checkpoint(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that all workers of pytest-xdist share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
@@ -110,26 +110,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache(shared: Path) -> Iterator[Path]:
+def cache(shared_folder: Path) -> Iterator[Path]:
     """A cache of the tests' own, so that nothing is read from or left in the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QADEPLOY_CACHE", str(shared / "cache"))
-        yield shared / "cache"
+        patch.setenv("QADEPLOY_CACHE", str(shared_folder / "cache"))
+        yield shared_folder / "cache"
 
 
 Once = Callable[[str, Callable[[Path], Made]], Made]
 
 
 @pytest.fixture(scope="session")
-def once(shared: Path) -> Once[Any]:
+def once(shared_folder: Path) -> Once[Any]:
     """Builds a thing in a folder of its own, under a name, once for all workers; what ``build`` returns must be picklable.
 
     The other workers wait, and use the same folder: it must be left as it is.
     """
 
     def get(name: str, build: Callable[[Path], Made]) -> Made:
-        folder, returned = shared / name, shared / f"{name}.pickle"
-        with (shared / f"{name}.lock").open("w") as lock:
+        folder, returned = shared_folder / name, shared_folder / f"{name}.pickle"
+        with (shared_folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not returned.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
