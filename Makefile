@@ -1,6 +1,7 @@
 # make        lint and tests
 # make demo   train, export, quantize, bench and answer on what the repository ships
 # make test   all tests
+# make slow   the tests that fuzz, flood or kill many times: an hour
 # make quick  the tests that need neither torch nor a trained model nor other processes, in under a minute
 # make coverage   all tests, and the share of the lines that they run, by room
 # make test-next  the tests of training, export and answers on transformers 5 without optimum (constraints-next.txt)
@@ -21,12 +22,17 @@ NEXT := .venv-next
 NEXT_READY := $(NEXT)/.ready
 BUNDLE := bundles/handbook-int8
 NEXT_TESTS := tests/test_architectures.py tests/test_exporters.py tests/test_trainer.py tests/test_export.py \
-	tests/test_session_answerer.py tests/test_exportable.py tests/test_transformers_versions.py
+	tests/test_session_answerer.py tests/test_answerer_sharing.py tests/test_answerer_refused.py \
+	tests/test_exportable.py tests/test_transformers_versions.py
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--constraint constraints.txt --custom-compile-command 'make requirements'
-WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
+# Two per core, because many tests wait for other processes; a worker takes 1 to 2 GB.
+WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 3 ? 6 : 2 * n)))
 
-.PHONY: all setup lint format quick test test-next coverage requirements docs demo inference-servers node-check clean
+# Else each worker and each process that a test starts compiles everything anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: all setup lint format quick test slow test-next coverage requirements docs demo inference-servers node-check clean
 
 all: lint test
 
@@ -54,10 +60,13 @@ quick: $(READY)
 	$(BIN)/python -m pytest tests/unit
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 test-next: $(NEXT_READY)
-	$(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(NEXT_TESTS)
+	$(NEXT)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m 'slow or not slow' $(NEXT_TESTS)
 
 $(NEXT_READY): pyproject.toml constraints-next.txt
 	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
@@ -65,7 +74,7 @@ $(NEXT_READY): pyproject.toml constraints-next.txt
 	@touch $@
 
 coverage: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov=qadeploy --cov-report=
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov=qadeploy --cov-report=
 	@for room in qadeploy/*/; do \
 		printf '%-24s %s %%\n' $$room "$$($(BIN)/coverage report --include="$$room*" --format=total 2>/dev/null)"; \
 	done

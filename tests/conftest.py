@@ -1,19 +1,23 @@
-"""Shared by all tests: no network, and a tiny question-answering model that is trained once."""
+"""Shared by all tests: no network, and a tiny question-answering model that is trained once, whatever the number of workers."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pickle
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+
+Made = TypeVar("Made")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -96,19 +100,65 @@ def make_tiny_checkpoint(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all workers of pytest-xdist share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def cache(shared_folder: Path) -> Iterator[Path]:
     """A cache of the tests' own, so that nothing is read from or left in the user's."""
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("cache")
-        patch.setenv("QADEPLOY_CACHE", str(folder))
-        yield folder
+        patch.setenv("QADEPLOY_CACHE", str(shared_folder / "cache"))
+        yield shared_folder / "cache"
+
+
+Once = Callable[[str, Callable[[Path], Made]], Made]
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(shared_folder: Path) -> Once[Any]:
+    """Builds a thing in a folder of its own, under a name, once for all workers; what ``build`` returns must be picklable.
+
+    The other workers wait, and use the same folder: it must be left as it is.
+    """
+
+    def get(name: str, build: Callable[[Path], Made]) -> Made:
+        folder, returned = shared_folder / name, shared_folder / f"{name}.pickle"
+        with (shared_folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not returned.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                value = pickle.dumps(build(folder))
+                returned.write_bytes(value)
+        made: Made = pickle.loads(returned.read_bytes())
+        return made
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def brief() -> Iterator[None]:
+    """Exports measure speeds with few questions: those of a tiny model say nothing."""
+    from qadeploy.export import manifest, reference
+    from qadeploy.export.quantize import search
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "TUNING_SECONDS", 1.0)
+        patch.setattr(reference, "_TIMED_QUESTIONS", 4)
+        patch.setattr(search, "_TIMED", 4)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(once: Once[Path]) -> Path:
     """A question-answering checkpoint with random weights."""
-    return make_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+    return once("tiny", lambda folder: make_tiny_checkpoint(folder / "checkpoint"))
 
 
 @dataclass(frozen=True)
@@ -127,15 +177,18 @@ class Tiny:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Tiny:
+def tiny(once: Once[Tiny], tiny_checkpoint: Path, brief: None) -> Tiny:
     """A finished run, trained once through the real ``train``."""
-    from qadeploy.training.train import train
 
-    root = tmp_path_factory.mktemp("keepers")
-    data = write_jsonl(root / "keepers.jsonl", triplets())
-    said: list[str] = []
-    result = train(tiny_options(data, tiny_checkpoint, root / "runs" / "keepers"), said.append, progress=False)
-    return Tiny(root, data, result.folder, result.metrics, said)
+    def build(root: Path) -> Tiny:
+        from qadeploy.training.train import train
+
+        data = write_jsonl(root / "keepers.jsonl", triplets())
+        said: list[str] = []
+        result = train(tiny_options(data, tiny_checkpoint, root / "runs" / "keepers"), said.append, progress=False)
+        return Tiny(root, data, result.folder, result.metrics, said)
+
+    return once("keepers", build)
 
 
 def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
@@ -185,51 +238,70 @@ class Folded:
     remarks: str
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a command wrote."""
+
+    stdout: str
+    stderr: str
+
+
+def command(*arguments: object) -> Said:
+    """Runs a command that must succeed."""
+    from tests.cli_for_tests import well
+
+    result = well(*arguments)
+    return Said(result.stdout, result.stderr)
+
+
 @pytest.fixture(scope="session")
-def folded(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Folded:
+def folded(once: Once[Folded], tiny_checkpoint: Path, brief: None) -> Folded:
     """``qadeploy train --folds 3`` on 72 questions, 24 of them without an answer."""
-    from click.testing import CliRunner
 
-    from qadeploy.cli import main
+    def build(root: Path) -> Folded:
+        data = write_jsonl(root / "some.jsonl", unanswerable(72))
+        out = root / "runs" / "some"
+        said = command(*tiny_arguments(data, tiny_checkpoint, out, "--folds", "3", "--json"))
+        return Folded(data, out, json.loads(said.stdout), said.stderr)
 
-    root = tmp_path_factory.mktemp("folds")
-    data = write_jsonl(root / "some.jsonl", unanswerable(72))
-    command = tiny_arguments(data, tiny_checkpoint, root / "runs" / "some", "--folds", "3", "--json")
-    result = CliRunner().invoke(main, command)
-    assert result.exit_code == 0, result.output
-    return Folded(data, root / "runs" / "some", json.loads(result.stdout), result.stderr)
+    return once("folds", build)
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny: Tiny) -> Any:
-    """The result of ``qadeploy export --quantize`` on the tiny run; its bundles lie under ``root``."""
-    from click.testing import CliRunner
+def tiny_export(once: Once[Said], tiny: Tiny) -> Said:
+    """What ``qadeploy export --quantize`` said of the tiny run; its bundles lie under ``root``."""
 
-    from qadeploy.cli import main
+    def build(_: Path) -> Said:
+        shutil.rmtree(tiny.root / "bundles", ignore_errors=True)
+        with contextlib.chdir(tiny.root):
+            return command("export", tiny.run, "--quantize", "--json")
 
-    with contextlib.chdir(tiny.root):
-        result = CliRunner().invoke(main, ["export", str(tiny.run), "--quantize", "--json"])
-    assert result.exit_code == 0, result.output
-    return result
+    return once("export", build)
 
 
 @pytest.fixture(scope="session")
-def bundle(tiny: Tiny, tiny_export: Any) -> Path:
+def bundle(tiny: Tiny, tiny_export: Said) -> Path:
     """The tiny fp32 bundle."""
     return tiny.bundle()
 
 
 @pytest.fixture(scope="session")
-def plain_int8(tiny: Tiny, tiny_export: Any) -> Path:
+def plain_int8(once: Once[Path], tiny: Tiny) -> Path:
     """The tiny model in plain int8, ``keepers-int8``; which recipe ``tiny_export`` chose is the machine's to say."""
-    from click.testing import CliRunner
 
-    from qadeploy.cli import main
+    def build(root: Path) -> Path:
+        recipe = ("--quantize", "--recipe", "int8", "--max-f1-drop", 100)
+        command("export", tiny.run, "--no-optimize", *recipe, "--out", root / "keepers")
+        return root / "keepers-int8"
 
-    command = ["export", str(tiny.run), "--no-optimize", "--quantize", "--recipe", "int8", "--max-f1-drop", "100"]
-    result = CliRunner().invoke(main, [*command, "--out", str(tiny.root / "plain" / "keepers")])
-    assert result.exit_code == 0, result.output
-    return tiny.root / "plain" / "keepers-int8"
+    return once("plain", build)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test in an empty working directory of its own."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
 
 
 def sealed_copy(bundle: Path, folder: Path, model: bytes | None = None, **manifest: Any) -> Path:

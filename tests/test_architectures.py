@@ -55,9 +55,14 @@ def settled(row: dict[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- the matrix
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+# Token types and absolute positions; positions from 2 on; relative attention; local attention with rotary positions.
+QUICK = ("BERT", "RoBERTa", "DeBERTa-v3", "ModernBERT")
+EACH = [pytest.param(a, id=a.name, marks=[] if a.name in QUICK else [pytest.mark.slow]) for a in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("architecture", EACH)
 def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Any], architecture: Architecture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Any], architecture: Architecture, brief: None
 ) -> None:
     monkeypatch.setattr("qadeploy.inference.session.usable_cpus", lambda: 1)  # tiny models gain nothing from threads
     row = run_architecture(architecture, tmp_path)

@@ -22,13 +22,14 @@ from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
 from qadeploy.export.fused import fusion_line, optimize
 from qadeploy.export.fusion import fuse_file
-from qadeploy.export.onnx import export, read_shared_weights
-from qadeploy.export.parity import Parity, parity_windows, require_parity
+from qadeploy.export.onnx import export, export_graph, read_shared_weights
+from qadeploy.export.parity import Parity, measure_parity, parity_windows, require_parity
 from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.recipes import RECIPES
 from qadeploy.export.quantize.search import SearchOptions
 from qadeploy.export.reference import Reference, make_reference
 from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, open_bundle
+from qadeploy.inference.session import OnnxModel
 from qadeploy.inference.tuning import SPINNING
 from qadeploy.records import Example, Window
 from qadeploy.shipped import base_bundle_path, base_model_path
@@ -336,16 +337,18 @@ def test_held_out_data_of_the_run_or_of_the_call_come_first(tiny, tiny_checkpoin
 
 def test_the_base_model_exports_with_the_logits_of_pytorch(tmp_path):
     try:
-        base = base_model_path()
+        checkpoint = load_checkpoint(base_model_path())
     except CheckpointError as error:
         pytest.skip(str(error))
     first, second = read("handbook").examples[::500]
-    reference = make_reference(Run("base", base, None), HeldOut("handbook", (first,)))
-    bundle = export(reference, tmp_path / "base")
-    longest = reference.checkpoint.settings.max_seq_len
-    windows = [w for size in (48, 100, longest) for w in windows_of(reference.checkpoint, [second], [size])[-2:]]
+    export_graph(checkpoint, tmp_path)
+    pad = checkpoint.encoder.config.pad_token_id
+    model = OnnxModel(lambda: str(tmp_path / MODEL), device="cpu", pad_token_id=pad)
+    require_parity(measure_parity(checkpoint, model, [first]), "exported")
+    longest = checkpoint.settings.max_seq_len
+    windows = [w for size in (48, 100, longest) for w in windows_of(checkpoint, [second], [size])[-2:]]
     assert len({len(w) for w in windows}) >= 4
-    assert largest_difference(reference.checkpoint, Answerer.load(bundle.folder).model, windows) < 1e-4
+    assert largest_difference(checkpoint, model, windows) < 1e-4
 
 
 # ---------------------------------------------------------------- threshold and temperature

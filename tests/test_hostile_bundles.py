@@ -500,5 +500,6 @@ def test_no_logits_belong_to_onnx_runtime(bundle):
     assert all(isinstance(owner(array), np.ndarray) for array in arrays)
 
 
-def test_no_child_hangs_that_was_forked_in_the_middle_of_runs(bundle, tmp_path):
-    run_script(tmp_path, FORKS, bundle, 100, seconds=300)
+@pytest.mark.parametrize("children", [30, pytest.param(300, marks=pytest.mark.slow)])
+def test_no_child_hangs_that_was_forked_in_the_middle_of_runs(children, bundle, tmp_path):
+    run_script(tmp_path, FORKS, bundle, children, seconds=300)

@@ -24,8 +24,8 @@ from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.errors import LogitsError
 from qadeploy.inference.session import Pending
 from qadeploy.records import Logits, Window
+from tests.cli_for_tests import value, well
 from tests.conftest import triplets
-from tests.test_cli import value, well
 from tests.tokenizers_for_tests import family, texts, thorough
 from tests.unit.test_spans import brute_force, random_logits, rows
 

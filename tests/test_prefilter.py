@@ -25,8 +25,8 @@ from qadeploy.errors import InputError, TooManyWindowsError
 from qadeploy.evaluation.predictions import Recorder
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.inference.trace import trace_dict, trace_lines
+from tests.cli_for_tests import value, well
 from tests.conftest import NAMES, THINGS, write_jsonl
-from tests.test_cli import value, well
 from tests.tokenizers_for_tests import thorough
 
 # Which thing a sentence is about stands only there, so that a lexical score can find it.

@@ -80,7 +80,8 @@ def test_a_fresh_environment_can_be_made_of_the_list(tmp_path):
     make = [sys.executable, "-m", "venv", str(tmp_path / "venv")]
     subprocess.run(make, check=True, capture_output=True)
     python = str(tmp_path / "venv" / "bin" / "python")
-    command = [python, "-m", "pip", "install", "-q", "--require-hashes", "--only-binary=:all:"]
+    flags = ("--require-hashes", "--only-binary=:all:", "--no-compile")  # bytecode of all packages would take longest
+    command = [python, "-m", "pip", "install", "-q", *flags]
     listed = str(ROOT / "requirements" / "cpu.txt")
     done = subprocess.run([*command, "-r", listed], capture_output=True, text=True, check=False)
     if "from versions: none" in done.stderr:

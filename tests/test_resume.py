@@ -129,7 +129,8 @@ def whole(options: Callable[..., TrainOptions], tmp_path_factory: pytest.TempPat
 # ---------------------------------------------------------------- killed
 
 
-def test_a_run_killed_at_ten_random_moments_and_resumed_is_the_run_without_a_break(whole, options, fast):
+@pytest.mark.parametrize(("kills", "parts"), [(3, 2), pytest.param(10, 3, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_moments_and_resumed_is_the_run_without_a_break(kills, parts, whole, options, fast):
     begun = time.perf_counter()
     assert run(options(fast / "again")) == 0
     seconds = time.perf_counter() - begun
@@ -137,11 +138,11 @@ def test_a_run_killed_at_ten_random_moments_and_resumed_is_the_run_without_a_bre
 
     draw = random.Random(7)
     reached = set()
-    for number in range(30):
-        if number >= 10 and len(reached) >= 3:
+    for number in range(3 * kills):
+        if number >= kills and len(reached) >= parts:
             break
         out = fast / f"run{number}"
-        delay = (number % 10 + draw.random()) / 10 * seconds
+        delay = (number % kills + draw.random()) / kills * seconds
         while run(options(out), delay=delay) != -signal.SIGKILL:  # over already: this machine is faster now
             shutil.rmtree(out)
             delay *= 0.7
@@ -150,12 +151,12 @@ def test_a_run_killed_at_ten_random_moments_and_resumed_is_the_run_without_a_bre
                 find_run(out)
         saved = newest_complete(out / "checkpoints")
         reached.add(saved.step if saved else 0)
-        if number in {3, 6}:
+        if number in {kills // 3, 2 * kills // 3}:
             run(options(out), resume=True, delay=draw.random() * seconds)
         assert run(options(out), resume=True) == 0
         assert_same(out, whole)
         shutil.rmtree(out)
-    assert len(reached) >= 3  # the kills hit different parts of the run
+    assert len(reached) >= parts  # the kills hit different parts of the run
 
 
 @dataclass(frozen=True)

@@ -1,41 +1,29 @@
-"""The answerer and the sessions under it: equal to PyTorch, equal to itself in every call form, and safe to share."""
+"""The answerer and the sessions under it: equal to PyTorch, and equal to itself in every call form."""
 
 from __future__ import annotations
 
 import itertools
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy import Answer, Answerer
 from qadeploy.core.decoding import WindowLogits, decode_many
 from qadeploy.core.settings import Options
-from qadeploy.errors import (
-    BundleError,
-    DataError,
-    DeviceError,
-    InputError,
-    LogitsError,
-    QuestionTooLongError,
-    StrideError,
-    TooManyWindowsError,
-)
+from qadeploy.errors import BundleError, TooManyWindowsError
 from qadeploy.inference import session
 from qadeploy.inference.answerer import to_answers
 from qadeploy.inference.bundle import open_bundle
-from qadeploy.inference.session import OnnxModel, Pending
-from qadeploy.records import Example, Logits, Window
+from qadeploy.inference.session import OnnxModel
+from qadeploy.records import Logits, Window
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
-from tests.conftest import NAMES, THINGS, sealed_copy, triplets
+from tests.conftest import sealed_copy, triplets
 from tests.sessions_for_tests import Sessions
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
@@ -310,6 +298,20 @@ def same_logits(left: list[Logits], right: list[Logits]) -> None:
             np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def crafted(
+    factor: float, outputs: tuple[str, str] = ("start_logits", "end_logits"), ints: int = TensorProto.INT64
+) -> bytes:
+    """A model without attention_mask whose logits are its ids times ``factor``; ``ints`` is the type of its inputs."""
+    shape = ["batch", "sequence"]
+    inputs = [helper.make_tensor_value_info(n, ints, shape) for n in ("input_ids", "token_type_ids")]
+    floats = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in outputs]
+    nodes = [helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT)]
+    nodes += [helper.make_node("Mul", ["ids", "factor"], [name]) for name in outputs]
+    weights = [numpy_helper.from_array(np.float32([factor]), "factor")]
+    graph = helper.make_graph(nodes, "crafted", inputs, floats, weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10).SerializeToString()
+
+
 @pytest.mark.parametrize("ints", [TensorProto.INT64, TensorProto.INT32])
 def test_a_model_without_a_mask_never_sees_padding(answerer, sessions, ints):
     model = OnnxModel(lambda: crafted(2.0, ints=ints), device="cpu", threads=2, pad_token_id=7)
@@ -431,308 +433,3 @@ sys.exit(0 if kept > 100 and given_back < kept / 4 else f"{kept:.0f} MB kept, {g
 def test_memory_taken_by_large_inputs_is_given_back(tmp_path):
     (tmp_path / "model.onnx").write_bytes(squares())
     run_script(tmp_path, MEMORY, tmp_path / "model.onnx")
-
-
-# ---------------------------------------------------------------- contexts that are kept, and streams
-
-
-def test_twenty_questions_on_one_document_tokenise_it_once(bundle, monkeypatch):
-    document = " ".join(LONG for _ in range(20))[:20_000]
-    asked = [(f"Who keeps the {thing} of {name}?", document) for thing in THINGS[:4] for name in NAMES[:5]]
-    loaded, seen = Answerer.load(bundle, device="cpu", threads=2), []
-    encode = loaded.encoder.encode
-    monkeypatch.setattr(loaded.encoder, "encode", lambda text: seen.append(text) or encode(text))
-    with_cache = Answerer(loaded.encoder, loaded.settings, loaded.model)
-    alone = [with_cache.answer(*pair) for pair in asked]
-    assert same(alone, with_cache.answer_batch(asked))
-    assert seen.count(document) == 1
-    stats = with_cache.stats()
-    assert (stats.misses, stats.hits, stats.entries) == (1, 39, 1)
-    assert stats.bytes == with_cache.encoder.encode(document).nbytes
-    without = Answerer.load(bundle, device="cpu", threads=2, context_cache_bytes=0)
-    assert same([without.answer(*pair) for pair in asked[:2]], alone[:2])
-    assert (without.stats().misses, without.stats().entries) == (2, 0)
-    assert same(without.answer_batch(asked[:2]), alone[:2])  # one call tokenises it once all the same
-    assert (without.stats().misses, without.stats().hits) == (3, 1)
-
-
-def test_a_stream_gives_all_answers_before_the_error(answerer):
-    def source(broken):
-        yield from PAIRS * 4
-        if broken:
-            raise OSError("the file went away")
-        yield "", "text"
-
-    found = []
-
-    def take(broken):
-        found.clear()
-        found.extend(answers[0].text for answers in answerer.answer_stream(source(broken)))
-
-    with pytest.raises(InputError, match=r"^pair 97: question is empty"):
-        take(broken=False)
-    assert found == GOLD * 4  # three chunks of 32
-    with pytest.raises(OSError, match="the file went away"):
-        take(broken=True)
-    assert found == GOLD * 4
-
-
-def test_the_next_questions_are_tokenised_while_the_model_works(bundle, sessions, monkeypatch):
-    own = Answerer.load(bundle, device="cpu", threads=2)
-    begin, order = own.model.start, []
-
-    def start(windows):
-        order.append(len(windows))
-        if len(order) == 2:  # the second chunk is cut into windows, and none of the first has run
-            sessions.release()
-        return begin(windows)
-
-    monkeypatch.setattr(own.model, "start", start)
-    sessions.hold()
-    assert [a[0].text for a in own.answer_batch(PAIRS * 3)] == GOLD * 3
-    assert sum(order) == len(PAIRS * 3)
-
-
-def test_a_stream_that_is_left_drops_its_work(bundle, sessions, monkeypatch):
-    monkeypatch.setattr(session, "LARGE", 1)  # every call
-    own = Answerer.load(bundle, device="cpu", threads=2)
-    stream = own.answer_stream(itertools.cycle(PAIRS))
-    assert next(stream)[0].text == GOLD[0]
-    stream.close()
-    found = []
-    assert sessions.shrink_after(lambda: found.extend(own.answer(*PAIRS[1])))  # no call counts as running
-    assert found[0].text == GOLD[1]
-
-
-# ---------------------------------------------------------------- threads and processes
-
-
-def test_sixteen_threads_with_mixed_options_answer_like_one(answerer):
-    options = [
-        {},
-        {"top_k": 3},
-        {"max_seq_len": 40, "doc_stride": 8},
-        {"max_seq_len": 64, "doc_stride": 20, "top_k": 2},
-        {"allow_no_answer": True, "top_k": 2},
-        {"align_to_words": True, "max_answer_len": 4},
-    ]
-    calls = [(MIXED[n % len(MIXED)], options[n % len(options)]) for n in range(240)]
-
-    def ask(call):
-        (question, context), chosen = call
-        if len(question) % 2:
-            return answerer.answer(question, context, **chosen)
-        return answerer.answer_batch([(question, context)], **chosen)[0]
-
-    serial = [ask(call) for call in calls]
-    with ThreadPoolExecutor(16) as pool:
-        assert same(list(pool.map(ask, calls)), serial)
-
-
-FORK = """
-import os, sys
-from qadeploy import Answerer
-
-def answers(answerer):
-    found = answerer.answer_batch(pairs) + [answerer.answer(*pairs[0])]
-    return [(a[0].text, a[0].start) for a in found]
-
-pairs = [("Who keeps the lamp?", "Ada keeps the lamp in room 0. Fay keeps the boat outside.")] * 6
-answerer = Answerer.load(sys.argv[1], device="cpu", threads=2)
-expected = answers(answerer)  # every session and the pool are in use before the fork
-for asks in (True, False):
-    child = os.fork()
-    if not child:
-        sys.exit(0 if not asks or answers(answerer) == expected else 3)  # the interpreter shuts down as usual
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if status:
-        sys.exit(f"child that asks={asks} ended with {status}")
-stream = answerer.answer_stream(pairs * 40)
-first = next(stream)  # and now windows of the stream are on their way
-child = os.fork()
-if not child:
-    rest = [(a[0].text, a[0].start) for a in stream]
-    sys.exit(0 if rest == (expected[:-1] * 40)[1:] else 5)
-status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-if status or len(list(stream)) != 239:
-    sys.exit(f"child within a stream ended with {status}")
-sys.exit(0 if answers(answerer) == expected and expected[0][0] == "Ada" else 4)
-"""
-
-SPAWN = """
-import multiprocessing, sys
-from qadeploy import Answerer
-
-def load(path):
-    global answerer
-    answerer = Answerer.load(path, device="cpu", threads=1)
-
-def ask(pair):
-    return answerer.answer(*pair)[0].text
-
-if __name__ == "__main__":
-    pairs = [("Who keeps the lamp?", f"{name} keeps the lamp in room 0.") for name in ("Ada", "Bela", "Cora")]
-    with multiprocessing.get_context("spawn").Pool(2, load, (sys.argv[1],)) as pool:
-        found = pool.map(ask, pairs)
-    sys.exit(0 if found == ["Ada", "Bela", "Cora"] else f"found {found}")
-"""
-
-
-def test_after_a_fork_parent_and_child_answer(bundle, tmp_path):
-    run_script(tmp_path, FORK, bundle)
-
-
-def test_spawned_processes_answer(bundle, tmp_path):
-    run_script(tmp_path, SPAWN, bundle)
-
-
-# ---------------------------------------------------------------- what is refused
-
-
-@pytest.mark.parametrize(
-    ("question", "context", "message"),
-    [
-        ("", "Some text.", "question is empty"),
-        (" \n", "Some text.", "question is empty"),
-        ("Who?", "", "context is empty"),
-        ("Who?", "\u2003", "context is empty"),
-        (None, "Some text.", "question must be text, not NoneType"),
-        ("Who?", 7, "context must be text, not int"),
-        ("Who?", b"bytes", "context must be text, not bytes"),
-        ("Who?", "half \ud800 pair", "lone surrogate"),
-    ],
-)
-def test_bad_texts_are_named_alone_and_in_a_batch(answerer, question, context, message):
-    with pytest.raises(InputError, match=message) as caught:
-        answerer.answer(question, context)
-    assert "pair" not in str(caught.value).partition(message)[0]
-    with pytest.raises(InputError, match=f"^pair 2: .*{message}"):
-        answerer.answer_batch([PAIRS[0], (question, context), PAIRS[1]])
-
-
-@pytest.mark.parametrize("pair", ["no pair", ("one",), ("a", "b", "c"), None, {"question": "q", "context": "c"}])
-def test_what_is_no_pair_is_named(answerer, pair):
-    with pytest.raises(InputError, match=r"^pair 3: must be a \(question, context\) pair, not \w+"):
-        answerer.answer_batch([PAIRS[0], PAIRS[1], pair])
-
-
-def test_a_bad_pair_late_in_a_stream_is_numbered_from_its_start(answerer):
-    stream = answerer.answer_stream([*PAIRS * 3, ("Who?", "")])
-    with pytest.raises(InputError, match=r"^pair 73: context is empty"):
-        list(stream)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"top_k": 0}, InputError, "top_k must be a whole number from 1, not 0"),
-        ({"max_answer_len": 0}, InputError, "max_answer_len"),
-        ({"max_seq_len": 161}, InputError, "limit of 160 tokens"),
-        ({"max_seq_len": 5}, QuestionTooLongError, "no room for the context"),
-        ({"max_seq_len": 40, "doc_stride": 40}, StrideError, "doc_stride must be below max_seq_len 40, not 40"),
-        ({"doc_stride": -1}, InputError, "doc_stride"),
-    ],
-)
-def test_bad_options_are_named(answerer, options, error, message):
-    with pytest.raises(error, match=message):
-        answerer.answer("Who keeps the lamp?", LONG, **options)
-
-
-@pytest.mark.parametrize("tokens", [1, 4, 9])
-def test_a_question_that_leaves_no_more_than_doc_stride_overlaps_by_half_of_its_room(answerer, tokens):
-    question = "Who keeps the lamp?"
-    size = len(answerer.encoder.encode(question)) + answerer.encoder.special_tokens + tokens
-    expected = answerer.answer(question, LONG, max_seq_len=size, doc_stride=tokens // 2, top_k=3)
-    assert answerer.answer(question, LONG, max_seq_len=size, doc_stride=tokens, top_k=3) == expected
-    assert answerer.answer_batch([(question, LONG)], max_seq_len=size, doc_stride=size - 1, top_k=3) == [expected]
-
-
-def test_every_question_without_room_is_named_before_any_is_asked(answerer):
-    long = "Who keeps the lamp " * 60
-    examples = [Example(i, q, "Ada.") for i, q in (("a", "Who?"), ("b", long), ("c", "Who?"), ("d", long))]
-    with pytest.raises(DataError) as caught:
-        answerer.require_room(examples, "faq.jsonl")
-    numbers = [
-        re.match(r"faq\.jsonl: question (\d) \(id (\w)\), field question: .*no room", p) for p in caught.value.problems
-    ]
-    assert [n and n.groups() for n in numbers] == [("2", "b"), ("4", "d")]
-    answerer.require_room(examples[::2], "faq.jsonl")
-
-
-@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this is a CUDA build")
-@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_cuda_on_a_cpu_build_says_what_to_install(bundle, device):
-    with pytest.raises(DeviceError, match=r"CPU build.*pip install 'qadeploy\[gpu\]'"):
-        Answerer.load(bundle, device=device)
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "", "CUDA"])
-def test_unknown_devices_are_refused(bundle, device):
-    with pytest.raises(InputError, match="choose auto, cpu, cuda or cuda:N"):
-        Answerer.load(bundle, device=device)
-
-
-@pytest.mark.parametrize("threads", [0, -2])
-def test_threads_are_at_least_one(bundle, threads):
-    with pytest.raises(InputError, match=f"threads {threads} is below 1"):
-        Answerer.load(bundle, threads=threads)
-
-
-def test_load_says_what_it_loaded(bundle):
-    loaded = Answerer.load(str(bundle))
-    assert loaded.bundle is not None
-    assert loaded.bundle.folder == bundle
-    assert (loaded.settings, loaded.encoder.config) == (loaded.bundle.settings, loaded.bundle.encoder)
-    assert set(loaded.model.inputs) == {"input_ids", "attention_mask", "token_type_ids"}
-    with pytest.raises(InputError, match="no such bundle folder"):
-        Answerer.load(bundle / "nowhere")
-
-
-def test_a_model_and_an_encoder_that_disagree_on_segments_are_refused(bundle, tmp_path):
-    encoder = {**open_bundle(bundle).manifest["encoder"], "segments": 0}
-    with pytest.raises(BundleError, match="disagree on token_type_ids"):
-        Answerer.load(sealed_copy(bundle, tmp_path / "copy", encoder=encoder))
-
-
-def crafted(
-    factor: float, outputs: tuple[str, str] = ("start_logits", "end_logits"), ints: int = TensorProto.INT64
-) -> bytes:
-    """A model without attention_mask whose logits are its ids times ``factor``; ``ints`` is the type of its inputs."""
-    shape = ["batch", "sequence"]
-    inputs = [helper.make_tensor_value_info(n, ints, shape) for n in ("input_ids", "token_type_ids")]
-    floats = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in outputs]
-    nodes = [helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT)]
-    nodes += [helper.make_node("Mul", ["ids", "factor"], [name]) for name in outputs]
-    weights = [numpy_helper.from_array(np.float32([factor]), "factor")]
-    graph = helper.make_graph(nodes, "crafted", inputs, floats, weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10).SerializeToString()
-
-
-@pytest.mark.parametrize("factor", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_no_numbers_are_an_error(bundle, tmp_path, factor):
-    broken = Answerer.load(sealed_copy(bundle, tmp_path / "broken", crafted(float(factor))))
-    with pytest.raises(LogitsError, match="NaN or infinite logits"):
-        broken.answer(*PAIRS[0])
-
-
-def test_of_many_pairs_the_one_with_such_logits_is_named(answerer, monkeypatch):
-    real = answerer.model.run
-    bad = answerer.read(*PAIRS[3], Options()).windows[0].input_ids.tolist()
-
-    def run(windows):
-        found = real(windows)
-        return [(s * np.nan if w.input_ids.tolist() == bad else s, e) for w, (s, e) in zip(windows, found, strict=True)]
-
-    monkeypatch.setattr(answerer.model, "run", run)
-    monkeypatch.setattr(answerer.model, "start", lambda windows: Pending(lambda: run(windows)))
-    seen = []
-    with pytest.raises(LogitsError, match="pair 4: the model returned NaN or infinite logits"):
-        seen.extend(answerer.answer_stream(PAIRS))
-    assert len(seen) == 3  # those before it
-
-
-def test_a_graph_that_is_no_question_answering_model_is_refused():
-    with pytest.raises(BundleError, match="not those of a question-answering model"):
-        OnnxModel(lambda: crafted(1.0, ("logits", "other")), device="cpu")
-    with pytest.raises(BundleError, match="ONNX Runtime cannot load it"):
-        OnnxModel(lambda: b"no model", device="cpu")
