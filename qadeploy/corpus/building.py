@@ -95,8 +95,7 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
     require_tantivy("a corpus")
     source = Path(source)
     _check_place(folder)
-    if folder.resolve().is_relative_to(source.resolve()) and source.is_dir():
-        raise InputError(f"{folder}: lies in the corpus itself: give the index a folder outside of {source}")
+    _refuse_inside(source, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with holding(folder):
         _check_place(folder)
@@ -117,6 +116,17 @@ def _check_place(folder: Path) -> None:
         return
     if not folder.is_dir() or any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is not an index, so it is not overwritten: give another name")
+
+
+def _refuse_inside(source: Path, folder: Path) -> None:
+    """Raises InputError if the index would be a part of the corpus; a hidden folder, such as a cache, is none."""
+    inner, outer = folder.resolve(), source.resolve()
+    if (
+        source.is_dir()
+        and inner.is_relative_to(outer)
+        and not any(p.startswith(".") for p in inner.relative_to(outer).parts)
+    ):
+        raise InputError(f"{folder}: lies in the corpus itself: give the index a folder outside of {source}")
 
 
 def _old(folder: Path, replace_damaged: bool) -> IndexFolder | None:

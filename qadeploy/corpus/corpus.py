@@ -14,6 +14,7 @@ from qadeploy.core.settings import AnswerOptions, Offsets
 from qadeploy.core.windows import is_rust_error
 from qadeploy.corpus.building import Built, OnFile, build
 from qadeploy.corpus.folder import IndexFolder, Place, Source, close_index, is_index, open_index
+from qadeploy.corpus.options import READ
 from qadeploy.corpus.records import CorpusAnswer, Passage, Skipped
 from qadeploy.corpus.terms import require_tantivy, terms_of
 from qadeploy.errors import CorpusError, InputError
@@ -23,7 +24,6 @@ from qadeploy.inference.presenting import in_units
 from qadeploy.inference.texts import check_text
 from qadeploy.records import Answer
 
-READ = 5  # passages that the model reads
 SNIPPET = 200  # code points on each side of an answer
 _CACHED = "corpora"
 
