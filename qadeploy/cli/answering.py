@@ -209,6 +209,7 @@ def ask(
     chosen = reading = Options(**given)
     check(chosen)
     with Progress(as_json) as progress:
+        value: dict[str, Any]
         corpus, found = None, []
         if corpus_place is not None:
             corpus = open_corpus(corpus_place, progress)

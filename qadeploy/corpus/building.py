@@ -7,12 +7,14 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qadeploy import __version__
+from qadeploy.core.windows import is_rust_error
 from qadeploy.corpus.cutting import cut
 from qadeploy.corpus.documents import Reader, documents_of, endings, reader_of, unread
 from qadeploy.corpus.folder import (
@@ -33,6 +35,7 @@ from qadeploy.corpus.folder import (
 from qadeploy.corpus.records import Document, Skipped
 from qadeploy.corpus.scanning import Found, reading, scan
 from qadeploy.corpus.terms import ANALYZER, analyzer, prepared, require_tantivy
+from qadeploy.data.wording import one_line
 from qadeploy.errors import CorpusError, InputError, MissingExtraError
 from qadeploy.files import holding, replace_folder, temporary_folder, write_text
 from qadeploy.inference.bundle import seal
@@ -102,6 +105,9 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
         old = _old(folder, replace_damaged)
         try:
             return _Building(source, folder, old, on_file).run()
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # a full disk does not name the file
+            raise
         finally:
             if old is not None:
                 close_index(old)
@@ -151,39 +157,47 @@ class _Building:
         self.sources: list[Source] = []
         self.skipped: list[Skipped] = []
         self.added = self.changed = 0
+        self.writer: _Writer | None = None
 
     def run(self) -> Built:
-        writer: _Writer | None = None
         with temporary_folder(self.folder) as work:
-            for number, found in enumerate(scan(self.source, self.skipped.append), 1):
-                self.on_file(number, found.name)
-                reader = reader_of(found.name)
-                if reader is None:
-                    self.skipped.append(unread(found.name))
-                    continue
-                known = self.known.get(found.path)
-                kept = known and self._unchanged(found, known)
-                if kept:
-                    self.sources.append(kept)
-                    continue
-                if writer is None:
-                    writer = _Writer(work, self.old)
-                made = self._read(found, reader, writer)
-                if made:
-                    self.sources.append(made)
-                    self.added += known is None
-                    self.changed += known is not None
-            if not self.sources:
-                raise self._nothing()
-            there = {each.path for each in self.sources}
-            gone = [each for path, each in self.known.items() if path not in there]
-            built = self._built(len(gone))
-            if not built.up_to_date:
-                kept_ids = {each.id for each in self.sources}
-                writer = writer or _Writer(work, self.old)
-                writer.remove(each for each in self.known.values() if each.id not in kept_ids)
-                self._finish(work, writer, built)
-            return built
+            try:
+                return self._run(work)
+            finally:
+                if self.writer:
+                    self.writer.close()
+
+    def _run(self, work: Path) -> Built:
+        for number, found in enumerate(scan(self.source, self.skipped.append), 1):
+            self.on_file(number, found.name)
+            reader = reader_of(found.name)
+            if reader is None:
+                self.skipped.append(unread(found.name))
+                continue
+            known = self.known.get(found.path)
+            kept = known and self._unchanged(found, known)
+            if kept:
+                self.sources.append(kept)
+                continue
+            made = self._read(found, reader, work)
+            if made:
+                self.sources.append(made)
+                self.added += known is None
+                self.changed += known is not None
+        if not self.sources:
+            raise self._nothing()
+        there = {each.path for each in self.sources}
+        built = self._built(sum(path not in there for path in self.known))
+        if not built.up_to_date:
+            kept_ids = {each.id for each in self.sources}
+            self._opened(work).remove(each for each in self.known.values() if each.id not in kept_ids)
+            self._finish(work, self._opened(work), built)
+        return built
+
+    def _opened(self, work: Path) -> _Writer:
+        """The writer, which is opened when the first file turns out to have changed."""
+        self.writer = self.writer or _Writer(work, self.folder, self.old)
+        return self.writer
 
     def _unchanged(self, found: Found, known: Source) -> Source | None:
         """The entry of a file whose bytes are still the same: by its times, else by its hash."""
@@ -196,10 +210,11 @@ class _Building:
             found.stream.seek(0)
         return known if same else None
 
-    def _read(self, found: Found, reader: Reader, writer: _Writer) -> Source | None:
+    def _read(self, found: Found, reader: Reader, work: Path) -> Source | None:
         """Reads a file into the index; None if it cannot be read, with the reason among what was skipped."""
         problems: list[Skipped] = []
-        begin, documents, passages, id_ = writer.size, 0, 0, self.next_id
+        writer: _Writer | None = None
+        begin, documents, passages, id_ = 0, 0, 0, self.next_id
         checked = time.time_ns()
         self.next_id += 1
         try:
@@ -207,15 +222,19 @@ class _Building:
                 sha256 = hashlib.file_digest(found.stream, "sha256").hexdigest()
                 found.stream.seek(0)
             for document in documents_of(found, reader, problems.append):
+                if writer is None:  # not before: to open it copies the old index
+                    writer = self._opened(work)
+                    begin = writer.size
                 passages += writer.add(document, id_, begin)
                 documents += 1
         except (InputError, MissingExtraError) as error:
-            writer.take_back(id_, begin)
+            if writer:
+                writer.take_back(id_, begin)
             self.skipped += [*problems, Skipped(found.name, str(error).removeprefix(f"{found.name}: "))]
             return None
         return Source(
             *(found.path, id_, found.size, found.changed, checked, sha256),
-            *(begin, writer.size - begin, documents, passages, tuple(problems)),
+            *(begin, writer.size - begin if writer else 0, documents, passages, tuple(problems)),
         )
 
     def _nothing(self) -> InputError:
@@ -250,20 +269,22 @@ class _Building:
 class _Writer:
     """Adds documents to the files of an index in a temporary folder, which begins with those of the old one."""
 
-    def __init__(self, work: Path, old: IndexFolder | None) -> None:
+    def __init__(self, work: Path, folder: Path, old: IndexFolder | None) -> None:
         tantivy = require_tantivy("a corpus")
-        self._tantivy, self._work, self._old = tantivy, work, old
-        self._texts: BinaryIO = (work / f"{TEXTS}.new").open("wb")
-        self.size = 0
+        self._tantivy, self._work, self._folder, self._old = tantivy, work, folder, old
         if old:
             for name, descriptor in old.descriptors.items():
                 if SEARCH_FILE.fullmatch(name):
                     _copy(descriptor, 0, os.fstat(descriptor).st_size, work / name)
-        index = tantivy.Index(schema(), path=str(work))
-        index.config_reader(reload_policy="manual")  # else a thread watches the folder, and makes files in it
-        index.register_tokenizer(ANALYZER, analyzer())
+        self._schema = schema()
         threads = min(usable_cpus(), _MOST_THREADS)
-        self._writer = index.writer(heap_size=threads * _HEAP, num_threads=threads)
+        with _writing(folder):
+            index = tantivy.Index(self._schema, path=str(work))
+            index.config_reader(reload_policy="manual")  # else a thread watches the folder, and makes files in it
+            index.register_tokenizer(ANALYZER, analyzer())
+            self._writer = index.writer(heap_size=threads * _HEAP, num_threads=threads)
+        self._texts: BinaryIO = (work / f"{TEXTS}.new").open("wb")
+        self.size = 0
 
     def add(self, document: Document, file: int, begin: int) -> int:
         """Adds the passages of a document of a file whose texts begin at ``begin``. Returns their number."""
@@ -284,14 +305,20 @@ class _Writer:
             entry.add_text("document", document.name)
             entry.add_unsigned("file", file)
             entry.add_bytes("place", place.to_bytes())
-            self._writer.add_document(entry)
+            with _writing(self._folder):
+                self._writer.add_document(entry)
         self._texts.write(data)
         self.size += len(data)
         return count
 
+    def close(self) -> None:
+        """Closes the file of texts, whatever became of it."""
+        with suppress(OSError):
+            self._texts.close()
+
     def take_back(self, file: int, begin: int) -> None:
         """Takes a file out again that turned out to be unreadable in its midst."""
-        self._writer.delete_documents_by_term("file", file)
+        self._delete(file)
         self._texts.truncate(begin)
         self._texts.seek(begin)
         self.size = begin
@@ -299,12 +326,17 @@ class _Writer:
     def remove(self, gone: Iterable[Source]) -> None:
         """Takes files of the old index out."""
         for each in gone:
-            self._writer.delete_documents_by_term("file", each.id)
+            self._delete(each.id)
+
+    def _delete(self, file: int) -> None:
+        # By a query, whose schema says that the number is unsigned; by its term, nothing would be deleted.
+        self._writer.delete_documents_by_query(self._tantivy.Query.term_query(self._schema, "file", file))
 
     def finish(self, sources: list[Source], old_ids: set[int]) -> list[Source]:
         """Writes everything: the texts that stayed, then the new ones. Returns the files with the places of their texts."""
-        self._writer.commit()
-        self._writer.wait_merging_threads()
+        with _writing(self._folder):
+            self._writer.commit()
+            self._writer.wait_merging_threads()
         self._texts.close()
         new = self._work / f"{TEXTS}.new"
         placed: dict[int, Source] = {}
@@ -324,6 +356,17 @@ class _Writer:
             else:
                 shutil.copymode(self._work / TEXTS, path)  # Tantivy makes some for their owner alone
         return [placed.get(each.id) or replace(each, begin=each.begin + at) for each in sources]
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes an error of Tantivy one of the index: it raises a ValueError if its disk is full."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_rust_error(error):
+            raise
+        raise CorpusError(f"{folder}: the index cannot be written: {one_line(error)}") from error
 
 
 def _copy(descriptor: int, begin: int, length: int, path: Path) -> None:

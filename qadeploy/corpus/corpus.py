@@ -26,6 +26,7 @@ from qadeploy.records import Answer
 
 SNIPPET = 200  # code points on each side of an answer
 _CACHED = "corpora"
+_TIED = 20  # passages beyond those that are wanted, among which equal scores are put in order
 
 
 class Corpus:
@@ -51,6 +52,7 @@ class Corpus:
         rows = [problem for source in index.sources for problem in source.skipped]
         self.skipped = tuple([*index.skipped, *rows] if skipped is None else skipped)
         self._index = index
+        self._passages = sum(source.passages for source in index.sources)
         self._sources = {source.id: source for source in index.sources}
         self._search = index.open_search()
         self._tantivy = require_tantivy("a corpus")
@@ -130,7 +132,7 @@ class Corpus:
     @property
     def passages(self) -> int:
         """The number of passages."""
-        return sum(source.passages for source in self._index.sources)
+        return self._passages
 
     def search(self, question: str, limit: int = 20) -> list[Passage]:
         """Finds the passages that fit a question best by BM25, over their words and those of their headings.
@@ -151,12 +153,13 @@ class Corpus:
             raise InputError(f"limit must be a whole number from 1, not {limit!r}")
         query, schema = self._tantivy.Query, self._search.schema
         terms = [query.term_query(schema, "terms", term, index_option="freq") for term in terms_of(question)]
+        if not terms:
+            return []
         wanted = query.boolean_query([(self._tantivy.Occur.Should, term) for term in terms])
-        return (
-            [self._passage(place, source, score) for score, source, place in self._found(wanted, limit)]
-            if terms
-            else []
-        )
+        # Of equal scores Tantivy takes what it indexed first, which threads and updates decide.
+        found = self._found(wanted, min(limit + _TIED, self.passages))
+        found.sort(key=lambda each: (-each[0], each[2].document, each[2].start))
+        return [self._passage(place, source, score) for score, source, place in found[:limit]]
 
     def text(self, document: str) -> str:
         """The text of a document, in which the offsets of its passages and answers count.

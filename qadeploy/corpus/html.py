@@ -116,7 +116,6 @@ def html_document(text: str, name: str) -> Document:
         from lxml import etree
     except ImportError as error:
         raise MissingExtraError("reading HTML", "lxml", "corpus") from error
-    # Without huge_tree, what is nested too deeply would be left out without a word.
     parser = etree.HTMLParser(encoding="utf-8", no_network=True, remove_comments=True, remove_pis=True, huge_tree=True)
     try:
         root = etree.fromstring(text.replace("\0", "").encode("utf-8"), parser) if text.strip() else None
@@ -124,6 +123,8 @@ def html_document(text: str, name: str) -> Document:
         raise InputError(f"{name}: not readable HTML: {one_line(error)}") from error
     if root is None:
         return Document(name, "")
+    if any(problem.level_name == "FATAL" for problem in parser.error_log):  # the rest of the file was not read
+        raise InputError(f"{name}: not readable HTML: {one_line(Exception(parser.error_log.last_error.message))}")
     title = root.find("head/title")
     return Document(
         name, *_walked(etree, root), title=" ".join((title.text or "").split()) if title is not None else ""

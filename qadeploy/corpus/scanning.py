@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from qadeploy.corpus.records import Skipped
 from qadeploy.errors import InputError
@@ -33,7 +33,7 @@ class Found:
 
     path: str
     name: str
-    stream: BinaryIO
+    stream: io.BufferedReader
     size: int
     changed: tuple[int, int]
 
