@@ -49,7 +49,7 @@ from qadeploy.corpus.options import READ
 from qadeploy.corpus.terms import ANALYZER, analyzer, prepared, terms_of
 from qadeploy.data.loading import hash_examples
 from qadeploy.machine import peak_memory
-from qadeploy.records import NO_ANSWER
+from qadeploy.records import NO_ANSWER, Answer
 
 REPORT = "corpus.json"
 LIBRARIES = ("tantivy", "bm25s")
@@ -217,7 +217,7 @@ def measure_questions(data: Path, held: Path, bundle: Path, questions: int, coun
                 ]
                 ranks.append(holds.index(True) + 1 if any(holds) else 0)
                 best = corpus.answer(answerer, example.question, passages=READ, allow_no_answer=False)
-                answers.append(best[0] if best else NO_ANSWER)
+                answers.append(Answer(best[0].text, best[0].start, best[0].end, best[0].score) if best else NO_ANSWER)
                 right.append(bool(best) and best[0].document == place)
                 alone.append(answerer.answer(example.question, example.context, allow_no_answer=False)[0])
         for rank in RANKS:

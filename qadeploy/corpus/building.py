@@ -205,10 +205,11 @@ class _Building:
             return None
         if found.changed == known.changed and max(found.changed) < known.checked - _TICK:
             return known
-        with reading(found.name):
+        with suppress(OSError):  # whoever reads it says what is wrong
             same = hashlib.file_digest(found.stream, "sha256").hexdigest() == known.sha256
             found.stream.seek(0)
-        return known if same else None
+            return known if same else None
+        return None
 
     def _read(self, found: Found, reader: Reader, work: Path) -> Source | None:
         """Reads a file into the index; None if it cannot be read, with the reason among what was skipped."""

@@ -81,10 +81,10 @@ class Source:
     def from_json(cls, values: list[Any]) -> Source:
         """Reads what ``to_json`` made. Raises ValueError or TypeError on anything else."""
         path, id_, size, changed, checked, sha256, begin, length, documents, passages, skipped = values
-        numbers = (id_, size, checked, begin, length, documents, passages, *changed)
+        numbers = (id_, size, checked, begin, length, documents, passages)
         if not (isinstance(path, str) and isinstance(sha256, str) and len(changed) == 2):
             raise ValueError("a file of other values")
-        if not all(isinstance(number, int) and -(2**63) <= number < 2**63 for number in numbers):
+        if not all(isinstance(number, int) and 0 <= number < 2**62 for number in numbers):
             raise ValueError("a file with a number out of range")
         return cls(
             *(path, id_, size, (changed[0], changed[1]), checked, sha256, begin, length, documents, passages),
@@ -263,7 +263,7 @@ def _open(folder: Path) -> IndexFolder:
             descriptors[name] = _verified(folder / name, about)
         sources, skipped = _read_files(folder, descriptors[FILES])
         size = os.fstat(descriptors[TEXTS]).st_size
-        if any(s.begin < 0 or s.length < 0 or s.begin + s.length > size for s in sources):
+        if any(source.begin + source.length > size for source in sources):
             raise CorpusError(f"{folder / FILES}: a text lies outside of {TEXTS}: {_REBUILD}")
         index = IndexFolder(folder, manifest, sources, skipped, hash_, descriptors)
         return index

@@ -50,10 +50,11 @@ def scan(source: Path, skip: OnSkipped) -> Iterator[Found]:
     """
     if not source.exists():
         raise InputError(f"{source}: no such file or folder: give a folder of documents, or a file")
+    source = source.resolve()  # the one link that is followed: the caller named it
     if not source.is_dir():
         folder = os.open(source.parent, os.O_RDONLY)
         try:
-            yield from _opened(folder, source.resolve().name if source.is_symlink() else source.name, "", skip)
+            yield from _opened(folder, source.name, "", skip)
         finally:
             os.close(folder)
         return

@@ -166,6 +166,13 @@ def test_a_single_file_is_a_corpus(documents, tmp_path):
     ] * 2
 
 
+def test_a_link_that_the_caller_names_is_followed(documents, tmp_path):
+    (tmp_path / "folder").symlink_to(documents)
+    (tmp_path / "file.md").symlink_to(documents / "lamps.md")
+    assert Corpus.build(tmp_path / "folder", tmp_path / "index").files == 5
+    assert Corpus.build(tmp_path / "file.md", tmp_path / "other").search("light")[0].document == "lamps.md"
+
+
 def test_the_text_of_an_update_is_that_of_a_new_index(documents, tmp_path):
     index = tmp_path / "index"
     first = build(documents, index)
