@@ -25,12 +25,12 @@ from qadeploy.cli.common import (
     print_result,
     take_data_options,
 )
-from qadeploy.cli.indexing import for_corpus, open_corpus, place_answers
+from qadeploy.cli.indexing import open_corpus, place_answers
 from qadeploy.cli.options import options_of
 from qadeploy.cli.progress import Progress
 from qadeploy.core.metrics import MetricChoice, choose_metric
 from qadeploy.core.settings import Options
-from qadeploy.corpus.options import CorpusOptions
+from qadeploy.corpus.options import CorpusOptions, for_corpus
 from qadeploy.data.loading import read_split
 from qadeploy.errors import FailureError, InputError
 from qadeploy.options import check, declared, option

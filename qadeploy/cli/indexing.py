@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +62,6 @@ def open_corpus(place: str, progress: Progress) -> Corpus:
         )
         note(f"not in the corpus: {'; '.join(map(str, corpus.skipped[:most]))}{more}")
     return corpus
-
-
-def for_corpus(options: Options) -> Options:
-    """The options with which passages of a corpus are read: answers have a snippet, and offsets are converted later."""
-    from qadeploy.corpus.corpus import SNIPPET
-
-    return replace(options, snippet=SNIPPET if options.snippet is None else options.snippet, offsets="codepoints")
 
 
 def place_answers(

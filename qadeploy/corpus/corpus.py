@@ -14,7 +14,7 @@ from qadeploy.core.settings import AnswerOptions, Offsets
 from qadeploy.core.windows import is_rust_error
 from qadeploy.corpus.building import Built, OnFile, build
 from qadeploy.corpus.folder import IndexFolder, Place, Source, close_index, is_index, open_index
-from qadeploy.corpus.options import READ
+from qadeploy.corpus.options import READ, SNIPPET
 from qadeploy.corpus.records import CorpusAnswer, Passage, Skipped
 from qadeploy.corpus.terms import require_tantivy, terms_of
 from qadeploy.errors import CorpusError, InputError
@@ -24,7 +24,6 @@ from qadeploy.inference.presenting import in_units
 from qadeploy.inference.texts import check_text
 from qadeploy.records import Answer
 
-SNIPPET = 200  # code points on each side of an answer
 _CACHED = "corpora"
 _TIED = 20  # passages beyond those that are wanted, among which equal scores are put in order
 
@@ -210,21 +209,26 @@ class Corpus:
             offsets: The unit of the offsets in the documents.
         """
         found = []
+        begins: dict[int, int] = {}  # of passages, in other units than code points: a document may be long
         for answer in answers:
-            passage = None if answer.passage is None else passages[answer.passage]
-            if passage is None:
+            number = answer.passage
+            if number is None:
                 found.append(CorpusAnswer(answer.text, answer.score))
                 continue
+            passage = passages[number]
             start, end, snippet = answer.start, answer.end, answer.snippet
             places = [start, end, *((snippet.start, snippet.end) if snippet else ())]
-            places = [passage.start + place for place in places]
+            begin = passage.start
             if offsets != "codepoints":
-                places = in_units(self.text(passage.document), places, offsets)
+                if number not in begins:
+                    begins[number] = in_units(self.text(passage.document), [begin], offsets)[0]
+                begin, places = begins[number], in_units(passage.text, places, offsets)
+            places = [begin + place for place in places]
             found.append(
                 CorpusAnswer(
                     *(answer.text, answer.score, passage.document, passage.place, places[0], places[1]),
                     snippet=snippet and replace(snippet, start=places[2], end=places[3]),
-                    passage=answer.passage,
+                    passage=number,
                 )
             )
         return found
