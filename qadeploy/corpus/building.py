@@ -302,7 +302,7 @@ class _Writer:
             )
             at, done = at + len(bytes_), piece.end
             entry = self._tantivy.Document()
-            entry.add_text("terms", prepared(piece.place))
+            entry.add_text("terms", prepared(piece.headings))
             entry.add_text("terms", prepared(text))
             entry.add_text("document", document.name)
             entry.add_unsigned("file", file)
