@@ -29,7 +29,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,7 +87,7 @@ def passages(data: Path, count: int) -> Iterator[str]:
 # ---------------------------------------------------------------- libraries
 
 
-def index_tantivy(texts: Iterator[str], folder: Path) -> None:
+def index_tantivy(texts: Iterable[str], folder: Path) -> None:
     """What ``corpus.building`` does with the terms of a passage."""
     folder.mkdir()
     index = tantivy.Index(schema(), path=str(folder))
@@ -102,7 +103,7 @@ def index_tantivy(texts: Iterator[str], folder: Path) -> None:
     writer.wait_merging_threads()
 
 
-def index_bm25s(texts: Iterator[str], folder: Path) -> None:
+def index_bm25s(texts: Iterable[str], folder: Path) -> None:
     """As its documentation shows."""
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(texts), stopwords=None, show_progress=False), show_progress=False)
@@ -140,17 +141,14 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def index_alone(library: str, data: Path, count: int, folder: Path) -> Json:
-    """Indexes made passages; what making them takes is not counted."""
+def index_alone(library: str, texts: Path, folder: Path) -> Json:
+    """Indexes the lines of a file."""
     started, wall = cpu_seconds(), time.perf_counter()
-    for _ in passages(data, count):
-        pass
-    making, making_wall = cpu_seconds() - started, time.perf_counter() - wall
-    started, wall = cpu_seconds(), time.perf_counter()
-    {"tantivy": index_tantivy, "bm25s": index_bm25s}[library](passages(data, count), folder)
+    with texts.open(encoding="utf-8") as lines:
+        {"tantivy": index_tantivy, "bm25s": index_bm25s}[library](lines, folder)
     return {
-        "cpu_seconds": cpu_seconds() - started - making,
-        "seconds": time.perf_counter() - wall - making_wall,
+        "cpu_seconds": cpu_seconds() - started,
+        "seconds": time.perf_counter() - wall,
         "peak_bytes": peak_memory(),
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
     }
@@ -231,7 +229,10 @@ def measure_questions(data: Path, held: Path, bundle: Path, questions: int, coun
                 "f1_interval": list(bootstrap_interval(scores.rows_f1)),
             }
         found["read"]["right_document"] = 100 * statistics.mean(right)
-    return {**found, "data_sha256": hash_examples(examples), "time": time_of_questions(data, answerer, count)}
+    found["data_sha256"] = hash_examples(examples)
+    if count:
+        return {**found, "time": time_of_questions(data, answerer, count)}
+    return {**found, "time": read_report(REPORT)["questions"]["time"]}
 
 
 def time_of_questions(data: Path, answerer: Answerer, count: int) -> Json:
@@ -285,12 +286,12 @@ def library_table(found: Json) -> list[str]:
                 ]
                 cells.append(f"{query['cpu_ms_p50']:.1f}, {query['cpu_ms_p95']:.1f}" if query else "not measured")
                 lines.append(f"| {row['passages']:,} | {name} | {' | '.join(cells)} |")
-    environment = found["environment"]
+    environment, loads = found["environment"], [f"{row['load_average']:.0f}" for row in found["sizes"]]
     return [
         *lines,
         "",
         f"tantivy {found['tantivy']}, bm25s {found['bm25s']}; {where_measured(environment, 'numpy')}; load average "
-        f"{environment['load_average']:.0f}.",
+        f"{' and '.join(loads)}.",
     ]
 
 
@@ -311,19 +312,21 @@ def question_table(found: Json) -> list[str]:
         right = f"{f['right_document']:.1f} %" if "right_document" in f else "100.0 %"
         lines.append(f"| {label} | {f['exact_match']:.1f} | {f['f1']:.1f} ({low:.1f} to {high:.1f}) | {right} |")
     t, environment = found["time"], found["environment"]
+    quiet = t["load_average"] <= 2 * environment["threads"]
     lines += [
         "",
         f"{found['questions']} held-out questions, {found['paragraphs']:,} paragraphs in {found['passages']:,} passages, {found['model']}.",
         "",
         f"| among {t['passages']:,} passages | p50 | p95 | CPU time, p50 |",
         "|---|---|---|---|",
-        *(
-            f"| {label} | {t[f'{name}_ms']['p50']:.0f} ms | {t[f'{name}_ms']['p95']:.0f} ms | {t[f'{name}_cpu_ms']['p50']:.0f} ms |"
-            for name, label in (("search", f"finding {READ} passages"), ("whole", "finding and reading them"))
-        ),
+    ]
+    for label, name in ((f"finding {READ} passages", "search"), ("finding and reading them", "whole")):
+        shown = [f"{t[f'{name}_ms'][share]:.0f} ms" if quiet else "not measured" for share in ("p50", "p95")]
+        lines.append(f"| {label} | {' | '.join(shown)} | {t[f'{name}_cpu_ms']['p50']:.0f} ms |")
+    lines += [
         "",
-        f"The index took {t['index_cpu_seconds']:.0f} CPU seconds, opening it with its hashes {t['load_seconds']:.1f} s. "
-        f"{where_measured(environment)}; load average {t['load_average']:.0f}.",
+        f"The index took {t['index_cpu_seconds']:.0f} CPU seconds. {where_measured(environment)}; load average {t['load_average']:.0f}"
+        + ("." if quiet else ", too high for the time that passes to mean anything."),
     ]
     return lines
 
@@ -357,18 +360,20 @@ def main(ctx: click.Context, check: bool) -> None:
     "--passages", "sizes", multiple=True, type=click.IntRange(min=100), default=(100_000, 1_000_000), show_default=True
 )
 def libraries(data: Path, sizes: Sequence[int]) -> None:
-    """Compares the libraries."""
-    rows: list[Json] = []
+    """Compares the libraries; of sizes that are not given, the figures of an earlier run stay."""
+    before = read_report(REPORT)["libraries"]["sizes"] if (RESULTS / REPORT).exists() else []
+    rows: list[Json] = [row for row in before if row["passages"] not in sizes]
     for count in sizes:
         with TemporaryDirectory() as folder:
             folders = {name: Path(folder) / name for name in LIBRARIES}
-            index = {
-                name: child("index", data, "--library", name, "--passages", count, "--folder", folders[name])
-                for name in LIBRARIES
-            }
-            rows.append({"passages": count, "index": index, "query": child("search", data, "--folder", folder)})
-        facts = {"tantivy": tantivy.__version__, "bm25s": bm25s.__version__, "sizes": rows}
-        save(libraries=report(environment={"threads": len(os.sched_getaffinity(0))}, **facts))
+            texts = Path(folder) / "passages.txt"
+            with texts.open("w", encoding="utf-8") as stream:
+                stream.writelines(text.replace("\n", " ") + "\n" for text in passages(data, count))
+            index = {name: child("index", texts, "--library", name, "--folder", folders[name]) for name in LIBRARIES}
+            query = child("search", data, "--folder", folder)
+        rows.append({"passages": count, "index": index, "query": query, "load_average": os.getloadavg()[0]})
+        facts = {name: version(name) for name in LIBRARIES}
+        save(libraries=report(environment={"threads": len(os.sched_getaffinity(0))}, **facts, sizes=rows))
     tables(check=False)
 
 
@@ -377,7 +382,7 @@ def libraries(data: Path, sizes: Sequence[int]) -> None:
 @click.argument("held", type=click.Path(path_type=Path, exists=True))
 @click.option("--bundle", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--questions", "number", default=300, show_default=True, type=click.IntRange(min=10))
-@click.option("--passages", "count", default=100_000, show_default=True, type=click.IntRange(min=100))
+@click.option("--passages", "count", default=100_000, show_default=True, help="0 keeps the times of an earlier run.")
 def questions(data: Path, held: Path, bundle: Path, number: int, count: int) -> None:
     """Measures recall, EM, F1 and the time of a question."""
     found = measure_questions(data, held, bundle, number, count)
@@ -387,16 +392,15 @@ def questions(data: Path, held: Path, bundle: Path, number: int, count: int) -> 
 
 @main.command(hidden=True)
 @click.argument("what", type=click.Choice(["index", "search"]))
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.option("--library", type=click.Choice(LIBRARIES))
-@click.option("--passages", "count", type=int, default=0)
 @click.option("--folder", type=click.Path(path_type=Path), required=True)
-def step(what: str, data: Path, library: str | None, count: int, folder: Path) -> None:
+def step(what: str, source: Path, library: str | None, folder: Path) -> None:
     """Runs in a process of its own."""
     found: Any = (
-        index_alone(library or "", data, count, folder)
+        index_alone(library or "", source, folder)
         if what == "index"
-        else search_in_turns(data, {name: folder / name for name in LIBRARIES})
+        else search_in_turns(source, {name: folder / name for name in LIBRARIES})
     )
     click.echo(json.dumps(found))
 

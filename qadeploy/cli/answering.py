@@ -34,11 +34,11 @@ from qadeploy.corpus.options import CorpusOptions, for_corpus
 from qadeploy.data.loading import read_split
 from qadeploy.errors import FailureError, InputError
 from qadeploy.options import check, declared, option
+from qadeploy.records import Answer
 from qadeploy.training.options import N_BEST, TrainOptions
 
 if TYPE_CHECKING:
     from qadeploy.corpus.records import CorpusAnswer
-    from qadeploy.records import Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +208,9 @@ def ask(
     loading = {name: given.pop(name) for name in _LOADING}
     chosen = reading = Options(**given)
     check(chosen)
+    answerer = load_predictor(bundle, **loading)
+    value: dict[str, Any]
     with Progress(as_json) as progress:
-        value: dict[str, Any]
         corpus, found = None, []
         if corpus_place is not None:
             corpus = open_corpus(corpus_place, progress)
@@ -219,7 +220,6 @@ def ask(
             value = {"question": question, "corpus": corpus_place, "answers": [], "passages": []}
             print_result(as_json, value, ["no answer: no word of the question occurs in the corpus"])
             return
-        answerer = load_predictor(bundle, **loading)
         pair = answerer.read(
             question,
             texts if corpus or len(texts) > 1 else texts[0],
@@ -248,12 +248,12 @@ def ask(
 def _answer_lines(rank: int, answer: Answer | CorpusAnswer, units: str) -> list[str]:
     """An answer, its score and its place, and its snippet if it has one."""
     shown = answer.text if answer.text else "(no answer in this text)"
-    document: str = getattr(answer, "document", "")
-    if document:
-        place = ", ".join(filter(None, (document, getattr(answer, "place", "")))) + ", "
+    if isinstance(answer, Answer):
+        parts = [] if answer.passage is None else [f"passage {answer.passage}"]
     else:
-        place = "" if answer.passage is None else f"passage {answer.passage}, "
-    lines = [f"{rank}. {shown}   score {answer.score:.4f}, {place}{units} {answer.start}-{answer.end}"]
+        parts = [part for part in (answer.document, answer.place) if part]
+    place = ", ".join([*parts, f"{units} {answer.start}-{answer.end}"])
+    lines = [f"{rank}. {shown}   score {answer.score:.4f}, {place}"]
     if answer.snippet:
         lines.append("   " + " ".join(answer.snippet.text.split()))
     return lines

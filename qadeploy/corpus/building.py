@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from qadeploy import __version__
 from qadeploy.core.windows import is_rust_error
 from qadeploy.corpus.cutting import cut
-from qadeploy.corpus.documents import Reader, documents_of, endings, reader_of, unread
+from qadeploy.corpus.documents import Reader, documents_of, endings, reader_of, require_size, unread
 from qadeploy.corpus.folder import (
     FILES,
     KIND,
@@ -219,6 +219,7 @@ class _Building:
         checked = time.time_ns()
         self.next_id += 1
         try:
+            require_size(found, reader)
             with reading(found.name):
                 sha256 = hashlib.file_digest(found.stream, "sha256").hexdigest()
                 found.stream.seek(0)
@@ -301,7 +302,7 @@ class _Writer:
             )
             at, done = at + len(bytes_), piece.end
             entry = self._tantivy.Document()
-            entry.add_text("terms", prepared(piece.place))
+            entry.add_text("terms", prepared(piece.headings))
             entry.add_text("terms", prepared(text))
             entry.add_text("document", document.name)
             entry.add_unsigned("file", file)

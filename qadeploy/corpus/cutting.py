@@ -21,38 +21,38 @@ def cut(document: Document) -> Iterator[Cut]:
     A passage never crosses a heading or a page. Short paragraphs of a section are put together, up to ``LONGEST`` code points.
     """
     line, counted = 1, 0
-    for start, end, place in _sections(document):
+    for number, (start, end, headings) in enumerate(_sections(document), 1):
         for first, last in _packed(document.text, start, end):
+            place = f"page {number}" if document.pages else headings or document.place
             if not place and document.has_lines:
                 line += document.text.count("\n", counted, first)
                 counted = first
-            yield Cut(first, last, place or (f"line {line}" if document.has_lines else document.title))
+                place = f"line {line}"
+            yield Cut(first, last, place, headings)
 
 
 def _sections(document: Document) -> Iterator[tuple[int, int, str]]:
-    """The parts of a document between which no passage reaches, with the place of each."""
+    """The parts of a document between which no passage reaches, with the headings above each, or the title."""
     end = len(document.text)
     if document.pages:
         borders = [*document.pages[1:], end]
-        for number, (first, last) in enumerate(zip(document.pages, borders, strict=True), 1):
-            yield first, last, f"page {number}"
+        for first, last in zip(document.pages, borders, strict=True):
+            yield first, last, document.title
         return
     path: list[Heading] = []
     begin = 0
     for heading in document.headings:
         # A heading right below another one begins no section of its own: its section is that of both.
         if document.text[path[-1].end if path else 0 : heading.start].strip():
-            yield begin, heading.start, _place(document, path)
+            yield begin, heading.start, _headings(document, path)
             begin = heading.start
         path = [*(above for above in path if above.level < heading.level), heading]
-    yield begin, end, _place(document, path)
+    yield begin, end, _headings(document, path)
 
 
-def _place(document: Document, path: list[Heading]) -> str:
-    names = [heading.title[:_MOST_TITLE] for heading in path if heading.title]
-    if document.title and names and document.title[:_MOST_TITLE] != names[0]:
-        names.insert(0, document.title[:_MOST_TITLE])
-    return BETWEEN.join(names)
+def _headings(document: Document, path: list[Heading]) -> str:
+    names = [name[:_MOST_TITLE] for name in (document.title, *(heading.title for heading in path)) if name]
+    return BETWEEN.join(names[1:] if names[:1] == names[1:2] else names)
 
 
 def _packed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -72,6 +72,12 @@ def unread(name: str) -> Skipped:
     return Skipped(name, f"{f'ending {suffix!r}' if suffix else 'no ending'}; read are {endings()}")
 
 
+def require_size(found: Found, reader: Reader) -> None:
+    """Raises InputError if a file is too large to be one document."""
+    if reader.read is not None and found.size > MOST_BYTES:
+        raise InputError(f"{found.name}: {found.size:,} bytes are more than {MOST_BYTES:,}: split it")
+
+
 def documents_of(found: Found, reader: Reader, skip: OnSkipped) -> Iterator[Document]:
     """Reads the documents of a file.
 
@@ -88,8 +94,6 @@ def documents_of(found: Found, reader: Reader, skip: OnSkipped) -> Iterator[Docu
         if reader.read is None:
             yield from row_documents(found, skip)
             return
-        if found.size > MOST_BYTES:
-            raise InputError(f"{found.name}: {found.size:,} bytes are more than {MOST_BYTES:,}: split it")
         document = reader.read(found.stream.read(MOST_BYTES + 1), found.name)
     if not document.text.strip():
         kind = "its pages hold no text, as scans do" if document.pages else "holds no text"

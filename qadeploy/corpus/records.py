@@ -35,6 +35,7 @@ class Document:
         headings: Its headings, in order.
         pages: Where each page begins; () without pages.
         title: What it is called, if it is not called so in a heading.
+        place: Where it is, if it has neither title, headings nor pages.
         has_lines: Whether its lines are those of the file, so that a line is a place.
     """
 
@@ -43,6 +44,7 @@ class Document:
     headings: tuple[Heading, ...] = ()
     pages: tuple[int, ...] = ()
     title: str = ""
+    place: str = ""
     has_lines: bool = False
 
 
@@ -54,11 +56,13 @@ class Cut:
         start: Its first code point.
         end: One past its last.
         place: The headings above it, its page, or its line.
+        headings: The headings above it or the title, in which words are looked for too; "" without.
     """
 
     start: int
     end: int
     place: str
+    headings: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ def row_documents(found: Found, skip: OnSkipped) -> Iterator[Document]:
         count += 1
         name = f"{found.name}#{id_}" if id_ and id_ not in ids else f"{found.name}:{number}"
         ids.add(id_)
-        yield Document(name, text, title=title or f"line {number}")
+        yield Document(name, text, title=title, place=f"line {number}")
     problems.end()
     if repeated:
         skip(Skipped(found.name, f"{repeated:,} rows repeat the text of an earlier row"))

@@ -63,6 +63,11 @@ def test_offsets_count_in_the_file_without_its_mark(corpus):
     assert corpus.text("notes.txt") == "Bela keeps the ladder.\r\n\r\nCora keeps the kettle."
 
 
+def test_lines_and_pages_are_no_words_to_be_found(corpus):
+    assert corpus.search("line") == []
+    assert [each.place for each in corpus.search("capitals")] == ["Capitals"]
+
+
 def test_what_shares_no_word_is_not_found(corpus):
     assert corpus.search("xyzzy") == []
     assert corpus.search("?") == []
