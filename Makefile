@@ -43,7 +43,7 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "qadeploy needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "no venv module: install your system's python3-venv package"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),scale,serve,train,optimum,triton,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),scale,serve,corpus,train,optimum,triton,dev]'
 	@touch $@
 
 lint: $(READY)
@@ -70,7 +70,7 @@ test-next: $(NEXT_READY)
 
 $(NEXT_READY): pyproject.toml constraints-next.txt
 	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
-	$(NEXT)/bin/python -m pip install --quiet -c constraints-next.txt -e '.[cpu,serve,train,dev]'
+	$(NEXT)/bin/python -m pip install --quiet -c constraints-next.txt -e '.[cpu,serve,corpus,train,dev]'
 	@touch $@
 
 coverage: $(READY)

@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from qadeploy.inference.answerer import Answerer
 from qadeploy.records import Answer, Example
 
-__all__ = ["Answer", "Answerer", "Example", "__version__"]
+if TYPE_CHECKING:
+    from qadeploy.corpus.corpus import Corpus
+
+__all__ = ["Answer", "Answerer", "Corpus", "Example", "__version__"]
 __version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``Corpus`` when it is asked for: few services need its readers."""
+    if name == "Corpus":
+        from qadeploy.corpus.corpus import Corpus
+
+        return Corpus
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

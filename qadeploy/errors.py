@@ -11,6 +11,7 @@ QadeployError
 └── FailureError              the input was fine, but the work failed   (exit code 1)
     ├── BundleError           a bundle is incomplete, damaged or unsafe
     ├── CheckpointError       a run or checkpoint folder cannot be loaded
+    ├── CorpusError           an index of a corpus is damaged, unsafe or of another version
     ├── DeviceError           the requested device is not available
     ├── GateError             an exported model lost more than allowed
     ├── LogitsError           a model returned NaN or infinite logits
@@ -91,6 +92,10 @@ class BundleError(FailureError):
 
 class CheckpointError(FailureError):
     """A run or checkpoint folder cannot be loaded as a question-answering model."""
+
+
+class CorpusError(FailureError):
+    """An index of a corpus is incomplete, damaged, of another version, or unsafe to load."""
 
 
 class DeviceError(FailureError):

@@ -22,6 +22,7 @@ from qadeploy import Answerer
 from qadeploy.inference.session import Pending
 from qadeploy.records import Logits, Window
 from qadeploy.serve.app import create_app
+from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
 
@@ -77,6 +78,8 @@ def around(answerer: Answerer, model: Any) -> Answerer:
 def serving(answerer: Answerer, **settings: Any) -> Iterator[Local]:
     """An application in this process."""
     service = Service.of(answerer, Settings(**{"threads": 1, **settings}))
+    if service.settings.corpus is not None:
+        service.corpus = open_corpus(service.settings.corpus)
     try:
         yield Local(service)
     finally:

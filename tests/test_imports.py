@@ -105,7 +105,7 @@ def test_a_cold_process_answers_soon(bundle: Path):
 
 
 def test_public_names():
-    assert qadeploy.__all__ == ["Answer", "Answerer", "Example", "__version__"]
+    assert qadeploy.__all__ == ["Answer", "Answerer", "Corpus", "Example", "__version__"]
     assert all(hasattr(qadeploy, name) for name in qadeploy.__all__)
     assert qadeploy.__version__ == version("qadeploy")
 

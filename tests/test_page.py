@@ -25,6 +25,7 @@ from qadeploy import Answerer
 from qadeploy.data.loading import read
 from qadeploy.serve.app import create_app
 from qadeploy.serve.examples import examples
+from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
 from qadeploy.shipped import BASE_BUNDLE, BASE_MODEL
@@ -68,6 +69,8 @@ def serving(bundle: Path, **settings: Any) -> Iterator[str]:
     """A server of the bundle on a free port of loopback; its address."""
     answerer = Answerer.load(bundle, device="cpu", threads=1)
     service = Service.of(answerer, Settings(threads=1, **settings))
+    if service.settings.corpus is not None:
+        service.corpus = open_corpus(service.settings.corpus)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, lifespan="off", ws="none"))
         thread = threading.Thread(target=server.run, args=([listener],))

@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. Heavy imports happen inside the commands."""
 
-from qadeploy.cli import answering, benching, exporting, serving, training, tuning  # each adds its commands
+from qadeploy.cli import answering, benching, exporting, indexing, serving, training, tuning  # each adds its commands
 from qadeploy.cli.common import main
 
-__all__ = ["answering", "benching", "exporting", "main", "serving", "training", "tuning"]
+__all__ = ["answering", "benching", "exporting", "indexing", "main", "serving", "training", "tuning"]

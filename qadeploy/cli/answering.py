@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 
@@ -24,13 +25,20 @@ from qadeploy.cli.common import (
     print_result,
     take_data_options,
 )
+from qadeploy.cli.indexing import open_corpus, place_answers
 from qadeploy.cli.options import options_of
+from qadeploy.cli.progress import Progress
 from qadeploy.core.metrics import MetricChoice, choose_metric
 from qadeploy.core.settings import Options
+from qadeploy.corpus.options import CorpusOptions, for_corpus
 from qadeploy.data.loading import read_split
 from qadeploy.errors import FailureError, InputError
-from qadeploy.options import declared, option
+from qadeploy.options import check, declared, option
+from qadeploy.records import Answer
 from qadeploy.training.options import N_BEST, TrainOptions
+
+if TYPE_CHECKING:
+    from qadeploy.corpus.records import CorpusAnswer
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +162,7 @@ qadeploy ask --question "When did it sail?" --context "It sailed at dawn."
 qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @notes.txt --top-k 3 --trace
 qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @book.txt --prefilter 8
 qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @a.txt --context @b.txt --snippet sentence
+qadeploy ask --question "Who runs the Galley?" --corpus manuals
 """,
 )
 @bundle_argument
@@ -161,12 +170,18 @@ qadeploy ask bundles/handbook-int8 --question "Who runs the Galley?" --context @
 @click.option(
     "--context",
     "contexts",
-    required=True,
     multiple=True,
     help="The text to find the answer in, or @FILE: a UTF-8 file, read as it is but for a byte order mark, which is skipped "
     "and not counted in places. @@TEXT is a text that begins with @. Given several times, the texts are passages that are read "
     "together.",
 )
+@click.option(
+    "--corpus",
+    "corpus_place",
+    help="Documents to find the answer in, instead of --context: a folder, a file, or an index that qadeploy index made. The "
+    "index of documents is kept in $QADEPLOY_CACHE (~/.cache/qadeploy).",
+)
+@options_of(CorpusOptions)
 @options_of(Options)
 @click.option("--trace", "show_trace", is_flag=True, help="Show the encoding, the forward pass and the span selection.")
 @options_of(EvaluateOptions, *_LOADING)
@@ -175,46 +190,73 @@ def ask(
     bundle: str,
     question: str,
     contexts: tuple[str, ...],
+    corpus_place: str | None,
     show_trace: bool,
+    passages: int,
     **given: Any,
 ) -> None:
-    """Answer one question from one context, or from several passages, with BUNDLE (a run or checkpoint folder works too).
+    """Answer one question from one context, several passages or a corpus, with BUNDLE (a run or checkpoint folder works too).
 
     Without BUNDLE the newest under bundles/ is taken, else the one that ships.
     """
-    from qadeploy.cli.progress import Progress
     from qadeploy.inference.answerer import to_answers
     from qadeploy.inference.texts import skipped_passages
 
+    if bool(contexts) == (corpus_place is not None):
+        raise InputError("give --context, or --corpus for documents, and not both")
     texts = tuple(map(_context, contexts))
-    answerer = load_predictor(bundle, **{name: given.pop(name) for name in _LOADING})
-    chosen = Options(**given)
+    loading = {name: given.pop(name) for name in _LOADING}
+    chosen = reading = Options(**given)
+    check(chosen)
+    answerer = load_predictor(bundle, **loading)
+    value: dict[str, Any]
     with Progress(as_json) as progress:
+        corpus, found = None, []
+        if corpus_place is not None:
+            corpus = open_corpus(corpus_place, progress)
+            found = corpus.search(question, passages)
+            texts, reading = tuple(each.text for each in found), for_corpus(chosen)
+        if corpus and not found:
+            value = {"question": question, "corpus": corpus_place, "answers": [], "passages": []}
+            print_result(as_json, value, ["no answer: no word of the question occurs in the corpus"])
+            return
         pair = answerer.read(
             question,
-            texts if len(texts) > 1 else texts[0],
-            chosen,
+            texts if corpus or len(texts) > 1 else texts[0],
+            reading,
             lambda done, of: progress.count(done, of, " windows read"),
         )
-    answers = to_answers(pair, chosen)
-    if pair.skipped:
+    answers: Sequence[Answer | CorpusAnswer] = to_answers(pair, reading)
+    value = {"question": question, "answers": [answer.to_dict() for answer in answers]}
+    if corpus:
+        answers, about = place_answers(corpus, to_answers(pair, reading), found, chosen)
+        value = {"question": question, "corpus": corpus_place, **about}
+    elif pair.skipped:
         note(f"Warning: {skipped_passages(pair.skipped)}")
-    value: dict[str, Any] = {"question": question, "answers": [a.to_dict() for a in answers]}
     lines: list[str] = []
     if show_trace:
         from qadeploy.inference.trace import trace_dict, trace_lines
 
-        value["trace"] = trace_dict(answerer, pair, chosen)
-        lines += [*trace_lines(answerer, pair, chosen), ""]
+        value["trace"] = trace_dict(answerer, pair, reading)
+        lines += [*trace_lines(answerer, pair, reading), ""]
     for rank, answer in enumerate(answers, 1):
-        shown = answer.text if answer.text else "(no answer in this text)"
-        place = "" if answer.passage is None else f"passage {answer.passage}, "
-        place += f"{_UNITS[chosen.offsets]} {answer.start}-{answer.end}"
-        lines.append(f"{rank}. {shown}   score {answer.score:.4f}, {place}")
-        if answer.snippet:
-            lines.append("   " + " ".join(answer.snippet.text.split()))
+        lines += _answer_lines(rank, answer, _UNITS[chosen.offsets])
     none = f"no answer has a score of {chosen.min_score:g} or more" if chosen.min_score else _NONE
     print_result(as_json, value, lines or [none])
+
+
+def _answer_lines(rank: int, answer: Answer | CorpusAnswer, units: str) -> list[str]:
+    """An answer, its score and its place, and its snippet if it has one."""
+    shown = answer.text if answer.text else "(no answer in this text)"
+    if isinstance(answer, Answer):
+        parts = [] if answer.passage is None else [f"passage {answer.passage}"]
+    else:
+        parts = [part for part in (answer.document, answer.place) if part]
+    place = ", ".join([*parts, f"{units} {answer.start}-{answer.end}"])
+    lines = [f"{rank}. {shown}   score {answer.score:.4f}, {place}"]
+    if answer.snippet:
+        lines.append("   " + " ".join(answer.snippet.text.split()))
+    return lines
 
 
 _UNITS = {"codepoints": "code points", "utf16": "UTF-16 units", "utf8": "bytes"}

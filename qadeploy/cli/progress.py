@@ -47,11 +47,15 @@ class Progress:
         left = "" if step.left is None else f"  {int(step.left) // 60}:{int(step.left) % 60:02d} of the budget left"
         self.count(step.done, step.of, f"{left}  {step.doing}")
 
+    def show(self, text: str) -> None:
+        """Shows a text."""
+        self._text = text
+        self._draw()
+
     def count(self, done: int, of: int, rest: str) -> None:
         """Shows ``done`` out of ``of``, followed by ``rest``."""
         full = _BAR * done // max(1, of)
-        self._text = f"[{'#' * full}{'-' * (_BAR - full)}] {done}/{of}{rest}"
-        self._draw()
+        self.show(f"[{'#' * full}{'-' * (_BAR - full)}] {done}/{of}{rest}")
 
     def _draw(self) -> None:
         if self._live:

@@ -17,6 +17,7 @@ from qadeploy.serve.settings import Settings
     main,
     example="""
 qadeploy serve bundles/faq-int8
+qadeploy serve --corpus manuals
 qadeploy serve bundles/faq-int8 --host 0.0.0.0 --port 80 --request-timeout 10
 QADEPLOY_TOKEN=secret qadeploy serve bundles/faq-int8 --protect-metrics
 """,
@@ -46,9 +47,16 @@ def serve(as_json: bool, bundle: str, **options: Any) -> None:
 def _say(as_json: bool, url: str, service: Any) -> None:
     import json
 
-    bundle, workers = service.answerer.bundle, service.scheduler.workers
+    from qadeploy.serve.search import about
+
+    bundle, workers, corpus = service.answerer.bundle, service.scheduler.workers, service.corpus
     if as_json:
         value = {"url": url, "bundle": bundle.name, "hash": service.hash, "device": service.device, "workers": workers}
+        if corpus:
+            value["corpus"] = about(corpus)
         click.echo(json.dumps(value))
     else:
-        click.echo(f"{url} answers with {bundle.name} ({service.device}, {workers} at a time); the API: {url}/docs")
+        source = f" from {corpus.documents:,} documents" if corpus else ""
+        click.echo(
+            f"{url} answers{source} with {bundle.name} ({service.device}, {workers} at a time); the API: {url}/docs"
+        )

@@ -94,10 +94,18 @@ def _file_rows(path: Path, name: str) -> list[RawRow]:
 # ---------------------------------------------------------------- text
 
 
-def _decode(content: bytes, name: str, *, windows: bool = False) -> str:
-    """The text of a file: UTF-8, or UTF-16 with its mark; with ``windows`` also Windows-1252, which Excel saves, with a warning.
+def decode(content: bytes, name: str, *, windows: bool = False) -> str:
+    """The text of a file: UTF-8, or UTF-16 with its mark.
 
     Bytes are decoded as they are: universal newlines would shorten the line ends inside a quoted field and move the offsets.
+
+    Args:
+        content: The file.
+        name: What errors call it.
+        windows: Whether it may be Windows-1252, which Excel saves, with a warning.
+
+    Raises:
+        InputError: It is no text in these encodings.
     """
     marked = content[:2] in {b"\xff\xfe", b"\xfe\xff"}
     try:
@@ -106,6 +114,11 @@ def _decode(content: bytes, name: str, *, windows: bool = False) -> str:
         text = _decode_windows(content, f"{name}: not UTF-8 text (byte {error.start})", _hint(content, marked), windows)
     if text.count("\0") > len(text) // 4:
         raise InputError(f"{name}: holds NUL characters, as UTF-16 without its mark does: save it as UTF-8")
+    return text
+
+
+def _decode(content: bytes, name: str, *, windows: bool = False) -> str:
+    text = decode(content, name, windows=windows)
     if not text.strip():
         raise _empty(name)
     return text

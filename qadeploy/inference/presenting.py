@@ -99,11 +99,24 @@ def _trimmed(text: str, place: Place) -> Place:
     return start, end
 
 
-def _converted(answer: Answer, text: str, offsets: Offsets) -> Answer:
+def in_units(text: str, places: Sequence[int], offsets: Offsets) -> list[int]:
+    """Places in a text, counted in code points, in another unit.
+
+    Args:
+        text: The text.
+        places: The places in code points.
+        offsets: The unit.
+    """
+    if offsets == "codepoints" or text.isascii():
+        return list(places)
     codec, size = _CODECS[offsets]
+    return [len(text[:place].encode(codec)) // size for place in places]
 
-    def units(position: int) -> int:
-        return len(text[:position].encode(codec)) // size
 
-    found = answer.snippet and replace(answer.snippet, start=units(answer.snippet.start), end=units(answer.snippet.end))
-    return replace(answer, start=units(answer.start), end=units(answer.end), snippet=found)
+def _converted(answer: Answer, text: str, offsets: Offsets) -> Answer:
+    start, end = in_units(text, (answer.start, answer.end), offsets)
+    found = answer.snippet
+    if found:
+        first, last = in_units(text, (found.start, found.end), offsets)
+        found = replace(found, start=first, end=last)
+    return replace(answer, start=start, end=end, snippet=found)

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from importlib.resources import files
+from inspect import cleandoc
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, FastAPI, Request
@@ -36,8 +37,10 @@ from qadeploy.serve.schemas import (
     FORMS,
     AnswerRequest,
     AnswersOut,
+    AskItem,
     AskMany,
     AskOne,
+    CorpusRequest,
     ErrorOut,
     HfAnswer,
     HfParameters,
@@ -45,6 +48,7 @@ from qadeploy.serve.schemas import (
     ModelOut,
     StateOut,
 )
+from qadeploy.serve.search import about, corpus_answers, from_corpus
 from qadeploy.serve.service import Service
 
 _log = logging.getLogger("qadeploy.serve")
@@ -67,6 +71,8 @@ _ABOUT = {
 _DESCRIPTION = """Answers questions with spans of the context in the request. `start` and `end` count Unicode code
 points: in Python `context[start:end]`, in JavaScript `Array.from(context).slice(start, end).join("")`. With
 `"offsets": "utf16"` they count what `context.slice(start, end)` counts in JavaScript, and `substring` in Java."""
+_CORPUS = """ Questions without a context are answered from {documents} documents of this server: each answer names its `document`
+and its `place` there, and its offsets count in the text of the document."""
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -79,10 +85,11 @@ _ANSWERING = _errors(400, 401, 408, 413, 422, 429, 500, 503, 504)
 def create_app(service: Service) -> FastAPI:
     """The ASGI application of a service. The caller closes the service."""
     settings = service.settings
+    more = _CORPUS.format(documents=service.corpus.documents) if service.corpus else ""
     app = FastAPI(
         title="qadeploy",
         version=__version__,
-        description=_DESCRIPTION,
+        description=_DESCRIPTION + more,
         docs_url=None,  # FastAPI's page loads scripts from other sites
         redoc_url=None,
         redirect_slashes=False,
@@ -110,7 +117,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
-    @app.post(
+    post = app.post(
         "/v1/answer",
         tags=["answers"],
         summary="Answer one question, a batch, or many questions on one context, or on several passages",
@@ -119,6 +126,7 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         responses=_ANSWERING,
         dependencies=locked,
     )
+
     async def answer(request: Request, body: Annotated[AnswerRequest, Body()]) -> Response:
         """One object gives one result. A list, or `questions` on one `context`, gives a list of results in the same order.
 
@@ -127,17 +135,17 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
 
         If one question fails, the request fails, and the error names the question.
         """
-        render: Render = _answers
-        if isinstance(body, AskOne):
-            asks = [Ask(body.question, body.texts, body.options)]
-            if body.trace:
-                render = _traced(service)
-        elif isinstance(body, AskMany):
-            asks = [Ask(question, body.texts, body.options) for question in body.questions]
-        else:
-            asks = [Ask(item.question, item.texts, item.options) for item in body]
-        found = await _answered(request, service, asks, render)
-        return _json(found[0] if isinstance(body, AskOne) else _list(found))
+        return await _reply(request, service, body)
+
+    async def answer_from_corpus(request: Request, body: Annotated[CorpusRequest, Body()]) -> Response:
+        """Without `context` and `contexts`, a question is answered from the corpus: the passages that fit it best are read."""
+        return await _reply(request, service, body)
+
+    if service.corpus is None:
+        post(answer)
+    else:
+        answer_from_corpus.__doc__ = f"{answer_from_corpus.__doc__}\n\n{cleandoc(answer.__doc__ or '')}"
+        post(answer_from_corpus)
 
     @app.post(
         "/",
@@ -168,6 +176,7 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         tags=["state"],
         summary="The bundle and the limits",
         response_model=ModelOut,
+        response_model_exclude_unset=True,
         responses=_errors(401),
         dependencies=locked,
     )
@@ -182,6 +191,7 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
             "workers": service.scheduler.workers,
             "limits": {name: getattr(settings, name) for name in REQUEST_LIMITS},
             "manifest": bundle.manifest if bundle else {},
+            **({"corpus": about(service.corpus)} if service.corpus else {}),
         }
 
     @app.get("/health/live", tags=["state"], summary="Whether the process works", response_model=StateOut)
@@ -264,6 +274,18 @@ def _add_errors(app: FastAPI) -> None:
         return response(request.scope, RefusedError(500, "internal", "the server failed; its log has the reason"))
 
 
+async def _reply(request: Request, service: Service, body: AskOne | AskMany | Sequence[AskItem]) -> Response:
+    if isinstance(body, AskOne):
+        asks = [_ask(service, body.question, body)]
+    elif isinstance(body, AskMany):
+        asks = [_ask(service, question, body) for question in body.questions]
+    else:
+        asks = [_ask(service, item.question, item) for item in body]
+    traced = isinstance(body, AskOne) and body.trace
+    found = await _answered(request, service, asks, _shown(service, traced))
+    return _json(found[0] if isinstance(body, AskOne) else _list(found))
+
+
 async def _answered(request: Request, service: Service, asks: Sequence[Ask], render: Render) -> list[bytes]:
     """The results of ``render``. Raises RefusedError: limits, a full queue, the deadline, or an error of answering."""
     settings, scheduler, call = service.settings, service.scheduler, call_of(request.scope)
@@ -313,19 +335,34 @@ def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
 
 
 def _logged(ask: Ask) -> dict[str, Any]:
+    if ask.search:
+        return {"question": clean(ask.question)}
     if isinstance(ask.context, str):
         return {"question": clean(ask.question), "context": clean(ask.context)}
     return {"question": clean(ask.question), "contexts": [clean(text) for text in ask.context]}
 
 
-def _answers(ask: Ask, pair: DecodedPair) -> bytes:
-    answers = [answer.to_dict() for answer in to_answers(pair, ask.options)]
-    return _dump({"answers": answers, "skipped": pair.skipped} if pair.skipped else {"answers": answers})
+def _ask(service: Service, question: str, given: AskItem | AskMany) -> Ask:
+    if given.texts is not None:
+        return Ask(question, given.texts, given.options)
+    if service.corpus is None:  # the schema does not let it through
+        raise RefusedError(422, "invalid_request", "give either context, or contexts for several passages")
+    return from_corpus(service.corpus, service.settings, question, given.options)
 
 
-def _traced(service: Service) -> Render:
-    def render(ask: Ask, pair: DecodedPair) -> bytes:
-        answers = _answers(ask, pair)
+def _shown(service: Service, traced: bool) -> Render:
+    """The result of a question as JSON."""
+
+    def render(ask: Ask, pair: DecodedPair | None) -> bytes:
+        if service.corpus and ask.search:
+            told = corpus_answers(service.corpus, ask, pair)
+        else:
+            told = {"answers": [answer.to_dict() for answer in to_answers(pair, ask.options)] if pair else []}
+        if pair and pair.skipped:
+            told["skipped"] = pair.skipped
+        answers = _dump(told)
+        if not traced or pair is None:
+            return answers
         trace = trace_dict(service.answerer, pair, ask.options)
         # Window by window: one call for megabytes would keep the interpreter, and so the event loop, for too long.
         windows = _list([_dump(window) for window in trace.pop("windows")])
@@ -334,8 +371,8 @@ def _traced(service: Service) -> Render:
     return render
 
 
-def _hugging_face(ask: Ask, pair: DecodedPair) -> bytes:
-    found = to_answers(pair, ask.options) or [NO_ANSWER]  # no token of the context can be an answer
+def _hugging_face(ask: Ask, pair: DecodedPair | None) -> bytes:
+    found = (to_answers(pair, ask.options) if pair else []) or [NO_ANSWER]  # no token of the context can be an answer
     told = [{"answer": a.text, "score": a.score, "start": a.start, "end": a.end} for a in found]
     return _dump(told if ask.options.top_k > 1 else told[0])
 

@@ -35,12 +35,12 @@ class Metrics:
         )
         self._stages = Histogram(
             "qadeploy_stage_seconds",
-            "Stages: queue (until the first window of a request runs), tokenize and decode (per question), run (per batch).",
+            "Stages: queue (until the first window of a request runs), search, tokenize and decode (per question), run (per batch).",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
         )
-        self._stage = {name: self._stages.labels(name) for name in ("queue", "tokenize", "run", "decode")}
+        self._stage = {name: self._stages.labels(name) for name in ("queue", "search", "tokenize", "run", "decode")}
         self._batch_windows = Histogram(
             "qadeploy_batch_windows", "Windows per run.", buckets=_WINDOWS, registry=registry
         )
@@ -109,7 +109,7 @@ class Metrics:
         self._cut.labels(reason).inc()
 
     def stage(self, name: str, seconds: float) -> None:
-        """Counts a stage: queue, tokenize or decode."""
+        """Counts a stage: queue, search, tokenize or decode."""
         self._stage[name].observe(seconds)
 
     def ran(self, seconds: float, windows: int, tokens: int) -> None:

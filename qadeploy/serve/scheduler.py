@@ -1,6 +1,6 @@
 """One queue of windows for all requests.
 
-    submit ─► encode (threads, one question at a time) ─► windows wait ─► workers run them ─► decode ─► Job.future
+    submit ─► search, encode (threads, one question at a time) ─► windows wait ─► workers run them ─► decode ─► Job.future
 
 The first four windows of each request run in order of arrival: for similar sizes no other order has a better tail latency
 (Wierman and Zwart 2012, "Is tail-optimal scheduling possible?"). Further windows, of a long document or a large batch, wait in
@@ -29,6 +29,7 @@ from itertools import islice
 from typing import Any
 
 from qadeploy.core.settings import Options
+from qadeploy.corpus.records import Passage
 from qadeploy.errors import InputError
 from qadeploy.inference.answerer import Answerer, DecodedPair, EncodedPair
 from qadeploy.inference.texts import Texts
@@ -47,15 +48,22 @@ _SLACK = 0.9  # a new document must be answered within this share of its time: t
 _BEFORE, _BEGUN = 1.25, 0.8
 _TRIED = 16  # windows that a document may run on an idle server before it is given up
 _ENCODERS = 32  # the largest number of threads that tokenise
+_PASSAGE = 150.0  # tokens of a passage that a search finds, until some were found
+_LEARN = 0.1  # the weight of the passages of a question in their average
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One question on one context, or on passages, with its options."""
+    """One question on one context, or on passages, with its options.
+
+    If it has a ``search``, an encoder calls that once; what it returns has the passages as its context, and as ``found``.
+    """
 
     question: str
     context: Texts
     options: Options
+    search: Callable[[Ask], Ask] | None = None
+    found: tuple[Passage, ...] = ()
 
     @property
     def texts(self) -> Sequence[str]:
@@ -63,7 +71,7 @@ class Ask:
         return [self.context] if isinstance(self.context, str) else self.context
 
 
-Render = Callable[[Ask, DecodedPair], Any]
+Render = Callable[[Ask, DecodedPair | None], Any]  # None if a search found nothing to read
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +79,8 @@ class _Question:
     """One question of a job: its number, its windows, their logits so far, and how many are missing."""
 
     number: int
-    pair: EncodedPair
+    pair: EncodedPair | None
+    windows: Sequence[Window]
     logits: list[Logits | None]
     left: int
 
@@ -83,7 +92,7 @@ class Job:
     It raises what answering raises, and RefusedError if the deadline passed or the job was dropped.
     """
 
-    asks: Sequence[Ask]
+    asks: list[Ask]
     render: Render
     deadline: float
     arrived: float
@@ -141,6 +150,7 @@ class Scheduler:
         self._back: list[Job] = []  # all long ones, the earliest deadline first
         self._speed = Speed(tokens_per_second, max(1, workers))
         self._ratios = TokenRatios()
+        self._passage = _PASSAGE
         self._turn = 0
         self._questions = self._tokens = self._near = self._windows = 0
         self._closed = False
@@ -183,7 +193,7 @@ class Scheduler:
             RefusedError: The queue is full (429, with the seconds after which it has room), or closed (503).
         """
         now = time.monotonic()
-        job = Job(asks, render, now + timeout, now, results=[None] * len(asks))
+        job = Job(list(asks), render, now + timeout, now, results=[None] * len(asks))
         guesses = [self._guess(ask) for ask in asks]
         job.guesses = [tokens for _, tokens in guesses]
         job.guess = sum(job.guesses)
@@ -265,7 +275,7 @@ class Scheduler:
     def _recount(self, job: Job) -> None:
         """Updates the number of tokens that a job has in the first line."""
         places = max(_FRONT - job.taken, 0)
-        first = [len(question.pair.windows[i]) for question, i in islice(job.waiting, places)]
+        first = [len(question.windows[i]) for question, i in islice(job.waiting, places)]
         near = sum(first) + min(job.guess, (places - len(first)) * self._longest)
         self._near += near - job.near
         job.near = near
@@ -284,41 +294,51 @@ class Scheduler:
         except InputError:  # raised again where it is encoded
             return 1, 0
         special = self._answerer.encoder.special_tokens
-        guesses = [
-            window_tokens(question, self._ratios.tokens(text), special, settings, most)
-            for text in ask.texts
-            if text.strip()
-        ]
+        contexts = [self._ratios.tokens(text) for text in ask.texts if text.strip()]
+        if ask.search:
+            contexts = [self._passage] * self._settings.corpus_passages
+        guesses = [window_tokens(question, context, special, settings, most) for context in contexts]
         windows, tokens = (sum(each) for each in zip(*guesses, strict=True)) if guesses else (1, 0)
         return min(windows, most), tokens if windows <= most else math.ceil(tokens * most / windows)
 
     # ------------------------------------------------------------ texts to windows
 
     def _encode(self, job: Job) -> None:
-        """Encodes the next question of a job, then queues for the one after it, behind the questions of other jobs."""
+        """Searches and encodes for the next question of a job, then queues for the one after it, behind the questions of other jobs."""
         if job.over or self._late(job):
             return
         ask, number = job.asks[job.encoded], job.encoded
         started = time.monotonic()
         try:
+            if ask.search:
+                ask = job.asks[number] = ask.search(ask)
+                self._metrics.stage("search", time.monotonic() - started)
+                started = time.monotonic()
             room = max(self._settings.max_windows - job.windows, 0)
-            pair = self._answerer.encode(ask.question, ask.context, ask.options, max_windows=room)
+            pair = (
+                self._answerer.encode(ask.question, ask.context, ask.options, max_windows=room) if ask.texts else None
+            )
         except Exception as error:
-            if isinstance(error, InputError) and len(job.asks) > 1:
-                error = type(error)(f"question {number + 1}: {error}")
+            if isinstance(error, InputError | RefusedError) and len(job.asks) > 1:
+                error.args = (f"question {number + 1}: {error}",)
             self._end(job, error)
             return
-        self._metrics.stage("tokenize", time.monotonic() - started)
-        question = _Question(number, pair, [None] * len(pair.windows), len(pair.windows))
+        if pair:
+            self._metrics.stage("tokenize", time.monotonic() - started)
+        windows: Sequence[Window] = pair.windows if pair else ()
+        question = _Question(number, pair, windows, [None] * len(windows), len(windows))
         with self._ready:
-            self._ratios.learn("".join(ask.texts), len(pair.context))
+            if pair:
+                self._ratios.learn("".join(ask.texts), len(pair.context))
+            if pair and ask.found:
+                self._passage += _LEARN * (len(pair.context) / len(ask.found) - self._passage)
             if job not in self._jobs:  # it ended meanwhile
                 return
             job.encoded += 1
             job.windows += question.left
             job.guess -= job.guesses[number]
             job.waiting.extend((question, i) for i in range(question.left))
-            self._add(job, sum(len(w) for w in pair.windows) - job.guesses[number], question.left)
+            self._add(job, sum(len(w) for w in windows) - job.guesses[number], question.left)
             self._recount(job)
             if job.taken < _FRONT:
                 self._front[job] = None
@@ -331,6 +351,8 @@ class Scheduler:
             self._ready.notify(question.left)
             if job.encoded < len(job.asks) and not self._closed:
                 self._encoders.submit(self._encode, job)
+        if not windows:
+            self._decode(job, question)
 
     # ------------------------------------------------------------ windows to logits
 
@@ -367,7 +389,7 @@ class Scheduler:
         job.taken += 1
         if job.taken >= _FRONT or not job.waiting:
             self._front.pop(job, None)
-        self._add(job, -len(question.pair.windows[i]), -1)
+        self._add(job, -len(question.windows[i]), -1)
         self._recount(job)
         return job, question, i
 
@@ -379,7 +401,7 @@ class Scheduler:
             for job in list(line):
                 while job.waiting and (line is self._back or job in self._front) and not self._late(job):
                     question, i = job.waiting[0]
-                    size = len(question.pair.windows[i])
+                    size = len(question.windows[i])
                     low, high = min(least, size), max(most, size)
                     alike = high <= _LIKE * low if self._padded else high == low
                     if not alike or high * (len(batch) + 1) > self._settings.max_batch_tokens:
@@ -424,7 +446,8 @@ class Scheduler:
         started = time.monotonic()
         try:
             logits = [found for found in question.logits if found is not None]
-            result = job.render(ask, self._answerer.decode(question.pair, logits, ask.options))
+            pair = None if question.pair is None else self._answerer.decode(question.pair, logits, ask.options)
+            result = job.render(ask, pair)
         except Exception as error:
             self._end(job, error)
             return
@@ -488,4 +511,4 @@ def deadline_passed(seconds: float) -> RefusedError:
 
 def _window(unit: _Unit) -> Window:
     _, question, i = unit
-    return question.pair.windows[i]
+    return question.windows[i]

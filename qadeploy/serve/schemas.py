@@ -5,7 +5,7 @@ Limits that an operator sets are not part of it: ``limits`` checks them, and the
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -86,22 +86,25 @@ class _Choices(_Model):
 
 
 class _Texts(_Choices):
-    """A context, or passages."""
+    """A context, or passages; of a server with a corpus, also neither."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["context"]}, {"required": ["contexts"]}]})
+    needed: ClassVar[bool] = True
     context: Context | None = None
     contexts: Passages | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
-        if (self.context is None) == (self.contexts is None):
-            raise PydanticCustomError("texts", "give either context, or contexts for several passages")
+        given = (self.context is not None) + (self.contexts is not None)
+        if given == 2 or (self.needed and not given):
+            other = "" if self.needed else ", or neither for the corpus"
+            raise PydanticCustomError("texts", f"give either context, or contexts for several passages{other}")
         return self
 
     @property
-    def texts(self) -> Texts:
-        """The context, or the passages."""
-        return self.context if self.context is not None else tuple(self.contexts or ())
+    def texts(self) -> Texts | None:
+        """The context, or the passages; None for the corpus."""
+        return self.context if self.contexts is None else tuple(self.contexts)
 
 
 class AskItem(_Texts):
@@ -154,8 +157,46 @@ AnswerRequest = Annotated[
 ]
 
 
+_NOT_BOTH: Any = {"not": {"required": ["context", "contexts"]}}
+
+
+class CorpusItem(AskItem):
+    """One question of a batch; without a context it is answered from the corpus."""
+
+    model_config = ConfigDict(json_schema_extra=_NOT_BOTH)
+    needed = False
+
+
+class CorpusOne(AskOne):
+    """One question; without a context it is answered from the corpus."""
+
+    model_config = ConfigDict(json_schema_extra=_NOT_BOTH | {"examples": [{"question": _QUESTION, "top_k": 3}]})
+    needed = False
+
+
+class CorpusMany(AskMany):
+    """Many questions; without a context each is answered from the corpus."""
+
+    model_config = ConfigDict(json_schema_extra=_NOT_BOTH | {"examples": [{"questions": [_QUESTION]}]})
+    needed = False
+
+
+CorpusBatch = Annotated[
+    list[CorpusItem],
+    Field(min_length=1, description="A batch of questions, each with its own context or passages, or none."),
+]
+CorpusRequest = Annotated[
+    Annotated[CorpusOne, Tag("one")] | Annotated[CorpusMany, Tag("many")] | Annotated[CorpusBatch, Tag("batch")],
+    Discriminator(
+        _form,
+        custom_error_type="form",
+        custom_error_message="give an object with question or questions, and with a context if the corpus is not meant, or a list of objects",
+    ),
+]
+
+
 class SnippetOut(BaseModel):
-    """The text around an answer, which is ``context[start:end]`` in the units of the answer."""
+    """The text around an answer, which is ``context[start:end]`` (or ``document[start:end]``) in the units of the answer."""
 
     text: str
     start: Annotated[int, Field(ge=0)]
@@ -163,20 +204,49 @@ class SnippetOut(BaseModel):
 
 
 class AnswerOut(BaseModel):
-    """An answer. ``context[start:end]`` is ``text``, in Unicode code points unless ``offsets`` asks for another unit."""
+    """An answer. ``context[start:end]`` is ``text``, in Unicode code points unless ``offsets`` asks for another unit.
+
+    From the corpus, ``document[start:end]`` is ``text``.
+    """
 
     text: str
     score: Annotated[float, Field(description="A probability: one softmax over all spans of all windows.")]
-    start: Annotated[int, Field(ge=0, description="First code point of the answer in its context or passage.")]
+    start: Annotated[
+        int, Field(ge=0, description="First code point of the answer in its context, passage or document.")
+    ]
     end: Annotated[int, Field(ge=0, description="One past the last code point.")]
     passage: Annotated[
         int | None,
         Field(
             ge=0,
-            description="The index in `contexts` of its passage, from 0; absent for `context` and for 'no answer'.",
+            description="The index in `contexts`, or in the `passages` of the result, of its passage, from 0; absent for "
+            "`context` and for 'no answer'.",
         ),
     ] = None
-    snippet: Annotated[SnippetOut | None, Field(description="Only if it was requested; absent for 'no answer'.")] = None
+    snippet: Annotated[
+        SnippetOut | None,
+        Field(
+            description="Only if it was requested, or the answer is from the corpus (by default 200 characters on each side); "
+            "absent for 'no answer'."
+        ),
+    ] = None
+    document: Annotated[
+        str | None,
+        Field(description="Only from the corpus: the document that holds the answer; empty for 'no answer'."),
+    ] = None
+    place: Annotated[
+        str | None, Field(description="Only from the corpus: the headings above the answer, its page, or its line.")
+    ] = None
+
+
+class PassageOut(BaseModel):
+    """A passage of the corpus that was read."""
+
+    document: str
+    place: str
+    score: Annotated[
+        float, Field(description="How well it fits the question by BM25; comparable within one question only.")
+    ]
 
 
 class TraceWindow(BaseModel):
@@ -237,6 +307,12 @@ class AnswersOut(BaseModel):
     skipped: Annotated[
         list[int] | None,
         Field(description="The indices of empty passages, which were skipped; absent if there are none."),
+    ] = None
+    passages: Annotated[
+        list[PassageOut] | None,
+        Field(
+            description="Only from the corpus: what was read, best first; empty if no word of the question occurs there."
+        ),
     ] = None
     trace: TraceOut | None = None
 
@@ -300,6 +376,16 @@ class HfAnswer(BaseModel):
     end: int
 
 
+class CorpusOut(BaseModel):
+    """The corpus that questions without a context are answered from."""
+
+    documents: int
+    passages: int
+    sha256: Annotated[
+        str, Field(description="SHA-256 of the manifest of its index, which holds the hashes of all files.")
+    ]
+
+
 class ModelOut(BaseModel):
     """The bundle that answers here."""
 
@@ -310,6 +396,7 @@ class ModelOut(BaseModel):
     workers: Annotated[int, Field(description="Windows (on CUDA batches) that run at a time.")]
     limits: Annotated[dict[str, float], Field(description="The limits of a request, by setting.")]
     manifest: dict[str, Any]
+    corpus: Annotated[CorpusOut | None, Field(description="Absent without a corpus.")] = None
 
 
 class StateOut(BaseModel):

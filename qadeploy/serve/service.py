@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qadeploy.core.settings import Options
+from qadeploy.corpus.corpus import Corpus
 from qadeploy.inference.answerer import Answerer
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.scheduler import Scheduler
@@ -28,6 +29,7 @@ class Service:
         scheduler: Runs the requests.
         device: cpu or cuda.
         hash: Identifies the bundle that was loaded, even if its folder has changed since.
+        corpus: Where questions without a context are answered from.
         draining: Whether the server is shutting down, so that /health/ready is 503.
     """
 
@@ -37,6 +39,7 @@ class Service:
     scheduler: Scheduler
     device: str
     hash: str
+    corpus: Corpus | None = None
     draining: bool = False
 
     @classmethod

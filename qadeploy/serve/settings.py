@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qadeploy import options
+from qadeploy.corpus.options import MOST_READ, READ
 from qadeploy.errors import InputError
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES
 from qadeploy.inference.cuda import TOKENS as CUDA_BATCH_TOKENS
@@ -35,6 +36,14 @@ class Settings:
         named="--trusted-proxy",
     )
     bundle_sha256: str | None = options.bundle_sha256()
+    corpus: str | None = option(
+        None,
+        "Documents from which questions without a context are answered: a folder, a file, or an index that qadeploy index "
+        "made. The index of documents is kept in $QADEPLOY_CACHE, and brought up to date at each start.",
+    )
+    corpus_passages: int = option(
+        READ, "Passages of the corpus that the model reads per question.", least=1, most=MOST_READ
+    )
     load_timeout: float = option(300.0, "Seconds that loading the bundle may take.", least=0.001)
     device: str = options.device()
     threads: int | None = option(
@@ -87,3 +96,10 @@ class Settings:
         token = self.token
         if token is not None and not (token and token.isascii() and token.isprintable() and token == token.strip()):
             raise InputError("--token: give printable ASCII text without spaces around it, or leave it out")
+        if self.corpus == "":
+            raise InputError("--corpus is empty: give a folder, a file or an index, or leave it out")
+        if self.corpus is not None and self.corpus_passages > self.max_passages:
+            raise InputError(
+                f"--corpus-passages is {self.corpus_passages}, but a question may have {self.max_passages}: "
+                "lower it, or raise --max-passages"
+            )

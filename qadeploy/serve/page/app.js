@@ -1,18 +1,19 @@
-// The page of `qadeploy serve`: asks POST /v1/answer and highlights the answers in the text.
+// The page of `qadeploy serve`: asks POST /v1/answer and highlights the answers in the text, or in the passages of the corpus.
 // Spans count code points, JavaScript strings count UTF-16 units: only `cut` converts one to the other.
 
 const ANSWERS = 5;
+const AROUND = 5000; // characters on each side of an answer from the corpus, the most that may be asked for: its whole passage
 const TOKEN = "qadeploy-token";
 const $ = (id) => document.getElementById(id);
 const page = Object.fromEntries(
-  ["model", "unlock", "token", "ask", "count", "example", "edit", "context", "reading", "question", "suggestions", "null-choice",
+  ["model", "unlock", "token", "ask", "count", "example", "edit", "source", "context", "reading", "question", "suggestions", "null-choice",
     "allow-null", "go", "problem", "said", "result", "answers", "facts", "trace", "trace-body"].map((id) => [id, $(id)]),
 );
 
 const state = {
-  limits: {}, temperature: null, knowsNull: false, // of the model
+  limits: {}, temperature: null, knowsNull: false, corpus: null, // of the server
   examples: [], own: "", // own: the user's text, kept while an example is shown
-  shown: null, // what the answers on the page are for: {context, question, answers, trace, chosen}
+  shown: null, // what the answers on the page are for: {context, question, answers, trace, chosen}; no context: the corpus
   asking: null, // the AbortController of the running request
   again: 0, // the timer after a 429
 };
@@ -115,7 +116,8 @@ function problem(response, answer) {
 function countText() {
   const points = length(page.context.value);
   const limit = state.limits.max_context_chars ?? Infinity;
-  page.count.textContent = points === 0 ? "" : points > limit ? `${number(points)} characters, at most ${number(limit)}` : plural(points, "character");
+  const none = state.corpus ? plural(state.corpus.documents, "document") : "";
+  page.count.textContent = points === 0 ? none : points > limit ? `${number(points)} characters, at most ${number(limit)}` : plural(points, "character");
   page.count.classList.toggle("over", points > limit);
 }
 
@@ -123,13 +125,13 @@ function countText() {
 function edit(select = false) {
   if (page.reading.hidden) return;
   const place = page.reading.scrollTop;
-  page.reading.hidden = page.edit.hidden = true;
+  page.reading.hidden = page.edit.hidden = page.source.hidden = true;
   page.context.hidden = false;
   page.context.scrollTop = place;
   if (!select) return;
   page.context.focus({ preventScroll: true });
   const answer = state.shown?.answers[state.shown.chosen];
-  if (answer?.text) {
+  if (answer?.text && state.shown.context) {
     const [before, inside] = cut(state.shown.context, answer.start, answer.end);
     page.context.setSelectionRange(before.length, before.length + inside.length);
   }
@@ -140,6 +142,7 @@ function forget() {
   page.result.hidden = page.trace.hidden = true;
   page.answers.replaceChildren();
   page.reading.replaceChildren();
+  page.source.hidden = true;
   page["trace-body"].replaceChildren();
   page.said.textContent = "";
   page.problem.replaceChildren();
@@ -160,9 +163,10 @@ function pick(index) {
 // ---------------------------------------------------------------- asking
 
 async function ask() {
-  const context = page.context.value;
+  const context = state.corpus && !page.context.value.trim() ? "" : page.context.value;
   const question = page.question.value;
-  for (const [field, text, words] of [[page.context, context, "There is no text yet: paste one or choose an example."], [page.question, question, "There is no question yet."]]) {
+  const needed = [[page.context, context, "There is no text yet: paste one or choose an example."], [page.question, question, "There is no question yet."]];
+  for (const [field, text, words] of needed.slice(state.corpus ? 1 : 0)) {
     if (!text.trim()) {
       tell(new Problem(words));
       if (field === page.context) edit();
@@ -194,7 +198,8 @@ async function ask() {
 }
 
 function request(context, question, trace) {
-  return { context, question, top_k: Math.min(ANSWERS, state.limits.max_top_k ?? ANSWERS), allow_no_answer: state.knowsNull && page["allow-null"].checked, trace };
+  const text = context ? { context } : { snippet: AROUND };
+  return { ...text, question, top_k: Math.min(ANSWERS, state.limits.max_top_k ?? ANSWERS), allow_no_answer: state.knowsNull && page["allow-null"].checked, trace };
 }
 
 function unlock() {
@@ -216,28 +221,38 @@ function tell(error) {
 
 // ---------------------------------------------------------------- answers
 
+/** Where an answer of the corpus stands: its document and, if there is one, the place in it. */
+function from({ document: name, place }) {
+  return [name, place].filter(Boolean).map((text) => make("span", { dir: "auto", text }));
+}
+
 function show(found) {
   const { answers, context, milliseconds } = (state.shown = found);
+  const where = context ? "in this text" : "in these documents";
   page.answers.replaceChildren(
     ...answers.map((answer, index) => make("li", {}, make(
       "button", { type: "button", "aria-pressed": index === 0, "--width": `${(100 * answer.score).toFixed(2)}%` },
-      answer.text ? make("bdi", { text: answer.text }) : make("bdi", { class: "none", text: "No answer in this text" }),
+      answer.text ? make("bdi", { text: answer.text }) : make("bdi", { class: "none", text: `No answer ${where}` }),
       make("span", { class: "score", title: `score ${answer.score}`, text: percent(answer.score) }),
+      ...(answer.document ? [make("span", { class: "from" }, ...from(answer))] : []),
       make("span", { class: "rule" }),
     ))),
   );
   page.facts.textContent = answers.length
-    ? `${answers.length > 1 ? "Choose one to see it in the text. " : ""}Answered in ${number(Math.max(1, Math.round(milliseconds)))} ms.`
-    : "Nothing in this text can be an answer.";
-  page.result.hidden = page.trace.hidden = false;
+    ? `${answers.length > 1 ? `Choose one to see it in ${context ? "the text" : "its document"}. ` : ""}Answered in ${number(Math.max(1, Math.round(milliseconds)))} ms.`
+    : context ? "Nothing in this text can be an answer." : "No word of the question occurs in the documents.";
+  page.result.hidden = false;
+  page.trace.hidden = !answers.length && !context; // nothing was read
   const best = answers[0];
-  page.said.textContent = !best ? page.facts.textContent : best.text ? `Answer: ${best.text}, ${percent(best.score)}` : `No answer in this text, ${percent(best.score)}`;
+  const place = best?.document ? `, from ${[best.document, best.place].filter(Boolean).join(", ")}` : "";
+  page.said.textContent = !best ? page.facts.textContent : best.text ? `Answer: ${best.text}, ${percent(best.score)}${place}` : `No answer ${where}, ${percent(best.score)}`;
   const focused = document.activeElement === page.context;
-  const place = page.context.hidden ? page.reading.scrollTop : page.context.scrollTop;
+  const scrolled = page.context.hidden ? page.reading.scrollTop : page.context.scrollTop;
   page.context.hidden = true;
   page.reading.hidden = page.edit.hidden = false;
+  page.reading.setAttribute("aria-label", `The ${context ? "text" : "passage"} with the answer highlighted`);
   page.reading.replaceChildren(context);
-  page.reading.scrollTop = place;
+  page.reading.scrollTop = scrolled;
   if (focused) page.reading.focus({ preventScroll: true });
   choose(0);
   page.answers.firstElementChild?.scrollIntoView({ block: "nearest" });
@@ -251,11 +266,14 @@ function choose(index) {
   state.shown.chosen = index;
   [...page.answers.querySelectorAll("button")].forEach((button, i) => button.setAttribute("aria-pressed", i === index));
   const answer = answers[index];
+  page.source.replaceChildren(...(answer?.document ? from(answer) : []));
+  page.source.hidden = !answer?.document;
   if (!answer?.text) {
     page.reading.replaceChildren(context);
     return;
   }
-  const [before, inside, after] = cut(context, answer.start, answer.end);
+  const { text, start } = context ? { text: context, start: 0 } : answer.snippet;
+  const [before, inside, after] = cut(text, answer.start - start, answer.end - start);
   const mark = make("mark", { text: inside });
   page.reading.replaceChildren(before, mark, after);
   const sheet = page.reading.getBoundingClientRect();
@@ -388,12 +406,13 @@ function candidates(trace) {
 // ---------------------------------------------------------------- start
 
 async function meet() {
-  const { name, hash, device, limits, manifest } = await call("/v1/model");
+  const { name, hash, device, limits, manifest, corpus = null } = await call("/v1/model");
   const { temperature, null_threshold: threshold } = manifest.settings ?? {};
-  Object.assign(state, { limits, temperature, knowsNull: typeof threshold === "number" });
+  Object.assign(state, { limits, temperature, knowsNull: typeof threshold === "number", corpus });
   page.model.textContent = [name, manifest.precision, device].filter(Boolean).join(" · ");
   page.model.title = `bundle ${hash}`;
   page["null-choice"].hidden = !state.knowsNull;
+  if (corpus) page.context.placeholder = `Leave this empty to ask ${plural(corpus.documents, "document")}, or paste a text.`;
   countText();
 }
 
@@ -403,9 +422,9 @@ async function offer() {
   } catch {
     return; // the page works without examples
   }
-  page.example.append(make("option", { value: -1, text: "Your own text" }), ...state.examples.map((example, index) => make("option", { value: index, text: example.title })));
+  page.example.append(make("option", { value: -1, text: state.corpus ? "The documents, or your own text" : "Your own text" }), ...state.examples.map((example, index) => make("option", { value: index, text: example.title })));
   page.example.parentElement.hidden = false;
-  if (!page.context.value && !page.question.value) {
+  if (!page.context.value && !page.question.value && !state.corpus) {
     page.example.value = 0;
     pick(0);
   } else page.example.value = -1; // after a reload the browser keeps the text
@@ -421,6 +440,11 @@ page.unlock.addEventListener("submit", async (event) => {
   page.problem.replaceChildren();
   try {
     await meet();
+    if (state.corpus && page.example.value === "0" && !state.shown) {
+      page.example.value = -1; // the example was shown before the documents were known
+      page.example.selectedOptions[0].textContent = "The documents, or your own text";
+      pick(-1);
+    }
     page.unlock.hidden = true;
     page.token.value = "";
     page.question.focus();
@@ -457,8 +481,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-offer();
 meet().catch((error) => {
   if (error.status === 401 && !sessionStorage.getItem(TOKEN)) unlock(); // the form asks for the token
   else tell(error);
-});
+}).then(offer); // with documents, no example is shown at first

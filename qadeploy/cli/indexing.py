@@ -1,0 +1,74 @@
+"""``qadeploy index``, and what ``ask`` does with a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qadeploy.cli.common import command, main, note, print_result
+from qadeploy.cli.progress import Progress
+from qadeploy.core.settings import Options
+
+if TYPE_CHECKING:
+    from qadeploy.corpus.corpus import Corpus
+    from qadeploy.corpus.records import CorpusAnswer, Passage
+    from qadeploy.records import Answer
+
+
+@command(
+    main,
+    example="""
+qadeploy index manuals --out indexes/manuals
+qadeploy index articles.jsonl --out indexes/articles --json
+""",
+)
+@click.argument("source")
+@click.option("--out", required=True, help="The folder of the index; an index that is there is brought up to date.")
+def index(as_json: bool, source: str, out: str) -> None:
+    """Make an index of SOURCE, a folder of documents or a file, from which ask and serve answer.
+
+    Text, Markdown, HTML and PDF files, and JSONL with a document per row (fields text, id, title). If --out is an index
+    already, only files that changed are read. What is not in the index is listed, with its reason.
+    """
+    from qadeploy.corpus.building import build
+
+    with Progress(as_json) as progress:
+        built = build(Path(source), Path(out), lambda number, name: progress.show(f"{number} files: {name}"))
+    counts = {name: getattr(built, name) for name in ("files", "documents", "passages", "added", "changed", "removed")}
+    skipped = [{"path": each.path, "reason": each.reason} for each in built.skipped]
+    changes = (
+        "was up to date"
+        if built.up_to_date
+        else f"{built.added} added, {built.changed} changed, {built.removed} removed"
+    )
+    text = [f"{out}: {built.files:,} files, {built.documents:,} documents, {built.passages:,} passages ({changes})"]
+    if built.skipped:
+        text += ["not in the index:", *(f"  {each}" for each in built.skipped)]
+    print_result(as_json, {"index": out, **counts, "skipped": skipped}, text)
+
+
+def open_corpus(place: str, progress: Progress) -> Corpus:
+    """Opens an index or documents; says what is not in it."""
+    from qadeploy.corpus.corpus import Corpus
+
+    corpus = Corpus.open(place, lambda number, name: progress.show(f"{number} files: {name}"))
+    if corpus.skipped:
+        most = 3
+        more = (
+            f" and {len(corpus.skipped) - most} more (qadeploy index lists them)" if len(corpus.skipped) > most else ""
+        )
+        note(f"not in the corpus: {'; '.join(map(str, corpus.skipped[:most]))}{more}")
+    return corpus
+
+
+def place_answers(
+    corpus: Corpus, answers: Sequence[Answer], passages: Sequence[Passage], options: Options
+) -> tuple[list[CorpusAnswer], dict[str, Any]]:
+    """The answers with their documents and places, and what is said of them as JSON."""
+    placed = corpus.placed(answers, passages, options.offsets)
+    read = [{"document": each.document, "place": each.place, "score": each.score} for each in passages]
+    skipped = [{"path": each.path, "reason": each.reason} for each in corpus.skipped]
+    return placed, {"answers": [answer.to_dict() for answer in placed], "passages": read, "skipped": skipped}

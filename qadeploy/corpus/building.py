@@ -1,0 +1,383 @@
+"""Builds an index, or brings one up to date: only files that changed are read again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from qadeploy import __version__
+from qadeploy.core.windows import is_rust_error
+from qadeploy.corpus.cutting import cut
+from qadeploy.corpus.documents import Reader, documents_of, endings, reader_of, require_size, unread
+from qadeploy.corpus.folder import (
+    FILES,
+    KIND,
+    SCHEMA,
+    SEARCH_FILE,
+    TEXTS,
+    IndexFolder,
+    Place,
+    Source,
+    close_index,
+    files_text,
+    is_index,
+    open_index,
+    schema,
+)
+from qadeploy.corpus.records import Document, Skipped
+from qadeploy.corpus.scanning import Found, reading, scan
+from qadeploy.corpus.terms import ANALYZER, analyzer, prepared, require_tantivy
+from qadeploy.data.wording import one_line
+from qadeploy.errors import CorpusError, InputError, MissingExtraError
+from qadeploy.files import holding, replace_folder, temporary_folder, write_text
+from qadeploy.inference.bundle import seal
+from qadeploy.machine import usable_cpus
+
+_HEAP = 2**26  # bytes of terms that each of Tantivy's threads collects before it writes them
+_MOST_THREADS = 4
+# A file that changed so shortly before it was read may change again without another time: nanoseconds.
+_TICK = 2_000_000_000
+_COPIED = 2**22
+OnFile = Callable[[int, str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What building an index did.
+
+    Attributes:
+        folder: The index.
+        files: How many files it holds.
+        documents: How many documents.
+        passages: How many passages.
+        added: Files that are new in it.
+        changed: Files that were read again.
+        removed: Files that are no longer there, or can no longer be read.
+        skipped: What is not in it, and why.
+    """
+
+    folder: Path
+    files: int
+    documents: int
+    passages: int
+    added: int
+    changed: int
+    removed: int
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether nothing had changed, so that nothing was written."""
+        return not (self.added or self.changed or self.removed)
+
+
+def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_damaged: bool = False) -> Built:
+    """Makes the index of a corpus, or brings an older one up to date.
+
+    An interruption at any time leaves the old index, or none.
+
+    Args:
+        source: A folder of documents, or a file.
+        folder: The index.
+        on_file: Called with the number and the name of each file that is read.
+        replace_damaged: Whether an index that cannot be opened is made anew; else that is an error.
+
+    Raises:
+        InputError: No file of the source can be read, ``folder`` holds something else, or another command is writing it.
+        CorpusError: The older index is damaged or of another version.
+        MissingExtraError: Tantivy is not installed.
+    """
+    require_tantivy("a corpus")
+    source = Path(source)
+    _check_place(folder)
+    _refuse_inside(source, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with holding(folder):
+        _check_place(folder)
+        old = _old(folder, replace_damaged)
+        try:
+            return _Building(source, folder, old, on_file).run()
+        except OSError as error:
+            error.filename = error.filename or str(folder)  # a full disk does not name the file
+            raise
+        finally:
+            if old is not None:
+                close_index(old)
+
+
+def _check_place(folder: Path) -> None:
+    if not folder.name:
+        raise InputError(f"{folder}: an index needs a folder of its own: give it a name")
+    if folder.is_symlink():
+        raise InputError(f"{folder}: is a link, which is not overwritten: give the folder itself or another name")
+    if not folder.exists() or is_index(folder):
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise InputError(f"{folder}: exists and is not an index, so it is not overwritten: give another name")
+
+
+def _refuse_inside(source: Path, folder: Path) -> None:
+    """Raises InputError if the index would be a part of the corpus; a hidden folder, such as a cache, is none."""
+    inner, outer = folder.resolve(), source.resolve()
+    if (
+        source.is_dir()
+        and inner.is_relative_to(outer)
+        and not any(p.startswith(".") for p in inner.relative_to(outer).parts)
+    ):
+        raise InputError(f"{folder}: lies in the corpus itself: give the index a folder outside of {source}")
+
+
+def _old(folder: Path, replace_damaged: bool) -> IndexFolder | None:
+    if not is_index(folder):
+        return None
+    try:
+        return open_index(folder)
+    except CorpusError:
+        if replace_damaged:
+            return None
+        raise
+
+
+class _Building:
+    """One run over the files of a corpus."""
+
+    def __init__(self, source: Path, folder: Path, old: IndexFolder | None, on_file: OnFile | None) -> None:
+        self.source, self.folder, self.old = source, folder, old
+        self.on_file = on_file or (lambda number, name: None)
+        self.known = {each.path: each for each in old.sources} if old else {}
+        self.next_id = 1 + max((each.id for each in self.known.values()), default=0)
+        self.sources: list[Source] = []
+        self.skipped: list[Skipped] = []
+        self.added = self.changed = 0
+        self.writer: _Writer | None = None
+
+    def run(self) -> Built:
+        with temporary_folder(self.folder) as work:
+            try:
+                return self._run(work)
+            finally:
+                if self.writer:
+                    self.writer.close()
+
+    def _run(self, work: Path) -> Built:
+        for number, found in enumerate(scan(self.source, self.skipped.append), 1):
+            self.on_file(number, found.name)
+            reader = reader_of(found.name)
+            if reader is None:
+                self.skipped.append(unread(found.name))
+                continue
+            known = self.known.get(found.path)
+            kept = known and self._unchanged(found, known)
+            if kept:
+                self.sources.append(kept)
+                continue
+            made = self._read(found, reader, work)
+            if made:
+                self.sources.append(made)
+                self.added += known is None
+                self.changed += known is not None
+        if not self.sources:
+            raise self._nothing()
+        there = {each.path for each in self.sources}
+        built = self._built(sum(path not in there for path in self.known))
+        if not built.up_to_date:
+            kept_ids = {each.id for each in self.sources}
+            self._opened(work).remove(each for each in self.known.values() if each.id not in kept_ids)
+            self._finish(work, self._opened(work), built)
+        return built
+
+    def _opened(self, work: Path) -> _Writer:
+        """The writer, which is opened when the first file turns out to have changed."""
+        self.writer = self.writer or _Writer(work, self.folder, self.old)
+        return self.writer
+
+    def _unchanged(self, found: Found, known: Source) -> Source | None:
+        """The entry of a file whose bytes are still the same: by its times, else by its hash."""
+        if found.size != known.size:
+            return None
+        if found.changed == known.changed and max(found.changed) < known.checked - _TICK:
+            return known
+        with suppress(OSError):  # whoever reads it says what is wrong
+            same = hashlib.file_digest(found.stream, "sha256").hexdigest() == known.sha256
+            found.stream.seek(0)
+            return known if same else None
+        return None
+
+    def _read(self, found: Found, reader: Reader, work: Path) -> Source | None:
+        """Reads a file into the index; None if it cannot be read, with the reason among what was skipped."""
+        problems: list[Skipped] = []
+        writer: _Writer | None = None
+        begin, documents, passages, id_ = 0, 0, 0, self.next_id
+        checked = time.time_ns()
+        self.next_id += 1
+        try:
+            require_size(found, reader)
+            with reading(found.name):
+                sha256 = hashlib.file_digest(found.stream, "sha256").hexdigest()
+                found.stream.seek(0)
+            for document in documents_of(found, reader, problems.append):
+                if writer is None:  # not before: to open it copies the old index
+                    writer = self._opened(work)
+                    begin = writer.size
+                passages += writer.add(document, id_, begin)
+                documents += 1
+        except (InputError, MissingExtraError) as error:
+            if writer:
+                writer.take_back(id_, begin)
+            self.skipped += [*problems, Skipped(found.name, str(error).removeprefix(f"{found.name}: "))]
+            return None
+        return Source(
+            *(found.path, id_, found.size, found.changed, checked, sha256),
+            *(begin, writer.size - begin if writer else 0, documents, passages, tuple(problems)),
+        )
+
+    def _nothing(self) -> InputError:
+        if not self.skipped:
+            return InputError(f"{self.source}: holds no files: give a folder with {endings()}")
+        most = 10
+        lines = [f"{self.source}: no file can be read:", *(f"  {each}" for each in self.skipped[:most])]
+        if len(self.skipped) > most:
+            lines.append(f"  and {len(self.skipped) - most:,} more")
+        return InputError("\n".join(lines))
+
+    def _built(self, gone: int) -> Built:
+        return Built(
+            self.folder,
+            len(self.sources),
+            sum(each.documents for each in self.sources),
+            sum(each.passages for each in self.sources),
+            *(self.added, self.changed, gone),
+            (*self.skipped, *(problem for each in self.sources for problem in each.skipped)),
+        )
+
+    def _finish(self, work: Path, writer: _Writer, built: Built) -> None:
+        sources = writer.finish(self.sources, {each.id for each in self.known.values()})
+        write_text(work / FILES, files_text(sources, self.skipped))
+        facts = {"files_read": built.files, "documents": built.documents, "passages": built.passages}
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        seal(work, {"schema": SCHEMA, "kind": KIND, "created": created, "qadeploy": __version__, **facts})
+        _check_place(self.folder)  # whatever has been put there meanwhile
+        replace_folder(work, self.folder)
+
+
+class _Writer:
+    """Adds documents to the files of an index in a temporary folder, which begins with those of the old one."""
+
+    def __init__(self, work: Path, folder: Path, old: IndexFolder | None) -> None:
+        tantivy = require_tantivy("a corpus")
+        self._tantivy, self._work, self._folder, self._old = tantivy, work, folder, old
+        if old:
+            for name, descriptor in old.descriptors.items():
+                if SEARCH_FILE.fullmatch(name):
+                    _copy(descriptor, 0, os.fstat(descriptor).st_size, work / name)
+        self._schema = schema()
+        threads = min(usable_cpus(), _MOST_THREADS)
+        with _writing(folder):
+            index = tantivy.Index(self._schema, path=str(work))
+            index.config_reader(reload_policy="manual")  # else a thread watches the folder, and makes files in it
+            index.register_tokenizer(ANALYZER, analyzer())
+            self._writer = index.writer(heap_size=threads * _HEAP, num_threads=threads)
+        self._texts: BinaryIO = (work / f"{TEXTS}.new").open("wb")
+        self.size = 0
+
+    def add(self, document: Document, file: int, begin: int) -> int:
+        """Adds the passages of a document of a file whose texts begin at ``begin``. Returns their number."""
+        data = document.text.encode()
+        first, at, done, count = self.size - begin, 0, 0, 0
+        for count, piece in enumerate(cut(document), 1):  # noqa: B007 - the count is used behind the loop
+            at += len(document.text[done : piece.start].encode())
+            text = document.text[piece.start : piece.end]
+            bytes_ = text.encode()
+            place = Place(
+                *(document.name, piece.place, piece.start, piece.end, first + at, len(bytes_)),
+                *(first, len(data), zlib.crc32(bytes_)),
+            )
+            at, done = at + len(bytes_), piece.end
+            entry = self._tantivy.Document()
+            entry.add_text("terms", prepared(piece.headings))
+            entry.add_text("terms", prepared(text))
+            entry.add_text("document", document.name)
+            entry.add_unsigned("file", file)
+            entry.add_bytes("place", place.to_bytes())
+            with _writing(self._folder):
+                self._writer.add_document(entry)
+        self._texts.write(data)
+        self.size += len(data)
+        return count
+
+    def close(self) -> None:
+        """Closes the file of texts, whatever became of it."""
+        with suppress(OSError):
+            self._texts.close()
+
+    def take_back(self, file: int, begin: int) -> None:
+        """Takes a file out again that turned out to be unreadable in its midst."""
+        self._delete(file)
+        self._texts.truncate(begin)
+        self._texts.seek(begin)
+        self.size = begin
+
+    def remove(self, gone: Iterable[Source]) -> None:
+        """Takes files of the old index out."""
+        for each in gone:
+            self._delete(each.id)
+
+    def _delete(self, file: int) -> None:
+        # By a query, whose schema says that the number is unsigned; by its term, nothing would be deleted.
+        self._writer.delete_documents_by_query(self._tantivy.Query.term_query(self._schema, "file", file))
+
+    def finish(self, sources: list[Source], old_ids: set[int]) -> list[Source]:
+        """Writes everything: the texts that stayed, then the new ones. Returns the files with the places of their texts."""
+        with _writing(self._folder):
+            self._writer.commit()
+            self._writer.wait_merging_threads()
+        self._texts.close()
+        new = self._work / f"{TEXTS}.new"
+        placed: dict[int, Source] = {}
+        with (self._work / TEXTS).open("wb") as texts:
+            at = 0
+            for each in sorted((s for s in sources if s.id in old_ids), key=lambda s: s.begin):
+                if self._old is not None:
+                    _copy_to(self._old.descriptors[TEXTS], each.begin, each.length, texts)
+                placed[each.id] = replace(each, begin=at)
+                at += each.length
+            with new.open("rb") as stream:
+                shutil.copyfileobj(stream, texts, _COPIED)
+        new.unlink()
+        for path in self._work.iterdir():
+            if path.name.startswith(".tantivy-"):
+                path.unlink()  # a lock
+            else:
+                shutil.copymode(self._work / TEXTS, path)  # Tantivy makes some for their owner alone
+        return [placed.get(each.id) or replace(each, begin=each.begin + at) for each in sources]
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes an error of Tantivy one of the index: it raises a ValueError if its disk is full."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_rust_error(error):
+            raise
+        raise CorpusError(f"{folder}: the index cannot be written: {one_line(error)}") from error
+
+
+def _copy(descriptor: int, begin: int, length: int, path: Path) -> None:
+    with path.open("wb") as stream:
+        _copy_to(descriptor, begin, length, stream)
+
+
+def _copy_to(descriptor: int, begin: int, length: int, stream: Any) -> None:
+    at = begin
+    while at < begin + length and (part := os.pread(descriptor, min(_COPIED, begin + length - at), at)):
+        stream.write(part)
+        at += len(part)

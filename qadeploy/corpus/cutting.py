@@ -1,0 +1,101 @@
+"""Documents to passages: cut at headings and pages, then at blank lines, and only where a paragraph is too long inside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from qadeploy.corpus.records import Cut, Document, Heading
+
+# Code points of a passage: a window of 384 tokens and a question hold so much of most languages, so that a passage is one window.
+LONGEST = 800
+BETWEEN = " > "  # the headings of a place
+_BLANK = re.compile(r"\n[^\S\n]*\n|\u2029|\f")
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s)|[。！？]|\n")
+_MOST_TITLE = 120  # code points of a heading in a place
+
+
+def cut(document: Document) -> Iterator[Cut]:
+    """Cuts a document into passages, in order: every code point but white space around paragraphs is in one of them.
+
+    A passage never crosses a heading or a page. Short paragraphs of a section are put together, up to ``LONGEST`` code points.
+    """
+    line, counted = 1, 0
+    for number, (start, end, headings) in enumerate(_sections(document), 1):
+        for first, last in _packed(document.text, start, end):
+            place = f"page {number}" if document.pages else headings or document.place
+            if not place and document.has_lines:
+                line += document.text.count("\n", counted, first)
+                counted = first
+                place = f"line {line}"
+            yield Cut(first, last, place, headings)
+
+
+def _sections(document: Document) -> Iterator[tuple[int, int, str]]:
+    """The parts of a document between which no passage reaches, with the headings above each, or the title."""
+    end = len(document.text)
+    if document.pages:
+        borders = [*document.pages[1:], end]
+        for first, last in zip(document.pages, borders, strict=True):
+            yield first, last, document.title
+        return
+    path: list[Heading] = []
+    begin = 0
+    for heading in document.headings:
+        # A heading right below another one begins no section of its own: its section is that of both.
+        if document.text[path[-1].end if path else 0 : heading.start].strip():
+            yield begin, heading.start, _headings(document, path)
+            begin = heading.start
+        path = [*(above for above in path if above.level < heading.level), heading]
+    yield begin, end, _headings(document, path)
+
+
+def _headings(document: Document, path: list[Heading]) -> str:
+    names = [name[:_MOST_TITLE] for name in (document.title, *(heading.title for heading in path)) if name]
+    return BETWEEN.join(names[1:] if names[:1] == names[1:2] else names)
+
+
+def _packed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Neighbouring paragraphs put together, as long as they are no longer than ``LONGEST``."""
+    held: tuple[int, int] | None = None
+    for first, last in _pieces(text, start, end):
+        if held and last - held[0] <= LONGEST:
+            held = held[0], last
+            continue
+        if held:
+            yield held
+        held = first, last
+    if held:
+        yield held
+
+
+def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The paragraphs between two places, without white space around them; of a long one its parts."""
+    borders = [(found.start(), found.end()) for found in _BLANK.finditer(text, start, end)]
+    for first, last in zip([start, *(b for _, b in borders)], [*(a for a, _ in borders), end], strict=True):
+        first, last = _trimmed(text, first, last)
+        while last - first > LONGEST:
+            at = _part(text, first)
+            begin, stop = _trimmed(text, first, at)
+            if begin < stop:
+                yield begin, stop
+            first, _ = _trimmed(text, at, last)
+        if first < last:
+            yield first, last
+
+
+def _part(text: str, first: int) -> int:
+    """Where to cut a paragraph that is too long: behind a sentence, else a word, of the second half of what fits."""
+    half, most = first + LONGEST // 2, first + LONGEST
+    ends = [found.end() for found in _SENTENCE_END.finditer(text, half, most)]
+    if ends:
+        return ends[-1]
+    return next((at for at in range(most, half, -1) if text[at - 1].isspace()), most)
+
+
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return start, end

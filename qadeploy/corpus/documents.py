@@ -1,0 +1,101 @@
+"""Files to documents. ``READERS`` lists the kinds of files; what none of them reads is named with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from qadeploy.corpus.html import html_document
+from qadeploy.corpus.markdown import markdown_headings
+from qadeploy.corpus.pdf import pdf_document
+from qadeploy.corpus.records import Document, Skipped
+from qadeploy.corpus.rows import row_documents
+from qadeploy.corpus.scanning import Found, OnSkipped, reading
+from qadeploy.data.formats import decode
+from qadeploy.errors import InputError
+
+MOST_BYTES = 2**28  # of a file that is one document
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A kind of file.
+
+    Attributes:
+        suffixes: Its endings.
+        name: What people call it.
+        read: Makes the document of its bytes and its name; None for files of rows.
+    """
+
+    suffixes: tuple[str, ...]
+    name: str
+    read: Callable[[bytes, str], Document] | None
+
+
+def _text(content: bytes, name: str) -> Document:
+    return Document(name, decode(content, name), has_lines=True)
+
+
+def _markdown(content: bytes, name: str) -> Document:
+    text = decode(content, name)
+    return Document(name, text, markdown_headings(text), has_lines=True)
+
+
+def _html(content: bytes, name: str) -> Document:
+    return html_document(decode(content, name), name)
+
+
+READERS = (
+    Reader((".txt", ".text"), "text", _text),
+    Reader((".md", ".markdown"), "Markdown", _markdown),
+    Reader((".html", ".htm", ".xhtml"), "HTML", _html),
+    Reader((".pdf",), "PDF", pdf_document),
+    Reader((".jsonl", ".ndjson"), "JSONL, a document per row", None),
+)
+
+
+def reader_of(name: str) -> Reader | None:
+    """The reader of a file by its ending; None if there is none."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return next((reader for reader in READERS if suffix in reader.suffixes), None)
+
+
+def endings() -> str:
+    """The endings that are read."""
+    return ", ".join(suffix for reader in READERS for suffix in reader.suffixes)
+
+
+def unread(name: str) -> Skipped:
+    """What to say of a file that no reader reads."""
+    suffix = PurePosixPath(name).suffix
+    return Skipped(name, f"{f'ending {suffix!r}' if suffix else 'no ending'}; read are {endings()}")
+
+
+def require_size(found: Found, reader: Reader) -> None:
+    """Raises InputError if a file is too large to be one document."""
+    if reader.read is not None and found.size > MOST_BYTES:
+        raise InputError(f"{found.name}: {found.size:,} bytes are more than {MOST_BYTES:,}: split it")
+
+
+def documents_of(found: Found, reader: Reader, skip: OnSkipped) -> Iterator[Document]:
+    """Reads the documents of a file.
+
+    Args:
+        found: The file, at its beginning.
+        reader: Its reader.
+        skip: Told of rows that cannot be read.
+
+    Raises:
+        InputError: The file cannot be read; the message begins with its name.
+        MissingExtraError: Its reader needs a package that is not installed.
+    """
+    with reading(found.name):
+        if reader.read is None:
+            yield from row_documents(found, skip)
+            return
+        document = reader.read(found.stream.read(MOST_BYTES + 1), found.name)
+    if not document.text.strip():
+        kind = "its pages hold no text, as scans do" if document.pages else "holds no text"
+        raise InputError(f"{found.name}: {kind}")
+    yield document

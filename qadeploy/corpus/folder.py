@@ -1,0 +1,358 @@
+"""The folder of an index, verified when it is opened.
+
+    manifest.json    schema, counts, size and SHA-256 of every other file, and its own SHA-256
+    files.json       the files that it was made from, each with its hash and where its text lies, and what was passed over
+    texts.bin        the texts of all documents, as UTF-8, one after the other
+    *                the rest are Tantivy's: the terms of every passage, and what ``Place`` holds
+
+It is written like a bundle: to a hidden folder beside its place, the manifest last, then flushed and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qadeploy.core.windows import is_rust_error
+from qadeploy.corpus.records import Skipped
+from qadeploy.corpus.terms import ANALYZER, analyzer, require_tantivy
+from qadeploy.errors import CorpusError, InputError
+from qadeploy.inference.bundle import MANIFEST, manifest_text
+from qadeploy.inference.manifest import parse_json
+
+SCHEMA = 1
+KIND = "qadeploy corpus index"
+FILES, TEXTS = "files.json", "texts.bin"
+# Tantivy's own: its lists of files, and segments, which are named by a UUID.
+SEARCH_FILE = re.compile(r"meta\.json|\.managed\.json|[0-9a-f]{32}\.[\w.]{1,40}")
+_NO_LINK = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_MOST_MANIFEST = 2**24
+_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file that the index was made from.
+
+    Attributes:
+        path: Its path below the corpus folder; bytes that are no UTF-8 as lone surrogates.
+        id: Its number in the index; a changed file gets a new one.
+        size: Its size in bytes.
+        changed: Nanoseconds of its last changes when it was read.
+        checked: Nanoseconds of when that was.
+        sha256: Of its bytes.
+        begin: Where its texts begin in ``texts.bin``, in bytes.
+        length: Their length there.
+        documents: How many it holds.
+        passages: How many it holds.
+        skipped: What of it could not be read.
+    """
+
+    path: str
+    id: int
+    size: int
+    changed: tuple[int, int]
+    checked: int
+    sha256: str
+    begin: int
+    length: int
+    documents: int
+    passages: int
+    skipped: tuple[Skipped, ...] = ()
+
+    def to_json(self) -> list[Any]:
+        """The values as a list, without the names, of which there may be a million."""
+        skipped = [[each.path, each.reason] for each in self.skipped]
+        return [
+            *(self.path, self.id, self.size, list(self.changed), self.checked, self.sha256, self.begin, self.length),
+            *(self.documents, self.passages, skipped),
+        ]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Source:
+        """Reads what ``to_json`` made. Raises ValueError or TypeError on anything else."""
+        path, id_, size, changed, checked, sha256, begin, length, documents, passages, skipped = values
+        numbers = (id_, size, checked, begin, length, documents, passages)
+        if not (isinstance(path, str) and isinstance(sha256, str) and len(changed) == 2):
+            raise ValueError("a file of other values")
+        if not all(isinstance(number, int) and 0 <= number < 2**62 for number in numbers):
+            raise ValueError("a file with a number out of range")
+        return cls(
+            *(path, id_, size, (changed[0], changed[1]), checked, sha256, begin, length, documents, passages),
+            tuple(Skipped(str(a), str(b)) for a, b in skipped),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What is stored with a passage: where it lies. Bytes count from where the texts of its file begin.
+
+    Attributes:
+        document: The document's name.
+        place: The headings above it, its page, or its line.
+        start: Its first code point in the document.
+        end: One past its last.
+        begin: Its first byte.
+        length: Its bytes.
+        document_begin: The document's first byte.
+        document_length: The document's bytes.
+        checksum: CRC-32 of its bytes, which may be changed while the index is in use.
+    """
+
+    document: str
+    place: str
+    start: int
+    end: int
+    begin: int
+    length: int
+    document_begin: int
+    document_length: int
+    checksum: int
+
+    def to_bytes(self) -> bytes:
+        """The values as JSON."""
+        values = [
+            *(self.document, self.place, self.start, self.end, self.begin, self.length),
+            *(self.document_begin, self.document_length, self.checksum),
+        ]
+        return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Place:
+        """Reads what ``to_bytes`` made. Raises ValueError or TypeError on anything else."""
+        values = json.loads(data)
+        found = cls(*values)
+        if not isinstance(found.document, str) or not isinstance(found.place, str):
+            raise ValueError("a place without names")
+        if not all(isinstance(number, int) and 0 <= number < 2**63 for number in values[2:]):
+            raise ValueError("a place with a number out of range")
+        return found
+
+
+def schema() -> Any:
+    """The fields of a passage in Tantivy's index."""
+    tantivy = require_tantivy("a corpus")
+    builder = tantivy.SchemaBuilder()
+    builder.add_text_field("terms", tokenizer_name=ANALYZER, index_option="freq")
+    builder.add_text_field("document", tokenizer_name="raw", index_option="basic")
+    builder.add_unsigned_field("file", stored=True, indexed=True)
+    builder.add_bytes_field("place", stored=True)
+    return builder.build()
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFolder:
+    """A verified index. Its files stay open, so that it can be read while another takes its place.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: What the manifest says.
+        sources: The files that it was made from.
+        skipped: What was passed over, and why.
+        hash: SHA-256 of the manifest, which holds the hashes of all files, so it identifies the index.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    sources: tuple[Source, ...]
+    skipped: tuple[Skipped, ...]
+    hash: str
+    descriptors: Mapping[str, int] = field(repr=False, compare=False)
+
+    def bytes_of(self, source: Source, begin: int, length: int) -> bytes:
+        """Bytes of the texts of a file. Raises CorpusError if there are not so many."""
+        if begin + length > source.length:
+            raise _damaged(self.folder / TEXTS)
+        data = _read(self.descriptors[TEXTS], source.begin + begin, length)
+        if len(data) != length:
+            raise _damaged(self.folder / TEXTS)
+        return data
+
+    def text_of(self, source: Source, place: Place) -> str:
+        """The text of a passage. Raises CorpusError if it is not the one that was indexed."""
+        data = self.bytes_of(source, place.begin, place.length)
+        if zlib.crc32(data) != place.checksum:
+            raise _damaged(self.folder / TEXTS)
+        return data.decode("utf-8", "replace")
+
+    def open_search(self) -> Any:
+        """Opens Tantivy's index, which needs no file any more once it is open. Raises CorpusError if it cannot be read."""
+        tantivy = require_tantivy("a corpus")
+        # Tantivy makes a lock file in the folder that it reads, which may be read-only. Links to the open files are what was
+        # verified, whatever lies in the folder by now.
+        with tempfile.TemporaryDirectory(prefix="qadeploy-") as view:
+            for name, descriptor in self.descriptors.items():
+                if SEARCH_FILE.fullmatch(name):
+                    os.symlink(f"/proc/self/fd/{descriptor}", os.path.join(view, name))
+            try:
+                index = tantivy.Index.open(view)
+                index.register_tokenizer(ANALYZER, analyzer())
+                index.config_reader(reload_policy="manual")
+                index.reload()
+                return index
+            except BaseException as error:
+                if not is_rust_error(error):
+                    raise
+                raise CorpusError(f"{self.folder}: its search files cannot be read: {_REBUILD}") from error
+
+
+_REBUILD = "delete the folder and build it again with qadeploy index"
+
+
+def _damaged(path: Path) -> CorpusError:
+    return CorpusError(
+        f"{path}: does not match the manifest (size or SHA-256 differ): it is damaged or was changed; {_REBUILD}"
+    )
+
+
+def is_index(folder: Path) -> bool:
+    """Whether a folder holds an index, of whatever version; ``open_index`` verifies it."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as stream:
+            return KIND.encode() in stream.read(200)
+    except OSError:
+        return False
+
+
+def open_index(folder: Path) -> IndexFolder:
+    """Opens an index and verifies all of its files.
+
+    Raises:
+        InputError: There is no such folder.
+        CorpusError: It is no index, of another version, incomplete, damaged, or unsafe.
+    """
+    for _ in range(_TRIES):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such index: make one with qadeploy index")
+        found = folder.stat().st_ino
+        try:
+            return _open(folder)
+        except CorpusError:
+            if folder.is_dir() and folder.stat().st_ino == found:
+                raise  # else it was replaced meanwhile
+    return _open(folder)
+
+
+def _open(folder: Path) -> IndexFolder:
+    manifest, hash_ = _read_manifest(folder)
+    listed: Mapping[str, Any] = manifest["files"]
+    names = {FILES, TEXTS}
+    if not names <= listed.keys() or not all(name in names or SEARCH_FILE.fullmatch(name) for name in listed):
+        raise CorpusError(f"{folder / MANIFEST}: lists other files than an index has: {_REBUILD}")
+    extra = sorted(entry.name for entry in folder.iterdir() if entry.name not in {*listed, MANIFEST})
+    if extra:
+        raise CorpusError(
+            f"{folder}: holds {', '.join(map(repr, extra[:5]))}, which the manifest does not list: remove it"
+        )
+    descriptors: dict[str, int] = {}
+    index = None
+    try:
+        for name, about in listed.items():
+            descriptors[name] = _verified(folder / name, about)
+        sources, skipped = _read_files(folder, descriptors[FILES])
+        size = os.fstat(descriptors[TEXTS]).st_size
+        if any(source.begin + source.length > size for source in sources):
+            raise CorpusError(f"{folder / FILES}: a text lies outside of {TEXTS}: {_REBUILD}")
+        index = IndexFolder(folder, manifest, sources, skipped, hash_, descriptors)
+        return index
+    finally:
+        if index is None:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+
+
+def close_index(index: IndexFolder) -> None:
+    """Closes the files of an index, which cannot be read any more."""
+    for descriptor in index.descriptors.values():
+        os.close(descriptor)
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    path = folder / MANIFEST
+    if path.is_symlink() or not path.is_file():
+        raise CorpusError(f"{folder}: has no {MANIFEST}: this is no index, or an unfinished one")
+    try:
+        if path.stat().st_size > _MOST_MANIFEST:
+            raise CorpusError(f"{path}: is larger than any manifest: {_REBUILD}")
+        data = path.read_bytes()
+        manifest = parse_json(data.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CorpusError(f"{path}: cannot be read: {error}: {_REBUILD}") from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise CorpusError(f"{folder}: is no index of a corpus: make one with qadeploy index")
+    if manifest.get("schema") != SCHEMA:
+        raise CorpusError(
+            f"{path}: version {manifest.get('schema')!r} of the index is not {SCHEMA}, which this version of qadeploy reads: {_REBUILD}"
+        )
+    own = manifest.pop("manifest_sha256", None)
+    if not isinstance(own, str) or manifest_text(manifest).encode() != data:
+        raise CorpusError(f"{path}: does not match its own SHA-256: it is damaged or was changed; {_REBUILD}")
+    files = manifest.get("files")
+    sound = isinstance(files, dict) and all(
+        isinstance(about, dict) and isinstance(about.get("size"), int) and isinstance(about.get("sha256"), str)
+        for about in files.values()
+    )
+    if not sound:
+        raise CorpusError(f"{path}: has no list of files with their hashes: {_REBUILD}")
+    return manifest, hashlib.sha256(data).hexdigest()
+
+
+def _verified(path: Path, about: Mapping[str, Any]) -> int:
+    """Opens a file whose size and SHA-256 are those of the manifest. Raises CorpusError if they are not."""
+    try:
+        descriptor = os.open(path, _NO_LINK)
+    except OSError as error:
+        raise CorpusError(f"{path}: is missing or not a plain file: {_REBUILD}") from error
+    sound = False
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise CorpusError(f"{path}: is missing or not a plain file: {_REBUILD}")
+        with open(descriptor, "rb", closefd=False) as stream:
+            hash_ = hashlib.file_digest(stream, "sha256").hexdigest() if found.st_size == about["size"] else ""
+        sound = hash_ == about["sha256"]
+        if not sound:
+            raise _damaged(path)
+        return descriptor
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read: {error.strerror}") from error
+    finally:
+        if not sound:
+            os.close(descriptor)
+
+
+def _read(descriptor: int, begin: int, length: int) -> bytes:
+    parts, at = [], 0
+    while at < length and (part := os.pread(descriptor, min(length - at, 2**26), begin + at)):
+        parts.append(part)
+        at += len(part)
+    return b"".join(parts)
+
+
+def _read_files(folder: Path, descriptor: int) -> tuple[tuple[Source, ...], tuple[Skipped, ...]]:
+    try:
+        values = json.loads(_read(descriptor, 0, os.fstat(descriptor).st_size))
+        sources = tuple(map(Source.from_json, values["files"]))
+        skipped = tuple(Skipped(str(path), str(reason)) for path, reason in values["skipped"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CorpusError(f"{folder / FILES}: cannot be used: {_REBUILD}") from error
+    return sources, skipped
+
+
+def files_text(sources: list[Source], skipped: list[Skipped]) -> str:
+    """The content of ``files.json``, a line per file."""
+    files = ",\n".join(json.dumps(source.to_json()) for source in sources)
+    rest = ",\n".join(json.dumps([each.path, each.reason]) for each in skipped)
+    return f'{{"files": [\n{files}\n], "skipped": [\n{rest}\n]}}\n'
