@@ -32,7 +32,7 @@ from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.training.features import collate_labels, label, make_features
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.run_log import RunLog
-from qadeploy.training.runs import HeldOut, dev_set, find_run, held_out
+from qadeploy.training.runs import HeldOut, check_replaceable, dev_set, find_run, held_out
 from qadeploy.training.torch_device import resolve_precision
 from qadeploy.training.train import train
 from qadeploy.training.trainer import span_loss
@@ -637,6 +637,25 @@ def test_a_folder_with_a_run_json_keeps_what_else_it_holds(record, name, message
     with pytest.raises(InputError, match=message):
         train(tiny_options(few, tiny_checkpoint, out), lambda line: None, progress=False)
     assert (out / name).read_text() == "keep me"
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["", "a run of 0.2.0"])
+def test_foreign_files_in_a_checkpoint_are_named_and_kept(listed, tiny, tmp_path):
+    out = shutil.copytree(tiny.run, tmp_path / "mine")
+    record = json.loads((out / "run.json").read_text())
+    assert set(record["checkpoint_files"]) == {p.name for p in (out / "checkpoint").iterdir()}
+    if not listed:
+        del record["checkpoint_files"]
+        (out / "run.json").write_text(json.dumps(record))
+    check_replaceable(out)  # nothing but the run
+    for name in ("notes.txt", "mine/data.csv", "model.onnx"):
+        kept = out / "checkpoint" / name
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text("keep me")
+        with pytest.raises(InputError, match=f"mine: holds checkpoint/{name} beside a run, which would be deleted"):
+            train(tiny_options(tiny.data, tiny.run / "checkpoint", out), lambda line: None, progress=False)
+        assert kept.read_text() == "keep me"
+        kept.unlink()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])

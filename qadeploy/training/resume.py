@@ -25,7 +25,14 @@ from qadeploy.files import lock, replace_folder, sweep, sync_folder, temporary_f
 from qadeploy.shipped import base_model_path
 from qadeploy.training import distributed
 from qadeploy.training.run_log import RunLog
-from qadeploy.training.runs import RUN_FILE, UNFINISHED, check_replaceable, read_status
+from qadeploy.training.runs import (
+    CHECKPOINT_FILES,
+    RUN_FILE,
+    UNFINISHED,
+    check_replaceable,
+    checkpoint_files,
+    read_status,
+)
 from qadeploy.training.saves import Save, newest_complete, remove_after
 
 SAVES = "checkpoints"
@@ -131,7 +138,8 @@ def finish(opened: OpenRun, out: Path) -> None:
     Raises InputError if something that is no run was put into ``out`` since the beginning; the run then stays beside it.
     """
     sync_folder(opened.folder)
-    write_json(opened.folder / RUN_FILE, {**opened.record, "status": "complete"})
+    record = {**opened.record, CHECKPOINT_FILES: checkpoint_files(opened.folder), "status": "complete"}
+    write_json(opened.folder / RUN_FILE, record)
     _publish(opened.folder, out)
 
 

@@ -31,6 +31,17 @@ _PARTS = frozenset(
         NULL_ODDS,
     }
 )
+# The record's list of the files of ``checkpoint/``. Records of 0.2.0 and earlier have none: there, what every checkpoint holds.
+CHECKPOINT_FILES = "checkpoint_files"
+_USUAL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "qadeploy.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +111,28 @@ def check_replaceable(out: Path) -> None:
     if not out.is_dir() or read_status(out) not in {"complete", "running"} or not _has_options(out):
         raise InputError(f"{out}: exists and is not a run folder, so it is not overwritten: give another --out")
     foreign = sorted(p.name for p in out.iterdir() if p.name not in _PARTS and not is_temporary(p.name))
+    own = _read_json(out / RUN_FILE).get(CHECKPOINT_FILES) or _USUAL_FILES
+    foreign += [f"checkpoint/{name}" for name in checkpoint_files(out) if name not in own]
     if foreign:
         raise InputError(
             f"{out}: holds {', '.join(foreign[:5])} beside a run, which would be deleted: move it away, or give another --out"
         )
 
 
+def checkpoint_files(folder: Path) -> list[str]:
+    """The files of a run's checkpoint, by their paths in it."""
+    checkpoint = folder / "checkpoint"
+    files = (p for p in checkpoint.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(p.relative_to(checkpoint).as_posix() for p in files)
+
+
 def _has_options(folder: Path) -> bool:
     """Whether a record with a status is that of a run: other tools name files ``run.json`` too."""
-    return isinstance(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("options"), dict)
+    return isinstance(_read_json(folder / RUN_FILE).get("options"), dict)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _unfinished(folder: Path) -> str:
