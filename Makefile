@@ -21,9 +21,8 @@ RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 NEXT := .venv-next
 NEXT_READY := $(NEXT)/.ready
 BUNDLE := bundles/handbook-int8
-NEXT_TESTS := tests/test_architectures.py tests/test_exporters.py tests/test_trainer.py tests/test_export.py \
-	tests/test_session_answerer.py tests/test_answerer_sharing.py tests/test_answerer_refused.py \
-	tests/test_exportable.py tests/test_transformers_versions.py
+NEXT_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures trainer export exporters exportable transformers_versions \
+	session_answerer answerer_refused cli_training cli_answers recipes fp16 attention span_head text_graph))
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--constraint constraints.txt --custom-compile-command 'make requirements'
 # Two per core, because many tests wait for other processes; a worker takes 1 to 2 GB.

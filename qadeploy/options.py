@@ -202,6 +202,11 @@ def bundle_sha256() -> Any:
     return option(None, "SHA-256 of the bundle's manifest.json (sha256sum); any other is refused.", shown="any bundle")
 
 
+def load_timeout() -> Any:
+    """``load_timeout``: how long a bundle may take to load."""
+    return option(300.0, "Seconds that loading the bundle may take.", least=0.001)
+
+
 def device() -> Any:
     """``device``: where a model runs."""
     return option("auto", "auto, cpu, cuda or cuda:N.")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -154,6 +155,13 @@ def test_workers_that_never_get_to_a_row_end_the_run(bundle, asked):
 
 def _die() -> None:
     os._exit(9)
+
+
+def test_an_actor_that_does_not_load_in_time_ends_the_run(bundle, asked):
+    hasty = replace(request(bundle, asked / "a.jsonl", rows=100), load_timeout=0.001)
+    with pytest.raises(FailureError, match=r"keepers: was not loaded within 0.001 s: raise --load-timeout$"):
+        answer_files(hasty)
+    assert not list(Path("out").glob("*.parquet"))
 
 
 @pytest.mark.parametrize(

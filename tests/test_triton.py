@@ -10,9 +10,11 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,27 @@ def same(answerer: Answerer, bundle: Path) -> None:
     assert len({answers[0].text for answers in found}) > 5
 
 
+def same_passages(answerer: Answerer, bundle: Path) -> None:
+    """Passages of one window and of several, an empty one among them, in every call and with the options of answers for people."""
+    local = as_served(bundle)
+    passages = [LONG, PAIRS[0][1], " ", *(context for _, context in PAIRS[1:6])]
+    options: dict[str, Any] = {"top_k": 5, "distinct": True, "snippet": "sentence", "offsets": "utf16"}
+    asked = [(question, passages[i % 4 :]) for i, (question, _) in enumerate(PAIRS)]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        expected = local.answer_batch(asked, **options)
+        calls = [answerer.answer(question, contexts=texts, **options) for question, texts in asked]
+        forms = [calls, answerer.answer_batch(asked, **options), asyncio.run(answerer.aanswer_batch(asked, **options))]
+    assert len({str(w.message) for w in told if "is empty and skipped" in str(w.message)}) > 1
+    assert {a.passage for answers in expected for a in answers} > {0, 1, 3}
+    for found in forms:
+        assert [[replace(a, score=0) for a in answers] for answers in found] == [
+            [replace(a, score=0) for a in answers] for answers in expected
+        ]
+        scores = [[a.score for answers in each for a in answers] for each in (found, expected)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
 # ---------------------------------------------------------------- real servers
 
 
@@ -100,6 +123,12 @@ def test_triton_takes_the_repository_as_written_and_answers_as_the_local_model(n
     text = server.log.read_text()
     assert f"successfully loaded '{name}'" in text
     assert "ignore version directory" not in text
+
+
+@needs_servers
+@pytest.mark.parametrize("name", ["keepers", "batched"])
+def test_passages_are_answered_through_triton_as_by_the_local_model(name, server, repository):
+    same_passages(triton_answerer(server.url, repository / name / "1"), repository / name / "1")
 
 
 @needs_servers

@@ -10,6 +10,7 @@ import json
 import re
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
 from qadeploy.data.unpacking import FREE, LIMIT, MOST, RATIO, Budget
-from qadeploy.errors import DataError, InputError
+from qadeploy.errors import DataError, FailureError, InputError
 from tests.data_for_tests import FLAT, SKY, WANTED, answers, found, lines, put
 
 arrow = pytest.importorskip("pyarrow")
@@ -130,6 +131,74 @@ def test_a_bomb_is_refused_with_the_limit_and_the_way_out(tmp_path, name):
     limit = max(FREE, RATIO * size)
     said = f"{source}: its {size:,} bytes unpack to more than {limit:,}, so it may be a decompression bomb. If you trust it, set {LIMIT}"
     with pytest.raises(InputError, match=re.escape(said)):
+        load_rows(source)
+
+
+SMALL = 10**7  # a limit that small bombs are above
+ASKED = {"context": ["x"], "question": ["?"]}
+INPUTS: dict[str, Callable[[], Any]] = {
+    "plain": lambda: arrow.table({**ASKED, "context": ["x" * 2 * SMALL]}),
+    "list": lambda: arrow.table({**ASKED, "answers": arrow.array([np.zeros(SMALL // 4, np.int8)])}),
+    "rows": lambda: arrow.table(dict.fromkeys(ASKED, arrow.nulls(SMALL // 100, arrow.string()))),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_bomb_is_no_input_of_a_batch(tmp_path, monkeypatch, name):
+    """In any column: pages are counted before one of them is unpacked."""
+    monkeypatch.setenv(LIMIT, str(SMALL))
+    content = as_parquet(INPUTS[name](), compression="zstd", use_dictionary=name != "plain")
+    source = source_at(put(tmp_path, f"{name}.parquet", content))
+    said = (
+        f"{name}.parquet: its {len(content):,} bytes unpack to more than {SMALL:,}, so it may be a decompression bomb"
+    )
+    with pytest.raises(InputError, match=re.escape(said)):
+        scan(source, None, DataOptions())
+
+
+def test_rows_that_a_batch_holds_at_a_time_are_no_bomb(tmp_path, monkeypatch):
+    """200 rows of 100 kB, as one text and a run of numbers: pages do not show it."""
+    monkeypatch.setenv(LIMIT, str(SMALL))
+    table = long_text(200, SMALL // 100).append_column("question", [["?"] * 200])
+    source = source_at(put(tmp_path, "a.parquet", as_parquet(table)))
+    (part,) = scan(source, None, DataOptions()).ranges
+    before = arrow.total_allocated_bytes()
+    with pytest.raises(FailureError, match=rf"a.parquet: its [0-9,]+ bytes unpack to more than {SMALL:,}, so"):
+        next(Reader(DataOptions()).rows(source, part))
+    assert arrow.total_allocated_bytes() - before < SMALL
+    monkeypatch.setenv(LIMIT, str(3 * SMALL))
+    assert sum(len(row.fields["context"]) for row in Reader(DataOptions()).rows(source, part)) == 2 * SMALL
+
+
+def test_a_large_input_of_a_batch_may_unpack_to_more_than_memory_holds(monkeypatch):
+    monkeypatch.delenv(LIMIT, raising=False)
+    assert Budget("x", 10**9, streamed=True).limit == 200 * 10**9
+    assert Budget("x", 10, streamed=True).limit == FREE
+
+
+def saved(folder: Path, name: str, table: Any, compression: str | None = None) -> str:
+    """A folder as ``save_to_disk`` writes it, with another table under a name."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([ROW]).save_to_disk(str(folder))
+    (folder / name).write_bytes(as_stream(table, compression))
+    return str(folder)
+
+
+def test_a_bomb_in_a_folder_of_datasets_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv(LIMIT, str(SMALL))
+    source = saved(tmp_path / "a", "data-00000-of-00001.arrow", arrow.table({"context": ["x" * 2 * SMALL]}), "zstd")
+    with pytest.raises(InputError, match=rf"-of-00001.arrow: its [0-9,]+ bytes unpack to more than {SMALL:,}, so"):
+        load_rows(source)
+
+
+def test_rows_of_a_file_that_a_folder_lists_many_times_are_counted(tmp_path, monkeypatch):
+    source = saved(tmp_path / "a", "data-00000-of-00001.arrow", arrow.Table.from_pylist([ROW]))
+    state = json.loads((tmp_path / "a/state.json").read_text())
+    (tmp_path / "a/state.json").write_text(json.dumps({**state, "_data_files": state["_data_files"] * 300}))
+    monkeypatch.setenv(LIMIT, "100000")
+    assert len(list(load_rows(source))) == 300
+    monkeypatch.setenv(LIMIT, "50000")
+    with pytest.raises(InputError, match=r"a: its [0-9,]+ bytes unpack to more than 50,000, so"):
         load_rows(source)
 
 

@@ -7,20 +7,23 @@ CSV and hub data sets can only be read whole, so each worker holds the one that 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
 from qadeploy.batch.sources import LINES, PARQUET, Source
-from qadeploy.data.arrow import to_rows
+from qadeploy.data.arrow import take_batch, take_rows, texts_of_parquet, to_rows
 from qadeploy.data.columns import columns_of, guess
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
+from qadeploy.data.parquet_pages import Pages
 from qadeploy.data.rows import RawRow
+from qadeploy.data.unpacking import Budget
 from qadeploy.data.wording import kind_of, names, one_line
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import FailureError, InputError, MissingExtraError
 
 FINEST = 250  # rows of the smallest range by default
 _MARKS = 4096  # with more ranges per file, they are joined in pairs, so that a plan stays small
@@ -127,6 +130,12 @@ def _scan_parquet(source: Source, data_options: DataOptions) -> tuple[int, set[s
         with source.open() as stream:
             file = _parquet_file(stream)
             schema, rows = file.schema_arrow, int(file.metadata.num_rows)
+            budget = Budget(source.path, source.size, streamed=True)
+            take_rows(rows, budget)
+            if pages := _pages(source, stream):
+                for group in range(file.num_row_groups):
+                    with suppress(ValueError):  # its rows are set aside
+                        pages.check(group, budget)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise InputError(f"{source.path}: not a readable parquet file: {one_line(error)}") from error
     found = schema.names
@@ -148,9 +157,14 @@ def import_parquet(purpose: str) -> Any:
     return parquet
 
 
-def _parquet_file(stream: Any) -> Any:
+def _parquet_file(stream: Any, **options: Any) -> Any:
     # pre_buffer would hold all bytes of a row group; without it, pages are read as they are needed.
-    return import_parquet("reading parquet").ParquetFile(stream, pre_buffer=False, buffer_size=2**20)
+    return import_parquet("reading parquet").ParquetFile(stream, pre_buffer=False, buffer_size=2**20, **options)
+
+
+def _pages(source: Source, stream: Any) -> Pages | None:
+    """The pages of a parquet file, None in an object store, where each header would be a request."""
+    return None if source.remote else Pages(stream, source.size)
 
 
 # ---------------------------------------------------------------- reading
@@ -231,27 +245,41 @@ def _all_parquet_rows(source: Source, data_options: DataOptions, first: int) -> 
     """The rows of a parquet file after the first ``first``. Rows on damaged pages have a problem."""
     with source.open() as stream:
         file = _parquet_file(stream)
+        file = _parquet_file(stream, read_dictionary=texts_of_parquet(file))
         given = file.schema_arrow.names
         theirs = columns_of(given, data_options.columns)
         wanted = {*_FIELDS, *(theirs.get(field, field) for field in _FIELDS)}
         columns = [name for name in given if name in wanted]
+        pages, budget = _pages(source, stream), Budget(source.path, source.size, streamed=True)
         end = 0
         for group in range(file.num_row_groups):
             begin, end = end, end + file.metadata.row_group(group).num_rows
             if end > first:
-                yield from _group_rows(source, file, group, columns, (max(first, begin) - begin, end - begin), begin)
+                check = partial(pages.check, group, budget) if pages else lambda: None
+                part = max(first, begin) - begin, end - begin
+                yield from _group_rows(source, file, group, columns, part, begin, check)
 
 
 def _group_rows(
-    source: Source, file: Any, group: int, columns: list[str], part: tuple[int, int], before: int
+    source: Source,
+    file: Any,
+    group: int,
+    columns: list[str],
+    part: tuple[int, int],
+    before: int,
+    check: Callable[[], object],
 ) -> Iterator[RawRow]:
-    """Rows ``part[0]:part[1]`` of a row group, which starts after ``before`` rows of the file."""
+    """Rows ``part[0]:part[1]`` of a row group, which starts after ``before`` rows of the file; ``check`` counts its pages."""
     done = 0
     try:
+        check()
         for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
+            take_batch(batch, Budget(source.path, source.size))  # what is held at a time
             skip = min(max(part[0] - done, 0), len(batch))
             yield from _batch_rows(batch.slice(skip), before + done + skip)
             done += len(batch)
+    except InputError as error:
+        raise FailureError(str(error)) from error  # not a row's, nor the storage's
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises these for damaged files
         if source.remote or getattr(error, "errno", None):  # the storage fails, not the file
             raise

@@ -40,6 +40,7 @@ class BatchRequest:
         snippet: What is returned around an answer.
         offsets: What offsets count.
         bundle_sha256: The SHA-256 of the manifest of the bundle that is meant, None for any.
+        load_timeout: The seconds that each process may take to load the bundle.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads of the local engine.
         shard_rows: Rows per part.
@@ -61,6 +62,7 @@ class BatchRequest:
     snippet: SnippetSize = options.snippet()
     offsets: Offsets = options.offsets()
     bundle_sha256: str | None = options.bundle_sha256()
+    load_timeout: float = options.load_timeout()
     device: str = options.device()
     threads: int | None = option(None, "CPU threads of the local engine.", least=1, shown="all")
     shard_rows: int | None = option(None, "Rows per part.", least=1, shown="250, up to 8000 if there are many")
@@ -149,7 +151,9 @@ def _answer_files(request: BatchRequest, shown: BatchProgress, load: Load | None
     chosen = {name: getattr(request, name) for name in CALL_OPTIONS} | {"allow_no_answer": allow}
     settings = BatchSettings(bundle.hash, dict(request.data_options.columns), **chosen)
     check_snippet(request.snippet)
-    load = load or BundleLoad(str(bundle.folder.absolute()), bundle.hash, request.device, request.threads)
+    load = load or BundleLoad(
+        str(bundle.folder.absolute()), bundle.hash, request.device, request.threads, request.load_timeout
+    )
     output = local_folder(request.output)
     if output.suffix.lower() in LINES:
         return _to_file(request, settings, output, load, shown)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +34,13 @@ class BundleLoad:
     sha256: str | None = None
     device: str = "auto"
     threads: int | None = None
+    timeout: float = math.inf
 
     def __call__(self) -> Answerer:
-        """The answerer. Raises what ``Answerer.load`` raises."""
+        """The answerer. Raises what ``Answerer.load`` raises, and FailureError after ``timeout`` seconds."""
+        return within(self.timeout, self._answerer, f"{self.path}: was not loaded within {self.timeout:g} s")
+
+    def _answerer(self) -> Answerer:
         return Answerer.load(
             self.path,
             device=self.device,
@@ -41,6 +48,34 @@ class BundleLoad:
             context_cache_bytes=_CONTEXTS,
             sha256=self.sha256,
         )
+
+
+def within(seconds: float, load: Load, problem: str) -> Answerer:
+    """Loads in a thread of its own, which is left behind if it takes too long: nothing ends a thread inside ONNX Runtime.
+
+    Args:
+        seconds: How long it may take.
+        load: Makes the answerer.
+        problem: What to say if it takes longer.
+
+    Raises:
+        FailureError: It took longer. What ``load`` raises is raised too.
+    """
+    done: Future[Answerer] = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(load())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="qadeploy-load", daemon=True).start()
+    try:
+        return done.result(min(seconds, threading.TIMEOUT_MAX))
+    except TimeoutError as error:
+        if done.done():  # its own
+            raise
+        raise FailureError(f"{problem}: raise --load-timeout") from error
 
 
 class Worker:

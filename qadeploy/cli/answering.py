@@ -309,7 +309,7 @@ qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answer
     show_default=True,
     help="local: this process on all cores; ray: actors on Ray, on this machine or a cluster.",
 )
-@options_of(BatchRequest, *CALL_OPTIONS, "bundle_sha256", "device", "threads", "shard_rows")
+@options_of(BatchRequest, *CALL_OPTIONS, "bundle_sha256", "load_timeout", "device", "threads", "shard_rows")
 @options_of(Cluster)
 @click.option(
     "--max-rejected",

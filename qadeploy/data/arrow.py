@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,30 +65,77 @@ def _read(content: bytes, name: str, kind: str, batches: Any) -> list[dict[str, 
     try:
         for batch in batches(arrow, content, budget):
             refuse_twice(batch.schema.names, name)
-            budget.take(_ROW * len(batch))
-            budget.take(sum(_size(column, name) for column in batch.columns))
+            take_batch(batch, budget)
             rows += to_rows(batch)
     except (arrow.ArrowException, OSError, ValueError, OverflowError, struct.error) as error:
         raise InputError(f"{name}: not a readable {kind} file: {one_line(error)}") from error
     return rows
 
 
+def take_batch(batch: Any, budget: Budget) -> None:
+    """Counts what the rows of a record batch take, before they are made.
+
+    Args:
+        batch: A record batch of pyarrow. Its texts may be dictionaries.
+        budget: What they may take.
+
+    Raises:
+        InputError: It is more, or a column has a type that is not read.
+    """
+    take_rows(len(batch), budget)
+    budget.take(sum(_size(column, budget.name) for column in batch.columns))
+
+
+def take_rows(count: int, budget: Budget) -> None:
+    """Counts what ``count`` rows take, whatever they hold. Raises InputError."""
+    budget.take(_ROW * count)
+
+
+def texts_of_parquet(file: Any) -> list[str]:
+    """The columns of a ``ParquetFile`` that hold texts, to be read as dictionaries."""
+    columns = [file.schema.column(i) for i in range(len(file.schema))]
+    return [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
+
+
 def _parquet_batches(arrow: Any, content: bytes, budget: Budget) -> Iterator[Any]:
     source = arrow.BufferReader(content)
     with arrow.parquet.ParquetFile(source) as file:
         claimed = Budget(budget.name, budget.packed)
-        claimed.take(_ROW * file.metadata.num_rows)
+        take_rows(file.metadata.num_rows, claimed)
         for size in unpacked(content):
             claimed.take(size)
-        columns = [file.schema.column(i) for i in range(len(file.schema))]
-        texts = [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
+        texts = texts_of_parquet(file)
     with arrow.parquet.ParquetFile(source, read_dictionary=texts) as file:
         refuse_twice(file.schema_arrow.names, budget.name)  # also of a file without rows
         yield from file.iter_batches(_ROWS)
 
 
-def _arrow_batches(arrow: Any, content: bytes, budget: Budget) -> Iterator[Any]:
-    stream = content[8:] if content.startswith(b"ARROW1") else content  # the file format is a stream with a frame
+def check_arrow(path: Path, name: str) -> None:
+    """Counts what an arrow file unpacks to, for a library that is to read it.
+
+    Args:
+        path: The file.
+        name: Its name in errors.
+
+    Raises:
+        InputError: It cannot be read, or unpacks to more than a ``Budget`` allows.
+        OSError: It cannot be read.
+    """
+    import pyarrow as arrow
+
+    budget = Budget(name, path.stat().st_size)
+    try:
+        with arrow.memory_map(str(path)) as file:
+            for batch in _arrow_batches(arrow, file.read_buffer(), budget):
+                take_batch(batch, budget)
+    except (arrow.ArrowException, ValueError, OverflowError, struct.error) as error:
+        raise InputError(f"{name}: not a readable arrow file: {one_line(error)}") from error
+
+
+def _arrow_batches(arrow: Any, content: Any, budget: Budget) -> Iterator[Any]:
+    """The record batches in the bytes or the buffer of pyarrow."""
+    framed = bytes(content[:6]) == b"ARROW1"  # the file format is a stream with a frame
+    stream = content[8:] if framed else content
     claimed = Budget(budget.name, budget.packed)
     for message in arrow.ipc.MessageReader.open_stream(stream):
         claimed.take(_unpacked(message))

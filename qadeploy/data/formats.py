@@ -20,7 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from qadeploy.data.arrow import read_arrow, read_parquet
+from qadeploy.data.arrow import check_arrow, read_arrow, read_parquet, take_rows
 from qadeploy.data.rows import SPLITS, RawRow
 from qadeploy.data.shapes import SHAPES, is_header, numbered, refuse_twice, rows_of, rows_of_line
 from qadeploy.data.unpacking import Budget, gunzip
@@ -326,10 +326,20 @@ def _saved_rows(path: Path, name: str) -> list[RawRow]:
         raise InputError(f"{name}: this is a folder, and not one that datasets saved: give a file ({_endings()})")
     datasets = _datasets("reading a folder that datasets saved")
     try:
+        files = {state.parent / file["filename"] for state in path.rglob("state.json") for file in _data_files(state)}
+        for file in sorted(files):
+            check_arrow(file, str(file))
         found = datasets.load_from_disk(str(path))
-        return _split_rows(found if isinstance(found, dict) else {"": found}, name)
-    except (OSError, ValueError, KeyError) as error:
+        size = sum(file.stat().st_size for file in files)
+        budget = Budget(name, size)  # of rows, since a file may be listed many times
+        return _split_rows(found if isinstance(found, dict) else {"": found}, name, budget)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name}: not a readable folder of datasets: {one_line(error)}") from error
+
+
+def _data_files(state: Path) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+    return found
 
 
 def _hub_rows(source: str, token: str | None) -> list[RawRow]:
@@ -350,9 +360,20 @@ def _hub_rows(source: str, token: str | None) -> list[RawRow]:
     return _split_rows(parts, source)
 
 
-def _split_rows(parts: Any, name: str) -> list[RawRow]:
+def _split_rows(parts: Any, name: str, budget: Budget | None = None) -> list[RawRow]:
     rows: list[RawRow] = []
     for split, part in parts.items():
         fixed = SPLITS.get(split, "train") if split else ""
-        rows += [replace(row, split=fixed) for fields in part for row in rows_of_line(dict(fields), name)]
+        for fields in part:
+            if budget:
+                take_rows(1, budget)
+                budget.take(_characters(fields))
+            rows += [replace(row, split=fixed) for row in rows_of_line(dict(fields), name)]
     return numbered(rows)
+
+
+def _characters(value: Any) -> int:
+    """The characters and bytes of all texts in a value."""
+    if isinstance(value, dict | list):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str | bytes) else 0

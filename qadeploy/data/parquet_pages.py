@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from qadeploy.data.unpacking import Budget
 
 _LEVELS = 8  # bytes per value for its levels and its place, at least
 _FOOTER = struct.Struct("<I4s")
@@ -17,6 +20,69 @@ _FOOTER = struct.Struct("<I4s")
 _ROW_GROUPS, _COLUMNS, _COLUMN = 4, 1, 3
 _NUM_VALUES, _COMPRESSED, _DATA_PAGE, _DICTIONARY_PAGE = 5, 7, 9, 11
 _PAGE_UNPACKED, _PAGE_PACKED, _PAGE_KINDS = 2, 3, (5, 7, 8)
+_BLOCK = 4096  # bytes of a file that are read at a time: headers are short, and pages lie between them
+
+
+class _Blocks:
+    """A file as a sequence of bytes."""
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._stream, self._size = stream, size
+        self._held, self._first = b"", 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, at: int) -> int:
+        if not self._first <= at < self._first + len(self._held):
+            self._first = at - at % _BLOCK
+            self._stream.seek(self._first)
+            self._held = self._stream.read(_BLOCK)
+        return self._held[at - self._first]
+
+
+class Pages:
+    """The pages of a parquet file that is read part by part.
+
+    Args:
+        stream: The file.
+        size: Its size in bytes.
+
+    Raises:
+        ValueError: The footer cannot be read.
+        OSError: The file cannot be read.
+    """
+
+    def __init__(self, stream: BinaryIO, size: int) -> None:
+        self._data = _Blocks(stream, size)
+        with _damage():
+            self._groups = _row_groups(self._data)
+
+    def check(self, group: int, budget: Budget) -> None:
+        """Counts the pages of a row group without reading them.
+
+        Args:
+            group: Its index.
+            budget: What the file may unpack to. Each page alone may unpack to what a file may that is held as a whole.
+
+        Raises:
+            InputError: They unpack to more.
+            ValueError: The header of a page cannot be read.
+            OSError: The file cannot be read.
+        """
+        with _damage():
+            for chunk in self._groups[group]:
+                for size in _pages(self._data, chunk):
+                    Budget(budget.name, budget.packed).take(size)
+                    budget.take(size)
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise ValueError("its footer or the header of a page is damaged") from error
 
 
 def unpacked(content: bytes) -> Iterator[int]:
@@ -29,17 +95,20 @@ def unpacked(content: bytes) -> Iterator[int]:
         ValueError: The footer or a header cannot be read.
     """
     data = memoryview(content)
-    try:
-        size, _ = _FOOTER.unpack_from(data, len(data) - _FOOTER.size)
-        footer, _ = _Thrift(data, len(data) - _FOOTER.size - size).fields()
-        chunks = [c[_COLUMN] for group in footer[_ROW_GROUPS] for c in group[_COLUMNS]]
-        for chunk in chunks:
-            yield from _pages(data, chunk)
-    except (LookupError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise ValueError("its footer or the header of a page is damaged") from error
+    with _damage():
+        for group in _row_groups(data):
+            for chunk in group:
+                yield from _pages(data, chunk)
 
 
-def _pages(data: memoryview, chunk: dict[int, Any]) -> Iterator[int]:
+def _row_groups(data: memoryview | _Blocks) -> list[list[dict[int, Any]]]:
+    """The column chunks of each row group."""
+    size, _ = _FOOTER.unpack(bytes(data[at] for at in range(len(data) - _FOOTER.size, len(data))))
+    footer, _ = _Thrift(data, len(data) - _FOOTER.size - size).fields()
+    return [[column[_COLUMN] for column in group[_COLUMNS]] for group in footer[_ROW_GROUPS]]
+
+
+def _pages(data: memoryview | _Blocks, chunk: dict[int, Any]) -> Iterator[int]:
     at = min(chunk[_DATA_PAGE], chunk.get(_DICTIONARY_PAGE) or chunk[_DATA_PAGE])
     end, values = at + chunk[_COMPRESSED], 0
     while at < end and values < chunk[_NUM_VALUES]:
@@ -56,7 +125,7 @@ def _pages(data: memoryview, chunk: dict[int, Any]) -> Iterator[int]:
 class _Thrift:
     """Reads structs from a place on; a struct is its fields by number."""
 
-    def __init__(self, data: memoryview, at: int) -> None:
+    def __init__(self, data: memoryview | _Blocks, at: int) -> None:
         if at < 0:
             raise LookupError
         self._data, self._at = data, at

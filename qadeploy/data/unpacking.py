@@ -24,18 +24,21 @@ class Budget:
         name: The file, for errors.
         packed: Its size in bytes.
         taken: What was unpacked so far.
+        streamed: Whether no more than a part of it is held at a time, so that ``MOST`` does not bound the whole.
     """
 
     name: str
     packed: int
     taken: int = 0
+    streamed: bool = False
 
     @property
     def limit(self) -> int:
-        """``$QADEPLOY_MAX_UNPACKED_BYTES``, else ``RATIO`` times the packed size, within ``FREE`` and ``MOST``."""
+        """``$QADEPLOY_MAX_UNPACKED_BYTES``, else ``RATIO`` times the packed size, at least ``FREE``, and at most ``MOST`` unless streamed."""
         given = os.environ.get(LIMIT)
         if given is None:
-            return min(max(RATIO * self.packed, FREE), MOST)
+            limit = max(RATIO * self.packed, FREE)
+            return limit if self.streamed else min(limit, MOST)
         if not (given.isascii() and given.isdecimal() and len(given) < 20 and int(given)):
             raise InputError(f"{LIMIT} must be a whole number of bytes from 1, not {given!r}")
         return int(given)

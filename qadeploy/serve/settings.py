@@ -44,7 +44,7 @@ class Settings:
     corpus_passages: int = option(
         READ, "Passages of the corpus that the model reads per question.", least=1, most=MOST_READ
     )
-    load_timeout: float = option(300.0, "Seconds that loading the bundle may take.", least=0.001)
+    load_timeout: float = options.load_timeout()
     device: str = options.device()
     threads: int | None = option(
         None, "Windows that run at a time on the CPU, one thread each.", least=1, shown="measured once, then cached"
