@@ -217,7 +217,7 @@ def test_ask_shows_it_on_a_terminal_alone(bundle, tmp_path, monkeypatch):
     assert (result.stderr, len(value(result)["answers"])) == ("", 3)
 
     terminal = Terminal()
-    monkeypatch.setattr("qadeploy.cli.progress.Progress", lambda as_json: Progress(as_json, terminal))
+    monkeypatch.setattr("qadeploy.cli.answering.Progress", lambda as_json: Progress(as_json, terminal))
     assert value(well(*command))["answers"] == value(result)["answers"]
     shown = terminal.getvalue()
     total = len(Answerer.load(bundle, device="cpu").encode(QUESTION, LONG, Options()).windows)
