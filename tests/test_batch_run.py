@@ -345,6 +345,26 @@ def test_a_bundle_that_does_not_load_in_time_ends_the_run(output, bundle, asked)
     assert answer_files(request(bundle, asked, output=output)).counts == Counts(60, 0)
 
 
+LOADS_FOR_EVER = """
+import sys
+from qadeploy import Answerer
+from qadeploy.cli import main
+
+load = Answerer.load
+Answerer.load = lambda *path, **more: [load(*path, **more) for _ in iter(int, 1)]
+main(sys.argv[1:])
+"""
+
+
+def test_a_thread_that_is_inside_onnx_runtime_does_not_crash_the_end(bundle, asked):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["answer", str(bundle), "--input", str(asked), "--output", "out.jsonl", "--load-timeout", "0.5"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_FOR_EVER, *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1][-45:]) == (1, "not loaded within 0.5 s: raise --load-timeout")
+
+
 def test_a_load_that_never_ends_is_left_behind_and_its_own_errors_come_through():
     with pytest.raises(FailureError, match=r"^x: is slow: raise --load-timeout$"):
         within(0.05, threading.Event().wait, "x: is slow")

@@ -26,6 +26,10 @@ _CONTEXTS = 8 * 2**20
 _SHARED = "with several machines, each must see the bundle, the input and --output at the same path (the input may be on s3://)"
 
 
+class LateLoadError(FailureError):
+    """A bundle was not loaded in time. Its thread goes on, and may crash the process if that ends in the usual way."""
+
+
 @dataclass(frozen=True, slots=True)
 class BundleLoad:
     """Loads a bundle when called. Workers get this, because an answerer cannot be pickled."""
@@ -37,7 +41,7 @@ class BundleLoad:
     timeout: float = math.inf
 
     def __call__(self) -> Answerer:
-        """The answerer. Raises what ``Answerer.load`` raises, and FailureError after ``timeout`` seconds."""
+        """The answerer. Raises what ``Answerer.load`` raises, and LateLoadError after ``timeout`` seconds."""
         return within(self.timeout, self._answerer, f"{self.path}: was not loaded within {self.timeout:g} s")
 
     def _answerer(self) -> Answerer:
@@ -59,7 +63,7 @@ def within(seconds: float, load: Load, problem: str) -> Answerer:
         problem: What to say if it takes longer.
 
     Raises:
-        FailureError: It took longer. What ``load`` raises is raised too.
+        LateLoadError: It took longer. What ``load`` raises is raised too.
     """
     done: Future[Answerer] = Future()
 
@@ -75,7 +79,7 @@ def within(seconds: float, load: Load, problem: str) -> Answerer:
     except TimeoutError as error:
         if done.done():  # its own
             raise
-        raise FailureError(f"{problem}: raise --load-timeout") from error
+        raise LateLoadError(f"{problem}: raise --load-timeout") from error
 
 
 class Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from qadeploy import options
 from qadeploy.batch.plan import CALL_OPTIONS
 from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.run import BatchProgress, BatchRequest, Terminated, answer_files
+from qadeploy.batch.work import LateLoadError
 from qadeploy.cli.common import (
     bundle_argument,
     command,
@@ -343,6 +345,10 @@ def answer(
 
         try:
             found = answer_files(request, BatchProgress(begin, bar.update))
+        except LateLoadError as error:
+            bar.render_finish()
+            click.echo(f"Error: {error}", err=True)
+            os._exit(error.exit_code)  # not past a thread that is inside ONNX Runtime
         except KeyboardInterrupt as stop:
             kept = (
                 ""
