@@ -22,8 +22,8 @@ NEXT := .venv-next
 NEXT_READY := $(NEXT)/.ready
 BUNDLE := bundles/handbook-int8
 # The road on transformers 5, and what else is made of graphs, which there PyTorch's own exporter writes.
-NEXT_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures trainer export exportable transformers_versions fp16))
-NEXT_MORE := $(addprefix tests/test_,$(addsuffix .py,exporters session_answerer answerer_refused answerer_sharing cli_training \
+NEXT_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures trainer export exportable transformers_versions))
+NEXT_MORE := $(addprefix tests/test_,$(addsuffix .py,exporters fp16 session_answerer answerer_refused answerer_sharing cli_training \
 	cli_answers recipes attention span_head text_graph))
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--constraint constraints.txt --custom-compile-command 'make requirements'
