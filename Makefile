@@ -27,7 +27,7 @@ NEXT_MORE := $(addprefix tests/test_,$(addsuffix .py,exporters fp16 session_answ
 	cli_answers recipes attention span_head text_graph))
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--constraint constraints.txt --custom-compile-command 'make requirements'
-# Two per core, because many tests wait for other processes; a worker takes 1 to 2 GB.
+# More than cores, because many tests wait for other processes; a worker takes 1 to 2 GB.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 3 ? 6 : n + n / 2)))
 
 # Else each worker and each process that a test starts compiles everything anew.
