@@ -1,7 +1,7 @@
 # make        lint and tests
 # make demo   train, export, quantize, bench and answer on what the repository ships
 # make test   all tests
-# make slow   the tests that fuzz, flood or kill many times, and all of those for transformers 5: an hour
+# make slow   the tests that fuzz, flood or kill many times, and all of those for transformers 5
 # make quick  the tests that need neither torch nor a trained model nor other processes, in under a minute
 # make coverage   all tests, and the share of the lines that they run, by room
 # make test-next  the tests of training, export and answers on transformers 5 without optimum (constraints-next.txt)
@@ -21,7 +21,7 @@ RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 NEXT := .venv-next
 NEXT_READY := $(NEXT)/.ready
 BUNDLE := bundles/handbook-int8
-# The road on transformers 5, and what else is made of graphs, which there PyTorch's own exporter writes.
+# The road on transformers 5; and what else works on graphs, which there PyTorch's own exporter writes.
 NEXT_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures trainer export exportable transformers_versions))
 NEXT_MORE := $(addprefix tests/test_,$(addsuffix .py,exporters fp16 session_answerer answerer_refused answerer_sharing cli_training \
 	cli_answers recipes attention span_head text_graph))

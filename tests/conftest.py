@@ -304,6 +304,16 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "work")
 
 
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """ONNX Runtime's sessions that are created in a test."""
+    from tests.sessions_for_tests import Sessions
+
+    watched = Sessions(monkeypatch)
+    yield watched
+    watched.release()
+
+
 def sealed_copy(bundle: Path, folder: Path, model: bytes | None = None, **manifest: Any) -> Path:
     """A copy of a bundle with another model or other values in its manifest, sealed like a real one."""
     from qadeploy.inference.bundle import MANIFEST, MODEL, open_bundle, seal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,21 +12,12 @@ from qadeploy import Answerer
 from qadeploy.errors import InputError
 from qadeploy.inference import session
 from tests.conftest import NAMES, THINGS
-from tests.sessions_for_tests import Sessions
 from tests.test_session_answerer import GOLD, LONG, MIXED, PAIRS, run_script, same
 
 
 @pytest.fixture(scope="module")
 def answerer(bundle: Path) -> Answerer:
     return Answerer.load(bundle, device="cpu", threads=2)
-
-
-@pytest.fixture
-def sessions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sessions]:
-    """The sessions that are created in a test."""
-    watched = Sessions(monkeypatch)
-    yield watched
-    watched.release()
 
 
 # ---------------------------------------------------------------- contexts that are kept, and streams

@@ -186,6 +186,7 @@ def test_answers_for_people_name_document_and_place(bundle, keepers, tmp_path):
         ((), "give --context, or --corpus for documents, and not both"),
         (("--context", "a", "--corpus", "b"), "give --context, or --corpus for documents, and not both"),
         (("--corpus", "nowhere"), "nowhere: no such file or folder"),
+        (("--corpus", ""), "the name of the corpus is empty: give a folder, a file or an index"),
         (("--corpus", "nowhere", "--passages", "0"), "--passages"),
     ],
 )

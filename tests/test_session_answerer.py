@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from qadeploy.inference.session import OnnxModel
 from qadeploy.records import Logits, Window
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from tests.conftest import sealed_copy, triplets
-from tests.sessions_for_tests import Sessions
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
 GOLD = [str(row["answer"]) for row in triplets(24)]
@@ -44,14 +42,6 @@ SCRIPTS = [
 @pytest.fixture(scope="module")
 def answerer(bundle: Path) -> Answerer:
     return Answerer.load(bundle, device="cpu", threads=2)
-
-
-@pytest.fixture
-def sessions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sessions]:
-    """The sessions that are created in a test."""
-    watched = Sessions(monkeypatch)
-    yield watched
-    watched.release()
 
 
 @pytest.fixture(scope="module")

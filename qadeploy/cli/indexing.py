@@ -69,6 +69,6 @@ def place_answers(
 ) -> tuple[list[CorpusAnswer], dict[str, Any]]:
     """The answers with their documents and places, and what is said of them as JSON."""
     placed = corpus.placed(answers, passages, options.offsets)
-    read = [{"document": each.document, "place": each.place, "score": each.score} for each in passages]
+    read = [passage.about() for passage in passages]
     skipped = [{"path": each.path, "reason": each.reason} for each in corpus.skipped]
     return placed, {"answers": [answer.to_dict() for answer in placed], "passages": read, "skipped": skipped}

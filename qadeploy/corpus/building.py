@@ -46,6 +46,7 @@ _MOST_THREADS = 4
 # A file that changed so shortly before it was read may change again without another time: nanoseconds.
 _TICK = 2_000_000_000
 _COPIED = 2**22
+_ENDING = 5.0  # seconds that Tantivy's threads get to end after an error
 OnFile = Callable[[int, str], object]
 
 
@@ -163,6 +164,10 @@ class _Building:
         with temporary_folder(self.folder) as work:
             try:
                 return self._run(work)
+            except BaseException:
+                if self.writer:
+                    self.writer.delete()
+                raise
             finally:
                 if self.writer:
                     self.writer.close()
@@ -317,6 +322,13 @@ class _Writer:
         """Closes the file of texts, whatever became of it."""
         with suppress(OSError):
             self._texts.close()
+
+    def delete(self) -> None:
+        """Deletes the temporary folder, in which threads of Tantivy may still be writing after an error."""
+        until = time.monotonic() + _ENDING
+        while self._work.exists() and time.monotonic() < until:
+            shutil.rmtree(self._work, ignore_errors=True)
+            time.sleep(0.01)
 
     def take_back(self, file: int, begin: int) -> None:
         """Takes a file out again that turned out to be unreadable in its midst."""

@@ -99,6 +99,8 @@ class Corpus:
         Raises:
             InputError, CorpusError, MissingExtraError: As ``load`` and ``build`` do.
         """
+        if place == "":  # as a path it would be the working folder
+            raise InputError("the name of the corpus is empty: give a folder, a file or an index")
         place = Path(place)
         if is_index(place):
             return cls.load(place)

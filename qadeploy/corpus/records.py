@@ -105,6 +105,10 @@ class Passage:
         """Returns the passage as plain JSON values."""
         return asdict(self)
 
+    def about(self) -> dict[str, Any]:
+        """Returns what is said of it beside answers: where it lies and how well it fits."""
+        return {"document": self.document, "place": self.place, "score": self.score}
+
 
 @dataclass(frozen=True, slots=True)
 class CorpusAnswer:

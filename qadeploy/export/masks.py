@@ -37,14 +37,14 @@ def simplify_masks(model: onnx.ModelProto, longest: int) -> int:
     """
     graph = Graph(model)
     shapes = ((3, 7), (1, min(longest, _LONGEST)))
-    found: dict[str, bool] = {}
+    found: dict[tuple[str, float | None], bool] = {}
     masked: list[tuple[onnx.NodeProto, str]] = []  # by which node, and the scores
     for softmax in [node for node in model.graph.node if node.op_type == "Softmax"]:
         node = graph.makers.get(softmax.input[0])
         for name, scores, chosen in _readings(graph, node) if node is not None else ():
-            if name not in found:
-                found[name] = _hides_padding_only(graph, name, shapes, chosen)
-            if found[name]:
+            if (name, chosen) not in found:
+                found[name, chosen] = _hides_padding_only(graph, name, shapes, chosen)
+            if found[name, chosen]:
                 masked.append((node, scores))
                 break
     if not masked:

@@ -64,5 +64,4 @@ def corpus_answers(corpus: Corpus, ask: Ask, pair: DecodedPair | None) -> dict[s
     """The answers to such a question with their documents and places, and the passages that were read."""
     answers = to_answers(pair, for_corpus(ask.options)) if pair else []
     placed = corpus.placed(answers, ask.found, ask.options.offsets)
-    read = [{"document": each.document, "place": each.place, "score": each.score} for each in ask.found]
-    return {"answers": [answer.to_dict() for answer in placed], "passages": read}
+    return {"answers": [answer.to_dict() for answer in placed], "passages": [passage.about() for passage in ask.found]}

@@ -49,13 +49,11 @@ def exporters(wanted: str = "auto") -> tuple[str, ...]:
     Raises:
         MissingExtraError: None is installed.
     """
-    missing = {
-        "optimum": MissingExtraError("--exporter optimum", "optimum-onnx", "optimum"),
-        "torch": MissingExtraError("PyTorch's exporter", "onnxscript", "train"),
-    }
     installed = tuple(name for name, module in _MODULES.items() if wanted in ("auto", name) and _has(module))
+    if not installed and wanted == "optimum":
+        raise MissingExtraError("--exporter optimum", "optimum-onnx", "optimum")
     if not installed:
-        raise missing["optimum" if wanted == "optimum" else "torch"]
+        raise MissingExtraError("PyTorch's exporter", "onnxscript", "train")
     return installed
 
 
