@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,6 +99,15 @@ def make_tiny_checkpoint(folder: Path) -> Path:
         model_max_length=160,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """PyTorch computes with one thread again after a test that changed that, as ``bench`` does: more of them round differently."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
