@@ -102,12 +102,12 @@ def make_tiny_checkpoint(folder: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """PyTorch computes with one thread again after a test that changed that, as ``bench`` does: more of them round differently."""
+def same_threads() -> Iterator[None]:
+    """PyTorch has its threads of before after a test that changed them, as ``bench`` does: another number rounds differently."""
     yield
     torch = sys.modules.get("torch")
     if torch is not None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")
