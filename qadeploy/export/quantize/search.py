@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,52 +182,54 @@ class Search:
     def _measure(self, recipe: Recipe) -> MeasuredRecipe:
         judges = self.judges
         started = time.monotonic()
-        try:
-            self.step(f"{recipe.name}: making the model")
-            return_freed_memory()
-            made = recipe.make(self.material)
-            return_freed_memory()  # of its copies
-            answerers = [make_answerer(self.reference, made.model, session) for session in SESSIONS]
-            self.step(f"{recipe.name}: answering {len(judges.examples)} questions")
-            change = judges.change(answerers[0])
-        except Exception as error:  # a quantizer may raise anything on an unknown graph; the others go on
-            candidate = MeasuredRecipe(
-                recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            )
-        else:
-            self.step(f"{recipe.name}: timing one question at a time")
-            latency = self._speeds(answerers, one=True)
-            self.step(f"{recipe.name}: timing many at once")
-            throughput = self._speeds(answerers, one=False)
-            deciding = throughput if self.options.target == "throughput" else latency
-            single, many = max(latency), max(throughput)
-            candidate = MeasuredRecipe(
-                recipe.name,
-                -change.f1,
-                change.interval,
-                change.dev,
-                change.training,
-                single.median,
-                (single.least, single.most),
-                many.median,
-                (many.least, many.most),
-                len(made.model),
-                SESSIONS[deciding.index(max(deciding))],
-                round(time.monotonic() - started, 1),
-            )
+        with TemporaryDirectory(prefix="qadeploy-") as folder:
+            model = Path(folder, "model.onnx")  # a session made from a file takes less memory than one from bytes
+            try:
+                self.step(f"{recipe.name}: making the model")
+                return_freed_memory()
+                model.write_bytes(recipe.make(self.material).model)
+                return_freed_memory()  # of its copies
+                self.step(f"{recipe.name}: answering {len(judges.examples)} questions")
+                change = judges.change(make_answerer(self.reference, model, SESSIONS[0]))
+            except Exception as error:  # a quantizer may raise anything on an unknown graph; the others go on
+                candidate = MeasuredRecipe(
+                    recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+                )
+            else:
+                self.step(f"{recipe.name}: timing one question at a time")
+                latency = self._speeds(model, one=True)
+                self.step(f"{recipe.name}: timing many at once")
+                throughput = self._speeds(model, one=False)
+                deciding = throughput if self.options.target == "throughput" else latency
+                single, many = max(latency), max(throughput)
+                candidate = MeasuredRecipe(
+                    recipe.name,
+                    -change.f1,
+                    change.interval,
+                    change.dev,
+                    change.training,
+                    single.median,
+                    (single.least, single.most),
+                    many.median,
+                    (many.least, many.most),
+                    model.stat().st_size,
+                    SESSIONS[deciding.index(max(deciding))],
+                    round(time.monotonic() - started, 1),
+                )
         self._keep(recipe, candidate)
         return candidate
 
     def _timed(self, count: int) -> list[tuple[str, str]]:
         return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
 
-    def _speeds(self, answerers: Sequence[Answerer], *, one: bool) -> list[_Speed]:
-        """Each answerer's speed as a multiple of the fp32 model's (its better settings): interleaved rounds, dev questions.
+    def _speeds(self, model: Path, *, one: bool) -> list[_Speed]:
+        """The model's speed with each of SESSIONS, as a multiple of the fp32 model's with its better settings.
 
-        The fp32 model is made anew each time: it takes more memory than all the rest, and its sessions for one question and
-        for many together twice as much.
+        The rounds are interleaved, the questions the dev questions. All answerers are made anew each time, because one that has
+        answered single questions and many keeps sessions for both.
         """
         return_freed_memory()
+        answerers = [make_answerer(self.reference, model, session) for session in SESSIONS]
         floats = [make_answerer(self.reference, self.source, session) for session in self.sessions]
         pairs = self._timed(self._questions)
         variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(floats)}
