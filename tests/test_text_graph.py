@@ -203,7 +203,7 @@ def questions() -> list[Example]:
     [
         {},
         {"max_seq_len": 40, "doc_stride": 13, "max_answer_len": 4, "temperature": 2.5},
-        {"max_seq_len": 40, "doc_stride": 13, "relative_to_null": True},
+        {"max_seq_len": 40, "doc_stride": 13, "relative_to_null": True, "bm25_weight": 1.5},
     ],
 )
 def test_answers_are_the_answerers(kind, settings, text_of):
@@ -234,7 +234,7 @@ def test_the_null_difference_is_the_decoders(relative, text_of):
     ],
 )
 def test_without_an_answer_the_place_is_minus_one(question, context, text_of):
-    made = text_of(max_seq_len=40, doc_stride=13)
+    made = text_of(max_seq_len=40, doc_stride=13, bm25_weight=0.5)
     out = made.model.run({"question": [question], "context": [context]})
     assert [out[name].tolist() for name in OUTPUTS] == [[""], [0.0], [-1], [-1], [np.inf]]
 

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qadeploy.core.prefilter import Ranking, rank_parts
+from qadeploy.core.bm25 import Ranking, rank_parts
 from qadeploy.core.windows import EncodedText, Encoder
 from qadeploy.errors import TooManyWindowsError
 from qadeploy.records import BoolArray, IntArray, Window

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, get_args
 
+import numpy as np
+
 from qadeploy import options
+from qadeploy.core.bm25 import relevance
 from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, WindowLogits
 from qadeploy.core.metrics import Metric
 from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, EncodedText
@@ -33,6 +36,9 @@ class QaSettings:
         relative_to_null: Whether spans are ranked by their logit minus the null logit of their window. These odds
             compare across windows if the model learned to recognise windows without an answer.
         metric: How EM and F1 compare texts (see ``core/metrics.py``): by it the model was chosen, and by it bundles are judged.
+        bm25_weight: How much it counts for the spans of a window, of several, that it shares words with the question: its BM25
+            score (see ``core/bm25.py``) less that of the best window, times this, is added to their logits. The model scores
+            each window as if there were no others; this is what makes the windows compete.
     """
 
     max_seq_len: int = DEFAULT_MAX_SEQ_LEN
@@ -42,6 +48,7 @@ class QaSettings:
     temperature: float = 1.0
     relative_to_null: bool = False
     metric: Metric = "squad"
+    bm25_weight: float = 0.0
 
     def window_logits(
         self,
@@ -61,6 +68,12 @@ class QaSettings:
         if self.relative_to_null:
             start_logits, end_logits = (
                 [x - x[w.null_index] for w, x in zip(windows, logits, strict=True)]
+                for logits in (start_logits, end_logits)
+            )
+        if self.bm25_weight and len(windows) > 1:
+            shifts = (self.bm25_weight / 2 * relevance(windows, context)).astype(np.float32)
+            start_logits, end_logits = (
+                [_shifted(x, w, shift) for w, x, shift in zip(windows, logits, shifts, strict=True)]
                 for logits in (start_logits, end_logits)
             )
         return WindowLogits(windows, start_logits, end_logits, context)
@@ -101,8 +114,10 @@ class QaSettings:
                 fits, needed = isinstance(value, bool), "true or false"
             elif name == "metric":
                 fits, needed = value in get_args(Metric), " or ".join(get_args(Metric))
-            elif name in {"null_threshold", "temperature"}:
+            elif name in {"null_threshold", "temperature", "bm25_weight"}:
                 fits, needed = _is_number(value), "a number"
+                if name == "bm25_weight":
+                    fits, needed = fits and value >= 0, "a number from 0"
                 if name == "temperature":
                     fits, needed = fits and value > 0, "a number above 0"
                 found[name] = float(value) if fits else value
@@ -191,6 +206,13 @@ class Options:
     def null_competes(self, stored: QaSettings) -> bool:
         """Whether "no answer" competes: as requested, else if the model was trained for it (it has a null threshold)."""
         return stored.null_threshold is not None if self.allow_no_answer is None else self.allow_no_answer
+
+
+def _shifted(logits: FloatArray, window: Window, shift: np.float32) -> FloatArray:
+    """A copy of the logits with ``shift`` added to those of the context. The null logit stays."""
+    moved = np.array(logits, dtype=np.float32)
+    moved[window.context_begin : window.context_begin + window.context_length] += shift
+    return moved
 
 
 def _is_number(value: object) -> bool:

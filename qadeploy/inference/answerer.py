@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol, Unpack
 
+from qadeploy.core.bm25 import Ranking, rank_windows
 from qadeploy.core.decoding import Decoded, WindowLogits, decode_many, rank_answers
 from qadeploy.core.passages import JoinedText, passage_windows
-from qadeploy.core.prefilter import Ranking, rank_windows
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
 from qadeploy.core.windows import EncodedText, Encoder
 from qadeploy.errors import (

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qadeploy.core.prefilter import Ranking
+from qadeploy.core.bm25 import Ranking
 from qadeploy.core.settings import Options
 from qadeploy.inference.answerer import Answerer, DecodedPair, to_answers
 from qadeploy.records import Window

@@ -78,6 +78,12 @@ class TrainOptions(DataFlags):
         None, "Longest window in tokens.", least=16, shown="the base's", also=("--max-seq-length",)
     )
     doc_stride: int | None = option(None, "Overlap of neighbouring windows in tokens.", least=0, shown="the base's")
+    bm25_weight: float | None = option(
+        None,
+        "How much it counts, where windows or passages compete, that a window shares words with the question.",
+        least=0,
+        shown="the base's",
+    )
     preprocessing_num_workers: int = option(
         1, "Processes that make windows; more than one pays off on large data only.", least=1
     )

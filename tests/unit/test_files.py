@@ -131,7 +131,7 @@ def test_an_error_of_a_variant_is_not_swallowed(clock):
 
 
 @pytest.mark.parametrize(
-    "settings", [QaSettings(), QaSettings(64, 0, 1), QaSettings(64, 0, 1, -2.5, 0.75, True, "mixed")]
+    "settings", [QaSettings(), QaSettings(64, 0, 1), QaSettings(64, 0, 1, -2.5, 0.75, True, "mixed", 0.5)]
 )
 def test_settings_survive_json_with_keys_of_other_versions_beside_them(settings):
     stored = json.loads(json.dumps({**settings.to_dict(), "later": True}))
@@ -156,10 +156,13 @@ def test_settings_are_positive_whole_numbers_but_a_stride_may_be_0(name, value):
 
 
 @pytest.mark.parametrize("value", [0, -1.5, math.nan, math.inf, True, "1", [1], 10**400])
-@pytest.mark.parametrize(("name", "needed"), [("temperature", "a number above 0"), ("null_threshold", "a number")])
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [("temperature", "a number above 0"), ("bm25_weight", "a number from 0"), ("null_threshold", "a number")],
+)
 def test_thresholds_are_numbers_and_temperatures_above_0(name, needed, value):
-    if name == "null_threshold" and value in (0, -1.5):
-        assert QaSettings.from_dict({name: value}, "run.json").null_threshold == value
+    if value is not True and value in {"null_threshold": (0, -1.5), "bm25_weight": (0,)}.get(name, ()):
+        assert getattr(QaSettings.from_dict({name: value}, "run.json"), name) == value
         return
     with pytest.raises(InputError) as caught:
         QaSettings.from_dict({name: value}, "run.json")

@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, defs, helper
 
+from qadeploy.core.bm25 import K1, B
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import Encoder
 from qadeploy.errors import FailureError, InputError
@@ -263,6 +264,7 @@ def _read(
     several = n("Add", more, one) if settings.doc_stride < settings.max_seq_len else zero
     windows = n("Where", n("LessOrEqual", total, room), n("Min", total, one), several)
     windows = n("Where", n("Less", room, one), zero, windows)
+    shifts = _shifts(n, encoder, settings, question, context, (windows, step, room)) if settings.bm25_weight else ""
     nothing = n.constant(-np.inf, np.float32)
     table = n("Expand", nothing, n("Concat", total, n.constant([length]), axis=0))
 
@@ -300,6 +302,9 @@ def _read(
     if settings.relative_to_null:
         row = [b("Sub", each, b("Gather", each, at)) for each in row]
     starts, ends = (b("Slice", each, first, b("Add", first, size)) for each in row)
+    if shifts:
+        shift = b("Gather", shifts, "read/step")
+        starts, ends = b("Add", starts, shift), b("Add", ends, shift)
     beyond = b("Concat", ends, b.constant(np.full(length - 1, -np.inf), np.float32), axis=0)
     positions = b("Range", b.constant(0), b("Squeeze", size), b.constant(1))
     band = b("Add", b("Unsqueeze", positions, b1), b.constant([np.arange(length)]))
@@ -314,6 +319,39 @@ def _read(
     worst = n.constant(np.inf, np.float32)
     found = n.many("Loop", n("Squeeze", windows), n.constant(True, np.bool_), table, worst, outputs=2, body=body)
     return found[0], found[1]
+
+
+def _shifts(
+    n: Nodes, encoder: Encoder, settings: QaSettings, question: str, context: str, cut: tuple[str, str, str]
+) -> str:
+    """``[windows]``, or ``[1]`` if there is none: what ``core.bm25.relevance`` adds to the start and to the end logits of each.
+
+    ``cut`` are the number of windows, the tokens between their beginnings, and the tokens that one holds.
+    """
+    zero, one, double = n.constant([0]), n.constant([1]), TensorProto.DOUBLE
+    windows, step, room = cut
+    frame = encoder.frame
+    special = [n.constant(each) for each in (frame.before, frame.between, frame.after)]
+    (terms,) = n.many("Unique", n("Concat", special[0], question, *special[1:], axis=0))
+    found = n("Equal", n("Unsqueeze", terms, one), n("Unsqueeze", context, zero))
+    before = n("CumSum", n("Cast", found, to=TensorProto.INT64), n.constant(1))
+    before = n("Concat", n("Expand", zero, n("Concat", _size(n, terms), one, axis=0)), before, axis=1)
+    numbers = n("Range", n.constant(0), n("Squeeze", n("Max", windows, one)), n.constant(1))
+    begins = n("Mul", numbers, step)
+    ends = n("Max", n("Min", n("Add", begins, room), _size(n, context)), begins)
+    lengths = n("Cast", n("Sub", ends, begins), to=double)
+    average = n("Max", n("ReduceMean", lengths, keepdims=1), n.constant([1], np.float64))
+    norms = n("Div", n("Mul", lengths, n.constant([K1 * B], np.float64)), average)
+    norms = n("Add", norms, n.constant([K1 * (1 - B)], np.float64))
+    counts = n("Cast", n("Sub", *(n("Gather", before, each, axis=1) for each in (ends, begins))), to=double)
+    holding = n("Greater", counts, n.constant(0, np.float64))
+    holding = n("Add", n("ReduceSum", n("Cast", holding, to=double), one, keepdims=1), n.constant(0.5, np.float64))
+    rest = n("Sub", n("Add", n("Cast", _size(n, numbers), to=double), n.constant(1, np.float64)), holding)
+    idf = n("Log", n("Add", n("Div", rest, holding), n.constant(1, np.float64)))
+    shares = n("Div", n("Mul", counts, n.constant(K1 + 1, np.float64)), n("Add", counts, norms))
+    scores = n("ReduceSum", n("Mul", idf, shares), zero, keepdims=0)
+    less = n("Sub", scores, n("ReduceMax", scores, keepdims=1))
+    return n("Cast", n("Mul", less, n.constant(settings.bm25_weight / 2, np.float64)), to=TensorProto.FLOAT)
 
 
 def _answer(n: Nodes, settings: QaSettings, table: str, null: str, begins: str, ends: str, characters: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from dataclasses import replace
 from math import log
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 
 from qadeploy import Answerer
 from qadeploy.cli import main
+from qadeploy.core.bm25 import rank_windows
 from qadeploy.core.decoding import WindowLogits, decode_many
-from qadeploy.core.prefilter import rank_windows
 from qadeploy.core.settings import Options
 from qadeploy.core.windows import Cut
 from qadeploy.data.loading import read
@@ -86,6 +87,48 @@ def test_ranks_equal_the_formula(data):
     np.testing.assert_allclose(found.scores, expected, rtol=1e-12)
     order = sorted(range(len(begins)), key=lambda i: (-found.scores[i], i))  # ties by place
     assert found.chosen.tolist() == sorted(order[:count])
+
+
+# ---------------------------------------------------------------- spans of several windows
+
+
+def test_the_weight_moves_the_spans_of_each_window_by_its_score(answerer):
+    pair = answerer.encode(QUESTION, LONG, Options())
+    logits = answerer.model.run(pair.windows)
+    stored = answerer.settings
+    cut = answerer.encoder.cut(
+        pair.question, pair.context, max_seq_len=stored.max_seq_len, doc_stride=stored.doc_stride
+    )
+    scores = rank_windows(pair.question.ids, pair.context.ids, cut, 1).scores
+    assert len(scores) == len(pair.windows) > 5
+
+    def scored(weight: float, count: int = len(pair.windows)) -> WindowLogits:
+        starts, ends = zip(*logits[:count], strict=True)
+        settings = replace(stored, bm25_weight=weight)
+        return settings.window_logits(pair.windows[:count], starts, ends, pair.context)
+
+    plain, weighed = scored(0.0), scored(0.6)
+    for name in ("start_logits", "end_logits"):
+        for window, score, before, after in zip(
+            pair.windows, scores, getattr(plain, name), getattr(weighed, name), strict=True
+        ):
+            moved = np.zeros(len(window))
+            moved[window.context_begin : window.context_begin + window.context_length] = 0.3 * (score - max(scores))
+            np.testing.assert_allclose(after[: len(window)] - before[: len(window)], moved, atol=1e-5)
+    assert weighed.null_logit == plain.null_logit
+    np.testing.assert_array_equal(
+        scored(0.6, 1).start_logits[0], plain.start_logits[0]
+    )  # one window competes with none
+
+
+def test_a_window_that_shares_words_wins_from_one_that_does_not(answerer, monkeypatch):
+    def best(weight: float) -> str:
+        monkeypatch.setattr(answerer, "settings", replace(answerer.settings, bm25_weight=weight))
+        passages = [f"{name} keeps the {thing}." for name, thing in zip(NAMES, THINGS, strict=False)]
+        return passages[answerer.answer(QUESTION, contexts=passages)[0].passage]
+
+    assert THINGS[4] in best(1_000.0)
+    assert THINGS[4] not in best(0.0)  # by the logits of the tiny model alone
 
 
 # ---------------------------------------------------------------- answers

@@ -1,4 +1,4 @@
-"""Choosing the windows of a long context that the model reads: BM25 over the windows, from their tokens.
+"""BM25 over the windows of a long context, from their tokens: which windows are read, and what the windows are worth to the question.
 
 The windows of one context are the documents, the question's distinct tokens (sub-words) the query. With k1 = 1.2
 and b = 0.75 the score of a window is
@@ -12,12 +12,13 @@ Framework: BM25 and Beyond", section 3; the 1 in the logarithm keeps the idf of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from qadeploy.core.windows import Cut
-from qadeploy.records import Float64Array, IntArray
+from qadeploy.core.windows import Cut, EncodedText
+from qadeploy.records import Float64Array, IntArray, Window
 
 K1, B = 1.2, 0.75
 
@@ -53,6 +54,13 @@ def rank_windows(question: IntArray, context: IntArray, cut: Cut, count: int) ->
 
 def rank_parts(question: IntArray, context: IntArray, begins: IntArray, ends: IntArray, count: int) -> Ranking:
     """``rank_windows`` for windows that hold the context tokens ``begins`` to ``ends`` (exclusive), ``[windows]`` each."""
+    scores = part_scores(question, context, begins, ends)
+    best = np.argsort(-scores, kind="stable")[:count]
+    return Ranking(scores, np.sort(best))
+
+
+def part_scores(question: IntArray, context: IntArray, begins: IntArray, ends: IntArray) -> Float64Array:
+    """The score, ``[windows]``, of each window; the arguments are those of ``rank_parts``."""
     lengths = ends - begins
     norms = K1 * (1 - B + B * lengths / max(lengths.mean(), 1))
     scores = np.zeros(len(begins))
@@ -61,8 +69,20 @@ def rank_parts(question: IntArray, context: IntArray, begins: IntArray, ends: In
         holding = np.count_nonzero(counts)
         idf = np.log1p((len(begins) - holding + 0.5) / (holding + 0.5))
         scores += idf * counts * (K1 + 1) / (counts + norms)
-    best = np.argsort(-scores, kind="stable")[:count]
-    return Ranking(scores, np.sort(best))
+    return scores
+
+
+def relevance(windows: Sequence[Window], context: EncodedText) -> Float64Array:
+    """The score of each window of one question less that of the best, ``[windows]``: 0 or less.
+
+    The question are all tokens outside the context; special tokens do not occur in texts.
+    """
+    begins = np.asarray([w.context_offset for w in windows], dtype=np.int64)
+    ends = begins + [w.context_length for w in windows]
+    first = windows[0]
+    question = np.delete(first.input_ids, np.s_[first.context_begin : first.context_begin + first.context_length])
+    scores = part_scores(question, context.ids, begins, ends)
+    return np.asarray(scores - scores.max())
 
 
 def _places(question: IntArray, context: IntArray) -> list[IntArray]:
