@@ -78,7 +78,7 @@ def relevance(windows: Sequence[Window], context: EncodedText) -> Float64Array:
     The question are all tokens outside the context; special tokens do not occur in texts.
     """
     begins = np.asarray([w.context_offset for w in windows], dtype=np.int64)
-    ends = begins + [w.context_length for w in windows]
+    ends = begins + np.asarray([w.context_length for w in windows], dtype=np.int64)
     first = windows[0]
     question = np.delete(first.input_ids, np.s_[first.context_begin : first.context_begin + first.context_length])
     scores = part_scores(question, context.ids, begins, ends)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import GateError, InputError
+from qadeploy.evaluation.scoring import Evaluation
 from qadeploy.export.manifest import finish_bundle, tune_model
 from qadeploy.export.parity import parity_windows
 from qadeploy.export.quantize.leaderboard import leaderboard, leaderboard_lines
@@ -30,8 +31,8 @@ def quantize(
     """Writes the int8 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
     Every recipe is measured: F1 on the judging questions (see ``judging``), speed on this machine. Of those that lose at most
-    ``max_f1_drop`` points there, the best for the target gets its session settings and is judged on the held-out
-    questions; if it fails there, the next one is. The manifest holds the leaderboard.
+    ``max_f1_drop`` points there, the best for the target is judged on the held-out questions, before it gets its session
+    settings and, if these move its logits, after; if it fails there, the next one is. The manifest holds the leaderboard.
 
     Args:
         reference: The PyTorch model and the questions.
@@ -72,15 +73,17 @@ def quantize(
             continue
         candidate = waiting.pop(0)
         made = RECIPES[candidate.recipe].make(material)
+        evaluation = _held_out(reference, candidate.recipe, made.model, candidate.session)
+        judged[candidate.recipe] = reference.scores.f1 - evaluation.scores.f1
+        if not judged[candidate.recipe] <= max_f1_drop:
+            continue
         search.step(f"{candidate.recipe}: measuring session settings")
         tuning = tune_model(reference, made.model, candidate.session, target=options.target)
-        answerer = make_answerer(reference, made.model, tuning.session)
-        judging = f"{candidate.recipe} answers the held-out questions"
-        evaluation = counted(answerer, reference.examples, judging, reference.count)
-        lost = reference.scores.f1 - evaluation.scores.f1
-        judged[candidate.recipe] = lost
-        if not lost <= max_f1_drop:
-            continue
+        if tuning.logits_apart:
+            evaluation = _held_out(reference, candidate.recipe, made.model, tuning.session)
+            judged[candidate.recipe] = reference.scores.f1 - evaluation.scores.f1
+            if not judged[candidate.recipe] <= max_f1_drop:
+                continue
         with writing_bundle(out) as work:
             (work / MODEL).write_bytes(made.model)
             rewritten = material.rewritten
@@ -108,6 +111,12 @@ def quantize(
         f"{out}: every recipe loses more than {max_f1_drop} points of F1, judged on {reference.questions}, so none was "
         f"written ({_losses(candidates, judged)}). Allow more with --max-f1-drop, or judge on more questions with --eval-data"
     )
+
+
+def _held_out(reference: Reference, recipe: str, model: bytes, session: Mapping[str, Any]) -> Evaluation:
+    """The model's answers to the held-out questions."""
+    answerer = make_answerer(reference, model, session)
+    return counted(answerer, reference.examples, f"{recipe} answers the held-out questions", reference.count)
 
 
 def find_recipe(name: str) -> Recipe:

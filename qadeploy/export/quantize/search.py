@@ -39,7 +39,9 @@ _TIMED = 12
 _LEAST_TIMED = 3
 _TIMING = 1 / 4  # the share of the budget that may go into timing
 _DUEL_TIMED = 16
-_RUNS = 2 * (_ROUNDS + 1) * (1 + len(SESSIONS) / 2)  # of a timed question: fp32 once, int8 by session in half the time
+_RUNS = (_ROUNDS + 1) * (
+    2 + (len(SESSIONS) + 1) / 2
+)  # of a timed question: fp32 twice, int8 by session in half the time
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 Say = Callable[[str], object]
 
@@ -59,9 +61,8 @@ class MeasuredRecipe:
     """The figures of a recipe's model: points of F1 lost on the judging questions, speed as a multiple of the fp32 model's.
 
     ``f1_lost`` is the weighted mean, ``f1_change_interval`` the 95 % interval of the change (above 0: a gain).
-    ``latency`` is for one question at a time, ``throughput`` for many at once, with the least and the most of the rounds, each
-    with the better of the known session settings; ``session`` are the better settings for the target. ``failed`` says why
-    there is no model.
+    ``latency`` is for one question at a time, ``throughput`` for many at once, with the least and the most of the rounds;
+    ``session`` are those of the known session settings that are better for the target. ``failed`` says why there is no model.
     """
 
     recipe: str
@@ -196,12 +197,11 @@ class Search:
                     recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
                 )
             else:
-                self.step(f"{recipe.name}: timing one question at a time")
-                latency = self._speeds(model, one=True)
-                self.step(f"{recipe.name}: timing many at once")
-                throughput = self._speeds(model, one=False)
-                deciding = throughput if self.options.target == "throughput" else latency
-                single, many = max(latency), max(throughput)
+                first = self.options.target != "throughput"
+                speeds = self._speeds(recipe, model, SESSIONS, one=first)
+                session = SESSIONS[speeds.index(max(speeds))]
+                deciding, other = max(speeds), self._speeds(recipe, model, [session], one=not first)[0]
+                single, many = (deciding, other) if first else (other, deciding)
                 candidate = MeasuredRecipe(
                     recipe.name,
                     -change.f1,
@@ -213,7 +213,7 @@ class Search:
                     many.median,
                     (many.least, many.most),
                     model.stat().st_size,
-                    SESSIONS[deciding.index(max(deciding))],
+                    session,
                     round(time.monotonic() - started, 1),
                 )
         self._keep(recipe, candidate)
@@ -222,14 +222,15 @@ class Search:
     def _timed(self, count: int) -> list[tuple[str, str]]:
         return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
 
-    def _speeds(self, model: Path, *, one: bool) -> list[_Speed]:
-        """The model's speed with each of SESSIONS, as a multiple of the fp32 model's with its better settings.
+    def _speeds(self, recipe: Recipe, model: Path, sessions: Sequence[Mapping[str, Any]], *, one: bool) -> list[_Speed]:
+        """The model's speed with each of the settings, as a multiple of the fp32 model's with its better ones.
 
         The rounds are interleaved, the questions the dev questions. All answerers are made anew each time, because one that has
         answered single questions and many keeps sessions for both.
         """
+        self.step(f"{recipe.name}: timing {'one question at a time' if one else 'many at once'}")
         return_freed_memory()
-        answerers = [make_answerer(self.reference, model, session) for session in SESSIONS]
+        answerers = [make_answerer(self.reference, model, session) for session in sessions]
         floats = [make_answerer(self.reference, self.source, session) for session in self.sessions]
         pairs = self._timed(self._questions)
         variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(floats)}
