@@ -2,9 +2,12 @@
 
     python models/publish.py RUN FOLDER_OF_PREPARE_DATA models/minilm-l6-qa
 
+    python models/publish.py --again FOLDER_OF_PREPARE_DATA models/minilm-l6-qa
+
     python models/publish.py --without-vnni FOLDER_OF_PREPARE_DATA models/minilm-l6-qa
 
-Run it in the root of the repository. The second, on a machine without VNNI, measures the bundle there and notes the figures in its
+Run it in the root of the repository. The second, after a change of ``qadeploy.json`` beside the weights, makes the bundle by the same
+recipe and measures both again. The third, on a machine without VNNI, measures the bundle there and notes the figures in its
 manifest, if they are within ``LOSS`` of those in evaluation.json. The bundle is written beside the weights, as ``models/minilm-l6-qa-int8``. Everything in
 the card is read from the run or measured here, on the weights and the bundle as they ship.
 """
@@ -32,7 +35,7 @@ from qadeploy.errors import MachineWarning
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.run import export_run
-from qadeploy.inference.bundle import open_bundle, rewrite_manifest
+from qadeploy.inference.bundle import MODEL, open_bundle, rewrite_manifest
 from qadeploy.machine import machine
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 
@@ -45,6 +48,7 @@ SETS = {
     "articles": "the articles' questions, each on its whole article",
 }
 LONG = "articles"
+_RULE = "|---|---|---|---|---|---|---|"
 PLAIN = ("wiki", "reddit", "amazon")
 LONG_QUESTIONS = 300
 LOSS = 0.5  # percentage points of F1, of all questions of the plain sets
@@ -60,10 +64,40 @@ def main(run: Path, data: Path, out: Path) -> None:
     model = AutoModelForQuestionAnswering.from_pretrained(checkpoint, dtype=torch.float32)
     model.half().save_pretrained(out, safe_serialization=True)
 
+    bundle = _export(out, data)
+    measured = dict(_measure(out, bundle, data))
+    record, metrics = (json.loads((run / name).read_text()) for name in ("run.json", "metrics.json"))
+    stored = json.loads((out / "qadeploy.json").read_text())
+    (out / "README.md").write_text(_card(record, metrics, stored, measured), encoding="utf-8")
+    (out / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+def again(data: Path, out: Path) -> None:
+    """Exports the weights in ``out`` again by the same recipe, with the settings that now lie beside them, and measures both."""
+    before = open_bundle(out.with_name(f"{out.name}-int8"))
+    model, kept = before.read(MODEL), {"measured_without_vnni": before.manifest.get("measured_without_vnni")}
+    bundle = _export(out, data, before.manifest["made"]["recipe"])
+    if open_bundle(bundle).read(MODEL) == model:
+        rewrite_manifest(open_bundle(bundle), kept)
+    measured = dict(_measure(out, bundle, data))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    head, _, rest = card.partition(_RULE)
+    tail = rest.partition("\n\n")[2]
+    rows = "\n".join(_row(name, values) for name, values in measured.items())
+    (out / "README.md").write_text(f"{head}{_RULE}\n{rows}\n\n{tail}", encoding="utf-8")
+    (out / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+def _export(out: Path, data: Path, recipe: str | None = None) -> Path:
+    """Writes ``out-int8`` from the weights in ``out``."""
     bundle = out.with_name(f"{out.name}-int8")
     with tempfile.TemporaryDirectory() as folder:
         options = ExportOptions(
-            out=f"{folder}/{out.name}", quantize=True, eval_data=str(data / "held_out_wiki.jsonl"), cache=False
+            out=f"{folder}/{out.name}",
+            quantize=True,
+            recipe=recipe,
+            eval_data=str(data / "held_out_wiki.jsonl"),
+            cache=False,
         )
         with Progress(as_json=False) as progress:
             print("\n".join(export_run(str(out), options, progress).lines))
@@ -72,11 +106,7 @@ def main(run: Path, data: Path, out: Path) -> None:
         rewrite_manifest(made, {"exported_on": made.manifest["machine"], "machine": None, "tuning": None})
         shutil.rmtree(bundle, ignore_errors=True)
         shutil.copytree(made.folder, bundle)
-
-    measured = dict(_measure(out, bundle, data))
-    record, metrics = (json.loads((run / name).read_text()) for name in ("run.json", "metrics.json"))
-    (out / "README.md").write_text(_card(record, metrics, measured), encoding="utf-8")
-    (out / "evaluation.json").write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    return bundle
 
 
 def confirm_without_vnni(data: Path, out: Path) -> None:
@@ -130,7 +160,7 @@ def _row(name: str, values: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _card(record: dict[str, Any], metrics: dict[str, Any], measured: dict[str, Any]) -> str:
+def _card(record: dict[str, Any], metrics: dict[str, Any], stored: dict[str, Any], measured: dict[str, Any]) -> str:
     options, settings, versions = record["options"], metrics["settings"], record["versions"]
     epochs = [
         f"| {e['epoch']} | {'' if e['train_loss'] is None else format(e['train_loss'], '.3f')} | {e['eval_loss']:.3f} "
@@ -194,11 +224,12 @@ Precision {record["precision"]}, windows of {settings["max_seq_len"]} tokens, ov
 
 ## What it reaches
 
-Whole articles, posts and reviews are held out. All annotators' answers count. "No answer" competes in the sets that hold questions
+A context that does not fit in a window of {stored["max_seq_len"]} tokens is read in windows of {stored["long_seq_len"]}, with
+`bm25_weight` {stored["bm25_weight"]:g} (`qadeploy.json`). Whole articles, posts and reviews are held out. All annotators' answers count. "No answer" competes in the sets that hold questions
 without an answer; HasAns and NoAns are the F1 of the two kinds.
 
 | held out | model | questions | EM | F1 (95 % bootstrap interval) | HasAns | NoAns |
-|---|---|---|---|---|---|---|
+{_RULE}
 {rows}
 
 Measured by `models/publish.py`; of the questions on whole articles {LONG_QUESTIONS} are drawn evenly.
@@ -208,5 +239,7 @@ Measured by `models/publish.py`; of the questions on whole articles {LONG_QUESTI
 if __name__ == "__main__":
     if sys.argv[1] == "--without-vnni":
         confirm_without_vnni(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1] == "--again":
+        again(Path(sys.argv[2]), Path(sys.argv[3]))
     else:
         main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))

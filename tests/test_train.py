@@ -359,7 +359,15 @@ def test_a_base_without_an_answer_head_with_dropout_and_held_out_data(few, tiny_
     held_out = write_jsonl(tmp_path / "held.jsonl", triplets(40)[30:])
     said: list[str] = []
     options = tiny_options(
-        few, base, tmp_path / "run", epochs=1, eval_data=str(held_out), attention_dropout=0.25, max_seq_len=64
+        few,
+        base,
+        tmp_path / "run",
+        epochs=1,
+        eval_data=str(held_out),
+        attention_dropout=0.25,
+        max_seq_len=64,
+        long_seq_len=48,
+        bm25_weight=0.3,
     )
     metrics = train(options, said.append, progress=False).metrics
     config = json.loads((tmp_path / "run" / "checkpoint" / "config.json").read_text())
@@ -370,7 +378,8 @@ def test_a_base_without_an_answer_head_with_dropout_and_held_out_data(few, tiny_
     assert sum("held out" in line for line in said) >= 3  # announced, the base's scores, the run's scores
     trained = load_checkpoint(tmp_path / "run" / "checkpoint")
     assert not trained.new_head
-    assert trained.settings.max_seq_len == 64
+    chosen = trained.settings
+    assert (chosen.max_seq_len, chosen.long_seq_len, chosen.bm25_weight) == (64, 48, 0.3)
 
 
 def test_windows_with_the_answer_where_nobody_annotated_it_are_not_trained_on(tiny_checkpoint, tmp_path):

@@ -81,8 +81,7 @@ def _parts(answerer: Answerer, pairs: Pairs, allow_no_answer: bool) -> tuple[lis
         answerer.encoder.windows(
             answerer.encoder.encode(question),
             contexts[context],
-            max_seq_len=settings.max_seq_len,
-            doc_stride=settings.doc_stride,
+            **settings.lengths,
         )
         for question, context in pairs
     ]

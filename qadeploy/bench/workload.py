@@ -46,7 +46,5 @@ def windows_of(encoder: Encoder, settings: QaSettings, examples: Sequence[Exampl
     return [
         window
         for example, question in zip(examples, questions, strict=True)
-        for window in encoder.windows(
-            question, encoded[example.context], max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
-        )
+        for window in encoder.windows(question, encoded[example.context], **settings.lengths)
     ]

@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from qadeploy.core.bm25 import Ranking, rank_parts
-from qadeploy.core.windows import EncodedText, Encoder
+from qadeploy.core.windows import EncodedText, Encoder, Lengths
 from qadeploy.errors import TooManyWindowsError
 from qadeploy.records import BoolArray, IntArray, Window
 
@@ -82,6 +82,7 @@ def passage_windows(
     *,
     max_seq_len: int,
     doc_stride: int,
+    long_seq_len: int | None = None,
     prefilter: int | None = None,
     max_windows: int | None = None,
 ) -> tuple[list[Window], Ranking | None]:
@@ -93,6 +94,7 @@ def passage_windows(
         passages: The passages.
         max_seq_len: Longest window, in tokens.
         doc_stride: Overlap of the neighbouring windows of a passage, in tokens.
+        long_seq_len: Longest window, in tokens, of a passage that does not fit in one of ``max_seq_len``.
         prefilter: Most windows to read of all passages together, the best by BM25; None reads all.
         max_windows: Most windows allowed for all passages together, None for no limit.
 
@@ -104,14 +106,16 @@ def passage_windows(
         QuestionTooLongError, StrideError, InputError: As ``Encoder.windows`` does.
         TooManyWindowsError: There are more than ``max_windows``; none has been made.
     """
-    cuts = [encoder.cut(question, part, max_seq_len=max_seq_len, doc_stride=doc_stride) for part in passages.parts]
+    lengths: Lengths = {"max_seq_len": max_seq_len, "doc_stride": doc_stride, "long_seq_len": long_seq_len}
+    cuts = [encoder.cut(question, part, **lengths) for part in passages.parts]
     owners = np.repeat(np.arange(len(cuts)), [len(cut.begins) for cut in cuts])
     begins = np.concatenate([np.asarray(cut.begins, dtype=np.int64) for cut in cuts])
     total = len(begins)
     ranking: Ranking | None = None
     if prefilter is not None and prefilter < total:
         first = begins + passages.token_begins[owners]
-        ends = first + np.minimum(cuts[0].room, np.asarray([cut.tokens for cut in cuts])[owners] - begins)
+        rooms, tokens = (np.asarray(each)[owners] for each in zip(*((c.room, c.tokens) for c in cuts), strict=True))
+        ends = first + np.minimum(rooms, tokens - begins)
         ranking = rank_parts(question.ids, passages.ids, first, ends, prefilter)
         owners, begins = owners[ranking.chosen], begins[ranking.chosen]
     if max_windows is not None and len(begins) > max_windows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
@@ -13,7 +13,7 @@ from qadeploy import options
 from qadeploy.core.bm25 import relevance
 from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, WindowLogits
 from qadeploy.core.metrics import Metric
-from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, EncodedText
+from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, EncodedText, Lengths
 from qadeploy.errors import InputError
 from qadeploy.options import check, option
 from qadeploy.records import Example, FloatArray, Window
@@ -39,6 +39,8 @@ class QaSettings:
         bm25_weight: How much it counts for the spans of a window, of several, that it shares words with the question: its BM25
             score (see ``core/bm25.py``) less that of the best window, times this, is added to their logits. The model scores
             each window as if there were no others; this is what makes the windows compete.
+        long_seq_len: Longest window, in tokens, of a context that does not fit in one of ``max_seq_len``; None for the
+            same. The overlap shrinks in proportion.
     """
 
     max_seq_len: int = DEFAULT_MAX_SEQ_LEN
@@ -49,6 +51,7 @@ class QaSettings:
     relative_to_null: bool = False
     metric: Metric = "squad"
     bm25_weight: float = 0.0
+    long_seq_len: int | None = None
 
     def window_logits(
         self,
@@ -78,6 +81,15 @@ class QaSettings:
             )
         return WindowLogits(windows, start_logits, end_logits, context)
 
+    @property
+    def lengths(self) -> Lengths:
+        """The arguments of ``Encoder.windows`` and ``Encoder.cut`` that say how long windows are, in tokens."""
+        return {
+            "max_seq_len": self.max_seq_len,
+            "doc_stride": self.doc_stride,
+            "long_seq_len": self.long_seq_len,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain JSON values."""
         return asdict(self)
@@ -87,7 +99,7 @@ class QaSettings:
     ) -> QaSettings:
         """Returns these settings with those replaced that are not None.
 
-        If only ``max_seq_len`` is given, ``doc_stride`` shrinks to at most a third of it.
+        If only ``max_seq_len`` is given, ``doc_stride`` shrinks to at most a third of it. All windows then have that length.
 
         Raises:
             InputError: A value below 1, or a ``doc_stride`` below 0.
@@ -95,7 +107,8 @@ class QaSettings:
         if max_seq_len is not None and doc_stride is None:
             doc_stride = min(self.doc_stride, max_seq_len // 3)
         chosen = {"max_seq_len": max_seq_len, "doc_stride": doc_stride, "max_answer_len": max_answer_len}
-        return self.from_dict({**self.to_dict(), **{k: v for k, v in chosen.items() if v is not None}}, "option")
+        stored = self if max_seq_len is None else replace(self, long_seq_len=None)
+        return self.from_dict({**stored.to_dict(), **{k: v for k, v in chosen.items() if v is not None}}, "option")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> QaSettings:

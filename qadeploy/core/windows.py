@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -108,6 +108,14 @@ class Frame:
     after: IntArray
     types: tuple[IntArray, IntArray, IntArray]
     parts: tuple[int, int]
+
+
+class Lengths(TypedDict):
+    """Lengths of windows in tokens; see ``Encoder.windows``."""
+
+    max_seq_len: int
+    doc_stride: int
+    long_seq_len: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +447,7 @@ class Encoder:
         *,
         max_seq_len: int = DEFAULT_MAX_SEQ_LEN,
         doc_stride: int = DEFAULT_DOC_STRIDE,
+        long_seq_len: int | None = None,
         max_windows: int | None = None,
     ) -> list[Window]:
         """Makes all windows of one question over one context, in order.
@@ -451,6 +460,8 @@ class Encoder:
             max_seq_len: Longest window, in tokens.
             doc_stride: Overlap of neighbouring windows, in tokens. If the question leaves room for no more than that, the
                 overlap is half of the room, rounded down.
+            long_seq_len: Longest window, in tokens, of a context that does not fit in one of ``max_seq_len``; None for the same. The
+                overlap shrinks in proportion. It is ignored for a question that leaves room for no more than this overlap.
             max_windows: Most windows allowed, None for no limit.
 
         Raises:
@@ -459,10 +470,18 @@ class Encoder:
             InputError: ``max_seq_len`` or ``doc_stride`` is out of range.
             TooManyWindowsError: There are more than ``max_windows``; none has been made.
         """
-        cut = self.cut(question, context, max_seq_len=max_seq_len, doc_stride=doc_stride)
+        cut = self.cut(question, context, max_seq_len=max_seq_len, doc_stride=doc_stride, long_seq_len=long_seq_len)
         return self.make(question, context, cut, cut.begins, max_windows)
 
-    def cut(self, question: EncodedText, context: EncodedText, *, max_seq_len: int, doc_stride: int) -> Cut:
+    def cut(
+        self,
+        question: EncodedText,
+        context: EncodedText,
+        *,
+        max_seq_len: int,
+        doc_stride: int,
+        long_seq_len: int | None = None,
+    ) -> Cut:
         """Decides where windows begin. Arguments and errors are those of ``windows``, without ``max_windows``."""
         if doc_stride < 0:
             raise InputError(f"doc_stride {doc_stride} is negative: it is the overlap of windows in tokens")
@@ -474,6 +493,10 @@ class Encoder:
             raise StrideError(
                 f"doc_stride must be below max_seq_len {max_seq_len}, not {doc_stride}: it is the overlap of windows in tokens"
             )
+        longest = min(long_seq_len or max_seq_len, max_seq_len)
+        shorter, stride = room - (max_seq_len - longest), doc_stride * longest // max_seq_len
+        if shorter > stride:
+            room, doc_stride = shorter, stride
         overlap = doc_stride if doc_stride < room else room // 2
         return Cut(range(0, total - overlap, room - overlap), room, total, overlap)
 

@@ -146,7 +146,7 @@ def measure_lengths(check: CheckedData, encoder: Encoder, settings: QaSettings) 
         for (row, parsed), question in zip(rows, questions, strict=True):
             context = encoded[parsed.context]
             try:
-                cut = encoder.cut(question, context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride)
+                cut = encoder.cut(question, context, **settings.lengths)
             except QuestionTooLongError:
                 found.too_long_rows.append(row.raw.number)
                 continue

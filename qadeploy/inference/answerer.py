@@ -453,7 +453,7 @@ class Answerer:
         context = check_text("context", context)
         encoded = self._contexts.get(context, contexts)
         asked = (questions or {}).get(question) or self.encoder.encode(question)
-        cut = self.encoder.cut(asked, encoded, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride)
+        cut = self.encoder.cut(asked, encoded, **settings.lengths)
         ranking: Ranking | None = None
         begins: Sequence[int] = cut.begins
         if options.prefilter is not None and options.prefilter < len(cut.begins):
@@ -478,8 +478,7 @@ class Answerer:
             self.encoder,
             asked,
             joined,
-            max_seq_len=settings.max_seq_len,
-            doc_stride=settings.doc_stride,
+            **settings.lengths,
             prefilter=options.prefilter,
             max_windows=max_windows,
         )

@@ -36,7 +36,9 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
         "",
         *(usage or _answerer(name)),
         "",
-        f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}; answers have at most "
+        f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}"
+        + (f" (of a context in several: {settings['long_seq_len']} tokens)" if settings.get("long_seq_len") else "")
+        + "; answers have at most "
         f"{settings['max_answer_len']} tokens. Scores are probabilities at temperature {settings['temperature']:.3f}.",
         "",
     ]

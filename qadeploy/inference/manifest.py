@@ -181,8 +181,8 @@ def _encoder(values: object) -> EncoderConfig:
 
 def _settings(values: object) -> QaSettings:
     found = QaSettings.from_dict(_mapping(values, "settings"), "settings")
-    for name in ("max_seq_len", "doc_stride", "max_answer_len"):
-        if getattr(found, name) > _LONGEST:
+    for name in ("max_seq_len", "doc_stride", "max_answer_len", "long_seq_len"):
+        if (getattr(found, name) or 0) > _LONGEST:
             raise _wrong(f"settings.{name}", getattr(found, name), f"at most {_LONGEST}")
     return found
 

@@ -126,9 +126,7 @@ def _offsets(reading: DecodedPair, window: Window) -> list[list[int]]:
 def trace_lines(answerer: Answerer, reading: DecodedPair, options: Options) -> Iterator[str]:
     """The trace as lines of text."""
     encoder, settings = answerer.encoder, reading.settings
-    cut = encoder.cut(
-        reading.question, reading.context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
-    )
+    cut = encoder.cut(reading.question, reading.context, **settings.lengths)
     yield "1 INPUT ENCODING"
     joined = reading.passages
     passages = f"{len(joined.parts)} passages" if joined else "context"

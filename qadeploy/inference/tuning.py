@@ -242,8 +242,7 @@ class _Tuner:
         return encoder.windows(
             encoder.encode(pair[0]),
             encoder.encode(pair[1]),
-            max_seq_len=settings.max_seq_len,
-            doc_stride=settings.doc_stride,
+            **settings.lengths,
         )
 
     def _long(self, pairs: Sequence[Pair], pair: Pair) -> Pair:

@@ -171,9 +171,10 @@ def caption_windows(facts: RunFacts) -> str:
     """Returns what the counts of windows show."""
     settings, parts = facts.run.metrics["settings"], facts.data.parts
     share = _share(sum(p.by_windows[0] for p in parts), sum(p.questions for p in parts))
+    longest = settings.get("long_seq_len")
     return (
         f"{share} of the questions fit into one window of {settings['max_seq_len']} tokens; longer contexts are read in "
-        f"windows that overlap by {settings['doc_stride']}."
+        + (f"windows of {longest} tokens." if longest else f"windows that overlap by {settings['doc_stride']}.")
     )
 
 

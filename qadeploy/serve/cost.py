@@ -81,7 +81,7 @@ def window_tokens(question: float, context: float, special: int, settings: QaSet
         question: Tokens of the question.
         context: Tokens of the context.
         special: Special tokens per window.
-        settings: ``max_seq_len`` and ``doc_stride``.
+        settings: The lengths of windows.
         most: The largest number of windows that are read.
     """
     around = question + special
@@ -89,7 +89,10 @@ def window_tokens(question: float, context: float, special: int, settings: QaSet
     if context <= room:
         return 1, math.ceil(context + around)
     room = max(room, 2.0)  # too long a question is refused when it is tokenised
-    overlap = settings.doc_stride if settings.doc_stride < room else room // 2
+    longest = min(settings.long_seq_len or settings.max_seq_len, settings.max_seq_len)
+    shorter, stride = room - (settings.max_seq_len - longest), settings.doc_stride * longest // settings.max_seq_len
+    room, stride = (shorter, stride) if shorter > stride else (room, settings.doc_stride)
+    overlap = stride if stride < room else room // 2
     windows = min(max(1, math.ceil((context - overlap) / (room - overlap))), max(1, most))
     return windows, math.ceil(min(context + (windows - 1) * overlap, windows * room) + windows * around)
 

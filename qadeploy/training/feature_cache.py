@@ -140,7 +140,7 @@ def _digests(examples: Iterator[Example]) -> dict[Content, bytes]:
 
 
 def _key(digests: dict[Content, bytes], encoder: Encoder, settings: QaSettings) -> str:
-    known = (__version__, *_code(), encoder.digest, settings.max_seq_len, settings.doc_stride)
+    known = (__version__, *_code(), encoder.digest, *settings.lengths.values())
     digest = hashlib.sha256(json.dumps(known).encode())
     for one in sorted(digests.values()):
         digest.update(one)

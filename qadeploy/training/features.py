@@ -87,9 +87,7 @@ def make_features(
     for number, (example, question) in enumerate(zip(examples, questions, strict=True), 1 + before):
         context = encoded[example.context]
         try:
-            windows = encoder.windows(
-                question, context, max_seq_len=settings.max_seq_len, doc_stride=settings.doc_stride
-            )
+            windows = encoder.windows(question, context, **settings.lengths)
         except QuestionTooLongError as error:
             problems.append(f"{source}: question {number} (id {example.id}), field question: {error}")
             continue

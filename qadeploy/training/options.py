@@ -78,6 +78,12 @@ class TrainOptions(DataFlags):
         None, "Longest window in tokens.", least=16, shown="the base's", also=("--max-seq-length",)
     )
     doc_stride: int | None = option(None, "Overlap of neighbouring windows in tokens.", least=0, shown="the base's")
+    long_seq_len: int | None = option(
+        None,
+        "Longest window, in tokens, of a context that does not fit in one of max_seq_len.",
+        least=16,
+        shown="the base's, or max_seq_len if that is given",
+    )
     bm25_weight: float | None = option(
         None,
         "How much it counts, where windows or passages compete, that a window shares words with the question.",

@@ -223,7 +223,8 @@ def _load_models(options: TrainOptions, device: torch.device, metric: Metric) ->
         raise InputError(f"{options.base}: this kind of model has no gradient checkpointing: leave it out")
     settings = checkpoint.settings.changed(max_seq_len=options.max_seq_len, doc_stride=options.doc_stride)
     weight = settings.bm25_weight if options.bm25_weight is None else options.bm25_weight
-    settings = replace(settings, metric=metric, bm25_weight=weight)
+    longest = settings.long_seq_len if options.long_seq_len is None else options.long_seq_len
+    settings = replace(settings, metric=metric, bm25_weight=weight, long_seq_len=longest)
     if options.layers is not None:
         keep_layers(checkpoint.model, options.layers)
     teacher = load_teacher(options.teacher, device, hub) if options.teacher else None

@@ -68,16 +68,18 @@ def test_a_text_that_is_no_unicode_has_an_estimate_too():
     st.integers(1, 40), st.integers(0, 3_000), st.integers(0, 4), st.integers(48, 512), st.integers(0, 40), st.data()
 )
 def test_windows_and_their_tokens_are_those_of_cutting_them(question, context, special, longest, stride, data):
-    room = longest - question - special
+    longer = data.draw(st.integers(longest, 600))  # what a context may have to be one window
+    settings = QaSettings(max_seq_len=longer, doc_stride=stride, long_seq_len=longest)
+    room, stride = longest - question - special, stride * longest // longer
+    if context <= longer - question - special or room <= stride:
+        room, stride = longer - question - special, settings.doc_stride
     overlap = stride if stride < room else room // 2
     sizes, begin = [min(room, context)], 0
     while begin + room < context:
         begin += room - overlap
         sizes.append(min(room, context - begin))
     most = data.draw(st.sampled_from([10_000, len(sizes), max(1, len(sizes) // 2)]))
-    windows, tokens = window_tokens(
-        question, context, special, QaSettings(max_seq_len=longest, doc_stride=stride), most
-    )
+    windows, tokens = window_tokens(question, context, special, settings, most)
     assert windows == min(most, len(sizes))
     # Of those that a prefilter chooses, the last may be shorter.
     expected = sum(sorted(sizes)[-windows:]) + windows * (question + special)

@@ -131,7 +131,7 @@ def test_an_error_of_a_variant_is_not_swallowed(clock):
 
 
 @pytest.mark.parametrize(
-    "settings", [QaSettings(), QaSettings(64, 0, 1), QaSettings(64, 0, 1, -2.5, 0.75, True, "mixed", 0.5)]
+    "settings", [QaSettings(), QaSettings(64, 0, 1), QaSettings(64, 0, 1, -2.5, 0.75, True, "mixed", 0.5, 48)]
 )
 def test_settings_survive_json_with_keys_of_other_versions_beside_them(settings):
     stored = json.loads(json.dumps({**settings.to_dict(), "later": True}))

@@ -237,6 +237,17 @@ def test_windows_cover_the_context_and_overlap_as_the_rule_says(room, stride, to
         assert other.stop > one.stop
 
 
+@given(st.integers(0, 120), st.integers(1, 50), st.integers(0, 63), st.integers(16, 80))
+def test_a_context_that_does_not_fit_is_cut_into_shorter_windows(tokens, asked, stride, longest):
+    enc = encoder("bert")
+    question, context = enc.encode("a " * asked), enc.encode("a " * tokens)
+    found = enc.cut(question, context, max_seq_len=64, doc_stride=stride, long_seq_len=longest)
+    overlap = stride * longest // 64
+    short = tokens > enc.room(question, 64) and longest - asked - enc.special_tokens > overlap and longest < 64
+    sizes = {"max_seq_len": longest, "doc_stride": overlap} if short else {"max_seq_len": 64, "doc_stride": stride}
+    assert found == enc.cut(question, context, **sizes)
+
+
 @given(st.integers(0, 60), st.integers(1, 12), st.integers(0, 11))
 def test_the_bound_on_windows_is_known_before_they_are_made(tokens, room, stride):
     enc = encoder("bert")

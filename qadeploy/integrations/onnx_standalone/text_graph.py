@@ -256,13 +256,19 @@ def _read(
     length, frame = settings.max_answer_len, encoder.frame
     total, asked = _size(n, context), _size(n, question)
     room = n("Sub", n.constant([settings.max_seq_len - encoder.special_tokens]), asked)
-    stride = n.constant([settings.doc_stride])
+    fits = n("LessOrEqual", total, room)
+    longest = min(settings.long_seq_len or settings.max_seq_len, settings.max_seq_len)
+    shorter = n("Sub", room, n.constant([settings.max_seq_len - longest]))
+    stride = n.constant([settings.doc_stride * longest // settings.max_seq_len])
+    short = n("And", n("Not", fits), n("Greater", shorter, stride))
+    room = n("Where", short, shorter, room)
+    stride = n("Where", short, stride, n.constant([settings.doc_stride]))
     stride = n("Where", n("Less", stride, room), stride, n("Div", room, n.constant([2])))
     step = n("Max", n("Sub", room, stride), one)
     more = n("Div", n("Sub", n("Add", n("Sub", total, room), step), one), step)
     # A doc_stride that no question allows is an error in Python.
     several = n("Add", more, one) if settings.doc_stride < settings.max_seq_len else zero
-    windows = n("Where", n("LessOrEqual", total, room), n("Min", total, one), several)
+    windows = n("Where", fits, n("Min", total, one), several)
     windows = n("Where", n("Less", room, one), zero, windows)
     shifts = _shifts(n, encoder, settings, question, context, (windows, step, room)) if settings.bm25_weight else ""
     nothing = n.constant(-np.inf, np.float32)
