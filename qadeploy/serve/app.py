@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 from collections.abc import Sequence
 from importlib.resources import files
@@ -20,26 +18,21 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from qadeploy import __version__
-from qadeploy.errors import LogitsError
-from qadeploy.inference.answerer import DecodedPair, to_answers
-from qadeploy.inference.trace import trace_dict
-from qadeploy.records import NO_ANSWER
+from qadeploy.serve.answering import answered_by, dump, hugging_face_result, json_list, json_response, reply
 from qadeploy.serve.auth import Auth
 from qadeploy.serve.body import BoundedRoute
-from qadeploy.serve.calls import Calls, call_of, response
-from qadeploy.serve.errors import RefusedError, clean, refusal
+from qadeploy.serve.calls import Calls, response
+from qadeploy.serve.contracts import add_contracts
+from qadeploy.serve.errors import RefusedError, clean
 from qadeploy.serve.examples import examples
-from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit, check_limits
+from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit
 from qadeploy.serve.metrics import CONTENT_TYPE
 from qadeploy.serve.reference import reference_page
-from qadeploy.serve.scheduler import Ask, Render, deadline_passed
+from qadeploy.serve.scheduler import Ask
 from qadeploy.serve.schemas import (
     FORMS,
     AnswerRequest,
     AnswersOut,
-    AskItem,
-    AskMany,
-    AskOne,
     CorpusRequest,
     ErrorOut,
     HfAnswer,
@@ -48,7 +41,7 @@ from qadeploy.serve.schemas import (
     ModelOut,
     StateOut,
 )
-from qadeploy.serve.search import about, corpus_answers, from_corpus
+from qadeploy.serve.search import about
 from qadeploy.serve.service import Service
 
 _log = logging.getLogger("qadeploy.serve")
@@ -60,6 +53,7 @@ _PLAIN = {
 _ABOUT = {
     400: "The body is not valid JSON.",
     401: "The bearer token is missing or wrong.",
+    404: "The server has another model.",
     408: "The body did not arrive in time.",
     413: "The body has too many bytes.",
     422: "The request does not match the schema, or exceeds a limit.",
@@ -135,17 +129,17 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
 
         If one question fails, the request fails, and the error names the question.
         """
-        return await _reply(request, service, body)
+        return await reply(request, service, body)
 
     async def answer_from_corpus(request: Request, body: Annotated[CorpusRequest, Body()]) -> Response:
         """Without `context` and `contexts`, a question is answered from the corpus: the passages that fit it best are read."""
-        return await _reply(request, service, body)
+        return await reply(request, service, body)
 
-    if service.corpus is None:
-        post(answer)
-    else:
+    chosen = answer if service.corpus is None else answer_from_corpus
+    if service.corpus is not None:
         answer_from_corpus.__doc__ = f"{answer_from_corpus.__doc__}\n\n{cleandoc(answer.__doc__ or '')}"
-        post(answer_from_corpus)
+    post(chosen)
+    add_contracts(app, service, chosen, _ANSWERING | _errors(404), locked)
 
     @app.post(
         "/",
@@ -164,8 +158,8 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         many = isinstance(body.inputs, list)
         inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
         asks = [Ask(one.question, one.context, options) for one in inputs]
-        found = await _answered(request, service, asks, _hugging_face)
-        return _json(_list(found) if many else found[0])
+        found = await answered_by(request, service, asks, hugging_face_result)
+        return json_response(json_list(found) if many else found[0])
 
 
 def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
@@ -227,11 +221,11 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
 def _add_pages(app: FastAPI) -> None:
     page = files("qadeploy.serve") / "page"
     start = (page / "index.html").read_text(encoding="utf-8")
-    tried = _dump(examples())
+    tried = dump(examples())
 
     @app.get("/static/examples.json", include_in_schema=False)
     async def handbook() -> Response:
-        return _json(tried)
+        return json_response(tried)
 
     app.mount("/static", _Static(directory=str(page)), name="static")
 
@@ -272,121 +266,6 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> Response:
         return response(request.scope, RefusedError(500, "internal", "the server failed; its log has the reason"))
-
-
-async def _reply(request: Request, service: Service, body: AskOne | AskMany | Sequence[AskItem]) -> Response:
-    if isinstance(body, AskOne):
-        asks = [_ask(service, body.question, body)]
-    elif isinstance(body, AskMany):
-        asks = [_ask(service, question, body) for question in body.questions]
-    else:
-        asks = [_ask(service, item.question, item) for item in body]
-    traced = isinstance(body, AskOne) and body.trace
-    found = await _answered(request, service, asks, _shown(service, traced))
-    return _json(found[0] if isinstance(body, AskOne) else _list(found))
-
-
-async def _answered(request: Request, service: Service, asks: Sequence[Ask], render: Render) -> list[bytes]:
-    """The results of ``render``. Raises RefusedError: limits, a full queue, the deadline, or an error of answering."""
-    settings, scheduler, call = service.settings, service.scheduler, call_of(request.scope)
-    check_limits(asks, settings)
-    call.questions = len(asks)
-    if settings.log_text:
-        asked = [_logged(ask) for ask in asks]
-        _log.info("asked", extra={"fields": {"request_id": call.request_id, "asked": asked}})
-    seconds = call.deadline - asyncio.get_running_loop().time()
-    try:
-        job = scheduler.submit(asks, render, timeout=seconds)
-    except RefusedError as full:
-        if full.status == 429:
-            service.metrics.dropped("full")
-        raise
-    answered = asyncio.wrap_future(job.future)
-    answered.add_done_callback(lambda future: future.cancelled() or future.exception())  # retrieves the exception
-    gone = asyncio.ensure_future(request.receive())
-    either: set[asyncio.Future[Any]] = {answered, gone}
-    try:
-        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if answered.done():
-            return list(answered.result())
-        if gone.done():
-            raise RefusedError(499, "disconnected", "the client has disconnected")
-        raise deadline_passed(settings.request_timeout)
-    except Exception as error:
-        raise _told(error, service, call.request_id) from error
-    finally:
-        call.windows = job.windows
-        gone.cancel()
-        scheduler.drop(job, RefusedError(499, "dropped", "nobody waits for it"))  # no effect if it is over
-
-
-def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
-    """The refusal that the caller sees. It is counted, and logged if the server is at fault."""
-    told = refusal(error, service.settings)
-    if told.status == 504:
-        service.metrics.dropped("deadline")
-        told = deadline_passed(service.settings.request_timeout)  # counted from the head of the request
-    if isinstance(error, LogitsError):
-        service.metrics.bad_logits()
-    if told.status == 500:
-        fields = {"request_id": request_id, "error": clean(str(error))}
-        _log.error("answering failed", extra={"fields": fields}, exc_info=None if told.kind != "internal" else error)
-    return told
-
-
-def _logged(ask: Ask) -> dict[str, Any]:
-    if ask.search:
-        return {"question": clean(ask.question)}
-    if isinstance(ask.context, str):
-        return {"question": clean(ask.question), "context": clean(ask.context)}
-    return {"question": clean(ask.question), "contexts": [clean(text) for text in ask.context]}
-
-
-def _ask(service: Service, question: str, given: AskItem | AskMany) -> Ask:
-    if given.texts is not None:
-        return Ask(question, given.texts, given.options)
-    if service.corpus is None:  # the schema does not let it through
-        raise RefusedError(422, "invalid_request", "give either context, or contexts for several passages")
-    return from_corpus(service.corpus, service.settings, question, given.options)
-
-
-def _shown(service: Service, traced: bool) -> Render:
-    """The result of a question as JSON."""
-
-    def render(ask: Ask, pair: DecodedPair | None) -> bytes:
-        if service.corpus and ask.search:
-            told = corpus_answers(service.corpus, ask, pair)
-        else:
-            told = {"answers": [answer.to_dict() for answer in to_answers(pair, ask.options)] if pair else []}
-        if pair and pair.skipped:
-            told["skipped"] = pair.skipped
-        answers = _dump(told)
-        if not traced or pair is None:
-            return answers
-        trace = trace_dict(service.answerer, pair, ask.options)
-        # Window by window: one call for megabytes would keep the interpreter, and so the event loop, for too long.
-        windows = _list([_dump(window) for window in trace.pop("windows")])
-        return b'%b,"trace":%b,"windows":%b}}' % (answers[:-1], _dump(trace)[:-1], windows)
-
-    return render
-
-
-def _hugging_face(ask: Ask, pair: DecodedPair | None) -> bytes:
-    found = (to_answers(pair, ask.options) if pair else []) or [NO_ANSWER]  # no token of the context can be an answer
-    told = [{"answer": a.text, "score": a.score, "start": a.start, "end": a.end} for a in found]
-    return _dump(told if ask.options.top_k > 1 else told[0])
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _list(found: Sequence[bytes]) -> bytes:
-    return b"[" + b",".join(found) + b"]"
-
-
-def _json(content: bytes) -> Response:
-    return Response(content, media_type="application/json")
 
 
 def _faults(error: RequestValidationError) -> str:

@@ -10,7 +10,9 @@ from qadeploy.serve.calls import respond
 from qadeploy.serve.errors import RefusedError
 
 # Open: what an orchestrator asks, and what only shows how the API is used.
-_OPEN = frozenset({"/", "/docs", "/openapi.json", "/health/live", "/health/ready"})
+_OPEN = frozenset(
+    {"/", "/docs", "/openapi.json", "/health/live", "/health/ready", "/ping", "/v2/health/live", "/v2/health/ready"}
+)
 
 
 class Auth:

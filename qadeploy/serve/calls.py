@@ -22,9 +22,13 @@ from qadeploy.serve.settings import Settings
 
 ROUTES = frozenset(
     {"/", "/v1/answer", "/v1/model", "/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json"}
+    | {"/ping", "/invocations"}
 )
+_PREFIXES = ("/static/", "/v2/")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_QUIET = frozenset({"/health/live", "/health/ready", "/metrics"})  # requested every few seconds
+_QUIET = frozenset(
+    {"/health/live", "/health/ready", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
+)  # requested every few seconds
 _KEY = "qadeploy.call"
 REFUSED = "qadeploy.refused"  # in a scope: why the connection cannot read on
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -81,7 +85,10 @@ def response(scope: Scope, refused: RefusedError) -> JSONResponse:
     """A refusal as a response; its ``type`` is logged."""
     call = call_of(scope)
     call.kind = refused.kind
-    return JSONResponse(body(refused, call.request_id), refused.status, headers=refused.headers)
+    told = body(refused, call.request_id)
+    if scope["path"].startswith("/v2/"):  # where the Open Inference Protocol wants a text
+        told["error"] = told["error"]["message"]
+    return JSONResponse(told, refused.status, headers=refused.headers)
 
 
 class Calls:
@@ -130,7 +137,8 @@ class Calls:
     def _end(self, scope: Scope, call: Call, status: int) -> None:
         seconds = time.perf_counter() - call.started
         path = scope["path"]
-        route = path if path in ROUTES else "/static" if path.startswith("/static/") else "other"
+        started = next((prefix.rstrip("/") for prefix in _PREFIXES if path.startswith(prefix)), "other")
+        route = path if path in ROUTES else started
         self._metrics.responded(route, status, seconds)
         if call.kind == "disconnected":
             self._metrics.dropped("disconnect")

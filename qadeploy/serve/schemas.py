@@ -23,7 +23,7 @@ def _whole(value: Any) -> Any:
 _DECLARED = declared(Options)
 
 
-def _choice(name: str) -> Any:
+def choice(name: str) -> Any:
     """The type of an answering option, with its declared range and description."""
     one = _DECLARED[name]
     text = one.help if one.default is not None else f"{one.help} Null or absent: {one.default_text}."
@@ -66,18 +66,18 @@ class _Model(BaseModel):
 
 
 class _Choices(_Model):
-    top_k: _choice("top_k") = _DECLARED["top_k"].default  # type: ignore[valid-type]
-    max_answer_len: _choice("max_answer_len") = None  # type: ignore[valid-type]
-    max_seq_len: _choice("max_seq_len") = None  # type: ignore[valid-type]
-    doc_stride: _choice("doc_stride") = None  # type: ignore[valid-type]
-    align_to_words: _choice("align_to_words") = False  # type: ignore[valid-type]
-    allow_no_answer: _choice("allow_no_answer") = None  # type: ignore[valid-type]
-    prefilter: _choice("prefilter") = None  # type: ignore[valid-type]
-    distinct: _choice("distinct") = False  # type: ignore[valid-type]
-    overlap_threshold: _choice("overlap_threshold") = _DECLARED["overlap_threshold"].default  # type: ignore[valid-type]
-    min_score: _choice("min_score") = _DECLARED["min_score"].default  # type: ignore[valid-type]
-    snippet: _choice("snippet") = None  # type: ignore[valid-type]
-    offsets: _choice("offsets") = _DECLARED["offsets"].default  # type: ignore[valid-type]
+    top_k: choice("top_k") = _DECLARED["top_k"].default  # type: ignore[valid-type]
+    max_answer_len: choice("max_answer_len") = None  # type: ignore[valid-type]
+    max_seq_len: choice("max_seq_len") = None  # type: ignore[valid-type]
+    doc_stride: choice("doc_stride") = None  # type: ignore[valid-type]
+    align_to_words: choice("align_to_words") = False  # type: ignore[valid-type]
+    allow_no_answer: choice("allow_no_answer") = None  # type: ignore[valid-type]
+    prefilter: choice("prefilter") = None  # type: ignore[valid-type]
+    distinct: choice("distinct") = False  # type: ignore[valid-type]
+    overlap_threshold: choice("overlap_threshold") = _DECLARED["overlap_threshold"].default  # type: ignore[valid-type]
+    min_score: choice("min_score") = _DECLARED["min_score"].default  # type: ignore[valid-type]
+    snippet: choice("snippet") = None  # type: ignore[valid-type]
+    offsets: choice("offsets") = _DECLARED["offsets"].default  # type: ignore[valid-type]
 
     @property
     def options(self) -> Options:
@@ -330,9 +330,9 @@ class HfParameters(_Model):
     top_k: Annotated[TopK | None, Field(description="Absent, null or 1 gives one object, a larger number a list.")] = (
         None
     )
-    doc_stride: _choice("doc_stride") = None  # type: ignore[valid-type]
-    max_answer_len: _choice("max_answer_len") = None  # type: ignore[valid-type]
-    max_seq_len: _choice("max_seq_len") = None  # type: ignore[valid-type]
+    doc_stride: choice("doc_stride") = None  # type: ignore[valid-type]
+    max_answer_len: choice("max_answer_len") = None  # type: ignore[valid-type]
+    max_seq_len: choice("max_seq_len") = None  # type: ignore[valid-type]
     max_question_len: Annotated[
         TopK | None,
         Field(

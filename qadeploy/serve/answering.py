@@ -1,0 +1,146 @@
+"""From requests to answers: asks for the scheduler, results as JSON, and what a caller is told if there are none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from qadeploy.errors import LogitsError
+from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.inference.trace import trace_dict
+from qadeploy.records import NO_ANSWER
+from qadeploy.serve.calls import call_of
+from qadeploy.serve.errors import RefusedError, clean, refusal
+from qadeploy.serve.limits import check_limits
+from qadeploy.serve.scheduler import Ask, Render, deadline_passed
+from qadeploy.serve.schemas import AskItem, AskMany, AskOne
+from qadeploy.serve.search import corpus_answers, from_corpus
+from qadeploy.serve.service import Service
+
+_log = logging.getLogger("qadeploy.serve")
+
+
+async def reply(request: Request, service: Service, body: AskOne | AskMany | Sequence[AskItem]) -> Response:
+    """The response of ``/v1/answer``. Raises RefusedError as ``answered_by`` does."""
+    if isinstance(body, AskOne):
+        asks = [_ask(service, body.question, body)]
+    elif isinstance(body, AskMany):
+        asks = [_ask(service, question, body) for question in body.questions]
+    else:
+        asks = [_ask(service, item.question, item) for item in body]
+    traced = isinstance(body, AskOne) and body.trace
+    found = await answered_by(request, service, asks, _shown(service, traced))
+    return json_response(found[0] if isinstance(body, AskOne) else json_list(found))
+
+
+async def answered_by(request: Request, service: Service, asks: Sequence[Ask], render: Render) -> list[bytes]:
+    """The results of ``render``. Raises RefusedError: limits, a full queue, the deadline, or an error of answering."""
+    settings, scheduler, call = service.settings, service.scheduler, call_of(request.scope)
+    check_limits(asks, settings)
+    call.questions = len(asks)
+    if settings.log_text:
+        asked = [_logged(ask) for ask in asks]
+        _log.info("asked", extra={"fields": {"request_id": call.request_id, "asked": asked}})
+    seconds = call.deadline - asyncio.get_running_loop().time()
+    try:
+        job = scheduler.submit(asks, render, timeout=seconds)
+    except RefusedError as full:
+        if full.status == 429:
+            service.metrics.dropped("full")
+        raise
+    answered = asyncio.wrap_future(job.future)
+    answered.add_done_callback(lambda future: future.cancelled() or future.exception())  # retrieves the exception
+    gone = asyncio.ensure_future(request.receive())
+    either: set[asyncio.Future[Any]] = {answered, gone}
+    try:
+        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answered.done():
+            return list(answered.result())
+        if gone.done():
+            raise RefusedError(499, "disconnected", "the client has disconnected")
+        raise deadline_passed(settings.request_timeout)
+    except Exception as error:
+        raise _told(error, service, call.request_id) from error
+    finally:
+        call.windows = job.windows
+        gone.cancel()
+        scheduler.drop(job, RefusedError(499, "dropped", "nobody waits for it"))  # no effect if it is over
+
+
+def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
+    """The refusal that the caller sees. It is counted, and logged if the server is at fault."""
+    told = refusal(error, service.settings)
+    if told.status == 504:
+        service.metrics.dropped("deadline")
+        told = deadline_passed(service.settings.request_timeout)  # counted from the head of the request
+    if isinstance(error, LogitsError):
+        service.metrics.bad_logits()
+    if told.status == 500:
+        fields = {"request_id": request_id, "error": clean(str(error))}
+        _log.error("answering failed", extra={"fields": fields}, exc_info=None if told.kind != "internal" else error)
+    return told
+
+
+def _logged(ask: Ask) -> dict[str, Any]:
+    if ask.search:
+        return {"question": clean(ask.question)}
+    if isinstance(ask.context, str):
+        return {"question": clean(ask.question), "context": clean(ask.context)}
+    return {"question": clean(ask.question), "contexts": [clean(text) for text in ask.context]}
+
+
+def _ask(service: Service, question: str, given: AskItem | AskMany) -> Ask:
+    if given.texts is not None:
+        return Ask(question, given.texts, given.options)
+    if service.corpus is None:  # the schema does not let it through
+        raise RefusedError(422, "invalid_request", "give either context, or contexts for several passages")
+    return from_corpus(service.corpus, service.settings, question, given.options)
+
+
+def _shown(service: Service, traced: bool) -> Render:
+    """The result of a question as JSON."""
+
+    def render(ask: Ask, pair: DecodedPair | None) -> bytes:
+        if service.corpus and ask.search:
+            told = corpus_answers(service.corpus, ask, pair)
+        else:
+            told = {"answers": [answer.to_dict() for answer in to_answers(pair, ask.options)] if pair else []}
+        if pair and pair.skipped:
+            told["skipped"] = pair.skipped
+        answers = dump(told)
+        if not traced or pair is None:
+            return answers
+        trace = trace_dict(service.answerer, pair, ask.options)
+        # Window by window: one call for megabytes would keep the interpreter, and so the event loop, for too long.
+        windows = json_list([dump(window) for window in trace.pop("windows")])
+        return b'%b,"trace":%b,"windows":%b}}' % (answers[:-1], dump(trace)[:-1], windows)
+
+    return render
+
+
+def hugging_face_result(ask: Ask, pair: DecodedPair | None) -> bytes:
+    """The result of a question in the form of the Hugging Face task, as JSON."""
+    found = (to_answers(pair, ask.options) if pair else []) or [NO_ANSWER]  # no token of the context can be an answer
+    told = [{"answer": a.text, "score": a.score, "start": a.start, "end": a.end} for a in found]
+    return dump(told if ask.options.top_k > 1 else told[0])
+
+
+def dump(value: Any) -> bytes:
+    """A value as JSON."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def json_list(found: Sequence[bytes]) -> bytes:
+    """A list of values that are JSON already."""
+    return b"[" + b",".join(found) + b"]"
+
+
+def json_response(content: bytes) -> Response:
+    """A response with JSON as its body."""
+    return Response(content, media_type="application/json")

@@ -1,0 +1,222 @@
+"""The contracts of hosting platforms as thin routes over the same answers: Amazon SageMaker and the Open Inference Protocol.
+
+SageMaker asks a container for ``GET /ping`` and ``POST /invocations``, which takes what ``/v1/answer`` takes. The Open Inference Protocol
+(version 2 of KServe's, over REST) describes a model with the inputs ``question`` and ``context`` and the outputs ``answer``,
+``score``, ``start`` and ``end``, each with one value per question.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from qadeploy import __version__
+from qadeploy.core.settings import Options
+from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.records import NO_ANSWER
+from qadeploy.serve.answering import answered_by, dump, json_response
+from qadeploy.serve.body import BoundedRoute
+from qadeploy.serve.errors import RefusedError, clean
+from qadeploy.serve.scheduler import Ask
+from qadeploy.serve.schemas import choice
+from qadeploy.serve.service import Service
+
+_INPUTS = ("question", "context")
+_OUTPUTS = {"answer": "BYTES", "score": "FP64", "start": "INT64", "end": "INT64"}
+_TAGS: list[Any] = ["platforms"]
+
+
+class InferParameters(BaseModel):
+    """Answering options; the other parameters that clients send are ignored."""
+
+    max_answer_len: choice("max_answer_len") = None  # type: ignore[valid-type]
+    max_seq_len: choice("max_seq_len") = None  # type: ignore[valid-type]
+    doc_stride: choice("doc_stride") = None  # type: ignore[valid-type]
+    align_to_words: choice("align_to_words") = False  # type: ignore[valid-type]
+    allow_no_answer: choice("allow_no_answer") = None  # type: ignore[valid-type]
+    prefilter: choice("prefilter") = None  # type: ignore[valid-type]
+    offsets: choice("offsets") = "codepoints"  # type: ignore[valid-type]
+
+
+class InferInput(BaseModel):
+    """A tensor of texts: one per question, or a single context for all questions."""
+
+    name: Annotated[str, Field(examples=["question"])]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=2, examples=[[1]])]
+    datatype: Annotated[str, Field(examples=["BYTES"])]
+    data: Annotated[list[Any], Field(examples=[["Who trims the light?"]])]
+
+    def texts(self) -> list[str]:
+        """The values in order. Raises RefusedError (422) if they are no texts, or not as many as the shape says."""
+        flat = [text for each in self.data for text in (each if isinstance(each, list) else [each])]
+        if self.datatype != "BYTES" or not all(isinstance(text, str) for text in flat):
+            raise _invalid(f"the input {clean(self.name)} holds texts: give it the datatype BYTES and strings as data")
+        if len(flat) != math.prod(self.shape):
+            raise _invalid(f"the input {clean(self.name)} has {len(flat)} values, but its shape is {self.shape}")
+        return flat
+
+
+class InferOutput(BaseModel):
+    """An output that is wanted."""
+
+    name: str
+
+
+class InferRequest(BaseModel):
+    """An inference request of the Open Inference Protocol, as JSON."""
+
+    id: str | None = None
+    parameters: InferParameters | None = None
+    inputs: list[InferInput]
+    outputs: Annotated[list[InferOutput] | None, Field(description="Those that are wanted; null or absent: all.")] = (
+        None
+    )
+
+    def asks(self) -> list[Ask]:
+        """One question for the scheduler per text of ``question``. Raises RefusedError (422)."""
+        given = {each.name: each for each in self.inputs}
+        if sorted(given) != sorted(_INPUTS) or len(self.inputs) != len(_INPUTS):
+            raise _invalid("give the inputs question and context, each once")
+        questions, contexts = (given[name].texts() for name in _INPUTS)
+        contexts = contexts * len(questions) if len(contexts) == 1 else contexts
+        if len(questions) != len(contexts) or not questions:
+            raise _invalid(
+                f"{len(questions)} questions need as many contexts, or one for all of them, not {len(contexts)}"
+            )
+        for number, texts in enumerate(zip(questions, contexts, strict=True), 1):
+            for name, text in zip(_INPUTS, texts, strict=True):
+                if not text.strip():
+                    raise _invalid(f"{name} {number} is empty")
+        options = Options(**self.parameters.model_dump()) if self.parameters else Options()
+        return [Ask(question, context, options) for question, context in zip(questions, contexts, strict=True)]
+
+    def wanted(self) -> list[str]:
+        """The names of the outputs. Raises RefusedError (422) if there is no such output."""
+        names = list(_OUTPUTS) if self.outputs is None else [output.name for output in self.outputs]
+        if unknown := sorted({*names} - {*_OUTPUTS}):
+            raise _invalid(f"there is no output {clean(unknown[0])}: choose from {', '.join(_OUTPUTS)}")
+        return names
+
+
+class _InferRoute(BoundedRoute):
+    """A route whose clients need not say that they send JSON."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler, after a look at the headers."""
+        handler = super().get_route_handler()
+
+        async def as_json(request: Request) -> Response:
+            if "inference-header-content-length" in request.headers:
+                raise _invalid("binary tensors are not supported: send the data as JSON (binary_data=False)")
+            if "content-type" not in request.headers:
+                request.scope["headers"].append((b"content-type", b"application/json"))
+                request = Request(request.scope, request.receive)
+            return await handler(request)
+
+        return as_json
+
+
+def add_contracts(
+    app: FastAPI, service: Service, answer: Callable[..., Awaitable[Response]], responses: Any, locked: Sequence[Any]
+) -> None:
+    """Adds the routes to the application; ``answer`` handles what ``/v1/answer`` gets."""
+    bundle = service.answerer.bundle
+    name = clean(bundle.name) if bundle else "qadeploy"
+
+    @app.get("/ping", tags=_TAGS, summary="SageMaker: whether to send requests here")
+    async def ping() -> Response:
+        """An empty response: 200, or 503 like `/health/ready`."""
+        return Response(status_code=200 if service.ready else 503)
+
+    app.post(
+        "/invocations",
+        tags=_TAGS,
+        summary="SageMaker: the same as /v1/answer",
+        responses=responses,
+        dependencies=locked,
+        operation_id="invocations",
+    )(answer)
+
+    @app.get("/v2/health/live", tags=_TAGS, summary="Open Inference Protocol: whether the process works")
+    async def live() -> JSONResponse:
+        """503 means that a worker has died."""
+        return JSONResponse({"live": service.scheduler.alive}, 200 if service.scheduler.alive else 503)
+
+    @app.get("/v2/health/ready", tags=_TAGS, summary="Open Inference Protocol: whether the server is ready")
+    async def ready() -> JSONResponse:
+        """503 while the server shuts down, and if a worker has died."""
+        return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
+
+    @app.get("/v2", tags=_TAGS, summary="Open Inference Protocol: the server", dependencies=locked)
+    async def server() -> dict[str, Any]:
+        """Its name and version."""
+        return {"name": "qadeploy", "version": __version__, "extensions": []}
+
+    @app.get("/v2/models/{model}", tags=_TAGS, summary="Open Inference Protocol: the model", dependencies=locked)
+    async def metadata(model: str) -> dict[str, Any]:
+        """The tensors of the model. Its version is the hash of the bundle."""
+        _check(model, name)
+        return {
+            "name": name,
+            "versions": [service.hash],
+            "platform": "qadeploy_onnx",
+            "inputs": [{"name": each, "datatype": "BYTES", "shape": [-1]} for each in _INPUTS],
+            "outputs": [{"name": each, "datatype": kind, "shape": [-1]} for each, kind in _OUTPUTS.items()],
+        }
+
+    @app.get(
+        "/v2/models/{model}/ready",
+        tags=_TAGS,
+        summary="Open Inference Protocol: whether the model is ready",
+        dependencies=locked,
+    )
+    async def model_ready(model: str) -> JSONResponse:
+        """As `/v2/health/ready`."""
+        _check(model, name)
+        return JSONResponse({"name": name, "ready": service.ready}, 200 if service.ready else 503)
+
+    router = APIRouter(route_class=_InferRoute)
+
+    @router.post(
+        "/v2/models/{model}/infer",
+        tags=_TAGS,
+        summary="Open Inference Protocol: answer questions",
+        responses=responses,
+        dependencies=locked,
+    )
+    async def infer(request: Request, model: str, body: InferRequest) -> Response:
+        """The best answer to each question, in order. "No answer" is an empty text at 0."""
+        _check(model, name)
+        names, asks = body.wanted(), body.asks()
+        rows = [json.loads(row) for row in await answered_by(request, service, asks, _row)]
+        values = dict(zip(_OUTPUTS, zip(*rows, strict=True), strict=True))
+        outputs = [
+            {"name": each, "datatype": _OUTPUTS[each], "shape": [len(rows)], "data": list(values[each])}
+            for each in names
+        ]
+        found = {"model_name": name, "model_version": service.hash, "outputs": outputs}
+        return json_response(dump(found if body.id is None else found | {"id": body.id}))
+
+    app.include_router(router)
+
+
+def _row(ask: Ask, pair: DecodedPair | None) -> bytes:
+    """The values of the outputs for one question."""
+    best = ((to_answers(pair, ask.options) if pair else []) or [NO_ANSWER])[0]
+    return dump([best.text, best.score, best.start, best.end])
+
+
+def _check(model: str, name: str) -> None:
+    """Raises RefusedError (404) if another model is meant."""
+    if model != name:
+        raise RefusedError(404, "not_found", f"there is no model {clean(model)} here: this server has {name}")
+
+
+def _invalid(message: str) -> RefusedError:
+    return RefusedError(422, "invalid_request", message)

@@ -1,0 +1,134 @@
+"""The contracts of hosting platforms: SageMaker's two routes, and the Open Inference Protocol by Triton's client."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+from qadeploy import Answerer
+from tests.conftest import triplets
+from tests.servers_for_tests import Fixed, around, serving, started
+
+PAIRS = [(str(row["question"]), f"🏮 {row['context']}") for row in triplets(6)]
+QUESTION, CONTEXT = PAIRS[0]
+INFER = "/v2/models/keepers/infer"
+
+
+@pytest.fixture(scope="module")
+def answerer(bundle) -> Answerer:
+    return Answerer.load(bundle, device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def server(answerer):
+    with serving(answerer) as local:
+        yield local
+
+
+def texts(name: str, values: list[str]) -> dict[str, object]:
+    return {"name": name, "shape": [len(values)], "datatype": "BYTES", "data": values}
+
+
+def body(questions: list[str], contexts: list[str], **more: object) -> dict[str, object]:
+    return {"inputs": [texts("question", questions), texts("context", contexts)], **more}
+
+
+def test_sagemaker_pings_and_invokes(server):
+    assert (server.get("/ping").status_code, server.get("/ping").content) == (200, b"")
+    asked = {"question": QUESTION, "context": CONTEXT, "top_k": 2}
+    assert server.post("/invocations", asked).json() == server.ask(asked)
+    assert server.post("/invocations", {"question": QUESTION}).status_code == 422
+
+
+def test_platforms_are_told_when_not_to_send(answerer):
+    with serving(answerer) as local:
+        local.service.draining = True
+        paths = ("/ping", "/v2/health/ready", "/v2/models/keepers/ready")
+        assert [local.get(path).status_code for path in paths] == [503] * 3
+        assert local.get("/v2/health/live").json() == {"live": True}
+
+
+def test_the_token_guards_answers_and_not_the_health_checks(answerer):
+    with serving(answerer, token="secret") as local:
+        assert [local.get(path).status_code for path in ("/ping", "/v2/health/live", "/v2/health/ready")] == [200] * 3
+        assert [local.get(path).status_code for path in ("/v2", "/v2/models/keepers")] == [401] * 2
+        refused = [local.post(path, body([QUESTION], [CONTEXT])) for path in (INFER, "/invocations")]
+        assert [response.status_code for response in refused] == [401] * 2
+
+
+def test_tritons_client_is_answered_as_by_the_library(bundle, answerer, tmp_path):
+    def tensor(name: str, values: list[str], shape: list[int], *, binary: bool = False):
+        made = tritonclient.http.InferInput(name, shape, "BYTES")
+        made.set_data_from_numpy(np.asarray(values, dtype=object).reshape(shape), binary_data=binary)
+        return made
+
+    questions, contexts = ([pair[i] for pair in PAIRS] for i in range(2))
+    with (
+        started(tmp_path, bundle) as server,
+        tritonclient.http.InferenceServerClient(server.url.removeprefix("http://")) as client,
+    ):
+        assert client.is_server_live()
+        assert client.is_server_ready()
+        assert client.is_model_ready("keepers")
+        described = client.get_model_metadata("keepers")
+        assert [each["name"] for each in described["inputs"]] == ["question", "context"]
+        for shape, options in (([6], {}), ([6, 1], {"allow_no_answer": True}), ([6], {"max_answer_len": 1})):
+            inputs = [tensor("question", questions, shape), tensor("context", contexts, shape)]
+            found = client.infer("keepers", inputs, request_id="seven", parameters=options)
+            assert found.get_response()["id"] == "seven"
+            best = [answers[0] for answers in answerer.answer_batch(PAIRS, **options)]
+            assert [a.decode() if isinstance(a, bytes) else a for a in found.as_numpy("answer")] == [
+                a.text for a in best
+            ]
+            assert found.as_numpy("score") == pytest.approx([a.score for a in best], abs=1e-6)
+            assert found.as_numpy("start").tolist() == [a.start for a in best]
+            assert found.as_numpy("end").tolist() == [a.end for a in best]
+        wanted = [tritonclient.http.InferRequestedOutput("end", binary_data=False)]
+        inputs = [tensor("question", questions, [6]), tensor("context", contexts[:1], [1])]  # one context for all
+        found = client.infer("keepers", inputs, outputs=wanted)
+        assert [each["name"] for each in found.get_response()["outputs"]] == ["end"]
+        assert found.as_numpy("end").tolist() == [answerer.answer(q, contexts[0])[0].end for q in questions]
+        with pytest.raises(InferenceServerException, match=r"binary tensors are not supported"):
+            client.infer("keepers", [tensor("question", questions, [6], binary=True), inputs[1]])
+        with pytest.raises(InferenceServerException, match="there is no model other here"):
+            client.infer("other", inputs)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"inputs": [texts("question", [QUESTION])]}, "give the inputs question and context"),
+        ({"inputs": [texts("question", [QUESTION]), texts("text", [CONTEXT])]}, "give the inputs question and context"),
+        (
+            {"inputs": [texts("question", [QUESTION])] * 2 + [texts("context", [CONTEXT])]},
+            "give the inputs question and",
+        ),
+        (body([QUESTION] * 3, [CONTEXT] * 2), "3 questions need as many contexts, or one for all of them, not 2"),
+        (body([], []), "0 questions need as many contexts"),
+        (body([QUESTION, " "], [CONTEXT]), "question 2 is empty"),
+        (body([QUESTION], [""]), "context 1 is empty"),
+        ({"inputs": [texts("question", [QUESTION]), {**texts("context", [CONTEXT]), "datatype": "FP32"}]}, "BYTES"),
+        ({"inputs": [texts("question", [QUESTION]), {**texts("context", [CONTEXT]), "data": [1.5]}]}, "strings"),
+        ({"inputs": [texts("question", [QUESTION]), {**texts("context", [CONTEXT]), "shape": [2]}]}, "has 1 values"),
+        (body([QUESTION], [CONTEXT], outputs=[{"name": "answers"}]), "there is no output answers: choose from answer,"),
+        (body([QUESTION], [CONTEXT], parameters={"max_answer_len": 0}), "parameters.max_answer_len"),
+        (body([QUESTION] * 65, [CONTEXT]), "the request holds 65 questions"),
+    ],
+)
+def test_what_is_wrong_is_named(server, given, message):
+    response = server.post(INFER, given)
+    assert response.status_code == 422
+    assert message in response.json()["error"]
+    assert response.json()["request_id"] == response.headers["x-request-id"]
+
+
+def test_a_context_without_an_answer_gives_an_empty_one(server):
+    found = server.post(INFER, body([QUESTION], ["\u200b"])).json()
+    assert [each["data"] for each in found["outputs"]] == [[""], [0.0], [0], [0]]
+
+
+def test_a_model_that_fails_is_an_error_and_no_answer(answerer):
+    with serving(around(answerer, Fixed(float("nan")))) as local:
+        assert local.post(INFER, body([QUESTION], [CONTEXT])).status_code == 500
