@@ -51,12 +51,18 @@ def _say(as_json: bool, url: str, service: Any) -> None:
 
     bundle, workers, corpus = service.answerer.bundle, service.scheduler.workers, service.corpus
     if as_json:
-        value = {"url": url, "bundle": bundle.name, "hash": service.hash, "device": service.device, "workers": workers}
+        value = {
+            "url": url,
+            "bundle": bundle.name,
+            "hash": service.engine.hash,
+            "device": service.engine.device,
+            "workers": workers,
+        }
         if corpus:
             value["corpus"] = about(corpus)
         click.echo(json.dumps(value))
     else:
         source = f" from {corpus.documents:,} documents" if corpus else ""
         click.echo(
-            f"{url} answers{source} with {bundle.name} ({service.device}, {workers} at a time); the API: {url}/docs"
+            f"{url} answers{source} with {bundle.name} ({service.engine.device}, {workers} at a time); the API: {url}/docs"
         )

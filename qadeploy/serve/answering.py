@@ -105,6 +105,7 @@ def _ask(service: Service, question: str, given: AskItem | AskMany) -> Ask:
 
 def _shown(service: Service, traced: bool) -> Render:
     """The result of a question as JSON."""
+    answerer = service.answerer  # whose pairs it will get, even if another one answers by then
 
     def render(ask: Ask, pair: DecodedPair | None) -> bytes:
         if service.corpus and ask.search:
@@ -116,7 +117,7 @@ def _shown(service: Service, traced: bool) -> Render:
         answers = dump(told)
         if not traced or pair is None:
             return answers
-        trace = trace_dict(service.answerer, pair, ask.options)
+        trace = trace_dict(answerer, pair, ask.options)
         # Window by window: one call for megabytes would keep the interpreter, and so the event loop, for too long.
         windows = json_list([dump(window) for window in trace.pop("windows")])
         return b'%b,"trace":%b,"windows":%b}}' % (answers[:-1], dump(trace)[:-1], windows)

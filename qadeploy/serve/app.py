@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from qadeploy import __version__
+from qadeploy.errors import QadeployError
 from qadeploy.serve.answering import answered_by, dump, hugging_face_result, json_list, json_response, reply
 from qadeploy.serve.auth import Auth
 from qadeploy.serve.body import BoundedRoute
@@ -39,6 +40,7 @@ from qadeploy.serve.schemas import (
     HfParameters,
     HfRequest,
     ModelOut,
+    ReloadOut,
     StateOut,
 )
 from qadeploy.serve.search import about
@@ -54,6 +56,7 @@ _ABOUT = {
     400: "The body is not valid JSON.",
     401: "The bearer token is missing or wrong.",
     404: "The server has another model.",
+    409: "The bundle was not reloaded.",
     408: "The body did not arrive in time.",
     413: "The body has too many bytes.",
     422: "The request does not match the schema, or exceeds a limit.",
@@ -163,7 +166,7 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
 
 
 def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
-    settings, answerer = service.settings, service.answerer
+    settings = service.settings
 
     @app.get(
         "/v1/model",
@@ -176,17 +179,35 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
     )
     async def model() -> dict[str, Any]:
         """The manifest of the bundle: settings, measurements, versions and the hash of every file."""
-        bundle = answerer.bundle
+        engine, bundle = service.engine, service.answerer.bundle
         return {
-            "name": clean(bundle.name) if bundle else "",
-            "hash": service.hash,
+            "name": engine.name,
+            "hash": engine.hash,
             "version": __version__,
-            "device": service.device,
-            "workers": service.scheduler.workers,
+            "device": engine.device,
+            "workers": engine.scheduler.workers,
             "limits": {name: getattr(settings, name) for name in REQUEST_LIMITS},
             "manifest": bundle.manifest if bundle else {},
             **({"corpus": about(service.corpus)} if service.corpus else {}),
         }
+
+    if settings.token is not None:  # without one, anybody could make the server load
+
+        @app.post(
+            "/admin/reload",
+            tags=["state"],
+            summary="Load the bundle's folder again",
+            response_model=ReloadOut,
+            responses=_errors(401, 409),
+            dependencies=locked,
+        )
+        async def reload() -> dict[str, Any]:
+            """Answers as soon as the new bundle does. After an error (409) the bundle before goes on answering."""
+            try:
+                changed = await service.reload()
+            except QadeployError as error:
+                raise RefusedError(409, "not_reloaded", clean(str(error))) from error
+            return {"name": service.engine.name, "hash": service.engine.hash, "changed": changed}
 
     @app.get("/health/live", tags=["state"], summary="Whether the process works", response_model=StateOut)
     async def live() -> JSONResponse:

@@ -126,8 +126,6 @@ def add_contracts(
     app: FastAPI, service: Service, answer: Callable[..., Awaitable[Response]], responses: Any, locked: Sequence[Any]
 ) -> None:
     """Adds the routes to the application; ``answer`` handles what ``/v1/answer`` gets."""
-    bundle = service.answerer.bundle
-    name = clean(bundle.name) if bundle else "qadeploy"
 
     @app.get("/ping", tags=_TAGS, summary="SageMaker: whether to send requests here")
     async def ping() -> Response:
@@ -161,10 +159,9 @@ def add_contracts(
     @app.get("/v2/models/{model}", tags=_TAGS, summary="Open Inference Protocol: the model", dependencies=locked)
     async def metadata(model: str) -> dict[str, Any]:
         """The tensors of the model. Its version is the hash of the bundle."""
-        _check(model, name)
         return {
-            "name": name,
-            "versions": [service.hash],
+            "name": _name(service, model),
+            "versions": [service.engine.hash],
             "platform": "qadeploy_onnx",
             "inputs": [{"name": each, "datatype": "BYTES", "shape": [-1]} for each in _INPUTS],
             "outputs": [{"name": each, "datatype": kind, "shape": [-1]} for each, kind in _OUTPUTS.items()],
@@ -178,8 +175,7 @@ def add_contracts(
     )
     async def model_ready(model: str) -> JSONResponse:
         """As `/v2/health/ready`."""
-        _check(model, name)
-        return JSONResponse({"name": name, "ready": service.ready}, 200 if service.ready else 503)
+        return JSONResponse({"name": _name(service, model), "ready": service.ready}, 200 if service.ready else 503)
 
     router = APIRouter(route_class=_InferRoute)
 
@@ -192,7 +188,7 @@ def add_contracts(
     )
     async def infer(request: Request, model: str, body: InferRequest) -> Response:
         """The best answer to each question, in order. "No answer" is an empty text at 0."""
-        _check(model, name)
+        name = _name(service, model)
         names, asks = body.wanted(), body.asks()
         rows = [json.loads(row) for row in await answered_by(request, service, asks, _row)]
         values = dict(zip(_OUTPUTS, zip(*rows, strict=True), strict=True))
@@ -200,7 +196,7 @@ def add_contracts(
             {"name": each, "datatype": _OUTPUTS[each], "shape": [len(rows)], "data": list(values[each])}
             for each in names
         ]
-        found = {"model_name": name, "model_version": service.hash, "outputs": outputs}
+        found = {"model_name": name, "model_version": service.engine.hash, "outputs": outputs}
         return json_response(dump(found if body.id is None else found | {"id": body.id}))
 
     app.include_router(router)
@@ -212,10 +208,12 @@ def _row(ask: Ask, pair: DecodedPair | None) -> bytes:
     return dump([best.text, best.score, best.start, best.end])
 
 
-def _check(model: str, name: str) -> None:
-    """Raises RefusedError (404) if another model is meant."""
+def _name(service: Service, model: str) -> str:
+    """The name of the model. Raises RefusedError (404) if another one is meant."""
+    name = service.engine.name
     if model != name:
         raise RefusedError(404, "not_found", f"there is no model {clean(model)} here: this server has {name}")
+    return name
 
 
 def _invalid(message: str) -> RefusedError:

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from qadeploy import __version__
 from qadeploy.inference.answerer import Answerer
-from qadeploy.serve.errors import clean
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _TOKENS = (64, 128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Queue(Protocol):
+    """A queue with its depth, which is read at each request for the metrics."""
+
+    @property
+    def questions(self) -> int:
+        """Questions that wait or run."""
+        ...
+
+    @property
+    def windows(self) -> int:
+        """Windows that wait."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait."""
+        ...
+
+    @property
+    def wait(self) -> float:
+        """Seconds until a new request would have its turn."""
+        ...
 
 
 class Metrics:
@@ -63,42 +86,44 @@ class Metrics:
         self._bad_logits = Counter(
             "qadeploy_bad_logits", "Requests whose logits were NaN or infinite: the model is broken.", registry=registry
         )
-
-    def describe(self, answerer: Answerer, bundle_hash: str, device: str, workers: int) -> None:
-        """Adds the bundle and the context cache of the answerer."""
-        registry, bundle = self._registry, answerer.bundle
-        info = Gauge(
+        self._bundle = Gauge(
             "qadeploy_bundle_info",
-            "Always 1; the labels say what runs.",
+            "Always 1; the labels say what runs. After a reload, also the bundle before until its last request has ended.",
             ["bundle", "hash", "precision", "version", "device", "workers"],
             registry=registry,
         )
-        known = ("", "", "") if bundle is None else (clean(bundle.name), bundle_hash, clean(bundle.precision))
-        info.labels(*known, __version__, device, str(workers)).set(1)
-        hits = Gauge("qadeploy_context_cache_hits", "Contexts that were found in the cache.", registry=registry)
-        misses = Gauge("qadeploy_context_cache_misses", "Contexts that were tokenised.", registry=registry)
-        size = Gauge(
-            "qadeploy_context_cache_bytes", "Memory of the tokenised contexts that are kept.", registry=registry
-        )
-        hits.set_function(lambda: answerer.stats().hits)
-        misses.set_function(lambda: answerer.stats().misses)
-        size.set_function(lambda: answerer.stats().bytes)
+        self._reloads = Counter("qadeploy_reloads", "Reloads of the bundle, by result.", ["result"], registry=registry)
+        for result in ("done", "failed"):
+            self._reloads.labels(result)
+        self._cache = [
+            Gauge(f"qadeploy_context_cache_{name}", about, registry=registry)
+            for name, about in (
+                ("hits", "Contexts that were found in the cache."),
+                ("misses", "Contexts that were tokenised."),
+                ("bytes", "Memory of the tokenised contexts that are kept."),
+            )
+        ]
+        self._queue = [
+            Gauge(f"qadeploy_queue_{name}", about, registry=registry)
+            for name, about in (
+                ("questions", "Questions that wait or run."),
+                ("windows", "Windows that wait."),
+                ("tokens", "Tokens that wait; estimated for texts that are not tokenised yet."),
+                ("wait_seconds", "Seconds until a new request would have its turn, at the recent speed."),
+            )
+        ]
 
-    def watch(
-        self,
-        questions: Callable[[], float],
-        windows: Callable[[], float],
-        tokens: Callable[[], float],
-        wait: Callable[[], float],
-    ) -> None:
-        """Adds the depth of the queue, which is read at each request for the metrics."""
-        for name, about, value in (
-            ("questions", "Questions that wait or run.", questions),
-            ("windows", "Windows that wait.", windows),
-            ("tokens", "Tokens that wait; estimated for texts that are not tokenised yet.", tokens),
-            ("wait_seconds", "Seconds until a new request would have its turn, at the recent speed.", wait),
-        ):
-            Gauge(f"qadeploy_queue_{name}", about, registry=self._registry).set_function(value)
+    def show(self, answerer: Answerer, queue: Queue, labels: Sequence[str]) -> None:
+        """Shows a bundle (``labels``), the context cache of its answerer, and the depth of its queue."""
+        self._bundle.labels(*labels).set(1)
+        for gauge, cached in zip(self._cache, ("hits", "misses", "bytes"), strict=True):
+            gauge.set_function(lambda name=cached: getattr(answerer.stats(), name))  # type: ignore[misc]
+        for gauge, depth in zip(self._queue, ("questions", "windows", "tokens", "wait"), strict=True):
+            gauge.set_function(lambda name=depth: getattr(queue, name))  # type: ignore[misc]
+
+    def forget(self, labels: Sequence[str]) -> None:
+        """Removes a bundle that answers no more."""
+        self._bundle.remove(*labels)
 
     def connections(self, count: Callable[[], float]) -> None:
         """Adds the number of open connections."""
@@ -121,6 +146,10 @@ class Metrics:
     def dropped(self, reason: str) -> None:
         """Counts a request without an answer: full, deadline or disconnect."""
         self._dropped.labels(reason).inc()
+
+    def reloaded(self, result: str) -> None:
+        """Counts a reload: done or failed."""
+        self._reloads.labels(result).inc()
 
     def bad_logits(self) -> None:
         """Counts a request whose logits were NaN or infinite."""

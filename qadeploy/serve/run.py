@@ -2,7 +2,7 @@
 
 On SIGTERM /health/ready turns 503 at once, so that load balancers send requests elsewhere, while requests are still accepted.
 After ``drain_delay`` the listener closes, running requests are answered, and the process exits with 0. SIGINT skips the
-delay. A second signal refuses what runs (503) and ends the process, with 1.
+delay. SIGHUP loads the bundle's folder again. A second SIGTERM or SIGINT refuses what runs (503) and ends the process, with 1.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any
 import uvicorn
 from prometheus_client import disable_created_metrics
 
-from qadeploy.errors import FailureError, InputError
+from qadeploy.errors import FailureError, InputError, QadeployError
 from qadeploy.serve.app import create_app
 from qadeploy.serve.calls import networks
 from qadeploy.serve.connections import Connection, Connections
+from qadeploy.serve.errors import clean
 from qadeploy.serve.logs import set_up
 from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
@@ -51,15 +52,16 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handles SIGTERM and SIGINT while the server runs."""
+        """Handles SIGTERM, SIGINT and SIGHUP while the server runs."""
         loop = asyncio.get_running_loop()
         delays = {signal.SIGTERM: self._service.settings.drain_delay, signal.SIGINT: 0.0}
         for number, delay in delays.items():
             loop.add_signal_handler(number, self._drain, number, delay)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
             yield
         finally:
-            for number in delays:
+            for number in (*delays, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -78,6 +80,15 @@ class _Server(uvicorn.Server):
         self._service.draining = True
         _log.info("draining", extra={"fields": {"signal": number.name, "drain_delay": delay}})
         asyncio.get_running_loop().call_later(delay, self._close)
+
+    def _reload(self) -> None:
+        self._reloading = asyncio.ensure_future(self._reloaded())
+
+    async def _reloaded(self) -> None:
+        try:
+            await self._service.reload()
+        except QadeployError as error:
+            _log.error("not reloaded", extra={"fields": {"error": clean(str(error))}})
 
     def _close(self) -> None:
         self.should_exit = True

@@ -158,12 +158,26 @@ class Scheduler:
         self._threads = [threading.Thread(target=self._work, name=f"run-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
             thread.start()
-        metrics.watch(lambda: self._questions, lambda: self._windows, lambda: self._tokens, lambda: self.wait)
 
     @property
     def workers(self) -> int:
         """Threads that run windows."""
         return self._workers
+
+    @property
+    def questions(self) -> int:
+        """Questions that wait or run."""
+        return self._questions
+
+    @property
+    def windows(self) -> int:
+        """Windows that wait."""
+        return self._windows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait; estimated for texts that are not tokenised yet."""
+        return self._tokens
 
     @property
     def alive(self) -> bool:

@@ -399,6 +399,14 @@ class ModelOut(BaseModel):
     corpus: Annotated[CorpusOut | None, Field(description="Absent without a corpus.")] = None
 
 
+class ReloadOut(BaseModel):
+    """The bundle that answers after a reload."""
+
+    name: str
+    hash: str
+    changed: Annotated[bool, Field(description="Whether it is another one than before.")]
+
+
 class StateOut(BaseModel):
     """The state of the server."""
 

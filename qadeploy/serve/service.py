@@ -2,48 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
 import time
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from qadeploy import __version__
 from qadeploy.core.settings import Options
 from qadeploy.corpus.corpus import Corpus
+from qadeploy.errors import BundleError, InputError
 from qadeploy.inference.answerer import Answerer
+from qadeploy.serve.errors import clean
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.scheduler import Scheduler
 from qadeploy.serve.settings import Settings
 from qadeploy.serve.threads import choose_workers
 
+_POLL = 0.05  # seconds between looks whether the bundle before has answered its last request
 _log = logging.getLogger("qadeploy.serve")
 
 
-@dataclass(slots=True)
-class Service:
-    """What the routes need.
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What answers: a bundle's answerer and the scheduler that runs it.
 
     Attributes:
         answerer: Answers.
-        settings: The settings of the server.
-        metrics: What /metrics shows.
         scheduler: Runs the requests.
         device: cpu or cuda.
         hash: Identifies the bundle that was loaded, even if its folder has changed since.
-        corpus: Where questions without a context are answered from.
-        draining: Whether the server is shutting down, so that /health/ready is 503.
     """
 
     answerer: Answerer
-    settings: Settings
-    metrics: Metrics
     scheduler: Scheduler
     device: str
     hash: str
-    corpus: Corpus | None = None
-    draining: bool = False
 
     @classmethod
-    def load(cls, bundle: str | Path, settings: Settings) -> Service:
+    def load(cls, bundle: str | Path, settings: Settings, metrics: Metrics) -> Engine:
         """Loads a bundle, warms it up and starts the workers. Raises what ``Answerer.load`` raises."""
         # One thread per session: all workers run windows side by side in one session.
         answerer = Answerer.load(
@@ -53,11 +52,11 @@ class Service:
             context_cache_bytes=settings.context_cache_bytes,
             sha256=settings.bundle_sha256,
         )
-        return cls.of(answerer, settings)
+        return cls.of(answerer, settings, metrics)
 
     @classmethod
-    def of(cls, answerer: Answerer, settings: Settings) -> Service:
-        """The service of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
+    def of(cls, answerer: Answerer, settings: Settings, metrics: Metrics) -> Engine:
+        """An engine of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
         device = getattr(answerer.model, "device", "cpu")
         words = "word " * (2 * answerer.settings.max_seq_len)
         window = answerer.encode("What is it?", words, Options()).windows[0]
@@ -68,7 +67,6 @@ class Service:
         key = answerer.bundle.hash if answerer.bundle else ""
         choice = choose_workers(settings.threads, device, key, lambda: answerer.model.run([window]))
         _log.info("threads", extra={"fields": {"workers": choice.workers, "source": choice.source, "device": device}})
-        metrics = Metrics()
         scheduler = Scheduler(
             answerer,
             metrics,
@@ -77,14 +75,140 @@ class Service:
             batched=device == "cuda",
             tokens_per_second=choice.workers * len(window) / seconds,
         )
-        metrics.describe(answerer, key, device, choice.workers)
-        return cls(answerer, settings, metrics, scheduler, device, key)
+        return cls(answerer, scheduler, device, key)
+
+    @property
+    def name(self) -> str:
+        """The name of the bundle, "" without one."""
+        bundle = self.answerer.bundle
+        return clean(bundle.name) if bundle else ""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the metrics say about it."""
+        bundle = self.answerer.bundle
+        known = ("", "", "") if bundle is None else (self.name, self.hash, clean(bundle.precision))
+        return (*known, __version__, self.device, str(self.scheduler.workers))
+
+
+@dataclass(slots=True)
+class Service:
+    """What the routes need.
+
+    Attributes:
+        engine: What answers now. It changes only in the thread of the event loop.
+        settings: The settings of the server.
+        metrics: What /metrics shows.
+        bundle: The folder that a reload loads; None if the answerer was made without one.
+        corpus: Where questions without a context are answered from.
+        draining: Whether the server is shutting down, so that /health/ready is 503.
+        reloading: Whether a reload is running.
+    """
+
+    engine: Engine
+    settings: Settings
+    metrics: Metrics
+    bundle: str | Path | None = None
+    corpus: Corpus | None = None
+    draining: bool = False
+    reloading: bool = False
+    _before: dict[Engine, asyncio.Task[None]] = field(default_factory=dict)  # until their last request has ended
+
+    @classmethod
+    def load(cls, bundle: str | Path, settings: Settings) -> Service:
+        """Loads a bundle, warms it up and starts the workers. Raises what ``Answerer.load`` raises."""
+        metrics = Metrics()
+        return cls._shown(Engine.load(bundle, settings, metrics), settings, metrics, bundle)
+
+    @classmethod
+    def of(cls, answerer: Answerer, settings: Settings) -> Service:
+        """The service of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
+        metrics = Metrics()
+        return cls._shown(Engine.of(answerer, settings, metrics), settings, metrics)
+
+    @classmethod
+    def _shown(cls, engine: Engine, settings: Settings, metrics: Metrics, bundle: str | Path | None = None) -> Service:
+        metrics.show(engine.answerer, engine.scheduler, engine.labels)
+        return cls(engine, settings, metrics, bundle)
+
+    @property
+    def answerer(self) -> Answerer:
+        """The answerer of the bundle that answers now."""
+        return self.engine.answerer
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """Its scheduler."""
+        return self.engine.scheduler
 
     @property
     def ready(self) -> bool:
         """Whether new requests should be sent here."""
         return not self.draining and self.scheduler.alive
 
+    async def reload(self) -> bool:
+        """Loads the bundle's folder again, beside the bundle that answers, and then lets it answer instead.
+
+        New requests go to the new bundle as soon as it is loaded, verified and warmed up. Those that run are answered by the one
+        before, whose workers end with the last of them. After an error nothing has changed.
+
+        Returns:
+            Whether the folder holds another bundle than the one that answered.
+
+        Raises:
+            InputError: There is no folder, another reload is running, or the bundle was not loaded within ``load_timeout``.
+            QadeployError: As ``Answerer.load`` does.
+        """
+        if self.bundle is None or self.reloading:
+            raise InputError("another reload is running" if self.reloading else "there is no bundle folder to reload")
+        self.reloading = True
+        try:
+            engine = await self._loaded(self.bundle)
+        except BaseException:
+            self.metrics.reloaded("failed")
+            raise
+        finally:
+            self.reloading = False
+        before, self.engine = self.engine, engine
+        self.metrics.show(engine.answerer, engine.scheduler, engine.labels)
+        self.metrics.reloaded("done")
+        _log.info("reloaded", extra={"fields": {"bundle": engine.name, "hash": engine.hash, "before": before.hash}})
+        self._before[before] = asyncio.create_task(self._end(before))
+        return before.hash != engine.hash
+
+    async def _loaded(self, bundle: str | Path) -> Engine:
+        """``Engine.load`` in a thread that does not keep the process from ending."""
+        found: Future[Engine] = Future()
+
+        def load() -> None:
+            try:
+                engine = Engine.load(bundle, self.settings, self.metrics)
+            except BaseException as error:
+                if found.set_running_or_notify_cancel():
+                    found.set_exception(error)
+                return
+            if found.set_running_or_notify_cancel():
+                found.set_result(engine)
+            else:  # too late
+                engine.scheduler.close()
+
+        threading.Thread(target=load, name="reload", daemon=True).start()
+        seconds = self.settings.load_timeout
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(found), seconds)
+        except TimeoutError:
+            raise BundleError(f"{bundle}: was not loaded within {seconds:g} s: raise --load-timeout") from None
+
+    async def _end(self, engine: Engine) -> None:
+        """Ends a bundle's workers once its last request has ended."""
+        while not engine.scheduler.idle:
+            await asyncio.sleep(_POLL)
+        await asyncio.to_thread(engine.scheduler.close)
+        del self._before[engine]
+        if engine.labels not in {each.labels for each in (self.engine, *self._before)}:
+            self.metrics.forget(engine.labels)
+
     def close(self) -> None:
         """Ends the workers; unfinished requests are refused."""
-        self.scheduler.close()
+        for engine in (*self._before, self.engine):
+            engine.scheduler.close()
