@@ -22,6 +22,7 @@ from qadeploy import Answerer
 from qadeploy.inference.session import Pending
 from qadeploy.records import Logits, Window
 from qadeploy.serve.app import create_app
+from qadeploy.serve.feedback import Feedback
 from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
@@ -80,6 +81,8 @@ def serving(answerer: Answerer, **settings: Any) -> Iterator[Local]:
     service = Service.of(answerer, Settings(**{"threads": 1, **settings}))
     if service.settings.corpus is not None:
         service.corpus = open_corpus(service.settings.corpus)
+    if service.settings.feedback is not None:
+        service.feedback = Feedback(Path(service.settings.feedback), service.settings.feedback_bytes)
     try:
         yield Local(service)
     finally:

@@ -47,6 +47,8 @@ async def answered_by(request: Request, service: Service, asks: Sequence[Ask], r
     if settings.log_text:
         asked = [_logged(ask) for ask in asks]
         _log.info("asked", extra={"fields": {"request_id": call.request_id, "asked": asked}})
+    if service.feedback is not None:
+        render = service.feedback.remembering(call.request_id, asks, service.engine.hash, render)
     seconds = call.deadline - asyncio.get_running_loop().time()
     try:
         job = scheduler.submit(asks, render, timeout=seconds)

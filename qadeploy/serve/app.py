@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from importlib.resources import files
@@ -18,7 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
 from qadeploy import __version__
-from qadeploy.errors import QadeployError
+from qadeploy.errors import FailureError, QadeployError
 from qadeploy.serve.answering import answered_by, dump, hugging_face_result, json_list, json_response, reply
 from qadeploy.serve.auth import Auth
 from qadeploy.serve.body import BoundedRoute
@@ -26,6 +27,7 @@ from qadeploy.serve.calls import Calls, response
 from qadeploy.serve.contracts import add_contracts
 from qadeploy.serve.errors import RefusedError, clean
 from qadeploy.serve.examples import examples
+from qadeploy.serve.feedback import Feedback
 from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit
 from qadeploy.serve.metrics import CONTENT_TYPE
 from qadeploy.serve.reference import reference_page
@@ -36,6 +38,7 @@ from qadeploy.serve.schemas import (
     AnswersOut,
     CorpusRequest,
     ErrorOut,
+    FeedbackRequest,
     HfAnswer,
     HfParameters,
     HfRequest,
@@ -64,6 +67,7 @@ _ABOUT = {
     500: "The model or the server failed.",
     503: "The server is shutting down.",
     504: "There was no answer within the time allowed.",
+    507: "The feedback could not be written.",
 }
 _DESCRIPTION = """Answers questions with spans of the context in the request. `start` and `end` count Unicode code
 points: in Python `context[start:end]`, in JavaScript `Array.from(context).slice(start, end).join("")`. With
@@ -108,6 +112,8 @@ def create_app(service: Service) -> FastAPI:
     _add_errors(app)
     locked = [Depends(HTTPBearer(auto_error=False))] if settings.token is not None else []
     _add_answers(app, service, locked)
+    if service.feedback is not None:
+        _add_feedback(app, service.feedback, locked)
     _add_state(app, service, locked)
     _add_pages(app)
     return app
@@ -163,6 +169,25 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         asks = [Ask(one.question, one.context, options) for one in inputs]
         found = await answered_by(request, service, asks, hugging_face_result)
         return json_response(json_list(found) if many else found[0])
+
+
+def _add_feedback(app: FastAPI, feedback: Feedback, locked: Sequence[Any]) -> None:
+    @app.post(
+        "/v1/feedback",
+        tags=["answers"],
+        summary="Say whether an answer was right",
+        status_code=204,
+        responses=_errors(400, 401, 404, 408, 413, 422, 507),
+        dependencies=locked,
+    )
+    async def verdict(body: FeedbackRequest) -> Response:
+        """The verdict is on the disk of the server, with question and context, before the response comes."""
+        text, start = (body.answer.text, body.answer.start) if body.answer else (None, None)
+        try:
+            await asyncio.to_thread(feedback.add, body.request_id, body.question, body.verdict, text, start)
+        except FailureError as error:
+            raise RefusedError(507, "not_stored", clean(str(error))) from error
+        return Response(status_code=204)
 
 
 def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:

@@ -22,7 +22,7 @@ from qadeploy.serve.settings import Settings
 
 ROUTES = frozenset(
     {"/", "/v1/answer", "/v1/model", "/health/live", "/health/ready", "/metrics", "/docs", "/openapi.json"}
-    | {"/ping", "/invocations", "/admin/reload"}
+    | {"/ping", "/invocations", "/admin/reload", "/v1/feedback"}
 )
 _PREFIXES = ("/static/", "/v2/")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")

@@ -29,6 +29,7 @@ from qadeploy.serve.app import create_app
 from qadeploy.serve.calls import networks
 from qadeploy.serve.connections import Connection, Connections
 from qadeploy.serve.errors import clean
+from qadeploy.serve.feedback import Feedback
 from qadeploy.serve.logs import set_up
 from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
@@ -116,6 +117,8 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
         try:
             if settings.corpus is not None:
                 service.corpus = open_corpus(settings.corpus)
+            if settings.feedback is not None:
+                service.feedback = Feedback(Path(settings.feedback), settings.feedback_bytes)
             host, port = listener.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             connections = Connections(settings, service.metrics, _room(settings.max_connections))

@@ -399,6 +399,25 @@ class ModelOut(BaseModel):
     corpus: Annotated[CorpusOut | None, Field(description="Absent without a corpus.")] = None
 
 
+class RightAnswer(_Model):
+    """What would have been right."""
+
+    text: Annotated[str, Field(strict=True, description="A part of the context; empty if the answer is not in it.")]
+    start: Annotated[
+        int | None,
+        Field(ge=0, strict=True, description="Its first code point, if it stands in the context several times."),
+    ] = None
+
+
+class FeedbackRequest(_Model):
+    """A verdict on the best answer to a question."""
+
+    request_id: Annotated[str, Field(min_length=1, max_length=64, description="The X-Request-ID of the response.")]
+    question: Annotated[int, Field(ge=0, strict=True, description="Its index among the questions of that request.")] = 0
+    verdict: Literal["right", "wrong"]
+    answer: RightAnswer | None = None
+
+
 class ReloadOut(BaseModel):
     """The bundle that answers after a reload."""
 

@@ -16,6 +16,7 @@ from qadeploy.corpus.corpus import Corpus
 from qadeploy.errors import BundleError, InputError
 from qadeploy.inference.answerer import Answerer
 from qadeploy.serve.errors import clean
+from qadeploy.serve.feedback import Feedback
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.scheduler import Scheduler
 from qadeploy.serve.settings import Settings
@@ -101,6 +102,7 @@ class Service:
         metrics: What /metrics shows.
         bundle: The folder that a reload loads; None if the answerer was made without one.
         corpus: Where questions without a context are answered from.
+        feedback: Where verdicts on answers go; None keeps none.
         draining: Whether the server is shutting down, so that /health/ready is 503.
         reloading: Whether a reload is running.
     """
@@ -110,6 +112,7 @@ class Service:
     metrics: Metrics
     bundle: str | Path | None = None
     corpus: Corpus | None = None
+    feedback: Feedback | None = None
     draining: bool = False
     reloading: bool = False
     _before: dict[Engine, asyncio.Task[None]] = field(default_factory=dict)  # until their last request has ended
@@ -210,5 +213,7 @@ class Service:
 
     def close(self) -> None:
         """Ends the workers; unfinished requests are refused."""
+        if self.feedback is not None:
+            self.feedback.close()
         for engine in (*self._before, self.engine):
             engine.scheduler.close()

@@ -44,6 +44,13 @@ class Settings:
     corpus_passages: int = option(
         READ, "Passages of the corpus that the model reads per question.", least=1, most=MOST_READ
     )
+    feedback: str | None = option(
+        None,
+        "File to which POST /v1/feedback appends verdicts with question and context; without it there is no such route.",
+    )
+    feedback_bytes: int = option(
+        64 * 2**20, "Size from which that file is renamed to FILE.1; the one before is deleted.", least=1
+    )
     load_timeout: float = options.load_timeout()
     device: str = options.device()
     threads: int | None = option(

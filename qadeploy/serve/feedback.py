@@ -1,0 +1,204 @@
+"""Verdicts of clients on answers, kept as rows that ``qadeploy label`` and ``qadeploy check`` read.
+
+The server remembers the questions that it answered last, so that a client sends only the id of its request and a verdict. A row is on
+the disk before the client is told so. The file is bounded: a full one becomes ``FILE.1``, and the one before that is deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from qadeploy.errors import FailureError, InputError
+from qadeploy.files import holding
+from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.records import NO_ANSWER, Answer
+from qadeploy.serve.errors import RefusedError
+from qadeploy.serve.scheduler import Ask, Render
+
+VERDICTS = ("right", "wrong")
+_KEPT = 64 * 2**20  # bytes of questions and contexts that are remembered
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question with the text that its best answer is from, and that answer; ``bundle`` is the hash of what answered."""
+
+    question: str
+    context: str
+    best: Answer
+    bundle: str
+
+    @property
+    def size(self) -> int:
+        """The approximate memory in bytes."""
+        return 4 * (len(self.question) + len(self.context)) + 500
+
+
+class Feedback:
+    """The verdicts of one server. Safe under threads.
+
+    Args:
+        path: The file that rows are appended to.
+        most_bytes: The size from which the file is put aside.
+
+    Raises:
+        InputError: The file exists and holds something else, or another process writes it.
+    """
+
+    def __init__(self, path: Path, most_bytes: int) -> None:
+        self._path, self._most = path, most_bytes
+        self._recent: OrderedDict[tuple[str, int], Asked] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()  # of what is remembered
+        self._writes = threading.Lock()
+        self._held = holding(path)
+        self._held.__enter__()
+        try:
+            self._repair()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._held.__exit__(None, None, None)
+
+    def _repair(self) -> None:
+        """Cuts off a line that was being written when a process died. Raises InputError if the file is not one of ours."""
+        try:
+            with self._path.open("r+b") as file:
+                first = file.readline()
+                if first.endswith(b"\n") and not _is_ours(first):
+                    raise InputError(f"{self._path}: is not a feedback file: give --feedback another name")
+                file.truncate((first + file.read()).rfind(b"\n") + 1)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise InputError(f"--feedback {self._path}: {error.strerror}") from error
+
+    def remembering(self, request_id: str, asks: Sequence[Ask], bundle: str, render: Render) -> Render:
+        """``render``, which also remembers each question of a request with its best answer."""
+        numbers = {id(ask): number for number, ask in enumerate(asks)}
+
+        def remembers(ask: Ask, pair: DecodedPair | None) -> Any:
+            number = numbers.get(id(ask), 0 if len(asks) == 1 else None)  # a search makes another ask
+            if pair is not None and number is not None:
+                self._remember((request_id, number), _asked(ask, pair, bundle))
+            return render(ask, pair)
+
+        return remembers
+
+    def _remember(self, key: tuple[str, int], asked: Asked) -> None:
+        with self._lock:
+            before = self._recent.pop(key, None)
+            self._recent[key] = asked
+            self._bytes += asked.size - (before.size if before else 0)
+            while self._bytes > _KEPT and len(self._recent) > 1:
+                self._bytes -= self._recent.popitem(last=False)[1].size
+
+    def add(self, request_id: str, number: int, verdict: str, text: str | None, start: int | None) -> None:
+        """Appends a verdict to the file.
+
+        Args:
+            request_id: The X-Request-ID of the response that held the answer.
+            number: The index of the question in its request, from 0.
+            verdict: right or wrong.
+            text: The right answer if the verdict is wrong and it is known; empty if the text holds none.
+            start: Its first code point in the context, if it occurs there several times.
+
+        Raises:
+            RefusedError: The question is not remembered (404), or the right answer does not stand there (422).
+            FailureError: The file cannot be written.
+        """
+        with self._lock:
+            asked = self._recent.get((request_id, number))
+        if asked is None:
+            raise RefusedError(404, "not_found", f"question {number} of request {request_id} was not answered recently")
+        row = {
+            "id": f"{request_id}-{number}",
+            "question": asked.question,
+            "context": asked.context,
+            **_answer(asked, verdict, text, start),
+            "verdict": verdict,
+            "predicted": asked.best.text,
+            "score": asked.best.score,
+            "bundle": asked.bundle,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self._append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        with self._writes:
+            try:
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                try:
+                    size = os.fstat(descriptor).st_size
+                    try:
+                        if os.write(descriptor, line) < len(line):
+                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                        os.fsync(descriptor)
+                    except OSError:
+                        with contextlib.suppress(OSError):
+                            os.ftruncate(descriptor, size)  # nothing half written
+                        raise
+                finally:
+                    os.close(descriptor)
+                if size + len(line) > self._most:
+                    self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+            except OSError as error:
+                raise FailureError(f"{self._path}: the feedback was not stored: {error.strerror}") from error
+
+
+def _is_ours(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and {"question", "context", "verdict", "predicted"} <= row.keys()
+
+
+def _asked(ask: Ask, pair: DecodedPair, bundle: str) -> Asked:
+    best = next(
+        iter(to_answers(pair, replace(ask.options, top_k=1, min_score=0, snippet=None, offsets="codepoints"))),
+        NO_ANSWER,
+    )
+    joined = pair.passages
+    if joined is None:
+        return Asked(ask.question, pair.context.text, best, bundle)
+    spans = pair.decoded.spans
+    part = joined.parts[
+        joined.part_at(spans[0].start) if spans else 0
+    ]  # without an answer, the passage that came nearest
+    return Asked(ask.question, part.text, best, bundle)
+
+
+def _answer(asked: Asked, verdict: str, text: str | None, start: int | None) -> dict[str, Any]:
+    """The fields of the answer that is right; none if it is not known. Raises RefusedError (422)."""
+    if verdict == "right":
+        if text is not None:
+            raise _wrong("answer is for the verdict wrong: it says what would have been right")
+        text, start = asked.best.text, asked.best.start
+    if text is None:
+        return {}
+    if not text:
+        return {"answer": "", "is_impossible": True}
+    places = [i for i in range(len(asked.context)) if asked.context.startswith(text, i)] if start is None else [start]
+    if not places or not asked.context.startswith(text, places[0]):
+        raise _wrong("answer.text does not stand in the context" + ("" if start is None else " at answer.start"))
+    if len(places) > 1:
+        raise _wrong(f"answer.text stands in the context {len(places)} times: give answer.start, its first code point")
+    return {"answer": text, "answer_start": places[0]}
+
+
+def _wrong(message: str) -> RefusedError:
+    return RefusedError(422, "invalid_request", message)
