@@ -64,7 +64,7 @@ function decide(choice) {
     return;
   }
   const { context, key } = state.row;
-  const [start, end] = choice.none ? [null, null] : [length(context.slice(0, choice.start)), length(context.slice(0, choice.end))];
+  const [start, end] = choice.none ? [null, null] : trimmed(choice).map((unit) => length(context.slice(0, unit)));
   next("decide", { key, question: page.question.value, start, end });
 }
 
@@ -148,13 +148,20 @@ function tellProgress({ done, left, documents, estimate }) {
 
 // ---------------------------------------------------------------- selecting
 
+/** Without white space around it. */
+function trimmed({ start, end }) {
+  const text = state.row.context;
+  while (start < end && /\s/.test(text[start])) start += 1;
+  while (end > start && /\s/.test(text[end - 1])) end -= 1;
+  return [start, end];
+}
+
 function choose(start, end) {
   const text = state.row.context;
   // Half of a pair of surrogates is no character.
   if (/[\udc00-\udfff]/.test(text[start] ?? "")) start -= 1;
   if (/[\udc00-\udfff]/.test(text[end] ?? "")) end += 1;
-  while (start < end && /\s/.test(text[start])) start += 1;
-  while (end > start && /\s/.test(text[end - 1])) end -= 1;
+  [start, end] = trimmed({ start, end });
   if (start === end) return;
   state.choice = { start, end };
   page.problem.replaceChildren();
