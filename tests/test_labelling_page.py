@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
@@ -74,14 +73,13 @@ class Desktop:
     def drag(self, first: str, last: str) -> None:
         """Selects the words from ``first`` to ``last`` with the mouse."""
         boxes = self.page.evaluate(
-            UNITS + """ const rects = [...range.getClientRects()], one = document.createRange();
-            const edge = (node, offset, side) => { one.setStart(node, offset); one.setEnd(node, offset + 1);
-              const r = one.getBoundingClientRect(); return [r, side]; };
-            const rtl = getComputedStyle(reading).direction === "rtl", a = rects[0], z = rects[rects.length - 1];
-            const near = 0.5;
-            return [[rtl ? a.right - near : a.left + near, a.top + a.height / 2], [rtl ? z.left + near : z.right - near, z.top + z.height / 2]]; }""",
+            UNITS
+            + """ const rects = [...range.getClientRects()], a = rects[0], z = rects.at(-1);
+            const rtl = getComputedStyle(reading).direction === "rtl", near = 0.5;
+            return [[rtl ? a.right - near : a.left + near, a.top + a.height / 2],
+              [rtl ? z.left + near : z.right - near, z.top + z.height / 2]]; }""",
             [first, last],
-        )  # fmt: skip
+        )
         (x, y), (to_x, to_y) = boxes
         self.page.mouse.move(x, y)
         self.page.mouse.down()
