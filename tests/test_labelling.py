@@ -29,6 +29,7 @@ from qadeploy.labelling.estimate import EVERY, is_sampled, wilson
 from qadeploy.labelling.items import Item, Proposal, key_of, load_items, load_predictions
 from qadeploy.labelling.store import Store
 from qadeploy.records import Annotation, Answer, Example
+from qadeploy.shipped import base_bundle_path
 from tests.cli_for_tests import run, well
 from tests.conftest import NAMES, triplets, write_jsonl
 
@@ -277,10 +278,10 @@ def test_a_folder_without_text_is_refused(tmp_path):
         load_items(str(tmp_path), DataOptions(), SILENT)
 
 
-def test_answers_of_a_run_are_the_proposals(bundle, tmp_path):
+def test_answers_of_a_run_are_the_proposals(tmp_path):
     data = write_jsonl(tmp_path / "q.jsonl", triplets(3))
     answers = tmp_path / "answers.jsonl"
-    well("answer", bundle, "--input", data, "--output", answers)
+    well("answer", base_bundle_path(), "--input", data, "--output", answers)
     items = load_items(str(data), DataOptions(), SILENT)
     found = load_predictions(str(answers), items)
     assert [found[item.key].answer.text for item in items] == [each["answer"] for each in lines(answers)]
@@ -290,7 +291,7 @@ def test_answers_of_a_run_are_the_proposals(bundle, tmp_path):
     write_jsonl(answers, [each | {"id": "other"} for each in lines(answers)])
     with pytest.raises(InputError, match="no id is that of a row"):
         load_predictions(str(answers), items)
-    with pytest.raises(InputError, match="row 1: has no field end, score, start"):
+    with pytest.raises(InputError, match="row 1: lacks end, id, score, start"):
         load_predictions(str(data), items)
 
 
@@ -394,6 +395,7 @@ def test_questions_on_passages(tmp_path):
         assert desk.counts == (1, 1)
         assert desk.show("a").item.key == items[1].key
     assert lines(place)[0]["document"] == "a.md"
+    assert read(str(place)).examples[0].question == "Who rests?"
 
 
 # ---------------------------------------------------------------- the estimate
@@ -435,23 +437,23 @@ def test_wilson(right, total, low, high):
 
 
 @contextlib.contextmanager
-def started(*args: object) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+def started(*args: object) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     command = [sys.executable, "-m", "qadeploy", "label", *map(str, args), "--port", "0", "--json", "--threads", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline()
             assert line, process.stderr.read()
             url, _, token = json.loads(line)["url"].partition("#")
-            yield process, url, token
+            with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, trust_env=False) as client:
+                yield process, client
         finally:
             process.kill()
 
 
-def test_over_http_from_the_first_row_to_training_data(bundle, tmp_path):
+def test_over_http_from_the_first_row_to_training_data(tmp_path):
     data, out = write_jsonl(tmp_path / "q.jsonl", triplets(4)), tmp_path / "rows.jsonl"
-    asked = [data, "--out", out, "--bundle", bundle, "--annotator", "Ada"]
-    with started(*asked) as (process, url, token):
-        client = httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, trust_env=False)
+    asked = [data, "--out", out, "--bundle", base_bundle_path(), "--annotator", "Ada"]
+    with started(*asked) as (process, client):
 
         def call(name: str, **body: Any) -> httpx.Response:
             return client.post(f"v1/label/{name}", json={"tab": "t", **body})
@@ -459,7 +461,7 @@ def test_over_http_from_the_first_row_to_training_data(bundle, tmp_path):
         told = call("show").json()
         assert (told["done"], told["left"], told["annotator"]) == (0, 4, "Ada")
         first = told["row"]
-        best = Answerer.load(bundle, device="cpu", threads=1).answer(first["question"], first["context"])[0]
+        best = Answerer.load(base_bundle_path(), device="cpu", threads=1).answer(first["question"], first["context"])[0]
         assert first["proposal"]["text"] == best.text
         key, span = first["key"], {"start": best.start, "end": best.end}
         second = call("decide", key=key, question="", **span).json()["row"]["key"]
@@ -486,8 +488,7 @@ def test_over_http_from_the_first_row_to_training_data(bundle, tmp_path):
         assert "another command is writing it" in run("label", *asked, "--port", 0).stderr
         process.send_signal(signal.SIGKILL)
         process.wait(20)
-    with started(*asked) as (process, url, token):
-        client = httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, trust_env=False)
+    with started(*asked) as (process, client):
         undone = client.post("v1/label/undo", json={"tab": "t"}).json()["row"]
         assert (undone["key"], undone["undone"]["span"]) == (second, None)
         undone = client.post("v1/label/undo", json={"tab": "t"}).json()
@@ -496,13 +497,13 @@ def test_over_http_from_the_first_row_to_training_data(bundle, tmp_path):
         client.post("v1/label/decide", json={"tab": "t", "key": key, "question": "", **span})
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-        assert "1 decisions of Ada, 3 rows left" in process.stderr.read()
+        assert "1 done by Ada, 3 rows left" in process.stderr.read()
     assert [a.text for a in read(str(out)).examples[0].answers] == [best.text]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["q.jsonl", "rows.jsonl"]
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_mistakes_are_told_in_one_sentence(bundle, tmp_path):
+def test_mistakes_are_told_in_one_sentence(tmp_path):
     data = write_jsonl(tmp_path / "q.jsonl", triplets(2))
     (tmp_path / "link.jsonl").symlink_to(data)
     with socket.create_server(("127.0.0.1", 0)) as taken:

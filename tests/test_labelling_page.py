@@ -23,6 +23,7 @@ from qadeploy.labelling.desk import Desk
 from qadeploy.labelling.items import load_items
 from qadeploy.labelling.store import Store
 from qadeploy.serve.labelling import create_label_app
+from qadeploy.shipped import base_bundle_path
 from tests.conftest import write_jsonl
 from tests.test_page import PAGE, browser, needs_chromium  # noqa: F401 - a fixture
 
@@ -88,9 +89,9 @@ class Desktop:
 
 
 @contextlib.contextmanager
-def labelling(browser: Browser, bundle: Path, source: Path) -> Iterator[Desktop]:  # noqa: F811
+def labelling(browser: Browser, source: Path) -> Iterator[Desktop]:  # noqa: F811
     out = source.parent / "rows.jsonl"
-    answerer = Answerer.load(bundle, device="cpu", threads=1)
+    answerer = Answerer.load(base_bundle_path(), device="cpu", threads=1)
     with Store.open(out, "Ada") as store, socket.create_server(("127.0.0.1", 0)) as listener:
         desk = Desk(load_items(str(source), DataOptions(), print), store, "Ada", answerer)
         app = create_label_app(desk, "secret")
@@ -123,9 +124,9 @@ def test_the_page_has_nothing_that_a_strict_policy_forbids():
     assert not re.search(r"url\(|@import|https?://", (PAGE / "label.css").read_text("utf-8"))
 
 
-def test_accept_correct_none_skip_and_undo_by_keyboard(browser, bundle, tmp_path):  # noqa: F811
+def test_accept_correct_none_skip_and_undo_by_keyboard(browser, tmp_path):  # noqa: F811
     rows = [LAMP | {"question": LAMP["question"] + "?" * n} for n in range(4)]
-    with labelling(browser, bundle, write_jsonl(tmp_path / "q.jsonl", rows)) as desk:
+    with labelling(browser, write_jsonl(tmp_path / "q.jsonl", rows)) as desk:
         page = desk.page
         expect(page.locator("#model")).to_have_text("annotator: Ada")
         expect(page.locator("#counter")).to_have_text("0 done, 4 rows left")
@@ -171,9 +172,9 @@ def test_accept_correct_none_skip_and_undo_by_keyboard(browser, bundle, tmp_path
     assert len(read(str(desk.out)).examples) == 3
 
 
-def test_offsets_count_code_points_in_any_script(browser, bundle, tmp_path):  # noqa: F811
+def test_offsets_count_code_points_in_any_script(browser, tmp_path):  # noqa: F811
     rows = [{"context": text, "question": "Who keeps the bell?"} for text in SCRIPTS]
-    with labelling(browser, bundle, write_jsonl(tmp_path / "q.jsonl", rows)) as desk:
+    with labelling(browser, write_jsonl(tmp_path / "q.jsonl", rows)) as desk:
         for _ in SCRIPTS:
             text = desk.page.evaluate("document.querySelector('#reading').textContent")
             first, last = SCRIPTS[text]
@@ -200,11 +201,11 @@ def test_offsets_count_code_points_in_any_script(browser, bundle, tmp_path):  # 
     assert len(read(str(desk.out)).examples) == len(SCRIPTS)  # which verifies each offset
 
 
-def test_questions_are_typed_on_passages(browser, bundle, tmp_path):  # noqa: F811
+def test_questions_are_typed_on_passages(browser, tmp_path):  # noqa: F811
     (tmp_path / "docs").mkdir()
     for name in ("a", "b"):
         (tmp_path / "docs" / f"{name}.txt").write_text(f"{LAMP['context']} {name}")
-    with labelling(browser, bundle, tmp_path / "docs") as desk:
+    with labelling(browser, tmp_path / "docs") as desk:
         page = desk.page
         page.keyboard.type("Who keeps the lamp? s")  # a letter that is no command here
         desk.act("Enter", "ask")
@@ -225,8 +226,8 @@ def test_questions_are_typed_on_passages(browser, bundle, tmp_path):  # noqa: F8
         assert (desk.rows, desk.marked != "") == ([], True)
 
 
-def test_a_full_disk_is_told_and_the_row_stays(browser, bundle, tmp_path):  # noqa: F811
-    with labelling(browser, bundle, write_jsonl(tmp_path / "q.jsonl", [LAMP])) as desk:
+def test_a_full_disk_is_told_and_the_row_stays(browser, tmp_path):  # noqa: F811
+    with labelling(browser, write_jsonl(tmp_path / "q.jsonl", [LAMP])) as desk:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
         try:
@@ -240,8 +241,8 @@ def test_a_full_disk_is_told_and_the_row_stays(browser, bundle, tmp_path):  # no
         assert len(desk.rows) == 1
 
 
-def test_two_tabs_do_not_decide_one_row_twice(browser, bundle, tmp_path):  # noqa: F811
-    with labelling(browser, bundle, write_jsonl(tmp_path / "q.jsonl", [LAMP])) as desk:
+def test_two_tabs_do_not_decide_one_row_twice(browser, tmp_path):  # noqa: F811
+    with labelling(browser, write_jsonl(tmp_path / "q.jsonl", [LAMP])) as desk:
         other = desk.page.context.new_page()
         other.goto(desk.page.url)
         expect(other.locator("#counter")).to_have_text("0 done, 1 row left")  # the only one, so both have it

@@ -68,7 +68,7 @@ def label(as_json: bool, source: str, out: str, **given: Any) -> None:
         finally:
             desk.close()
         done, left = desk.counts
-        note(f"{out}: {done:,} decisions of {annotator}, {left:,} {'passages' if desk.documents else 'rows'} left")
+        note(f"{out}: {done:,} done by {annotator}, {left:,} {'passages' if desk.documents else 'rows'} left")
 
 
 def _login() -> str:

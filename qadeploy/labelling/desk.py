@@ -86,9 +86,10 @@ class Desk:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many decisions the annotator has made, and how many rows, or passages, are left."""
+        """How many rows the annotator has decided, or questions asked; and how many rows, or passages, are left."""
         with self._lock:
-            return len(self._store.rows), len(self._items) - len(self._closed)
+            closed = len(self._closed)
+            return len(self._store.rows) if self.documents else closed, len(self._items) - closed
 
     @property
     def estimate(self) -> Estimate:
@@ -222,9 +223,9 @@ class Desk:
             self._closed.discard(key)
             self._skipped.pop(key, None)
             self._holders = {other: at for other, at in self._holders.items() if at != key} | {tab: key}
-            item = self._items[key]
-            proposal = self._proposals.get(key_of(row["question"], row["context"]))
-        return self._shown(item, proposal, row)
+        item = self._items[key]
+        asked = self._proposals.get(key_of(row["question"], row["context"])) if self.documents else self._proposal(item)
+        return self._shown(item, asked, row)
 
     @staticmethod
     def _shown(item: Item, proposal: Proposal | None, undone: Row | None = None) -> Shown:

@@ -143,15 +143,17 @@ def load_predictions(source: str, items: list[Item]) -> dict[str, Proposal]:
             if row.problem or not fields.keys() >= _PREDICTED:
                 missing = ", ".join(sorted(_PREDICTED - fields.keys()))
                 raise InputError(
-                    f"{where}: {row.problem or f'has no field {missing}'}: give what qadeploy answer wrote"
+                    f"{where}: {row.problem or f'lacks {missing}'}: give what qadeploy answer wrote"
                 )
             item = by_id.get(str(fields["id"]))
             if item is None:
                 continue
             try:
                 start, end, score = int(fields["start"]), int(fields["end"]), float(fields["score"])
+                if not 0 <= score <= 1:
+                    raise ValueError
             except (TypeError, ValueError) as error:
-                raise InputError(f"{where}: start and end must be whole numbers, and score a number") from error
+                raise InputError(f"{where}: start and end must be whole numbers, and score a number from 0 to 1") from error
             text = str(fields["answer"] or "")
             if text != item.context[start:end]:
                 raise InputError(
