@@ -67,9 +67,10 @@ class Desktop:
             self.page.keyboard.press(key)
 
     def act(self, key: str, name: str) -> None:
-        """Presses a key and waits until the server has answered its call."""
+        """Presses a key and waits until the page shows what the server has answered to its call."""
         with self.page.expect_response(f"**/v1/label/{name}"):
             self.page.keyboard.press(key)
+        expect(self.page.locator("#ask")).to_have_attribute("aria-busy", "false")
 
     def drag(self, first: str, last: str) -> None:
         """Selects the words from ``first`` to ``last`` with the mouse."""

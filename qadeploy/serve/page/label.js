@@ -7,7 +7,7 @@ const TAB = "qadeploy-label-tab";
 const FAR = 10; // words
 const NEAR = 200; // units in which the neighbouring character is looked for
 const page = Object.fromEntries(
-  ["model", "count", "source", "reading", "asked", "question", "problem", "answer", "accept", "none", "skip", "undo", "counter", "estimate"].map((id) => [id, $(id)]),
+  ["ask", "model", "count", "source", "reading", "asked", "question", "problem", "answer", "accept", "none", "skip", "undo", "counter", "estimate"].map((id) => [id, $(id)]),
 );
 const token = location.hash.slice(1);
 const tab = sessionStorage.getItem(TAB) ?? crypto.randomUUID();
@@ -18,7 +18,6 @@ const state = {
   proposal: null, // the model's answer as a choice
   choice: null, // {start, end} in units, {none: true}, or null: nothing is selected yet
   words: null, // where the words of the text begin and end, once they are needed
-  busy: false,
 };
 
 // ---------------------------------------------------------------- the server
@@ -42,8 +41,8 @@ async function call(name, body) {
 
 /** Runs one call at a time, so that a key that is pressed twice decides one row. */
 async function once(work) {
-  if (state.busy) return;
-  state.busy = true;
+  if (page.ask.ariaBusy === "true") return;
+  page.ask.ariaBusy = "true";
   page.problem.replaceChildren();
   try {
     await work();
@@ -51,7 +50,7 @@ async function once(work) {
     if (error.status === 409 && !state.documents) show(await call("show").catch(() => { throw error; }));
     page.problem.textContent = error.message;
   } finally {
-    state.busy = false;
+    page.ask.ariaBusy = "false";
   }
 }
 
