@@ -142,9 +142,7 @@ def load_predictions(source: str, items: list[Item]) -> dict[str, Proposal]:
             where = f"--predictions {file}: row {row.number}"
             if row.problem or not fields.keys() >= _PREDICTED:
                 missing = ", ".join(sorted(_PREDICTED - fields.keys()))
-                raise InputError(
-                    f"{where}: {row.problem or f'lacks {missing}'}: give what qadeploy answer wrote"
-                )
+                raise InputError(f"{where}: {row.problem or f'lacks {missing}'}: give what qadeploy answer wrote")
             item = by_id.get(str(fields["id"]))
             if item is None:
                 continue
@@ -153,7 +151,9 @@ def load_predictions(source: str, items: list[Item]) -> dict[str, Proposal]:
                 if not 0 <= score <= 1:
                     raise ValueError
             except (TypeError, ValueError) as error:
-                raise InputError(f"{where}: start and end must be whole numbers, and score a number from 0 to 1") from error
+                raise InputError(
+                    f"{where}: start and end must be whole numbers, and score a number from 0 to 1"
+                ) from error
             text = str(fields["answer"] or "")
             if text != item.context[start:end]:
                 raise InputError(
