@@ -137,11 +137,12 @@ function mark() {
 
 function tellProgress({ done, left, documents, estimate }) {
   page.counter.textContent = `${number(done)} done, ${documents ? plural(left, "passage") : plural(left, "row")} left`;
-  const basis = documents ? "of the questions that you asked it" : "of rows drawn at random";
+  const basis = documents ? "question that you asked it" : "row that was drawn at random";
+  const on = documents ? "questions that you asked it" : "rows drawn at random";
   const why = documents ? "" : " Every fifth row is drawn at random; only those count, because the others are shown least certain first. Skipped rows do not count.";
   const words = estimate.total
-    ? `The model is right on ${Math.round(estimate.exact_match)} % (exact match; 95 % interval ${estimate.interval.map(Math.round).join(" to ")} %), on ${number(estimate.total)} ${basis}.`
-    : `No estimate yet: it needs decisions ${basis}.`;
+    ? `The model is right on ${Math.round(estimate.exact_match)} % (exact match; 95 % interval ${estimate.interval.map(Math.round).join(" to ")} %), on ${number(estimate.total)} ${estimate.total === 1 ? basis : on}.`
+    : `No estimate of the model yet: it begins with the first ${basis}.`;
   page.estimate.textContent = words + why;
 }
 
