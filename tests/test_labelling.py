@@ -205,9 +205,10 @@ def test_a_writer_that_is_killed_loses_nothing_that_it_said_was_saved(tmp_path):
     for _ in range(3):
         with subprocess.Popen([sys.executable, "-c", WRITER, str(place)], stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout.readline() == "open\n"
-            time.sleep(chance.random() / 10)
+            said = [int(writer.stdout.readline()) for _ in range(chance.randrange(1, 9))]
+            time.sleep(chance.random() / 100)
             writer.kill()
-            said = [int(line) for line in writer.stdout.read().splitlines() if line.strip()]
+            said += [int(line) for line in writer.stdout.read().splitlines()]
         saved = max([saved, *said])
     with Store.open(place, "ada") as store:
         kept = [each["id"] for each in store.rows]
@@ -444,7 +445,9 @@ def started(*args: object) -> Iterator[tuple[subprocess.Popen[str], httpx.Client
             line = process.stdout.readline()
             assert line, process.stderr.read()
             url, _, token = json.loads(line)["url"].partition("#")
-            with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, trust_env=False) as client:
+            with httpx.Client(
+                base_url=url, headers={"authorization": f"Bearer {token}"}, trust_env=False, timeout=60
+            ) as client:
                 yield process, client
         finally:
             process.kill()
