@@ -118,6 +118,13 @@ def test_a_line_that_was_cut_short_goes_and_nothing_else(tmp_path, cut):
             store.undo()
 
 
+def test_a_line_that_was_cut_short_behind_a_brace_goes_too(tmp_path):
+    place = tmp_path / "rows.jsonl"
+    place.write_text('{"annotator": "ada", "context": "{a}')
+    with Store.open(place, "ada") as store:
+        assert (store.rows, place.read_bytes()) == ([], b"")
+
+
 def test_a_last_line_that_lacks_only_its_end_is_kept(tmp_path):
     place = tmp_path / "rows.jsonl"
     with Store.open(place, "ada") as store:

@@ -166,7 +166,7 @@ class _Lines:
             row = self._parsed(rest, number)
         except InputError:
             begin = _BEGIN.encode()
-            if not (rest.startswith(begin) or begin.startswith(rest)) or rest.endswith(b"}"):
+            if not (rest.startswith(begin) or begin.startswith(rest)) or _is_json(rest):
                 raise
             os.truncate(self._path, size)
         else:
@@ -174,3 +174,11 @@ class _Lines:
                 stream.write(b"\n")
             self._add(row, len(rest) + 1)
         sync(self._path)
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
