@@ -106,12 +106,12 @@ class _Lines:
                 while done < len(data):
                     done += os.pwrite(descriptor, data[done:], size + done)
                 os.fsync(descriptor)
+                if not size:
+                    sync(self._path.absolute().parent)
             except OSError:
                 with suppress(OSError):
                     os.ftruncate(descriptor, size)
                 raise
-        if not size:
-            sync(self._path.absolute().parent)
         self._add(row, len(data))
 
     def take_back(self, row: Row) -> None:

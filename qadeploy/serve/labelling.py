@@ -75,7 +75,7 @@ def create_label_app(desk: Desk, token: str) -> FastAPI:
 
     @app.exception_handler(OSError)
     async def unwritten(request: Request, error: OSError) -> Response:
-        text = f"nothing was saved, and the row stays here: {error.filename}: {error.strerror}"
+        text = f"nothing was saved, and the row stays here: {error.filename or 'the disk'}: {error.strerror}"
         return response(request.scope, RefusedError(507, "not_saved", text))
 
     _add_calls(app, desk)
