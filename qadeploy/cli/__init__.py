@@ -1,6 +1,15 @@
 """The command line: parse, call one function, print. Heavy imports happen inside the commands."""
 
-from qadeploy.cli import answering, benching, exporting, indexing, serving, training, tuning  # each adds its commands
+from qadeploy.cli import (
+    answering,
+    benching,
+    exporting,
+    indexing,
+    labelling,
+    serving,
+    training,
+    tuning,
+)  # each adds its commands
 from qadeploy.cli.common import main
 
-__all__ = ["answering", "benching", "exporting", "indexing", "main", "serving", "training", "tuning"]
+__all__ = ["answering", "benching", "exporting", "indexing", "labelling", "main", "serving", "training", "tuning"]

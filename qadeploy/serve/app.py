@@ -109,7 +109,7 @@ def create_app(service: Service) -> FastAPI:
             expose_headers=["retry-after", "x-request-id"],
         )
     app.add_middleware(Calls, metrics=service.metrics, settings=settings, closing=lambda: service.draining)
-    _add_errors(app)
+    add_errors(app)
     locked = [Depends(HTTPBearer(auto_error=False))] if settings.token is not None else []
     _add_answers(app, service, locked)
     if service.feedback is not None:
@@ -273,7 +273,7 @@ def _add_pages(app: FastAPI) -> None:
     async def handbook() -> Response:
         return json_response(tried)
 
-    app.mount("/static", _Static(directory=str(page)), name="static")
+    app.mount("/static", Static(directory=str(page)), name="static")
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
@@ -284,16 +284,19 @@ def _add_pages(app: FastAPI) -> None:
         return HTMLResponse(reference_page(app.openapi()))
 
 
-class _Static(StaticFiles):
+class Static(StaticFiles):
     """Files under one path each: Starlette's also have those with a slash at the end, or with ``//`` and ``./``."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
+        """The file. Raises HTTPException if the path is not exactly its own."""
         if scope["path"] != f"/static/{path}":
             raise HTTPException(404)
         return await super().get_response(path, scope)
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
+    """Answers whatever goes wrong with JSON of one shape."""
+
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
         return response(request.scope, error)

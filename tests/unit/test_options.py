@@ -23,6 +23,7 @@ from qadeploy.data.check_file import CheckOptions
 from qadeploy.errors import InputError
 from qadeploy.export.options import ExportOptions
 from qadeploy.inference.tune_bundle import TuneOptions
+from qadeploy.labelling.options import LabelOptions
 from qadeploy.options import Option, check, declared, option, table
 from qadeploy.serve.settings import Settings
 from qadeploy.training.options import TrainOptions
@@ -34,6 +35,7 @@ COMMANDS = {
     "answer": (BatchRequest, Cluster, TrainOptions),
     "evaluate": (EvaluateOptions, TrainOptions),
     "export": (ExportOptions,),
+    "label": (LabelOptions,),
     "serve": (Settings,),
     "train": (TrainOptions,),
     "tune": (TuneOptions,),

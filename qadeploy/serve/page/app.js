@@ -1,10 +1,10 @@
 // The page of `qadeploy serve`: asks POST /v1/answer and highlights the answers in the text, or in the passages of the corpus.
-// Spans count code points, JavaScript strings count UTF-16 units: only `cut` converts one to the other.
+
+import { $, cut, length, make, number, percent, plural } from "/static/tools.js";
 
 const ANSWERS = 5;
 const AROUND = 5000; // characters on each side of an answer from the corpus, the most that may be asked for: its whole passage
 const TOKEN = "qadeploy-token";
-const $ = (id) => document.getElementById(id);
 const page = Object.fromEntries(
   ["model", "unlock", "token", "ask", "count", "example", "edit", "source", "context", "reading", "question", "suggestions", "null-choice",
     "allow-null", "go", "problem", "said", "result", "answers", "facts", "trace", "trace-body"].map((id) => [id, $(id)]),
@@ -18,47 +18,7 @@ const state = {
   again: 0, // the timer after a 429
 };
 
-// ---------------------------------------------------------------- small tools
-
-function make(tag, attributes = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (value === null) continue;
-    if (name.startsWith("--")) element.style.setProperty(name, value);
-    else if (name === "text") element.textContent = value;
-    else if (value !== null) element.setAttribute(name, value);
-  }
-  element.append(...children);
-  return element;
-}
-
-/** Splits a text at two positions, given in code points. */
-function cut(text, start, end) {
-  let unit = 0;
-  let point = 0;
-  const forward = (until) => {
-    for (; point < until && unit < text.length; point += 1) unit += text.codePointAt(unit) > 0xffff ? 2 : 1;
-    return unit;
-  };
-  const first = forward(start);
-  const last = forward(end);
-  return [text.slice(0, first), text.slice(first, last), text.slice(last)];
-}
-
-function length(text) {
-  let points = 0;
-  for (const _ of text) points += 1;
-  return points;
-}
-
-const number = (value) => value.toLocaleString("en");
-const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
-
-function percent(score) {
-  if (score < 0.01) return "< 1 %";
-  return score > 0.99 && score < 1 ? "> 99 %" : `${Math.round(100 * score)} %`;
-}
 
 // ---------------------------------------------------------------- the server
 
