@@ -563,10 +563,10 @@ def test_foreign_files_in_an_unfinished_run_are_named_and_kept(whole, options, f
         (unfinished / name).unlink()
     (unfinished / "checkpoints" / "mine").rmdir()
 
-    def say(line: str) -> None:  # meanwhile
-        (unfinished / foreign[0]).parent.mkdir(exist_ok=True)
-        for name in foreign[:2]:
-            if (unfinished / name).parent.is_dir():
+    def say(line: str) -> None:
+        if "resumes after step" in line:  # and so it has looked
+            for name in foreign[:2]:
+                (unfinished / name).parent.mkdir(exist_ok=True)
                 (unfinished / name).write_text("keep me")
 
     train(options(out, seed=14), say, progress=False, resume=True)
