@@ -181,7 +181,7 @@ def own_cluster(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "seconds"), [("raylet", 20), ("gcs_server", 50)])
+@pytest.mark.parametrize(("name", "seconds"), [("raylet", 25), ("gcs_server", 60)])
 def test_a_cluster_that_was_joined_and_dies_ends_the_command_with_a_message(name, seconds, bundle, folder, monkeypatch):
     source = write_jsonl(folder / "many.jsonl", LONG)
     with (
