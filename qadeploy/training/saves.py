@@ -26,7 +26,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_SIGNS = ("StorageFull", "QuotaExceeded", "FileTooLarge", "No space left", "File too large")
 # What transformers writes into a save or a checkpoint, for those that do not list their files.
 _USUAL = re.compile(
-    r"(model|pytorch_model|optimizer|scheduler|scaler|rng_state|training_args|spm|spiece|sentencepiece)[\w.-]*"
+    r"(model|pytorch_model|tokenizer|optimizer|scheduler|scaler|rng_state|training_args|spm|spiece|sentencepiece)[\w.-]*"
     r"\.(safetensors|bin|pt|pth|model|index\.json)"
     r"|(config|generation_config|qadeploy|special_tokens_map|added_tokens|tokenizer|tokenizer_config|vocab|trainer_state)\.json"
     r"|(vocab|merges)\.txt|[\w.-]+\.py"
