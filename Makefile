@@ -84,8 +84,8 @@ coverage: $(READY)
 # One list for every Python and machine that there are wheels for.
 requirements: $(READY)
 	$(BIN)/python -m pip install --quiet uv==0.13.9
-	$(COMPILE) --extra cpu --extra serve --output-file requirements/cpu.txt pyproject.toml
-	$(COMPILE) --extra gpu --extra serve --output-file requirements/gpu.txt pyproject.toml
+	$(COMPILE) --extra cpu --extra serve --extra corpus --output-file requirements/cpu.txt pyproject.toml
+	$(COMPILE) --extra gpu --extra serve --extra corpus --output-file requirements/gpu.txt pyproject.toml
 	$(COMPILE) --output-file requirements/build.txt requirements/build.in
 
 docs: $(READY)

@@ -14,6 +14,7 @@ QadeployError
     ├── CorpusError           an index of a corpus is damaged, unsafe or of another version
     ├── DeviceError           the requested device is not available
     ├── GateError             an exported model lost more than allowed
+    ├── LoadTimeoutError      a bundle takes too long to load
     ├── LogitsError           a model returned NaN or infinite logits
     ├── MissingExtraError     an optional package is not installed
     └── RemoteError           an inference server is unreachable or does not fit
@@ -104,6 +105,10 @@ class DeviceError(FailureError):
 
 class GateError(FailureError):
     """An exported or quantized model differs from its source by more than allowed."""
+
+
+class LoadTimeoutError(FailureError):
+    """A bundle was not loaded in time. Its thread goes on, and may crash a process that ends in the usual way: use ``os._exit``."""
 
 
 class LogitsError(FailureError):

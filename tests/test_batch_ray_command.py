@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -144,6 +147,57 @@ def test_a_local_ray_is_closed_to_others_and_says_when_it_is_killed(bundle, fold
         assert "Error: Ray has ended: its process raylet was killed or crashed" in err
         assert "Traceback" not in err
         assert none_left(process.pid) == []
+
+
+@contextlib.contextmanager
+def own_cluster(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[str], None]]]:
+    """A cluster that ``ray start`` makes on 127.0.0.1: its address, and what kills its processes of a name."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    # For whoever joins it, too. The second makes it listen on 127.0.0.1 only.
+    for name, value in {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }.items():
+        patch.setenv(name, value)
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets need a short path
+
+        def kill(name: str) -> None:
+            for each in psutil.process_iter():
+                with contextlib.suppress(psutil.Error):
+                    if each.name().startswith(name) and folder in " ".join(each.cmdline()):
+                        each.kill()
+
+        line = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address", "127.0.0.1"]
+        line += ["--port", port, "--temp-dir", folder, "--num-cpus", "2", "--include-dashboard", "false"]
+        line += ["--object-store-memory", str(100 * 2**20), "--disable-usage-stats"]
+        try:
+            subprocess.run(line, check=True, capture_output=True, timeout=150)
+            yield f"127.0.0.1:{port}", kill
+        finally:
+            kill("")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "seconds"), [("raylet", 25), ("gcs_server", 60)])
+def test_a_cluster_that_was_joined_and_dies_ends_the_command_with_a_message(name, seconds, bundle, folder, monkeypatch):
+    source = write_jsonl(folder / "many.jsonl", LONG)
+    with (
+        own_cluster(monkeypatch) as (address, kill),
+        command(bundle, source, "--shard-rows", "20", "--address", address) as process,
+    ):
+        until = time.monotonic() + 150
+        while not list(Path("out").glob("part-*")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        kill(name)
+        begun = time.monotonic()
+        _, err = process.communicate(timeout=150)
+        assert time.monotonic() - begun < seconds
+        assert process.returncode == 1
+        assert f"Error: Ray has ended: its process {name}" in err
+        assert "Traceback" not in err
 
 
 def test_an_address_without_a_cluster_is_named(bundle, folder):

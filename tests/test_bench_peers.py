@@ -10,6 +10,7 @@ import pytest
 from qadeploy import Answerer
 from qadeploy.bench.cold import cold
 from qadeploy.bench.measure import status_of
+from qadeploy.bench.options import BenchOptions
 from qadeploy.bench.own import open_bundles, variants
 from qadeploy.bench.peers import PEERS, parse_peers
 from qadeploy.bench.peers.setup import Setup
@@ -124,7 +125,7 @@ def test_peers_are_named_once_and_known():
 def test_bundles_of_one_name_get_names_that_differ(tiny, tiny_export, tmp_path):
     copy = sealed_copy(tiny.bundle(), tmp_path / "keepers")
     found, broken = open_bundles([tiny.bundle(), copy, tiny.bundle("int8")])
-    names = [v.name for v in variants(found, "cpu", 1, False)]
+    names = [v.name for v in variants(found, BenchOptions(device="cpu", threads=1), False)]
     assert names == [f"qadeploy fp32 ({tiny.bundle()})", f"qadeploy fp32 ({copy})", "qadeploy int8 (keepers-int8)"]
     assert broken == {}
     with pytest.raises(InputError, match="is named twice"):
@@ -144,7 +145,7 @@ def test_a_damaged_bundle_is_a_row_unless_it_is_the_first(tiny, tiny_export, tmp
 
 
 def test_start_up_and_memory_of_a_bundle_in_fresh_processes(tiny, tiny_export, examples):
-    (variant,) = variants([open_bundle(tiny.bundle())], "cpu", 1, False)
+    (variant,) = variants([open_bundle(tiny.bundle())], BenchOptions(device="cpu", threads=1), False)
     found = cold(variant, [(e.question, e.context) for e in examples[:4]], 2)
     assert found.note == ""
     assert len(found.seconds) == 2
@@ -160,7 +161,7 @@ def test_a_process_that_fails_says_why():
         "fp32",
         0,
         "qadeploy.bench.own:load",
-        {"path": "gone", "device": "cpu", "threads": 1, "allow_no_answer": False},
+        {"path": "gone", "device": "cpu", "threads": 1, "load_timeout": None, "allow_no_answer": False},
     )
     found = cold(variant, [("Who?", "Ada.")], 3)
     assert (found.seconds, found.peak_memory_bytes) == ((), None)

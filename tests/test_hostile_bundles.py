@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from tokenizers import Tokenizer, models, processors
 from qadeploy.cli import main
 from qadeploy.core.settings import Options
 from qadeploy.core.windows import pad_batch
-from qadeploy.errors import BundleError, InputError, QadeployError
+from qadeploy.errors import BundleError, InputError, LoadTimeoutError, QadeployError
 from qadeploy.files import replace_folder
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import manifest_text, open_bundle, seal
 from qadeploy.inference.graph_model import GraphModel
+from qadeploy.inference.loading import within
 from tests.conftest import sealed_copy, triplets, write_jsonl
 from tests.test_bundle import put_manifest
 from tests.test_session_answerer import crafted, run_script
@@ -194,13 +197,71 @@ def test_a_checkpoint_is_not_the_bundle_that_is_meant(tiny):
     assert (done.exit_code, "is not a bundle, which --bundle-sha256 asks for" in done.stderr) == (2, True)
 
 
-def test_a_bundle_that_does_not_load_in_time_ends_the_server(bundle):
-    command = [sys.executable, "-m", "qadeploy", "serve", str(bundle), "--port", "0", "--load-timeout", "0.001"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr) == (
-        1,
-        f"Error: {bundle}: was not loaded within 0.001 s: raise --load-timeout\n",
+# ---------------------------------------------------------------- the time for loading
+
+LOADS_FOR_EVER = """
+import sys
+from qadeploy import Answerer
+from qadeploy.cli import main
+
+load = Answerer._load
+def forever(*given):
+    print("loading", file=sys.stderr, flush=True)
+    while True:
+        load(*given)
+Answerer._load = forever
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("command", ["ask", "answer", "bench", "evaluate", "serve", "tune"])
+def test_every_command_that_loads_a_bundle_ends_in_time(bundle, tmp_path, command):
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", triplets(2)))
+    more = {
+        "ask": ["--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp."],
+        "answer": ["--input", rows, "--output", str(tmp_path / "out.jsonl")],
+        "bench": ["--data", rows, "--against", ""],
+        "evaluate": ["--data", rows],
+        "serve": ["--port", "0"],
+        "tune": ["--data", rows, "--dry-run"],
+    }[command]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS_FOR_EVER, command, str(bundle), *more, "--load-timeout", "0.5"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
+    message = f"Error: {bundle}: was not loaded within 0.5 s: raise the load timeout"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, message)
+
+
+def test_ctrl_c_ends_a_load(bundle):
+    command = [sys.executable, "-c", LOADS_FOR_EVER, "ask", str(bundle), "--question", "Who?", "--context", "Ada."]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr.readline() == "loading\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(20), process.stderr.read().strip()) == (1, "Aborted!")
+
+
+def test_a_load_that_never_ends_is_left_behind_and_its_own_errors_come_through(bundle):
+    released = threading.Event()
+    with pytest.raises(LoadTimeoutError, match=r"^x: was not loaded within 0.05 s: raise the load timeout$"):
+        within(0.05, released.wait, "x")
+    released.set()
+    for error in (TimeoutError("mine"), BundleError("damaged"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught:
+            within(60, partial(_raise, error), "x")
+        assert caught.value is error
+    assert within(1e300, lambda: "answerer", "x") == within(None, lambda: "answerer", "x") == "answerer"
+    with pytest.raises(InputError, match=r"^load_timeout must be a number of seconds above 0, not nan$"):
+        Answerer.load(bundle, load_timeout=float("nan"))
+    assert Answerer.load(bundle, load_timeout=60).answer(*PAIRS[0])
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 # ---------------------------------------------------------------- the model

@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 HASHED = re.compile(r"(?P<line>[a-z0-9][a-z0-9.-]*==.+?)(?P<hashes>(?: --hash=sha256:[0-9a-f]{64})+)")
-LISTS = {"cpu": ("cpu", "serve"), "gpu": ("gpu", "serve"), "build": ()}
+LISTS = {"cpu": ("cpu", "serve", "corpus"), "gpu": ("gpu", "serve", "corpus"), "build": ()}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 
@@ -88,7 +88,8 @@ def test_a_fresh_environment_can_be_made_of_the_list(tmp_path):
         pytest.skip("no package index")
     assert done.returncode == 0, done.stderr
     ask = (
-        "import qadeploy.serve.app, qadeploy.inference.answerer, sys; assert 'torch' not in sys.modules; print('ready')"
+        "import qadeploy.serve.app, qadeploy.inference.answerer, lxml.html, markdown_it, pypdfium2, tantivy, sys; "
+        "assert 'torch' not in sys.modules; print('ready')"
     )
     asked = subprocess.run([python, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=False)
     assert asked.stdout == "ready\n", asked.stderr

@@ -32,7 +32,17 @@ from qadeploy.training.options import TrainOptions
 from qadeploy.training.resume import find_differences, open_run, recorded_options
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.runs import check_replaceable, find_run, read_status
-from qadeploy.training.saves import MARKER, find_flaw, mark_complete, newest_complete, prune, writing
+from qadeploy.training.saves import (
+    MARKER,
+    files_in,
+    find_flaw,
+    foreign_beside,
+    mark_complete,
+    newest_complete,
+    prune,
+    remove_all,
+    writing,
+)
 from qadeploy.training.train import train
 from tests.conftest import make_tiny_checkpoint, tiny_options, triplets, write_jsonl
 
@@ -514,3 +524,67 @@ def test_pruning_keeps_the_newest_the_best_and_always_two(newest, best, kept, tm
     (tmp_path / "other").mkdir()
     prune(tmp_path, newest, best)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["other", *(f"checkpoint-{n}" for n in kept)])
+
+
+def test_a_save_is_removed_without_the_foreign_files_in_it(tmp_path):
+    for step in (2, 5, 9, 12):
+        folder = make_save(tmp_path, step, best=12)
+        (folder / "notes.txt").write_text("keep me")
+    (tmp_path / "checkpoint-5" / MARKER).unlink()  # as a kill leaves it: usual names are its own
+    (tmp_path / "checkpoint-5" / "inner" / "model.safetensors").write_text("mine, in a folder of mine")
+    (tmp_path / "checkpoint-5" / "model.safetensors").write_text("weights")
+    (tmp_path / "checkpoint-5" / "rng_state_0.pth").write_text("state")
+    prune(tmp_path, 12, 12)
+    assert [find_flaw(tmp_path / f"checkpoint-{n}") is None for n in (2, 5, 9, 12)] == [False, False, True, True]
+    assert files_in(tmp_path / "checkpoint-2") == ["notes.txt"]
+    kept = ["inner/model.safetensors", "inner/state", "notes.txt", "weights"]
+    assert files_in(tmp_path / "checkpoint-5") == kept
+    remove_all(tmp_path)
+    beside = [f"checkpoint-5/{name}" for name in kept] + [f"checkpoint-{n}/notes.txt" for n in (12, 2, 9)]
+    assert foreign_beside(tmp_path) == sorted(beside)
+
+
+def test_foreign_files_in_an_unfinished_run_are_named_and_kept(whole, options, fast):
+    out = fast / "run"
+    shutil.copytree(whole, out)
+    killer = KillAt("qadeploy.training.trainer", "prune", SAVES_OF_STEPS.index(5) + 1)
+    assert run(options(out, seed=14), before=killer) == -signal.SIGKILL
+    unfinished = fast / "run.unfinished"
+    foreign = ["checkpoint/notes.txt", "checkpoints/checkpoint-5/notes.txt", "checkpoints/mine/data.csv"]
+    for name in foreign:
+        (unfinished / name).parent.mkdir(exist_ok=True)
+        (unfinished / name).write_text("keep me")
+    with pytest.raises(
+        InputError, match=f"unfinished: holds {', '.join(foreign)} beside a run, which would be deleted"
+    ):
+        train(options(out, seed=14), quiet, progress=False, resume=True)
+    for name in foreign:
+        assert (unfinished / name).read_text() == "keep me"
+        (unfinished / name).unlink()
+    (unfinished / "checkpoints" / "mine").rmdir()
+
+    def say(line: str) -> None:
+        if "resumes after step" in line:  # and so it has looked
+            for name in foreign[:2]:
+                (unfinished / name).parent.mkdir(exist_ok=True)
+                (unfinished / name).write_text("keep me")
+
+    train(options(out, seed=14), say, progress=False, resume=True)
+    assert [(out / name).read_text() for name in foreign[:2]] == ["keep me"] * 2
+    assert files_in(out / "checkpoints") == ["checkpoint-5/notes.txt"]
+    with pytest.raises(InputError, match=f"run: holds {', '.join(foreign[:2])} beside a run, which would be deleted"):
+        check_replaceable(out)
+
+
+def test_a_run_that_fails_before_its_first_save_takes_only_its_own_files_along(options, fast):
+    out = fast / "run"
+
+    def say(line: str) -> None:
+        if out.is_dir():
+            (out / "checkpoints").mkdir(exist_ok=True)
+            (out / "checkpoints" / "notes.txt").write_text("keep me")
+            raise InputError("stopped")
+
+    with pytest.raises(InputError, match="stopped"):
+        train(options(out), say, progress=False)
+    assert files_in(out) == ["checkpoints/notes.txt"]

@@ -156,6 +156,33 @@ def test_a_bomb_is_no_input_of_a_batch(tmp_path, monkeypatch, name):
         scan(source, None, DataOptions())
 
 
+def test_a_bomb_in_an_object_store_is_met_before_its_pages_are_unpacked(tmp_path, monkeypatch):
+    """Only in the columns that are read: each header there is a request."""
+    monkeypatch.setenv(LIMIT, str(SMALL))
+    for name, wide in (("plain", "context"), ("other", "answers"), ("a.b", "a.b")):
+        table = arrow.table({**ASKED, wide: ["x" * 2 * SMALL]})
+        content = as_parquet(table, compression="zstd", use_dictionary=False)
+        source = source_at(f"file://{put(tmp_path, f'{name}.parquet', content)}")
+        options = DataOptions(columns={"context": "a.b"} if name == "a.b" else {})
+        (part,) = scan(source, None, options).ranges
+        before = arrow.total_allocated_bytes()
+        if name == "other":
+            assert next(Reader(options).rows(source, part)).fields == {"context": "x", "question": "?"}
+            continue
+        with pytest.raises(FailureError, match=rf"{name}.parquet: its [0-9,]+ bytes unpack to more than {SMALL:,}, so"):
+            next(Reader(options).rows(source, part))
+        assert arrow.total_allocated_bytes() - before < SMALL
+
+
+def test_a_damaged_page_in_an_object_store_is_its_rows_problem(tmp_path):
+    content = bytearray(as_parquet(arrow.table(ASKED), compression="none", use_dictionary=False))
+    content[4:12] = b"\xff" * 8  # the header of the first page
+    source = source_at(f"file://{put(tmp_path, 'a.parquet', bytes(content))}")
+    (part,) = scan(source, None, DataOptions()).ranges
+    (row,) = Reader(DataOptions()).rows(source, part)
+    assert row.problem.startswith("row group 1 cannot be read: ")
+
+
 def test_rows_that_a_batch_holds_at_a_time_are_no_bomb(tmp_path, monkeypatch):
     """200 rows of 100 kB, as one text and a run of numbers: pages do not show it."""
     monkeypatch.setenv(LIMIT, str(SMALL))

@@ -132,10 +132,11 @@ def _scan_parquet(source: Source, data_options: DataOptions) -> tuple[int, set[s
             schema, rows = file.schema_arrow, int(file.metadata.num_rows)
             budget = Budget(source.path, source.size, streamed=True)
             take_rows(rows, budget)
-            if pages := _pages(source, stream):
-                for group in range(file.num_row_groups):
-                    with suppress(ValueError):  # its rows are set aside
-                        pages.check(group, budget)
+            pages = Pages(stream, source.size)
+            # In an object store each header may be a request, so they are read when their row group is.
+            for group in range(0 if source.remote else file.num_row_groups):
+                with suppress(ValueError):  # its rows are set aside
+                    pages.check(group, budget)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise InputError(f"{source.path}: not a readable parquet file: {one_line(error)}") from error
     found = schema.names
@@ -160,11 +161,6 @@ def import_parquet(purpose: str) -> Any:
 def _parquet_file(stream: Any, **options: Any) -> Any:
     # pre_buffer would hold all bytes of a row group; without it, pages are read as they are needed.
     return import_parquet("reading parquet").ParquetFile(stream, pre_buffer=False, buffer_size=2**20, **options)
-
-
-def _pages(source: Source, stream: Any) -> Pages | None:
-    """The pages of a parquet file, None in an object store, where each header would be a request."""
-    return None if source.remote else Pages(stream, source.size)
 
 
 # ---------------------------------------------------------------- reading
@@ -250,14 +246,20 @@ def _all_parquet_rows(source: Source, data_options: DataOptions, first: int) -> 
         theirs = columns_of(given, data_options.columns)
         wanted = {*_FIELDS, *(theirs.get(field, field) for field in _FIELDS)}
         columns = [name for name in given if name in wanted]
-        pages, budget = _pages(source, stream), Budget(source.path, source.size, streamed=True)
+        leaves = {n for n in range(len(file.schema)) if _leads_to(file.schema.column(n).path, columns)}
+        pages, budget = Pages(stream, source.size), Budget(source.path, source.size, streamed=True)
         end = 0
         for group in range(file.num_row_groups):
             begin, end = end, end + file.metadata.row_group(group).num_rows
             if end > first:
-                check = partial(pages.check, group, budget) if pages else lambda: None
+                check = partial(pages.check, group, budget, leaves)
                 part = max(first, begin) - begin, end - begin
                 yield from _group_rows(source, file, group, columns, part, begin, check)
+
+
+def _leads_to(path: str, columns: list[str]) -> bool:
+    """Whether a column of parquet holds a part of one of the columns; names may have dots."""
+    return any(path == name or path.startswith(f"{name}.") for name in columns)
 
 
 def _group_rows(
@@ -281,7 +283,7 @@ def _group_rows(
     except InputError as error:
         raise FailureError(str(error)) from error  # not a row's, nor the storage's
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises these for damaged files
-        if source.remote or getattr(error, "errno", None):  # the storage fails, not the file
+        if getattr(error, "errno", None) or (source.remote and isinstance(error, OSError)):  # the storage fails
             raise
         problem = f"row group {group + 1} cannot be read: {one_line(error)}"
         for row in range(max(part[0], done), part[1]):

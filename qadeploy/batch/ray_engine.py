@@ -28,6 +28,7 @@ from qadeploy.batch.answering import BrokenModelError
 from qadeploy.batch.local import OnShard
 from qadeploy.batch.output import Counts, explain
 from qadeploy.batch.plan import Shard
+from qadeploy.batch.ray_watch import watched
 from qadeploy.batch.work import Load, Worker
 from qadeploy.data.wording import one_line
 from qadeploy.errors import FailureError, InputError, MissingExtraError, QadeployError
@@ -44,12 +45,6 @@ _MANY = 4
 # by default on other systems than Linux.
 _ALONE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _LOOPBACK = "127.0.0.1"
-_LOOK = 0.5  # seconds between two looks whether Ray still runs
-_PATIENCE = 8  # seconds for Ray to end by itself once one of its processes has gone
-_RAY_ENDED = (
-    "Ray has ended: its process {} was killed or crashed (is there enough memory?); finished parts are kept, and the same "
-    "command continues from there"
-)
 _BROKEN = 70  # exit code of an actor whose model stopped answering (EX_SOFTWARE of sysexits.h)
 
 
@@ -347,7 +342,7 @@ def into_folder(folder: Path, digest: str, load: Load, shards: Sequence[Shard], 
         ),
     )
     try:
-        with _watched(ray):
+        with watched(ray):
             for done, row in enumerate(data.iter_rows()):
                 if row["error"]:
                     raise _failure(row, folder, done, len(numbers))
@@ -356,65 +351,6 @@ def into_folder(folder: Path, digest: str, load: Load, shards: Sequence[Shard], 
         raise FailureError(
             f"Ray failed: {one_line(error)[:600]}; the same command continues from what is done"
         ) from error
-
-
-@contextmanager
-def _watched(ray: Any) -> Iterator[None]:
-    """Ends Ray in the block, and raises FailureError, if a process that a local Ray needs ends meanwhile.
-
-    Ray itself would wait in vain and end this process after some 15 seconds, without a word. If the block does not end before
-    that, this says why and ends the process.
-    """
-    from ray._private import auto_init_hook
-
-    over, lost = threading.Event(), ""
-
-    def watch() -> None:
-        nonlocal lost
-        while not over.wait(_LOOK):
-            if lost := _ended(ray):
-                last.start()
-                auto_init_hook.enable_auto_connect = False  # else Ray Data would start another Ray, open to the network
-                logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
-                ray.shutdown()  # what waits for Ray in the block now fails
-                return
-
-    def give_up() -> None:
-        sys.stderr.write(f"Error: {_RAY_ENDED.format(lost)}\n")
-        sys.stderr.flush()
-        os._exit(1)
-
-    connects = auto_init_hook.enable_auto_connect
-    watcher = threading.Thread(target=watch, name="qadeploy-ray-watch", daemon=True)
-    last = threading.Timer(_PATIENCE, give_up)
-    last.daemon = True
-    watcher.start()
-    try:
-        yield
-    except Exception as error:
-        if ended := lost or _ended(ray):
-            raise FailureError(_RAY_ENDED.format(ended)) from error
-        raise
-    finally:
-        over.set()
-        watcher.join()
-        last.cancel()
-        auto_init_hook.enable_auto_connect = connects
-
-
-def _ended(ray: Any) -> str:
-    """The name of a process of a local Ray that has ended, empty if none has. Those of a cluster are not ours to see."""
-    node = ray._private.worker._global_node
-    processes = node.all_processes if node else {}
-    return next(
-        (
-            name
-            for name in ("raylet", "gcs_server")
-            for each in processes.get(name, ())
-            if each.process.poll() is not None
-        ),
-        "",
-    )
 
 
 def _failure(row: dict[str, Any], folder: Path, done: int, of: int) -> FailureError:

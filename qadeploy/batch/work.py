@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import socket
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +23,6 @@ _CONTEXTS = 8 * 2**20
 _SHARED = "with several machines, each must see the bundle, the input and --output at the same path (the input may be on s3://)"
 
 
-class LateLoadError(FailureError):
-    """A bundle was not loaded in time. Its thread goes on, and may crash the process if that ends in the usual way."""
-
-
 @dataclass(frozen=True, slots=True)
 class BundleLoad:
     """Loads a bundle when called. Workers get this, because an answerer cannot be pickled."""
@@ -38,48 +31,18 @@ class BundleLoad:
     sha256: str | None = None
     device: str = "auto"
     threads: int | None = None
-    timeout: float = math.inf
+    timeout: float | None = None
 
     def __call__(self) -> Answerer:
-        """The answerer. Raises what ``Answerer.load`` raises, and LateLoadError after ``timeout`` seconds."""
-        return within(self.timeout, self._answerer, f"{self.path}: was not loaded within {self.timeout:g} s")
-
-    def _answerer(self) -> Answerer:
+        """The answerer. Raises what ``Answerer.load`` raises."""
         return Answerer.load(
             self.path,
             device=self.device,
             threads=self.threads,
             context_cache_bytes=_CONTEXTS,
             sha256=self.sha256,
+            load_timeout=self.timeout,
         )
-
-
-def within(seconds: float, load: Load, problem: str) -> Answerer:
-    """Loads in a thread of its own, which is left behind if it takes too long: nothing ends a thread inside ONNX Runtime.
-
-    Args:
-        seconds: How long it may take.
-        load: Makes the answerer.
-        problem: What to say if it takes longer.
-
-    Raises:
-        LateLoadError: It took longer. What ``load`` raises is raised too.
-    """
-    done: Future[Answerer] = Future()
-
-    def work() -> None:
-        try:
-            done.set_result(load())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=work, name="qadeploy-load", daemon=True).start()
-    try:
-        return done.result(min(seconds, threading.TIMEOUT_MAX))
-    except TimeoutError as error:
-        if done.done():  # its own
-            raise
-        raise LateLoadError(f"{problem}: raise --load-timeout") from error
 
 
 class Worker:

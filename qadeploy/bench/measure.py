@@ -23,7 +23,7 @@ from qadeploy.bench.variant import Asker, Variant
 from qadeploy.bench.workload import Workload, calibration, windows_of
 from qadeploy.core.metrics import Scores, bootstrap_interval, choose_metric, score
 from qadeploy.core.settings import any_unanswerable
-from qadeploy.errors import FailureError, MissingExtraError
+from qadeploy.errors import FailureError, LoadTimeoutError, MissingExtraError
 from qadeploy.inference.bundle import Bundle
 from qadeploy.inference.doctor import diagnose
 from qadeploy.inference.session import OnnxModel
@@ -92,9 +92,7 @@ def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
     threads = request.options.threads or usable_cpus()
     peak, peak_note = _peak(threads, say)
     with tempfile.TemporaryDirectory(prefix="qadeploy-bench-") as folder:
-        found = [
-            _Measured(v) for v in own.variants(request.bundles, request.options.device, request.options.threads, null)
-        ]
+        found = [_Measured(v) for v in own.variants(request.bundles, request.options, null)]
         _load(found[0])  # without the first bundle there is nothing to compare
         for measured in found[1:]:
             _guard(measured, _load)
@@ -142,6 +140,8 @@ def _guard(measured: _Measured, act: Callable[[_Measured], object]) -> None:
         return
     try:
         act(measured)
+    except LoadTimeoutError:  # its thread goes on and would disturb all other measurements
+        raise
     except Exception as error:  # a variant may break in any way; the bench goes on without it
         measured.status = status_of(error)
         measured.asker = None

@@ -31,4 +31,5 @@ class BenchOptions(DataFlags):
     checkpoint: str | None = option(None, "The PyTorch checkpoint for the peers.", shown="the first bundle's source")
     out: str | None = option(None, "Folder for bench.json, bench.html and bench.png.", also=("--output",))
     device: str = options.device()
+    load_timeout: float = options.load_timeout()
     trust_remote_code: bool = options.trust_remote_code()

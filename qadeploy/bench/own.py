@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qadeploy.bench.options import BenchOptions
 from qadeploy.bench.variant import Asker, Variant, around
 from qadeploy.errors import FailureError, InputError
 from qadeploy.inference.answerer import Answerer
@@ -32,7 +33,7 @@ def open_bundles(paths: Sequence[str | Path]) -> tuple[list[Bundle], dict[str, F
     return found, broken
 
 
-def variants(bundles: Sequence[Bundle], device: str, threads: int | None, allow_no_answer: bool) -> list[Variant]:
+def variants(bundles: Sequence[Bundle], options: BenchOptions, allow_no_answer: bool) -> list[Variant]:
     """The bundles as variants, each with a name of its own."""
     names = [bundle.folder.resolve().name for bundle in bundles]
     found = []
@@ -40,8 +41,9 @@ def variants(bundles: Sequence[Bundle], device: str, threads: int | None, allow_
         shown = name if names.count(name) == 1 else str(bundle.folder)
         arguments = {
             "path": str(bundle.folder),
-            "device": device,
-            "threads": threads,
+            "device": options.device,
+            "threads": options.threads,
+            "load_timeout": options.load_timeout,
             "allow_no_answer": allow_no_answer,
         }
         found.append(
@@ -56,6 +58,7 @@ def variants(bundles: Sequence[Bundle], device: str, threads: int | None, allow_
     return found
 
 
-def load(path: str, device: str, threads: int | None, allow_no_answer: bool) -> Asker:
+def load(path: str, device: str, threads: int | None, load_timeout: float, allow_no_answer: bool) -> Asker:
     """A bundle as a service loads it, without a context cache. Raises what ``Answerer.load`` raises."""
-    return around(Answerer.load(path, device=device, threads=threads, context_cache_bytes=0), allow_no_answer)
+    answerer = Answerer.load(path, device=device, threads=threads, context_cache_bytes=0, load_timeout=load_timeout)
+    return around(answerer, allow_no_answer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,6 @@ from qadeploy import options
 from qadeploy.batch.plan import CALL_OPTIONS
 from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.run import BatchProgress, BatchRequest, Terminated, answer_files
-from qadeploy.batch.work import LateLoadError
 from qadeploy.cli.common import (
     bundle_argument,
     command,
@@ -67,11 +65,12 @@ class EvaluateOptions:
     prefilter: int | None = options.prefilter()
     device: str = options.device()
     bundle_sha256: str | None = options.bundle_sha256()
+    load_timeout: float = options.load_timeout()
     trust_remote_code: bool = options.trust_remote_code()
     allow_pickle: bool = options.allow_pickle()
 
 
-_LOADING = ("device", "bundle_sha256", "trust_remote_code", "allow_pickle")
+_LOADING = ("device", "bundle_sha256", "load_timeout", "trust_remote_code", "allow_pickle")
 
 
 @command(
@@ -96,13 +95,7 @@ def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
     file, folder = (Path(place) if place else None for place in (chosen.predictions, chosen.predictions_dir))
     with new_predictions(file, folder):
         examples = read_split(data, chosen.split, reading, note)
-        predictor = load_predictor(
-            model,
-            chosen.device,
-            trust_remote_code=chosen.trust_remote_code,
-            allow_pickle=chosen.allow_pickle,
-            bundle_sha256=chosen.bundle_sha256,
-        )
+        predictor = load_predictor(model, **{name: getattr(chosen, name) for name in _LOADING})
         predictor.require_room(examples, data)
         if folder:
             predictor = Recorder(predictor, examples, chosen.n_best_size)
@@ -345,10 +338,6 @@ def answer(
 
         try:
             found = answer_files(request, BatchProgress(begin, bar.update))
-        except LateLoadError as error:
-            bar.render_finish()
-            click.echo(f"Error: {error}", err=True)
-            os._exit(error.exit_code)  # not past a thread that is inside ONNX Runtime
         except KeyboardInterrupt as stop:
             kept = (
                 ""

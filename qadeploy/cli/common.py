@@ -24,6 +24,7 @@ from qadeploy.cli.config import read_config, unknown_hint
 from qadeploy.cli.options import options_of
 from qadeploy.data.fields import DataFlags, DataOptions
 from qadeploy.errors import DataWarning, DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
+from qadeploy.inference.loading import end_past_loading
 from qadeploy.options import declared
 
 _TRAIN_PACKAGES = frozenset(
@@ -138,12 +139,24 @@ def command(group: click.Group, *, example: str) -> Callable[[Callable[..., Any]
     return wrap
 
 
+class _Group(click.Group):
+    """A group whose process ends also while a thread is inside ONNX Runtime."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except SystemExit as end:
+            end_past_loading(end.code if isinstance(end.code, int) else 0)
+            raise
+
+
 @click.group(
+    cls=_Group,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 120,
         "token_normalize_func": lambda name: name.replace("_", "-"),  # --max_seq_length as in run_qa.py
-    }
+    },
 )
 @click.version_option(__version__, prog_name="qadeploy")
 def main() -> None:
@@ -206,6 +219,7 @@ def load_predictor(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     bundle_sha256: str | None = None,
+    load_timeout: float | None = None,
 ) -> Any:
     """An answerer for a bundle, or for a run or checkpoint through PyTorch."""
     from qadeploy.inference.bundle import MANIFEST
@@ -213,7 +227,7 @@ def load_predictor(
     if (Path(path) / MANIFEST).exists():
         from qadeploy import Answerer
 
-        return Answerer.load(path, device=device, threads=threads, sha256=bundle_sha256)
+        return Answerer.load(path, device=device, threads=threads, sha256=bundle_sha256, load_timeout=load_timeout)
     if bundle_sha256 is not None:
         raise InputError(f"{path}: is not a bundle, which --bundle-sha256 asks for")
     from qadeploy.training.runs import find_run

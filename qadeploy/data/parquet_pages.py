@@ -8,7 +8,7 @@ damaged footers when it is asked for a column's size. So both are read here: the
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
@@ -58,12 +58,13 @@ class Pages:
         with _damage():
             self._groups = _row_groups(self._data)
 
-    def check(self, group: int, budget: Budget) -> None:
+    def check(self, group: int, budget: Budget, columns: Collection[int] | None = None) -> None:
         """Counts the pages of a row group without reading them.
 
         Args:
             group: Its index.
             budget: What the file may unpack to. Each page alone may unpack to what a file may that is held as a whole.
+            columns: The indices of the columns that are read, None for all.
 
         Raises:
             InputError: They unpack to more.
@@ -71,7 +72,9 @@ class Pages:
             OSError: The file cannot be read.
         """
         with _damage():
-            for chunk in self._groups[group]:
+            for number, chunk in enumerate(self._groups[group]):
+                if columns is not None and number not in columns:
+                    continue
                 for size in _pages(self._data, chunk):
                     Budget(budget.name, budget.packed).take(size)
                     budget.take(size)

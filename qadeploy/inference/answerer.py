@@ -25,6 +25,7 @@ from qadeploy.errors import (
 from qadeploy.inference.aio import AnswerThreads, RunWindows
 from qadeploy.inference.bundle import MODEL, Bundle, default_bundle, open_bundle
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
+from qadeploy.inference.loading import within
 from qadeploy.inference.presenting import present
 from qadeploy.inference.probe import prove
 from qadeploy.inference.session import OnnxModel, Pending
@@ -157,6 +158,7 @@ class Answerer:
         threads: int | None = None,
         context_cache_bytes: int = DEFAULT_CACHE_BYTES,
         sha256: str | None = None,
+        load_timeout: float | None = None,
     ) -> Answerer:
         """Loads a bundle, verifies all of its files, and asks it the question whose logits its manifest keeps.
 
@@ -168,18 +170,32 @@ class Answerer:
             threads: The largest number of CPU threads; None takes all CPUs.
             context_cache_bytes: Bytes of tokenised contexts to keep for further questions; 0 keeps none.
             sha256: The SHA-256 of the ``manifest.json`` that is meant (``sha256sum`` gives it); any other bundle is refused.
+            load_timeout: Seconds that loading may take. None sets no limit. See LoadTimeoutError for what goes on after that.
 
         Raises:
             InputError: The folder does not exist, or an argument is out of range.
             BundleError: The bundle is incomplete, damaged, unsafe, not the one that is meant, or its model is another than the
                 one that was exported.
             DeviceError: The device was requested but is not available.
+            LoadTimeoutError: It took longer than ``load_timeout``.
             MissingExtraError: ONNX Runtime is not installed.
 
         Warns:
             MachineWarning: The bundle's session settings were measured on another kind of CPU.
         """
-        bundle = open_bundle(default_bundle() if path is None else path, sha256=sha256)
+        path = default_bundle() if path is None else path
+        load = partial(cls._load, path, device, threads, context_cache_bytes, sha256)
+        answerer, warning = within(load_timeout, load, path)
+        if warning:
+            warnings.warn(f"{path}: {warning}", MachineWarning, stacklevel=2)
+        return answerer
+
+    @classmethod
+    def _load(
+        cls, path: str | Path, device: str, threads: int | None, context_cache_bytes: int, sha256: str | None
+    ) -> tuple[Answerer, str]:
+        """The answerer of a bundle, and what to warn of."""
+        bundle = open_bundle(path, sha256=sha256)
         refuse_in_graph(bundle)
         encoder = bundle.load_encoder()
         model = OnnxModel(
@@ -196,9 +212,8 @@ class Answerer:
         if model.device == "cuda":  # so that the first question does not wait for graphs to be captured
             asked, read = encoder.encode("what"), encoder.encode("warms up")
             model.warm_up(encoder.windows(asked, read, max_seq_len=bundle.settings.max_seq_len, doc_stride=0)[0])
-        if model.device == "cpu" and (warning := _machine_warning(bundle)):
-            warnings.warn(f"{bundle.folder}: {warning}", MachineWarning, stacklevel=2)
-        return cls(encoder, bundle.settings, model, bundle, context_cache_bytes=context_cache_bytes)
+        warning = _machine_warning(bundle) if model.device == "cpu" else ""
+        return cls(encoder, bundle.settings, model, bundle, context_cache_bytes=context_cache_bytes), warning
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an Answerer cannot be pickled: load the bundle in each process, with Answerer.load")

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from qadeploy.data.loading import read_split
 from qadeploy.errors import InputError, MachineWarning
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, rewrite_manifest
+from qadeploy.inference.loading import within
 from qadeploy.inference.manifest import SessionSettings
 from qadeploy.inference.session import OnnxModel, onnxruntime
 from qadeploy.inference.tuning import FP32_TOLERANCE, Tuning, model_of, tune
@@ -32,6 +34,7 @@ class TuneOptions:
     )
     data: str = option("handbook", "Questions to measure with, in any format that train reads.")
     threads: int | None = options.threads()
+    load_timeout: float = options.load_timeout()
     dry_run: bool = option(False, "Measure and print only.")
     columns: str | None = options.columns()
 
@@ -90,13 +93,14 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
     Raises:
         InputError: Its folder is not writable, or the questions cannot be used or are too few.
         BundleError: It is damaged.
+        LoadTimeoutError: It takes too long to load.
     """
     check(chosen)
     examples = read_split(chosen.data, "all", DataOptions.of(asdict(chosen)), say, annotated=False)
     pairs = [(e.question, e.context) for e in examples]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MachineWarning)  # it is about what is done here
-        loaded = Answerer.load(folder, device="cpu", threads=chosen.threads)
+        loaded = Answerer.load(folder, device="cpu", threads=chosen.threads, load_timeout=chosen.load_timeout)
     bundle = loaded.bundle or open_bundle(folder)
     if not chosen.dry_run and not os.access(bundle.folder.resolve().parent, os.W_OK):
         raise InputError(f"{folder}: its folder is not writable: copy the bundle first, or give --dry-run")
@@ -105,8 +109,10 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
     def make(session: Mapping[str, Any]) -> Answerer:
         pad = bundle.encoder.pad_token_id
         settings = SessionSettings.from_manifest(session)
-        onnx = OnnxModel(lambda: model, device="cpu", threads=chosen.threads, pad_token_id=pad, settings=settings)
-        return Answerer(loaded.encoder, loaded.settings, onnx)
+        load = partial(
+            OnnxModel, lambda: model, device="cpu", threads=chosen.threads, pad_token_id=pad, settings=settings
+        )
+        return Answerer(loaded.encoder, loaded.settings, within(chosen.load_timeout, load, folder))
 
     stored, tolerance = bundle.manifest.get("session"), _tolerance(bundle)
     found = tune(make, pairs, stored, target=chosen.target, tolerance=tolerance, say=say)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import resource
 import signal
 import socket
-import sys
-import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 
 from qadeploy.errors import FailureError, InputError, QadeployError
+from qadeploy.inference.loading import within
 from qadeploy.serve.app import create_app
 from qadeploy.serve.calls import networks
 from qadeploy.serve.connections import Connection, Connections
@@ -105,7 +104,7 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
 
     Raises:
         InputError: The settings are wrong, or the server cannot listen on the address.
-        QadeployError: As ``Answerer.load`` does.
+        QadeployError: As ``Answerer.load`` does, LoadTimeoutError too.
         FailureError: A second signal cut off running requests.
     """
     set_up(settings.log_level)
@@ -113,7 +112,7 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # so that other threads run while a long text is tokenised
     disable_created_metrics()  # type: ignore[no-untyped-call]
     with contextlib.closing(_listen(settings.host, settings.port)) as listener:
-        service = _load(bundle, settings)
+        service = within(settings.load_timeout, partial(Service.load, bundle, settings), bundle)
         try:
             if settings.corpus is not None:
                 service.corpus = open_corpus(settings.corpus)
@@ -122,7 +121,7 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
             host, port = listener.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             connections = Connections(settings, service.metrics, _room(settings.max_connections))
-            protocol: Any = functools.partial(Connection, connections=connections)
+            protocol: Any = partial(Connection, connections=connections)
             config = uvicorn.Config(
                 create_app(service),
                 http=protocol,
@@ -142,23 +141,6 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
         _log.info("stopped")
         if server.cut_off:
             raise FailureError("stopped by a second signal before all running requests were answered")
-
-
-def _load(bundle: str | Path, settings: Settings) -> Service:
-    """``Service.load``; the process ends with 1 after ``load_timeout``, because a graph can keep ONNX Runtime busy for ever."""
-
-    def give_up() -> None:
-        message = f"Error: {bundle}: was not loaded within {settings.load_timeout:g} s: raise --load-timeout"
-        print(message, file=sys.stderr, flush=True)
-        os._exit(1)  # nothing else ends a thread inside ONNX Runtime
-
-    watch = threading.Timer(settings.load_timeout, give_up)
-    watch.daemon = True
-    watch.start()
-    try:
-        return Service.load(bundle, settings)
-    finally:
-        watch.cancel()
 
 
 def _room(asked: int | None) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from qadeploy import __version__
 from qadeploy.core.settings import Options
 from qadeploy.corpus.corpus import Corpus
-from qadeploy.errors import BundleError, InputError
+from qadeploy.errors import InputError, LoadTimeoutError
 from qadeploy.inference.answerer import Answerer
 from qadeploy.serve.errors import clean
 from qadeploy.serve.feedback import Feedback
@@ -200,7 +200,7 @@ class Service:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(found), seconds)
         except TimeoutError:
-            raise BundleError(f"{bundle}: was not loaded within {seconds:g} s: raise --load-timeout") from None
+            raise LoadTimeoutError(f"{bundle}: was not loaded within {seconds:g} s: raise --load-timeout") from None
 
     async def _end(self, engine: Engine) -> None:
         """Ends a bundle's workers once its last request has ended."""

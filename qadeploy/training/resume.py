@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,12 +29,11 @@ from qadeploy.training.runs import (
     RUN_FILE,
     UNFINISHED,
     check_replaceable,
-    checkpoint_files,
     read_status,
+    remove_unfinished,
 )
-from qadeploy.training.saves import Save, newest_complete, remove_after
+from qadeploy.training.saves import SAVES, Save, newest_complete, remove_after, remove_all
 
-SAVES = "checkpoints"
 # Options that do not change what is trained, or that are compared by content.
 _MAY_DIFFER = frozenset(
     {
@@ -132,13 +130,13 @@ def open_run(out: Path, record: Mapping[str, Any], resume: bool, log: RunLog) ->
             os.close(descriptor)
 
 
-def finish(opened: OpenRun, out: Path) -> None:
-    """Marks a run complete and moves it to ``out``. A kill at any point loses nothing.
+def finish(opened: OpenRun, out: Path, checkpoint_files: list[str]) -> None:
+    """Marks a run complete and moves it to ``out``. A kill at any point loses nothing. ``checkpoint_files`` are those of the result.
 
     Raises InputError if something that is no run was put into ``out`` since the beginning; the run then stays beside it.
     """
     sync_folder(opened.folder)
-    record = {**opened.record, CHECKPOINT_FILES: checkpoint_files(opened.folder), "status": "complete"}
+    record = {**opened.record, CHECKPOINT_FILES: checkpoint_files, "status": "complete"}
     write_json(opened.folder / RUN_FILE, record)
     _publish(opened.folder, out)
 
@@ -188,6 +186,7 @@ def _resume(out: Path, folder: Path, record: dict[str, Any], log: RunLog) -> Ope
             + "\nGive what it was started with (--resume takes the options that you do not give from the run), "
             "or remove the folder to start over"
         )
+    check_replaceable(folder)
     if old.get("status") == "complete":  # perhaps killed before it was moved to its place
         _publish(folder, out)
         return OpenRun(out, old, finished=True)
@@ -263,7 +262,7 @@ def _lock(folder: Path) -> int:
 
 
 def _publish(folder: Path, out: Path) -> None:
-    shutil.rmtree(folder / SAVES, ignore_errors=True)
+    remove_all(folder / SAVES)
     sweep(folder)
     if folder != out:
         check_replaceable(out)  # whatever has been put there meanwhile
@@ -276,7 +275,9 @@ def _leave(folder: Path, out: Path, log: RunLog) -> None:
         return  # it is complete, whatever failed afterwards
     saved = newest_complete(folder / SAVES)
     if saved is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_unfinished(folder)
+        if folder.exists():
+            log.say(f"{folder}: files that are not of this run are kept")
         return
     log.say(
         f"{folder}: the unfinished run is kept; its last complete checkpoint is {saved.folder.name}: "

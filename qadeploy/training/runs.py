@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from qadeploy.errors import CheckpointError, InputError
 from qadeploy.evaluation.predictions import N_BEST, NULL_ODDS, PREDICTIONS
 from qadeploy.files import is_temporary
 from qadeploy.records import Example
+from qadeploy.training.saves import SAVES, files_in, foreign_beside, foreign_files, remove, remove_all
 
 RUN_FILE = "run.json"
 UNFINISHED = ".unfinished"
@@ -21,7 +24,7 @@ _PARTS = frozenset(
     {
         RUN_FILE,
         "checkpoint",
-        "checkpoints",
+        SAVES,
         "metrics.json",
         "curves.png",
         "report.html",
@@ -31,17 +34,8 @@ _PARTS = frozenset(
         NULL_ODDS,
     }
 )
-# The record's list of the files of ``checkpoint/``. Records of 0.2.0 and earlier have none: there, what every checkpoint holds.
+# The record's list of the files of ``checkpoint/``, which records of 0.2.0 and earlier do not have.
 CHECKPOINT_FILES = "checkpoint_files"
-_USUAL_FILES = (
-    "config.json",
-    "model.safetensors",
-    "qadeploy.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,20 +104,32 @@ def check_replaceable(out: Path) -> None:
         return
     if not out.is_dir() or read_status(out) not in {"complete", "running"} or not _has_options(out):
         raise InputError(f"{out}: exists and is not a run folder, so it is not overwritten: give another --out")
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in _PARTS and not is_temporary(p.name))
-    own = _read_json(out / RUN_FILE).get(CHECKPOINT_FILES) or _USUAL_FILES
-    foreign += [f"checkpoint/{name}" for name in checkpoint_files(out) if name not in own]
-    if foreign:
+    if foreign := foreign_in(out):
         raise InputError(
             f"{out}: holds {', '.join(foreign[:5])} beside a run, which would be deleted: move it away, or give another --out"
         )
 
 
-def checkpoint_files(folder: Path) -> list[str]:
-    """The files of a run's checkpoint, by their paths in it."""
+def foreign_in(folder: Path) -> list[str]:
+    """What lies in a run folder and is not of the run, by its path in it."""
+    found = sorted(p.name for p in folder.iterdir() if p.name not in _PARTS and not is_temporary(p.name))
+    own = _read_json(folder / RUN_FILE).get(CHECKPOINT_FILES)
     checkpoint = folder / "checkpoint"
-    files = (p for p in checkpoint.rglob("*") if p.is_symlink() or not p.is_dir())
-    return sorted(p.relative_to(checkpoint).as_posix() for p in files)
+    foreign = foreign_files(checkpoint) if own is None else [n for n in files_in(checkpoint) if n not in own]
+    found += [f"checkpoint/{name}" for name in foreign]
+    return found + [f"{SAVES}/{name}" for name in foreign_beside(folder / SAVES)]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes a run that is not finished. If its folder holds foreign files, they stay."""
+    if not foreign_in(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    remove(folder / "checkpoint")
+    remove_all(folder / SAVES)
+    for name in _PARTS:
+        with suppress(OSError):  # a folder that holds foreign files
+            (folder / name).unlink(missing_ok=True)
 
 
 def _has_options(folder: Path) -> bool:

@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import errno
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from qadeploy.errors import FailureError
 from qadeploy.files import sync, sync_folder, write_json
 
+SAVES = "checkpoints"
 MARKER = "complete.json"
 _PREFIX = "checkpoint-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors (by the names of Rust's io::ErrorKind) and torch.save say only in words what errno says in numbers.
 _FULL_SIGNS = ("StorageFull", "QuotaExceeded", "FileTooLarge", "No space left", "File too large")
+# What transformers writes into a save or a checkpoint, for those that do not list their files.
+_USUAL = re.compile(
+    r"(model|pytorch_model|tokenizer|optimizer|scheduler|scaler|rng_state|training_args|spm|spiece|sentencepiece)[\w.-]*"
+    r"\.(safetensors|bin|pt|pth|model|index\.json)"
+    r"|(config|generation_config|qadeploy|special_tokens_map|added_tokens|tokenizer|tokenizer_config|vocab|trainer_state)\.json"
+    r"|(vocab|merges)\.txt|[\w.-]+\.py"
+)
 _TORCH_SAVE_SIGNS = ("PytorchStreamWriter", "unexpected pos")
 
 
@@ -92,15 +98,62 @@ def remove_after(saves: Path, step: int) -> None:
 
 def prune(saves: Path, newest: int, best: int | None) -> None:
     """Removes all saves but the newest and the best one; if these are the same, all but the newest two."""
-    older = sorted(step for step in map(_step, saves.iterdir()) if step not in {newest, best, -1})
-    for step in older[:-1] if best in {newest, None} else older:
+    older = {step for step in map(_step, saves.iterdir()) if step not in {newest, best, -1}}
+    if best in {newest, None}:
+        older -= {max((step for step in older if (saves / f"{_PREFIX}{step}" / MARKER).is_file()), default=-1)}
+    for step in older:
         remove(saves / f"{_PREFIX}{step}")
 
 
 def remove(folder: Path) -> None:
-    """Removes a save, its marker first, so that what a kill leaves of it is not taken for a whole one."""
+    """Removes the files of a save, its marker first, so that what a kill leaves of it is not taken for a whole one.
+
+    Foreign files stay, and so does then their folder.
+    """
+    foreign = set(foreign_files(folder))
     (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds, and then itself
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif path.relative_to(folder).as_posix() not in foreign:
+                path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def remove_all(saves: Path) -> None:
+    """Removes all saves, and the folder that they are in if it then holds nothing."""
+    remove_after(saves, -1)
+    with suppress(OSError):
+        saves.rmdir()
+
+
+def files_in(folder: Path) -> list[str]:
+    """The files of a folder, by their paths in it."""
+    files = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+    return sorted(p.relative_to(folder).as_posix() for p in files)
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """The files of a save or checkpoint that are not its own, by their paths in it."""
+    try:
+        own = {MARKER, *json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]}
+    except (OSError, ValueError, KeyError, TypeError):  # no marker, or a damaged one
+        return [name for name in files_in(folder) if name != MARKER and not _USUAL.fullmatch(name)]
+    return [name for name in files_in(folder) if name not in own]
+
+
+def foreign_beside(saves: Path) -> list[str]:
+    """The files in the folder of the saves that belong to none, by their paths in it."""
+    found = []
+    for path in saves.iterdir() if saves.is_dir() else ():
+        inside = path.is_dir() and not path.is_symlink()
+        if inside and _step(path) >= 0:
+            found += [f"{path.name}/{name}" for name in foreign_files(path)]
+        else:
+            found += [f"{path.name}/{name}" for name in files_in(path)] if inside else [path.name]
+    return sorted(found)
 
 
 def _step(folder: Path) -> int:
@@ -111,6 +164,8 @@ def _step(folder: Path) -> int:
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Raises FailureError if writing fails in the block, and says whether the disk is full."""
+    from safetensors import SafetensorError  # commands that read runs do without it
+
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,11 +54,11 @@ from qadeploy.training.negatives import with_negatives
 from qadeploy.training.options import FEW_EXAMPLES, TrainOptions
 from qadeploy.training.provenance import base_name, base_of, versions_of
 from qadeploy.training.report_files import shipped_base, write_report_files
-from qadeploy.training.resume import SAVES, OpenRun, check_unfinished, finish, open_run
+from qadeploy.training.resume import OpenRun, check_unfinished, finish, open_run
 from qadeploy.training.run_data import RunData, split_data, unlabelled_questions
 from qadeploy.training.run_log import RunLog, Say
 from qadeploy.training.runs import check_replaceable
-from qadeploy.training.saves import writing
+from qadeploy.training.saves import SAVES, files_in, remove, writing
 from qadeploy.training.selection import (
     ChoiceReport,
     answers_of,
@@ -149,8 +148,7 @@ def train(
             reached = _evaluate(run, loop, held_out_base)
             metrics = _metrics(run, loop, reached) | dict(more_metrics or {})
             if distributed.is_first():
-                _write(run, reached, metrics)
-                finish(opened, Path(options.out))
+                finish(opened, Path(options.out), _write(run, reached, metrics))
             distributed.wait()
     log.say(f"run folder: {options.out} ({metrics['seconds']:.0f} s)")
     return RunResult(Path(options.out), metrics)
@@ -566,13 +564,16 @@ def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, 
 # ---------------------------------------------------------------- the run folder
 
 
-def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> None:
-    """Writes all of the run folder but its status."""
+def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> list[str]:
+    """Writes all of the run folder but its status. Gives the files of its checkpoint."""
     folder, settings, last = run.opened.folder, reached.settings, [*reached.results.values()][-1]
     with writing(folder):
         write_predictions(folder, predictions_of(last.features, last.logits, settings, run.options.n_best_size))
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # begun by a process that was interrupted
+        remove(folder / "checkpoint")  # begun by a process that was interrupted
+        foreign = files_in(folder / "checkpoint")
         save_checkpoint(run.models.checkpoint, settings, folder / "checkpoint")
+        own = sorted({*files_in(folder / "checkpoint")} - {*foreign})
         write_json(folder / "metrics.json", metrics)
         described = RunRecord(Path(run.options.out).name, run.opened.record, metrics, shipped_base())
         write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log)
+    return own
