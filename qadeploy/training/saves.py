@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import FailureError
-from qadeploy.files import sync, sync_folder, write_json
+from qadeploy.files import is_temporary, sync, sync_folder, write_json
 
 SAVES = "checkpoints"
 MARKER = "complete.json"
@@ -31,6 +31,7 @@ _USUAL = re.compile(
     r"|(config|generation_config|qadeploy|special_tokens_map|added_tokens|tokenizer|tokenizer_config|vocab|trainer_state)\.json"
     r"|(vocab|merges)\.txt|[\w.-]+\.py"
 )
+_SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")  # which it renames at the end
 _TORCH_SAVE_SIGNS = ("PytorchStreamWriter", "unexpected pos")
 
 
@@ -140,8 +141,14 @@ def foreign_files(folder: Path) -> list[str]:
     try:
         own = {MARKER, *json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):  # no marker, or a damaged one
-        return [name for name in files_in(folder) if name != MARKER and not _USUAL.fullmatch(name)]
-    return [name for name in files_in(folder) if name not in own]
+        own = {MARKER, *filter(_USUAL.fullmatch, files_in(folder))}
+    return [name for name in files_in(folder) if name not in own and not _is_left_behind(name)]
+
+
+def _is_left_behind(name: str) -> bool:
+    """Whether a kill in the middle of writing leaves a file of this name."""
+    last = name.rpartition("/")[2]
+    return bool(_SAFETENSORS_TEMPORARY.fullmatch(last)) or is_temporary(last)
 
 
 def foreign_beside(saves: Path) -> list[str]:
