@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from tokenizers import Encoding, Tokenizer
@@ -48,6 +48,7 @@ _COVERED = (
 )
 _RULES = 2  # raised whenever the same tokenizer comes to give other ids or offsets
 _LONG = 2_000  # code points; shorter ones take about a millisecond at most
+_Tokens = TypeVar("_Tokens", int, float)  # estimates have fractions
 _LAST_SPACE = 0x3000  # the highest white space code point
 # ids 8, offsets 16, blank 1, aligned 16; an Encoding of tokenizers 0.22 takes about 100 a token (measured).
 _TOKEN_BYTES = 141
@@ -493,11 +494,9 @@ class Encoder:
             raise StrideError(
                 f"doc_stride must be below max_seq_len {max_seq_len}, not {doc_stride}: it is the overlap of windows in tokens"
             )
-        longest = min(long_seq_len or max_seq_len, max_seq_len)
-        shorter, stride = room - (max_seq_len - longest), doc_stride * longest // max_seq_len
-        if shorter > stride:
-            room, doc_stride = shorter, stride
-        overlap = doc_stride if doc_stride < room else room // 2
+        room, overlap = room_and_overlap(
+            room, {"max_seq_len": max_seq_len, "doc_stride": doc_stride, "long_seq_len": long_seq_len}
+        )
         return Cut(range(0, total - overlap, room - overlap), room, total, overlap)
 
     def make(
@@ -580,6 +579,21 @@ class Encoder:
     def token_text(self, token_id: int) -> str:
         """Returns the token as the vocabulary writes it."""
         return self._tokenizer.id_to_token(token_id) or f"<{token_id}>"
+
+
+def room_and_overlap(room: _Tokens, lengths: Lengths) -> tuple[_Tokens, _Tokens]:
+    """The context tokens that each of several windows holds, and those that neighbours share; see ``Encoder.windows``.
+
+    Args:
+        room: The context tokens that fit in a window of ``max_seq_len``.
+        lengths: The lengths of windows.
+    """
+    most, stride = lengths["max_seq_len"], lengths["doc_stride"]
+    longest = min(lengths["long_seq_len"] or most, most)
+    shorter, shorter_stride = room - (most - longest), stride * longest // most
+    if shorter > shorter_stride:
+        room, stride = shorter, shorter_stride
+    return room, stride if stride < room else room // 2
 
 
 def is_rust_error(error: BaseException) -> bool:

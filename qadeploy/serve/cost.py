@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from qadeploy.core.settings import QaSettings
+from qadeploy.core.windows import room_and_overlap
 from qadeploy.records import Float64Array
 
 # Blocks of Unicode in their order: the first code point of each, and its script.
@@ -88,11 +89,8 @@ def window_tokens(question: float, context: float, special: int, settings: QaSet
     room = settings.max_seq_len - around
     if context <= room:
         return 1, math.ceil(context + around)
-    room = max(room, 2.0)  # too long a question is refused when it is tokenised
-    longest = min(settings.long_seq_len or settings.max_seq_len, settings.max_seq_len)
-    shorter, stride = room - (settings.max_seq_len - longest), settings.doc_stride * longest // settings.max_seq_len
-    room, stride = (shorter, stride) if shorter > stride else (room, settings.doc_stride)
-    overlap = stride if stride < room else room // 2
+    # Too long a question, which is refused when it is tokenised, has 2.
+    room, overlap = room_and_overlap(max(room, 2.0), settings.lengths)
     windows = min(max(1, math.ceil((context - overlap) / (room - overlap))), max(1, most))
     return windows, math.ceil(min(context + (windows - 1) * overlap, windows * room) + windows * around)
 
