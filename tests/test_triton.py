@@ -25,8 +25,9 @@ import tritonclient.http
 
 from qadeploy import Answerer
 from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import Options
-from qadeploy.core.windows import CONTEXT_MASK, EncodedText, pad_batch, pad_context_masks
+from qadeploy.core.windows import CONTEXT_MASK, pad_batch, pad_context_masks
 from qadeploy.data.loading import read
 from qadeploy.errors import BundleError, InputError, RemoteError
 from qadeploy.inference.bundle import MODEL, open_bundle

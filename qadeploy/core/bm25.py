@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qadeploy.core.windows import Cut, EncodedText
+from qadeploy.core.encoded_text import EncodedText
+from qadeploy.core.windows import Cut
 from qadeploy.records import Float64Array, IntArray, Window
 
 K1, B = 1.2, 0.75

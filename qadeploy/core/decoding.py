@@ -16,7 +16,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from qadeploy.core.windows import EncodedText
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.errors import InputError, LogitsError
 from qadeploy.records import Answer, BoolArray, Float64Array, FloatArray, IntArray, Span, Window
 

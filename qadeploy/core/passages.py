@@ -16,7 +16,8 @@ from functools import cached_property
 import numpy as np
 
 from qadeploy.core.bm25 import Ranking, rank_parts
-from qadeploy.core.windows import EncodedText, Encoder, Lengths
+from qadeploy.core.encoded_text import EncodedText
+from qadeploy.core.windows import Encoder, Lengths
 from qadeploy.errors import TooManyWindowsError
 from qadeploy.records import BoolArray, IntArray, Window
 

@@ -12,8 +12,9 @@ import numpy as np
 from qadeploy import options
 from qadeploy.core.bm25 import relevance
 from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, WindowLogits
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.metrics import Metric
-from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, EncodedText, Lengths
+from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, Lengths
 from qadeploy.errors import InputError
 from qadeploy.options import check, option
 from qadeploy.records import Example, FloatArray, Window

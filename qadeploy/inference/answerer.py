@@ -11,9 +11,10 @@ from typing import NoReturn, Protocol, Unpack
 
 from qadeploy.core.bm25 import Ranking, rank_windows
 from qadeploy.core.decoding import Decoded, WindowLogits, decode_many, rank_answers
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.passages import JoinedText, passage_windows
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
-from qadeploy.core.windows import EncodedText, Encoder
+from qadeploy.core.windows import Encoder
 from qadeploy.errors import (
     BundleError,
     DataError,

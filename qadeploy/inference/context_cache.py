@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from qadeploy.core.windows import EncodedText
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.errors import InputError
 
 DEFAULT_CACHE_BYTES = 64 * 2**20

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qadeploy.core.windows import EncodedText, Encoder, pad_batch
+from qadeploy.core.encoded_text import EncodedText
+from qadeploy.core.windows import Encoder, pad_batch
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import hash_file, sweep, writing
 from qadeploy.inference.answerer import Answerer

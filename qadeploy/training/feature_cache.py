@@ -30,8 +30,9 @@ from pathlib import Path
 import numpy as np
 
 from qadeploy import __version__
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import EncodedText, Encoder
+from qadeploy.core.windows import Encoder
 from qadeploy.data.loading import DataSet
 from qadeploy.files import hash_file
 from qadeploy.records import Example, Window

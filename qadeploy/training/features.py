@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import EncodedText, Encoder
+from qadeploy.core.windows import Encoder
 from qadeploy.errors import DataError, QuestionTooLongError
 from qadeploy.records import Example, IntArray, Window
 

@@ -20,9 +20,9 @@ from qadeploy.core.calibration import (
     stable_null_threshold,
 )
 from qadeploy.core.decoding import Decoded, decode_many, rank_answers, span_table
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.metrics import Scores, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
-from qadeploy.core.windows import EncodedText
 from qadeploy.evaluation.predictions import Prediction, predict
 from qadeploy.records import NO_ANSWER, Answer, Example, Float64Array, FloatArray, Logits, Window
 from qadeploy.training.features import FeatureSet

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qadeploy.core.windows import EncodedText, pad_batch
+from qadeploy.core.encoded_text import EncodedText
+from qadeploy.core.windows import pad_batch
 from qadeploy.data.match import Slice, cuts_a_word, occurrences
 from qadeploy.records import Example, FloatArray, IntArray, Window
 from qadeploy.training.features import Feature, FeatureSet, collate_labels

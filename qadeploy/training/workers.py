@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import EncodedText, Encoder
+from qadeploy.core.windows import Encoder
 from qadeploy.errors import DataError, FailureError
 from qadeploy.records import Example
 from qadeploy.training.features import Arrays, Feature, FeatureSet, make_features, pack_features, unpack_features

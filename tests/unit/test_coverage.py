@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import EncodedText, Encoder, EncoderConfig
+from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.errors import InputError
 from qadeploy.records import Annotation, Example
 from qadeploy.training.features import make_features

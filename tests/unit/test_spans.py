@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qadeploy.core import decoding as decoder
 from qadeploy.core.decoding import Decoded, WindowLogits, decode_many, rank_answers, span_table
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.scripts import UNSPACED, within_script
-from qadeploy.core.windows import EncodedText, Encoder, EncoderConfig
+from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.errors import InputError, LogitsError
 from qadeploy.records import Answer, FloatArray, Window
 from tests.tokenizers_for_tests import NAMES, encoder, family, texts, thorough

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import EncodedText, Encoder, EncoderConfig, pad_batch
+from qadeploy.core.windows import Encoder, EncoderConfig, pad_batch
 from qadeploy.errors import InputError, QuestionTooLongError, StrideError, TooManyWindowsError
 from qadeploy.records import Annotation, Example, Window
 from qadeploy.training.features import make_features

@@ -16,8 +16,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import CONTEXT_MASK, EncodedText, Encoder, pad_batch, pad_context_masks
+from qadeploy.core.windows import CONTEXT_MASK, Encoder, pad_batch, pad_context_masks
 from qadeploy.errors import FailureError, GateError, InputError
 from qadeploy.files import write_text
 from qadeploy.inference.answerer import Answerer

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from qadeploy import __version__
-from qadeploy.core.windows import CONTEXT_MASK, EncodedText, pad_batch, pad_context_masks
+from qadeploy.core.encoded_text import EncodedText
+from qadeploy.core.windows import CONTEXT_MASK, pad_batch, pad_context_masks
 from qadeploy.errors import BundleError, InputError
 from qadeploy.files import hash_file, holding, sync_folder, temporary_folder, write_text
 from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, Bundle, open_bundle
