@@ -58,7 +58,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 quick: $(READY)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n auto --dist worksteal tests/unit
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

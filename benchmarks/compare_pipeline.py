@@ -45,7 +45,7 @@ from qadeploy.core.decoding import WindowLogits, span_table
 from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.core.settings import Options
 from qadeploy.data.loading import hash_examples, read
-from qadeploy.inference.answerer import DecodedPair
+from qadeploy.inference.pairs import DecodedPair
 from qadeploy.records import Answer, Example, FloatArray
 
 REPORT = "compare_pipeline.json"

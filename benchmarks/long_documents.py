@@ -50,7 +50,7 @@ from qadeploy import Answerer
 from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.core.settings import Options
 from qadeploy.data.loading import hash_examples
-from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import Annotation, Answer, Example
 
 COUNTS: tuple[int | None, ...] = (1, 2, 3, 5, 8, 12, 20, None)

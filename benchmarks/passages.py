@@ -40,7 +40,7 @@ from qadeploy.cli.common import load_predictor
 from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.core.settings import Options
 from qadeploy.data.loading import hash_examples
-from qadeploy.inference.answerer import to_answers
+from qadeploy.inference.pairs import to_answers
 from qadeploy.records import NO_ANSWER, Annotation, Answer, Example, Logits
 
 REPORT = "passages.json"

@@ -26,8 +26,8 @@ from qadeploy.core.decoding import WindowLogits, span_table
 from qadeploy.core.settings import Options
 from qadeploy.core.windows import Encoder
 from qadeploy.errors import BundleError, CallError, CallKeyError, DeviceError, InputError, QuestionTooLongError
-from qadeploy.inference.answerer import DecodedPair
 from qadeploy.inference.bundle import open_bundle
+from qadeploy.inference.pairs import DecodedPair
 from qadeploy.shipped import base_model_path
 from qadeploy.training.checkpoint import Checkpoint, encoder_config, load_checkpoint, torch_answerer
 from tests.conftest import sealed_copy, triplets

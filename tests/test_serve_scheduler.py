@@ -12,7 +12,7 @@ import pytest
 from qadeploy import Answerer
 from qadeploy.core.settings import Options
 from qadeploy.errors import LogitsError, QuestionTooLongError, TooManyWindowsError
-from qadeploy.inference.answerer import to_answers
+from qadeploy.inference.pairs import to_answers
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.scheduler import Ask, Job, Scheduler

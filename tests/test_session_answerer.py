@@ -17,8 +17,8 @@ from qadeploy.core.decoding import WindowLogits, decode_many
 from qadeploy.core.settings import Options
 from qadeploy.errors import BundleError, TooManyWindowsError
 from qadeploy.inference import session
-from qadeploy.inference.answerer import to_answers
 from qadeploy.inference.bundle import open_bundle
+from qadeploy.inference.pairs import to_answers
 from qadeploy.inference.session import OnnxModel
 from qadeploy.records import Logits, Window
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer

@@ -15,7 +15,8 @@ from qadeploy.data.problems import RowError
 from qadeploy.data.rows import RawRow
 from qadeploy.data.wording import one_line
 from qadeploy.errors import FailureError, QadeployError
-from qadeploy.inference.answerer import Answerer, DecodedPair, to_answers
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.inference.texts import Asked
 from qadeploy.records import NO_ANSWER
 

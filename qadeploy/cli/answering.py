@@ -194,7 +194,7 @@ def ask(
 
     Without BUNDLE the newest under bundles/ is taken, else the one that ships.
     """
-    from qadeploy.inference.answerer import to_answers
+    from qadeploy.inference.pairs import to_answers
     from qadeploy.inference.texts import skipped_passages
 
     if bool(contexts) == (corpus_place is not None):

@@ -24,7 +24,8 @@ from typing import Any, Unpack
 from qadeploy.core.decoding import WindowLogits, decode_many
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
 from qadeploy.files import new_file, require_new, write_json
-from qadeploy.inference.answerer import Answerer, to_answers
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.pairs import to_answers
 from qadeploy.records import NO_ANSWER, Answer, Example, FloatArray, Span, Window
 
 PREDICTIONS, N_BEST, NULL_ODDS = "predictions.json", "nbest_predictions.json", "null_odds.json"

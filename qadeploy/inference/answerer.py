@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol, Unpack
 
 from qadeploy.core.bm25 import Ranking, rank_windows
-from qadeploy.core.decoding import Decoded, WindowLogits, decode_many, rank_answers
+from qadeploy.core.decoding import decode_many
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.passages import JoinedText, passage_windows
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
@@ -27,7 +26,7 @@ from qadeploy.inference.aio import AnswerThreads, RunWindows
 from qadeploy.inference.bundle import MODEL, Bundle, default_bundle, open_bundle
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
 from qadeploy.inference.loading import within
-from qadeploy.inference.presenting import present
+from qadeploy.inference.pairs import DecodedPair, EncodedPair, to_answers
 from qadeploy.inference.probe import prove
 from qadeploy.inference.session import OnnxModel, Pending
 from qadeploy.inference.texts import (
@@ -61,50 +60,6 @@ class LogitsModel(Protocol):
     def start(self, windows: Sequence[Window]) -> Pending:
         """Starts to run windows and returns at once, so that the caller can prepare the next ones."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPair:
-    """A question and its context, tokenised and cut into windows.
-
-    Attributes:
-        question: The tokens of the question.
-        context: The tokens of the context; a ``JoinedText`` if passages were given.
-        windows: The windows that the model reads.
-        ranking: The BM25 scores of all windows if ``prefilter`` left some out, else None.
-        skipped: The indices of empty passages.
-    """
-
-    question: EncodedText
-    context: EncodedText
-    windows: Sequence[Window]
-    ranking: Ranking | None
-    skipped: tuple[int, ...] = ()
-
-    @property
-    def passages(self) -> JoinedText | None:
-        """The passages, None if a single context was given."""
-        return self.context if isinstance(self.context, JoinedText) else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodedPair(EncodedPair):
-    """An encoded pair with the model's logits and the spans decoded from them.
-
-    Attributes:
-        scored: The windows with their logits, as ``settings`` rank them.
-        settings: The settings of this call.
-        decoded: The best spans and the null answer.
-    """
-
-    scored: WindowLogits
-    settings: QaSettings
-    decoded: Decoded
-
-    @property
-    def logits(self) -> list[Logits]:
-        """Start and end logits of each window, float32 ``[tokens]`` each."""
-        return list(zip(self.scored.start_logits, self.scored.end_logits, strict=True))
 
 
 class Answerer:
@@ -558,31 +513,6 @@ def refuse_in_graph(bundle: Bundle) -> None:
             f"{bundle.folder}: its graph answers by itself ({bundle.in_graph} in the graph), for callers without qadeploy: "
             f"load the bundle that it was made from, {bundle.manifest['made']['from']}"
         )
-
-
-def to_answers(pair: DecodedPair, options: Options) -> list[Answer]:
-    """The answers of a decoded pair, best first, with the null answer among them if it is allowed."""
-    answers = rank_answers(
-        pair.decoded,
-        pair.context.text,
-        top_k=options.top_k,
-        allow_no_answer=options.null_competes(pair.settings),
-        null_threshold=pair.settings.null_threshold,
-    )
-    answers = [answer for answer in answers if answer.score >= options.min_score]
-    joined = pair.passages
-    parts = [joined.part_at(answer.start) if joined and answer.text else 0 for answer in answers]
-    if joined:
-        answers = [_in_passage(a, joined, i) if a.text else a for a, i in zip(answers, parts, strict=True)]
-    if options.snippet is None and options.offsets == "codepoints":
-        return answers
-    texts = [joined.parts[i].text if joined else pair.context.text for i in parts]
-    return present(answers, texts, options.snippet, options.offsets)
-
-
-def _in_passage(answer: Answer, passages: JoinedText, part: int) -> Answer:
-    begin = int(passages.begins[part])
-    return replace(answer, start=answer.start - begin, end=answer.end - begin, passage=passages.numbers[part])
 
 
 def _told(pair: DecodedPair, options: Options, number: int) -> list[Answer]:

@@ -11,7 +11,8 @@ import numpy as np
 
 from qadeploy.core.bm25 import Ranking
 from qadeploy.core.settings import Options
-from qadeploy.inference.answerer import Answerer, DecodedPair, to_answers
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import Window
 
 _TOP = 5

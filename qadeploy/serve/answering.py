@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from qadeploy.errors import LogitsError
-from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.inference.trace import trace_dict
 from qadeploy.records import NO_ANSWER
 from qadeploy.serve.calls import call_of

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from qadeploy import __version__
 from qadeploy.core.settings import Options
-from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER
 from qadeploy.serve.answering import answered_by, dump, json_response
 from qadeploy.serve.body import BoundedRoute

@@ -20,7 +20,7 @@ from typing import Any
 
 from qadeploy.errors import FailureError, InputError
 from qadeploy.files import holding
-from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER, Answer
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.scheduler import Ask, Render

@@ -31,7 +31,8 @@ from typing import Any
 from qadeploy.core.settings import Options
 from qadeploy.corpus.records import Passage
 from qadeploy.errors import InputError
-from qadeploy.inference.answerer import Answerer, DecodedPair, EncodedPair
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.pairs import DecodedPair, EncodedPair
 from qadeploy.inference.texts import Texts
 from qadeploy.records import Logits, Window
 from qadeploy.serve.cost import Speed, TokenRatios, window_tokens

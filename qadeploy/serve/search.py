@@ -10,7 +10,7 @@ from typing import Any
 from qadeploy.core.settings import Options
 from qadeploy.corpus.corpus import Corpus
 from qadeploy.corpus.options import for_corpus
-from qadeploy.inference.answerer import DecodedPair, to_answers
+from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.serve.limits import check_limits
 from qadeploy.serve.scheduler import Ask
 from qadeploy.serve.settings import Settings

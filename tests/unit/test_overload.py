@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qadeploy.core.settings import Options, QaSettings
-from qadeploy.inference.answerer import EncodedPair
+from qadeploy.inference.pairs import EncodedPair
 from qadeploy.serve import scheduler as module
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.metrics import Metrics

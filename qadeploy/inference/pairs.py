@@ -1,0 +1,83 @@
+"""A question with its context on the way to answers: encoded, decoded, presented."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qadeploy.core.bm25 import Ranking
+from qadeploy.core.decoding import Decoded, WindowLogits, rank_answers
+from qadeploy.core.encoded_text import EncodedText
+from qadeploy.core.passages import JoinedText
+from qadeploy.core.settings import Options, QaSettings
+from qadeploy.inference.presenting import present
+from qadeploy.records import Answer, Logits, Window
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A question and its context, tokenised and cut into windows.
+
+    Attributes:
+        question: The tokens of the question.
+        context: The tokens of the context; a ``JoinedText`` if passages were given.
+        windows: The windows that the model reads.
+        ranking: The BM25 scores of all windows if ``prefilter`` left some out, else None.
+        skipped: The indices of empty passages.
+    """
+
+    question: EncodedText
+    context: EncodedText
+    windows: Sequence[Window]
+    ranking: Ranking | None
+    skipped: tuple[int, ...] = ()
+
+    @property
+    def passages(self) -> JoinedText | None:
+        """The passages, None if a single context was given."""
+        return self.context if isinstance(self.context, JoinedText) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedPair(EncodedPair):
+    """An encoded pair with the model's logits and the spans decoded from them.
+
+    Attributes:
+        scored: The windows with their logits, as ``settings`` rank them.
+        settings: The settings of this call.
+        decoded: The best spans and the null answer.
+    """
+
+    scored: WindowLogits
+    settings: QaSettings
+    decoded: Decoded
+
+    @property
+    def logits(self) -> list[Logits]:
+        """Start and end logits of each window, float32 ``[tokens]`` each."""
+        return list(zip(self.scored.start_logits, self.scored.end_logits, strict=True))
+
+
+def to_answers(pair: DecodedPair, options: Options) -> list[Answer]:
+    """The answers of a decoded pair, best first, with the null answer among them if it is allowed."""
+    answers = rank_answers(
+        pair.decoded,
+        pair.context.text,
+        top_k=options.top_k,
+        allow_no_answer=options.null_competes(pair.settings),
+        null_threshold=pair.settings.null_threshold,
+    )
+    answers = [answer for answer in answers if answer.score >= options.min_score]
+    joined = pair.passages
+    parts = [joined.part_at(answer.start) if joined and answer.text else 0 for answer in answers]
+    if joined:
+        answers = [_in_passage(a, joined, i) if a.text else a for a, i in zip(answers, parts, strict=True)]
+    if options.snippet is None and options.offsets == "codepoints":
+        return answers
+    texts = [joined.parts[i].text if joined else pair.context.text for i in parts]
+    return present(answers, texts, options.snippet, options.offsets)
+
+
+def _in_passage(answer: Answer, passages: JoinedText, part: int) -> Answer:
+    begin = int(passages.begins[part])
+    return replace(answer, start=answer.start - begin, end=answer.end - begin, passage=passages.numbers[part])
