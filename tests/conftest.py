@@ -155,11 +155,11 @@ def once(shared_folder: Path) -> Once[Any]:
 @pytest.fixture(scope="session")
 def brief() -> Iterator[None]:
     """Exports measure speeds with few questions: those of a tiny model say nothing."""
-    from qadeploy.export import manifest, reference
+    from qadeploy.export import reference
     from qadeploy.export.quantize import search
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "TUNING_SECONDS", 1.0)
+        patch.setattr(reference, "_SECONDS", 1.0)
         patch.setattr(reference, "_TIMED_QUESTIONS", 4)
         patch.setattr(search, "_TIMED", 4)
         yield

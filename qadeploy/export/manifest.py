@@ -31,7 +31,6 @@ _VERSIONED = (
     "onnxruntime",
     "tokenizers",
 )
-TUNING_SECONDS = 20.0
 
 
 def tune_model(
@@ -49,7 +48,7 @@ def tune_model(
         stored,
         target="throughput" if target == "throughput" else "latency",
         tolerance=tolerance,
-        seconds=TUNING_SECONDS,
+        seconds=reference.measuring,
         say=lambda what: reference.count(0, 1, f" {what}"),
     )
 

@@ -36,7 +36,10 @@ class ExportOptions(DataFlags):
     recipe: str | None = option(
         None, "Take this int8 recipe instead of measuring all; --list-recipes names them.", shown="the best measured"
     )
-    budget: str = option("5m", "Time for measuring recipes, e.g. 90s or 5m, once one keeps its F1.")
+    budget: str = option(
+        "5m",
+        "Time for measuring int8 recipes, e.g. 90s or 5m, once one keeps its F1. Below 2m, each bundle is measured more briefly, too.",
+    )
     spans_in_graph: bool = option(
         False,
         "Also write NAME-spans of each but NAME-fused: the graph takes a context mask and returns the best spans itself.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qadeploy.export.manifest import TUNING_SECONDS
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.parity import PARITY_RUNS
 from qadeploy.export.quantize.recipes import RECIPES
@@ -57,7 +56,7 @@ def plan_lines(options: ExportOptions, reference: Reference, budget: float) -> l
 
 def _bundle(reference: Reference, each: float) -> float:
     """The seconds to tune, prove and measure a model that takes ``each`` seconds per question."""
-    tuning = max(TUNING_SECONDS, least_seconds(each))
+    tuning = max(reference.measuring, least_seconds(each))
     timing = (ROUNDS + 1) * len(reference.timed) * (each + reference.seconds)
     return tuning + PARITY_RUNS * (reference.seconds + 2 * each) + len(reference.examples) * each + timing
 

@@ -22,7 +22,9 @@ Count = Callable[[int, int, str], object]
 _TIMED_QUESTIONS = 16
 _LEAST_TIMED = 4
 ROUNDS = 5
-TIMING_SECONDS = 20.0  # for a bundle against PyTorch, about: of a large model fewer questions are timed
+# About, for finding the session settings of a bundle, and again for timing it against PyTorch: of a large model fewer questions are timed.
+_SECONDS = 20.0
+_SHARE = 1 / 6  # of a budget, if that is less
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Reference:
     """The PyTorch model that exports are compared with, and the questions to do it on.
 
     ``dev`` are the questions that may choose between variants (empty if the run is not known);
-    those ``held_out`` judge the chosen one. ``seconds`` is what PyTorch takes per question.
+    those ``held_out`` judge the chosen one. ``seconds`` is what PyTorch takes per question, ``measuring`` the seconds for finding
+    the session settings of a bundle, and again for timing it.
     """
 
     run: Run
@@ -41,6 +44,7 @@ class Reference:
     scores: Scores
     timed: tuple[tuple[str, str], ...] = field(repr=False)
     seconds: float
+    measuring: float
     count: Count = field(default=lambda *_: None, repr=False)
 
     @property
@@ -59,7 +63,13 @@ class Reference:
         return f"{len(self.examples)} held-out questions of {self.held_out.name}"
 
 
-def make_reference(run: Run, held_out: HeldOut, hub: Hub | None = None, count: Count = lambda *_: None) -> Reference:
+def make_reference(
+    run: Run,
+    held_out: HeldOut,
+    hub: Hub | None = None,
+    count: Count = lambda *_: None,
+    budget: float | None = None,
+) -> Reference:
     """Loads the run's checkpoint and scores it on the held-out questions.
 
     Args:
@@ -67,6 +77,7 @@ def make_reference(run: Run, held_out: HeldOut, hub: Hub | None = None, count: C
         held_out: The held-out questions.
         hub: Whether the checkpoint's own code may run.
         count: Gets how many questions of a step are answered.
+        budget: Seconds for measuring int8 recipes; a small one also shortens the measuring of each bundle.
     """
     checkpoint = load_checkpoint(run.checkpoint, hub)
     answerer = torch_answerer(checkpoint)
@@ -74,10 +85,11 @@ def make_reference(run: Run, held_out: HeldOut, hub: Hub | None = None, count: C
     started = time.perf_counter()
     scores = counted(answerer, held_out.examples, "PyTorch answers", count).scores
     seconds = (time.perf_counter() - started) / max(1, len(held_out.examples))
-    fitting = int(TIMING_SECONDS / (2 * (ROUNDS + 1) * max(seconds, 1e-6)))
+    measuring = _SECONDS if budget is None else min(_SECONDS, budget * _SHARE)
+    fitting = int(measuring / (2 * (ROUNDS + 1) * max(seconds, 1e-6)))
     number = min(_TIMED_QUESTIONS, max(_LEAST_TIMED, fitting))
     timed = tuple((e.question, e.context) for e in spread(held_out.examples, number))
-    return Reference(run, checkpoint, held_out, dev_set(run), answerer, scores, timed, seconds, count)
+    return Reference(run, checkpoint, held_out, dev_set(run), answerer, scores, timed, seconds, measuring, count)
 
 
 def counted(answerer: Answerer, examples: Sequence[Example], what: str, count: Count) -> Evaluation:

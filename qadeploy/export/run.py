@@ -184,7 +184,7 @@ class _Export:
         of = "" if count == every else f" of {every} (--max-eval-samples)"
         self.listener.say(f"exporting {self.found.checkpoint}, judged on {count}{of} questions of {judges.name}")
         hub = Hub(trust_remote_code=self.options.trust_remote_code, allow_pickle=self.options.allow_pickle)
-        reference = make_reference(self.found, judges, hub, self.listener.count)
+        reference = make_reference(self.found, judges, hub, self.listener.count, self.budget)
         if self.options.text_in_graph:
             check_wordpiece(reference.checkpoint.tokenizer.backend_tokenizer)
         return reference
