@@ -44,7 +44,7 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "qadeploy needs Python 3.11 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { rm -rf $(VENV); echo "no venv module: install your system's python3-venv package"; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(RUNTIME),scale,serve,corpus,train,optimum,triton,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[$(RUNTIME),scale,serve,corpus,train,optimum,triton,dev]'
 	@touch $@
 
 lint: $(READY)
@@ -72,7 +72,7 @@ test-next: $(NEXT_READY)
 
 $(NEXT_READY): pyproject.toml constraints-next.txt
 	@test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
-	$(NEXT)/bin/python -m pip install --quiet -c constraints-next.txt -e '.[cpu,serve,corpus,train,dev]'
+	$(NEXT)/bin/python -m pip install --quiet --no-compile -c constraints-next.txt -e '.[cpu,serve,corpus,train,dev]'
 	@touch $@
 
 coverage: $(READY)
@@ -89,7 +89,7 @@ requirements: $(READY)
 	$(COMPILE) --output-file requirements/build.txt requirements/build.in
 
 docs: $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # onnxruntime-node holds its CPU library; its install script would download the one for CUDA.
@@ -101,7 +101,7 @@ inference-servers: $(SERVERS_READY)
 
 $(SERVERS_READY): tests/inference_servers/requirements.txt
 	@test -x $(SERVERS)/bin/python || $(PYTHON) -m venv $(SERVERS)
-	$(SERVERS)/bin/python -m pip install --quiet -r tests/inference_servers/requirements.txt
+	$(SERVERS)/bin/python -m pip install --quiet --no-compile -r tests/inference_servers/requirements.txt
 	@touch $@
 
 demo: $(READY)

@@ -82,7 +82,7 @@ def actors(session: int) -> list[int]:
 
 def test_the_command_is_quiet_whatever_dies_and_leaves_no_process(bundle, folder):
     """Ray keeps remarks that repeat themselves back until it ends: those of later deaths must not reach stdout."""
-    rows = LONG[:800]
+    rows = LONG[:240]
     source = write_jsonl(folder / "many.jsonl", rows)
     killed: set[int] = set()
     with command(bundle, source, "--json", "--shard-rows", "20") as process:
