@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner
 
 from qadeploy import Answer, Answerer
-from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.run import BatchRequest, answer_files
 from qadeploy.cli import main
 from qadeploy.core.decoding import span_table
@@ -328,15 +327,6 @@ def test_passages_are_read_from_parquet_and_csv_under_any_name(bundle, tmp_path)
         found.append(json.loads((tmp_path / f"{name}.jsonl").read_text("utf-8")))
     assert found[0] == found[1]
     assert found[0]["passage"] in {0, 1, 2}
-
-
-def test_ray_writes_the_same_rows(bundle, tmp_path):
-    rows = [{"question": q, "contexts": p} for q, p in asked(12)]
-    source = write_jsonl(tmp_path / "asked.jsonl", rows)
-    request = {"bundle": str(bundle), "inputs": (str(source),), "snippet": 20, "shard_rows": 4, "device": "cpu"}
-    answer_files(BatchRequest(**request, output=str(tmp_path / "local")))
-    answer_files(BatchRequest(**request, output=str(tmp_path / "ray"), cluster=Cluster(actors=1)))
-    assert parquet.read_table(tmp_path / "ray").equals(parquet.read_table(tmp_path / "local"))
 
 
 def test_a_folder_of_answers_is_not_continued_with_other_snippets(bundle, tmp_path):

@@ -15,11 +15,55 @@ import torch
 from qadeploy.errors import FailureError, InputError
 from qadeploy.training import speed
 from qadeploy.training.checkpoint import load_checkpoint
-from qadeploy.training.speed import Speed, compiled, has_tf32, tf32_matmuls
+from qadeploy.training.speed import Speed, compiled, float32_attention, has_tf32, tf32_matmuls
 from qadeploy.training.train import train
 from tests.conftest import tiny_options
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
+
+
+# ---------------------------------------------------------------- attention on a CPU
+
+
+def test_attention_is_in_float32_under_autocast_on_a_cpu_and_learns_the_same(tiny_checkpoint):
+    """With a mask as models give it, forward and backward, against the model in float32 throughout."""
+    model = load_checkpoint(tiny_checkpoint).model.train()
+    model.set_attn_implementation("sdpa")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    real = torch.nn.functional.scaled_dot_product_attention
+    seen: list[torch.dtype] = []
+
+    def watched(query: Any, *args: Any, **options: Any) -> Any:
+        seen.append(query.dtype)
+        return real(query, *args, **options)
+
+    def gradient(device: torch.device, autocast: bool) -> torch.Tensor:
+        model.zero_grad()
+        inputs = {
+            "input_ids": torch.arange(12).reshape(2, 6) + 5,
+            "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2]),
+        }
+        with float32_attention(device), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = model(**inputs)
+        (output.start_logits.float().sum() + output.end_logits.float().square().sum()).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    torch.nn.functional.scaled_dot_product_attention = watched
+    try:
+        exact, mixed = gradient(CPU, False), gradient(CPU, True)
+        assert set(seen) == {torch.float32}
+        assert torch.nn.functional.scaled_dot_product_attention is watched  # as it was
+        assert torch.nn.functional.cosine_similarity(exact, mixed, dim=0) > 0.999
+        seen.clear()
+        with pytest.raises(ValueError, match="out of it"), float32_attention(CPU):
+            raise ValueError("out of it")
+        assert torch.nn.functional.scaled_dot_product_attention is watched
+        with float32_attention(CUDA):  # PyTorch's own are fastest there
+            assert torch.nn.functional.scaled_dot_product_attention is watched
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = real
 
 
 # ---------------------------------------------------------------- TF32

@@ -33,7 +33,6 @@ class Store:
 
     def __init__(self, main: _Lines, aside: _Lines, annotator: str) -> None:
         self._main, self._aside = main, aside
-        self._annotator = annotator
         mine = [(row, lines) for lines in (main, aside) for row, _ in lines.rows if row["annotator"] == annotator]
         self._mine = sorted(mine, key=lambda each: each[0]["time"])
 

@@ -25,7 +25,6 @@ from qadeploy.records import NO_ANSWER, Answer
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.scheduler import Ask, Render
 
-VERDICTS = ("right", "wrong")
 _KEPT = 64 * 2**20  # bytes of questions and contexts that are remembered
 
 

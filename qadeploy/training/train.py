@@ -69,7 +69,7 @@ from qadeploy.training.selection import (
     report_choice,
     score_logits,
 )
-from qadeploy.training.speed import Speed, compiled, has_tf32, tf32_matmuls
+from qadeploy.training.speed import Speed, compiled, float32_attention, has_tf32, tf32_matmuls
 from qadeploy.training.torch_device import device_name, resolve_precision, training_device
 from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
 from qadeploy.training.training_set import TrainingSet, masked_windows
@@ -135,7 +135,11 @@ def train(
         log.detail(f"metric of EM and F1: {models.settings.metric}")
         windows = _make_windows(options, data, models, log)
         record = _record(options, data, models)
-        with open_run(Path(options.out), record, resume, log) as opened, tf32_matmuls(device):
+        with (
+            open_run(Path(options.out), record, resume, log) as opened,
+            tf32_matmuls(device),
+            float32_attention(device),
+        ):
             if opened.finished:
                 log.say(f"run folder: {options.out} was complete already")
                 return RunResult(
