@@ -2,13 +2,13 @@
 
 What is written goes to a temporary beside its place, ``.NAME.qadeploy-RANDOM.tmp``, and is renamed into place. Its writer holds a
 lock on the temporary as a sign of life, which ends with the process, in any container of the host: so the next writer can
-delete what a killed one left, and nothing of one that is still at work.
+delete what a killed one left, and nothing of one that is still at work. On Windows there are no such locks: nothing that was left is
+deleted, and two writers of one place are not kept apart.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -17,6 +17,8 @@ import re
 import secrets
 import shutil
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,8 +28,15 @@ from typing import Any, BinaryIO
 
 from qadeploy.errors import InputError
 
+if sys.platform != "win32":
+    import fcntl
+
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.qadeploy-[0-9a-f]{16}\.(?P<kind>tmp|old)", re.DOTALL)
 _LOCK = "qadeploy lock: "
+# Windows renames no open file, opens no folder, and translates line ends unless a file is opened as binary.
+_WINDOWS = sys.platform == "win32"
+_BINARY, _NO_LINK = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
+_position = threading.Lock()
 _NO_REPLACE, _EXCHANGE, _HERE = 1, 2, -100  # RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD of Linux
 # A kernel, a file system or a container's filter that does not know the flags of renameat2.
 _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
@@ -50,6 +59,15 @@ def hash_file(path: Path) -> str:
     """Returns the SHA-256 of a file, as hexadecimal text."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """``os.pread``, for Windows too. Safe under threads."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, size, offset)
+    with _position:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, size)
 
 
 # ---------------------------------------------------------------- writing
@@ -99,12 +117,16 @@ def writing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
     With ``new`` it raises FileExistsError if there is something at ``path`` by then.
     """
     try:
-        temporary, descriptor = _begin(path, lambda at: os.open(at, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
+        temporary, descriptor = _begin(
+            path, lambda at: os.open(at, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
+        )
         try:
             with io.BufferedWriter(_Named(descriptor, path)) as stream:
                 yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
+                if _WINDOWS:
+                    stream.close()
                 (_rename_new if new else os.replace)(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -134,7 +156,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """Deletes the temporaries in ``folder`` whose writers are gone: those of the file or folder ``name``, or all."""
     for path in _temporaries(folder, name, "tmp"):
         with suppress(OSError):  # another sweeps too
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(path, os.O_RDONLY | _NO_LINK)
             try:
                 if lock(descriptor):
                     _delete(path)
@@ -153,15 +175,14 @@ def _begin(place: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
                 raise
             continue  # swept before it was opened
         with suppress(BlockingIOError, FileNotFoundError):  # being swept, or swept, before it was locked
-            lock(descriptor)
-            if os.path.samestat(os.fstat(descriptor), path.lstat()):
+            if not lock(descriptor) or os.path.samestat(os.fstat(descriptor), path.lstat()):
                 return path, descriptor
         os.close(descriptor)
 
 
 def _make_folder(path: Path) -> int:
     path.mkdir()
-    return os.open(path, os.O_RDONLY)
+    return os.open(os.devnull if _WINDOWS else path, os.O_RDONLY)
 
 
 def _beside(place: Path, kind: str) -> Path:
@@ -192,10 +213,12 @@ def _delete(path: Path) -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Locks an open file or folder until it is closed. False if its file system has no locks.
+    """Locks an open file or folder until it is closed. False if its file system, or Windows, has no locks.
 
     Raises BlockingIOError if another holds it.
     """
+    if sys.platform == "win32":
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -219,6 +242,9 @@ def holding(place: Path, shown: Path | None = None) -> Iterator[None]:
     Raises:
         InputError: Another process, or thread, holds the place; the message says which, if that is known.
     """
+    if sys.platform == "win32":
+        yield
+        return
     path = place.with_name(f".{place.name}.qadeploy-lock")
     descriptor, locked = _acquire(path, shown or place)
     try:
@@ -295,8 +321,10 @@ def require_new(place: Path, flag: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file's bytes, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flushes a file's bytes, or a folder's entries, to the disk. Windows flushes files alone, and only those open for writing."""
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -359,6 +387,8 @@ def _rename(source: Path, place: Path, flags: int) -> bool:
 def _renameat2() -> Callable[..., int] | None:
     import ctypes
 
+    if sys.platform != "linux":
+        return None
     try:
         function: Callable[..., int] = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):  # no glibc, or one before 2.28

@@ -1,6 +1,7 @@
 """The machine that this process runs on: its CPU and the instruction sets that decide which settings are fast.
 
-They are read from ``/proc/cpuinfo``; on systems without it no instruction set is known.
+They are read from ``/proc/cpuinfo`` on Linux, from ``sysctl`` on macOS, and from ``IsProcessorFeaturePresent`` on Windows, which does
+not know VNNI: there no instruction set of an x86 CPU is known.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import gc
 import math
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -25,6 +27,17 @@ INSTRUCTION_SETS = (
 )
 _VNNI = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
 _CPUINFO = Path("/proc/cpuinfo")
+# Where macOS tells of them: a number of its own (Arm), or a word of machdep.cpu.leaf7_features (Intel).
+_SYSCTL = {
+    "asimddp": "FEAT_DotProd",
+    "asimdhp": "FEAT_FP16",
+    "i8mm": "FEAT_I8MM",
+    "bf16": "FEAT_BF16",
+    "sme": "FEAT_SME",
+}
+_LEAF7 = {"avx2": "AVX2", "avx512f": "AVX512F", "avx512_vnni": "AVX512VNNI"}
+# PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE and the like (winnt.h).
+_WINDOWS = {"asimddp": 43, "asimdhp": 67, "i8mm": 66, "bf16": 68, "sve": 46, "sve2": 47, "sme": 70}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +88,45 @@ def entry_has_vnni(entry: object) -> bool:
     return not (isinstance(stored, list) and stored) or any(name in stored for name in _VNNI)
 
 
-def saturation_warning(precision: str, exported_on: object, *, measured: bool = False) -> str:
+def saturation_warning(manifest: Mapping[str, Any]) -> str:
     """Says what to do if int8 matmuls of a bundle may saturate on this machine; "" if they cannot, or do no harm.
 
-    An export on a machine without VNNI gives the weights 7 bits, so that nothing saturates.
+    They cannot with weights of 7 bits, which an export on a machine without VNNI, or with ``--reduce-range``, makes.
 
     Args:
-        precision: The bundle's.
-        exported_on: The ``machine`` entry of the machine that exported it.
-        measured: Whether its accuracy was measured on a machine without VNNI too, and is the same.
+        manifest: The bundle's: its ``precision``, ``made``, the machine that exported it, and whether its accuracy was
+            ``measured_without_vnni`` too and is the same.
     """
     here = machine()
-    if precision != "int8" or measured or here.has_vnni or not here.instruction_sets or not entry_has_vnni(exported_on):
+    if manifest.get("precision") != "int8" or here.has_vnni or not here.instruction_sets:
+        return ""
+    exported_on = manifest.get("exported_on") or manifest.get("machine")
+    reduced = (manifest.get("made") or {}).get("reduce_range") is True or not entry_has_vnni(exported_on)
+    if reduced or manifest.get("measured_without_vnni"):
         return ""
     return (
         "this machine has no VNNI, so 8-bit matmuls may saturate, which costs accuracy and no setting repairs: "
-        "export the run again on this machine (qadeploy export RUN --quantize)"
+        "export the run again with 7-bit weights (qadeploy export RUN --quantize --reduce-range)"
     )
 
 
 @cache
 def machine() -> Machine:
     """Returns the machine of this process, read once."""
+    if sys.platform == "win32":
+        return on_windows(ctypes.windll.kernel32.IsProcessorFeaturePresent)
     try:
+        if sys.platform == "darwin":
+            command = ["/usr/sbin/sysctl", "machdep.cpu", "hw.optional"]
+            return parse_sysctl(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
         return parse_cpuinfo(_CPUINFO.read_text(encoding="utf-8", errors="replace"))
     except OSError:
-        return parse_cpuinfo("")
+        return _machine("", ())
+
+
+def _machine(name: str, found: Iterable[str]) -> Machine:
+    known = set(found)
+    return Machine(name or platform.processor() or platform.machine(), tuple(n for n in INSTRUCTION_SETS if n in known))
 
 
 def parse_cpuinfo(cpuinfo: str) -> Machine:
@@ -113,8 +139,31 @@ def parse_cpuinfo(cpuinfo: str) -> Machine:
             name = value
         elif key in {"flags", "Features"}:
             shared = set(value.split()) if shared is None else shared & set(value.split())
-    names = tuple(feature for feature in INSTRUCTION_SETS if feature in (shared or ()))
-    return Machine(name or platform.processor() or platform.machine(), names)
+    return _machine(name, shared or ())
+
+
+def parse_sysctl(text: str) -> Machine:
+    """Parses what ``sysctl machdep.cpu hw.optional`` prints on macOS."""
+    values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+    leaf7 = values.get("machdep.cpu.leaf7_features", "").split()
+    found = [name for name, key in _SYSCTL.items() if values.get(f"hw.optional.arm.{key}") == "1"]
+    return _machine(
+        values.get("machdep.cpu.brand_string", ""), [*found, *(n for n, word in _LEAF7.items() if word in leaf7)]
+    )
+
+
+def on_windows(present: Callable[[int], int]) -> Machine:
+    """Asks Windows for the instruction sets of an Arm CPU; ``present`` is ``IsProcessorFeaturePresent``."""
+    return _machine("", [name for name, feature in _WINDOWS.items() if present(feature)])
+
+
+def memory_bytes() -> int:
+    """Returns the size of this machine's memory."""
+    if sys.platform == "win32":
+        status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its own size, then the memory
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return int(status[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory() -> int | None:

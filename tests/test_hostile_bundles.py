@@ -113,6 +113,12 @@ def test_any_value_in_any_place_of_a_manifest_is_refused_or_harmless(data, bundl
         (("machine", "instruction_sets"), [{}], r"machine\.instruction_sets must be a list of names"),
         (("probe", "start_logits"), [1.0], r"probe\.start_logits must be a list of \d+ numbers"),
         (("probe", "input_ids"), ["a"], r"probe\.input_ids must be a list of token ids"),
+        (("drift",), [1], r"drift must be an object"),
+        (("drift", "score"), 1, r"drift\.score must be an object"),
+        (("drift", "score", "bounds"), [0.2, 0.1], r"drift\.score\.bounds must be a rising list of numbers"),
+        (("drift", "score", "bounds"), list(range(101)), r"drift\.score\.bounds must be"),
+        (("drift", "score", "counts"), [1, -1], r"drift\.score\.counts must be a list of 12 numbers of questions"),
+        (("drift", "no_answer", "counts"), [0, 0], r"drift\.no_answer\.counts must be a list of 2 .*, not all 0"),
     ],
 )
 def test_values_that_used_to_end_raw(copy, path, value, message):

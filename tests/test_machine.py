@@ -250,6 +250,27 @@ def test_a_bundle_for_any_machine_warns_only_where_int8_may_saturate(sets, measu
     assert all("no VNNI, so 8-bit matmuls may saturate" in str(w.message) for w in caught)
 
 
+@pytest.mark.parametrize(
+    ("made", "exported_on", "said"),
+    [
+        ({}, None, True),
+        ({"reduce_range": False}, None, True),
+        ({"reduce_range": True}, None, False),
+        ({}, {"instruction_sets": ["avx2"]}, False),  # before it was tuned elsewhere
+    ],
+)
+def test_saturation_is_named_besides_the_session_settings(made, exported_on, said, plain_int8, tmp_path, monkeypatch):
+    monkeypatch.setattr("qadeploy.machine.machine", lambda: Machine("another", ("avx2",)))
+    monkeypatch.setattr("qadeploy.inference.answerer.machine", lambda: Machine("another", ("avx2",)))
+    entry = {"instruction_sets": ["avx2", "avx512_vnni"]}
+    path = sealed_copy(plain_int8, tmp_path / "int8", machine=entry, made=made, exported_on=exported_on)
+    with pytest.warns(MachineWarning) as caught:
+        Answerer.load(path, device="cpu", threads=1)
+    (warning,) = caught
+    assert ("(qadeploy export RUN --quantize --reduce-range)" in str(warning.message)) is said
+    assert "this machine lacks avx512_vnni, unlike" in str(warning.message)
+
+
 def test_the_doctor_names_the_commit_of_a_checkout():
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -17,7 +17,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.evaluation.predictions import Recorder, predict, write_predictions
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import NO_ANSWER, Answer, Example
-from tests.conftest import Tiny
+from tests.conftest import Tiny, triplets
 from tests.tokenizers_for_tests import encoder, thorough
 
 CONTEXT = "The library opens at nine and closes at half past six. The museum's oldest map shows only two bridges."
@@ -191,3 +191,20 @@ def test_a_recorder_changes_no_score_and_keeps_what_was_answered(tiny: Tiny, bun
         entry = next(e for e in prediction.n_best if e["text"] == answer.text)
         assert entry["probability"] == pytest.approx(answer.score)
         assert (prediction.null_odds is not None) == allow
+
+
+def test_words_shared_with_the_question_count_once_in_a_recorded_probability(bundle: Path):
+    from dataclasses import replace
+
+    from qadeploy import Answerer
+
+    loaded = Answerer.load(bundle)
+    settings = replace(loaded.settings, bm25_weight=2.0, max_seq_len=48, doc_stride=8)
+    answerer = Answerer(loaded.encoder, settings, loaded.model)
+    context = " ".join(str(row["context"]) for row in triplets(12))
+    examples = [Example(str(row["question"]), str(row["question"]), context) for row in triplets(4)]
+    recorder = Recorder(answerer, examples, 4)
+    recorded = evaluate(recorder, examples, allow_no_answer=False)
+    for prediction, answer in zip(recorder.predictions, recorded.answers, strict=True):
+        assert prediction.n_best[0]["text"] == answer.text
+        assert prediction.n_best[0]["probability"] == pytest.approx(answer.score)

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from qadeploy.errors import InputError
 from qadeploy.export.attention import fuse_attention
 from qadeploy.export.parity import parity_windows
+from qadeploy.export.quantize.int8 import find_recipes
 from qadeploy.export.quantize.matmuls import TOKENS, Activations, find_matmuls, measure_activations, rounding_error
 from qadeploy.export.quantize.quantizers import quantize_dynamic_int8, quantize_embeddings
 from qadeploy.export.quantize.recipes import RECIPES, Material
@@ -231,6 +233,31 @@ def test_outlying_channels_are_kept_apart_where_that_pays():
         return float(np.mean(np.linalg.norm(rest, axis=1) / np.linalg.norm(exact, axis=1)))
 
     assert error(quantize_dynamic_int8(found.model, found.float_nodes)) < 0.3 * error(quantize_dynamic_int8(model))
+
+
+def largest_weight(model: bytes) -> int:
+    """The largest size of an int8 weight of a matmul."""
+    graph = onnx.load_model_from_string(model).graph
+    constants = {c.name: numpy_helper.to_array(c) for c in graph.initializer if c.data_type == TensorProto.INT8}
+    taken = {n for node in graph.node if node.op_type in {"MatMulInteger", "DequantizeLinear"} for n in node.input}
+    return max(int(np.abs(constants[name].astype(int)).max()) for name in taken & set(constants))
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-static"])
+def test_reduce_range_gives_weights_seven_bits(name, material):
+    full, reduced = (
+        RECIPES[name].make(Material(material.model, 4, 0, material.windows, reduce_range=each)).model
+        for each in (False, True)
+    )
+    assert largest_weight(reduced) <= 64 < largest_weight(full) <= 128
+
+
+def test_a_recipe_that_has_eight_bits_is_left_out_of_a_reduced_range():
+    left = {each.name for each in find_recipes(None, False)} - {each.name for each in find_recipes(None, True)}
+    assert left == {"int8-weights"}
+    with pytest.raises(InputError, match="recipe int8-weights has 8-bit weights always: leave out --reduce-range"):
+        find_recipes("int8-weights", True)
+    assert [each.name for each in find_recipes("int8", True)] == ["int8"]
 
 
 def test_nothing_is_added_where_nothing_is_gained():

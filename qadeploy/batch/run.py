@@ -109,7 +109,8 @@ def _in_order() -> Iterator[None]:
     Only in the main thread, and where the program has no handler of its own. A second signal does not cut the end short.
     """
     main = threading.current_thread() is threading.main_thread()
-    ours = [n for n in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(n) == signal.SIG_DFL]
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    ours = [n for n in known if main and signal.getsignal(n) == signal.SIG_DFL]
 
     def stop(number: int, frame: object) -> None:
         for each in ours:

@@ -37,7 +37,7 @@ from qadeploy.corpus.scanning import Found, reading, scan
 from qadeploy.corpus.terms import ANALYZER, analyzer, prepared, require_tantivy
 from qadeploy.data.wording import one_line
 from qadeploy.errors import CorpusError, InputError, MissingExtraError
-from qadeploy.files import holding, replace_folder, temporary_folder, write_text
+from qadeploy.files import holding, read_at, replace_folder, temporary_folder, write_text
 from qadeploy.inference.bundle import seal
 from qadeploy.machine import usable_cpus
 
@@ -390,6 +390,6 @@ def _copy(descriptor: int, begin: int, length: int, path: Path) -> None:
 
 def _copy_to(descriptor: int, begin: int, length: int, stream: Any) -> None:
     at = begin
-    while at < begin + length and (part := os.pread(descriptor, min(_COPIED, begin + length - at), at)):
+    while at < begin + length and (part := read_at(descriptor, min(_COPIED, begin + length - at), at)):
         stream.write(part)
         at += len(part)

@@ -26,6 +26,7 @@ from qadeploy.core.windows import is_rust_error
 from qadeploy.corpus.records import Skipped
 from qadeploy.corpus.terms import ANALYZER, analyzer, require_tantivy
 from qadeploy.errors import CorpusError, InputError
+from qadeploy.files import read_at
 from qadeploy.inference.bundle import MANIFEST, manifest_text
 from qadeploy.inference.manifest import parse_json
 
@@ -335,7 +336,7 @@ def _verified(path: Path, about: Mapping[str, Any]) -> int:
 
 def _read(descriptor: int, begin: int, length: int) -> bytes:
     parts, at = [], 0
-    while at < length and (part := os.pread(descriptor, min(length - at, 2**26), begin + at)):
+    while at < length and (part := read_at(descriptor, min(length - at, 2**26), begin + at)):
         parts.append(part)
         at += len(part)
     return b"".join(parts)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
+
+if sys.platform != "win32":
+    import resource
 
 _MEMORY = 2**31  # bytes that the process may take besides the file itself
 _PAGES = 20_000
@@ -46,8 +48,9 @@ def main() -> None:
     """Reads stdin under limits of memory, and prints the result."""
     content = sys.stdin.buffer.read()
     limit = _MEMORY + 4 * len(content)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         found = read(content, int(sys.argv[1]))
     except MemoryError:

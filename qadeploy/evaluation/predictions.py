@@ -164,11 +164,9 @@ class Recorder:
         allowed = options.null_competes(self.settings)
         for example, pair in zip(self._examples, self._answerer.read_stream(pairs, options), strict=True):
             answers = to_answers(pair, options)
-            starts, ends = zip(*pair.logits, strict=True)
-            scored = pair.settings.window_logits(pair.windows, starts, ends, pair.context)
             best = answers[0] if answers else NO_ANSWER
             size = self._n_best_size
             self.predictions.append(
-                predict(example, best, scored, pair.settings, n_best_size=size, allow_no_answer=allowed)
+                predict(example, best, pair.scored, pair.settings, n_best_size=size, allow_no_answer=allowed)
             )
             yield answers

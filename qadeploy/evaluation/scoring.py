@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, Unpack
 
 import numpy as np
 
 from qadeploy.core.calibration import expected_calibration_error
+from qadeploy.core.drift import Distribution, Figure
 from qadeploy.core.metrics import Metric, Scores, score
 from qadeploy.core.settings import AnswerOptions, QaSettings, any_unanswerable
 from qadeploy.records import NO_ANSWER, Answer, Example
@@ -37,12 +38,14 @@ class Evaluation:
         answers: One prediction per question, in the order of the examples.
         allow_no_answer: Whether the null answer competed.
         metric: How texts were compared.
+        drift: The figures that a server compares with its own, if the predictor was ``Watched``.
     """
 
     scores: Scores
     answers: tuple[Answer, ...]
     allow_no_answer: bool
     metric: Metric
+    drift: Mapping[Figure, Distribution] = field(default_factory=dict)
 
     @property
     def calibration_error(self) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qadeploy.evaluation.scoring import Evaluation
 from qadeploy.export.parity import TOLERANCES, measure_parity, require_parity
-from qadeploy.export.reference import Reference, make_answerer, measure
+from qadeploy.export.reference import Reference, counted, make_answerer, measure
 from qadeploy.files import hash_file
 from qadeploy.inference.bundle import CARD, MODEL, TOKENIZER, seal
 from qadeploy.inference.bundle_card import bundle_card
@@ -84,6 +84,7 @@ def finish_bundle(
     if tolerance is not None:
         require_parity(parity, name, tolerance)
     (work / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
+    evaluation = evaluation or counted(answerer, reference.examples, "the bundle answers", reference.count)
     config = checkpoint.model.config
     weights = reference.run.checkpoint / "model.safetensors"
     manifest: dict[str, Any] = {
@@ -108,6 +109,7 @@ def finish_bundle(
         "outputs": list(LOGIT_NAMES),
         "parity": parity.to_dict(),
         "measured": {**measure(reference, answerer, evaluation), "device": onnx.device},
+        "drift": {figure: found.to_dict() for figure, found in evaluation.drift.items()},
         "source": {
             "checkpoint": str(reference.run.checkpoint),
             "checkpoint_sha256": hash_file(weights) if weights.is_file() else None,

@@ -36,6 +36,10 @@ class ExportOptions(DataFlags):
     recipe: str | None = option(
         None, "Take this int8 recipe instead of measuring all; --list-recipes names them.", shown="the best measured"
     )
+    reduce_range: bool = option(
+        False,
+        "Give int8 weights 7 bits, for CPUs without VNNI, where 8 bits saturate; always so if this CPU has none.",
+    )
     budget: str = option(
         "5m",
         "Time for measuring int8 recipes, e.g. 90s or 5m, once one keeps its F1. Below 2m, each bundle is measured more briefly, too.",

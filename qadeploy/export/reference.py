@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qadeploy.core.metrics import Scores, bootstrap_interval
+from qadeploy.evaluation.drift import Watched
 from qadeploy.evaluation.scoring import Evaluation, evaluate
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.manifest import SessionSettings
@@ -93,15 +94,15 @@ def make_reference(
 
 
 def counted(answerer: Answerer, examples: Sequence[Example], what: str, count: Count) -> Evaluation:
-    """``evaluate``, while ``count`` gets how many questions are answered."""
-    done = 0
+    """``evaluate`` of a ``Watched`` answerer, while ``count`` gets how many questions are answered."""
+    done, watched = 0, Watched(answerer)
 
     def one_more() -> None:
         nonlocal done
         done += 1
         count(done, len(examples), f" {what}")
 
-    return evaluate(answerer, examples, one_more)
+    return replace(evaluate(watched, examples, one_more), drift=watched.drift.distributions())
 
 
 def make_answerer(
@@ -123,14 +124,13 @@ def make_answerer(
     return Answerer(reference.checkpoint.encoder, reference.checkpoint.settings, onnx)
 
 
-def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation | None = None) -> dict[str, Any]:
+def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation) -> dict[str, Any]:
     """Scores and calibration error, the paired F1 difference to PyTorch with its interval, and speed against PyTorch.
 
-    ``evaluation`` are its answers to the held-out questions, if they are known.
+    ``evaluation`` are its answers to the held-out questions.
     ``ms_per_question`` is for one question at a time with all threads, the median of interleaved rounds;
     ``speedup_to_pytorch`` is the median ratio within a round.
     """
-    evaluation = evaluation or counted(answerer, reference.examples, "the bundle answers", reference.count)
     scores = evaluation.scores
     difference = scores.rows_f1 - reference.scores.rows_f1
     reference.count(0, 1, " timing it against PyTorch")

@@ -146,7 +146,7 @@ class _Export:
         self.budget = seconds_of("budget", options.budget)
         self.wants_fp16 = options.fp16 or parse_device(options.device).kind == "cuda"
         if options.recipe:
-            int8.find_recipe(options.recipe)
+            int8.find_recipes(options.recipe, options.reduce_range)
         self.made = Exported()
 
     def run(self) -> Exported:
@@ -208,6 +208,7 @@ class _Export:
             self.int8,
             SearchOptions(options.max_f1_drop, options.target, self.budget, cache_folder() if options.cache else None),
             recipe=options.recipe,
+            reduce_range=options.reduce_range,
             say=self.listener.say,
             on_step=self.listener.step,
         )

@@ -533,12 +533,10 @@ def _with_logits(
 
 def _machine_warning(bundle: Bundle) -> str:
     """What to know of a bundle that was made for another CPU than this one; "" if there is nothing."""
-    manifest = bundle.manifest
-    if "machine" not in manifest:  # its session settings are for any machine
-        measured = bool(manifest.get("measured_without_vnni"))
-        return saturation_warning(bundle.precision, manifest.get("exported_on"), measured=measured)
-    difference = machine().unlike(manifest["machine"])
-    return difference and (
+    saturation = saturation_warning(bundle.manifest)
+    difference = machine().unlike(bundle.manifest.get("machine"))  # without that entry its settings are for any machine
+    settings = difference and (
         f"this machine {difference}, unlike the one on which its session settings were measured: "
         f"qadeploy tune {bundle.folder} measures them again"
     )
+    return "; ".join(filter(None, (saturation, settings)))

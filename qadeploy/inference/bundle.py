@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import Encoder, EncoderConfig, is_rust_error
 from qadeploy.errors import BundleError, InputError
-from qadeploy.files import hash_file, holding, json_text, replace_folder, temporary_folder, write_text
+from qadeploy.files import hash_file, holding, json_text, read_at, replace_folder, sync, temporary_folder, write_text
 from qadeploy.inference.manifest import SCHEMA, Manifest, parse_json, read_manifest
 from qadeploy.inference.onnx_file import check_model
 from qadeploy.shipped import base_bundle_path
@@ -64,7 +64,7 @@ class _OpenFile:
         """Its bytes, one more than ``most`` if there are more."""
         parts, at = [], 0
         try:
-            while at <= most and (part := os.pread(self._descriptor, min(_PART, most + 1 - at), at)):
+            while at <= most and (part := read_at(self._descriptor, min(_PART, most + 1 - at), at)):
                 parts.append(part)
                 at += len(part)
         except OSError as error:
@@ -286,8 +286,7 @@ def seal(work: Path, manifest: Mapping[str, Any]) -> None:
     """Flushes every file in ``work`` to disk, then writes the manifest with their hashes."""
     files = {}
     for path in sorted(work.iterdir()):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": hash_file(path)}
     write_text(work / MANIFEST, manifest_text({"schema": SCHEMA, **manifest, "files": files}))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +14,7 @@ from qadeploy.errors import CheckpointError
 from qadeploy.inference import devices
 from qadeploy.inference.bundle import MANIFEST
 from qadeploy.inference.session import onnxruntime
-from qadeploy.machine import machine, usable_cpus
+from qadeploy.machine import machine, memory_bytes, usable_cpus
 from qadeploy.shipped import base_model_path
 
 _PACKAGES = {
@@ -38,7 +37,7 @@ def diagnose() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "cpu": {"model": machine().cpu, "usable": usable_cpus(), "features": list(machine().instruction_sets)},
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(memory_bytes() / 2**30, 1),
         "packages": packages,
         "nvidia_driver": str(driver) or None,
         "gpus": [

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from qadeploy.core.drift import Distribution, Figure
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import EncoderConfig
 from qadeploy.errors import BundleError, InputError
@@ -24,6 +25,7 @@ _OPTIMIZER = re.compile(r"[A-Za-z]\w{0,99}")
 _SHA256 = re.compile("[0-9a-f]{64}")
 _LONGEST = 2**20  # tokens; no model reads more in one window
 _COUNT = range(2**31)
+_MOST_BUCKETS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class Manifest:
         files: The files of the bundle by name.
         in_graph: What the graph does besides the model: ``spans``, ``text`` or empty.
         probe: The logits of one question, if the bundle has any.
+        drift: The figures of the held-out questions; empty if the bundle has none.
     """
 
     precision: str
@@ -118,6 +121,7 @@ class Manifest:
     files: Mapping[str, Entry]
     in_graph: str
     probe: Probe | None
+    drift: Mapping[Figure, Distribution]
 
 
 def parse_json(text: str) -> Any:
@@ -155,6 +159,7 @@ def read_manifest(values: Mapping[str, Any], where: str) -> Manifest:
             files=_files(values.get("files")),
             in_graph=_in_graph(values),
             probe=_probe(values.get("probe")),
+            drift=_drift(values.get("drift")),
         )
     except InputError as error:
         raise BundleError(f"{where}: {error}: export the bundle again") from error
@@ -241,6 +246,23 @@ def _probe(values: object) -> Probe | None:
         if not _is_list(logits, _is_number) or len(logits) != len(ids):
             raise _wrong(f"probe.{name}", logits, f"a list of {len(ids)} numbers")
     return Probe(question, context, tuple(ids), *(tuple(map(float, logits)) for logits in both))
+
+
+def _drift(values: object) -> dict[Figure, Distribution]:
+    """The distributions that this version knows; a later one may have more."""
+    stored = _mapping({} if values is None else values, "drift")
+    found = {}
+    for figure in (figure for figure in Figure if figure in stored):
+        name = f"drift.{figure}"
+        entry = _mapping(stored[figure], name)
+        bounds: Any = entry.get("bounds")
+        counts: Any = entry.get("counts")
+        if not _is_list(bounds, _is_number) or not 0 < len(bounds) <= _MOST_BUCKETS or sorted(set(bounds)) != [*bounds]:
+            raise _wrong(f"{name}.bounds", bounds, "a rising list of numbers")
+        if not _is_list(counts, _is_count) or len(counts) != len(bounds) + 1 or not any(counts):
+            raise _wrong(f"{name}.counts", counts, f"a list of {len(bounds) + 1} numbers of questions, not all 0")
+        found[figure] = Distribution(tuple(map(float, bounds)), tuple(counts))
+    return found
 
 
 def _is_list(value: object, fits: Callable[[Any], bool]) -> bool:

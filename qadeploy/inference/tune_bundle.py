@@ -123,9 +123,7 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
     }
     if not chosen.dry_run:
         rewrite_manifest(bundle, {"session": found.session, **entries, "exported_on": exported_on})
-    measured = bool(bundle.manifest.get("measured_without_vnni"))
-    warning = saturation_warning(bundle.precision, exported_on, measured=measured)
-    return TunedBundle(folder, found, entries, not chosen.dry_run, warning)
+    return TunedBundle(folder, found, entries, not chosen.dry_run, saturation_warning(bundle.manifest))
 
 
 def _tolerance(bundle: Bundle) -> float:

@@ -260,7 +260,7 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         responses={200: {"content": {"text/plain": {}}}},
     )
     async def metrics() -> Response:
-        """Requests, queue, stages, batches, bundle and process."""
+        """Requests, queue, stages, batches, drift, bundle and process."""
         return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from qadeploy.core.drift import Distribution, Drift, Figure
 from qadeploy.inference.answerer import Answerer
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -38,6 +42,38 @@ class Queue(Protocol):
     def wait(self) -> float:
         """Seconds until a new request would have its turn."""
         ...
+
+
+class _DriftCollector(Collector):
+    """The figures of each bundle's questions, and those of the held-out questions in its manifest, in the same form."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, tuple[Drift, Mapping[Figure, Distribution]]] = {}  # by the hash of the bundle
+
+    def collect(self) -> Iterator[Metric]:
+        """Both families."""
+        asked = HistogramMetricFamily(
+            "qadeploy_drift", "Figures of the questions that were answered.", labels=("hash", "figure")
+        )
+        held_out = GaugeMetricFamily(
+            "qadeploy_drift_held_out",
+            "The share of the held-out questions whose figure was at most le, as in the bundle's manifest.",
+            labels=("hash", "figure", "le"),
+        )
+        for key, (drift, stored) in list(self.shown.items()):
+            for figure, found in drift.distributions().items():
+                buckets = [(bound, float(count)) for bound, count in _at_most(found)]
+                asked.add_metric((key, figure), buckets, found.total)
+            for figure, found in stored.items():
+                for bound, count in _at_most(found):
+                    held_out.add_metric((key, figure, bound), count / sum(found.counts))
+        yield asked
+        yield held_out
+
+
+def _at_most(found: Distribution) -> Iterator[tuple[str, int]]:
+    """Each bound as Prometheus writes it, and how many questions had at most that."""
+    return zip(map(floatToGoString, (*found.bounds, float("inf"))), found.at_most(), strict=True)
 
 
 class Metrics:
@@ -92,6 +128,8 @@ class Metrics:
             ["bundle", "hash", "precision", "version", "device", "workers"],
             registry=registry,
         )
+        self._drift = _DriftCollector()
+        registry.register(self._drift)
         self._reloads = Counter("qadeploy_reloads", "Reloads of the bundle, by result.", ["result"], registry=registry)
         for result in ("done", "failed"):
             self._reloads.labels(result)
@@ -113,17 +151,20 @@ class Metrics:
             )
         ]
 
-    def show(self, answerer: Answerer, queue: Queue, labels: Sequence[str]) -> None:
-        """Shows a bundle (``labels``), the context cache of its answerer, and the depth of its queue."""
+    def show(self, answerer: Answerer, queue: Queue, labels: Sequence[str], drift: Drift) -> None:
+        """Shows a bundle (``labels``), the context cache of its answerer, the depth of its queue, and the drift of its questions."""
         self._bundle.labels(*labels).set(1)
+        bundle = answerer.bundle
+        self._drift.shown[bundle.hash if bundle else ""] = drift, bundle.checked.drift if bundle else {}
         for gauge, cached in zip(self._cache, ("hits", "misses", "bytes"), strict=True):
             gauge.set_function(lambda name=cached: getattr(answerer.stats(), name))  # type: ignore[misc]
         for gauge, depth in zip(self._queue, ("questions", "windows", "tokens", "wait"), strict=True):
             gauge.set_function(lambda name=depth: getattr(queue, name))  # type: ignore[misc]
 
-    def forget(self, labels: Sequence[str]) -> None:
+    def forget(self, labels: Sequence[str], drift: Drift) -> None:
         """Removes a bundle that answers no more."""
         self._bundle.remove(*labels)
+        self._drift.shown = {key: shown for key, shown in self._drift.shown.items() if shown[0] is not drift}
 
     def connections(self, count: Callable[[], float]) -> None:
         """Adds the number of open connections."""

@@ -11,9 +11,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -53,16 +53,22 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handles SIGTERM, SIGINT and SIGHUP while the server runs."""
-        loop = asyncio.get_running_loop()
         delays = {signal.SIGTERM: self._service.settings.drain_delay, signal.SIGINT: 0.0}
-        for number, delay in delays.items():
-            loop.add_signal_handler(number, self._drain, number, delay)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        handlers: dict[signal.Signals, Callable[[], None]]
+        handlers = {number: partial(self._drain, number, delay) for number, delay in delays.items()}
+        if sys.platform != "win32":
+            handlers[signal.SIGHUP] = self._reload
+        loop = asyncio.get_running_loop()  # whose own handlers of signals Windows lacks
+
+        def later(number: int, frame: object) -> None:
+            loop.call_soon_threadsafe(handlers[signal.Signals(number)])
+
+        before = {number: signal.signal(number, later) for number in handlers}
         try:
             yield
         finally:
-            for number in (*delays, signal.SIGHUP):
-                loop.remove_signal_handler(number)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen, then calls ``on_ready``."""
@@ -145,6 +151,10 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
 
 def _room(asked: int | None) -> int:
     """The number of connections at a time. Raises InputError if there cannot be as many open files."""
+    if sys.platform == "win32":
+        return asked or _MOST_CONNECTIONS
+    import resource
+
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return asked or _MOST_CONNECTIONS

@@ -24,7 +24,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -32,6 +32,7 @@ from qadeploy.core.settings import Options
 from qadeploy.corpus.records import Passage
 from qadeploy.errors import InputError
 from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.drift import COMPARED
 from qadeploy.inference.pairs import DecodedPair, EncodedPair
 from qadeploy.inference.texts import Texts
 from qadeploy.records import Logits, Window
@@ -73,6 +74,7 @@ class Ask:
 
 
 Render = Callable[[Ask, DecodedPair | None], Any]  # None if a search found nothing to read
+Watch = Callable[[DecodedPair | None, Options], object]
 
 
 @dataclass(slots=True, eq=False)
@@ -126,6 +128,7 @@ class Scheduler:
         workers: Threads that run windows.
         batched: Whether windows run in batches of at most ``max_batch_tokens`` tokens, else one by one.
         tokens_per_second: The speed of all workers together, until it is measured.
+        watch: Gets each decoded question; called in a worker.
     """
 
     def __init__(
@@ -137,8 +140,10 @@ class Scheduler:
         workers: int,
         batched: bool = False,
         tokens_per_second: float = 10_000.0,
+        watch: Watch = lambda *_: None,
     ) -> None:
         self._answerer = answerer
+        self._watch = watch
         self._metrics = metrics
         self._settings = settings
         self._batched = batched
@@ -461,7 +466,9 @@ class Scheduler:
         started = time.monotonic()
         try:
             logits = [found for found in question.logits if found is not None]
-            pair = None if question.pair is None else self._answerer.decode(question.pair, logits, ask.options)
+            options = replace(ask.options, top_k=max(ask.options.top_k, COMPARED))
+            pair = None if question.pair is None else self._answerer.decode(question.pair, logits, options)
+            self._watch(pair, ask.options)
             result = job.render(ask, pair)
         except Exception as error:
             self._end(job, error)

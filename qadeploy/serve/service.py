@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qadeploy import __version__
+from qadeploy.core.drift import Drift, Figure
 from qadeploy.core.settings import Options
 from qadeploy.corpus.corpus import Corpus
 from qadeploy.errors import InputError, LoadTimeoutError
 from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.drift import figures_of
+from qadeploy.inference.pairs import DecodedPair
 from qadeploy.serve.errors import clean
 from qadeploy.serve.feedback import Feedback
 from qadeploy.serve.metrics import Metrics
@@ -35,12 +38,14 @@ class Engine:
         scheduler: Runs the requests.
         device: cpu or cuda.
         hash: Identifies the bundle that was loaded, even if its folder has changed since.
+        drift: The figures of the questions that it has answered.
     """
 
     answerer: Answerer
     scheduler: Scheduler
     device: str
     hash: str
+    drift: Drift
 
     @classmethod
     def load(cls, bundle: str | Path, settings: Settings, metrics: Metrics) -> Engine:
@@ -68,6 +73,11 @@ class Engine:
         key = answerer.bundle.hash if answerer.bundle else ""
         choice = choose_workers(settings.threads, device, key, lambda: answerer.model.run([window]))
         _log.info("threads", extra={"fields": {"workers": choice.workers, "source": choice.source, "device": device}})
+        drift, unknown = Drift(), answerer.encoder.unknown_id
+
+        def watch(pair: DecodedPair | None, options: Options) -> None:
+            drift.add(figures_of(pair, options, unknown) if pair else {Figure.NO_ANSWER: 1.0})
+
         scheduler = Scheduler(
             answerer,
             metrics,
@@ -75,8 +85,9 @@ class Engine:
             workers=choice.workers,
             batched=device == "cuda",
             tokens_per_second=choice.workers * len(window) / seconds,
+            watch=watch,
         )
-        return cls(answerer, scheduler, device, key)
+        return cls(answerer, scheduler, device, key, drift)
 
     @property
     def name(self) -> str:
@@ -131,7 +142,7 @@ class Service:
 
     @classmethod
     def _shown(cls, engine: Engine, settings: Settings, metrics: Metrics, bundle: str | Path | None = None) -> Service:
-        metrics.show(engine.answerer, engine.scheduler, engine.labels)
+        metrics.show(engine.answerer, engine.scheduler, engine.labels, engine.drift)
         return cls(engine, settings, metrics, bundle)
 
     @property
@@ -173,7 +184,7 @@ class Service:
         finally:
             self.reloading = False
         before, self.engine = self.engine, engine
-        self.metrics.show(engine.answerer, engine.scheduler, engine.labels)
+        self.metrics.show(engine.answerer, engine.scheduler, engine.labels, engine.drift)
         self.metrics.reloaded("done")
         _log.info("reloaded", extra={"fields": {"bundle": engine.name, "hash": engine.hash, "before": before.hash}})
         self._before[before] = asyncio.create_task(self._end(before))
@@ -209,7 +220,7 @@ class Service:
         await asyncio.to_thread(engine.scheduler.close)
         del self._before[engine]
         if engine.labels not in {each.labels for each in (self.engine, *self._before)}:
-            self.metrics.forget(engine.labels)
+            self.metrics.forget(engine.labels, engine.drift)
 
     def close(self) -> None:
         """Ends the workers; unfinished requests are refused."""

@@ -16,6 +16,7 @@ from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
 from qadeploy.export.quantize.search import MeasuredRecipe, Say, Search, SearchOptions, Step, rank
 from qadeploy.export.reference import Reference, counted, make_answerer
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
+from qadeploy.machine import machine
 
 
 def quantize(
@@ -25,6 +26,7 @@ def quantize(
     options: SearchOptions,
     *,
     recipe: str | None = None,
+    reduce_range: bool = False,
     say: Say = lambda _: None,
     on_step: Callable[[Step], object] = lambda _: None,
 ) -> Bundle:
@@ -40,6 +42,7 @@ def quantize(
         out: The folder to write.
         options: What decides, and how long it may take.
         recipe: Measure only this one.
+        reduce_range: Give weights 7 bits, for CPUs without VNNI; always done if this one has none.
         say: Gets lines of text.
         on_step: Gets the state of the search.
 
@@ -54,9 +57,10 @@ def quantize(
         getattr(checkpoint.model.config, "num_attention_heads", None),
         checkpoint.encoder.config.pad_token_id,
         parity_windows(checkpoint, reference.choosing),
+        reduce_range=reduce_range or not machine().has_vnni,
     )
     search = Search(reference, material.source, material, options, [source.manifest["session"]], say, on_step)
-    known = [find_recipe(recipe)] if recipe else list(RECIPES.values())
+    known = find_recipes(recipe, reduce_range)
     candidates = search.run(known)
     waiting, duel = search.settle(rank(candidates, options))
     judged: dict[str, float] = {}
@@ -94,6 +98,7 @@ def quantize(
                 "from": source.name,
                 "recipe": candidate.recipe,
                 "what": RECIPES[candidate.recipe].what,
+                "reduce_range": material.reduce_range and RECIPES[candidate.recipe].ranged,
                 "target": options.target,
                 "float_nodes": list(made.float_nodes),
                 "max_f1_drop": max_f1_drop,
@@ -119,11 +124,16 @@ def _held_out(reference: Reference, recipe: str, model: bytes, session: Mapping[
     return counted(answerer, reference.examples, f"{recipe} answers the held-out questions", reference.count)
 
 
-def find_recipe(name: str) -> Recipe:
-    """The recipe of this name. Raises InputError if there is none."""
+def find_recipes(name: str | None, reduce_range: bool) -> list[Recipe]:
+    """The recipe of this name, or all that ``reduce_range`` allows. Raises InputError if there is none."""
+    fitting = {each.name: each for each in RECIPES.values() if each.ranged or not reduce_range}
+    if name is None:
+        return list(fitting.values())
+    if name in RECIPES and name not in fitting:
+        raise InputError(f"recipe {name} has 8-bit weights always: leave out --reduce-range, or choose another")
     if name not in RECIPES:
-        raise InputError(f"recipe is {name!r}: choose one of {', '.join(RECIPES)} (qadeploy export --list-recipes)")
-    return RECIPES[name]
+        raise InputError(f"recipe is {name!r}: choose one of {', '.join(fitting)} (qadeploy export --list-recipes)")
+    return [RECIPES[name]]
 
 
 def _losses(candidates: Sequence[MeasuredRecipe], judged: dict[str, float]) -> str:

@@ -15,7 +15,6 @@ import onnx
 
 from qadeploy.core.windows import pad_batch
 from qadeploy.inference.bundle import MODEL
-from qadeploy.machine import machine
 from qadeploy.records import Window
 
 LARGE_TABLE = 1000  # rows
@@ -59,10 +58,11 @@ def quantize_embeddings(model: bytes) -> bytes:
     return bytes(proto.SerializeToString())
 
 
-def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = ()) -> bytes:
+def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = (), *, reduce_range: bool = False) -> bytes:
     """The model with int8 weights, one scale per column, and activations rounded as they come.
 
-    Only matmuls with constant weights change: attention's own stay in float, and so do ``float_nodes`` (names).
+    Only matmuls with constant weights change: attention's own stay in float, and so do ``float_nodes`` (names). With
+    ``reduce_range`` weights have 7 bits, so that no matmul saturates on a CPU without VNNI.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -75,7 +75,7 @@ def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = ()) -> byte
             path,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            reduce_range=not machine().has_vnni,
+            reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(float_nodes),
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
@@ -83,7 +83,9 @@ def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = ()) -> byte
         return path.read_bytes()
 
 
-def quantize_static_int8(model: bytes, windows: Sequence[Window], float_nodes: Iterable[str] = ()) -> bytes:
+def quantize_static_int8(
+    model: bytes, windows: Sequence[Window], float_nodes: Iterable[str] = (), *, reduce_range: bool = False
+) -> bytes:
     """The model with int8 weights, one scale per column, and activations rounded by their ranges on ``windows``."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -107,7 +109,7 @@ def quantize_static_int8(model: bytes, windows: Sequence[Window], float_nodes: I
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=["MatMul", "Gemm"],
             per_channel=True,
-            reduce_range=not machine().has_vnni,
+            reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(float_nodes),

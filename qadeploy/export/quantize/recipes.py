@@ -24,7 +24,7 @@ from qadeploy.export.quantize.quantizers import (
 from qadeploy.export.quantize.sensitivity import Sensitivity, rank_matmuls, worst
 from qadeploy.export.quantize.smoothquant import SmoothedModel, smoothquant
 from qadeploy.inference.session import OnnxModel
-from qadeploy.machine import return_freed_memory
+from qadeploy.machine import machine, return_freed_memory
 from qadeploy.records import Logits, Window
 
 REWRITING_TOLERANCE = 1e-4
@@ -42,6 +42,7 @@ class Material:
     heads: int | None
     pad_token_id: int
     windows: Sequence[Window] = field(repr=False)
+    reduce_range: bool = field(default_factory=lambda: not machine().has_vnni)  # weights of 7 bits
     _folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="qadeploy-")), init=False, repr=False)
     _made: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -121,19 +122,20 @@ class Recipe:
     what: str
     precision: str
     make: Callable[[Material], QuantizedModel]
+    ranged: bool = True  # whether ``reduce_range`` can give its weights 7 bits
 
 
-def _dynamic(model: bytes, float_nodes: Sequence[str] = ()) -> bytes:
-    return quantize_dynamic_int8(quantize_embeddings(model), float_nodes)
+def _dynamic(material: Material, model: bytes, float_nodes: Sequence[str] = ()) -> bytes:
+    return quantize_dynamic_int8(quantize_embeddings(model), float_nodes, reduce_range=material.reduce_range)
 
 
 def _int8(material: Material) -> QuantizedModel:
-    return QuantizedModel(_dynamic(material.rewritten.model))
+    return QuantizedModel(_dynamic(material, material.rewritten.model))
 
 
 def _smoothquant(material: Material) -> QuantizedModel:
     smoothed = material.smoothed
-    return QuantizedModel(_dynamic(smoothed.model, smoothed.float_nodes), smoothed.float_nodes)
+    return QuantizedModel(_dynamic(material, smoothed.model, smoothed.float_nodes), smoothed.float_nodes)
 
 
 def _smoothquant_mixed(material: Material) -> QuantizedModel:
@@ -141,13 +143,13 @@ def _smoothquant_mixed(material: Material) -> QuantizedModel:
     smoothed = material.smoothed
     left = [Sensitivity(name, p.error) for p in smoothed.smoothings for name in p.matmuls]
     kept = (*worst(sorted(left, key=lambda s: -s.error), 1 / 8), *smoothed.float_nodes)
-    return QuantizedModel(_dynamic(smoothed.model, kept), kept)
+    return QuantizedModel(_dynamic(material, smoothed.model, kept), kept)
 
 
 def _mixed(share: float) -> Callable[[Material], QuantizedModel]:
     def make(material: Material) -> QuantizedModel:
         kept = tuple(worst(material.sensitivities, share))
-        return QuantizedModel(_dynamic(material.rewritten.model, kept), kept)
+        return QuantizedModel(_dynamic(material, material.rewritten.model, kept), kept)
 
     return make
 
@@ -155,7 +157,8 @@ def _mixed(share: float) -> Callable[[Material], QuantizedModel]:
 def _static(material: Material) -> QuantizedModel:
     smoothed = material.smoothed
     model = quantize_embeddings(smoothed.model)
-    return QuantizedModel(quantize_static_int8(model, material.windows, smoothed.float_nodes), smoothed.float_nodes)
+    kept = smoothed.float_nodes
+    return QuantizedModel(quantize_static_int8(model, material.windows, kept, reduce_range=material.reduce_range), kept)
 
 
 def _weights(material: Material) -> QuantizedModel:
@@ -189,6 +192,12 @@ _RECIPES = (
         "int8",
         _static,
     ),
-    Recipe("int8-weights", "8-bit weights in blocks of 128 with scales of their own (MatMulNBits)", "int8", _weights),
+    Recipe(
+        "int8-weights",
+        "8-bit weights in blocks of 128 with scales of their own (MatMulNBits)",
+        "int8",
+        _weights,
+        ranged=False,
+    ),
 )
 RECIPES = {recipe.name: recipe for recipe in _RECIPES}

@@ -279,6 +279,7 @@ class Search:
             self.judges.dev,
             hash_examples(self.reference.choosing),
             self.options.target,
+            self.material.reduce_range,
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
             # Not what was timed here: it varies with the load, and the next run would find nothing.
             [_ROUNDS, _TIMED, SESSIONS],

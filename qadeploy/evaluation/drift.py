@@ -1,0 +1,48 @@
+"""The figures of held-out questions that a server compares with those of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Unpack
+
+from qadeploy.core.decoding import decode_many
+from qadeploy.core.drift import Drift
+from qadeploy.core.settings import AnswerOptions, Options
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.drift import COMPARED, figures_of
+from qadeploy.inference.pairs import to_answers
+from qadeploy.records import Answer
+
+_SERVED = Options()
+
+
+class Watched:
+    """A predictor for ``evaluate`` that wraps an answerer and counts what a server would have counted by default.
+
+    Args:
+        answerer: What answers.
+    """
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.settings = answerer.settings
+        self.drift = Drift()
+        self._answerer = answerer
+
+    def answer_stream(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        **given: Unpack[AnswerOptions],
+    ) -> Iterator[list[Answer]]:
+        """Yields the answers to each (question, context) pair."""
+        options, unknown = Options(**given), self._answerer.encoder.unknown_id
+        for pair in self._answerer.read_stream(pairs, options):
+            (served,) = decode_many(
+                [pair.scored],
+                top_k=COMPARED,
+                max_answer_len=pair.settings.max_answer_len,
+                allow_no_answer=_SERVED.null_competes(pair.settings),
+                temperature=pair.settings.temperature,
+            )
+            self.drift.add(figures_of(replace(pair, decoded=served), _SERVED, unknown))
+            yield to_answers(pair, options)
