@@ -14,6 +14,7 @@ QadeployError
     ├── CorpusError           an index of a corpus is damaged, unsafe or of another version
     ├── DeviceError           the requested device is not available
     ├── GateError             an exported model lost more than allowed
+    ├── HubError              the hub is unreachable, lacks a repository or refuses it
     ├── LoadTimeoutError      a bundle takes too long to load
     ├── LogitsError           a model returned NaN or infinite logits
     ├── MissingExtraError     an optional package is not installed
@@ -105,6 +106,10 @@ class DeviceError(FailureError):
 
 class GateError(FailureError):
     """An exported or quantized model differs from its source by more than allowed."""
+
+
+class HubError(FailureError):
+    """The Hugging Face hub cannot be reached, lacks the repository or the revision, or refuses the token."""
 
 
 class LoadTimeoutError(FailureError):

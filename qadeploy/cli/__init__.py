@@ -6,10 +6,22 @@ from qadeploy.cli import (
     exporting,
     indexing,
     labelling,
+    pushing,
     serving,
     training,
     tuning,
 )  # each adds its commands
 from qadeploy.cli.common import main
 
-__all__ = ["answering", "benching", "exporting", "indexing", "labelling", "main", "serving", "training", "tuning"]
+__all__ = [
+    "answering",
+    "benching",
+    "exporting",
+    "indexing",
+    "labelling",
+    "main",
+    "pushing",
+    "serving",
+    "training",
+    "tuning",
+]

@@ -223,8 +223,9 @@ def load_predictor(
 ) -> Any:
     """An answerer for a bundle, or for a run or checkpoint through PyTorch."""
     from qadeploy.inference.bundle import MANIFEST
+    from qadeploy.inference.hub import is_hub
 
-    if (Path(path) / MANIFEST).exists():
+    if is_hub(path) or (Path(path) / MANIFEST).exists():
         from qadeploy import Answerer
 
         return Answerer.load(path, device=device, threads=threads, sha256=bundle_sha256, load_timeout=load_timeout)

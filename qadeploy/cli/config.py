@@ -50,7 +50,6 @@ _NOT_NEEDED = {
         "tf32": "a GPU that has TF32 uses it",
         "optim": "it is PyTorch's fused AdamW",
         "group-by-length": "batches hold windows of similar length",
-        "report-to": "the figures are in the run folder",
         "cache-dir": "set the environment variable HF_HOME",
     }
 }

@@ -114,6 +114,7 @@ class Answerer:
         threads: int | None = None,
         context_cache_bytes: int = DEFAULT_CACHE_BYTES,
         sha256: str | None = None,
+        revision: str | None = None,
         load_timeout: float | None = None,
     ) -> Answerer:
         """Loads a bundle, verifies all of its files, and asks it the question whose logits its manifest keeps.
@@ -121,11 +122,12 @@ class Answerer:
         On CUDA it also captures graphs, which takes about a second.
 
         Args:
-            path: The bundle folder; None takes the newest under ``bundles/``, else the one that qadeploy ships.
+            path: The bundle folder, or ``hub:ORG/NAME`` for one on the hub; None takes the newest under ``bundles/``, else the one that qadeploy ships.
             device: auto, cpu, cuda or cuda:N.
             threads: The largest number of CPU threads; None takes all CPUs.
             context_cache_bytes: Bytes of tokenised contexts to keep for further questions; 0 keeps none.
             sha256: The SHA-256 of the ``manifest.json`` that is meant (``sha256sum`` gives it); any other bundle is refused.
+            revision: The branch, tag or commit of a bundle on the hub; None takes main.
             load_timeout: Seconds that loading may take. None sets no limit. See LoadTimeoutError for what goes on after that.
 
         Raises:
@@ -133,14 +135,15 @@ class Answerer:
             BundleError: The bundle is incomplete, damaged, unsafe, not the one that is meant, or its model is another than the
                 one that was exported.
             DeviceError: The device was requested but is not available.
+            HubError: The hub cannot be reached, lacks the bundle or refuses the token.
             LoadTimeoutError: It took longer than ``load_timeout``.
-            MissingExtraError: ONNX Runtime is not installed.
+            MissingExtraError: ONNX Runtime is not installed, or huggingface_hub for a bundle on the hub.
 
         Warns:
             MachineWarning: The bundle's session settings were measured on another kind of CPU.
         """
         path = default_bundle() if path is None else path
-        load = partial(cls._load, path, device, threads, context_cache_bytes, sha256)
+        load = partial(cls._load, path, device, threads, context_cache_bytes, sha256, revision)
         answerer, warning = within(load_timeout, load, path)
         if warning:
             warnings.warn(f"{path}: {warning}", MachineWarning, stacklevel=2)
@@ -148,10 +151,16 @@ class Answerer:
 
     @classmethod
     def _load(
-        cls, path: str | Path, device: str, threads: int | None, context_cache_bytes: int, sha256: str | None
+        cls,
+        path: str | Path,
+        device: str,
+        threads: int | None,
+        context_cache_bytes: int,
+        sha256: str | None,
+        revision: str | None,
     ) -> tuple[Answerer, str]:
         """The answerer of a bundle, and what to warn of."""
-        bundle = open_bundle(path, sha256=sha256)
+        bundle = open_bundle(path, sha256=sha256, revision=revision)
         refuse_in_graph(bundle)
         encoder = bundle.load_encoder()
         model = OnnxModel(

@@ -31,6 +31,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import Encoder, EncoderConfig, is_rust_error
 from qadeploy.errors import BundleError, InputError
 from qadeploy.files import hash_file, holding, json_text, read_at, replace_folder, sync, temporary_folder, write_text
+from qadeploy.inference.hub import fetch_bundle, is_hub
 from qadeploy.inference.manifest import SCHEMA, Manifest, parse_json, read_manifest
 from qadeploy.inference.onnx_file import check_model
 from qadeploy.shipped import base_bundle_path
@@ -141,22 +142,33 @@ class Bundle:
             raise BundleError(f"{self.folder / TOKENIZER}: cannot be used: {error}: export the bundle again") from error
 
 
-def open_bundle(folder: str | Path, *, sha256: str | None = None) -> Bundle:
+def open_bundle(folder: str | Path, *, sha256: str | None = None, revision: str | None = None) -> Bundle:
     """Reads a bundle folder and verifies all of its files.
 
     Args:
-        folder: The bundle folder.
+        folder: The bundle folder, or ``hub:ORG/NAME[@REVISION]``, which is downloaded unless it is in the cache.
         sha256: What ``sha256sum manifest.json`` said of the bundle that is meant: any other is refused. The hashes in a manifest find
             damage; only one that came another way protects against the bundle's author.
+        revision: The branch, tag or commit of a bundle on the hub; None takes main.
 
     Raises:
-        InputError: There is no such folder, or ``sha256`` is no SHA-256.
+        InputError: There is no such folder, ``sha256`` is no SHA-256, or a folder was given a ``revision``.
+        HubError: The hub cannot be reached, lacks the bundle or refuses the token.
+        MissingExtraError: huggingface_hub is not installed.
         BundleError: The bundle is incomplete, damaged, unsafe, or not the one that is meant.
     """
-    folder = Path(folder)
+    name, folder = str(folder), Path(folder)
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise InputError(
             f"the SHA-256 of a bundle must be 64 hexadecimal digits, not {sha256!r}: sha256sum {folder / MANIFEST}"
+        )
+    if is_hub(name):
+        folder = fetch_bundle(name, revision, (MANIFEST, *_REQUIRED))
+        if not (folder / MANIFEST).is_file():
+            raise BundleError(f"{name}: has no {MANIFEST}: this is not a bundle: qadeploy push BUNDLE uploads one")
+    elif revision is not None:
+        raise InputError(
+            f"{folder}: is a folder, which has no revisions: name a bundle on the hub, or leave out {revision!r}"
         )
     for _ in range(_TRIES):
         if not folder.is_dir():

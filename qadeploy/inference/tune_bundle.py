@@ -17,6 +17,7 @@ from qadeploy.data.loading import read_split
 from qadeploy.errors import InputError, MachineWarning
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, rewrite_manifest
+from qadeploy.inference.hub import is_hub
 from qadeploy.inference.loading import within
 from qadeploy.inference.manifest import SessionSettings
 from qadeploy.inference.session import OnnxModel, onnxruntime
@@ -96,6 +97,8 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
         LoadTimeoutError: It takes too long to load.
     """
     check(chosen)
+    if is_hub(folder) and not chosen.dry_run:
+        raise InputError(f"{folder}: is on the hub: download it to a folder first, or give --dry-run")
     examples = read_split(chosen.data, "all", DataOptions.of(asdict(chosen)), say, annotated=False)
     pairs = [(e.question, e.context) for e in examples]
     with warnings.catch_warnings():

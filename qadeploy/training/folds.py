@@ -76,7 +76,9 @@ def cross_validate(options: TrainOptions, folds: int, say: Say, *, progress: boo
         for number, left_out in enumerate(parts, 1):
             passages = {e.context for e in left_out}
             rest = tuple(e for e in examples if e.context not in passages)
-            rows.append(_fold(replace(options, out=str(work / "fold")), number, rest, left_out, say, progress))
+            rows.append(
+                _fold(replace(options, out=str(work / "fold"), report_to="none"), number, rest, left_out, say, progress)
+            )
             shutil.rmtree(work / "fold", ignore_errors=True)
             say(_line(number, rows[-1]))
     scores = {name: np.asarray([row[name] for row in rows]) for name in _SCORES}

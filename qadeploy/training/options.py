@@ -132,6 +132,11 @@ class TrainOptions(DataFlags):
     )
     torch_compile: bool = option(False, "Compile the model (torch.compile): the first steps take long.")
     device: str = options.device()
+    report_to: Literal["none", "tensorboard", "mlflow", "wandb"] = option(
+        "none",
+        "Also send the figures of each epoch to a tracker. tensorboard writes to the run folder; mlflow and wandb go by their "
+        "environment variables. Each is an extra.",
+    )
     save_steps: int | None = option(None, "Also save every N steps.", least=1, shown="each epoch only")
     cache: bool = options.keep("the windows for the next run on the same data")
     token: str | None = options.hub_token()

@@ -39,6 +39,7 @@ _MAY_DIFFER = frozenset(
     {
         "out",
         "save_steps",
+        "report_to",
         "device",
         "data",
         "dev_data",

@@ -20,11 +20,13 @@ from qadeploy.training.saves import SAVES, files_in, foreign_beside, foreign_fil
 
 RUN_FILE = "run.json"
 UNFINISHED = ".unfinished"
+TENSORBOARD = "tensorboard"  # its event files
 _PARTS = frozenset(
     {
         RUN_FILE,
         "checkpoint",
         SAVES,
+        TENSORBOARD,
         "metrics.json",
         "curves.png",
         "report.html",
@@ -117,6 +119,7 @@ def foreign_in(folder: Path) -> list[str]:
     checkpoint = folder / "checkpoint"
     foreign = foreign_files(checkpoint) if own is None else [n for n in files_in(checkpoint) if n not in own]
     found += [f"checkpoint/{name}" for name in foreign]
+    found += [f"{TENSORBOARD}/{name}" for name in foreign_files(folder / TENSORBOARD)]
     return found + [f"{SAVES}/{name}" for name in foreign_beside(folder / SAVES)]
 
 
@@ -126,6 +129,7 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         return
     remove(folder / "checkpoint")
+    remove(folder / TENSORBOARD)
     remove_all(folder / SAVES)
     for name in _PARTS:
         with suppress(OSError):  # a folder that holds foreign files

@@ -24,12 +24,12 @@ _PREFIX = "checkpoint-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors (by the names of Rust's io::ErrorKind) and torch.save say only in words what errno says in numbers.
 _FULL_SIGNS = ("StorageFull", "QuotaExceeded", "FileTooLarge", "No space left", "File too large")
-# What transformers writes into a save or a checkpoint, for those that do not list their files.
+# What transformers writes into a save or a checkpoint, and TensorBoard into its folder, for those that do not list their files.
 _USUAL = re.compile(
     r"(model|pytorch_model|tokenizer|optimizer|scheduler|scaler|rng_state|training_args|spm|spiece|sentencepiece)[\w.-]*"
     r"\.(safetensors|bin|pt|pth|model|index\.json)"
     r"|(config|generation_config|qadeploy|special_tokens_map|added_tokens|tokenizer|tokenizer_config|vocab|trainer_state)\.json"
-    r"|(vocab|merges)\.txt|[\w.-]+\.py"
+    r"|(vocab|merges)\.txt|[\w.-]+\.py|events\.out\.tfevents\.[\w.-]+"
 )
 _SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")  # which it renames at the end
 _TORCH_SAVE_SIGNS = ("PytorchStreamWriter", "unexpected pos")

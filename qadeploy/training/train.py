@@ -57,7 +57,7 @@ from qadeploy.training.report_files import shipped_base, write_report_files
 from qadeploy.training.resume import OpenRun, check_unfinished, finish, open_run
 from qadeploy.training.run_data import RunData, split_data, unlabelled_questions
 from qadeploy.training.run_log import RunLog, Say
-from qadeploy.training.runs import check_replaceable
+from qadeploy.training.runs import TENSORBOARD, check_replaceable
 from qadeploy.training.saves import SAVES, files_in, remove, writing
 from qadeploy.training.selection import (
     ChoiceReport,
@@ -71,6 +71,7 @@ from qadeploy.training.selection import (
 )
 from qadeploy.training.speed import Speed, compiled, float32_attention, has_tf32, tf32_matmuls
 from qadeploy.training.torch_device import device_name, resolve_precision, training_device
+from qadeploy.training.tracking import check_tracker, tracker, tracker_errors
 from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
 from qadeploy.training.training_set import TrainingSet, masked_windows
 from qadeploy.training.unknown_tokens import unknown_tokens
@@ -119,7 +120,8 @@ def train(
         DataError: Unusable rows. Nothing was written.
         CheckpointError: The base does not load.
         DeviceError: CUDA was requested but is not available.
-        FailureError: The loss is not finite, the disk is full, or the model cannot be compiled.
+        FailureError: The loss is not finite, the disk is full, the model cannot be compiled, or a tracker fails.
+        MissingExtraError: The tracker of ``options.report_to`` is not installed. Nothing was written.
     """
     started = time.time()
     with distributed.together(on_cpu=options.device == "cpu"):
@@ -148,7 +150,8 @@ def train(
             started -= opened.saved.run_state["seconds"] if opened.saved else 0
             run = _TrainingRun(options, data, models, windows, opened, log, progress, started)
             loop = _make_loop(run)
-            held_out_base = _fit(run, loop)
+            with tracker_errors(options.report_to):
+                held_out_base = _fit(run, loop)
             reached = _evaluate(run, loop, held_out_base)
             metrics = _metrics(run, loop, reached) | dict(more_metrics or {})
             if distributed.is_first():
@@ -163,9 +166,10 @@ def _ignore(line: str) -> None:
 
 
 def check(options: TrainOptions, resume: bool = False) -> None:
-    """Raises InputError on an option that is out of range, and on a run folder that is taken."""
+    """Raises InputError on an option that is out of range, and on a run folder that is taken; MissingExtraError without the tracker."""
     check_declared(options)
     parse_device(options.device)
+    check_tracker(options.report_to)
     if options.batch_tokens and distributed.count() > 1:
         raise InputError("--batch-tokens trains in one process: leave it out, or torchrun")
     out = Path(options.out)
@@ -362,7 +366,12 @@ def _make_loop(run: _TrainingRun) -> _Loop:
         eval_dataset=windows.dev,
         data_collator=lambda items: collate(items, pad),
         compute_metrics=lambda prediction: _dev_metrics(windows.dev, prediction, settings),
-        callbacks=[EarlyStoppingCallback(options.patience), speed, table],
+        callbacks=[
+            EarlyStoppingCallback(options.patience),
+            speed,
+            table,
+            *tracker(options.report_to, run.opened.folder / TENSORBOARD),
+        ],
         run_state=lambda: {"rows": table.rows, "speed": speed.rows, "seconds": round(time.time() - run.started, 1)},
         batch_tokens=options.batch_tokens,
         most_windows=options.batch_size,
@@ -389,6 +398,7 @@ def _arguments(run: _TrainingRun) -> SpanArguments:
     return training_arguments(
         device,
         output_dir=str(run.opened.folder / SAVES),
+        run_name=Path(options.out).name,
         num_train_epochs=float(options.epochs or 1),
         learning_rate=options.learning_rate or 0.0,
         per_device_train_batch_size=per_process,

@@ -1,0 +1,110 @@
+"""Bundles on the Hugging Face hub: ``hub:ORG/NAME[@REVISION]`` to a plain folder, and the hub's errors as ours.
+
+The files come through the cache of huggingface_hub, whose snapshots are links. A bundle holds none, so the files are linked hard,
+or copied, to a folder of their own in ``$QADEPLOY_CACHE``, once per commit. Loading then verifies them as in any folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qadeploy.errors import HubError, InputError, MissingExtraError
+from qadeploy.files import cache_folder, replace_folder, temporary_folder
+
+PREFIX = "hub:"
+_LOGIN = "set HF_TOKEN, or log in with hf auth login"
+_NETWORK = ("requests", "httpx", "httpcore", "urllib3")
+
+
+def is_hub(name: str | Path) -> bool:
+    """Whether a bundle's name is one on the hub."""
+    return str(name).startswith(PREFIX)
+
+
+def fetch_bundle(name: str, revision: str | None, files: Sequence[str]) -> Path:
+    """Downloads a bundle of the hub, unless it is in the cache.
+
+    Args:
+        name: ``hub:ORG/NAME`` or ``hub:ORG/NAME@REVISION``.
+        revision: Its branch, tag or commit; None takes that of ``name``, else main.
+        files: The files of a bundle. Only those are downloaded.
+
+    Returns:
+        A folder that is named NAME, in one that is named after the commit. What it holds is not verified.
+
+    Raises:
+        InputError: The name is none of a repository, there are two revisions, or there is no folder for a cache.
+        HubError: The hub cannot be reached, lacks the repository or the revision, or refuses the token.
+        MissingExtraError: huggingface_hub is not installed.
+    """
+    repo, _, named = name.removeprefix(PREFIX).partition("@")
+    if revision is not None and named:
+        raise InputError(f"{name}: names a revision already: leave out {revision!r}")
+    cache = cache_folder()
+    if cache is None:
+        raise InputError(f"{name}: there is no home folder to keep it in: set QADEPLOY_CACHE")
+    library = hub_library(name)
+    with hub_errors(name):
+        found = library.snapshot_download(repo, revision=revision or named or None, allow_patterns=[*files])
+    snapshot = Path(found)
+    place = cache.joinpath("bundles", *repo.split("/"), snapshot.name, repo.rpartition("/")[2])
+    if not place.is_dir():
+        with temporary_folder(place) as work:
+            for file in files:
+                if (snapshot / file).is_file():  # loading says what is missing
+                    _link((snapshot / file).resolve(), work / file)
+            if any(work.iterdir()):
+                replace_folder(work, place)
+    return place
+
+
+def _link(source: Path, place: Path) -> None:
+    try:
+        os.link(source, place)
+    except OSError:  # on another file system
+        shutil.copyfile(source, place)
+
+
+def hub_library(purpose: str) -> Any:
+    """The package huggingface_hub. Raises MissingExtraError if it is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise MissingExtraError(purpose, "huggingface_hub", "hub") from error
+    return huggingface_hub
+
+
+@contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """Raises HubError or InputError, with what to do, for what huggingface_hub raises in the block; ``name`` is what it is about."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise InputError(f"{name}: is no name of a repository: give ORG/NAME") from error
+    except errors.GatedRepoError as error:
+        raise HubError(f"{name}: is gated: accept its terms on the hub, and {_LOGIN}") from error
+    except errors.RevisionNotFoundError as error:
+        raise HubError(f"{name}: there is no such revision: name a branch, tag or commit") from error
+    except errors.RepositoryNotFoundError as error:
+        raise HubError(
+            f"{name}: the hub has no such repository, or only for a login: check the name, or {_LOGIN}"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise HubError(f"{name}: the hub cannot be reached, and it is not in the cache: check the network") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        what = {401: f"does not accept the token: {_LOGIN}", 403: f"does not allow it: {_LOGIN}, with write access"}
+        raise HubError(f"{name}: the hub {what.get(status, f'answers with HTTP {status}: try again later')}") from error
+    except Exception as error:
+        if isinstance(error, errors.LocalTokenNotFoundError):
+            raise HubError(f"{name}: there is no token: {_LOGIN}") from error
+        if type(error).__module__.partition(".")[0] in _NETWORK:
+            raise HubError(f"{name}: the hub cannot be reached: check the network") from error
+        raise
