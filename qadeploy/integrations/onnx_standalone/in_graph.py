@@ -7,8 +7,8 @@ agree with the Python decoder on real windows and questions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qadeploy.core.decoding import WindowLogits, decode_many
-from qadeploy.core.settings import QaSettings
+from qadeploy.core.settings import Options, QaSettings
 from qadeploy.core.windows import CONTEXT_MASK, EncodedText, Encoder, pad_batch, pad_context_masks
 from qadeploy.errors import FailureError, GateError, InputError
 from qadeploy.files import write_text
-from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.answerer import Answerer, to_answers
 from qadeploy.inference.bundle import CARD, MODEL, TOKENIZER, Bundle, check_place, open_bundle, seal, writing_bundle
 from qadeploy.inference.bundle_card import bundle_card
 from qadeploy.inference.graph_model import GraphModel, Outputs
@@ -35,7 +35,7 @@ QUESTIONS = 64
 _BATCH = 8
 _SHORT = (96, 32)  # max_seq_len beside the question and doc_stride that cut contexts into several windows
 _SCORE = 1e-4  # relative: one softmax is computed in float32, the other in float64
-_NOTHING = Answer("", -1, -1, 0.0)
+_SPANS_ALONE = Options(allow_no_answer=False)
 
 
 # ---------------------------------------------------------------- spans
@@ -168,23 +168,51 @@ def span_line(bundle: Bundle) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TextProof:
-    """The text model compared with the Answerer: of ``questions``, how many answers are ``equal`` (text and place).
+    """The text model compared with the Answerer: of ``questions``, how many best spans are ``equal`` (text and place).
 
     ``skipped`` questions are not counted: a text of theirs contains the name of a special token, which the graph reads as
-    plain text. ``score_difference`` is the largest absolute difference of a score.
+    plain text. ``score_difference`` and ``null_difference`` are the largest absolute differences of a score and of a null
+    logit minus the best span's.
     """
 
     questions: int
     equal: int
     skipped: int
     score_difference: float
+    null_difference: float
 
 
-def ask(model: GraphModel, question: str, context: str) -> Answer:
+_TEXT_USAGE = [
+    "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
+    "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`.",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Files of a bundle besides model, tokenizer and card, by name; what the card says of them, and the manifest."""
+
+    files: Mapping[str, bytes]
+    usage: Sequence[str]
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a text model returns: the best span, and the null logit minus the span's."""
+
+    answer: Answer
+    null_difference: float
+
+
+_NOTHING = Found(Answer("", -1, -1, 0.0), float("inf"))
+
+
+def ask(model: GraphModel, question: str, context: str) -> Found:
     """Asks a text model one question. Places are -1 if it found no answer."""
     out = model.run({"question": [question], "context": [context]})
-    answer, score, start, end = (out[name][0] for name in text_graph.OUTPUTS[:4])
-    return Answer(str(answer), int(start), int(end), float(score))
+    answer, score, start, end, difference = (out[name][0] for name in text_graph.OUTPUTS)
+    return Found(Answer(str(answer), int(start), int(end), float(score)), float(difference))
 
 
 def compare_answers(
@@ -192,20 +220,31 @@ def compare_answers(
 ) -> TextProof:
     """Asks both the same questions, except those with a ``special`` token in a text. An error of the Answerer is no answer."""
     asked = [e for e in examples if not any(token in e.question + e.context for token in special)]
-    equal, apart = 0, 0.0
+    equal, apart, null_apart = 0, 0.0, 0.0
     for example in asked:
-        try:
-            theirs = [*answerer.answer(example.question, example.context), _NOTHING][0]
-        except InputError:
-            theirs = _NOTHING
+        theirs = _best_span(answerer, example)
         ours = ask(model, example.question, example.context)
-        equal += (ours.text, ours.start, ours.end) == (theirs.text, theirs.start, theirs.end)
-        apart = max(apart, abs(ours.score - theirs.score))
-    return TextProof(len(asked), equal, len(examples) - len(asked), apart)
+        equal += replace(ours.answer, score=theirs.answer.score) == theirs.answer
+        apart = max(apart, abs(ours.answer.score - theirs.answer.score))
+        if ours.null_difference != theirs.null_difference:  # both are infinite without an answer
+            null_apart = max(null_apart, abs(ours.null_difference - theirs.null_difference))
+    return TextProof(len(asked), equal, len(examples) - len(asked), apart, null_apart)
 
 
-def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example]) -> Bundle:
+def _best_span(answerer: Answerer, example: Example) -> Found:
+    try:
+        pair = answerer.read(example.question, example.context, _SPANS_ALONE)
+    except InputError:
+        return _NOTHING
+    if not pair.decoded.spans:
+        return _NOTHING
+    return Found(to_answers(pair, _SPANS_ALONE)[0], pair.decoded.null_logit - pair.decoded.spans[0].logit)
+
+
+def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, beside: Beside | None = None) -> Bundle:
     """Writes ``out``, the bundle ``source`` as one text-in, answer-out model, and returns it, verified.
+
+    ``beside`` is what the bundle holds besides the model.
 
     Raises InputError if its tokenizer is not BERT's WordPiece or no question can be asked, FailureError on a model that cannot
     be built in, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left as it was.
@@ -218,16 +257,13 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example]) -> 
     proof = compare_answers(model, answerer, spread(examples, QUESTIONS), special_tokens(tokenizer))
     if not proof.questions:
         raise _nothing_asked(out)
-    if proof.equal < proof.questions or not proof.score_difference <= _SCORE:
+    apart = max(proof.score_difference, proof.null_difference)
+    if proof.equal < proof.questions or not apart <= _SCORE:
         raise GateError(
             f"{out}: {proof.questions - proof.equal} of {proof.questions} answers of the graph differ from the Answerer's, scores "
-            f"by up to {proof.score_difference:.1e}: it was not written; take --spans-in-graph"
+            f"and null differences by up to {apart:.1e}: it was not written; take --spans-in-graph"
         )
-    usage = [
-        "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
-        "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`.",
-    ]
-    return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage)
+    return _write(source, out, made, model, {"kind": "text"}, asdict(proof), _TEXT_USAGE, beside)
 
 
 def text_line(bundle: Bundle) -> str:
@@ -286,7 +322,9 @@ def _write(
     in_graph: dict[str, Any],
     proof: dict[str, Any],
     usage: Sequence[str],
+    beside: Beside | None = None,
 ) -> Bundle:
+    beside = beside or Beside({}, [], {})
     kept = {name: value for name, value in source.manifest.items() if name not in {"schema", "files"}}
     manifest = {
         **kept,
@@ -296,10 +334,13 @@ def _write(
         "in_graph": in_graph,
         "inputs": list(loaded.inputs),
         "outputs": list(loaded.outputs),
+        **beside.manifest,
     }
     with writing_bundle(out) as work:
         (work / MODEL).write_bytes(model)
         (work / TOKENIZER).write_bytes(source.read(TOKENIZER))
-        write_text(work / CARD, bundle_card(out.name, manifest, usage))
+        write_text(work / CARD, bundle_card(out.name, manifest, [*beside.usage, *usage]))
+        for name, data in beside.files.items():
+            (work / name).write_bytes(data)
         seal(work, manifest)
     return open_bundle(out)
