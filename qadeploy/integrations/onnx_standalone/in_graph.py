@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qadeploy.core.decoding import WindowLogits, decode_many
-from qadeploy.core.settings import Options, QaSettings
+from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import CONTEXT_MASK, EncodedText, Encoder, pad_batch, pad_context_masks
 from qadeploy.errors import FailureError, GateError, InputError
 from qadeploy.files import write_text
-from qadeploy.inference.answerer import Answerer, to_answers
+from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import CARD, MODEL, TOKENIZER, Bundle, check_place, open_bundle, seal, writing_bundle
 from qadeploy.inference.bundle_card import bundle_card
 from qadeploy.inference.graph_model import GraphModel, Outputs
@@ -35,7 +35,7 @@ QUESTIONS = 64
 _BATCH = 8
 _SHORT = (96, 32)  # max_seq_len beside the question and doc_stride that cut contexts into several windows
 _SCORE = 1e-4  # relative: one softmax is computed in float32, the other in float64
-_SPANS_ALONE = Options(allow_no_answer=False)
+_NOTHING = Answer("", -1, -1, 0.0)
 
 
 # ---------------------------------------------------------------- spans
@@ -171,48 +171,29 @@ class TextProof:
     """The text model compared with the Answerer: of ``questions``, how many best spans are ``equal`` (text and place).
 
     ``skipped`` questions are not counted: a text of theirs contains the name of a special token, which the graph reads as
-    plain text. ``score_difference`` and ``null_difference`` are the largest absolute differences of a score and of a null
-    logit minus the best span's.
+    plain text. ``score_difference`` is the largest absolute difference of a score.
     """
 
     questions: int
     equal: int
     skipped: int
     score_difference: float
-    null_difference: float
-
-
-_TEXT_USAGE = [
-    "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
-    "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`.",
-]
 
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Files of a bundle besides model, tokenizer and card, by name; what the card says of them, and the manifest."""
+    """What a bundle holds besides model, tokenizer and card: files by name, lines of the card, entries of the manifest."""
 
     files: Mapping[str, bytes]
     usage: Sequence[str]
     manifest: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What a text model returns: the best span, and the null logit minus the span's."""
-
-    answer: Answer
-    null_difference: float
-
-
-_NOTHING = Found(Answer("", -1, -1, 0.0), float("inf"))
-
-
-def ask(model: GraphModel, question: str, context: str) -> Found:
+def ask(model: GraphModel, question: str, context: str) -> Answer:
     """Asks a text model one question. Places are -1 if it found no answer."""
     out = model.run({"question": [question], "context": [context]})
-    answer, score, start, end, difference = (out[name][0] for name in text_graph.OUTPUTS)
-    return Found(Answer(str(answer), int(start), int(end), float(score)), float(difference))
+    answer, score, start, end = (out[name][0] for name in text_graph.OUTPUTS[:4])
+    return Answer(str(answer), int(start), int(end), float(score))
 
 
 def compare_answers(
@@ -220,31 +201,22 @@ def compare_answers(
 ) -> TextProof:
     """Asks both the same questions, except those with a ``special`` token in a text. An error of the Answerer is no answer."""
     asked = [e for e in examples if not any(token in e.question + e.context for token in special)]
-    equal, apart, null_apart = 0, 0.0, 0.0
+    equal, apart = 0, 0.0
     for example in asked:
-        theirs = _best_span(answerer, example)
+        try:
+            theirs = [*answerer.answer(example.question, example.context, allow_no_answer=False), _NOTHING][0]
+        except InputError:
+            theirs = _NOTHING
         ours = ask(model, example.question, example.context)
-        equal += replace(ours.answer, score=theirs.answer.score) == theirs.answer
-        apart = max(apart, abs(ours.answer.score - theirs.answer.score))
-        if ours.null_difference != theirs.null_difference:  # both are infinite without an answer
-            null_apart = max(null_apart, abs(ours.null_difference - theirs.null_difference))
-    return TextProof(len(asked), equal, len(examples) - len(asked), apart, null_apart)
-
-
-def _best_span(answerer: Answerer, example: Example) -> Found:
-    try:
-        pair = answerer.read(example.question, example.context, _SPANS_ALONE)
-    except InputError:
-        return _NOTHING
-    if not pair.decoded.spans:
-        return _NOTHING
-    return Found(to_answers(pair, _SPANS_ALONE)[0], pair.decoded.null_logit - pair.decoded.spans[0].logit)
+        equal += (ours.text, ours.start, ours.end) == (theirs.text, theirs.start, theirs.end)
+        apart = max(apart, abs(ours.score - theirs.score))
+    return TextProof(len(asked), equal, len(examples) - len(asked), apart)
 
 
 def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, beside: Beside | None = None) -> Bundle:
     """Writes ``out``, the bundle ``source`` as one text-in, answer-out model, and returns it, verified.
 
-    ``beside`` is what the bundle holds besides the model.
+    ``beside`` is what the bundle holds besides that.
 
     Raises InputError if its tokenizer is not BERT's WordPiece or no question can be asked, FailureError on a model that cannot
     be built in, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left as it was.
@@ -257,13 +229,16 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, 
     proof = compare_answers(model, answerer, spread(examples, QUESTIONS), special_tokens(tokenizer))
     if not proof.questions:
         raise _nothing_asked(out)
-    apart = max(proof.score_difference, proof.null_difference)
-    if proof.equal < proof.questions or not apart <= _SCORE:
+    if proof.equal < proof.questions or not proof.score_difference <= _SCORE:
         raise GateError(
             f"{out}: {proof.questions - proof.equal} of {proof.questions} answers of the graph differ from the Answerer's, scores "
-            f"and null differences by up to {apart:.1e}: it was not written; take --spans-in-graph"
+            f"by up to {proof.score_difference:.1e}: it was not written; take --spans-in-graph"
         )
-    return _write(source, out, made, model, {"kind": "text"}, asdict(proof), _TEXT_USAGE, beside)
+    usage = [
+        "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
+        "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`.",
+    ]
+    return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage, beside)
 
 
 def text_line(bundle: Bundle) -> str:
