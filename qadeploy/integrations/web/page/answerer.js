@@ -55,8 +55,9 @@ export class Answerer {
 }
 
 async function get(name, options) {
-  const response = await fetch(new URL(name, import.meta.url), options);
-  if (!response.ok) throw new Error(`${name}: the web server returned status ${response.status}.`);
+  const url = new URL(name, import.meta.url);
+  const response = await fetch(url, options);
+  if (!response.ok) throw new Error(`${url.pathname}: the web server returned status ${response.status}.`);
   return response;
 }
 
