@@ -7,7 +7,8 @@ r"""The same bundle in Chromium, Node.js and Python: time to the first answer, a
 
 Every one of them answers the handbook's held-out questions one by one, without "no answer", in interleaved rounds. The start is
 from a new process, or a new page with an empty cache in a running Chromium, to its first answer; the site comes from a server on this
-machine. Chromium runs the model on one thread. Writes ``results/browser.json`` and the table between the markers in docs/browser.md.
+machine. Chromium runs the model on one thread. As root it also raises its own priority: on a machine that is shared, run this under
+``setpriv --bounding-set -sys_nice``. Writes ``results/browser.json`` and the table between the markers in docs/browser.md.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def measure(bundle: Path, site: Path, questions: int, rounds: int) -> Json:
     held_out = spread(read("handbook").part("validation"), questions)
     asked = [{"question": e.question, "context": e.context} for e in held_out]
     answerer = Answerer.load(bundle, device="cpu")
-    right = [answerer.answer(**each, allow_no_answer=False)[0] for each in asked]
+    right = [answerer.answer(e.question, e.context, allow_no_answer=False)[0] for e in held_out]
     with ExitStack() as stack:
         browser = stack.enter_context(sync_playwright()).chromium.launch(
             executable_path=chromium, args=["--no-sandbox"]

