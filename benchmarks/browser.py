@@ -183,7 +183,7 @@ def table(found: Json) -> list[str]:
     threads = {"chromium": "1 thread", "python-1": "1 thread"}
     lines = ["| | x Python (range) | questions/s | start, s | same answers | F1 |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {NAMES[row['name'].removesuffix('-1')]}, {threads.get(row['name'], 'its default of threads')} | {of(row['ratio'], 2)} "
+        f"| {NAMES[row['name'].removesuffix('-1')]}, {threads.get(row['name'], 'default threads')} | {of(row['ratio'], 2)} "
         f"| {of(row['questions_per_second'], 1)} | {of(row['start_seconds'], 1)} | {row['equal']} of {found['questions']} | {row['f1']:.1f} |"
         for row in found["rows"]
     ]
