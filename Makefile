@@ -7,7 +7,7 @@
 # make test-next  the tests of training, export and answers on transformers 5 without optimum (constraints-next.txt)
 # make docs   the documentation as a website, in site/
 # make requirements   the hashes of the packages in a container, in requirements/, after a change of constraints.txt
-# make node-check   the answers of Node.js from bundles that answer by themselves (needs node 20 or newer)
+# make node-check   the answers of Node.js and of a browser from bundles that answer by themselves (needs node 20 or newer)
 # make inference-servers   an environment with Triton and MLServer, without which the tests that need them are skipped
 # Each sets up .venv by itself; on a machine with an NVIDIA driver with the GPU build of ONNX Runtime.
 
@@ -95,7 +95,7 @@ docs: $(READY)
 # onnxruntime-node holds its CPU library; its install script would download the one for CUDA.
 node-check: $(READY)
 	cd docs/node && npm ci --ignore-scripts
-	$(BIN)/python -m pytest -s tests/test_node.py
+	$(BIN)/python -m pytest -s tests/test_node.py tests/test_web.py
 
 inference-servers: $(SERVERS_READY)
 

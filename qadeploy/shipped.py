@@ -1,4 +1,4 @@
-"""Where the models and the data set that qadeploy ships lie. Imports nothing heavy."""
+"""Where the models, the data set and the pages that qadeploy ships lie. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from qadeploy.errors import BundleError, CheckpointError
 BASE_MODEL = "minilm-l6-qa"
 BASE_BUNDLE = "minilm-l6-qa-int8"
 HANDBOOK = Path(__file__).parent / "data" / "handbook.jsonl"
+PAGE = Path(__file__).parent / "serve" / "page"
 
 
 def base_model_path() -> Path:

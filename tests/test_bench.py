@@ -145,7 +145,7 @@ def test_the_terminals_table_has_a_line_a_variant_and_the_split(benched):
     ]
 
 
-@pytest.mark.parametrize("script", ["readme_table", "compare_pipeline", "long_documents", "several_answers"])
+@pytest.mark.parametrize("script", ["readme_table", "compare_pipeline", "long_documents", "several_answers", "browser"])
 def test_the_documented_tables_are_those_of_the_results(script):
     command = [sys.executable, "-m", f"benchmarks.{script}", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

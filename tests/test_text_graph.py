@@ -204,6 +204,7 @@ def questions() -> list[Example]:
         {},
         {"max_seq_len": 40, "doc_stride": 13, "max_answer_len": 4, "temperature": 2.5},
         {"max_seq_len": 40, "doc_stride": 13, "relative_to_null": True, "bm25_weight": 1.5},
+        {"null_threshold": -100.0},  # to the Answerer, no context has an answer
         {"max_seq_len": 80, "doc_stride": 26, "relative_to_null": True, "bm25_weight": 1.5, "long_seq_len": 40},
     ],
 )

@@ -22,6 +22,7 @@ qadeploy export runs/faq --device cuda
 qadeploy export some/checkpoint --eval-data held_out.jsonl --out bundles/mine
 qadeploy export runs/faq --quantize --spans-in-graph
 qadeploy export bundles/faq-int8 --spans-in-graph --strings-in-graph
+qadeploy export bundles/faq-int8 --web site
 qadeploy export runs/faq --quantize --triton repository
 qadeploy export bundles/faq-int8 --triton repository
 """,
@@ -33,7 +34,7 @@ def export(as_json: bool, run: str | None, list_recipes: bool, **given: Any) -> 
     """Export RUN (a run or checkpoint folder; default: the newest run) to ONNX bundles and prove what they keep.
 
     With --quantize every int8 recipe is measured on this machine, and the best one that keeps its F1 is written.
-    RUN may also be a bundle, from which --spans-in-graph and --text-in-graph make further bundles.
+    RUN may also be a bundle, from which --spans-in-graph and --text-in-graph make further bundles, and --web a static site.
     """
     if list_recipes:
         from qadeploy.export.quantize.recipes import RECIPES

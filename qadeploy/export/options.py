@@ -54,6 +54,11 @@ class ExportOptions(DataFlags):
         "Also write NAME-text of each bundle for a CPU: one file, text in, answer out (WordPiece tokenizers).",
         also=("--strings-in-graph",),
     )
+    web: str | None = option(
+        None,
+        "Also write a static site to this folder: a page that answers in the browser, from the int8 bundle if there is one "
+        "(WordPiece tokenizers). npm downloads onnxruntime-web for it.",
+    )
     cache: bool = options.keep("what was measured, so that a search that was cut off goes on,")
     triton: str | None = option(
         None,

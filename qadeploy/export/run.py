@@ -24,6 +24,8 @@ from qadeploy.inference.devices import parse_device
 from qadeploy.integrations.onnx_standalone.in_graph import add_in_graph
 from qadeploy.integrations.onnx_standalone.wordpiece import check_wordpiece
 from qadeploy.integrations.triton.repository import add_bundle, check_repository, takes
+from qadeploy.integrations.web.npm import onnxruntime_web
+from qadeploy.integrations.web.site import check_site, write_site
 from qadeploy.options import check
 from qadeploy.records import Example
 from qadeploy.timing import seconds_of, spread
@@ -83,6 +85,9 @@ def export_run(source: str | None, options: ExportOptions, listener: Listener) -
     check(options)
     if options.triton:
         check_repository(Path(options.triton))
+    if options.web:
+        check_site(Path(options.web))
+        onnxruntime_web(listener.say)  # what cannot be downloaded is missed now, not after scoring
     if source and is_bundle(source):
         return _from_bundle(source, options, listener)
     return _Export(source, options, listener).run()
@@ -90,17 +95,19 @@ def export_run(source: str | None, options: ExportOptions, listener: Listener) -
 
 def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exported:
     in_graph = options.spans_in_graph or options.text_in_graph
-    if options.quantize or (options.out and not in_graph) or not (in_graph or options.triton):
+    if options.quantize or (options.out and not in_graph) or not (in_graph or options.triton or options.web):
         raise InputError(
-            f"{source}: is a bundle, from which only --spans-in-graph, --text-in-graph and --triton make more: give the run "
-            "for --quantize or --out"
+            f"{source}: is a bundle, from which only --spans-in-graph, --text-in-graph, --web and --triton make more: give the "
+            "run for --quantize or --out"
         )
     opened, made = open_bundle(source), Exported()
-    if in_graph:
+    if in_graph or options.web:
         examples = read(options.eval_data or "handbook", DataOptions.of(asdict(options))).examples
         made.further = _in_graph(opened, Path(options.out or source), examples, options, listener)
     if options.triton:
         _to_triton(made, [opened, *made.further], options, listener)
+    if options.web:
+        made.further.append(write_site(opened, Path(options.web), examples, listener.say))
     return made
 
 
@@ -174,6 +181,9 @@ class _Export:
             self.made.lines.append("")
             served = [b for b in (*self.made.bundles, *self.made.further) if b.folder != self.fused]
             _to_triton(self.made, served, self.options, self.listener)
+        if self.options.web:
+            shown = next((b for b in self.made.bundles if b.folder == self.int8), plain)
+            self.made.further.append(write_site(shown, Path(self.options.web), reference.examples, self.listener.say))
         return self.made
 
     def _reference(self) -> Reference:
@@ -185,7 +195,7 @@ class _Export:
         self.listener.say(f"exporting {self.found.checkpoint}, judged on {count}{of} questions of {judges.name}")
         hub = Hub(trust_remote_code=self.options.trust_remote_code, allow_pickle=self.options.allow_pickle)
         reference = make_reference(self.found, judges, hub, self.listener.count, self.budget)
-        if self.options.text_in_graph:
+        if self.options.text_in_graph or self.options.web:
             check_wordpiece(reference.checkpoint.tokenizer.backend_tokenizer)
         return reference
 

@@ -266,21 +266,24 @@ def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
     return open_bundle(bundle.folder)
 
 
-def check_place(out: Path) -> None:
-    """Raises InputError if ``out`` exists and is not a bundle, so that no bundle can be written there."""
+def check_place(out: Path, flag: str = "--out") -> None:
+    """Raises InputError if ``out`` exists and is not a bundle, so that no bundle can be written there.
+
+    ``flag`` is the option that names it, for messages.
+    """
     if not out.name:
-        raise InputError(f"{out}: a bundle needs a folder of its own: give --out a name")
+        raise InputError(f"{out}: a bundle needs a folder of its own: give {flag} a name")
     if out.is_symlink():
-        raise InputError(f"{out}: is a link, which is not overwritten: give --out the folder itself or another name")
+        raise InputError(f"{out}: is a link, which is not overwritten: give {flag} the folder itself or another name")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     listed = _listed(out / MANIFEST)
     if listed is None:
-        raise InputError(f"{out}: exists and is not a bundle, so it is not overwritten: give another --out")
+        raise InputError(f"{out}: exists and is not a bundle, so it is not overwritten: give another {flag}")
     foreign = sorted(p.name for p in out.iterdir() if p.name not in {*listed, MANIFEST} or p.is_dir())
     if foreign:
         raise InputError(
-            f"{out}: holds {', '.join(foreign[:5])} beside a bundle, which would be deleted: move it away, or give another --out"
+            f"{out}: holds {', '.join(foreign[:5])} beside a bundle, which would be deleted: move it away, or give another {flag}"
         )
 
 

@@ -7,7 +7,7 @@ agree with the Python decoder on real windows and questions.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def span_line(bundle: Bundle) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TextProof:
-    """The text model compared with the Answerer: of ``questions``, how many answers are ``equal`` (text and place).
+    """The text model compared with the Answerer: of ``questions``, how many best spans are ``equal`` (text and place).
 
     ``skipped`` questions are not counted: a text of theirs contains the name of a special token, which the graph reads as
     plain text. ``score_difference`` is the largest absolute difference of a score.
@@ -179,6 +179,15 @@ class TextProof:
     equal: int
     skipped: int
     score_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a bundle holds besides model, tokenizer and card: files by name, lines of the card, entries of the manifest."""
+
+    files: Mapping[str, bytes]
+    usage: Sequence[str]
+    manifest: Mapping[str, Any]
 
 
 def ask(model: GraphModel, question: str, context: str) -> Answer:
@@ -196,7 +205,7 @@ def compare_answers(
     equal, apart = 0, 0.0
     for example in asked:
         try:
-            theirs = [*answerer.answer(example.question, example.context), _NOTHING][0]
+            theirs = [*answerer.answer(example.question, example.context, allow_no_answer=False), _NOTHING][0]
         except InputError:
             theirs = _NOTHING
         ours = ask(model, example.question, example.context)
@@ -205,8 +214,10 @@ def compare_answers(
     return TextProof(len(asked), equal, len(examples) - len(asked), apart)
 
 
-def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example]) -> Bundle:
+def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, beside: Beside | None = None) -> Bundle:
     """Writes ``out``, the bundle ``source`` as one text-in, answer-out model, and returns it, verified.
+
+    ``beside`` is what the bundle holds besides that.
 
     Raises InputError if its tokenizer is not BERT's WordPiece or no question can be asked, FailureError on a model that cannot
     be built in, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left as it was.
@@ -228,7 +239,7 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example]) -> 
         "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
         "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`.",
     ]
-    return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage)
+    return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage, beside)
 
 
 def text_line(bundle: Bundle) -> str:
@@ -287,7 +298,9 @@ def _write(
     in_graph: dict[str, Any],
     proof: dict[str, Any],
     usage: Sequence[str],
+    beside: Beside | None = None,
 ) -> Bundle:
+    beside = beside or Beside({}, [], {})
     kept = {name: value for name, value in source.manifest.items() if name not in {"schema", "files"}}
     manifest = {
         **kept,
@@ -297,10 +310,13 @@ def _write(
         "in_graph": in_graph,
         "inputs": list(loaded.inputs),
         "outputs": list(loaded.outputs),
+        **beside.manifest,
     }
     with writing_bundle(out) as work:
         (work / MODEL).write_bytes(model)
         (work / TOKENIZER).write_bytes(source.read(TOKENIZER))
-        write_text(work / CARD, bundle_card(out.name, manifest, usage))
+        write_text(work / CARD, bundle_card(out.name, manifest, [*beside.usage, *usage]))
+        for name, data in beside.files.items():
+            (work / name).write_bytes(data)
         seal(work, manifest)
     return open_bundle(out)

@@ -1,0 +1,1 @@
+"""Static sites that answer in the browser."""
