@@ -36,7 +36,8 @@ from qadeploy.errors import MachineWarning
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.run import export_run
-from qadeploy.inference.bundle import MODEL, open_bundle, rewrite_manifest
+from qadeploy.inference.bundle import CARD, MODEL, Bundle, open_bundle, rewrite_manifest, seal, writing_bundle
+from qadeploy.inference.bundle_card import bundle_card
 from qadeploy.machine import machine
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 
@@ -111,11 +112,21 @@ def _export(out: Path, data: Path, recipe: str | None = None) -> Path:
         with Progress(as_json=False) as progress:
             print("\n".join(export_run(str(out), options, progress).lines))
         made = open_bundle(f"{folder}/{out.name}-int8")
-        # Its settings are for any machine; whether 8-bit weights saturate elsewhere depends on where it was exported.
-        rewrite_manifest(made, {"exported_on": made.manifest["machine"], "machine": None, "tuning": None})
-        shutil.rmtree(bundle, ignore_errors=True)
-        shutil.copytree(made.folder, bundle)
+        for_others(made, bundle)
     return bundle
+
+
+def for_others(made: Bundle, out: Path) -> None:
+    """Writes the bundle ``made`` as ``out``, without what only holds or exists on this machine."""
+    manifest = {name: value for name, value in made.manifest.items() if name not in {"schema", "files", "tuning"}}
+    manifest["measured"] = {**manifest["measured"], "data": Path(manifest["measured"]["data"]).name}
+    card = bundle_card(out.name, manifest)
+    # Its settings are for any machine; whether 8-bit weights saturate elsewhere depends on where it was exported.
+    manifest["exported_on"] = manifest.pop("machine", manifest.get("exported_on"))
+    with writing_bundle(out) as work:
+        for name in made.manifest["files"]:
+            (work / name).write_bytes(card.encode() if name == CARD else made.read(name))
+        seal(work, manifest)
 
 
 def confirm_without_vnni(data: Path, out: Path) -> None:
