@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import numpy_helper
 from transformers import AutoTokenizer, FNetConfig, FNetForQuestionAnswering
 
@@ -187,6 +189,44 @@ def test_parity_is_required(difference, passes):
     else:
         with pytest.raises(GateError, match=r"^mine: its logits differ"):
             require_parity(parity, "mine")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "own", "passes"),
+    [
+        (7e-5, 2e-5, True),  # PyTorch itself is off
+        (3e-4, 5e-4, True),
+        (7e-5, 2e-4, False),
+        (math.inf, math.inf, False),
+        (math.nan, math.nan, False),
+    ],
+)
+def test_rounding_is_no_wrong_export(theirs, own, passes):
+    parity = Parity(2e-4, 0.0, 1.0, windows=24, shortest=20, longest=90, pytorch_rounding=theirs, rounding=own)
+    with contextlib.nullcontext() if passes else pytest.raises(GateError, match=r"^mine: its logits differ"):
+        require_parity(parity, "mine")
+
+
+def test_logits_so_large_that_float32_rounds_them_are_compared_in_float64(tiny, tmp_path):
+    """The head's weights are large, so that rounding alone moves logits by more than the tolerance."""
+    checkpoint, examples = load_checkpoint(tiny.run / "checkpoint"), read(str(tiny.data)).examples[:6]
+    with torch.no_grad():
+        checkpoint.model.qa_outputs.weight *= 3_000
+    export_graph(checkpoint, tmp_path)
+    proto = onnx.load_model(tmp_path / MODEL)
+    bias = next(t for t in proto.graph.initializer if "qa_outputs.bias" in t.name)
+    wrong = onnx.ModelProto.FromString(proto.SerializeToString())
+    moved = next(t for t in wrong.graph.initializer if t.name == bias.name)
+    moved.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.1), bias.name))
+    pad = checkpoint.encoder.config.pad_token_id
+    right, other = (OnnxModel(p.SerializeToString, device="cpu", pad_token_id=pad) for p in (proto, wrong))
+    parity = measure_parity(checkpoint, right, examples, 1e-4)
+    assert parity.max_abs_diff > 1e-4
+    require_parity(parity, "right")
+    with pytest.raises(GateError, match=r"^wrong: its logits differ from PyTorch by up to 1\.0"):
+        require_parity(measure_parity(checkpoint, other, examples, 1e-4), "wrong")
+    assert checkpoint.model.dtype == torch.float32
+    assert "rounding" not in measure_parity(checkpoint, right, examples, 1.0).to_dict()
 
 
 def test_parity_is_measured_on_windows_of_many_lengths_and_of_several_a_context(tiny):

@@ -80,7 +80,7 @@ def finish_bundle(
     answerer = make_answerer(reference, model, session, device=device)
     onnx = model_of(answerer)
     reference.count(0, 1, " comparing logits with PyTorch's")
-    parity = measure_parity(checkpoint, onnx, reference.examples)
+    parity = measure_parity(checkpoint, onnx, reference.examples, tolerance)
     if tolerance is not None:
         require_parity(parity, name, tolerance)
     (work / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
