@@ -103,9 +103,9 @@ def train_with_search(
         MissingExtraError: Optuna is not installed. Nothing was read.
     """
     out, path = Path(options.out), _state(Path(options.out))
-    _check(options, trials, resume)
     if resume and not path.exists() and read_status(out) == "complete":
         return train(options, say, progress=progress, resume=True)  # which says so
+    _check(options, trials, resume)
     data = load_data(options, RunLog(say))
     space = _space(options, data.train.examples)
     out.parent.mkdir(parents=True, exist_ok=True)
