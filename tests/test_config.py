@@ -181,7 +181,7 @@ def run(*args: str) -> Result:
 @pytest.fixture
 def echo(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What ``train`` was called with, instead of training."""
-    import qadeploy.training.folds  # noqa: F401 - the command imports it, and it must keep the real function
+    import qadeploy.training.search  # noqa: F401 - the command imports it and folds, which must keep the real function
     from qadeploy.training import train as module
 
     seen: dict[str, Any] = {}

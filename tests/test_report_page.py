@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from qadeploy.data.check import RowClass
+from qadeploy.reports.findings import searched
 from qadeploy.reports.report_page import CHECK_CLASSES, report_page
-from tests.run_facts_for_tests import ARABIC, EVIL, FAMILY, LONG, facts
+from tests.run_facts_for_tests import ARABIC, EVIL, FAMILY, LONG, SEARCH, facts
 
 CHECK = {
     "rows": 1380,
@@ -180,9 +181,25 @@ def test_small_groups_have_hollow_marks_and_no_intervals(reader):
     ]
 
 
+def test_a_search_is_shown_with_all_its_trials():
+    found = facts({"search": SEARCH})
+    reader = Reader(report_page(found))
+    assert reader.problems == []
+    assert "Search for settings" in reader.texts["h3"]
+    assert searched(found) in reader.texts["figcaption"]
+    rows = ["".join(text.split()) for text in reader.texts["tr"]]
+    first = rows.index("TrialLearningrateEpochsNegativesF1%Seconds")
+    assert rows[first + 1 : first + 4] == [
+        "10.00013160.090",
+        "2kept0.000325364.5163",
+        "3failed:trainingranoutof<memory>2.7e-0522–4",
+    ]
+
+
 def test_what_a_run_lacks_is_left_out():
     bare = Reader(report_page(facts({"held_out_base": None})))
     assert bare.problems == []
+    assert "Search for settings" not in bare.texts["h3"]
     assert "Data check" not in bare.texts["h3"]
     assert any(text.startswith("The base model was not measured") for text in bare.texts["figcaption"])
     full = Reader(report_page(facts({

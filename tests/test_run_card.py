@@ -11,7 +11,7 @@ import yaml
 
 from qadeploy.inference.front_matter import base_label, front_matter, license_of
 from qadeploy.reports.run_card import run_card
-from tests.run_facts_for_tests import EXAMPLES, RECORD, facts
+from tests.run_facts_for_tests import EXAMPLES, RECORD, SEARCH, facts
 
 
 def head(card: str) -> dict[str, Any]:
@@ -60,6 +60,19 @@ def test_a_card_without_held_out_questions_says_that_the_scores_are_too_high():
     card = run_card(facts(held_out=False))
     assert "so the scores are slightly too high" in card
     assert head(card)["model-index"][0]["results"][0]["dataset"]["split"] == "dev"
+
+
+@pytest.mark.parametrize(
+    ("folds", "held_out", "sentence"),
+    [
+        (None, True, "best of 2 trials by F1 on the dev set, so the figures of the dev set flatter; those of the held-out set do not."),
+        (None, False, "best of 2 trials by F1 on the dev set, so the figures of the dev set flatter."),
+        (5, True, "by mean F1 of 5 folds, so the figures of the folds and of the dev set flatter; those of the held-out set do not."),
+    ],
+)  # fmt: skip
+def test_a_card_says_which_figures_a_search_flatters(folds, held_out, sentence):
+    assert sentence in run_card(facts({"search": {**SEARCH, "folds": folds}}, held_out=held_out))
+    assert "flatter" not in run_card(facts(held_out=held_out))
 
 
 def test_names_cannot_break_the_markdown():

@@ -694,10 +694,10 @@ def test_a_base_that_does_not_load_is_named(fault, few, tiny_checkpoint, tmp_pat
 
 @pytest.mark.parametrize(("given", "resolved"), [(None, 1), (0, 0), (2, 2)])
 def test_few_examples_get_a_negative_each_unless_asked_otherwise(given, resolved):
-    from qadeploy.training.train import _resolve
+    from qadeploy.training.train import resolve
 
     one = Example("a", "Who?", "Ada keeps it.", (Annotation("Ada", 0),))
-    assert _resolve(TrainOptions(negatives=given), [one] * 20).negatives == resolved
+    assert resolve(TrainOptions(negatives=given), [one] * 20).negatives == resolved
     many, none = [one] * 5_000, replace(one, answers=())
-    assert _resolve(TrainOptions(), many).negatives == 0
-    assert _resolve(TrainOptions(), [one, none]).negatives == 0  # the data themselves say what has no answer
+    assert resolve(TrainOptions(), many).negatives == 0
+    assert resolve(TrainOptions(), [one, none]).negatives == 0  # the data themselves say what has no answer

@@ -63,6 +63,7 @@ qadeploy train
 qadeploy train --data faq.jsonl --out runs/faq
 qadeploy train --config run.yaml --epochs 2
 qadeploy train --data few.jsonl --folds 5
+qadeploy train --data faq.jsonl --search 10
 qadeploy train --data hub:squad --base bert-base-uncased --epochs 2 --out runs/squad
 qadeploy train --resume --out runs/squad
 """,
@@ -76,12 +77,24 @@ qadeploy train --resume --out runs/squad
     type=int,
     help="Cross-validate first, with this many models, each scored on passages it was not trained on. Useful on small data.",
 )
-@click.option("--resume", is_flag=True, help="Resume the unfinished run in --out with its recorded options.")
+@click.option(
+    "--search",
+    type=int,
+    help="First search for settings: train N times, varying those of learning rate, epochs, batch size and negatives that are not given. The best by dev F1, or by the mean F1 of the --folds, are used.",
+    metavar="N",
+)
+@click.option("--resume", is_flag=True, help="Resume the unfinished run or search in --out with its recorded options.")
 @click.option("--bf16", is_flag=True, help="The same as --precision bf16.")
 @click.option("--fp16", is_flag=True, help="The same as --precision fp16.")
 @click.option("--progress/--no-progress", default=None, help="Show a progress bar.  [default: on a terminal]")
 def train(
-    as_json: bool, progress: bool | None, out: str | None, folds: int | None, resume: bool, **options: Any
+    as_json: bool,
+    progress: bool | None,
+    out: str | None,
+    folds: int | None,
+    search: int | None,
+    resume: bool,
+    **options: Any,
 ) -> None:
     """Fine-tune a question-answering model and keep its best epoch.
 
@@ -90,6 +103,7 @@ def train(
     from qadeploy.training.distributed import count, is_first
     from qadeploy.training.folds import train_with_folds
     from qadeploy.training.resume import recorded_options
+    from qadeploy.training.search import recorded_search, train_with_search
     from qadeploy.training.train import train as run
 
     ctx = click.get_current_context()
@@ -104,18 +118,25 @@ def train(
     out = out or f"runs/{name}"
     if resume:
         asked = {k: v for k, v in options.items() if ctx.get_parameter_source(k) is not ParameterSource.DEFAULT}
-        recorded = {k: v for k, v in recorded_options(Path(out)).items() if k in options}
-        options = {**options, **recorded, **asked}
+        begun = recorded_search(Path(out))
+        recorded = begun.options if begun else recorded_options(Path(out))
+        options = {**options, **{k: v for k, v in recorded.items() if k in options}, **asked}
+        if begun:
+            search = begun.trials if search is None else search
+            folds = begun.options["folds"] if folds is None else folds
     chosen = TrainOptions(out=out, **options)
     shown = sys.stderr.isatty() if progress is None else progress
     say = sayer(as_json)
-    if folds is None:
-        result = run(chosen, say, progress=shown, resume=resume)
-    elif resume:
+    alone = "--search" if search is not None else "--folds" if folds is not None else ""
+    if resume and alone == "--folds":
         raise InputError("--resume continues one run and --folds starts several: give only one of them")
-    elif count() > 1:
-        raise InputError("--folds trains in one process: run it without torchrun, or leave out --folds")
-    else:
+    if alone and count() > 1:
+        raise InputError(f"{alone} trains in one process: run it without torchrun, or leave out {alone}")
+    if search is not None:
+        result = train_with_search(chosen, search, say, folds=folds, progress=shown, resume=resume)
+    elif folds is not None:
         result = train_with_folds(chosen, folds, say, progress=shown)
+    else:
+        result = run(chosen, say, progress=shown, resume=resume)
     if as_json and is_first():
         click.echo(json.dumps({"run": str(result.folder), **result.metrics}, ensure_ascii=False))

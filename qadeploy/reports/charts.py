@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,25 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from qadeploy.reports.figures import COLOURS, legend_above, png, svg
-from qadeploy.reports.run_report import Calibration, Epoch, RunFacts, read_epochs, wilson_interval
+from qadeploy.reports.run_report import Calibration, Epoch, RunFacts, Search, read_epochs, wilson_interval
 
 _OVER_THE_EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # half of a marker on the axis is outside of it
 
 
 def facts_charts(facts: RunFacts) -> dict[str, Markup]:
-    """Returns the charts of a report by name: loss, scores, reliability."""
-    training = facts.training
-    return {
+    """Returns the charts of a report by name: loss, scores, reliability, and search if there was one."""
+    training, search = facts.training, facts.search
+    drawn = {
         "loss": svg("Loss by epoch", lambda f: draw_loss(f.subplots(), training.epochs, training.best), 290),
         "scores": svg("Dev scores by epoch", lambda f: draw_scores(f.subplots(), training.epochs, training.best), 290),
         "reliability": svg(
             "Confidence against exact match", lambda f: draw_reliability(f, facts.results.calibration), 400
         ),
     }
+    if search:
+        rows = math.ceil(len(search.best.settings) / 2)
+        drawn["search"] = svg("F1 by setting", lambda f: draw_search(f, search), 60 + 200 * rows)
+    return drawn
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -76,6 +81,28 @@ def draw_reliability(figure: Figure, calibration: Calibration) -> None:
     lower.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize="small")
     lower.set(yticks=(), xlabel="confidence (%)", ylabel="answers")
     legend_above(upper, 1)
+
+
+def draw_search(figure: Figure, search: Search) -> None:
+    """Draws F1 against each setting that was searched for, and marks the trial that was kept."""
+    names, scored, best = list(search.best.settings), search.scored, search.best
+    columns = min(2, len(names))
+    panels = figure.subplots(math.ceil(len(names) / columns), columns, sharey=True, squeeze=False).flat
+    for name, axes in zip(names, panels, strict=False):
+        values = sorted({t.settings[name] for t in scored})
+        if name == "learning_rate":
+            axes.set_xscale("log")
+            values = values[:: max(1, len(values) - 1)]  # the least and the greatest
+        axes.plot([t.settings[name] for t in scored], [t.f1 for t in scored], linestyle="", label="trial")
+        axes.plot(best.settings[name], best.f1, linestyle="", label="kept")
+        axes.margins(0.15)
+        axes.minorticks_off()
+        axes.set_xticks(values, [f"{value:.2g}" for value in values])
+        axes.set_xlabel(name.replace("_", " "))
+    for axes in panels:  # the place that is left over
+        axes.set_axis_off()
+    figure.supylabel("F1 (%)", fontsize="medium")
+    legend_above(figure.axes[0], 2)
 
 
 def _finish(axes: Any, epochs: Sequence[Epoch], best: int | None, y_label: str) -> None:

@@ -88,6 +88,19 @@ def judged(facts: RunFacts) -> str:
     return f"{facts.results.after.total:,} {which}"
 
 
+def searched(facts: RunFacts) -> str:
+    """Returns how a search chose the settings, and which figures flatter for it; "" without one."""
+    search = facts.search
+    if search is None:
+        return ""
+    by = f"mean F1 of {search.folds} folds" if search.folds else "F1 on the dev set"
+    flattering = "the figures of the folds and of the dev set" if search.folds else "the figures of the dev set"
+    honest = "; those of the held-out set do not" if facts.results.held_out else ""
+    return (
+        f"The settings are the best of {count(len(search.scored), 'trial')} by {by}, so {flattering} flatter{honest}."
+    )
+
+
 def data_remarks(facts: RunFacts) -> tuple[str, ...]:
     """Returns what to know about the data before trusting the scores."""
     data = facts.data

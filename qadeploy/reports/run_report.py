@@ -240,13 +240,39 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True)
+class Trial:
+    """A trial of a search: its settings by name, and its F1 in percent, which is None if it failed, with the ``error``."""
+
+    number: int
+    settings: Mapping[str, float]
+    f1: float | None
+    seconds: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The trials of a search, which of them gave the run its settings, and the folds that scored them; None is the dev set."""
+
+    trials: tuple[Trial, ...]
+    best: Trial
+    folds: int | None
+
+    @property
+    def scored(self) -> tuple[Trial, ...]:
+        """The trials that did not fail."""
+        return tuple(t for t in self.trials if t.f1 is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Everything that the report and the model card show."""
+    """Everything that the report and the model card show; ``search`` is None if no search chose the settings."""
 
     run: RunRecord
     data: DataFacts
     training: TrainingFacts
     results: Results
+    search: Search | None
 
 
 def make_facts(
@@ -278,6 +304,7 @@ def make_facts(
         data,
         TrainingFacts(epochs, int(metrics["best_epoch"])),
         _results(judged, answers, metrics, epochs, held_out),
+        _search(metrics.get("search")),
     )
 
 
@@ -299,6 +326,16 @@ def read_epochs(rows: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, 
         )
         for before, row in zip((None, *rows), rows, strict=False)
     )
+
+
+def _search(found: Mapping[str, Any] | None) -> Search | None:
+    if not found:
+        return None
+    trials = tuple(
+        Trial(number, row["settings"], row["f1"], float(row["seconds"]), row.get("error", ""))
+        for number, row in enumerate(found["trials"], 1)
+    )
+    return Search(trials, trials[int(found["best"]) - 1], found["folds"])
 
 
 def overfits(before: Mapping[str, Any], row: Mapping[str, Any]) -> bool:

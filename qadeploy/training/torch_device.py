@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from qadeploy.errors import DeviceError, DeviceWarning, InputError
+from qadeploy.errors import DeviceError, DeviceWarning, FailureError, InputError
 from qadeploy.inference.devices import find_driver, has_driver, parse_device, torch_cuda, torch_line
 from qadeploy.machine import machine
 from qadeploy.training import distributed
@@ -70,6 +72,20 @@ def resolve_precision(wanted: str, device: str) -> str:
     if on_gpu:
         return "bf16" if native else "fp32"
     return "bf16" if machine().has_bf16 else "fp32"
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raises FailureError, which says what to lower, if PyTorch runs out of memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        # On a CPU PyTorch has no type for it, only its text.
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise FailureError(
+                "training ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len"
+            ) from error
+        raise
 
 
 def _why_not(number: int) -> str:

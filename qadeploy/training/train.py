@@ -15,8 +15,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,7 +69,7 @@ from qadeploy.training.selection import (
     score_logits,
 )
 from qadeploy.training.speed import Speed, compiled, float32_attention, has_tf32, tf32_matmuls
-from qadeploy.training.torch_device import device_name, resolve_precision, training_device
+from qadeploy.training.torch_device import device_name, memory_errors, resolve_precision, training_device
 from qadeploy.training.tracking import check_tracker, tracker, tracker_errors
 from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
 from qadeploy.training.training_set import TrainingSet, masked_windows
@@ -128,8 +127,8 @@ def train(
         log = RunLog(say, warn) if distributed.is_first() else RunLog(_ignore)
         distributed.from_first(lambda: check(options, resume))
         device = training_device(options.device)
-        data = data or _load_data(options, log)
-        options = _resolve(options, data.train.examples)
+        data = data or load_data(options, log)
+        options = resolve(options, data.train.examples)
         models = _load_models(options, device, choose_metric(options.metric, data.train.examples))
         _check_export(models.checkpoint, log)
         log.raw_data(data)
@@ -150,7 +149,7 @@ def train(
             started -= opened.saved.run_state["seconds"] if opened.saved else 0
             run = _TrainingRun(options, data, models, windows, opened, log, progress, started)
             loop = _make_loop(run)
-            with tracker_errors(options.report_to):
+            with tracker_errors(options.report_to), memory_errors():
                 held_out_base = _fit(run, loop)
             reached = _evaluate(run, loop, held_out_base)
             metrics = _metrics(run, loop, reached) | dict(more_metrics or {})
@@ -180,8 +179,16 @@ def check(options: TrainOptions, resume: bool = False) -> None:
 # ---------------------------------------------------------------- data, models, windows
 
 
-def _load_data(options: TrainOptions, log: RunLog) -> RunData:
-    """Reads, checks and splits the questions."""
+def load_data(options: TrainOptions, log: RunLog) -> RunData:
+    """Reads, checks and splits the questions.
+
+    Args:
+        options: Those of the run.
+        log: Gets what the check of the rows found.
+
+    Raises:
+        InputError: The data cannot be read or split; a DataError names unusable rows.
+    """
     reading = DataOptions.of(asdict(options))
     rows = list(load_rows(options.data, options.token))
     checked = check_rows(options.data, rows, reading)
@@ -189,8 +196,13 @@ def _load_data(options: TrainOptions, log: RunLog) -> RunData:
     return split_data(options, read(options.data, reading, rows=rows), checked)
 
 
-def _resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions:
-    """The options with what follows from the training questions."""
+def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions:
+    """The options with what follows from the training questions.
+
+    Args:
+        options: Those of the run.
+        questions: The training questions.
+    """
     few = len(questions) < FEW_EXAMPLES
     negatives = int(few and not any_unanswerable(questions))
     batch_size = None if options.batch_tokens else 16 if few else 24  # with batch_tokens, the tokens alone decide
@@ -452,25 +464,11 @@ def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
     loop.table.header()
     if not loop.table.rows:
         loop.trainer.evaluate()  # row 0: the base model
-    with warnings.catch_warnings(), _memory_errors(), compiled(run.models.checkpoint.model, run.options.torch_compile):
+    with warnings.catch_warnings(), compiled(run.models.checkpoint.model, run.options.torch_compile):
         # To the Trainer, epochs of less than a second look like a broken clock; it then goes by the step numbers.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
         loop.trainer.fit(run.opened.saved)
     return base
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Raises FailureError, which says what to lower, if PyTorch runs out of memory."""
-    try:
-        yield
-    except RuntimeError as error:
-        # On a CPU PyTorch has no type for it, only its text.
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise FailureError(
-                "training ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len"
-            ) from error
-        raise
 
 
 def _predict(trainer: SpanTrainer, features: FeatureSet) -> Logits:

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 
 from qadeploy.core.calibration import ConfidenceBin
 from qadeploy.reports import charts, figures
-from qadeploy.reports.charts import draw_loss, draw_reliability, draw_scores, facts_charts
+from qadeploy.reports.charts import draw_loss, draw_reliability, draw_scores, draw_search, facts_charts
 from qadeploy.reports.figures import COLOURS
 from qadeploy.reports.run_report import Calibration, Epoch
-from tests.run_facts_for_tests import facts
+from tests.run_facts_for_tests import SEARCH, facts
 
 
 def lines(axes) -> dict[str, list[tuple[float, float]]]:
@@ -62,13 +62,31 @@ def test_the_reliability_diagram_shows_the_bins_that_have_answers():
     assert [(bar.get_x(), bar.get_height()) for bar in lower.patches] == [(50, 8)]
 
 
+def test_the_trials_of_a_search_are_drawn_by_setting():
+    search = facts({"search": SEARCH}).search
+    figure = Figure()
+    draw_search(figure, search)
+    rate, epochs, negatives, empty = figure.axes
+    assert [axes.get_xlabel() for axes in (rate, epochs, negatives)] == ["learning rate", "epochs", "negatives"]
+    assert lines(rate) == {"trial": [(1e-4, 60.0), (3.2e-4, 64.5)], "kept": [(3.2e-4, 64.5)]}  # one trial failed
+    assert lines(epochs)["kept"] == [(5, 64.5)]
+    assert [text.get_text() for text in rate.get_xticklabels()] == ["0.0001", "0.00032"]
+    assert not empty.axison
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 3}, {"learning_rate": 1e-4, "epochs": 2}])
+def test_a_single_scored_trial_can_be_drawn(settings):
+    found = {"trials": [{"settings": settings, "f1": 0.0, "seconds": 1.0}], "best": 1, "folds": None}
+    ElementTree.fromstring(str(facts_charts(facts({"search": found}))["search"]))
+
+
 def test_the_charts_of_a_run_share_a_page():
-    drawn = "".join(facts_charts(facts()).values())
+    drawn = "".join(facts_charts(facts({"search": SEARCH})).values())
     page = ElementTree.fromstring(f"<div>{drawn}</div>")
     ids = [e.get("id") for e in page.iter() if e.get("id")]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'(?:url\(|href=")#([^")]+)', drawn)) <= set(ids)
-    assert drawn == "".join(facts_charts(facts()).values())  # nothing in it is random or dated
+    assert drawn == "".join(facts_charts(facts({"search": SEARCH})).values())  # nothing in it is random or dated
     assert "<style" not in drawn  # it would apply to the page
     assert "font" not in drawn
     assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) <= {"#000000"}  # the rest are variables of the page
