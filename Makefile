@@ -1,7 +1,7 @@
 # make        lint and tests
 # make demo   train, export, quantize, bench and answer on what the repository ships
 # make test   all tests
-# make slow   the tests that fuzz, flood or kill many times, and all of those for transformers 5
+# make slow   the tests that fuzz, flood, install or kill many times, and all of those for transformers 5
 # make quick  the tests that need neither torch nor a trained model nor other processes, in under a minute
 # make coverage   all tests, and the share of the lines that they run, by room
 # make test-next  the tests of training, export and answers on transformers 5 without optimum (constraints-next.txt)

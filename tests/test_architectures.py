@@ -56,7 +56,7 @@ def settled(row: dict[str, Any]) -> dict[str, Any]:
 
 
 # Token types and absolute positions; positions from 2 on; relative attention; local attention with rotary positions.
-QUICK = ("BERT", "RoBERTa", "DeBERTa-v3", "ModernBERT")
+QUICK = ("BERT", "DeBERTa-v3", "ModernBERT")
 EACH = [pytest.param(a, id=a.name, marks=[] if a.name in QUICK else [pytest.mark.slow]) for a in ARCHITECTURES]
 
 

@@ -33,9 +33,12 @@ class Exported(NamedTuple):
 
     @property
     def exact(self) -> FloatArray:
-        """PyTorch's logits, each window alone."""
-        torch = TorchModel(self.checkpoint.model, self.checkpoint.encoder.config.pad_token_id)
-        return joined([torch.run_batch([window])[0] for window in self.windows])
+        """PyTorch's logits, each window alone, computed in float64: in float32 they depend on the number of threads."""
+        torch = TorchModel(self.checkpoint.model.double(), self.checkpoint.encoder.config.pad_token_id)
+        try:
+            return joined([torch.run_batch([window])[0] for window in self.windows])
+        finally:
+            self.checkpoint.model.float()
 
     def onnx(self, model: bytes) -> OnnxModel:
         return OnnxModel(

@@ -80,6 +80,7 @@ def test_both_engines_give_the_same_answers(bundle, asked):
     ]
 
 
+@pytest.mark.slow
 def test_bad_rows_and_rows_that_kill_are_set_aside_and_nothing_else(bundle, asked):
     rows = [dict(row) for row in ROWS[:30]]
     rows[3]["question"] = " "
@@ -135,6 +136,7 @@ def test_one_engine_goes_on_where_the_other_stopped(bundle, asked):
     assert answers() == answers("whole")
 
 
+@pytest.mark.slow
 def test_what_stops_an_actor_is_one_clear_error(bundle, asked, tmp_path):
     with pytest.raises(FailureError, match=r"no such bundle folder.*each must see the bundle"):
         answer_files(request(bundle, asked), load=PoisonedLoad(str(tmp_path / "gone")))
@@ -148,6 +150,7 @@ def test_what_stops_an_actor_is_one_clear_error(bundle, asked, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_workers_that_never_get_to_a_row_end_the_run(bundle, asked):
     with pytest.raises(FailureError, match="5 worker processes ended one after the other before"):
         answer_files(request(bundle, asked / "a.jsonl", rows=100), load=_die)

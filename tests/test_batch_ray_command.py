@@ -80,6 +80,7 @@ def actors(session: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_the_command_is_quiet_whatever_dies_and_leaves_no_process(bundle, folder):
     """Ray keeps remarks that repeat themselves back until it ends: those of later deaths must not reach stdout."""
     rows = LONG[:240]

@@ -80,7 +80,10 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(TORCHRUN, id="torchrun"), pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow)],
+)
 def test_launchers_train_the_run_of_one_process(launcher, options, alone, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", *launcher, "-m", "qadeploy", *arguments(options(out)), "--json"]

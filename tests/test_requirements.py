@@ -75,6 +75,7 @@ def test_another_file_of_the_same_version_is_refused(tmp_path):
     assert not list(wheels.iterdir())
 
 
+@pytest.mark.slow
 def test_a_fresh_environment_can_be_made_of_the_list(tmp_path):
     """As the Dockerfile does, for this Python: every wheel by its hash, and then the server's modules can be imported."""
     make = [sys.executable, "-m", "venv", str(tmp_path / "venv")]

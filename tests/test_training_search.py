@@ -176,6 +176,7 @@ def test_a_killed_search_continues_with_the_trials_that_are_missing(searched, he
     assert "was complete already" in well(*again, "--search", 3).output
 
 
+@pytest.mark.slow
 def test_an_interrupted_last_training_continues(here, monkeypatch):
     def interrupt(folder: Path, newest: int, best: int | None) -> None:
         if Path("runs/few") in folder.parents:

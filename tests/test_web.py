@@ -264,7 +264,7 @@ def same_answers(opens: Opened, answerer: Answerer, asked: list[tuple[str, str]]
 
 @needs_npm
 @needs_chromium
-@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("isolated", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_answers_are_the_answerers(isolated, browser, site):
     answerer, asked = Answerer.load(base_bundle_path(), device="cpu", threads=1), questions()
     assert len(answerer.read(*asked[5], Options()).windows) > 4

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,12 @@ class WordPiece:
 
 def read_wordpiece(tokenizer: Tokenizer) -> WordPiece:
     """The tables of a tokenizer. Raises InputError, which names its kind, if it is not BERT's WordPiece."""
+    return _read(tokenizer.to_str())
+
+
+@lru_cache(maxsize=1)  # it takes seconds, and an export asks for several bundles with one tokenizer
+def _read(stored: str) -> WordPiece:
+    tokenizer = Tokenizer.from_str(stored)
     model = check_wordpiece(tokenizer)
     prefix, vocabulary = model["continuing_subword_prefix"], model["vocab"]
     special = set(special_tokens(tokenizer))
