@@ -22,10 +22,13 @@ from qadeploy import Answerer
 from qadeploy.data.loading import read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
+from qadeploy.export import reference as reference_module
 from qadeploy.export.fused import fusion_line, optimize
 from qadeploy.export.fusion import fuse_file
 from qadeploy.export.onnx import export, export_graph, read_shared_weights
+from qadeploy.export.options import ExportOptions
 from qadeploy.export.parity import Parity, measure_parity, parity_windows, require_parity
+from qadeploy.export.plan import plan_lines
 from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.recipes import RECIPES
 from qadeploy.export.quantize.search import SearchOptions
@@ -227,6 +230,17 @@ def test_logits_so_large_that_float32_rounds_them_are_compared_in_float64(tiny, 
         require_parity(measure_parity(checkpoint, other, examples, 1e-4), "wrong")
     assert checkpoint.model.dtype == torch.float32
     assert "rounding" not in measure_parity(checkpoint, right, examples, 1.0).to_dict()
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [(None, 20.0), (300.0, 20.0), (30.0, 5.0)])
+def test_a_small_budget_shortens_the_measuring_of_a_bundle(tiny, budget, seconds, monkeypatch):
+    monkeypatch.setattr(reference_module, "_SECONDS", 20.0)
+    run = find_run(str(tiny.run))
+    made = make_reference(run, HeldOut("keepers", dev_set(run)[:2]), budget=budget)
+    assert made.measuring == seconds
+    slow = replace(made, seconds=0.001)  # so that the time and not the least number of questions decides
+    (line, *_) = plan_lines(ExportOptions(optimize=False), slow, budget or 300.0)
+    assert f"fp32 {seconds:.0f} s" in line
 
 
 def test_parity_is_measured_on_windows_of_many_lengths_and_of_several_a_context(tiny):

@@ -24,8 +24,8 @@ from qadeploy.labelling.items import load_items
 from qadeploy.labelling.store import Store
 from qadeploy.serve.labelling import create_label_app
 from qadeploy.shipped import base_bundle_path
-from tests.conftest import write_jsonl
-from tests.test_page import PAGE, browser, needs_chromium  # noqa: F401 - a fixture
+from tests.conftest import needs_chromium, write_jsonl
+from tests.test_page import PAGE
 
 pytestmark = needs_chromium
 
@@ -90,7 +90,7 @@ class Desktop:
 
 
 @contextlib.contextmanager
-def labelling(browser: Browser, source: Path) -> Iterator[Desktop]:  # noqa: F811
+def labelling(browser: Browser, source: Path) -> Iterator[Desktop]:
     out = source.parent / "rows.jsonl"
     answerer = Answerer.load(base_bundle_path(), device="cpu", threads=1)
     with Store.open(out, "Ada") as store, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -125,7 +125,7 @@ def test_the_page_has_nothing_that_a_strict_policy_forbids():
     assert not re.search(r"url\(|@import|https?://", (PAGE / "label.css").read_text("utf-8"))
 
 
-def test_accept_correct_none_skip_and_undo_by_keyboard(browser, tmp_path):  # noqa: F811
+def test_accept_correct_none_skip_and_undo_by_keyboard(browser, tmp_path):
     rows = [LAMP | {"question": LAMP["question"] + "?" * n} for n in range(4)]
     with labelling(browser, write_jsonl(tmp_path / "q.jsonl", rows)) as desk:
         page = desk.page
@@ -173,7 +173,7 @@ def test_accept_correct_none_skip_and_undo_by_keyboard(browser, tmp_path):  # no
     assert len(read(str(desk.out)).examples) == 3
 
 
-def test_offsets_count_code_points_in_any_script(browser, tmp_path):  # noqa: F811
+def test_offsets_count_code_points_in_any_script(browser, tmp_path):
     rows = [{"context": text, "question": "Who keeps the bell?"} for text in SCRIPTS]
     with labelling(browser, write_jsonl(tmp_path / "q.jsonl", rows)) as desk:
         for _ in SCRIPTS:
@@ -202,7 +202,7 @@ def test_offsets_count_code_points_in_any_script(browser, tmp_path):  # noqa: F8
     assert len(read(str(desk.out)).examples) == len(SCRIPTS)  # which verifies each offset
 
 
-def test_questions_are_typed_on_passages(browser, tmp_path):  # noqa: F811
+def test_questions_are_typed_on_passages(browser, tmp_path):
     (tmp_path / "docs").mkdir()
     for name in ("a", "b"):
         (tmp_path / "docs" / f"{name}.txt").write_text(f"{LAMP['context']} {name}")
@@ -227,7 +227,7 @@ def test_questions_are_typed_on_passages(browser, tmp_path):  # noqa: F811
         assert (desk.rows, desk.marked != "") == ([], True)
 
 
-def test_a_full_disk_is_told_and_the_row_stays(browser, tmp_path):  # noqa: F811
+def test_a_full_disk_is_told_and_the_row_stays(browser, tmp_path):
     with labelling(browser, write_jsonl(tmp_path / "q.jsonl", [LAMP])) as desk:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
@@ -242,7 +242,7 @@ def test_a_full_disk_is_told_and_the_row_stays(browser, tmp_path):  # noqa: F811
         assert len(desk.rows) == 1
 
 
-def test_two_tabs_do_not_decide_one_row_twice(browser, tmp_path):  # noqa: F811
+def test_two_tabs_do_not_decide_one_row_twice(browser, tmp_path):
     with labelling(browser, write_jsonl(tmp_path / "q.jsonl", [LAMP])) as desk:
         other = desk.page.context.new_page()
         other.goto(desk.page.url)

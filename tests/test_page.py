@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 import uvicorn
 from hatchling.builders.wheel import WheelBuilder
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from qadeploy import Answerer
 from qadeploy.data.loading import read
@@ -29,14 +28,12 @@ from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
 from qadeploy.shipped import BASE_BUNDLE, BASE_MODEL
-from tests.conftest import sealed_copy
+from tests.conftest import needs_chromium, sealed_copy
 from tests.sessions_for_tests import Sessions, until
 from tests.test_session_answerer import FAMILY, LONG, SCRIPTS
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "qadeploy" / "serve" / "page"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 LAMP = ("Who keeps the lamp?", "Ada keeps the lamp in room 7. Fay keeps the boat outside.")
 TEXTS = [
     LAMP,
@@ -54,14 +51,6 @@ TEXTS = [
         "\u0627\u0644\u0645\u064a\u0646\u0627\u0621 \u0635\u063a\u064a\u0631 \U0001f3ee. Ada keeps the lamp in \u0627\u0644\u063a\u0631\u0641\u0629 7.",
     ),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @contextlib.contextmanager

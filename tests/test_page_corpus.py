@@ -11,7 +11,8 @@ from playwright.sync_api import expect
 
 from qadeploy import Corpus
 from qadeploy.shipped import base_bundle_path
-from tests.test_page import Desk, browser, needs_chromium, opened, serving  # noqa: F401 - browser is a fixture
+from tests.conftest import needs_chromium
+from tests.test_page import Desk, opened, serving
 
 LAMPS = "# Lamps 🏮\n\n## Trimming\n\n🏮🏮 Mungo Strand trims the light at noon. 🏮\n\n# Boats\n\nFay keeps the boat.\n"
 HOSTILE = "<img src=x onerror=alert(1)>.md"
@@ -46,7 +47,7 @@ def asked(desk: Desk, question: str) -> list[dict[str, Any]]:
 
 
 @needs_chromium
-def test_an_answer_is_shown_with_its_document_its_place_and_its_passage(browser, url):  # noqa: F811
+def test_an_answer_is_shown_with_its_document_its_place_and_its_passage(browser, url):
     with opened(browser, url) as desk:
         page = desk.page
         expect(page.locator("#context")).to_have_value("")
@@ -81,7 +82,7 @@ def test_an_answer_is_shown_with_its_document_its_place_and_its_passage(browser,
 
 
 @needs_chromium
-def test_nothing_of_a_document_is_run(browser, url):  # noqa: F811
+def test_nothing_of_a_document_is_run(browser, url):
     with opened(browser, url) as desk:
         page, dialogs = desk.page, []
         page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
@@ -99,7 +100,7 @@ def test_nothing_of_a_document_is_run(browser, url):  # noqa: F811
 
 
 @needs_chromium
-def test_words_that_no_document_has_are_said_to_be_unknown(browser, url):  # noqa: F811
+def test_words_that_no_document_has_are_said_to_be_unknown(browser, url):
     with opened(browser, url) as desk:
         page = desk.page
         asked(desk, QUESTION)
@@ -111,7 +112,7 @@ def test_words_that_no_document_has_are_said_to_be_unknown(browser, url):  # noq
 
 
 @needs_chromium
-def test_with_a_token_the_documents_are_known_once_it_is_given(browser, url, tmp_path):  # noqa: F811
+def test_with_a_token_the_documents_are_known_once_it_is_given(browser, url, tmp_path):
     (tmp_path / "lamps.md").write_text(LAMPS, encoding="utf-8")
     Corpus.build(tmp_path / "lamps.md", tmp_path / "index")
     with (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from qadeploy.data.check import RowClass
 from qadeploy.reports.findings import searched
 from qadeploy.reports.report_page import CHECK_CLASSES, report_page
+from tests.conftest import CHROMIUM, needs_chromium
 from tests.run_facts_for_tests import ARABIC, EVIL, FAMILY, LONG, SEARCH, facts
 
 CHECK = {
@@ -22,7 +22,6 @@ CHECK = {
     "rejected": 34,
 }
 VOID = {"meta", "link", "br", "img", "hr", "input"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Reader(HTMLParser):
@@ -247,7 +246,7 @@ def test_texts_and_lines_can_be_seen(page, scheme):
 # ---------------------------------------------------------------- a browser
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to open the page in")
+@needs_chromium
 def test_a_browser_opens_it_without_a_complaint(page, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -263,7 +262,7 @@ def test_a_browser_opens_it_without_a_complaint(page, tmp_path):
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to open the page in")
+@needs_chromium
 def test_the_browser_test_would_see_a_complaint(tmp_path):
     path = tmp_path / "bad.html"
     path.write_text("<script>console.error('seen'); nothing()</script>", encoding="utf-8")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from qadeploy import Answerer
 from qadeploy.core.settings import Options
@@ -30,12 +30,10 @@ from qadeploy.integrations.web.npm import INTEGRITY, VERSION, onnxruntime_web
 from qadeploy.integrations.web.site import write_site
 from qadeploy.shipped import base_bundle_path
 from tests.cli_for_tests import fails, well
-from tests.conftest import sealed_copy, triplets
+from tests.conftest import needs_chromium, sealed_copy, triplets
 
 ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_npm = pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 EMOJI = (
     "Who keeps the lamp?",
     "\U0001f3ee\U0001f468\u200d\U0001f469\u200d\U0001f467 Mungo Strand \U0001f981 keeps the lamp. C\u0327a va.",
@@ -201,14 +199,6 @@ def test_another_package_of_that_name_is_refused(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- the page
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @dataclass

@@ -60,9 +60,8 @@ class EncodedText:
     @cached_property
     def blank(self) -> BoolArray:
         """Whether a token covers no visible text, so that no span may start or end on it, ``[tokens]``."""
-        visible_before = count_before(
-            visible_flags(self.text)
-        )  # not kept: the largest array, and serving needs it once
+        # Not kept: the largest array, and serving needs it once.
+        visible_before = count_before(visible_flags(self.text))
         return np.asarray(visible_before[self.offsets[:, 1]] <= visible_before[self.offsets[:, 0]])
 
     @cached_property

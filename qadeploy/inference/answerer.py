@@ -122,7 +122,8 @@ class Answerer:
         On CUDA it also captures graphs, which takes about a second.
 
         Args:
-            path: The bundle folder, or ``hub:ORG/NAME`` for one on the hub; None takes the newest under ``bundles/``, else the one that qadeploy ships.
+            path: The bundle folder, or ``hub:ORG/NAME`` for one on the hub; None takes the newest under ``bundles/``, else the
+                one that qadeploy ships.
             device: auto, cpu, cuda or cuda:N.
             threads: The largest number of CPU threads; None takes all CPUs.
             context_cache_bytes: Bytes of tokenised contexts to keep for further questions; 0 keeps none.

@@ -102,9 +102,9 @@ def hub_errors(name: str) -> Iterator[None]:
         status = getattr(error.response, "status_code", 0)
         what = {401: f"does not accept the token: {_LOGIN}", 403: f"does not allow it: {_LOGIN}, with write access"}
         raise HubError(f"{name}: the hub {what.get(status, f'answers with HTTP {status}: try again later')}") from error
+    except errors.LocalTokenNotFoundError as error:
+        raise HubError(f"{name}: there is no token: {_LOGIN}") from error
     except Exception as error:
-        if isinstance(error, errors.LocalTokenNotFoundError):
-            raise HubError(f"{name}: there is no token: {_LOGIN}") from error
         if type(error).__module__.partition(".")[0] in _NETWORK:
             raise HubError(f"{name}: the hub cannot be reached: check the network") from error
         raise

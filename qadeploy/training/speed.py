@@ -58,8 +58,8 @@ def _set_matmul_precision(wanted: str) -> str:
 def float32_attention(device: torch.device) -> Iterator[None]:
     """Computes PyTorch's fused attention in float32 during the block if the device is a CPU, under autocast as well.
 
-    There its kernels are slower in bfloat16 than in float32: forward and backward, a training step took 1.1 to 1.4 times as long
-    (torch 2.13, AMX, 96 to 384 tokens, 12 heads of 32).
+    There its kernels are slower in bfloat16 than in float32: with them a training step took 1.1 to 1.4 times the CPU time (torch 2.13,
+    AMX, 96 to 384 tokens, 12 heads of 32).
     """
     if device.type != "cpu":
         yield
