@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -196,6 +197,23 @@ def test_bad_calls_are_one_clear_error(args, message, bundle, tmp_path, monkeypa
     assert found.exit_code == 2
     assert message in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def test_a_lock_file_that_appears_while_an_index_is_opened_is_removed_too(keepers, tmp_path, monkeypatch):
+    """A thread of Tantivy's makes one whenever it looks for changes, also when the folder of links is being removed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    built = build(keepers, tmp_path / "index")
+    real, left = os.rmdir, ["one", "two"]
+
+    def rmdir(path: str, **options: int) -> None:
+        if "qadeploy-" in str(path) and left:
+            (Path(path) / left.pop()).touch()
+        real(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    assert Corpus.load(built.folder).search("Who keeps room 3?")
+    assert not left
+    assert [each.name for each in tmp_path.iterdir()] == ["index"]
 
 
 def test_a_damaged_index_is_an_error_of_the_command(keepers, bundle, tmp_path):

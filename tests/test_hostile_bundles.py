@@ -450,18 +450,18 @@ def test_a_tokenizer_that_is_not_the_one_of_the_export(bundle, tmp_path, change)
 
 
 @pytest.fixture
-def replaced(bundle: Path, tmp_path: Path) -> tuple[Answerer, list[Any]]:
-    """An answerer whose bundle was replaced by another and deleted before its second session was made, and what it has to answer."""
+def replaced(bundle: Path, tmp_path: Path) -> tuple[Answerer, Answerer]:
+    """An answerer whose bundle was replaced by another and deleted before its second session was made, and one of the same bundle."""
     folder = shutil.copytree(bundle, tmp_path / "copy")
-    expected = Answerer.load(folder, device="cpu", threads=2).answer_batch(PAIRS)
     loaded = Answerer.load(folder, device="cpu", threads=2)
     replace_folder(sealed_copy(bundle, tmp_path / "other", crafted(3.0)), folder)
     shutil.rmtree(folder)
-    return loaded, expected
+    return loaded, Answerer.load(bundle, device="cpu", threads=2)
 
 
 def test_an_answerer_goes_on_with_the_bundle_it_verified(replaced):
-    loaded, expected = replaced
+    loaded, intact = replaced
+    expected = intact.answer_batch(PAIRS)
     assert loaded.answer_batch(PAIRS) == expected  # the narrow session, which is made now
     assert list(loaded.answer_stream(PAIRS)) == expected
     found: list[Any] = [None] * 4
@@ -470,12 +470,14 @@ def test_an_answerer_goes_on_with_the_bundle_it_verified(replaced):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == expected[:4]
+    # Alone, not in a batch: a window is padded to another length, and the scores' last bits may differ.
+    assert found == [intact.answer(*pair) for pair in PAIRS[:4]]
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
 def test_a_forked_child_too(replaced):
-    loaded, expected = replaced
+    loaded, intact = replaced
+    expected = intact.answer_batch(PAIRS)
     child = os.fork()
     if not child:
         status = 1

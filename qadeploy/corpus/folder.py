@@ -14,10 +14,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,7 +192,7 @@ class IndexFolder:
         tantivy = require_tantivy("a corpus")
         # Tantivy makes a lock file in the folder that it reads, which may be read-only. Links to the open files are what was
         # verified, whatever lies in the folder by now.
-        with tempfile.TemporaryDirectory(prefix="qadeploy-") as view:
+        with _vanishing_folder() as view:
             for name, descriptor in self.descriptors.items():
                 if SEARCH_FILE.fullmatch(name):
                     os.symlink(f"/proc/self/fd/{descriptor}", os.path.join(view, name))
@@ -204,6 +206,19 @@ class IndexFolder:
                 if not is_rust_error(error):
                     raise
                 raise CorpusError(f"{self.folder}: its search files cannot be read: {_REBUILD}") from error
+
+
+@contextmanager
+def _vanishing_folder() -> Iterator[str]:
+    """A temporary folder that is removed although a thread of Tantivy's may make its lock file there meanwhile."""
+    folder = tempfile.mkdtemp(prefix="qadeploy-")
+    try:
+        yield folder
+    finally:
+        for _ in range(100):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.exists(folder):
+                break
 
 
 _REBUILD = "delete the folder and build it again with qadeploy index"
