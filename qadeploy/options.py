@@ -75,7 +75,7 @@ class Option:
         """The default as people read it."""
         if self.shown:
             return self.shown
-        if self.default is None or self.many:
+        if self.default is None or self.default == ():
             return "none"
         return ("on" if self.default else "off") if self.kind is bool else str(self.default)
 
@@ -83,7 +83,7 @@ class Option:
         """What is wrong with a value, "" if nothing is."""
         if value is None:
             return "" if self.default is None else "is missing"
-        if self.many:
+        if self.many and not isinstance(value, str):
             return next((text for text in map(self._one_problem, value) if text), "")
         return self._one_problem(value)
 
@@ -153,17 +153,15 @@ def declared(cls: Any) -> dict[str, Option]:
 
 def _of(each: Field[Any], hint: Any) -> Option:
     kinds = get_args(hint) if get_origin(hint) in {Union, UnionType} else (hint,)
-    kind, *others = (k for k in kinds if k is not NoneType)
+    several = [get_args(k)[0] for k in kinds if get_origin(k) is tuple]
+    kind, *others = several or (k for k in kinds if k is not NoneType)
     values = dict(each.metadata[_KEY])
-    many = get_origin(kind) is tuple
-    if many:
-        kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         values["choices"], kind = get_args(kind), str
     elif others:
         values["choices"] = get_args(others[0])
     default = None if each.default is MISSING else each.default
-    return Option(name=each.name, kind=kind, default=default, many=many, **values)
+    return Option(name=each.name, kind=kind, default=default, many=bool(several), **values)
 
 
 def check(options: Any) -> None:

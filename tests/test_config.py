@@ -202,6 +202,11 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(echo):
     assert echo["trust_remote_code"] is True
     assert run("train", "--seed", "5", "--config=run.yaml", "--num_train_epochs", "2").exit_code == 0
     assert (echo["seed"], echo["epochs"]) == (5, 2)
+    Path("both.yaml").write_text("data: [faq.jsonl, more.csv]\n")
+    assert run("train", "--config", "both.yaml").exit_code == 0
+    assert (echo["data"], echo["out"]) == (("faq.jsonl", "more.csv"), "runs/faq")
+    assert run("train", "--config", "run.yaml", "--data", "a.json", "--train-file", "b.json").exit_code == 0
+    assert (echo["data"], echo["out"]) == (("a.json", "b.json"), "runs/a")
     # Another spelling of what the file says wins too, and does not contradict it.
     assert run("train", "--config", "run.yaml", "--bf16", "--dataset-name", "squad").exit_code == 0
     assert (echo["precision"], echo["data"], echo["out"]) == ("bf16", "hub:squad", "runs/squad")

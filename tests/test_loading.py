@@ -466,3 +466,58 @@ def test_any_valid_example_comes_back_equal(tmp_path, wanted):
     ]
     for source in sources:
         assert read(source, DataOptions(empty_answers="no-answer")).examples == tuple(wanted), source
+
+
+# ---------------------------------------------------------------- several sources
+
+
+def write_rows(path: Path, *rows: dict[str, object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_several_files_are_one_data_set_whatever_their_formats(tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", {**SEED, "question": "Which?"}, {**SEED, "question": "Is it?"})
+    two = tmp_path / "two.csv"
+    two.write_text("context,question,answer\nThe sea is green.,What is it that is green?,The sea\n")
+    three = tmp_path / "three.json"
+    three.write_text(json.dumps(NESTED))
+    found = read([one, str(two), str(three)])
+    alone = [read(each).examples for each in (one, str(two), str(three))]
+    assert [e.question for e in found.examples] == [e.question for each in alone for e in each]
+    assert [e.id for e in found.examples[:3]] == ["row-1", "row-2", "row-1-2"]
+    assert len({e.id for e in found.examples}) == len(found.examples)
+    assert found.source == f"{one}, {two}, {three}"
+
+
+def test_a_question_that_two_files_ask_has_the_answers_of_both(tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", {**SEED, "id": "a"}, {**SEED, "id": "b", "question": "Which?"})
+    two = write_rows(
+        tmp_path / "two.jsonl", {**SEED, "id": "b", "answer": "is blue"}, {**SEED, "id": "a", "question": "?"}
+    )
+    found = {e.id: (e.question, e.answers, e.also) for e in read([one, two]).examples}
+    assert found == {
+        "a": (SEED["question"], (*BLUE, Annotation("is blue", 8)), ("b",)),
+        "b": ("Which?", BLUE, ()),
+        "a-2": ("?", BLUE, ()),
+    }
+
+
+def test_files_that_contradict_each_other_are_refused_with_every_question(tmp_path):
+    none = {"answer": "", "is_impossible": True}
+    one = write_rows(tmp_path / "one.jsonl", SEED, {**SEED, "question": "Is it?", **none})
+    two = write_rows(tmp_path / "two.jsonl", {**SEED, **none}, {**SEED, "question": "Is it?"})
+    with pytest.raises(DataError) as told:
+        read([one, two])
+    expected = ": correct one, or leave it out"
+    assert [line.removeprefix(f"{two}: ").removesuffix(expected) for line in told.value.problems] == [
+        '"What color is the sky?" (id row-1) is also in an earlier file, and only one of the two has the answer "blue"',
+        '"Is it?" (id row-2) is also in an earlier file, and only one of the two has the answer "blue"',
+    ]
+
+
+def test_a_bad_row_of_a_later_file_is_named_by_its_own_file_and_number(tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", SEED)
+    two = write_rows(tmp_path / "two.jsonl", {**SEED, "question": "?"}, {**SEED, "answer": "red"})
+    with pytest.raises(DataError, match=rf"^{two}: row 2, field answer"):
+        read([one, two])

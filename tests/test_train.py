@@ -344,6 +344,25 @@ def test_the_same_seed_gives_the_same_run_and_replaces_an_old_one(tiny, tiny_che
     assert json.loads((out / "metrics.json").read_text()) == again.metrics
 
 
+def test_two_files_are_the_run_that_one_file_with_both_would_be(tiny, tiny_checkpoint, tmp_path):
+    rows = triplets()
+    one, two = (write_jsonl(tmp_path / f"{name}.jsonl", part) for name, part in (("a", rows[:40]), ("b", rows[40:])))
+    options = replace(tiny_options(tiny.data, tiny_checkpoint, tmp_path / "run"), data=(str(one), str(two)))
+    result = train(options, lambda line: None, progress=False)
+    timeless = {"seconds": 0, "speed": None}
+    assert {**result.metrics, **timeless} == {**tiny.metrics, **timeless}
+    run = find_run(result.folder)
+    assert run.record is not None
+    assert run.record["options"]["data"] == [str(one), str(two)]
+    found = held_out(run, None)
+    assert [e.question for e in found.examples] == [e.question for e in held_out(find_run(tiny.run), None).examples]
+    assert found.name == f"{one}, {two} (dev set)"
+    assert f"--data {one} \\\n  --data {two} \\\n" in (result.folder / "README.md").read_text()
+    two.write_text(two.read_text().replace("keeps", "kept"))
+    with pytest.raises(InputError, match=rf"^{one}, {two}: is not what the run was trained on"):
+        held_out(run, None)
+
+
 @pytest.fixture
 def few(tmp_path: Path) -> Path:
     """A file with so few questions that an epoch is two steps."""

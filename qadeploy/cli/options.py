@@ -73,7 +73,9 @@ def click_option(each: Option, *, env: bool = False) -> Callable[[_Function], _F
         metavar=f"[{'|'.join(each.choices)}|N]" if each.choices and each.kind is not str else None,
         is_flag=is_flag or None,
         multiple=each.many,
-        default=(None if each.default == () else each.default) if each.many else each.default,
+        default=((each.default,) if isinstance(each.default, str) else each.default or None)
+        if each.many
+        else each.default,
         envvar=each.env if env else None,
         help=each.help if is_flag and each.default is False else f"{each.help}  [default: {each.default_text}]",
     )

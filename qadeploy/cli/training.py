@@ -61,6 +61,7 @@ def check(as_json: bool, file: str, **given: Any) -> None:
     example="""
 qadeploy train
 qadeploy train --data faq.jsonl --out runs/faq
+qadeploy train --data old.jsonl --data new.jsonl --out runs/all
 qadeploy train --config run.yaml --epochs 2
 qadeploy train --data few.jsonl --folds 5
 qadeploy train --data faq.jsonl --search 10
@@ -111,10 +112,11 @@ def train(
     if config and not dataset:
         raise InputError("--dataset-config-name names a configuration of --dataset-name: give both")
     place = f"hub:{dataset}@{config}" if config else f"hub:{dataset}"
-    options["data"] = fold(ctx, "data", {"dataset_name": place if dataset else None})
+    sources = fold(ctx, "data", {"dataset_name": (place,) if dataset else None})
+    options["data"] = sources[0] if len(sources) == 1 else sources
     given = {name: name if options.pop(name) else None for name in ("bf16", "fp16")}
     options["precision"] = fold(ctx, "precision", given)
-    name = Path(options["data"].removeprefix("hub:").replace(":", "-").replace("@", "-")).stem
+    name = Path(sources[0].removeprefix("hub:").replace(":", "-").replace("@", "-")).stem
     out = out or f"runs/{name}"
     if resume:
         asked = {k: v for k, v in options.items() if ctx.get_parameter_source(k) is not ParameterSource.DEFAULT}
@@ -124,6 +126,8 @@ def train(
         if begun:
             search = begun.trials if search is None else search
             folds = begun.options["folds"] if folds is None else folds
+        if isinstance(options["data"], list):
+            options["data"] = tuple(options["data"])
     chosen = TrainOptions(out=out, **options)
     shown = sys.stderr.isatty() if progress is None else progress
     say = sayer(as_json)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 
@@ -46,7 +46,7 @@ class DataSet:
 
 
 def read(
-    source: str,
+    source: str | Sequence[str],
     options: DataOptions | None = None,
     *,
     token: str | None = None,
@@ -59,17 +59,19 @@ def read(
     their answers. In SQuAD's own nesting every id stays an example, because every id is scored.
 
     Args:
-        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``.
+        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``; or several, which are joined as ``joined`` does.
         options: How to read the rows; None for the defaults.
         token: An access token for the hub.
         annotated: False to ignore answers (questions to be answered, not to learn from).
-        rows: The rows of the source, if they are already loaded.
+        rows: The rows of the one source, if they are already loaded.
 
     Raises:
-        DataError: Rows that cannot be used, all of them listed.
+        DataError: Rows that cannot be used, all those of a source listed.
         InputError: A source, column or option that cannot be used, or a source without rows.
         MissingExtraError: The format needs an optional package.
     """
+    if not isinstance(source, str):
+        return joined([read(each, options, token=token, annotated=annotated) for each in source])
     loaded = load_rows(source, token) if rows is None else rows
     return _collect(source, list(loaded), options or DataOptions(), annotated)
 
@@ -108,6 +110,58 @@ def read_split(
     if not part:
         raise InputError(f"{source}: no row has the split {split!r}")
     return part
+
+
+def joined(sets: Sequence[DataSet]) -> DataSet:
+    """Joins data sets to one.
+
+    A question that several of them ask about the same context becomes one example with all their answers. Ids need to differ
+    within each of them only: "-2" is appended to one that an earlier set has.
+
+    Args:
+        sets: The data sets, at least one.
+
+    Raises:
+        DataError: One has an answer where another has "no answer"; all such questions are listed.
+    """
+    examples: dict[str, Example] = {}
+    asked: dict[tuple[str, str, str], str] = {}
+    problems = []
+    for data in sets:
+        known = dict(asked)
+        for example in data.examples:
+            key = (example.context, example.question, example.split)
+            if key in known:
+                earlier = examples[known[key]]
+                if bool(earlier.answers) != bool(example.answers):
+                    text = quote((earlier.answers or example.answers)[0].text)
+                    problems.append(
+                        f"{data.source}: {quote(example.question)} (id {example.id}) is also in an earlier file, and only one "
+                        f"of the two has the answer {text}: correct one, or leave it out"
+                    )
+                    continue
+                answers = earlier.answers + example.answers
+                examples[earlier.id] = replace(
+                    earlier, answers=answers, also=(*earlier.also, example.id, *example.also)
+                )
+                continue
+            while example.id in examples:
+                example = replace(example, id=f"{example.id}-2")
+            examples[example.id] = example
+            asked.setdefault(key, example.id)
+    if problems:
+        raise DataError(problems, "")
+    return DataSet(
+        source_name([data.source for data in sets]),
+        tuple(examples.values()),
+        sum(data.skipped for data in sets),
+        sum(data.first_taken for data in sets),
+    )
+
+
+def source_name(source: str | Sequence[str]) -> str:
+    """What messages call one source or several."""
+    return source if isinstance(source, str) else ", ".join(source)
 
 
 def hash_examples(examples: Iterable[Example]) -> str:

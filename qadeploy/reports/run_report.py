@@ -20,6 +20,7 @@ import numpy as np
 from qadeploy.core.calibration import ConfidenceBin, confidence_bins, expected_calibration_error
 from qadeploy.core.metrics import Scores, bootstrap_interval, score
 from qadeploy.data.check import RowClass
+from qadeploy.data.loading import source_name
 from qadeploy.records import Answer, Example, Float64Array
 
 WORST = 20
@@ -62,7 +63,7 @@ class RunRecord:
     @property
     def source(self) -> str:
         """The data as the run was given them."""
-        return str(self.record["options"]["data"])
+        return source_name(self.record["options"]["data"])
 
     @property
     def command(self) -> str:
@@ -371,7 +372,8 @@ def train_command(options: Mapping[str, Any], shipped_base: str | None = None) -
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, Mapping):
             value = ",".join(f"{key}={item}" for key, item in value.items())
-        flags.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+        each = value if isinstance(value, list | tuple) else [value]
+        flags += [flag if one is True else f"{flag} {shlex.quote(str(one))}" for one in each]
     return " \\\n  ".join(["qadeploy train", *flags])
 
 

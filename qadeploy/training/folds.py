@@ -17,7 +17,7 @@ import numpy as np
 
 from qadeploy.core.metrics import choose_metric
 from qadeploy.data.fields import DataOptions
-from qadeploy.data.loading import DataSet, read
+from qadeploy.data.loading import DataSet, read, source_name
 from qadeploy.data.splits import folds_by_passage
 from qadeploy.errors import InputError
 from qadeploy.files import temporary_folder
@@ -100,7 +100,7 @@ def _split(examples: Sequence[Example], options: TrainOptions, folds: int) -> tu
     needed = 1 if options.dev_data else 2  # to train on, and to carve the dev set from
     if sum(passages) - max(passages) < needed:
         raise InputError(
-            f"{options.data}: {sum(passages)} passages in {folds} folds leave {sum(passages) - max(passages)} to train on, "
+            f"{source_name(options.data)}: {sum(passages)} passages in {folds} folds leave {sum(passages) - max(passages)} to train on, "
             f"{needed} are needed: add questions on other passages"
         )
     return parts
@@ -121,7 +121,7 @@ def _fold(
             lambda line: None,
             warn=lambda text: say(f"       fold {number}: WARNING: {text}"),
             progress=progress,
-            data=split_data(options, DataSet(options.data, rest), held_out=left_out),
+            data=split_data(options, DataSet(source_name(options.data), rest), held_out=left_out),
         )
     except InputError as error:
         raise InputError(f"fold {number}: {error}") from error

@@ -25,7 +25,11 @@ class TrainOptions(DataFlags):
     on the dev set. ``token`` is recorded nowhere.
     """
 
-    data: str = option("handbook", "handbook, a JSON/JSONL/CSV/parquet file, or hub:NAME.", also=("--train-file",))
+    data: str | tuple[str, ...] = option(
+        "handbook",
+        "handbook, a JSON/JSONL/CSV/parquet file, or hub:NAME. May be given several times, to train on all of them.",
+        also=("--train-file",),
+    )
     base: str | None = option(
         None,
         "Checkpoint folder or hub name to start from.",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qadeploy.data.loading import source_name
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import lock, replace_folder, sweep, sync_folder, temporary_folder, write_json
 from qadeploy.shipped import base_model_path
@@ -229,13 +230,17 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
         ("held-out data", "eval_data_sha256", "eval_data"),
     ):
         if old.get(key) != new.get(key):
-            lines.append(f"the {what} of {before.get(name)} are not those of {after[name]} now")
+            lines.append(f"the {what} of {_named(before.get(name))} are not those of {_named(after[name])} now")
     base_before, base_after = old.get("base", {}), new["base"]
     same = "sha256" if base_before.get("sha256") and base_after["sha256"] else "name"
     if base_before.get(same) != base_after[same]:
         changed = " (its weights changed)" if base_before.get("name") == base_after["name"] else ""
         lines.append(f"the base was {base_before.get('name')}, now {base_after['name']}{changed}")
     return lines
+
+
+def _named(source: Any) -> str:
+    return "none" if source is None else source_name(source)
 
 
 def _read(path: Path) -> dict[str, Any]:

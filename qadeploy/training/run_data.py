@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from qadeploy.data.check import CheckedData
 from qadeploy.data.fields import DataOptions
-from qadeploy.data.loading import DataSet, read
+from qadeploy.data.loading import DataSet, read, source_name
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import InputError
 from qadeploy.records import Example
@@ -47,10 +47,10 @@ def split_data(
     Raises:
         InputError: Nothing is left to train on, or all questions are on one passage.
     """
+    source = name = source_name(options.data)
     rest = tuple(e for e in found.examples if e.split != "validation")
     if not rest:
-        raise InputError(f"{options.data}: every row is marked as validation, so none is left to train on")
-    source = options.data
+        raise InputError(f"{source}: every row is marked as validation, so none is left to train on")
     if held_out is None:
         held_out = found.part("validation")
         if options.eval_data is not None:
@@ -64,8 +64,8 @@ def split_data(
     return RunData(
         found,
         check,
-        DataSet(options.data, train[: options.max_train_samples]),
-        DataSet(options.dev_data or options.data, dev[:most]),
+        DataSet(name, train[: options.max_train_samples]),
+        DataSet(options.dev_data or name, dev[:most]),
         DataSet(source, tuple(held_out[:most])) if held_out else None,
     )
 

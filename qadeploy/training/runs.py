@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.data.fields import DataOptions
-from qadeploy.data.loading import hash_examples, read
+from qadeploy.data.loading import hash_examples, read, source_name
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.evaluation.predictions import N_BEST, NULL_ODDS, PREDICTIONS
@@ -200,12 +200,13 @@ def held_out(run: Run, eval_data: str | None, reading: DataOptions | None = None
             f"{run.checkpoint}: it is not known what this checkpoint was trained on: give --eval-data FILE"
         )
     options = run.record["options"]
-    source = options["eval_data"] or options["data"]
+    given = options["eval_data"] or options["data"]
+    source = source_name(given)
     try:
-        data = read(source, DataOptions.of(options))
+        data = read(given, DataOptions.of(options))
     except InputError as error:
         raise InputError(f"the run's data cannot be read: {error}\nGive --eval-data FILE") from error
-    if source == options["data"] and hash_examples(data.examples) != run.record["data_sha256"]:
+    if given == options["data"] and hash_examples(data.examples) != run.record["data_sha256"]:
         raise InputError(
             f"{source}: is not what the run was trained on (its content changed), so what it held out is "
             "no longer known: give --eval-data FILE, or train again"
@@ -213,11 +214,11 @@ def held_out(run: Run, eval_data: str | None, reading: DataOptions | None = None
     validation = data.part("validation")
     if options["eval_data"] or validation:
         return HeldOut(source, (validation or data.examples)[: options.get("max_eval_samples")])
-    given = options.get("dev_data")
+    dev_data = options.get("dev_data")
     examples = dev_set(run)
-    if given and not examples:
-        raise InputError(f"{given}: is not the dev data that the run was made with: give --eval-data FILE")
-    return HeldOut(given or source, examples, dev_set=not given)
+    if dev_data and not examples:
+        raise InputError(f"{dev_data}: is not the dev data that the run was made with: give --eval-data FILE")
+    return HeldOut(dev_data or source, examples, dev_set=not dev_data)
 
 
 def known_examples(checkpoint: Path) -> tuple[Example, ...]:

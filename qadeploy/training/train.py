@@ -28,10 +28,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qadeploy.core.metrics import Metric, Scores, choose_metric, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
-from qadeploy.data.check import check_rows
+from qadeploy.data.check import CheckedData, check_rows
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
-from qadeploy.data.loading import hash_examples, read
+from qadeploy.data.loading import hash_examples, joined, read, source_name
 from qadeploy.errors import FailureError, InputError
 from qadeploy.evaluation.predictions import write_predictions
 from qadeploy.files import cache_folder, write_json
@@ -190,10 +190,13 @@ def load_data(options: TrainOptions, log: RunLog) -> RunData:
         InputError: The data cannot be read or split; a DataError names unusable rows.
     """
     reading = DataOptions.of(asdict(options))
-    rows = list(load_rows(options.data, options.token))
-    checked = check_rows(options.data, rows, reading)
-    log.data_check(checked)
-    return split_data(options, read(options.data, reading, rows=rows), checked)
+    sources = (options.data,) if isinstance(options.data, str) else options.data
+    rows = {source: list(load_rows(source, options.token)) for source in sources}
+    checked = [check_rows(source, rows[source], reading) for source in rows]
+    check = CheckedData(source_name(options.data), tuple(row for each in checked for row in each.rows))
+    log.data_check(check)
+    found = joined([read(source, reading, rows=rows[source]) for source in rows])
+    return split_data(options, found, check)
 
 
 def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions:
@@ -303,7 +306,7 @@ def _make_windows(options: TrainOptions, data: RunData, models: _Models, log: Ru
     log.unknown_tokens(unknown)
 
     if not train_set.with_answer:
-        raise InputError(f"{options.data}: no training window holds an answer, so there is nothing to learn from")
+        raise InputError(f"{data.train.source}: no training window holds an answer, so there is nothing to learn from")
     if options.batch_tokens:
         check_tokens(options.batch_tokens, [len(f.window) for f in train_set.features])
     soft = soft_labels(models.teacher, train_set, options.distill_temperature, cache, log) if models.teacher else []
