@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qadeploy.errors import InputError, MissingExtraError
 from qadeploy.export.push import files_to_push
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.inference.tune_bundle import TuneOptions, tune_bundle
+from qadeploy.training.distill import load_teacher
+from tests.conftest import triplets
 from tests.hub_for_tests import TOKEN, StubHub, serving_hub
 
 # Its address and its folders are read when the library is imported, so it runs in a process of its own.
@@ -29,7 +32,7 @@ from qadeploy import Answerer
 from qadeploy.cli import main
 from qadeploy.errors import QadeployError
 
-run, bundle, commit, sha256 = sys.argv[1:]
+run, bundle, commit, sha256, data = sys.argv[1:]
 found = {}
 
 def step(name, *arguments):
@@ -69,6 +72,25 @@ load("bad name", "hub:no/such/name")
 step("ask", "ask", "hub:me/qa", "--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp in room 0.", "--json")
 print(json.dumps(found))
 """
+USES = """
+import asyncio
+import torch
+from qadeploy.serve.service import Service
+from qadeploy.serve.settings import Settings
+from qadeploy.training.distill import load_teacher
+
+name = "hub:me/qa"
+step("evaluate", "evaluate", name, "--data", data, "--split", "all", "--json")
+step("answer", "answer", name, "--input", data, "--output", "answers.jsonl")
+step("bench", "bench", name, "--data", data, "--against", "optimum-direct", "--questions", "8", "--rounds", "1", "--json")
+step("triton", "export", name, "--triton", "repository")
+step("graph", "export", name, "--text-in-graph")
+found["teacher"] = load_teacher(name, torch.device("cpu")).digest
+service = Service.load(name, Settings(threads=1))
+found["reloaded"] = asyncio.run(service.reload())
+service.close()
+print(json.dumps(found))
+"""
 CUT_OFF = """
 load("offline", "hub:me/qa")
 load("offline, not cached", "hub:me/other")
@@ -96,8 +118,8 @@ def done(hub: StubHub, tiny: Any, bundle: Path, tmp_path_factory: pytest.TempPat
     environment |= {"HF_HOME": str(folder / "hf"), "HF_TOKEN": TOKEN}
     environment |= {"QADEPLOY_CACHE": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     sha256 = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
-    found: dict[str, Any] = {}
-    for steps, address in ((STEPS, hub.address), (CUT_OFF, "http://127.0.0.1:9")):
+    found: dict[str, Any] = {"folder": folder}
+    for steps, address in ((STEPS, hub.address), (USES, hub.address), (CUT_OFF, "http://127.0.0.1:9")):
         command = [
             sys.executable,
             "-c",
@@ -106,12 +128,15 @@ def done(hub: StubHub, tiny: Any, bundle: Path, tmp_path_factory: pytest.TempPat
             str(bundle),
             hub.branches["me/old", "v1"],
             sha256,
+            str(tiny.data),
         ]
         environment["HF_ENDPOINT"] = address
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=folder
+        )
         assert ended.returncode == 0, ended.stderr
         found |= json.loads(ended.stdout.splitlines()[-1])
-    assert TOKEN not in json.dumps(found)
+    assert TOKEN not in json.dumps(found, default=str)
     return found
 
 
@@ -176,6 +201,19 @@ def test_a_bundle_of_the_hub_is_a_plain_folder_named_by_its_commit(done, hub, bu
 )
 def test_each_bundle_that_cannot_be_had_is_one_error(done, step, message):
     assert re.match(message, done[step]), done[step]
+
+
+def test_every_use_of_a_bundle_takes_one_of_the_hub(done, bundle, tiny):
+    assert json.loads(done["evaluate"][1])["exact_match"] > 90
+    answers = [json.loads(line) for line in (done["folder"] / "answers.jsonl").read_text().splitlines()]
+    assert len(answers) == len(triplets())
+    variant = json.loads(done["bench"][1])["variants"][0]
+    assert "(qa)" in variant["name"]
+    assert done["triton"][0] == 0, done["triton"]
+    assert (done["folder"] / "repository" / "qa" / "config.pbtxt").is_file()
+    assert done["graph"] == [2, "Error: hub:me/qa: is on the hub: give --out for the graphs made from it\n"]
+    assert done["teacher"] == load_teacher(str(bundle), torch.device("cpu")).digest
+    assert done["reloaded"] is False
 
 
 def test_what_makes_no_sense_is_refused(bundle, tiny_checkpoint, monkeypatch):

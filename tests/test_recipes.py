@@ -26,6 +26,7 @@ from qadeploy.export.reference import make_reference
 from qadeploy.inference.bundle import MODEL, open_bundle
 from qadeploy.inference.session import OnnxModel
 from qadeploy.training.runs import HeldOut, dev_set, find_run
+from tests.cli_for_tests import fails, well
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +251,17 @@ def test_reduce_range_gives_weights_seven_bits(name, material):
         for each in (False, True)
     )
     assert largest_weight(reduced) <= 64 < largest_weight(full) <= 128
+
+
+def test_the_option_reaches_the_bundle(tiny, tmp_path):
+    options = ("--quantize", "--recipe", "int8", "--reduce-range", "--no-optimize", "--max-f1-drop", 100)
+    well("export", tiny.run, *options, "--out", tmp_path / "keepers")
+    made = open_bundle(tmp_path / "keepers-int8")
+    assert largest_weight((made.folder / MODEL).read_bytes()) <= 64
+    assert made.manifest["made"]["reduce_range"] is True
+    fails(
+        2, ["leave out --reduce-range"], "export", tiny.run, "--quantize", "--recipe", "int8-weights", "--reduce-range"
+    )
 
 
 def test_a_recipe_that_has_eight_bits_is_left_out_of_a_reduced_range():

@@ -1,6 +1,10 @@
-"""The contracts of hosting platforms: SageMaker's two routes, and the Open Inference Protocol by Triton's client."""
+"""The contracts of hosting platforms: SageMaker's two routes, and the Open Inference Protocol, by their own clients."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -94,6 +98,52 @@ def test_tritons_client_is_answered_as_by_the_library(bundle, answerer, tmp_path
             client.infer("keepers", [tensor("question", questions, [6], binary=True), inputs[1]])
         with pytest.raises(InferenceServerException, match="there is no model other here"):
             client.infer("other", inputs)
+
+
+SDKS = ("sagemaker==2.257.7", "kserve==0.21.0")
+CLIENTS = """
+import asyncio, json, sys, urllib.parse
+from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
+from sagemaker.local.entities import _wait_for_serving_container
+from sagemaker.local.local_session import LocalSagemakerRuntimeClient
+
+url, question, context = sys.argv[1:]
+port = urllib.parse.urlparse(url).port
+_wait_for_serving_container(port)
+sagemaker = LocalSagemakerRuntimeClient({"local": {"serving_port": port}})
+body = json.dumps({"question": question, "context": context})
+invoked = sagemaker.invoke_endpoint(body, "qa", ContentType="application/json", Accept="application/json")
+
+async def infer():
+    client = InferenceRESTClient(RESTConfig(protocol="v2", retries=0))
+    inputs = [InferInput("question", [1], "BYTES", [question]), InferInput("context", [1], "BYTES", [context])]
+    ready = [await client.is_server_live(url), await client.is_server_ready(url), await client.is_model_ready(url, "keepers")]
+    found = await client.infer(url, InferRequest("keepers", inputs), model_name="keepers")
+    try:
+        await client.infer(url, InferRequest("keepers", inputs[:1]), model_name="keepers")
+    except Exception as error:
+        return ready, {each.name: each.data[0] for each in found.outputs}, str(error)
+
+print(json.dumps([json.loads(invoked["Body"].data), *asyncio.run(infer())]))
+"""
+
+
+@pytest.mark.slow
+def test_the_sdks_of_sagemaker_and_kserve(bundle, answerer, tmp_path):
+    """Half a gigabyte of packages in an environment of its own."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", *SDKS], check=True)
+    with started(tmp_path, bundle) as server:
+        command = [python, "-c", CLIENTS, server.url, QUESTION, CONTEXT]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    invoked, ready, found, refused = json.loads(said.splitlines()[-1])
+    best = answerer.answer(QUESTION, CONTEXT)[0]
+    assert ready == [True] * 3
+    assert (found["answer"], found["start"], found["end"]) == (best.text, best.start, best.end)
+    assert found["score"] == pytest.approx(best.score, abs=1e-6)
+    assert [invoked["answers"][0][name] for name in ("text", "start", "end")] == [best.text, best.start, best.end]
+    assert "give the inputs question and context, each once" in refused
 
 
 @pytest.mark.parametrize(

@@ -222,10 +222,9 @@ def load_predictor(
     load_timeout: float | None = None,
 ) -> Any:
     """An answerer for a bundle, or for a run or checkpoint through PyTorch."""
-    from qadeploy.inference.bundle import MANIFEST
-    from qadeploy.inference.hub import is_hub
+    from qadeploy.inference.bundle import is_bundle
 
-    if is_hub(path) or (Path(path) / MANIFEST).exists():
+    if is_bundle(path):
         from qadeploy import Answerer
 
         return Answerer.load(path, device=device, threads=threads, sha256=bundle_sha256, load_timeout=load_timeout)

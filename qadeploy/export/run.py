@@ -21,6 +21,7 @@ from qadeploy.export.reference import Reference, make_reference, table
 from qadeploy.files import cache_folder
 from qadeploy.inference.bundle import Bundle, check_place, is_bundle, open_bundle
 from qadeploy.inference.devices import parse_device
+from qadeploy.inference.hub import is_hub
 from qadeploy.integrations.onnx_standalone.in_graph import add_in_graph
 from qadeploy.integrations.onnx_standalone.wordpiece import check_wordpiece
 from qadeploy.integrations.triton.repository import add_bundle, check_repository, takes
@@ -100,10 +101,12 @@ def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exp
             f"{source}: is a bundle, from which only --spans-in-graph, --text-in-graph, --web and --triton make more: give the "
             "run for --quantize or --out"
         )
+    if in_graph and is_hub(source) and not options.out:
+        raise InputError(f"{source}: is on the hub: give --out for the graphs made from it")
     opened, made = open_bundle(source), Exported()
     if in_graph or options.web:
         examples = read(options.eval_data or "handbook", DataOptions.of(asdict(options))).examples
-        made.further = _in_graph(opened, Path(options.out or source), examples, options, listener)
+        made.further = _in_graph(opened, Path(options.out or opened.folder), examples, options, listener)
     if options.triton:
         _to_triton(made, [opened, *made.further], options, listener)
     if options.web:

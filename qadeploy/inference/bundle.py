@@ -313,8 +313,8 @@ def manifest_text(value: Mapping[str, Any]) -> str:
 
 
 def is_bundle(folder: str | Path) -> bool:
-    """Whether a folder has a manifest; ``open_bundle`` verifies it."""
-    return (Path(folder) / MANIFEST).is_file()
+    """Whether a name is a bundle's: ``hub:ORG/NAME``, or a folder with a manifest. ``open_bundle`` verifies it."""
+    return is_hub(folder) or (Path(folder) / MANIFEST).is_file()
 
 
 def newest_bundle(folder: Path = Path("bundles")) -> Path:
