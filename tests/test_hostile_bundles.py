@@ -220,19 +220,36 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("command", ["ask", "answer", "bench", "evaluate", "serve", "tune"])
-def test_every_command_that_loads_a_bundle_ends_in_time(bundle, tmp_path, command):
-    rows = str(write_jsonl(tmp_path / "rows.jsonl", triplets(2)))
+@pytest.mark.parametrize("command", ["ask", "answer", "bench", "evaluate", "export", "label", "serve", "train", "tune"])
+def test_every_command_that_loads_a_bundle_ends_in_time(bundle, tiny_checkpoint, tmp_path, command):
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", triplets(8)))
+    out = ("--out", str(tmp_path / "out.jsonl"))
+    given = {
+        "label": [rows, "--bundle", str(bundle), "--annotator", "ada", "--port", "0", *out],
+        "train": [
+            "--data",
+            rows,
+            "--base",
+            str(tiny_checkpoint),
+            "--teacher",
+            str(bundle),
+            "--precision",
+            "fp32",
+            *out,
+        ],
+    }
     more = {
         "ask": ["--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp."],
         "answer": ["--input", rows, "--output", str(tmp_path / "out.jsonl")],
         "bench": ["--data", rows, "--against", ""],
         "evaluate": ["--data", rows],
+        "export": ["--text-in-graph", *out],
         "serve": ["--port", "0"],
         "tune": ["--data", rows, "--dry-run"],
-    }[command]
+    }
+    arguments = given.get(command) or [str(bundle), *more[command]]
     done = subprocess.run(
-        [sys.executable, "-c", LOADS_FOR_EVER, command, str(bundle), *more, "--load-timeout", "0.5"],
+        [sys.executable, "-c", LOADS_FOR_EVER, command, *arguments, "--load-timeout", "0.5"],
         capture_output=True,
         text=True,
         timeout=60,

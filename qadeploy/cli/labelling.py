@@ -60,7 +60,13 @@ def label(as_json: bool, source: str, out: str, **given: Any) -> None:
             items,
             store,
             annotator,
-            Answerer.load(options.bundle, device=options.device, threads=options.threads),
+            Answerer.load(
+                options.bundle,
+                device=options.device,
+                threads=options.threads,
+                sha256=options.bundle_sha256,
+                load_timeout=options.load_timeout,
+            ),
             predictions,
         )
         try:

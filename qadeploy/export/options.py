@@ -68,5 +68,6 @@ class ExportOptions(DataFlags):
     triton_batch: int | None = option(
         None, "Windows that Triton may run together.", least=1, shown="32 for fp16, which is for GPUs, else 1"
     )
+    load_timeout: float = options.load_timeout()
     trust_remote_code: bool = options.trust_remote_code()
     allow_pickle: bool = options.allow_pickle()

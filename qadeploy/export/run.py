@@ -19,6 +19,7 @@ from qadeploy.export.quantize.leaderboard import leaderboard_lines
 from qadeploy.export.quantize.search import SearchOptions, Step
 from qadeploy.export.reference import Reference, make_reference, table
 from qadeploy.files import cache_folder
+from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import Bundle, check_place, is_bundle, open_bundle
 from qadeploy.inference.devices import parse_device
 from qadeploy.inference.hub import is_hub
@@ -106,6 +107,7 @@ def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exp
     opened, made = open_bundle(source), Exported()
     if in_graph or options.web:
         examples = read(options.eval_data or "handbook", DataOptions.of(asdict(options))).examples
+        Answerer.load(opened.folder, device="cpu", threads=1, load_timeout=options.load_timeout)  # it may be anyone's
         made.further = _in_graph(opened, Path(options.out or opened.folder), examples, options, listener)
     if options.triton:
         _to_triton(made, [opened, *made.further], options, listener)

@@ -26,6 +26,8 @@ class LabelOptions:
     annotator: str | None = option(None, "Name that is written into each row.", shown="your login name")
     port: int = option(8001, "Port to listen on, on 127.0.0.1 only; 0 takes a free one.", least=0, most=65535)
     columns: str | None = options.columns()
+    bundle_sha256: str | None = options.bundle_sha256()
+    load_timeout: float = options.load_timeout()
     device: str = options.device()
     threads: int | None = options.threads()
 

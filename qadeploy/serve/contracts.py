@@ -24,7 +24,7 @@ from qadeploy.serve.answering import answered_by, dump, json_response
 from qadeploy.serve.body import BoundedRoute
 from qadeploy.serve.errors import RefusedError, clean
 from qadeploy.serve.scheduler import Ask
-from qadeploy.serve.schemas import choice
+from qadeploy.serve.schemas import answering_model
 from qadeploy.serve.service import Service
 
 _INPUTS = ("question", "context")
@@ -32,16 +32,9 @@ _OUTPUTS = {"answer": "BYTES", "score": "FP64", "start": "INT64", "end": "INT64"
 _TAGS: list[Any] = ["platforms"]
 
 
-class InferParameters(BaseModel):
-    """Answering options; the other parameters that clients send are ignored."""
-
-    max_answer_len: choice("max_answer_len") = None  # type: ignore[valid-type]
-    max_seq_len: choice("max_seq_len") = None  # type: ignore[valid-type]
-    doc_stride: choice("doc_stride") = None  # type: ignore[valid-type]
-    align_to_words: choice("align_to_words") = False  # type: ignore[valid-type]
-    allow_no_answer: choice("allow_no_answer") = None  # type: ignore[valid-type]
-    prefilter: choice("prefilter") = None  # type: ignore[valid-type]
-    offsets: choice("offsets") = "codepoints"  # type: ignore[valid-type]
+_OPTIONS = ("max_answer_len", "max_seq_len", "doc_stride", "align_to_words", "allow_no_answer", "prefilter", "offsets")
+# The other parameters that clients send are ignored.
+InferParameters = answering_model("InferParameters", _OPTIONS, BaseModel)
 
 
 class InferInput(BaseModel):
@@ -72,7 +65,7 @@ class InferRequest(BaseModel):
     """An inference request of the Open Inference Protocol, as JSON."""
 
     id: str | None = None
-    parameters: InferParameters | None = None
+    parameters: InferParameters | None = None  # type: ignore[valid-type]
     inputs: list[InferInput]
     outputs: Annotated[list[InferOutput] | None, Field(description="Those that are wanted; null or absent: all.")] = (
         None

@@ -5,9 +5,10 @@ Limits that an operator sets are not part of it: ``limits`` checks them, and the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from qadeploy.core.settings import Options
@@ -65,27 +66,20 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Choices(_Model):
-    top_k: choice("top_k") = _DECLARED["top_k"].default  # type: ignore[valid-type]
-    max_answer_len: choice("max_answer_len") = None  # type: ignore[valid-type]
-    max_seq_len: choice("max_seq_len") = None  # type: ignore[valid-type]
-    doc_stride: choice("doc_stride") = None  # type: ignore[valid-type]
-    align_to_words: choice("align_to_words") = False  # type: ignore[valid-type]
-    allow_no_answer: choice("allow_no_answer") = None  # type: ignore[valid-type]
-    prefilter: choice("prefilter") = None  # type: ignore[valid-type]
-    distinct: choice("distinct") = False  # type: ignore[valid-type]
-    overlap_threshold: choice("overlap_threshold") = _DECLARED["overlap_threshold"].default  # type: ignore[valid-type]
-    min_score: choice("min_score") = _DECLARED["min_score"].default  # type: ignore[valid-type]
-    snippet: choice("snippet") = None  # type: ignore[valid-type]
-    offsets: choice("offsets") = _DECLARED["offsets"].default  # type: ignore[valid-type]
+def answering_model(name: str, options: Iterable[str], base: type[BaseModel]) -> Any:
+    """A model whose fields are answering options, as they are declared, and whose ``options`` they make."""
+    fields: dict[str, Any] = {each: (choice(each), _DECLARED[each].default) for each in options}
+    return create_model(name, __base__=base, __module__=base.__module__, **fields)
 
+
+class _Options(_Model):
     @property
     def options(self) -> Options:
         """The options for the answerer."""
         return Options(**{name: getattr(self, name) for name in _DECLARED})
 
 
-class _Texts(_Choices):
+class _Texts(answering_model("_Choices", _DECLARED, _Options)):  # type: ignore[misc]
     """A context, or passages; of a server with a corpus, also neither."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["context"]}, {"required": ["contexts"]}]})

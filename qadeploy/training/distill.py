@@ -67,20 +67,22 @@ class Teacher:
     logits: Callable[[Sequence[Window]], list[Logits]]
 
 
-def load_teacher(name: str, device: torch.device, hub: Hub | None = None) -> Teacher:
+def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_timeout: float | None = None) -> Teacher:
     """Loads a teacher.
 
     Args:
         name: A bundle, a run, a checkpoint folder or a hub name.
         device: Where it computes. A bundle on a CPU runs through ONNX Runtime.
         hub: How a model is fetched from the hub.
+        load_timeout: Seconds that a bundle may take to load; None sets no limit.
 
     Raises:
+        LoadTimeoutError: The bundle took longer.
         CheckpointError: It does not load, has no fast tokenizer, or no trained answer head.
         BundleError: The bundle is damaged.
     """
     if is_bundle(name):
-        bundle, answerer = open_bundle(name), Answerer.load(name, device=str(device))
+        bundle, answerer = open_bundle(name), Answerer.load(name, device=str(device), load_timeout=load_timeout)
         model = answerer.model
         digest = _digest(bundle.hash, answerer.encoder)
         return Teacher(name, digest, answerer.encoder, answerer.settings.max_seq_len, lambda w: model.start(w).result())

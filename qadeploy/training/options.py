@@ -144,5 +144,6 @@ class TrainOptions(DataFlags):
     save_steps: int | None = option(None, "Also save every N steps.", least=1, shown="each epoch only")
     cache: bool = options.keep("the windows for the next run on the same data")
     token: str | None = options.hub_token()
+    load_timeout: float = options.load_timeout()
     trust_remote_code: bool = options.trust_remote_code()
     allow_pickle: bool = options.allow_pickle()

@@ -50,6 +50,7 @@ _MAY_DIFFER = frozenset(
         "n_best_size",
         "preprocessing_num_workers",
         "cache",
+        "load_timeout",
         "allow_pickle",
     }
 )

@@ -248,7 +248,7 @@ def _load_models(options: TrainOptions, device: torch.device, metric: Metric) ->
     settings = replace(settings, metric=metric, bm25_weight=weight, long_seq_len=longest)
     if options.layers is not None:
         keep_layers(checkpoint.model, options.layers)
-    teacher = load_teacher(options.teacher, device, hub) if options.teacher else None
+    teacher = load_teacher(options.teacher, device, hub, options.load_timeout) if options.teacher else None
     return _Models(checkpoint, settings, teacher, device, precision)
 
 
