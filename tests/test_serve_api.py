@@ -9,11 +9,6 @@ import time
 
 import httpx
 import pytest
-import schemathesis
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
-from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from qadeploy import Answerer
 from qadeploy.core.settings import Options
@@ -559,45 +554,3 @@ def test_pages_need_nothing_from_elsewhere(server):
 def test_every_answer_has_safe_headers(server):
     for response in (server.get("/"), server.get("/nothing"), server.get("/static/reference.css")):
         assert response.headers["x-content-type-options"] == "nosniff"
-
-
-# ---------------------------------------------------------------- the document
-
-
-ROUTES = ("POST /v1/answer", "POST /", "GET /v1/model", "GET /health/live", "GET /health/ready", "GET /metrics")
-
-
-PLATFORMS = (
-    *("GET /ping", "POST /invocations", "GET /v2", "GET /v2/health/live", "GET /v2/health/ready"),
-    *("GET /v2/models/{model}", "GET /v2/models/{model}/ready", "POST /v2/models/{model}/infer"),
-)
-
-
-@pytest.fixture(scope="module")
-def document(server):
-    return schemathesis.openapi.from_asgi("/openapi.json", server.app)
-
-
-def test_the_document_names_every_route(document):
-    assert {operation.ok().label for operation in document.get_all_operations()} == {*ROUTES, *PLATFORMS}
-
-
-@pytest.mark.parametrize(
-    ("route", "mode"),
-    [(route, GenerationMode.POSITIVE) for route in ROUTES] + [(route, GenerationMode.NEGATIVE) for route in ROUTES[:2]],
-)
-def test_the_document_holds_for_anything_that_is_sent(document, route, mode):
-    operation = next(one.ok() for one in document.get_all_operations() if one.ok().label == route)
-    statuses = set()
-
-    @hypothesis_settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def hold(case):
-        # A body that the document allows may still ask for a stride or a length that does not fit its texts.
-        statuses.add(case.call_and_validate(excluded_checks=[positive_data_acceptance]).status_code)
-
-    hold()
-    assert statuses
-    assert max(statuses) < 500
-    if mode is GenerationMode.POSITIVE:
-        assert 200 in statuses

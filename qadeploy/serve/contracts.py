@@ -24,12 +24,13 @@ from qadeploy.serve.answering import answered_by, dump, json_response
 from qadeploy.serve.body import BoundedRoute
 from qadeploy.serve.errors import RefusedError, clean
 from qadeploy.serve.scheduler import Ask
-from qadeploy.serve.schemas import answering_model
+from qadeploy.serve.schemas import AnswersOut, answering_model
 from qadeploy.serve.service import Service
 
 _INPUTS = ("question", "context")
 _OUTPUTS = {"answer": "BYTES", "score": "FP64", "start": "INT64", "end": "INT64"}
 _TAGS: list[Any] = ["platforms"]
+_Responses = dict[int | str, dict[str, Any]]
 
 
 _OPTIONS = ("max_answer_len", "max_seq_len", "doc_stride", "align_to_words", "allow_no_answer", "prefilter", "offsets")
@@ -97,6 +98,31 @@ class InferRequest(BaseModel):
         return names
 
 
+class InferTensor(BaseModel):
+    """An output, with one value per question."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[Any]
+
+
+class InferResponse(BaseModel):
+    """The outputs, as JSON of the Open Inference Protocol."""
+
+    model_name: str
+    model_version: str
+    id: Annotated[str | None, Field(description="That of the request; absent if it has none.")] = None
+    outputs: list[InferTensor]
+
+
+class InferError(BaseModel):
+    """An error in the form of the Open Inference Protocol."""
+
+    error: str
+    request_id: str
+
+
 class _InferRoute(BoundedRoute):
     """A route whose clients need not say that they send JSON."""
 
@@ -116,11 +142,23 @@ class _InferRoute(BoundedRoute):
 
 
 def add_contracts(
-    app: FastAPI, service: Service, answer: Callable[..., Awaitable[Response]], responses: Any, locked: Sequence[Any]
+    app: FastAPI,
+    service: Service,
+    answer: Callable[..., Awaitable[Response]],
+    responses: _Responses,
+    locked: Sequence[Any],
 ) -> None:
-    """Adds the routes to the application; ``answer`` handles what ``/v1/answer`` gets."""
+    """Adds the routes to the application; ``answer`` handles what ``/v1/answer`` gets, and ``responses`` are its errors."""
+    texts: _Responses = {status: {**about, "model": InferError} for status, about in responses.items()}
+    unready: _Responses = {503: {"description": "The server is shutting down, or a worker has died."}}
 
-    @app.get("/ping", tags=_TAGS, summary="SageMaker: whether to send requests here")
+    @app.get(
+        "/ping",
+        tags=_TAGS,
+        summary="SageMaker: whether to send requests here",
+        response_class=Response,
+        responses=unready,
+    )
     async def ping() -> Response:
         """An empty response: 200, or 503 like `/health/ready`."""
         return Response(status_code=200 if service.ready else 503)
@@ -129,27 +167,52 @@ def add_contracts(
         "/invocations",
         tags=_TAGS,
         summary="SageMaker: the same as /v1/answer",
+        response_model=AnswersOut | list[AnswersOut],
         responses=responses,
         dependencies=locked,
         operation_id="invocations",
     )(answer)
 
-    @app.get("/v2/health/live", tags=_TAGS, summary="Open Inference Protocol: whether the process works")
+    @app.get(
+        "/v2/health/live",
+        tags=_TAGS,
+        summary="Open Inference Protocol: whether the process works",
+        responses={503: {"description": "A worker has died."}},
+    )
     async def live() -> JSONResponse:
-        """503 means that a worker has died."""
+        """Whether it should be left running."""
         return JSONResponse({"live": service.scheduler.alive}, 200 if service.scheduler.alive else 503)
 
-    @app.get("/v2/health/ready", tags=_TAGS, summary="Open Inference Protocol: whether the server is ready")
+    @app.get(
+        "/v2/health/ready",
+        tags=_TAGS,
+        summary="Open Inference Protocol: whether the server is ready",
+        responses=unready,
+    )
     async def ready() -> JSONResponse:
-        """503 while the server shuts down, and if a worker has died."""
+        """Whether to send requests here."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get("/v2", tags=_TAGS, summary="Open Inference Protocol: the server", dependencies=locked)
+    @app.get(
+        "/v2",
+        tags=_TAGS,
+        summary="Open Inference Protocol: the server",
+        responses={401: texts[401]},
+        dependencies=locked,
+    )
     async def server() -> dict[str, Any]:
         """Its name and version."""
         return {"name": "qadeploy", "version": __version__, "extensions": []}
 
-    @app.get("/v2/models/{model}", tags=_TAGS, summary="Open Inference Protocol: the model", dependencies=locked)
+    named: _Responses = {status: texts[status] for status in (401, 404)}
+
+    @app.get(
+        "/v2/models/{model}",
+        tags=_TAGS,
+        summary="Open Inference Protocol: the model",
+        responses=named,
+        dependencies=locked,
+    )
     async def metadata(model: str) -> dict[str, Any]:
         """The tensors of the model. Its version is the hash of the bundle."""
         return {
@@ -164,6 +227,7 @@ def add_contracts(
         "/v2/models/{model}/ready",
         tags=_TAGS,
         summary="Open Inference Protocol: whether the model is ready",
+        responses=named | unready,
         dependencies=locked,
     )
     async def model_ready(model: str) -> JSONResponse:
@@ -176,7 +240,8 @@ def add_contracts(
         "/v2/models/{model}/infer",
         tags=_TAGS,
         summary="Open Inference Protocol: answer questions",
-        responses=responses,
+        response_model=InferResponse,
+        responses=texts,
         dependencies=locked,
     )
     async def infer(request: Request, model: str, body: InferRequest) -> Response:
