@@ -35,7 +35,10 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.qadeploy-[0-9a-f]{16}\.(?P<kind>tmp|ol
 _LOCK = "qadeploy lock: "
 # Windows renames no open file, opens no folder, and translates line ends unless a file is opened as binary.
 _WINDOWS = sys.platform == "win32"
-_BINARY, _NO_LINK = getattr(os, "O_BINARY", 0), getattr(os, "O_NOFOLLOW", 0)
+BINARY = getattr(os, "O_BINARY", 0)
+PLAIN = (
+    BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+)  # to open what must be a file, and no link or pipe
 _position = threading.Lock()
 _NO_REPLACE, _EXCHANGE, _HERE = 1, 2, -100  # RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD of Linux
 # A kernel, a file system or a container's filter that does not know the flags of renameat2.
@@ -117,9 +120,7 @@ def writing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
     With ``new`` it raises FileExistsError if there is something at ``path`` by then.
     """
     try:
-        temporary, descriptor = _begin(
-            path, lambda at: os.open(at, os.O_RDWR | os.O_CREAT | os.O_EXCL | _BINARY, 0o666)
-        )
+        temporary, descriptor = _begin(path, lambda at: os.open(at, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666))
         try:
             with io.BufferedWriter(_Named(descriptor, path)) as stream:
                 yield stream
@@ -156,7 +157,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """Deletes the temporaries in ``folder`` whose writers are gone: those of the file or folder ``name``, or all."""
     for path in _temporaries(folder, name, "tmp"):
         with suppress(OSError):  # another sweeps too
-            descriptor = os.open(path, os.O_RDONLY | _NO_LINK)
+            descriptor = os.open(path, os.O_RDONLY | PLAIN)
             try:
                 if lock(descriptor):
                     _delete(path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from qadeploy import Answerer
+from qadeploy import Answerer, Corpus
 from qadeploy.machine import Machine, on_windows, parse_cpuinfo, parse_sysctl
 from qadeploy.shipped import base_bundle_path
 from tests.conftest import triplets, write_jsonl
@@ -29,7 +29,7 @@ import uvicorn.protocols.http.httptools_impl
 folder, platform, pairs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 missing = {
     "win32": {
-        os: ["fork", "register_at_fork", "sched_getaffinity", "pread", "pwrite", "sysconf", "getuid", "geteuid", "statvfs",
+        os: ["fork", "fwalk", "register_at_fork", "sched_getaffinity", "pread", "pwrite", "sysconf", "getuid", "geteuid", "statvfs",
              "O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "mkfifo", "getloadavg", "uname"],
         signal: ["SIGHUP", "SIGKILL", "SIGUSR1", "SIGALRM", "setitimer"],
     },
@@ -56,6 +56,8 @@ def refuse(event, args):
             raise FileNotFoundError(2, "No such file or directory", path)
         if platform == "win32" and os.path.isdir(path):
             raise PermissionError(13, "Permission denied", path)
+    if event == "os.symlink" and (platform == "win32" or str(args[0]).startswith("/proc/")):
+        raise OSError(1314, "A required privilege is not held by the client", args[1])
     if event == "os.rename" and platform == "win32" and opened(args[0]):
         raise PermissionError(13, "in use", args[0])
     if event == "import" and args[0] in absent:
@@ -134,6 +136,12 @@ found["ask"] = json.loads(ask.stdout)["answers"][0]["text"]
 found["doctor"] = run("doctor").stdout
 run("answer", base_bundle_path(), "--input", folder / "rows.jsonl", "--output", folder / "answers.jsonl", "--json")
 found["batch"] = len((folder / "answers.jsonl").read_text().splitlines())
+(folder / "texts").mkdir()
+for number, (_, text) in enumerate(pairs):
+    (folder / "texts" / f"{number}.md").write_text(f"# Room {number}\\n\\n{text}\\n")
+run("index", folder / "texts", "--out", folder / "index")
+ask = run("ask", base_bundle_path(), "--corpus", folder / "index", "--question", question, "--json")
+found["corpus"] = json.loads(ask.stdout)["answers"][0]
 from qadeploy.serve.run import _room
 found["connections"] = _room(None)
 found["left"] = sorted(path.name for path in folder.iterdir())
@@ -152,19 +160,24 @@ def found(request, tmp_path_factory) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), "platform": request.param}
 
 
-def test_the_runtime_answers_there_as_here(found):
+def test_the_runtime_answers_there_as_here(found, tmp_path):
     answerer = Answerer.load(base_bundle_path())
     here = [each[0].text for each in answerer.answer_batch(PAIRS)]
     assert found["answers"] == here
     assert found["ask"] == here[0]
     assert found["batch"] == len(PAIRS)
+    (tmp_path / "texts").mkdir()
+    for number, (_, text) in enumerate(PAIRS):
+        (tmp_path / "texts" / f"{number}.md").write_text(f"# Room {number}\n\n{text}\n")
+    best = Corpus.build(tmp_path / "texts", tmp_path / "index").answer(answerer, PAIRS[0][0])[0]
+    assert found["corpus"] == {**best.to_dict(), "score": pytest.approx(best.score)}
 
 
 def test_files_are_written_whole_and_nothing_is_left(found):
     assert found["bytes"] == "second\r\n"
     assert found["folder"] == "two"
     assert found.get("name") == ("changed" if found["platform"] == "darwin" else None)
-    assert found["left"] == ["a.bin", "answers.jsonl", "copy", "place", "rows.jsonl"]
+    assert found["left"] == ["a.bin", "answers.jsonl", "copy", "index", "place", "rows.jsonl", "texts"]
 
 
 def test_the_machine_is_told_as_far_as_it_is_known(found):

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from qadeploy.core.windows import is_rust_error
 from qadeploy.corpus.records import Skipped
 from qadeploy.corpus.terms import ANALYZER, analyzer, require_tantivy
 from qadeploy.errors import CorpusError, InputError
-from qadeploy.files import read_at
+from qadeploy.files import PLAIN, read_at
 from qadeploy.inference.bundle import MANIFEST, manifest_text
 from qadeploy.inference.manifest import parse_json
 
@@ -37,7 +38,6 @@ KIND = "qadeploy corpus index"
 FILES, TEXTS = "files.json", "texts.bin"
 # Tantivy's own: its lists of files, and segments, which are named by a UUID.
 SEARCH_FILE = re.compile(r"meta\.json|\.managed\.json|[0-9a-f]{32}\.[\w.]{1,40}")
-_NO_LINK = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _MOST_MANIFEST = 2**24
 _TRIES = 3
 
@@ -190,12 +190,12 @@ class IndexFolder:
     def open_search(self) -> Any:
         """Opens Tantivy's index, which needs no file any more once it is open. Raises CorpusError if it cannot be read."""
         tantivy = require_tantivy("a corpus")
-        # Tantivy makes a lock file in the folder that it reads, which may be read-only. Links to the open files are what was
-        # verified, whatever lies in the folder by now.
+        # Tantivy makes a lock file in the folder that it reads, which may be read-only. Links to the open files, or copies where
+        # the system has no such links, are what was verified, whatever lies in the folder by now.
         with _vanishing_folder() as view:
             for name, descriptor in self.descriptors.items():
                 if SEARCH_FILE.fullmatch(name):
-                    os.symlink(f"/proc/self/fd/{descriptor}", os.path.join(view, name))
+                    _show(descriptor, os.path.join(view, name))
             try:
                 index = tantivy.Index.open(view)
                 index.register_tokenizer(ANALYZER, analyzer())
@@ -206,6 +206,16 @@ class IndexFolder:
                 if not is_rust_error(error):
                     raise
                 raise CorpusError(f"{self.folder}: its search files cannot be read: {_REBUILD}") from error
+
+
+def _show(descriptor: int, place: str) -> None:
+    """Makes an open file readable under a name."""
+    if _LINUX:
+        os.symlink(f"/proc/self/fd/{descriptor}", place)
+        return
+    with open(descriptor, "rb", closefd=False) as source, open(place, "wb") as copy:
+        source.seek(0)
+        shutil.copyfileobj(source, copy)
 
 
 @contextmanager
@@ -221,6 +231,7 @@ def _vanishing_folder() -> Iterator[str]:
                 break
 
 
+_LINUX = sys.platform == "linux"
 _REBUILD = "delete the folder and build it again with qadeploy index"
 
 
@@ -328,7 +339,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
 def _verified(path: Path, about: Mapping[str, Any]) -> int:
     """Opens a file whose size and SHA-256 are those of the manifest. Raises CorpusError if they are not."""
     try:
-        descriptor = os.open(path, _NO_LINK)
+        descriptor = os.open(path, os.O_RDONLY | PLAIN)
     except OSError as error:
         raise CorpusError(f"{path}: is missing or not a plain file: {_REBUILD}") from error
     sound = False

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from qadeploy.corpus.records import Skipped
 from qadeploy.errors import InputError
-from qadeploy.files import is_temporary
+from qadeploy.files import PLAIN, is_temporary
 
-_NO_LINK = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 OnSkipped = Callable[[Skipped], object]
 
 
@@ -52,22 +51,18 @@ def scan(source: Path, skip: OnSkipped) -> Iterator[Found]:
         raise InputError(f"{source}: no such file or folder: give a folder of documents, or a file")
     source = source.resolve()  # the one link that is followed: the caller named it
     if not source.is_dir():
-        folder = os.open(source.parent, os.O_RDONLY)
-        try:
-            yield from _opened(folder, source.name, "", skip)
-        finally:
-            os.close(folder)
+        yield from _opened(_Folder(str(source.parent)), source.name, "", skip)
         return
 
     def refused(error: OSError) -> None:
         below = os.path.relpath(os.fsdecode(error.filename or "."), source)
         skip(Skipped(shown(below) + "/", f"cannot be read: {error.strerror}"))
 
-    for at, folders, names, descriptor in os.fwalk(source, onerror=refused):
-        below = os.path.relpath(at, source)
+    for folder, folders, names in _walk(source, refused):
+        below = os.path.relpath(folder.path, source).replace(os.sep, "/")
         below = "" if below == "." else below + "/"
         for name in folders.copy():
-            link = stat.S_ISLNK(os.lstat(name, dir_fd=descriptor).st_mode)
+            link = folder.is_link(name)
             if link or name.startswith("."):
                 skip(Skipped(f"{shown(below + name)}/", "a link, which is not followed" if link else "hidden"))
                 folders.remove(name)
@@ -78,7 +73,30 @@ def scan(source: Path, skip: OnSkipped) -> Iterator[Found]:
             if name.startswith("."):
                 skip(Skipped(shown(below + name), "hidden"))
             else:
-                yield from _opened(descriptor, name, below, skip)
+                yield from _opened(folder, name, below, skip)
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """A folder by its path, or by what holds it open, so that nothing that replaces it is read. Windows has only paths."""
+
+    path: str
+    descriptor: int | None = None
+
+    def named(self, name: str) -> str:
+        return name if self.descriptor is not None else os.path.join(self.path, name)
+
+    def is_link(self, name: str) -> bool:
+        return stat.S_ISLNK(os.lstat(self.named(name), dir_fd=self.descriptor).st_mode)
+
+
+def _walk(source: Path, refused: Callable[[OSError], object]) -> Iterator[tuple[_Folder, list[str], list[str]]]:
+    if hasattr(os, "fwalk"):
+        for at, folders, names, descriptor in os.fwalk(source, onerror=refused):
+            yield _Folder(at, descriptor), folders, names
+    else:
+        for at, folders, names in os.walk(source, onerror=refused):
+            yield _Folder(at), folders, names
 
 
 def shown(path: str) -> str:
@@ -87,10 +105,12 @@ def shown(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _opened(folder: int, name: str, below: str, skip: OnSkipped) -> Iterator[Found]:
+def _opened(folder: _Folder, name: str, below: str, skip: OnSkipped) -> Iterator[Found]:
     label = shown(below + name)
     try:
-        descriptor = os.open(name, _NO_LINK, dir_fd=folder)
+        if not hasattr(os, "O_NOFOLLOW") and folder.is_link(name):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        descriptor = os.open(folder.named(name), os.O_RDONLY | PLAIN, dir_fd=folder.descriptor)
     except OSError as error:
         link = error.errno == errno.ELOOP
         skip(Skipped(label, "a link, which is not followed" if link else f"cannot be read: {error.strerror}"))

@@ -30,7 +30,17 @@ from tokenizers import Tokenizer
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import Encoder, EncoderConfig, is_rust_error
 from qadeploy.errors import BundleError, InputError
-from qadeploy.files import hash_file, holding, json_text, read_at, replace_folder, sync, temporary_folder, write_text
+from qadeploy.files import (
+    PLAIN,
+    hash_file,
+    holding,
+    json_text,
+    read_at,
+    replace_folder,
+    sync,
+    temporary_folder,
+    write_text,
+)
 from qadeploy.inference.hub import fetch_bundle, is_hub
 from qadeploy.inference.manifest import SCHEMA, Manifest, parse_json, read_manifest
 from qadeploy.inference.onnx_file import check_model
@@ -42,7 +52,6 @@ TOKENIZER = "tokenizer.json"
 CARD = "README.md"
 _REQUIRED = (MODEL, TOKENIZER, CARD)
 # On a link, opening fails; on a pipe, it does not wait.
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _PART = 2**26  # bytes per read
 _TRIES = 3
 _SELF = ',\n  "manifest_sha256": "'
@@ -53,7 +62,7 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | _NO_LINK)
+            self._descriptor = os.open(path, os.O_RDONLY | PLAIN)
         except OSError as error:
             raise BundleError(f"{path}: is missing or not a plain file: export the bundle again") from error
         weakref.finalize(self, os.close, self._descriptor)

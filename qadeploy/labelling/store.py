@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import FailureError, InputError
-from qadeploy.files import holding, sync
+from qadeploy.files import BINARY, holding, sync
 from qadeploy.labelling.items import key_of
 
 Row = dict[str, Any]
@@ -131,7 +131,7 @@ class _Lines:
         """Opens the file. Raises FailureError if it is no longer as it was left."""
         size = self._ends[-1]
         try:
-            descriptor = os.open(self._path, os.O_WRONLY | (0 if size else os.O_CREAT), 0o666)
+            descriptor = os.open(self._path, os.O_WRONLY | BINARY | (0 if size else os.O_CREAT), 0o666)
         except FileNotFoundError as error:
             raise FailureError(f"{self._path}: has been moved or deleted: put it back") from error
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import FailureError, InputError
-from qadeploy.files import holding
+from qadeploy.files import BINARY, holding
 from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER, Answer
 from qadeploy.serve.errors import RefusedError
@@ -139,7 +139,7 @@ class Feedback:
     def _append(self, line: bytes) -> None:
         with self._writes:
             try:
-                descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                descriptor = os.open(self._path, os.O_WRONLY | BINARY | os.O_APPEND | os.O_CREAT, 0o600)
                 try:
                     size = os.fstat(descriptor).st_size
                     try:
