@@ -16,6 +16,8 @@ from qadeploy.records import Float64Array, FloatArray
 ECE_BINS = 10
 RESAMPLES = 200
 TEMPERATURES: Float64Array = np.geomspace(0.1, 10.0, 49)
+# Variance of the error of a confidence around 0.8, over the variance of log T: few models need a T below 1/3 or above 3.
+PRIOR = 0.15 / 0.5**2
 
 
 def best_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f1: Float64Array) -> float:
@@ -71,7 +73,9 @@ def fit_temperature(answers: Iterable[tuple[float, FloatArray]], right: Float64A
     of the annotated spans would punish confidence in another span that is just as right, and cross entropy lets
     a few confident mistakes set T for all. ``right`` is replaced by Platt's targets (n + 1) / (n + 2) and 1 / (m + 2)
     for n right and m wrong answers (Platt 1999, "Probabilistic Outputs for Support Vector Machines", section
-    2.2), so that a few answers, all right, do not call for unlimited confidence.
+    2.2), so that a few answers, all right, do not call for unlimited confidence. Where the losses of a few dozen answers hardly
+    depend on T, noise would choose it; so log T has a normal prior with mean 0 and standard deviation 0.5, which adds
+    ``PRIOR`` log(T)^2 to their sum and is negligible for some hundred answers.
 
     The losses are computed on ``TEMPERATURES``, a geometric grid; T is the vertex of the parabola in log T through the
     best three, or 1.0 if no answer has a rival.
@@ -88,6 +92,7 @@ def fit_temperature(answers: Iterable[tuple[float, FloatArray]], right: Float64A
             losses += answer_loss(logit, others, float(target), TEMPERATURES)
     if not losses.any():
         return 1.0
+    losses += PRIOR * np.log(TEMPERATURES) ** 2
     best = int(np.argmin(losses))
     if best in {0, len(TEMPERATURES) - 1}:
         return float(TEMPERATURES[best])

@@ -150,22 +150,33 @@ def test_the_temperature_that_made_the_answers_is_found(true):
     assert fit_temperature(*made(4000, true)) == pytest.approx(true, rel=0.06)
 
 
-def test_the_temperature_is_the_least_of_a_dense_search_with_targets_of_platt():
-    answers, right = made(60, 2.0)
-    hits, misses = sum(right), 60 - sum(right)
+@pytest.mark.parametrize(("count", "true"), [(60, 2.0), (12, 3.0)])
+def test_the_temperature_is_the_least_of_a_dense_search_with_targets_of_platt_and_a_prior(count, true):
+    answers, right = made(count, true)
+    hits, misses = sum(right), count - sum(right)
     targets = [(hits + 1) / (hits + 2) if r else 1 / (misses + 2) for r in right]
     dense = np.geomspace(0.5, 8, 400)
     losses = [
         sum(plain_loss(a, list(map(float, o)), t, float(d)) for (a, o), t in zip(answers, targets, strict=True))
+        + 0.6 * math.log(d) ** 2
         for d in dense
     ]
     assert fit_temperature(answers, right) == pytest.approx(dense[np.argmin(losses)], rel=0.01)
 
 
 def test_answers_that_are_all_right_are_trusted_by_their_number():
-    best = (5.0, np.asarray([1.0], dtype=np.float32))
-    for count in (3, 30):  # p = 1 / (1 + exp(-4 / T)) = (n + 1) / (n + 2), so T = 4 / log(n + 1)
-        assert fit_temperature([best] * count, np.ones(count)) == pytest.approx(4 / math.log(count + 1), rel=0.01)
+    best = (5.0, np.asarray([3.0], dtype=np.float32))  # right in 88 of 100 cases
+    found = [fit_temperature([best] * count, np.ones(count)) for count in (1, 3, 30, 3_000)]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == pytest.approx(1.07, abs=0.02)
+    assert found[-1] < 0.4
+
+
+def test_few_answers_whose_losses_hardly_depend_on_the_temperature_leave_it_near_1():
+    """36 of them, 7 wrong, of which the squared error alone is least at T = 0.14: every score would be 0 or 1."""
+    sure, unsure = ((gap, np.asarray([0.0], dtype=np.float32)) for gap in (2.0, 0.2))
+    answers = [sure] * 16 + [unsure] * 13 + [sure] * 4 + [unsure] * 3
+    assert fit_temperature(answers, np.repeat([1.0, 0.0], [29, 7])) == pytest.approx(1.0, abs=0.2)
 
 
 def test_temperatures_at_the_ends_and_without_a_rival():
@@ -173,7 +184,7 @@ def test_temperatures_at_the_ends_and_without_a_rival():
     assert fit_temperature([], np.asarray([])) == 1.0
     assert fit_temperature([(3.0, none), (-1.0, none)], np.asarray([1.0, 0.0])) == 1.0
     rival = np.asarray([1.0], dtype=np.float32)
-    assert fit_temperature([(5.0, rival)] * 3, np.zeros(3)) == TEMPERATURES[-1]  # all wrong: as unsure as may be
+    assert fit_temperature([(5.0, rival)] * 300, np.zeros(300)) == TEMPERATURES[-1]  # all wrong: as unsure as may be
     assert fit_temperature([(1.05, rival)] * 900, np.ones(900)) == TEMPERATURES[0]
     huge = np.asarray([-4e4], dtype=np.float32)
     assert math.isfinite(fit_temperature([(4e4, huge), (-4e4, -huge)], np.asarray([0.0, 1.0])))
