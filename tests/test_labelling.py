@@ -58,7 +58,7 @@ class Scores:
     def __init__(self) -> None:
         self.asked: list[str] = []
 
-    def answer(self, question: str, context: str) -> list[Answer]:
+    def answer(self, question: str, context: str, top_k: int = 1) -> list[Answer]:
         self.asked.append(question)
         end = context.index(" ")
         return [Answer(context[:end], 0, end, len(question) / 1000)]
@@ -404,6 +404,20 @@ def test_questions_on_passages(tmp_path):
         assert desk.show("a").item.key == items[1].key
     assert lines(place)[0]["document"] == "a.md"
     assert read(str(place)).examples[0].question == "Who rests?"
+
+
+def test_a_typed_question_gets_a_span_though_the_model_says_that_there_is_no_answer(tmp_path):
+    text = "It sailed at dawn, before the fog came in."
+    answerer = Answerer.load(base_bundle_path(), device="cpu", threads=1)
+    place = tmp_path / "rows.jsonl"
+    with desk_of(place, [Item(key_of("", text), "a", text)], answerer=answerer) as desk:
+        key = desk.show("a").item.key
+        refused, best = answerer.answer("Who was the captain?", text, top_k=2)
+        assert (refused.text, desk.ask(key, "Who was the captain?")) == ("", best)
+        assert text[best.start : best.end] == best.text
+        desk.decide(key, (13, 17), "Who was the captain?")  # dawn
+        assert desk.estimate.exact_match == 0.0
+    assert lines(place)[0]["predicted"] == ""
 
 
 # ---------------------------------------------------------------- the estimate

@@ -141,13 +141,15 @@ class Desk:
     # ------------------------------------------------------------ the model
 
     def ask(self, key: str, question: str) -> Answer:
-        """The model's answer to a question that was typed. Raises what ``Answerer.answer`` raises."""
+        """The best span for a question that was typed, also if the model says "no answer", which is what counts as its answer.
+
+        Whoever types a question on a text mostly sees the answer there. Raises what ``Answerer.answer`` raises.
+        """
         item = self._item(key)
-        found = self._answerer.answer(question.strip(), item.context)
-        proposal = Proposal(found[0] if found else NO_ANSWER, self.model)
+        found = self._answerer.answer(question.strip(), item.context, top_k=2)
         with self._lock:
-            self._proposals[key_of(question.strip(), item.context)] = proposal
-        return proposal.answer
+            self._proposals[key_of(question.strip(), item.context)] = Proposal([*found, NO_ANSWER][0], self.model)
+        return next((answer for answer in found if answer.text), NO_ANSWER)
 
     def _proposal(self, item: Item) -> Proposal:
         with self._lock:
