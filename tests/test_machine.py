@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qadeploy import Answerer
-from qadeploy.data.arrow import read_parquet
+from qadeploy.data.arrow import read_table
 from qadeploy.errors import InputError, MachineWarning
 from qadeploy.inference.doctor import diagnose
 from qadeploy.inference.session import OnnxModel, session_options
@@ -211,7 +211,7 @@ def test_no_library_is_left_to_count_cpus_by_itself(monkeypatch):
         arrow.set_cpu_count(4)
         monkeypatch.setattr("qadeploy.data.arrow.usable_cpus", lambda: 3)
         with pytest.raises(InputError):
-            read_parquet(b"PAR1", "x")
+            read_table(b"PAR1", "x", "parquet")
         assert arrow.cpu_count() == 3
     finally:
         arrow.set_cpu_count(before)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qadeploy.errors import MissingExtraError
+from qadeploy.extras import import_extra
 from qadeploy.inference.session import onnxruntime, session_options
 
 SHAPES = ((256, 512, 512), (384, 2048, 512))  # m, k, n; the best shape differs by CPU
@@ -88,10 +88,7 @@ def _best_seconds(run: Callable[[], object], meet: Barrier) -> float:
 
 def matmul_model(kind: str, k: int, n: int) -> bytes:
     """An ONNX model of one matmul: ``a [m, k]`` by constant ``[k, n]``: fp32 (MatMul) or int8 (MatMulInteger)."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtraError("the machine's peak", "onnx", "train") from error
+    onnx = import_extra("onnx", "the machine's peak", "train")
     generator = np.random.default_rng(1)
     if kind == "int8":
         weights: Any = generator.integers(-127, 128, (k, n)).astype(np.int8)

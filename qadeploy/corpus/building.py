@@ -96,7 +96,7 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
         CorpusError: The older index is damaged or of another version.
         MissingExtraError: Tantivy is not installed.
     """
-    require_tantivy("a corpus")
+    require_tantivy()
     source = Path(source)
     _check_place(folder)
     _refuse_inside(source, folder)
@@ -277,7 +277,7 @@ class _Writer:
     """Adds documents to the files of an index in a temporary folder, which begins with those of the old one."""
 
     def __init__(self, work: Path, folder: Path, old: IndexFolder | None) -> None:
-        tantivy = require_tantivy("a corpus")
+        tantivy = require_tantivy()
         self._tantivy, self._work, self._folder, self._old = tantivy, work, folder, old
         if old:
             for name, descriptor in old.descriptors.items():

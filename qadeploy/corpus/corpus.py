@@ -54,7 +54,7 @@ class Corpus:
         self._passages = sum(source.passages for source in index.sources)
         self._sources = {source.id: source for source in index.sources}
         self._search = index.open_search()
-        self._tantivy = require_tantivy("a corpus")
+        self._tantivy = require_tantivy()
 
     @classmethod
     def build(cls, source: str | Path, folder: str | Path, on_file: OnFile | None = None) -> Corpus:
@@ -85,7 +85,7 @@ class Corpus:
             CorpusError: The index is damaged, unsafe or of another version.
             MissingExtraError: Tantivy is not installed.
         """
-        require_tantivy("a corpus")
+        require_tantivy()
         return cls(open_index(Path(folder)))
 
     @classmethod

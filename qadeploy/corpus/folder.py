@@ -143,7 +143,7 @@ class Place:
 
 def schema() -> Any:
     """The fields of a passage in Tantivy's index."""
-    tantivy = require_tantivy("a corpus")
+    tantivy = require_tantivy()
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("terms", tokenizer_name=ANALYZER, index_option="freq")
     builder.add_text_field("document", tokenizer_name="raw", index_option="basic")
@@ -189,7 +189,7 @@ class IndexFolder:
 
     def open_search(self) -> Any:
         """Opens Tantivy's index, which needs no file any more once it is open. Raises CorpusError if it cannot be read."""
-        tantivy = require_tantivy("a corpus")
+        tantivy = require_tantivy()
         # Tantivy makes a lock file in the folder that it reads, which may be read-only. Links to the open files are what was
         # verified, whatever lies in the folder by now.
         with _vanishing_folder() as view:

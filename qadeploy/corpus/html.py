@@ -7,7 +7,8 @@ from typing import Any
 
 from qadeploy.corpus.records import Document, Heading
 from qadeploy.data.wording import one_line
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import InputError
+from qadeploy.extras import import_extra
 
 _LEFT_OUT = frozenset(
     {
@@ -112,10 +113,7 @@ def html_document(text: str, name: str) -> Document:
         InputError: The parser cannot read it.
         MissingExtraError: lxml is not installed.
     """
-    try:
-        from lxml import etree
-    except ImportError as error:
-        raise MissingExtraError("reading HTML", "lxml", "corpus") from error
+    etree = import_extra("lxml.etree", "reading HTML", "corpus")
     parser = etree.HTMLParser(encoding="utf-8", no_network=True, remove_comments=True, remove_pis=True, huge_tree=True)
     try:
         root = etree.fromstring(text.replace("\0", "").encode("utf-8"), parser) if text.strip() else None

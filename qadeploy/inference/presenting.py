@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from qadeploy.core.settings import Offsets, SnippetSize
-from qadeploy.errors import MissingExtraError
+from qadeploy.extras import import_extra
 from qadeploy.records import Answer, Snippet
 
 Place = tuple[int, int]
@@ -82,11 +82,8 @@ def sentence_around(text: str, answer: Place) -> Place:
 
 
 def _sentences(text: str) -> Iterator[Place]:
-    try:
-        from sentencex import get_sentence_boundaries
-    except ImportError as error:
-        raise MissingExtraError("snippet sentence", "sentencex", "snippet") from error
-    found: list[dict[str, Any]] = get_sentence_boundaries(_LANGUAGE, text)
+    library = import_extra("sentencex", "snippet sentence", "snippet")
+    found: list[dict[str, Any]] = library.get_sentence_boundaries(_LANGUAGE, text)
     return ((each["start_index"], each["end_index"]) for each in found)
 
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from qadeploy.core.windows import pad_batch
-from qadeploy.errors import BundleError, DeviceError, InputError, MissingExtraError
+from qadeploy.errors import BundleError, DeviceError, InputError
+from qadeploy.extras import import_extra
 from qadeploy.inference.cuda import DeviceRunner, Place, batches
 from qadeploy.inference.devices import CPU, CUDA, Device, parse_device, providers, refuse
 from qadeploy.inference.manifest import SessionSettings
@@ -67,10 +68,7 @@ def onnxruntime() -> Any:
     makes every forked child hang at exit. It stays off unless ORT_DISABLE_TELEMETRY is set otherwise.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, during the import
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtraError("answering", "onnxruntime", "cpu") from error
+    ort = import_extra("onnxruntime", "answering", "cpu")
     ort.set_default_logger_severity(4)  # errors are raised as well
     return ort
 

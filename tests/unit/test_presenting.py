@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 
 import pytest
 from hypothesis import given
@@ -113,14 +113,7 @@ def test_the_null_answer_has_no_snippet_and_stays_at_0():
 
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *rest, **more):
-        if name == "sentencex":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "sentencex", None)
     check_snippet(20)
     with pytest.raises(MissingExtraError, match=r"needs the package sentencex.*: pip install 'qadeploy\[snippet\]'"):
         check_snippet("sentence")

@@ -17,7 +17,8 @@ import numpy as np
 from qadeploy.bench.peers.setup import Setup, exported, quiet
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.bench.workload import windows_of
-from qadeploy.errors import FailureError, MissingExtraError
+from qadeploy.errors import FailureError
+from qadeploy.extras import import_extra
 from qadeploy.inference.session import Pending
 from qadeploy.records import LOGIT_NAMES, Logits, Window
 
@@ -26,7 +27,7 @@ _CALIBRATION_WINDOWS = 128
 
 def prepare(setup: Setup) -> Variant:
     """Quantizes by NNCF and saves OpenVINO's format. Raises FailureError, MissingExtraError, and what the two raise."""
-    openvino, nncf = _openvino(), _nncf()
+    openvino, nncf = _library("openvino"), _library("nncf")
     if setup.device != "cpu":
         raise FailureError(f"only runs on the CPU here, and this bench runs on {setup.device}")
     if not setup.calibration:
@@ -79,7 +80,7 @@ class OpenVinoModel:
     """
 
     def __init__(self, path: Path, arithmetic: str, threads: int) -> None:
-        openvino = _openvino()
+        openvino = _library("openvino")
         core = openvino.Core()
         model = core.read_model(path)
         self._names = [port.get_any_name() for port in model.inputs]
@@ -125,19 +126,7 @@ def _outputs(request: Any) -> Logits:
     return starts, ends
 
 
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingExtraError("the peer openvino", "openvino", "peers") from error
-    return openvino
-
-
-def _nncf() -> Any:
-    os.environ.setdefault("NNCF_CI", "1")  # its only switch for telemetry, read at import
-    try:
-        with quiet():
-            import nncf
-    except ImportError as error:
-        raise MissingExtraError("the peer openvino", "nncf", "peers") from error
-    return nncf
+def _library(name: str) -> Any:
+    os.environ.setdefault("NNCF_CI", "1")  # the only switch for the telemetry of nncf, read at import
+    with quiet():
+        return import_extra(name, "the peer openvino", "peers")

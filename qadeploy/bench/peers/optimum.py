@@ -16,7 +16,7 @@ import numpy as np
 from qadeploy.bench.peers.pipeline import in_pipeline, options, require_pipeline
 from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
 from qadeploy.bench.variant import Asker, Variant, around, host
-from qadeploy.errors import MissingExtraError
+from qadeploy.extras import import_extra
 from qadeploy.inference.session import Pending, session_options
 from qadeploy.records import Logits, Window
 
@@ -64,18 +64,15 @@ def prepare_direct(setup: Setup) -> Variant:
 
 def _model(setup: Setup) -> tuple[Path, str, str]:
     """The model file, its description, and its precision."""
-    try:
-        from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
-    except ImportError as error:
-        raise MissingExtraError("the peer optimum", "optimum-onnx", "optimum") from error
+    optimum = import_extra("optimum.onnxruntime", "the peer optimum", "optimum", "optimum-onnx")
     source = exported(setup)
     if setup.bundle.precision != "int8":
         return source / "model.onnx", "fp32", "fp32"
     path = setup.folder / "optimum-int8" / "model_quantized.onnx"
     if not path.is_file():
-        preset = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
+        preset = optimum.AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
         with quiet():
-            ORTQuantizer.from_pretrained(source).quantize(save_dir=path.parent, quantization_config=preset)
+            optimum.ORTQuantizer.from_pretrained(source).quantize(save_dir=path.parent, quantization_config=preset)
     return path, "int8 (avx512_vnni preset)", "int8"
 
 
