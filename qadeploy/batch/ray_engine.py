@@ -126,9 +126,7 @@ class _Actor:
             error = str(failure)
         except OSError as failure:
             error, system = f"{failure.filename or ''}\n{failure.strerror or one_line(failure)}", True
-        except (
-            Exception
-        ) as failure:  # the driver reports it; if it were raised here, Ray would retry or wrap it in its own traces
+        except Exception as failure:  # the driver reports it: Ray would retry, or wrap it in its own traces
             error = f"part {number}: {type(failure).__name__}: {one_line(failure)}"
         values = {"shard": number, "rows": counts.rows, "rejected": counts.rejected, "error": error, "system": system}
         return {name: [value] for name, value in values.items()}

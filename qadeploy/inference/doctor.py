@@ -47,10 +47,10 @@ def diagnose() -> dict[str, Any]:
         "providers": [],
         "onnxruntime_build": None,
         "cuda": {
-            "driver": _dotted(driver.cuda),
+            "driver": driver.cuda and devices.dotted(driver.cuda),
             "driver_problem": driver.problem or None,
             "onnxruntime": None,
-            "torch": _dotted(torch_cuda),
+            "torch": torch_cuda and devices.dotted(torch_cuda),
             "libraries": {},
         },
     }
@@ -156,7 +156,7 @@ def _add_build(report: dict[str, Any], driver: devices.Driver, problems: list[st
     report["providers"] = ort.get_available_providers()
     build = devices.find_build(ort)
     report["onnxruntime_build"] = {"package": build.package, "version": build.version, "installed": dict(build.wheels)}
-    report["cuda"]["onnxruntime"] = _dotted(build.cuda)
+    report["cuda"]["onnxruntime"] = build.cuda and devices.dotted(build.cuda)
     if build.conflict:
         problems.append(build.conflict)
     if build.has_cuda:
@@ -184,7 +184,3 @@ def _cuda_line(cuda: dict[str, Any]) -> str:
         names = [name for name, found in cuda["libraries"].items() if found is state]
         parts += [f"{word} {' '.join(names)}"] * bool(names)
     return "; ".join(parts)
-
-
-def _dotted(version: tuple[int, int] | None) -> str | None:
-    return None if version is None else f"{version[0]}.{version[1]}"

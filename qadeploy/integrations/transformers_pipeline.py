@@ -31,15 +31,8 @@ from qadeploy.records import Answer
 __all__ = ["QuestionAnsweringPipeline", "SquadExample", "pipeline"]
 
 TASK = "question-answering"
-_LEAST = {
-    "top_k": 1,
-    "max_answer_len": 1,
-    "max_seq_len": 1,
-    "doc_stride": 0,
-    "max_question_len": 1,
-    "batch_size": 1,
-    "num_workers": 0,
-}
+_LEAST = dict.fromkeys(("top_k", "max_answer_len", "max_seq_len", "max_question_len", "batch_size"), 1)
+_LEAST |= {"doc_stride": 0, "num_workers": 0}
 _SWITCHES = ("handle_impossible_answer", "align_to_words")
 _PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 _INPUTS = ("X", "data", "question", "context", "contexts")

@@ -43,6 +43,16 @@ _RUNS = (_ROUNDS + 1) * (
     2 + (len(SESSIONS) + 1) / 2
 )  # of a timed question: fp32 twice, int8 by session in half the time
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
+_CODE = (
+    attention,
+    graph,
+    judging,
+    matmuls,
+    smoothquant,
+    quantizers,
+    recipes,
+    sensitivity,
+)  # that measurements depend on
 Say = Callable[[str], object]
 
 
@@ -283,10 +293,7 @@ class Search:
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
             # Not what was timed here: it varies with the load, and the next run would find nothing.
             [_ROUNDS, _TIMED, SESSIONS],
-            [
-                inspect.getsource(m)
-                for m in (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)
-            ],
+            [inspect.getsource(module) for module in _CODE],
         )
         return json.dumps(parts, sort_keys=True)
 

@@ -38,21 +38,10 @@ OUTPUTS = ("answer", "score", "start", "end", "null_difference")
 _OPSET, _OLDEST = 20, 18  # StringConcat is new in 20
 # Operators whose newer versions, up to 20, take more types and options and mean the same
 # (https://github.com/onnx/onnx/blob/main/docs/Changelog.md).
-_WIDENED = frozenset(
-    {
-        "Cast",
-        "CastLike",
-        "Constant",
-        "ConstantOfShape",
-        "DequantizeLinear",
-        "Equal",
-        "Flatten",
-        "Identity",
-        "If",
-        "IsInf",
-    }
-    | {"IsNaN", "Loop", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMin", "Reshape", "Scan", "Shape", "Size"}
-)
+_WIDENED = frozenset({
+    "Cast", "CastLike", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Flatten", "Identity", "If", "IsInf",
+    "IsNaN", "Loop", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMin", "Reshape", "Scan", "Shape", "Size",
+})  # fmt: skip
 _KINDS = {
     "answer": TensorProto.STRING,
     "score": TensorProto.FLOAT,
