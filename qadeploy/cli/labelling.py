@@ -36,11 +36,11 @@ def label(as_json: bool, source: str, out: str, **given: Any) -> None:
     folder of documents (text, Markdown, HTML, PDF), or one of them: then you type questions on its passages.
     Each decision is on the disk before the next row is shown. Rows that the annotator has decided are not shown again.
     """
-    from qadeploy.serve.labelling import listen, serve_desk
     from qadeploy.inference.answerer import Answerer
     from qadeploy.labelling.desk import Desk
     from qadeploy.labelling.items import load_items, load_predictions
     from qadeploy.labelling.store import Store
+    from qadeploy.serve.labelling import listen, serve_desk
 
     options = LabelOptions(**given)
     place = Path(out)

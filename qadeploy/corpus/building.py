@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 import zlib
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from qadeploy import __version__
 from qadeploy.core.windows import is_rust_error
@@ -26,7 +25,6 @@ from qadeploy.corpus.folder import (
     IndexFolder,
     Place,
     Source,
-    close_index,
     files_text,
     is_index,
     open_index,
@@ -37,7 +35,7 @@ from qadeploy.corpus.scanning import Found, reading, scan
 from qadeploy.corpus.terms import ANALYZER, analyzer, prepared, require_tantivy
 from qadeploy.data.wording import one_line
 from qadeploy.errors import CorpusError, InputError, MissingExtraError
-from qadeploy.files import holding, read_at, replace_folder, temporary_folder, write_text
+from qadeploy.files import holding, replace_folder, temporary_folder, write_text
 from qadeploy.inference.bundle import seal
 from qadeploy.machine import usable_cpus
 
@@ -109,9 +107,6 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
         except OSError as error:
             error.filename = error.filename or str(folder)  # a full disk does not name the file
             raise
-        finally:
-            if old is not None:
-                close_index(old)
 
 
 def _check_place(folder: Path) -> None:
@@ -280,9 +275,10 @@ class _Writer:
         tantivy = require_tantivy()
         self._tantivy, self._work, self._folder, self._old = tantivy, work, folder, old
         if old:
-            for name, descriptor in old.descriptors.items():
+            for name, file in old.files.items():
                 if SEARCH_FILE.fullmatch(name):
-                    _copy(descriptor, 0, os.fstat(descriptor).st_size, work / name)
+                    with (work / name).open("wb") as stream:
+                        stream.writelines(file.parts(0, file.size))
         self._schema = schema()
         threads = min(usable_cpus(), _MOST_THREADS)
         with _writing(folder):
@@ -358,7 +354,7 @@ class _Writer:
             at = 0
             for each in sorted((s for s in sources if s.id in old_ids), key=lambda s: s.begin):
                 if self._old is not None:
-                    _copy_to(self._old.descriptors[TEXTS], each.begin, each.length, texts)
+                    texts.writelines(self._old.files[TEXTS].parts(each.begin, each.length))
                 placed[each.id] = replace(each, begin=at)
                 at += each.length
             with new.open("rb") as stream:
@@ -381,15 +377,3 @@ def _writing(folder: Path) -> Iterator[None]:
         if not is_rust_error(error):
             raise
         raise CorpusError(f"{folder}: the index cannot be written: {one_line(error)}") from error
-
-
-def _copy(descriptor: int, begin: int, length: int, path: Path) -> None:
-    with path.open("wb") as stream:
-        _copy_to(descriptor, begin, length, stream)
-
-
-def _copy_to(descriptor: int, begin: int, length: int, stream: Any) -> None:
-    at = begin
-    while at < begin + length and (part := read_at(descriptor, min(_COPIED, begin + length - at), at)):
-        stream.write(part)
-        at += len(part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, NoReturn, Unpack
 from qadeploy.core.settings import AnswerOptions, Offsets
 from qadeploy.core.windows import is_rust_error
 from qadeploy.corpus.building import Built, OnFile, build
-from qadeploy.corpus.folder import IndexFolder, Place, Source, close_index, is_index, open_index
+from qadeploy.corpus.folder import IndexFolder, Place, Source, is_index, open_index
 from qadeploy.corpus.options import READ, SNIPPET
 from qadeploy.corpus.records import CorpusAnswer, Passage, Skipped
 from qadeploy.corpus.terms import require_tantivy, terms_of
@@ -47,7 +46,6 @@ class Corpus:
     """
 
     def __init__(self, index: IndexFolder, skipped: Sequence[Skipped] | None = None) -> None:
-        weakref.finalize(self, close_index, index)
         rows = [problem for source in index.sources for problem in source.skipped]
         self.skipped = tuple([*index.skipped, *rows] if skipped is None else skipped)
         self._index = index

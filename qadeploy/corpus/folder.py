@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,7 +27,7 @@ from qadeploy.core.windows import is_rust_error
 from qadeploy.corpus.records import Skipped
 from qadeploy.corpus.terms import ANALYZER, analyzer, require_tantivy
 from qadeploy.errors import CorpusError, InputError
-from qadeploy.files import read_at
+from qadeploy.files import OpenFile, opened
 from qadeploy.inference.bundle import MANIFEST, manifest_text
 from qadeploy.inference.manifest import parse_json
 
@@ -37,9 +36,7 @@ KIND = "qadeploy corpus index"
 FILES, TEXTS = "files.json", "texts.bin"
 # Tantivy's own: its lists of files, and segments, which are named by a UUID.
 SEARCH_FILE = re.compile(r"meta\.json|\.managed\.json|[0-9a-f]{32}\.[\w.]{1,40}")
-_NO_LINK = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _MOST_MANIFEST = 2**24
-_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +166,13 @@ class IndexFolder:
     sources: tuple[Source, ...]
     skipped: tuple[Skipped, ...]
     hash: str
-    descriptors: Mapping[str, int] = field(repr=False, compare=False)
+    files: Mapping[str, OpenFile] = field(repr=False, compare=False)
 
     def bytes_of(self, source: Source, begin: int, length: int) -> bytes:
         """Bytes of the texts of a file. Raises CorpusError if there are not so many."""
         if begin + length > source.length:
             raise _damaged(self.folder / TEXTS)
-        data = _read(self.descriptors[TEXTS], source.begin + begin, length)
+        data = self.files[TEXTS].read(source.begin + begin, length)
         if len(data) != length:
             raise _damaged(self.folder / TEXTS)
         return data
@@ -193,9 +190,9 @@ class IndexFolder:
         # Tantivy makes a lock file in the folder that it reads, which may be read-only. Links to the open files are what was
         # verified, whatever lies in the folder by now.
         with _vanishing_folder() as view:
-            for name, descriptor in self.descriptors.items():
+            for name, file in self.files.items():
                 if SEARCH_FILE.fullmatch(name):
-                    os.symlink(f"/proc/self/fd/{descriptor}", os.path.join(view, name))
+                    os.symlink(f"/proc/self/fd/{file.descriptor}", os.path.join(view, name))
             try:
                 index = tantivy.Index.open(view)
                 index.register_tokenizer(ANALYZER, analyzer())
@@ -249,19 +246,12 @@ def open_index(folder: Path) -> IndexFolder:
         InputError: There is no such folder.
         CorpusError: It is no index, of another version, incomplete, damaged, or unsafe.
     """
-    for _ in range(_TRIES):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such index: make one with qadeploy index")
-        found = folder.stat().st_ino
-        try:
-            return _open(folder)
-        except CorpusError:
-            if folder.is_dir() and folder.stat().st_ino == found:
-                raise  # else it was replaced meanwhile
-    return _open(folder)
+    return opened(folder, lambda: _open(folder))
 
 
 def _open(folder: Path) -> IndexFolder:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such index: make one with qadeploy index")
     manifest, hash_ = _read_manifest(folder)
     listed: Mapping[str, Any] = manifest["files"]
     names = {FILES, TEXTS}
@@ -272,27 +262,11 @@ def _open(folder: Path) -> IndexFolder:
         raise CorpusError(
             f"{folder}: holds {', '.join(map(repr, extra[:5]))}, which the manifest does not list: remove it"
         )
-    descriptors: dict[str, int] = {}
-    index = None
-    try:
-        for name, about in listed.items():
-            descriptors[name] = _verified(folder / name, about)
-        sources, skipped = _read_files(folder, descriptors[FILES])
-        size = os.fstat(descriptors[TEXTS]).st_size
-        if any(source.begin + source.length > size for source in sources):
-            raise CorpusError(f"{folder / FILES}: a text lies outside of {TEXTS}: {_REBUILD}")
-        index = IndexFolder(folder, manifest, sources, skipped, hash_, descriptors)
-        return index
-    finally:
-        if index is None:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
-
-
-def close_index(index: IndexFolder) -> None:
-    """Closes the files of an index, which cannot be read any more."""
-    for descriptor in index.descriptors.values():
-        os.close(descriptor)
+    files = {name: _verified(folder / name, about) for name, about in listed.items()}
+    sources, skipped = _read_files(folder, files[FILES])
+    if any(source.begin + source.length > files[TEXTS].size for source in sources):
+        raise CorpusError(f"{folder / FILES}: a text lies outside of {TEXTS}: {_REBUILD}")
+    return IndexFolder(folder, manifest, sources, skipped, hash_, files)
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
@@ -325,41 +299,25 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     return manifest, hashlib.sha256(data).hexdigest()
 
 
-def _verified(path: Path, about: Mapping[str, Any]) -> int:
+def _verified(path: Path, about: Mapping[str, Any]) -> OpenFile:
     """Opens a file whose size and SHA-256 are those of the manifest. Raises CorpusError if they are not."""
     try:
-        descriptor = os.open(path, _NO_LINK)
+        file = OpenFile(path)
     except OSError as error:
         raise CorpusError(f"{path}: is missing or not a plain file: {_REBUILD}") from error
-    sound = False
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise CorpusError(f"{path}: is missing or not a plain file: {_REBUILD}")
-        with open(descriptor, "rb", closefd=False) as stream:
-            hash_ = hashlib.file_digest(stream, "sha256").hexdigest() if found.st_size == about["size"] else ""
-        sound = hash_ == about["sha256"]
-        if not sound:
-            raise _damaged(path)
-        return descriptor
+        with open(file.descriptor, "rb", closefd=False) as stream:
+            hash_ = hashlib.file_digest(stream, "sha256").hexdigest() if file.size == about["size"] else ""
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror}") from error
-    finally:
-        if not sound:
-            os.close(descriptor)
+    if hash_ != about["sha256"]:
+        raise _damaged(path)
+    return file
 
 
-def _read(descriptor: int, begin: int, length: int) -> bytes:
-    parts, at = [], 0
-    while at < length and (part := read_at(descriptor, min(length - at, 2**26), begin + at)):
-        parts.append(part)
-        at += len(part)
-    return b"".join(parts)
-
-
-def _read_files(folder: Path, descriptor: int) -> tuple[tuple[Source, ...], tuple[Skipped, ...]]:
+def _read_files(folder: Path, file: OpenFile) -> tuple[tuple[Source, ...], tuple[Skipped, ...]]:
     try:
-        values = json.loads(_read(descriptor, 0, os.fstat(descriptor).st_size))
+        values = json.loads(file.read(0, file.size))
         sources = tuple(map(Source.from_json, values["files"]))
         skipped = tuple(Skipped(str(path), str(reason)) for path, reason in values["skipped"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:

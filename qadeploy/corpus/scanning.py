@@ -13,9 +13,8 @@ from pathlib import Path
 
 from qadeploy.corpus.records import Skipped
 from qadeploy.errors import InputError
-from qadeploy.files import is_temporary
+from qadeploy.files import NO_LINK, is_temporary
 
-_NO_LINK = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 OnSkipped = Callable[[Skipped], object]
 
 
@@ -90,7 +89,7 @@ def shown(path: str) -> str:
 def _opened(folder: int, name: str, below: str, skip: OnSkipped) -> Iterator[Found]:
     label = shown(below + name)
     try:
-        descriptor = os.open(name, _NO_LINK, dir_fd=folder)
+        descriptor = os.open(name, NO_LINK, dir_fd=folder)
     except OSError as error:
         link = error.errno == errno.ELOOP
         skip(Skipped(label, "a link, which is not followed" if link else f"cannot be read: {error.strerror}"))

@@ -21,22 +21,11 @@ _TOKENS = (64, 128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Queue(Protocol):
-    """A queue with its depth, which is read at each request for the metrics."""
+    """A queue with its depth, which is read at each request for the metrics: what waits, or in ``questions`` also what runs."""
 
-    @property
-    def questions(self) -> int:
-        """Questions that wait or run."""
-        ...
-
-    @property
-    def windows(self) -> int:
-        """Windows that wait."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that wait."""
-        ...
+    questions: int
+    windows: int
+    tokens: int
 
     @property
     def wait(self) -> float:

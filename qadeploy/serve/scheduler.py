@@ -129,6 +129,12 @@ class Scheduler:
         batched: Whether windows run in batches of at most ``max_batch_tokens`` tokens, else one by one.
         tokens_per_second: The speed of all workers together, until it is measured.
         watch: Gets each decoded question; called in a worker.
+
+    Attributes:
+        workers: Threads that run windows.
+        questions: How many questions wait or run.
+        windows: How many windows wait.
+        tokens: How many tokens wait; estimated for texts that are not tokenised yet.
     """
 
     def __init__(
@@ -149,7 +155,7 @@ class Scheduler:
         self._batched = batched
         self._padded = "attention_mask" in getattr(answerer.model, "inputs", ())
         self._longest = answerer.settings.max_seq_len
-        self._workers = workers
+        self.workers = workers
         self._ready = threading.Condition()  # guards all that follows
         self._jobs: dict[Job, None] = {}  # oldest first
         self._front: dict[Job, None] = {}  # with waiting windows among their first four, in order of arrival
@@ -158,32 +164,12 @@ class Scheduler:
         self._ratios = TokenRatios()
         self._passage = _PASSAGE
         self._turn = 0
-        self._questions = self._tokens = self._near = self._windows = 0
+        self.questions = self.tokens = self._near = self.windows = 0
         self._closed = False
         self._encoders = ThreadPoolExecutor(min(max(2, workers), _ENCODERS), thread_name_prefix="encode")
         self._threads = [threading.Thread(target=self._work, name=f"run-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def workers(self) -> int:
-        """Threads that run windows."""
-        return self._workers
-
-    @property
-    def questions(self) -> int:
-        """Questions that wait or run."""
-        return self._questions
-
-    @property
-    def windows(self) -> int:
-        """Windows that wait."""
-        return self._windows
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that wait; estimated for texts that are not tokenised yet."""
-        return self._tokens
 
     @property
     def alive(self) -> bool:
@@ -226,7 +212,7 @@ class Scheduler:
             self._jobs[job] = None
             if job.long:
                 insort(self._back, job, key=_deadline)
-            self._questions += len(asks)
+            self.questions += len(asks)
             self._add(job, job.guess, 0)
             self._recount(job)
             self._encoders.submit(self._encode, job)
@@ -238,7 +224,7 @@ class Scheduler:
         if job.alone:
             return
         self._give_up()
-        wait, questions, settings = self.wait, self._questions, self._settings
+        wait, questions, settings = self.wait, self.questions, self._settings
         if questions + len(job.asks) > settings.max_queue:
             raise _full(f"{questions} questions wait or run", settings.max_queue, "max_queue", wait)
         if wait > settings.max_wait:
@@ -255,7 +241,7 @@ class Scheduler:
         """The long jobs that cannot be answered in time, and by how many seconds, if ``line`` runs one after the other."""
         now = time.monotonic()
         speed = self._speed.left(now, 1 / _BACK_EVERY)
-        ahead = self._tokens - sum(job.tokens for job in self._back)  # short requests
+        ahead = self.tokens - sum(job.tokens for job in self._back)  # short requests
         for job in line:
             if not job.tokens:  # all of its windows run
                 continue
@@ -302,8 +288,8 @@ class Scheduler:
 
     def _add(self, job: Job, tokens: int, windows: int) -> None:
         job.tokens += tokens
-        self._tokens += tokens
-        self._windows += windows
+        self.tokens += tokens
+        self.windows += windows
 
     def _guess(self, ask: Ask) -> tuple[int, int]:
         """Estimated windows of a question that is not tokenised yet, and the tokens in them."""
@@ -494,7 +480,7 @@ class Scheduler:
                 return
             job.over = True
             del self._jobs[job]
-            self._questions -= len(job.asks)
+            self.questions -= len(job.asks)
             self._add(job, -job.tokens, -len(job.waiting))
             self._near -= job.near
             job.near = 0
