@@ -297,6 +297,23 @@ def bundle(tiny: Tiny, tiny_export: Said) -> Path:
     return tiny.bundle()
 
 
+@pytest.fixture(scope="module")
+def answerer(request: pytest.FixtureRequest, bundle: Path) -> Any:
+    """An answerer of the tiny bundle for a module, on one thread or on as many as its ``THREADS`` says."""
+    from qadeploy import Answerer
+
+    return Answerer.load(bundle, device="cpu", threads=getattr(request.module, "THREADS", 1))
+
+
+@pytest.fixture(scope="module")
+def server(answerer: Any) -> Iterator[Any]:
+    """A server of that answerer in this process."""
+    from tests.servers_for_tests import serving
+
+    with serving(answerer) as local:
+        yield local
+
+
 @pytest.fixture(scope="session")
 def plain_int8(once: Once[Path], tiny: Tiny) -> Path:
     """The tiny model in plain int8, ``keepers-int8``; which recipe ``tiny_export`` chose is the machine's to say."""

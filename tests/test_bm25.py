@@ -37,11 +37,6 @@ LONG = FILL.join(ROOMS) + FILL
 QUESTION = f"Who keeps the {THINGS[4]}?"
 
 
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
 # ---------------------------------------------------------------- scores
 
 

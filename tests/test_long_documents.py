@@ -50,11 +50,6 @@ print((peak() - before) / len(text))
 """
 
 
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
 # ---------------------------------------------------------------- the decoder
 
 

@@ -43,17 +43,6 @@ def asked(count: int) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def server(answerer):
-    with serving(answerer) as local:
-        yield local
-
-
 def same(found: list[Answer], expected: list[Answer]) -> None:
     """Equal but for the last bits of a score, whose sum may go in another order."""
     assert [(a.text, a.start, a.end, a.passage, a.snippet) for a in found] == [

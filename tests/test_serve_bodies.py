@@ -25,12 +25,6 @@ MOST = Settings().max_body_bytes
 LONGEST_STEP = 0.05  # seconds of the event loop
 
 
-@pytest.fixture(scope="module")
-def server(bundle):
-    with serving(Answerer.load(bundle, device="cpu", threads=1)) as local:
-        yield local
-
-
 def objects(size: int) -> bytes:
     return b"[" + b",".join([b"{}"] * (size // 3 - 1)) + b"]"
 

@@ -11,24 +11,12 @@ import pytest
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from qadeploy import Answerer
 from tests.conftest import triplets
 from tests.servers_for_tests import Fixed, around, serving, started
 
 PAIRS = [(str(row["question"]), f"🏮 {row['context']}") for row in triplets(6)]
 QUESTION, CONTEXT = PAIRS[0]
 INFER = "/v2/models/keepers/infer"
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def server(answerer):
-    with serving(answerer) as local:
-        yield local
 
 
 def texts(name: str, values: list[str]) -> dict[str, object]:

@@ -19,11 +19,6 @@ PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(3)]
 QUESTION, CONTEXT = PAIRS[0]
 
 
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
 def distribution(local, metric: str, figure: str, answerer) -> dict[str, float]:
     """The values of a drift metric of one figure, by the bound of the bucket."""
     line = rf'{metric}{{(?=.*hash="{answerer.bundle.hash}")(?=.*figure="{figure}").*le="([^"]+)".*}} (\S+)'

@@ -25,11 +25,6 @@ LONG = " ".join(c for _, c in PAIRS * 3)
 OPTIONS = Options()
 
 
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
 @contextmanager
 def scheduling(
     answerer: Answerer, workers: int = 1, batched: bool = False, tokens_per_second: float = 10_000.0, **settings

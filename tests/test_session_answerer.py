@@ -37,11 +37,7 @@ SCRIPTS = [
     "  \u00a0Ada\u2003keeps\tthe\r\n bell.  ",
     "\u0130stanbul: \u1e9e keeps \ufb01ve bells.",
 ]
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=2)
+THREADS = 2  # of the answerer
 
 
 @pytest.fixture(scope="module")
