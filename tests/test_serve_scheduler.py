@@ -19,6 +19,7 @@ from qadeploy.serve.scheduler import Ask, Job, Scheduler
 from qadeploy.serve.settings import Settings
 from tests.conftest import triplets
 from tests.servers_for_tests import Fixed, Gate, around
+from tests.sessions_for_tests import until
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
 LONG = " ".join(c for _, c in PAIRS * 3)
@@ -49,13 +50,6 @@ def ask(question: str, context: str, options: Options = OPTIONS) -> Ask:
 
 def submit(scheduler: Scheduler, *asks: Ask, timeout: float = 30) -> Job:
     return scheduler.submit(asks, lambda one, pair: to_answers(pair, one.options), timeout=timeout)
-
-
-def until(true, seconds: float = 10) -> None:
-    started = time.monotonic()
-    while not true():
-        assert time.monotonic() - started < seconds
-        time.sleep(0.001)
 
 
 def held(answerer: Answerer) -> tuple[Answerer, Gate]:

@@ -139,6 +139,11 @@ class Encoder:
         tokenizer: A fast tokenizer; the special tokens are learned from its pair template.
         config: What the tokenizer does not know.
 
+    Attributes:
+        config: As given.
+        frame: The special tokens around question and context, for code that builds windows elsewhere.
+        special_tokens: How many these are.
+
     Raises:
         InputError: The tokenizer's pair template does not put the first text before the second.
     """
@@ -180,15 +185,9 @@ class Encoder:
         a, b, c, d = first[0], first[-1] + 1, second[0], second[-1] + 1
         top = max(self.config.segments - 1, 0)
         types = np.minimum(types, top)  # a model with one token type takes zeros only
-        self._before, self._between, self._after = ids[:a], ids[b:c], ids[d:]
-        self._special_types = (types[:a], types[b:c], types[d:])
-        self._part_types = (int(types[a]), int(types[c]))
+        special_types, part_types = (types[:a], types[b:c], types[d:]), (int(types[a]), int(types[c]))
+        self.frame = Frame(ids[:a], ids[b:c], ids[d:], special_types, part_types)
         self.special_tokens = len(ids) - 2 * size
-
-    @property
-    def frame(self) -> Frame:
-        """The special tokens around question and context, for code that builds windows elsewhere."""
-        return Frame(self._before, self._between, self._after, self._special_types, self._part_types)
 
     def _raw(self, text: str) -> EncodedText:
         return self._read(text, self._encoding(text))
@@ -437,8 +436,8 @@ class Encoder:
         if not self.config.segments:
             return None
         first, second = (context, question) if self.config.context_first else (question, context)
-        before, between, after = self._special_types
-        one, two = self._part_types
+        before, between, after = self.frame.types
+        one, two = self.frame.parts
         return np.concatenate(
             (before, np.full(first, one, dtype=np.int64), between, np.full(second, two, dtype=np.int64), after)
         )
@@ -448,10 +447,10 @@ class Encoder:
     ) -> Window:
         piece = context.ids[begin:end]
         first, second = (piece, question.ids) if self.config.context_first else (question.ids, piece)
-        input_ids = np.concatenate((self._before, first, self._between, second, self._after))
-        context_begin = len(self._before)
+        input_ids = np.concatenate((self.frame.before, first, self.frame.between, second, self.frame.after))
+        context_begin = len(self.frame.before)
         if not self.config.context_first:
-            context_begin += len(question) + len(self._between)
+            context_begin += len(question) + len(self.frame.between)
         return Window(
             input_ids=input_ids,
             token_type_ids=token_type_ids,
@@ -462,7 +461,7 @@ class Encoder:
         )
 
     def _null_index(self, length: int) -> int:
-        before, after = self._before.tolist(), self._after.tolist()
+        before, after = self.frame.before.tolist(), self.frame.after.tolist()
         null = self.config.null_token_id
         if null in before:
             return int(before.index(null))

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -175,10 +176,6 @@ def _json_problem(error: ValueError | RecursionError, before: int = 0) -> str:
     return f"from line {before + 1}: not valid JSON: {one_line(error)}"  # too deep, or a number too long
 
 
-def _jsonl_rows(content: bytes, name: str) -> list[RawRow]:
-    return _lines(_decode(content, name))
-
-
 def _lines(text: str) -> list[RawRow]:
     rows: list[RawRow] = []
     for before, line in ((n, line) for n, line in enumerate(text.split("\n")) if line.strip()):
@@ -198,17 +195,15 @@ def _lines(text: str) -> list[RawRow]:
     return numbered(rows)
 
 
-def _csv_rows(content: bytes, name: str) -> list[RawRow]:
+def _csv_rows(content: bytes, name: str, delimiter: str = "") -> list[RawRow]:
     text = _decode(content, name, windows=True)
+    if delimiter:
+        return _separated(text, name, delimiter)
     first, _, rest = text.partition("\n")
     first = first.rstrip("\r ")
     if first[:4].lower() == "sep=" and first[4:] in _DELIMITERS:  # Excel's own line
         return _separated(rest, name, first[4:])
     return _separated(text, name, _delimiter(text))
-
-
-def _tsv_rows(content: bytes, name: str) -> list[RawRow]:
-    return _separated(_decode(content, name, windows=True), name, "\t")
 
 
 def _reader(text: str, delimiter: str, **options: Any) -> Any:
@@ -286,9 +281,9 @@ def _filled(rows: Iterable[tuple[Any, ...]], name: str, packed: int) -> list[tup
 
 READERS = (
     Reader((".json",), "JSON", _json_rows),
-    Reader((".jsonl", ".ndjson"), "JSONL", _jsonl_rows),
+    Reader((".jsonl", ".ndjson"), "JSONL", lambda content, name: _lines(_decode(content, name))),
     Reader((".csv",), "CSV with a header; comma, semicolon, tab or bar", _csv_rows),
-    Reader((".tsv",), "tab-separated text with a header", _tsv_rows),
+    Reader((".tsv",), "tab-separated text with a header", partial(_csv_rows, delimiter="\t")),
     Reader((".parquet",), "parquet", _table_rows("parquet")),
     Reader((".arrow",), "arrow", _table_rows("arrow")),
     Reader((".xlsx",), "Excel, the first sheet", _excel_rows),

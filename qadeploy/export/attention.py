@@ -168,7 +168,7 @@ class _Terms:
             sources = graph.sources(name)
             if _IDS in sources:
                 return None
-            if not _depends_on_positions(graph, name):
+            if not any(node.op_type == "Range" for node in graph.ancestors(name)):  # it depends on no positions
                 if not sources <= {_MASK}:
                     return None
                 continue
@@ -328,10 +328,6 @@ def _integer(graph: Graph, name: str) -> int | None:
 
 
 # ---------------------------------------------------------------- masks
-
-
-def _depends_on_positions(graph: Graph, name: str) -> bool:
-    return any(node.op_type == "Range" for node in graph.ancestors(name))
 
 
 def _radius(graph: Graph, name: str) -> int | None:

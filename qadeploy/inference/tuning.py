@@ -272,9 +272,9 @@ class _Tuner:
     def _layout(self) -> None:
         settings = SessionSettings.from_manifest(self.session)
         stored = settings.one if settings.threads in {None, self.threads} else None
-        model = model_of(self.answerer)
+        model, encoder, known = model_of(self.answerer), self.answerer.encoder, self.answerer.settings
         ways = sorted(_LAYOUTS, key=lambda way: way != stored)
-        answerers = {way: self._with(model.with_layout(way)) for way in ways}
+        answerers = {way: Answerer(encoder, known, model.with_layout(way)) for way in ways}
         apart = {way: self._apart(answerers[way]) for way in ways}
         found: list[tuple[str, list[int], dict[str | None, Timing]]] = []
         for kind, pairs in (("of one window", self.single), ("of several windows", self.several)):
@@ -309,9 +309,6 @@ class _Tuner:
         """The number of windows of each question that run narrow."""
         settings = SessionSettings(one=way)
         return tuple(narrow_windows(settings, count, self.threads) for count in counts)
-
-    def _with(self, model: OnnxModel) -> Answerer:
-        return Answerer(self.answerer.encoder, self.answerer.settings, model)
 
     def _work(self, answerer: Answerer) -> Callable[[], object]:
         if self.target == "latency":
