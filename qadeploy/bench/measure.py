@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -292,7 +292,7 @@ def _report(
             "operations_per_question": first.operations and first.operations / len(workload.examples),
             "operations_note": first.note,
         },
-        "peak": peak.to_dict() if peak else None,
+        "peak": asdict(peak) if peak else None,
         "peak_note": peak_note,
         "rounds": request.options.rounds,
         "speedup_against": baseline.variant.name if baseline else "",

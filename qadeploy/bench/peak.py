@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from threading import Barrier
 from typing import Any
@@ -39,10 +39,6 @@ class Peak:
     def best(self, other: Peak) -> Peak:
         """The larger figures of two measurements."""
         return Peak(max(self.fp32, other.fp32), max(self.int8, other.int8), self.threads)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
-        return asdict(self)
 
 
 def measure_peak(threads: int) -> Peak:

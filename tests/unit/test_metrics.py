@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.core.metrics import Scores, bootstrap_interval, choose_metric, exact_match, f1, normalize, score
+from qadeploy.core.metrics import (
+    Scores,
+    bootstrap_interval,
+    choose_metric,
+    exact_match,
+    f1,
+    normalize,
+    score,
+    wilson_interval,
+)
 from qadeploy.records import Annotation, Answer, Example
 from tests.tokenizers_for_tests import thorough
 
@@ -348,3 +357,19 @@ def test_the_interval_has_the_width_of_theory_and_shrinks_with_n():
 def test_another_seed_is_another_sample():
     rows = np.linspace(0, 1, 50)
     assert bootstrap_interval(rows, seed=1) != bootstrap_interval(rows, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"),
+    # scipy 1.17.1: binomtest(share * count, count).proportion_ci(method="wilson")
+    # The last is from Newcombe 1998.
+    [
+        (0.5, 10, 0.236593, 0.763407),
+        (0.0, 10, 0.0, 0.277533),
+        (1.0, 5, 0.565518, 1.0),
+        (0.3, 200, 0.240747, 0.366791),
+        (81 / 263, 263, 0.2553, 0.3662),
+    ],
+)
+def test_wilson_s_interval(share, count, low, high):
+    assert wilson_interval(share, count) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))

@@ -89,10 +89,6 @@ class MeasuredRecipe:
     seconds: float = 0.0
     failed: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
-        return asdict(self)
-
     def speed_range(self, target: str) -> tuple[float, float]:
         """The least and the most of the speed that counts for the target."""
         return self.throughput_range if target == "throughput" else self.latency_range
