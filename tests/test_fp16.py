@@ -189,11 +189,7 @@ def test_doctor_tells_of_the_bundles_for_gpus(written, tmp_path):
     damaged.mkdir()
     (damaged / MANIFEST).write_text("{", encoding="utf-8")
     (one,) = gpu_bundles(written.folder.parent)
-    assert one == {
-        "bundle": str(written.folder),
-        "measured_on": "cpu",
-        "paths": [],
-    }
+    assert one == {"bundle": str(written.folder), "measured_on": "cpu", "paths": []}
     line = next(line for line in diagnosis_lines({**diagnose(), "gpu_bundles": [one]}) if "keepers-fp16" in line)
     assert line.endswith("measured on cpu; its paths are tried when it is loaded on a GPU")
     assert gpu_bundles(tmp_path / "nothing") == []

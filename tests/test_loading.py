@@ -393,11 +393,7 @@ except InputError as error:
 
 @pytest.mark.parametrize(
     ("module", "source", "extra"),
-    [
-        ("datasets", "hub:user/set", "train"),
-        ("pyarrow", "data.parquet", "parquet"),
-        ("openpyxl", "data.xlsx", "excel"),
-    ],
+    [("datasets", "hub:user/set", "train"), ("pyarrow", "data.parquet", "parquet"), ("openpyxl", "data.xlsx", "excel")],
 )
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, module, source, extra):
     monkeypatch.chdir(tmp_path)

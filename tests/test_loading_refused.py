@@ -14,18 +14,7 @@ from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import read
 from qadeploy.errors import DataError, InputError
 from qadeploy.records import Annotation
-from tests.test_loading import (
-    FLAT,
-    NESTED,
-    SEED,
-    csv_text,
-    jsonl,
-    problem,
-    problems,
-    put,
-    put_parquet,
-    without,
-)
+from tests.test_loading import FLAT, NESTED, SEED, csv_text, jsonl, problem, problems, put, put_parquet, without
 
 # ---------------------------------------------------------------- files that cannot be used
 
@@ -282,10 +271,7 @@ def test_nested_rows_are_counted_by_question(tmp_path):
     assert problem(source).startswith("row 3, field answers.answer_start: 5 does not match")
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "named"),
-    [({"id": "a"}, {"id": "a"}, "a"), ({"id": 7}, {"id": "7"}, "7")],
-)
+@pytest.mark.parametrize(("first", "second", "named"), [({"id": "a"}, {"id": "a"}, "a"), ({"id": 7}, {"id": "7"}, "7")])
 def test_ids_are_unique(tmp_path, first, second, named):
     source = put(tmp_path, "rows.jsonl", jsonl({**SEED, **first}, SEED, {**SEED, **second}))
     assert problem(source) == f'row 3, field id: "{named}" is also the id of row 1: ids are unique'

@@ -233,12 +233,7 @@ def test_an_answerer_obeys_the_quota(tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     ("sets", "measured", "warned"),
-    [
-        (("avx2",), None, True),
-        (("avx2",), {"f1": 80}, False),
-        (("avx2", "avx_vnni"), None, False),
-        ((), None, False),
-    ],
+    [(("avx2",), None, True), (("avx2",), {"f1": 80}, False), (("avx2", "avx_vnni"), None, False), ((), None, False)],
 )
 def test_a_bundle_for_any_machine_warns_only_where_int8_may_saturate(sets, measured, warned, tmp_path, monkeypatch):
     monkeypatch.setattr("qadeploy.machine.machine", lambda: Machine("another", sets))

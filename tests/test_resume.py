@@ -104,10 +104,7 @@ def run_child(options: TrainOptions, resume: bool, before: Callable[[], None] | 
 
 
 def run(
-    options: TrainOptions,
-    resume: bool = False,
-    delay: float | None = None,
-    before: Callable[[], None] | None = None,
+    options: TrainOptions, resume: bool = False, delay: float | None = None, before: Callable[[], None] | None = None
 ) -> int | None:
     """Trains in a process of its own, which calls ``before`` first and is killed after ``delay`` seconds; its exit code."""
     child = FORKS.Process(target=run_child, args=(options, resume, before))

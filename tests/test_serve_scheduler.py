@@ -31,12 +31,7 @@ def scheduling(
     answerer: Answerer, workers: int = 1, batched: bool = False, tokens_per_second: float = 10_000.0, **settings
 ) -> Iterator[Scheduler]:
     scheduler = Scheduler(
-        answerer,
-        Metrics(),
-        Settings(**settings),
-        workers=workers,
-        batched=batched,
-        tokens_per_second=tokens_per_second,
+        answerer, Metrics(), Settings(**settings), workers=workers, batched=batched, tokens_per_second=tokens_per_second
     )
     try:
         yield scheduler

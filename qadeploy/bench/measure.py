@@ -237,12 +237,7 @@ def _peak(threads: int, say: Say) -> tuple[Peak | None, str]:
 
 
 def _report(
-    request: BenchRequest,
-    found: Sequence[_Measured],
-    peak: Peak | None,
-    peak_note: str,
-    device: str,
-    threads: int,
+    request: BenchRequest, found: Sequence[_Measured], peak: Peak | None, peak_note: str, device: str, threads: int
 ) -> dict[str, Any]:
     workload = request.workload
     metric = choose_metric(request.options.metric or request.bundles[0].settings.metric, workload.examples)

@@ -165,13 +165,7 @@ class DeviceRunner:
     """
 
     def __init__(
-        self,
-        ort: Any,
-        make: Callable[[bool], Any],
-        *,
-        place: Place,
-        pad_token_id: int = 0,
-        longest: int | None = None,
+        self, ort: Any, make: Callable[[bool], Any], *, place: Place, pad_token_id: int = 0, longest: int | None = None
     ) -> None:
         self._ort, self._make, self._place = ort, make, place
         self._pad, self._longest = pad_token_id, longest

@@ -239,11 +239,7 @@ class _Tuner:
 
     def _windows(self, pair: Pair) -> list[Window]:
         encoder, settings = self.answerer.encoder, self.answerer.settings
-        return encoder.windows(
-            encoder.encode(pair[0]),
-            encoder.encode(pair[1]),
-            **settings.lengths,
-        )
+        return encoder.windows(encoder.encode(pair[0]), encoder.encode(pair[1]), **settings.lengths)
 
     def _long(self, pairs: Sequence[Pair], pair: Pair) -> Pair:
         """The question with its context and those after it, joined until they fill three windows."""

@@ -72,13 +72,7 @@ WORDS = (
     "a-b", "U.S.", "3.5", "£5", "été", "É", "_", "...", "—", "東京",
 )
 # fmt: on
-ANSWERS = st.one_of(
-    st.lists(
-        st.sampled_from(WORDS),
-        max_size=6,
-    ).map(" ".join),
-    st.text(max_size=12),
-)
+ANSWERS = st.one_of(st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join), st.text(max_size=12))
 
 
 @thorough

@@ -69,11 +69,7 @@ def exported(setup: Setup) -> Path:
     work = setup.folder / "fp32.tmp"
     with quiet():
         optimum.main_export(
-            checkpoint,
-            work,
-            task="question-answering",
-            do_validation=False,
-            trust_remote_code=setup.trust_remote_code,
+            checkpoint, work, task="question-answering", do_validation=False, trust_remote_code=setup.trust_remote_code
         )
     os.replace(work, folder)
     return folder

@@ -175,9 +175,7 @@ _RECIPES = (
     Recipe("int8-mixed", "dynamic int8, with the most sensitive quarter of the matmuls in float", _mixed(0.25)),
     Recipe("int8-half", "dynamic int8, with the most sensitive half of the matmuls in float", _mixed(0.5)),
     Recipe(
-        "int8-static",
-        "int8 with SmoothQuant, the ranges of activations fixed in advance on training windows",
-        _static,
+        "int8-static", "int8 with SmoothQuant, the ranges of activations fixed in advance on training windows", _static
     ),
     Recipe(
         "int8-weights",

@@ -128,13 +128,7 @@ class TritonModel:
 
     device = "server"
 
-    def __init__(
-        self,
-        url: str,
-        name: str,
-        bundle: Bundle,
-        options: TritonOptions | None = None,
-    ) -> None:
+    def __init__(self, url: str, name: str, bundle: Bundle, options: TritonOptions | None = None) -> None:
         options = options or TritonOptions()
         self.url = url
         self.name = name
