@@ -22,7 +22,7 @@ from qadeploy.core.decoding import WindowLogits, decode_many
 from qadeploy.core.settings import Options, QaSettings
 from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.errors import LogitsError
-from qadeploy.inference.session import Pending
+from qadeploy.inference.answerer import LogitsModel
 from qadeploy.records import Logits, Window
 from tests.cli_for_tests import value, well
 from tests.conftest import triplets
@@ -113,7 +113,7 @@ def test_a_logit_that_is_not_finite_is_an_error_in_any_block(bad):
 # ---------------------------------------------------------------- memory
 
 
-class Tireless:
+class Tireless(LogitsModel):
     """A model that gives random logits at once: what an answerer takes with it, it takes beside the model."""
 
     threads, device = 1, "cpu"
@@ -121,9 +121,6 @@ class Tireless:
     def run(self, windows: list[Window]) -> list[Logits]:
         random = np.random.default_rng(1)
         return [(random.random(len(w), np.float32), random.random(len(w), np.float32)) for w in windows]
-
-    def start(self, windows: list[Window]) -> Pending:
-        return Pending(lambda: self.run(windows))
 
 
 def tireless() -> Answerer:

@@ -20,7 +20,8 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -160,12 +161,8 @@ class Encoder:
     @classmethod
     def from_file(cls, path: str | Path, config: EncoderConfig) -> Encoder:
         """Reads ``tokenizer.json``. Raises InputError if it cannot be read."""
-        try:
+        with rust_errors(lambda error: InputError(f"{path}: not a readable tokenizer file: {error}")):
             tokenizer = Tokenizer.from_file(str(path))
-        except BaseException as error:
-            if not is_rust_error(error):
-                raise
-            raise InputError(f"{path}: not a readable tokenizer file: {error}") from error
         return cls(tokenizer, config)
 
     def _read_template(self) -> None:
@@ -492,6 +489,17 @@ def room_and_overlap(room: _Tokens, lengths: Lengths) -> tuple[_Tokens, _Tokens]
 def is_rust_error(error: BaseException) -> bool:
     """Whether tokenizers may have raised this: its binding raises bare Exception, and where Rust panics a class that is none."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def rust_errors(ours: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """Raises what ``ours`` makes of an error for which ``is_rust_error`` holds."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_rust_error(error):
+            raise
+        raise ours(error) from error
 
 
 def pad_batch(windows: Sequence[Window], pad_token_id: int, *, tokens: int | None = None) -> dict[str, IntArray]:

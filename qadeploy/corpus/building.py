@@ -6,14 +6,14 @@ import hashlib
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from qadeploy import __version__
-from qadeploy.core.windows import is_rust_error
+from qadeploy.core.windows import rust_errors
 from qadeploy.corpus.cutting import cut
 from qadeploy.corpus.documents import Reader, documents_of, endings, reader_of, require_size, unread
 from qadeploy.corpus.folder import (
@@ -368,12 +368,6 @@ class _Writer:
         return [placed.get(each.id) or replace(each, begin=each.begin + at) for each in sources]
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path) -> AbstractContextManager[None]:
     """Makes an error of Tantivy one of the index: it raises a ValueError if its disk is full."""
-    try:
-        yield
-    except BaseException as error:
-        if not is_rust_error(error):
-            raise
-        raise CorpusError(f"{folder}: the index cannot be written: {one_line(error)}") from error
+    return rust_errors(lambda error: CorpusError(f"{folder}: the index cannot be written: {one_line(error)}"))

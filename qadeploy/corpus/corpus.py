@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Unpack
 
 from qadeploy.core.settings import AnswerOptions, Offsets
-from qadeploy.core.windows import is_rust_error
+from qadeploy.core.windows import rust_errors
 from qadeploy.corpus.building import Built, OnFile, build
 from qadeploy.corpus.folder import IndexFolder, Place, Source, is_index, open_index
 from qadeploy.corpus.options import READ, SNIPPET
@@ -234,7 +234,8 @@ class Corpus:
         return found
 
     def _found(self, query: Any, limit: int) -> list[tuple[float, Source, Place]]:
-        try:
+        damaged = f"{self.folder}: its search files cannot be used: build the index again"
+        with rust_errors(lambda _: CorpusError(damaged)):
             searcher = self._search.searcher()
             hits = searcher.search(query, limit, count=False).hits
             stored = [(score, searcher.doc(address)) for score, address in hits]
@@ -242,10 +243,6 @@ class Corpus:
                 (score, self._sources[entry["file"][0]], Place.from_bytes(bytes(entry["place"][0])))
                 for score, entry in stored
             ]
-        except BaseException as error:
-            if not is_rust_error(error):
-                raise
-            raise CorpusError(f"{self.folder}: its search files cannot be used: build the index again") from error
 
     def _passage(self, place: Place, source: Source, score: float) -> Passage:
         text = self._index.text_of(source, place)

@@ -19,11 +19,11 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qadeploy.core.windows import is_rust_error
+from qadeploy.core.windows import rust_errors
 from qadeploy.corpus.records import Skipped
 from qadeploy.corpus.terms import ANALYZER, analyzer, require_tantivy
 from qadeploy.errors import CorpusError, InputError
@@ -71,11 +71,7 @@ class Source:
 
     def to_json(self) -> list[Any]:
         """The values as a list, without the names, of which there may be a million."""
-        skipped = [[each.path, each.reason] for each in self.skipped]
-        return [
-            *(self.path, self.id, self.size, list(self.changed), self.checked, self.sha256, self.begin, self.length),
-            *(self.documents, self.passages, skipped),
-        ]
+        return list(astuple(self))
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Source:
@@ -120,11 +116,7 @@ class Place:
 
     def to_bytes(self) -> bytes:
         """The values as JSON."""
-        values = [
-            *(self.document, self.place, self.start, self.end, self.begin, self.length),
-            *(self.document_begin, self.document_length, self.checksum),
-        ]
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(astuple(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Place:
@@ -193,16 +185,12 @@ class IndexFolder:
             for name, file in self.files.items():
                 if SEARCH_FILE.fullmatch(name):
                     os.symlink(f"/proc/self/fd/{file.descriptor}", os.path.join(view, name))
-            try:
+            with rust_errors(lambda _: CorpusError(f"{self.folder}: its search files cannot be read: {_REBUILD}")):
                 index = tantivy.Index.open(view)
                 index.register_tokenizer(ANALYZER, analyzer())
                 index.config_reader(reload_policy="manual")
                 index.reload()
                 return index
-            except BaseException as error:
-                if not is_rust_error(error):
-                    raise
-                raise CorpusError(f"{self.folder}: its search files cannot be read: {_REBUILD}") from error
 
 
 @contextmanager

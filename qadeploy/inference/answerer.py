@@ -51,8 +51,8 @@ class LogitsModel(Protocol):
         ...
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """Starts to run windows and returns at once, so that the caller can prepare the next ones."""
-        ...
+        """Starts to run windows and returns at once, so that the caller can prepare the next ones; by default they run later."""
+        return Pending(partial(self.run, windows))
 
 
 class Answerer:

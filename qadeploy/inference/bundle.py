@@ -25,7 +25,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import Encoder, EncoderConfig, is_rust_error
+from qadeploy.core.windows import Encoder, EncoderConfig, rust_errors
 from qadeploy.errors import BundleError, InputError
 from qadeploy.files import (
     OpenFile,
@@ -115,12 +115,9 @@ class Bundle:
     def load_encoder(self) -> Encoder:
         """The encoder, with the bundle's tokenizer. Raises BundleError if that cannot be read or used."""
         data = self.read(TOKENIZER)
-        try:
+        place = self.folder / TOKENIZER
+        with rust_errors(lambda error: BundleError(f"{place}: cannot be used: {error}: export the bundle again")):
             return Encoder(Tokenizer.from_str(data.decode("utf-8")), self.encoder)
-        except BaseException as error:
-            if not is_rust_error(error):
-                raise
-            raise BundleError(f"{self.folder / TOKENIZER}: cannot be used: {error}: export the bundle again") from error
 
 
 def open_bundle(folder: str | Path, *, sha256: str | None = None, revision: str | None = None) -> Bundle:

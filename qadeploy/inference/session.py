@@ -117,6 +117,7 @@ class Pending:
         run: Runs them now; used without ``futures``, and in a forked child, where the parent's threads do not exist.
         futures: The logits to come.
         settle: Called once when all is over.
+        places: The index of each window whose logits come, if they do not come in order.
     """
 
     def __init__(
@@ -124,10 +125,12 @@ class Pending:
         run: Callable[[], list[Logits]],
         futures: Sequence[Future[list[Logits]]] = (),
         settle: Callable[[], object] = lambda: None,
+        places: Sequence[int] = (),
     ) -> None:
         self._run = run
         self._futures = futures
         self._settle = settle
+        self._places = places
         self._pid = os.getpid()
 
     def result(self) -> list[Logits]:
@@ -135,9 +138,11 @@ class Pending:
         if not self._futures or self._pid != os.getpid():
             return self._run()
         try:
-            return [logits for future in self._futures for logits in future.result()]
+            found = [logits for future in self._futures for logits in future.result()]
         finally:
             self.cancel()  # the rest, if one failed
+        by_place = dict(zip(self._places or range(len(found)), found, strict=True))
+        return [by_place[i] for i in range(len(found))]
 
     def cancel(self) -> None:
         """Drops the windows that no thread has started. A second call does nothing."""

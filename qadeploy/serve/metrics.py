@@ -95,19 +95,16 @@ class Metrics:
         self._batch_tokens = Histogram(
             "qadeploy_batch_tokens", "Tokens per run, without padding.", buckets=_TOKENS, registry=registry
         )
-        self._dropped = Counter(
-            "qadeploy_dropped", "Requests without an answer: full, deadline, disconnect.", ["reason"], registry=registry
+        self._dropped = self._counter(
+            "dropped",
+            "Requests without an answer: full, deadline, disconnect.",
+            "reason",
+            "full",
+            "deadline",
+            "disconnect",
         )
-        for reason in ("full", "deadline", "disconnect"):
-            self._dropped.labels(reason)
-        self._cut = Counter(
-            "qadeploy_connections_cut",
-            "Connections that were closed on their client, by reason: limit (there were too many), or what took too long.",
-            ["reason"],
-            registry=registry,
-        )
-        for reason in ("limit", "body", "response"):
-            self._cut.labels(reason)
+        about = "Connections that were closed on their client, by reason: limit (there were too many), or what took too long."
+        self._cut = self._counter("connections_cut", about, "reason", "limit", "body", "response")
         self._bad_logits = Counter(
             "qadeploy_bad_logits", "Requests whose logits were NaN or infinite: the model is broken.", registry=registry
         )
@@ -119,9 +116,7 @@ class Metrics:
         )
         self._drift = _DriftCollector()
         registry.register(self._drift)
-        self._reloads = Counter("qadeploy_reloads", "Reloads of the bundle, by result.", ["result"], registry=registry)
-        for result in ("done", "failed"):
-            self._reloads.labels(result)
+        self._reloads = self._counter("reloads", "Reloads of the bundle, by result.", "result", "done", "failed")
         self._cache = [
             Gauge(f"qadeploy_context_cache_{name}", about, registry=registry)
             for name, about in (
@@ -139,6 +134,13 @@ class Metrics:
                 ("wait_seconds", "Seconds until a new request would have its turn, at the recent speed."),
             )
         ]
+
+    def _counter(self, name: str, about: str, label: str, *values: str) -> Counter:
+        """A counter with a label, which shows 0 for each of its values from the start."""
+        made = Counter(f"qadeploy_{name}", about, [label], registry=self._registry)
+        for each in values:
+            made.labels(each)
+        return made
 
     def show(self, answerer: Answerer, queue: Queue, labels: Sequence[str], drift: Drift) -> None:
         """Shows a bundle (``labels``), the context cache of its answerer, the depth of its queue, and the drift of its questions."""

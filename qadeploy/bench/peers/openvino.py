@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.bench.workload import windows_of
 from qadeploy.errors import FailureError
 from qadeploy.extras import import_extra
-from qadeploy.inference.session import Pending
+from qadeploy.inference.answerer import LogitsModel
 from qadeploy.records import LOGIT_NAMES, Logits, Window
 
 _CALIBRATION_WINDOWS = 128
@@ -73,7 +72,7 @@ def load(model: str, bundle: str, arithmetic: str, threads: int, allow_no_answer
     return around(host(bundle, lambda encoder: OpenVinoModel(Path(model), arithmetic, threads)), allow_no_answer)
 
 
-class OpenVinoModel:
+class OpenVinoModel(LogitsModel):
     """An OpenVINO model file as a function from windows to logits: ``latency`` for one window, ``throughput`` for many.
 
     ``arithmetic`` is OpenVINO's inference precision (f32, bf16). Raises MissingExtraError.
@@ -102,10 +101,6 @@ class OpenVinoModel:
             self._many.start_async(inputs(windows[i], self._names), i)
         self._many.wait_all()
         return [self._logits[i] for i in range(len(windows))]
-
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is asked for: its requests are asynchronous among themselves."""
-        return Pending(partial(self.run, windows))
 
     def _keep(self, request: Any, number: int) -> None:
         self._logits[number] = _outputs(request)

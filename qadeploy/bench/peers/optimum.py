@@ -7,7 +7,6 @@ optimum's model without the pipeline's own work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from qadeploy.bench.peers.pipeline import in_pipeline, options, require_pipeline
 from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.extras import import_extra
-from qadeploy.inference.session import Pending, session_options
+from qadeploy.inference.answerer import LogitsModel
+from qadeploy.inference.session import session_options
 from qadeploy.records import Logits, Window
 
 
@@ -101,17 +101,13 @@ def load_direct(model: str, bundle: str, device: str, threads: int, allow_no_ans
     return around(host(bundle, lambda encoder: _Direct(_load(model, device, threads))), allow_no_answer)
 
 
-class _Direct:
+class _Direct(LogitsModel):
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, one call per window."""
         return [self._one(window) for window in windows]
-
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is asked for."""
-        return Pending(partial(self.run, windows))
 
     def _one(self, window: Window) -> Logits:
         batch = {"input_ids": window.input_ids[None], "attention_mask": np.ones((1, len(window)), dtype=np.int64)}
