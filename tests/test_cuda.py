@@ -26,7 +26,6 @@ from qadeploy.inference.cuda import (
     LONGEST,
     STEP,
     DeviceRunner,
-    Place,
     Shape,
     batches,
     graph_shape,
@@ -64,7 +63,7 @@ def windows(bundle) -> list[Window]:
 
 
 def runner_of(model: bytes, **changes: Any) -> DeviceRunner:
-    values: dict[str, Any] = {"place": Place("cpu"), "longest": LIMIT, **changes}
+    values: dict[str, Any] = {"place": ("cpu", 0), "longest": LIMIT, **changes}
     return DeviceRunner(ort, values.pop("make", lambda graphs: session_of(model)), **values)
 
 

@@ -278,19 +278,17 @@ def _silent_library() -> Iterator[None]:
 
     It reads the level once and reports that on stderr without Python, so stderr is closed meanwhile.
     """
-    given = os.environ.get("RAY_BACKEND_LOG_LEVEL")
+    level = os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     os.close(nothing)
     try:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        yield
+        with _environment({"RAY_BACKEND_LOG_LEVEL": level}):
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        if given is None:
-            del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
 @contextmanager

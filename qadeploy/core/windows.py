@@ -227,9 +227,8 @@ class Encoder:
         if normalizer is None:
             return False
         first = unicodedata.normalize("NFKD", character)[0]
-        if (
-            unicodedata.category(first).startswith("M") or "\u1160" <= first <= "\u11ff"
-        ):  # a mark; a vowel or final of Hangul
+        # A mark; a vowel or final of Hangul.
+        if unicodedata.category(first).startswith("M") or "\u1160" <= first <= "\u11ff":
             return True
         normalised = normalizer.normalize_str
         return normalised(f"a{character}a") in (normalised("aa"), normalised("a a"))
@@ -244,14 +243,10 @@ class Encoder:
             InputError: The tokenizer fails on one of them, or leaves visible characters at its end without a token.
         """
         for text in _COVERED:
-            try:
+            with rust_errors(
+                lambda error: InputError(f"{source}: its tokenizer cannot read {text!r} ({error}): take another model")  # noqa: B023
+            ):
                 read = self._raw(text)
-            except BaseException as error:
-                if not is_rust_error(error):
-                    raise
-                raise InputError(
-                    f"{source}: its tokenizer cannot read {text!r} ({error}): take another model"
-                ) from error
             rest = text[int(read.offsets[:, 1].max(initial=0)) :]
             if lost := "".join(c for c in rest if not c.isspace() and not self._is_skipped(c)):
                 raise InputError(

@@ -24,7 +24,7 @@ import numpy as np
 from qadeploy.core.windows import pad_batch
 from qadeploy.errors import BundleError, DeviceError, InputError
 from qadeploy.extras import import_extra
-from qadeploy.inference.cuda import DeviceRunner, Place, batches
+from qadeploy.inference.cuda import DeviceRunner, batches
 from qadeploy.inference.devices import CPU, CUDA, Device, parse_device, providers, refuse
 from qadeploy.inference.manifest import SessionSettings
 from qadeploy.machine import usable_cpus
@@ -279,7 +279,7 @@ class OnnxModel:
         return DeviceRunner(
             onnxruntime(),
             partial(self._session, self.threads),
-            place=Place("cuda", int(number)),
+            place=("cuda", int(number)),
             pad_token_id=self._pad_token_id,
             longest=self._longest,
         )
