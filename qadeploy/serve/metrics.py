@@ -117,23 +117,20 @@ class Metrics:
         self._drift = _DriftCollector()
         registry.register(self._drift)
         self._reloads = self._counter("reloads", "Reloads of the bundle, by result.", "result", "done", "failed")
-        self._cache = [
-            Gauge(f"qadeploy_context_cache_{name}", about, registry=registry)
-            for name, about in (
-                ("hits", "Contexts that were found in the cache."),
-                ("misses", "Contexts that were tokenised."),
-                ("bytes", "Memory of the tokenised contexts that are kept."),
-            )
-        ]
-        self._queue = [
-            Gauge(f"qadeploy_queue_{name}", about, registry=registry)
-            for name, about in (
-                ("questions", "Questions that wait or run."),
-                ("windows", "Windows that wait."),
-                ("tokens", "Tokens that wait; estimated for texts that are not tokenised yet."),
-                ("wait_seconds", "Seconds until a new request would have its turn, at the recent speed."),
-            )
-        ]
+        self._cache = self._gauges(
+            context_cache_hits="Contexts that were found in the cache.",
+            context_cache_misses="Contexts that were tokenised.",
+            context_cache_bytes="Memory of the tokenised contexts that are kept.",
+        )
+        self._queue = self._gauges(
+            queue_questions="Questions that wait or run.",
+            queue_windows="Windows that wait.",
+            queue_tokens="Tokens that wait; estimated for texts that are not tokenised yet.",
+            queue_wait_seconds="Seconds until a new request would have its turn, at the recent speed.",
+        )
+
+    def _gauges(self, **about: str) -> list[Gauge]:
+        return [Gauge(f"qadeploy_{name}", text, registry=self._registry) for name, text in about.items()]
 
     def _counter(self, name: str, about: str, label: str, *values: str) -> Counter:
         """A counter with a label, which shows 0 for each of its values from the start."""

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 from qadeploy.core.settings import Options
@@ -116,6 +117,7 @@ class Job:
 
 
 _Unit = tuple[Job, _Question, int]
+_DEADLINE = attrgetter("deadline")
 
 
 class Scheduler:
@@ -211,7 +213,7 @@ class Scheduler:
             self._admit(job, timeout)
             self._jobs[job] = None
             if job.long:
-                insort(self._back, job, key=_deadline)
+                insort(self._back, job, key=_DEADLINE)
             self.questions += len(asks)
             self._add(job, job.guess, 0)
             self._recount(job)
@@ -231,7 +233,7 @@ class Scheduler:
             raise _full(f"the wait is {wait:.1f} seconds", settings.max_wait, "max_wait", wait - settings.max_wait)
         if job.long:
             job.tokens = job.guess
-            line = sorted([*self._back, job], key=_deadline)
+            line = sorted([*self._back, job], key=_DEADLINE)
             excess = max((seconds for _, seconds in self._hopeless(line)), default=0.0)
             job.tokens = 0
             if excess > 0:
@@ -350,7 +352,7 @@ class Scheduler:
                 self._front[job] = None
             if job.windows > _FRONT and not job.long:
                 job.long = True
-                insort(self._back, job, key=_deadline)
+                insort(self._back, job, key=_DEADLINE)
             self._give_up()
             if job not in self._jobs:
                 return
@@ -503,10 +505,6 @@ def _too_long(needed: float, timeout: float, seconds: float) -> RefusedError:
     return _full(
         f"a text of this length would be answered after {needed:.0f} seconds", timeout, "request_timeout", seconds
     )
-
-
-def _deadline(job: Job) -> float:
-    return job.deadline
 
 
 def deadline_passed(seconds: float) -> RefusedError:
