@@ -145,9 +145,8 @@ print(json.dumps([one.get(timeout=20, interval=0.02)["text"] for one in sent]))
 
 def test_celery_with_its_prefork_pool(place):
     quick = "--without-mingle --without-gossip --without-heartbeat"  # which a folder as the broker makes slow
-    with started(
-        place, f"{BLOCKS['celery'].strip()} {quick}", r"celery@"
-    ):  # killed at the end: its own way out takes 6 s
+    # Killed at the end: its own way out takes 6 s.
+    with started(place, f"{BLOCKS['celery'].strip()} {quick}", r"celery@"):
         done = subprocess.run(
             [sys.executable, "-c", ENQUEUE], cwd=place, env=environment(), capture_output=True, text=True, check=False
         )

@@ -124,9 +124,8 @@ def test_what_ends_as_an_integer_or_an_angle_stays_exact(made):
     assert {"Log", "Div"} <= {kinds[name] for name in mpnet.fp16.exact if name in kinds}
     kinds = {n.name: n.op_type for n in onnx.load_model_from_string(modernbert.fp16.model).graph.node}
     assert {"Cos", "Sin"} <= {kinds[name] for name in modernbert.fp16.exact if name in kinds}
-    assert not {"MatMul", "Gemm", "Attention"} & {
-        kind for name, kind in kinds.items() if name in bert.fp16.exact
-    }  # no matmul with weights stays in fp32
+    # No matmul with weights stays in fp32.
+    assert not {"MatMul", "Gemm", "Attention"} & {kind for name, kind in kinds.items() if name in bert.fp16.exact}
 
 
 def test_exact_nodes_end_where_the_integers_begin():

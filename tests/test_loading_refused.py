@@ -80,9 +80,8 @@ def test_a_truncated_parquet_file(tmp_path, cut):
 
 
 def test_parquet_text_that_is_not_utf8(tmp_path):
-    text = pyarrow.StringArray.from_buffers(
-        1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")
-    )  # offsets 0 and 1, then the one wrong byte
+    # Offsets 0 and 1, then the one wrong byte.
+    text = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff"))
     parquet.write_table(pyarrow.table({"context": text}), tmp_path / "data.parquet")
     with pytest.raises(InputError, match="not a readable parquet file"):
         read(str(tmp_path / "data.parquet"))

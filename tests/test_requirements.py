@@ -38,9 +38,8 @@ def pins() -> dict[str, str]:
 def test_a_list_has_the_tested_versions(name):
     versions = pins()
     found = {each: str(one.specifier) for each, one in read(name).items() if not each.startswith("nvidia-")}
-    assert found == {
-        each: f"=={versions[each]}" for each in found
-    }  # NVIDIA's follow the runtime, and torch wants others
+    # NVIDIA's follow the runtime, and torch wants others.
+    assert found == {each: f"=={versions[each]}" for each in found}
 
 
 @pytest.mark.parametrize("name", LISTS)

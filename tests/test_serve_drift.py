@@ -57,9 +57,8 @@ def test_drift_counts_what_was_answered_whatever_was_requested(answerer):
 
 
 def test_held_out_questions_are_watched_as_they_would_be_served(answerer):
-    settings = replace(
-        answerer.settings, null_threshold=-100.0
-    )  # "no answer" always wins if it competes, as it does by default
+    # "no answer" always wins if it competes, as it does by default.
+    settings = replace(answerer.settings, null_threshold=-100.0)
     watched = Watched(Answerer(answerer.encoder, settings, answerer.model))
     answers = list(watched.answer_stream(PAIRS, allow_no_answer=False))
     assert all(each[0].text for each in answers)

@@ -203,9 +203,8 @@ def test_the_stored_threshold_decides_about_the_null_answer(answerer, bundle, tm
     )
     assert same(found, by_torch.answer_batch(PAIRS, top_k=2, allow_no_answer=True), 1e-4)
     assert same(unsure.answer_batch(PAIRS, allow_no_answer=False), answerer.answer_batch(PAIRS))
-    assert unsure.answer_batch(PAIRS) == unsure.answer_batch(
-        PAIRS, allow_no_answer=True
-    )  # a model with a threshold may
+    # A model with a threshold may.
+    assert unsure.answer_batch(PAIRS) == unsure.answer_batch(PAIRS, allow_no_answer=True)
 
 
 def test_the_stored_temperature_sharpens_scores_and_moves_no_answer(answerer, bundle, tmp_path):

@@ -95,12 +95,8 @@ def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
             if made["for"] == "cuda":
                 names = ("measured_on", "paths")
                 found.append({"bundle": str(path.parent), **{name: made[name] for name in names}})
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-        ):  # another kind of bundle, or none: loading it reports that
+        # Another kind of bundle, or none: loading it reports that.
+        except (OSError, ValueError, LookupError, TypeError):
             continue
     return found
 

@@ -237,9 +237,8 @@ def test_characters_of_scripts_without_spaces_are_tokens_and_those_of_others_are
 
 
 def test_score_by_the_metric():
-    example = Example(
-        "1", "?", "", (Annotation("天氣很好", 0), Annotation("。", 4))
-    )  # the second normalises to nothing
+    # The second normalises to nothing.
+    example = Example("1", "?", "", (Annotation("天氣很好", 0), Annotation("。", 4)))
     for metric, overlap in (("squad", 0), ("mixed", 6 / 7)):
         found = score([example], [Answer("天氣很", 0, 3, 1.0)], metric)
         assert found.rows_f1[0] == pytest.approx(overlap)

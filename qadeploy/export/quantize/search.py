@@ -39,20 +39,11 @@ _TIMED = 12
 _LEAST_TIMED = 3
 _TIMING = 1 / 4  # the share of the budget that may go into timing
 _DUEL_TIMED = 16
-_RUNS = (_ROUNDS + 1) * (
-    2 + (len(SESSIONS) + 1) / 2
-)  # of a timed question: fp32 twice, int8 by session in half the time
+# Of a timed question: fp32 twice, int8 by session in half the time.
+_RUNS = (_ROUNDS + 1) * (2 + (len(SESSIONS) + 1) / 2)
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
-_CODE = (
-    attention,
-    graph,
-    judging,
-    matmuls,
-    smoothquant,
-    quantizers,
-    recipes,
-    sensitivity,
-)  # that measurements depend on
+# The modules that measurements depend on.
+_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)
 Say = Callable[[str], object]
 
 
