@@ -222,19 +222,9 @@ def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
 def tiny_arguments(data: Path, base: Path, out: Path, *more: str) -> list[str]:
     """``qadeploy train`` on the command line, with the options of ``tiny_options`` but for two epochs."""
     return [
-        *("train", "--data", str(data), "--base", str(base), "--out", str(out), "--epochs", "2", "--batch-size", "8"),
-        *(
-            "--learning-rate",
-            "0.003",
-            "--precision",
-            "fp32",
-            "--dev-fraction",
-            "0.2",
-            "--negatives",
-            "0",
-            "--no-progress",
-            *more,
-        ),
+        *("train", "--data", str(data), "--base", str(base), "--out", str(out)),
+        *("--epochs", "2", "--batch-size", "8", "--learning-rate", "0.003", "--precision", "fp32"),
+        *("--dev-fraction", "0.2", "--negatives", "0", "--no-progress", *more),
     ]
 
 

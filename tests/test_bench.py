@@ -284,16 +284,8 @@ def test_a_limit_that_does_not_hold_is_exit_code_1_after_the_table(options, mess
 
 
 def test_limits_that_nothing_can_be_held_against_are_refused_at_once(tiny, tiny_export, tmp_path):
-    command = [
-        "bench",
-        str(tiny.bundle("int8")),
-        "--data",
-        str(tiny.data),
-        "--against",
-        "",
-        "--out",
-        str(tmp_path / "o"),
-    ]
+    given = ["--data", str(tiny.data), "--against", "", "--out", str(tmp_path / "o")]
+    command = ["bench", str(tiny.bundle("int8")), *given]
     result = CliRunner().invoke(main, [*command, "--max-f1-drop", "0.5"])
     assert result.exit_code == 2
     assert "--max-f1-drop needs a float variant to lose from" in result.stderr

@@ -224,19 +224,10 @@ main(sys.argv[1:])
 def test_every_command_that_loads_a_bundle_ends_in_time(bundle, tiny_checkpoint, tmp_path, command):
     rows = str(write_jsonl(tmp_path / "rows.jsonl", triplets(8)))
     out = ("--out", str(tmp_path / "out.jsonl"))
+    models = ["--base", str(tiny_checkpoint), "--teacher", str(bundle)]
     given = {
         "label": [rows, "--bundle", str(bundle), "--annotator", "ada", "--port", "0", *out],
-        "train": [
-            "--data",
-            rows,
-            "--base",
-            str(tiny_checkpoint),
-            "--teacher",
-            str(bundle),
-            "--precision",
-            "fp32",
-            *out,
-        ],
+        "train": ["--data", rows, *models, "--precision", "fp32", *out],
     }
     more = {
         "ask": ["--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp."],

@@ -120,16 +120,8 @@ def done(hub: StubHub, tiny: Any, bundle: Path, tmp_path_factory: pytest.TempPat
     sha256 = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
     found: dict[str, Any] = {"folder": folder}
     for steps, address in ((STEPS, hub.address), (USES, hub.address), (CUT_OFF, "http://127.0.0.1:9")):
-        command = [
-            sys.executable,
-            "-c",
-            BEGIN + steps,
-            str(tiny.run),
-            str(bundle),
-            hub.branches["me/old", "v1"],
-            sha256,
-            str(tiny.data),
-        ]
+        given = [str(tiny.run), str(bundle), hub.branches["me/old", "v1"], sha256, str(tiny.data)]
+        command = [sys.executable, "-c", BEGIN + steps, *given]
         environment["HF_ENDPOINT"] = address
         ended = subprocess.run(
             command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=folder

@@ -122,16 +122,8 @@ def test_an_empty_batch_and_an_empty_run(answerer):
 def test_options_of_one_call_do_not_change_the_next(answerer):
     question, context = MIXED[-1]
     before = answerer.answer(question, context)
-    short = answerer.answer(
-        question,
-        context,
-        top_k=4,
-        max_answer_len=1,
-        max_seq_len=40,
-        doc_stride=9,
-        align_to_words=True,
-        allow_no_answer=True,
-    )
+    lengths = {"max_answer_len": 1, "max_seq_len": 40, "doc_stride": 9}
+    short = answerer.answer(question, context, top_k=4, **lengths, align_to_words=True, allow_no_answer=True)
     assert len(short) == 4
     assert answerer.answer(question, context) == before
 

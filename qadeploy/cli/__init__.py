@@ -5,14 +5,5 @@ from qadeploy.cli import answering, benching, exporting, indexing, labelling, pu
 from qadeploy.cli.common import main
 
 __all__ = [
-    "answering",
-    "benching",
-    "exporting",
-    "indexing",
-    "labelling",
-    "main",
-    "pushing",
-    "serving",
-    "training",
-    "tuning",
-]
+    "answering", "benching", "exporting", "indexing", "labelling", "main", "pushing", "serving", "training", "tuning",
+]  # fmt: skip

@@ -10,22 +10,9 @@ from qadeploy.data.wording import one_line
 from qadeploy.errors import InputError
 from qadeploy.extras import import_extra
 
-_LEFT_OUT = frozenset(
-    {
-        "script",
-        "style",
-        "template",
-        "noscript",
-        "svg",
-        "math",
-        "iframe",
-        "object",
-        "canvas",
-        "select",
-        "textarea",
-        "head",
-    }
-)
+_LEFT_OUT = frozenset({
+    "script", "style", "template", "noscript", "svg", "math", "iframe", "object", "canvas", "select", "textarea", "head",
+})  # fmt: skip
 _LINES = frozenset({"br", "li", "tr", "dt", "dd", "option", "summary", "caption", "figcaption"})
 _INLINE = frozenset({
     "a", "abbr", "acronym", "b", "bdi", "bdo", "big", "button", "cite", "code", "data", "del", "dfn", "em", "font", "i",

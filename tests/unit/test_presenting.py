@@ -14,25 +14,9 @@ from qadeploy.records import Answer
 from tests.tokenizers_for_tests import thorough
 
 PIECES = (
-    "word",
-    "a",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    ". ",
-    "! ",
-    "。",
-    "？",
-    "東京",
-    "ไทย",
-    "e\u0301",
-    "🏮",
-    "👩‍👩‍👧",
-    "Dr. ",
-    "३।",
-    "\u2029",
-)
+    "word", "a", " ", "  ", "\n", "\n\n", ". ", "! ", "。", "？", "東京", "ไทย",
+    "e\u0301", "🏮", "👩‍👩‍👧", "Dr. ", "३।", "\u2029",
+)  # fmt: skip
 CONTEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=40).map("".join).filter(str.strip)
 SENTENCES = [
     ("Dr. Lind came at 3 p.m. to Port Ansel. Mungo waved.", "Port Ansel", "Dr. Lind came at 3 p.m. to Port Ansel."),
