@@ -101,16 +101,8 @@ def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
             "cpu",
         )
         others = calibration(request.known, workload, _CALIBRATION_QUESTIONS)
-        setup = Setup(
-            request.checkpoint,
-            request.bundles[0],
-            device,
-            threads,
-            null,
-            others,
-            Path(folder),
-            request.options.trust_remote_code,
-        )
+        trust, bundle = request.options.trust_remote_code, request.bundles[0]
+        setup = Setup(request.checkpoint, bundle, device, threads, null, others, Path(folder), trust)
         for name in request.peers:
             say(f"preparing {name}")
             found.append(_prepared(name, setup))

@@ -328,19 +328,9 @@ class _Tuner:
         self, step: str, timings: Mapping[str, Timing], apart: Mapping[str, float], taken: str, asked: int
     ) -> None:
         for name, t in timings.items():
-            self.trials.append(
-                Trial(
-                    step,
-                    name,
-                    1000 * t.median / asked,
-                    (1000 * t.least / asked, 1000 * t.most / asked),
-                    t.speedup,
-                    t.speedup_range,
-                    apart[name],
-                    self._sound(apart[name]),
-                    name == taken,
-                )
-            )
+            median, least, most = (1000 * seconds / asked for seconds in (t.median, t.least, t.most))
+            speed, sound = (t.speedup, t.speedup_range), self._sound(apart[name])
+            self.trials.append(Trial(step, name, median, (least, most), *speed, apart[name], sound, name == taken))
 
 
 def model_of(answerer: Answerer) -> OnnxModel:

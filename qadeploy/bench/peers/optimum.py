@@ -25,21 +25,14 @@ def prepare(setup: Setup) -> Variant:
     """Optimum's model in transformers' pipeline. Raises FailureError, MissingExtraError, and what optimum raises."""
     path, what, precision = _model(setup)
     require_pipeline()
-    return Variant(
-        f"optimum ONNX {what} in the pipeline",
-        precision,
-        path.stat().st_size,
-        "qadeploy.bench.peers.optimum:load",
-        {
-            "checkpoint": setup.found_checkpoint(),
-            "model": str(path),
-            "device": setup.device,
-            "threads": setup.threads,
-            "options": options(setup),
-            "trust_remote_code": setup.trust_remote_code,
-        },
-        "optimum",
-    )
+    arguments = {
+        "checkpoint": setup.found_checkpoint(),
+        "model": str(path),
+        "options": options(setup),
+        **setup.given("device", "threads", "trust_remote_code"),
+    }
+    name, size = f"optimum ONNX {what} in the pipeline", path.stat().st_size
+    return Variant(name, precision, size, "qadeploy.bench.peers.optimum:load", arguments, "optimum")
 
 
 def prepare_direct(setup: Setup) -> Variant:
@@ -53,9 +46,7 @@ def prepare_direct(setup: Setup) -> Variant:
         {
             "model": str(path),
             "bundle": str(setup.bundle.folder),
-            "device": setup.device,
-            "threads": setup.threads,
-            "allow_no_answer": setup.allow_no_answer,
+            **setup.given("device", "threads", "allow_no_answer"),
         },
         "optimum-direct",
         "with our windows and spans",

@@ -22,13 +22,7 @@ def prepare(setup: Setup) -> Variant:
         "fp32",
         weights_bytes(checkpoint, 4),
         "qadeploy.bench.peers.pipeline:load",
-        {
-            "checkpoint": checkpoint,
-            "device": setup.device,
-            "threads": setup.threads,
-            "options": options(setup),
-            "trust_remote_code": setup.trust_remote_code,
-        },
+        {"checkpoint": checkpoint, "options": options(setup), **setup.given("device", "threads", "trust_remote_code")},
         "pipeline",
     )
 

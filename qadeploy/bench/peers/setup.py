@@ -43,6 +43,10 @@ class Setup:
             raise FailureError(f"{self.checkpoint}: the bundle's source checkpoint no longer exists")
         return str(self.checkpoint)
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """Some fields by name, as arguments of a loader."""
+        return {name: getattr(self, name) for name in names}
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
