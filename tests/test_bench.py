@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from qadeploy.errors import FailureError, InputError
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.records import NO_ANSWER, Annotation
 from tests.conftest import sealed_copy
+from tests.processes_for_tests import ended
 from tests.test_report_page import Reader
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def test_the_terminals_table_has_a_line_a_variant_and_the_split(benched):
 @pytest.mark.parametrize("script", ["readme_table", "compare_pipeline", "long_documents", "several_answers", "browser"])
 def test_the_documented_tables_are_those_of_the_results(script):
     command = [sys.executable, "-m", f"benchmarks.{script}", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = ended(command, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -33,6 +33,7 @@ from qadeploy.inference.bundle import manifest_text, open_bundle, seal
 from qadeploy.inference.graph_model import GraphModel
 from qadeploy.inference.loading import within
 from tests.conftest import sealed_copy, triplets, write_jsonl
+from tests.processes_for_tests import ended
 from tests.test_bundle import put_manifest
 from tests.test_session_answerer import crafted, run_script
 
@@ -239,13 +240,7 @@ def test_every_command_that_loads_a_bundle_ends_in_time(bundle, tiny_checkpoint,
         "tune": ["--data", rows, "--dry-run"],
     }
     arguments = given.get(command) or [str(bundle), *more[command]]
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS_FOR_EVER, command, *arguments, "--load-timeout", "0.5"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = ended([sys.executable, "-c", LOADS_FOR_EVER, command, *arguments, "--load-timeout", "0.5"], timeout=60)
     message = f"Error: {bundle}: was not loaded within 0.5 s: raise the load timeout"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, message)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import subprocess
 import sys
 import threading
 import tracemalloc
@@ -26,6 +25,7 @@ from qadeploy.inference.answerer import LogitsModel
 from qadeploy.records import Logits, Window
 from tests.cli_for_tests import value, well
 from tests.conftest import triplets
+from tests.processes_for_tests import succeeded
 from tests.tokenizers_for_tests import family, texts, thorough
 from tests.unit.test_spans import brute_force, random_logits, rows
 
@@ -139,8 +139,7 @@ def million_characters() -> str:
 
 
 def test_a_million_characters_take_no_more_memory_than_promised():
-    result = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    result = succeeded([sys.executable, "-c", MILLION])
     assert 0 < float(result.stdout) < ALL_IN_ALL
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from qadeploy.inference.session import OnnxModel
 from qadeploy.records import Logits, Window
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from tests.conftest import sealed_copy, triplets
+from tests.processes_for_tests import succeeded
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
 GOLD = [str(row["answer"]) for row in triplets(24)]
@@ -58,8 +58,7 @@ def run_script(tmp_path: Path, script: str, *args: object, seconds: int = 120) -
     path = tmp_path / "script.py"
     path.write_text(script)
     command = [sys.executable, str(path), *(str(a) for a in args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeded(command, timeout=seconds)
 
 
 # ---------------------------------------------------------------- answers
