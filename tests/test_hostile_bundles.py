@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -467,12 +468,8 @@ def test_an_answerer_goes_on_with_the_bundle_it_verified(replaced):
     expected = intact.answer_batch(PAIRS)
     assert loaded.answer_batch(PAIRS) == expected  # the narrow session, which is made now
     assert list(loaded.answer_stream(PAIRS)) == expected
-    found: list[Any] = [None] * 4
-    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, loaded.answer(*PAIRS[i]))) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda pair: loaded.answer(*pair), PAIRS[:4]))
     # Alone, not in a batch: a window is padded to another length, and the scores' last bits may differ.
     assert found == [intact.answer(*pair) for pair in PAIRS[:4]]
 

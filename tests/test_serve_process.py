@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlparse
 
 import httpx
@@ -109,19 +110,14 @@ def test_the_hugging_face_client_works_unchanged(remote, bundle):
 
 def test_callers_at_once_share_the_server(remote, bundle):
     expected = [answers[0].text for answers in Answerer.load(bundle, device="cpu", threads=1).answer_batch(PAIRS)]
-    found: dict[int, list[str]] = {}
 
-    def caller(number: int) -> None:
+    def caller(_: int) -> list[str]:
         with httpx.Client(base_url=remote.url, timeout=30) as client:
             replies = [client.post("/v1/answer", json={"question": q, "context": c}).json() for q, c in PAIRS]
-        found[number] = [reply["answers"][0]["text"] for reply in replies]
+        return [reply["answers"][0]["text"] for reply in replies]
 
-    threads = [threading.Thread(target=caller, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[i] for i in range(8)] == [expected] * 8
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(caller, range(8))) == [expected] * 8
 
 
 def test_who_hangs_up_has_his_windows_dropped(bundle, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -63,16 +64,8 @@ def test_many_threads_get_the_answers_of_one_by_one(answerer, options):
     asks = [ask(q, LONG if i % 7 == 0 else c, Options(top_k=1 + i % 3)) for i, (q, c) in enumerate(PAIRS)]
     expected = [to_answers(answerer.read(a.question, a.context, a.options), a.options) for a in asks]
     with scheduling(answerer, max_wait=1e9, **options) as scheduler:
-        jobs: list[Job] = []
-
-        def caller(number: int) -> None:
-            jobs.extend(submit(scheduler, one) for one in asks[number::8])
-
-        threads = [threading.Thread(target=caller, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as threads:
+            jobs = list(threads.map(lambda one: submit(scheduler, one), asks))
         found = {job.asks[0]: job.future.result(20)[0] for job in jobs}
         assert scheduler.idle
     for one, answers in zip(asks, expected, strict=True):
