@@ -39,7 +39,7 @@ from qadeploy.bench.workload import windows_of
 from qadeploy.core.windows import pad_batch
 from qadeploy.data.loading import read
 from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.cuda import DeviceRunner, Place, batches
+from qadeploy.inference.cuda import DeviceRunner, batches
 from qadeploy.inference.session import OnnxModel, Pending, onnxruntime, session_options
 from qadeploy.machine import usable_cpus
 from qadeploy.records import Answer, Logits, Window
@@ -155,7 +155,7 @@ class OursOnCpu:
         self.runner = DeviceRunner(
             onnxruntime(),
             lambda graphs: OnnxSession(model, "cpu").session,
-            place=Place("cpu"),
+            place=("cpu", 0),
             pad_token_id=pad,
             longest=longest,
         )

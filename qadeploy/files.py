@@ -17,16 +17,18 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from qadeploy.errors import InputError
+from qadeploy.errors import InputError, QadeployError
 
 if sys.platform != "win32":
     import fcntl
@@ -35,10 +37,12 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.qadeploy-[0-9a-f]{16}\.(?P<kind>tmp|ol
 _LOCK = "qadeploy lock: "
 # Windows renames no open file, opens no folder, and translates line ends unless a file is opened as binary.
 _WINDOWS = sys.platform == "win32"
-BINARY = getattr(os, "O_BINARY", 0)
-PLAIN = (
-    BINARY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-)  # to open what must be a file, and no link or pipe
+BINARY = getattr(os, "OBINARY", 0)
+# To read what is no link: on a link, opening fails; on a pipe, it does not wait.
+NO_LINK = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | BINARY
+_PART = 2**26  # bytes per read
+_TRIES = 3
+_T = TypeVar("_T")
 _position = threading.Lock()
 _NO_REPLACE, _EXCHANGE, _HERE = 1, 2, -100  # RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD of Linux
 # A kernel, a file system or a container's filter that does not know the flags of renameat2.
@@ -71,6 +75,51 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
     with _position:
         os.lseek(descriptor, offset, os.SEEK_SET)
         return os.read(descriptor, size)
+
+
+class OpenFile:
+    """A plain file, held open as long as there is a reference: it can be read as it was even if another takes its place.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It is not there, or is a link or no plain file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, NO_LINK)
+        weakref.finalize(self, os.close, self.descriptor)
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(path))
+
+    @property
+    def size(self) -> int:
+        """Its size in bytes."""
+        return os.fstat(self.descriptor).st_size
+
+    def parts(self, begin: int, length: int) -> Iterator[bytes]:
+        """Yields the bytes of a part of it, fewer if it ends before."""
+        end = begin + length
+        while begin < end and (part := read_at(self.descriptor, min(_PART, end - begin), begin)):
+            yield part
+            begin += len(part)
+
+    def read(self, begin: int, length: int) -> bytes:
+        """The bytes of a part of it, fewer if it ends before."""
+        return b"".join(self.parts(begin, length))
+
+
+def opened(folder: Path, open_: Callable[[], _T]) -> _T:
+    """What ``open_`` returns. If it fails while another folder takes the place of ``folder``, it is called again."""
+    for _ in range(_TRIES):
+        found = folder.stat().st_ino if folder.is_dir() else None
+        try:
+            return open_()
+        except QadeployError:
+            if found is None or (folder.is_dir() and folder.stat().st_ino == found):
+                raise
+    return open_()
 
 
 # ---------------------------------------------------------------- writing
@@ -157,7 +206,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
     """Deletes the temporaries in ``folder`` whose writers are gone: those of the file or folder ``name``, or all."""
     for path in _temporaries(folder, name, "tmp"):
         with suppress(OSError):  # another sweeps too
-            descriptor = os.open(path, os.O_RDONLY | PLAIN)
+            descriptor = os.open(path, NO_LINK)
             try:
                 if lock(descriptor):
                     _delete(path)

@@ -77,9 +77,7 @@ def make_tiny_checkpoint(folder: Path) -> Path:
     texts = [str(row[key]) for row in triplets() for key in ("context", "question")]
     tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     torch.manual_seed(5)
     config = BertConfig(
@@ -224,19 +222,9 @@ def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
 def tiny_arguments(data: Path, base: Path, out: Path, *more: str) -> list[str]:
     """``qadeploy train`` on the command line, with the options of ``tiny_options`` but for two epochs."""
     return [
-        *("train", "--data", str(data), "--base", str(base), "--out", str(out), "--epochs", "2", "--batch-size", "8"),
-        *(
-            "--learning-rate",
-            "0.003",
-            "--precision",
-            "fp32",
-            "--dev-fraction",
-            "0.2",
-            "--negatives",
-            "0",
-            "--no-progress",
-            *more,
-        ),
+        *("train", "--data", str(data), "--base", str(base), "--out", str(out)),
+        *("--epochs", "2", "--batch-size", "8", "--learning-rate", "0.003", "--precision", "fp32"),
+        *("--dev-fraction", "0.2", "--negatives", "0", "--no-progress", *more),
     ]
 
 
@@ -295,6 +283,23 @@ def tiny_export(once: Once[Said], tiny: Tiny) -> Said:
 def bundle(tiny: Tiny, tiny_export: Said) -> Path:
     """The tiny fp32 bundle."""
     return tiny.bundle()
+
+
+@pytest.fixture(scope="module")
+def answerer(request: pytest.FixtureRequest, bundle: Path) -> Any:
+    """An answerer of the tiny bundle for a module, on one thread or on as many as its ``THREADS`` says."""
+    from qadeploy import Answerer
+
+    return Answerer.load(bundle, device="cpu", threads=getattr(request.module, "THREADS", 1))
+
+
+@pytest.fixture(scope="module")
+def server(answerer: Any) -> Iterator[Any]:
+    """A server of that answerer in this process."""
+    from tests.servers_for_tests import serving
+
+    with serving(answerer) as local:
+        yield local
 
 
 @pytest.fixture(scope="session")

@@ -89,11 +89,8 @@ _DISTILBERT: dict[str, Any] = {
 }
 _ONE_TYPE = {**_SIZES, "type_vocab_size": 1}  # which RoBERTa's kind has, but nobody passes
 _SMALL_EMBEDDING = {**_SIZES, "embedding_size": 16}
-_ALBERT = {
-    **_SMALL_EMBEDDING,
-    "num_hidden_layers": 4,
-    "initializer_range": 0.2,
-}  # the first differs in form, the others share its weights
+# The first differs in form, the others share its weights.
+_ALBERT = {**_SMALL_EMBEDDING, "num_hidden_layers": 4, "initializer_range": 0.2}
 _DEBERTA_V3 = {
     **_SIZES,
     "type_vocab_size": 0,
@@ -111,11 +108,8 @@ _MOBILEBERT = {
     "num_feedforward_networks": 2,
     "initializer_range": 0.15,  # nothing in it normalises, so larger weights would grow without bound
 }
-_MODERNBERT = {
-    **_SIZES,
-    "global_attn_every_n_layers": 2,
-    "local_attention": 16,
-}  # the second layer sees 8 tokens to either side
+# The second layer sees 8 tokens to either side.
+_MODERNBERT = {**_SIZES, "global_attn_every_n_layers": 2, "local_attention": 16}
 
 ARCHITECTURES = (
     Architecture("BERT", "google-bert/bert-base-uncased", "Bert", "bert", _SIZES, 2),

@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 
 from qadeploy import Answerer
-from qadeploy.inference.session import Pending
+from qadeploy.inference.answerer import LogitsModel
 from qadeploy.records import Logits, Window
 from qadeploy.serve.app import create_app
 from qadeploy.serve.feedback import Feedback
@@ -30,7 +30,7 @@ from qadeploy.serve.settings import Settings
 JSON = {"content-type": "application/json"}
 
 
-class Gate:
+class Gate(LogitsModel):
     """A model whose runs wait: each takes ``seconds``, or until ``open`` is set. Keeps the windows in the order of their runs."""
 
     device = "cpu"
@@ -52,9 +52,6 @@ class Gate:
         return self.model.run(windows)
 
     run_batch = run
-
-    def start(self, windows: Sequence[Window]) -> Pending:
-        return Pending(lambda: self.run(windows))
 
 
 class Fixed:

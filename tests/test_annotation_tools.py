@@ -10,14 +10,7 @@ import pytest
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import read
 from qadeploy.errors import DataError, InputError
-from tests.data_for_tests import (
-    SKY,
-    answers,
-    classes,
-    found,
-    lines,
-    put,
-)
+from tests.data_for_tests import SKY, answers, classes, found, lines, put
 
 
 def region(start: int, end: int, text: str | None = None, label: str = "Answer", **more: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -26,10 +25,7 @@ from qadeploy.records import Example
 from tests.conftest import sealed_copy
 from tests.test_session_answerer import LONG, PAIRS, crafted
 
-
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=2)
+THREADS = 2  # of the answerer
 
 
 @pytest.mark.parametrize(

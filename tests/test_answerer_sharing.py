@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
@@ -14,10 +13,7 @@ from qadeploy.inference import session
 from tests.conftest import NAMES, THINGS
 from tests.test_session_answerer import GOLD, LONG, MIXED, PAIRS, run_script, same
 
-
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=2)
+THREADS = 2  # of the answerer
 
 
 # ---------------------------------------------------------------- contexts that are kept, and streams

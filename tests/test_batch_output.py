@@ -39,14 +39,8 @@ def test_a_part_has_the_columns_and_its_rejected_rows_beside_it(folder, plan):
     table = parquet.read_table(folder.path)  # rejected rows, plan and journals do not disturb
     assert tuple(table.column_names) == COLUMNS
     assert [str(kind) for kind in table.schema.types] == ["string", "string", "double", "int64", "int64", "string"]
-    assert table.to_pylist()[2] == {
-        "id": "r2",
-        "answer": "naïve 🙂",
-        "score": 2.1,
-        "start": 2,
-        "end": 9,
-        "bundle": "abc",
-    }
+    place = {"score": 2.1, "start": 2, "end": 9}
+    assert table.to_pylist()[2] == {"id": "r2", "answer": "naïve 🙂", **place, "bundle": "abc"}
     (line,) = folder.rejected(0).read_text().splitlines()
     assert line == '{"file": "x.jsonl", "row": 4, "field": "question", "id": "r4", "reason": "is empty"}'
     assert folder.done(plan) == {0: Counts(3, 1)}

@@ -26,6 +26,7 @@ from qadeploy.errors import BundleError, FailureError, InputError
 from qadeploy.inference.bundle import open_bundle
 from tests.answerers_for_tests import BREAK, EXIT, PoisonedLoad
 from tests.conftest import NAMES, THINGS, sealed_copy, triplets, write_jsonl
+from tests.processes_for_tests import ended
 
 ROWS = [{"context": row["context"], "question": row["question"]} for row in triplets(60)]
 SLOW = """
@@ -329,13 +330,7 @@ def test_a_bundle_that_is_damaged_leaves_no_folder(bundle, asked):
 @pytest.mark.parametrize("output", ["out", "out.jsonl"])
 def test_a_bundle_that_does_not_load_in_time_ends_the_run(output, bundle, asked):
     command = [sys.executable, "-m", "qadeploy", "answer", str(bundle), "--input", str(asked), "--output", output]
-    done = subprocess.run(
-        [*command, "--shard-rows", "10", "--load-timeout", "0.001"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = ended([*command, "--shard-rows", "10", "--load-timeout", "0.001"], timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"Error: {bundle}: was not loaded within 0.001 s: raise the load timeout"
     assert not list(Path().glob("out*/*.parquet"))

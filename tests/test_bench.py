@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from qadeploy.errors import FailureError, InputError
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.records import NO_ANSWER, Annotation
 from tests.conftest import sealed_copy
+from tests.processes_for_tests import ended
 from tests.test_report_page import Reader
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def test_the_terminals_table_has_a_line_a_variant_and_the_split(benched):
 @pytest.mark.parametrize("script", ["readme_table", "compare_pipeline", "long_documents", "several_answers", "browser"])
 def test_the_documented_tables_are_those_of_the_results(script):
     command = [sys.executable, "-m", f"benchmarks.{script}", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = ended(command, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -284,16 +284,8 @@ def test_a_limit_that_does_not_hold_is_exit_code_1_after_the_table(options, mess
 
 
 def test_limits_that_nothing_can_be_held_against_are_refused_at_once(tiny, tiny_export, tmp_path):
-    command = [
-        "bench",
-        str(tiny.bundle("int8")),
-        "--data",
-        str(tiny.data),
-        "--against",
-        "",
-        "--out",
-        str(tmp_path / "o"),
-    ]
+    given = ["--data", str(tiny.data), "--against", "", "--out", str(tmp_path / "o")]
+    command = ["bench", str(tiny.bundle("int8")), *given]
     result = CliRunner().invoke(main, [*command, "--max-f1-drop", "0.5"])
     assert result.exit_code == 2
     assert "--max-f1-drop needs a float variant to lose from" in result.stderr

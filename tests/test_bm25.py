@@ -37,11 +37,6 @@ LONG = FILL.join(ROOMS) + FILL
 QUESTION = f"Who keeps the {THINGS[4]}?"
 
 
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
 # ---------------------------------------------------------------- scores
 
 
@@ -116,9 +111,8 @@ def test_the_weight_moves_the_spans_of_each_window_by_its_score(answerer):
             moved[window.context_begin : window.context_begin + window.context_length] = 0.3 * (score - max(scores))
             np.testing.assert_allclose(after[: len(window)] - before[: len(window)], moved, atol=1e-5)
     assert weighed.null_logit == plain.null_logit
-    np.testing.assert_array_equal(
-        scored(0.6, 1).start_logits[0], plain.start_logits[0]
-    )  # one window competes with none
+    # One window competes with none.
+    np.testing.assert_array_equal(scored(0.6, 1).start_logits[0], plain.start_logits[0])
 
 
 def test_a_window_that_shares_words_wins_from_one_that_does_not(answerer, monkeypatch):

@@ -22,13 +22,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import EncoderConfig
 from qadeploy.errors import BundleError, InputError
 from qadeploy.files import hash_file
-from qadeploy.inference.bundle import (
-    manifest_text,
-    newest_bundle,
-    open_bundle,
-    seal,
-    writing_bundle,
-)
+from qadeploy.inference.bundle import manifest_text, newest_bundle, open_bundle, seal, writing_bundle
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 FILES = ("README.md", "model.onnx", "tokenizer.json")

@@ -32,6 +32,7 @@ from qadeploy.records import Annotation, Example
 from qadeploy.training.feature_cache import LIMIT_BYTES, CachedFeatures, cached_features
 from qadeploy.training.features import FeatureSet, make_features
 from tests.conftest import tiny_options, triplets, write_jsonl
+from tests.processes_for_tests import succeeded
 from tests.tokenizers_for_tests import CORPUS, NAMES, encoder, family
 
 SETTINGS = QaSettings(max_seq_len=48, doc_stride=8, max_answer_len=15)
@@ -247,7 +248,7 @@ def test_code_that_makes_features_anew_does_not_find_those_of_the_old(tmp_path):
 
     def found() -> str:
         command = [sys.executable, "-c", CHANGED, str(root), str(tmp_path / "cache"), *saved("bert", tmp_path)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return succeeded(command).stdout.strip()
 
     assert [found(), found()] == ["False", "True"]
     for module in ("training/features.py", "core/windows.py", "training/feature_cache.py"):
@@ -264,7 +265,7 @@ def test_the_digest_is_the_same_in_every_process(name, tmp_path):
         "print(Encoder.from_file(sys.argv[1], EncoderConfig.from_dict(json.loads(sys.argv[2]))).digest)"
     )
     command = [sys.executable, "-c", code, *saved(name, tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    found = succeeded(command).stdout.strip()
     assert found == encoder(name).digest
 
 
@@ -518,7 +519,7 @@ def test_a_user_without_a_home_has_no_cache(tmp_path):
         "import pwd; pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid));"  # a container's unknown user
         "from qadeploy.files import cache_folder; print(cache_folder())"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    found = succeeded([sys.executable, "-c", code], cwd=tmp_path)
     assert found.stdout.strip() == "None"
 
 

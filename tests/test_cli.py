@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from qadeploy.inference.bundle import MANIFEST, open_bundle
 from qadeploy.shipped import base_bundle_path
 from tests.cli_for_tests import run, value, well
 from tests.conftest import triplets, write_jsonl
+from tests.processes_for_tests import ended
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -89,7 +89,7 @@ def test_the_recipes_are_explained():
 def test_a_reader_that_goes_away_ends_a_command_quietly(tmp_path):
     data = write_jsonl(tmp_path / "rows.jsonl", triplets(400))
     command = f"{sys.executable} -m qadeploy check {data} --show 400 | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    done = ended(["bash", "-c", command])
     assert done.stdout.startswith(str(data))
     assert "pipe" not in done.stderr.lower()
 
@@ -131,11 +131,11 @@ def test_a_typo_in_an_option_or_a_command_is_named():
 
 def test_debug_shows_the_traceback():
     command = [sys.executable, "-m", "qadeploy", "ask", "nothing", "--question", "Who?", "--context", "Ada."]
-    plain = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    plain = ended(command, timeout=120)
     assert (plain.returncode, plain.stdout) == (2, "")
     assert plain.stderr.startswith("Error: nothing: no such")
     assert "Traceback" not in plain.stderr
-    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, timeout=120, check=False)
+    debug = ended([*command, "--debug"], timeout=120)
     assert debug.returncode != 0
     assert "Traceback" in debug.stderr
     assert "InputError: nothing: no such" in debug.stderr

@@ -44,15 +44,7 @@ def test_evaluate_writes_the_files_that_train_wrote(kind, tiny, bundle):
             assert mine["start_logit"] == pytest.approx(old["start_logit"], abs=1e-3)
             assert mine["probability"] == pytest.approx(old["probability"], abs=1e-4)
     well(
-        "evaluate",
-        model,
-        "--data",
-        "dev.jsonl",
-        "--predictions-dir",
-        "other",
-        "--allow-no-answer",
-        "--n-best-size",
-        2,
+        "evaluate", model, "--data", "dev.jsonl", "--predictions-dir", "other", "--allow-no-answer", "--n-best-size", 2
     )
     odds = json.loads(Path("other/null_odds.json").read_text())
     assert list(odds) == list(ours)

@@ -117,16 +117,8 @@ def test_one_changed_byte_in_a_bundle_is_found(name, bundle):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    fails(
-        1,
-        [f"copy/{name}: does not match the manifest", "export it again"],
-        "ask",
-        "copy",
-        "--question",
-        "Who?",
-        "--context",
-        "Ada.",
-    )
+    messages = [f"copy/{name}: does not match the manifest", "export it again"]
+    fails(1, messages, "ask", "copy", "--question", "Who?", "--context", "Ada.")
 
 
 @pytest.mark.parametrize("command", ["ask", "answer", "evaluate", "bench"])
@@ -162,16 +154,8 @@ def test_what_is_there_is_not_overwritten(tiny, tiny_checkpoint, bundle):
     fails(2, clash, "answer", bundle, "--input", tiny.data, "--output", "mine")
     missing = "--output nowhere/out.jsonl: its folder does not exist"
     fails(2, [missing], "answer", bundle, "--input", tiny.data, "--output", "nowhere/out.jsonl")
-    fails(
-        2,
-        ["--predictions nowhere/p.json: its folder does not exist"],
-        "evaluate",
-        bundle,
-        "--data",
-        tiny.data,
-        "--predictions",
-        "nowhere/p.json",
-    )
+    missing = "--predictions nowhere/p.json: its folder does not exist"
+    fails(2, [missing], "evaluate", bundle, "--data", tiny.data, "--predictions", "nowhere/p.json")
 
 
 @pytest.mark.parametrize(

@@ -198,21 +198,8 @@ def test_an_interrupted_run_is_named_and_goes_on_with_its_own_options(tiny_check
         raise KeyboardInterrupt
 
     write_jsonl(Path("few.jsonl"), triplets(16))
-    begin = (
-        "train",
-        "--data",
-        "few.jsonl",
-        "--base",
-        tiny_checkpoint,
-        "--epochs",
-        2,
-        "--seed",
-        5,
-        "--negatives",
-        0,
-        "--precision",
-        "fp32",
-    )
+    settings = ("--epochs", 2, "--seed", 5, "--negatives", 0, "--precision", "fp32")
+    begin = ("train", "--data", "few.jsonl", "--base", tiny_checkpoint, *settings)
     with monkeypatch.context() as patch:
         patch.setattr("qadeploy.training.trainer.prune", interrupt)  # Ctrl-C after the first save
         assert "kept; its last complete checkpoint is checkpoint-1" in run(*begin, "--no-progress").output

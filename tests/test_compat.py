@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from qadeploy.shipped import base_model_path
 from qadeploy.training.checkpoint import Checkpoint, encoder_config, load_checkpoint, torch_answerer
 from tests.conftest import sealed_copy, triplets
 from tests.models_for_tests import BY_NAME
+from tests.processes_for_tests import succeeded
 
 CONTEXT = "Ada keeps the lamp in room 3. Bela keeps the boat outside."
 LAMP, BOAT = "Who keeps the lamp?", "Who keeps the boat?"
@@ -506,10 +506,7 @@ assert not found, found
 
 
 def test_it_answers_without_torch_in_the_process(bundle, ours):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, bundle], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = succeeded([sys.executable, "-c", SCRIPT, bundle], timeout=120)
     assert done.stderr == ""
     row = {"question": LAMP, "context": "Ada keeps the lamp in room 0."}
     batch, top, streamed = json.loads(done.stdout)

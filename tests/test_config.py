@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from click.testing import CliRunner, Result
 from qadeploy.cli import main
 from qadeploy.cli.config import fold, read_config
 from qadeploy.errors import InputError
+from tests.processes_for_tests import ended
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "run-qa.md"
 TRAIN = main.commands["train"]
@@ -275,7 +275,7 @@ def test_json_is_read_where_yaml_is_not_installed(tmp_path):
     for name, code, said in (("run.json", 0, "handbook"), ("run.yaml", 1, "pip install 'qadeploy[train]'")):
         Path(name).write_text('{"json": true}')
         command = [sys.executable, "-c", block, "doctor", "--config", name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = ended(command, timeout=60)
         assert done.returncode == code, done.stderr
         assert said in done.stdout + done.stderr or name == "run.json"
         assert "Traceback" not in done.stderr

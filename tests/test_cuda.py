@@ -26,7 +26,6 @@ from qadeploy.inference.cuda import (
     LONGEST,
     STEP,
     DeviceRunner,
-    Place,
     Shape,
     batches,
     graph_shape,
@@ -64,7 +63,7 @@ def windows(bundle) -> list[Window]:
 
 
 def runner_of(model: bytes, **changes: Any) -> DeviceRunner:
-    values: dict[str, Any] = {"place": Place("cpu"), "longest": LIMIT, **changes}
+    values: dict[str, Any] = {"place": ("cpu", 0), "longest": LIMIT, **changes}
     return DeviceRunner(ort, values.pop("make", lambda graphs: session_of(model)), **values)
 
 
@@ -220,22 +219,14 @@ def test_warm_up_captures_every_length_and_numbers_each_graph(model, windows):
 
 def test_threads_share_the_buffers_safely(model, windows):
     runner, wanted = runner_of(model), alone(model, windows)
-    failures: list[BaseException] = []
 
     def work(i: int) -> None:
-        try:
-            for _ in range(5):
-                assert_logits(runner.run([windows[i]]), wanted[i : i + 1])
-                assert_logits(runner.run(windows), wanted)
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(5):
+            assert_logits(runner.run([windows[i]]), wanted[i : i + 1])
+            assert_logits(runner.run(windows), wanted)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
 
 
 # ---------------------------------------------------------------- one thread

@@ -11,16 +11,7 @@ from qadeploy.data.fields import DataOptions, parse_columns
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
 from qadeploy.errors import DataError, DataWarning, InputError
-from tests.data_for_tests import (
-    FLAT,
-    SEA,
-    SKY,
-    answers,
-    classes,
-    found,
-    lines,
-    put,
-)
+from tests.data_for_tests import FLAT, SEA, SKY, answers, classes, found, lines, put
 
 # ---------------------------------------------------------------- offsets
 

@@ -23,6 +23,7 @@ from qadeploy.errors import DeviceError, DeviceWarning, InputError
 from qadeploy.inference import devices
 from qadeploy.inference.devices import Build, Device, Driver, Gpu, obstacles, parse_device
 from qadeploy.training.torch_device import torch_device
+from tests.processes_for_tests import ended, succeeded
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("cc")
@@ -109,9 +110,7 @@ def machine(tmp_path: Path) -> Machine:
 
         def call(*args: object) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-c", CHILD, json.dumps(said), *map(str, args)]
-            return subprocess.run(
-                command, capture_output=True, text=True, check=False, env={**os.environ, **path, **(env or {})}
-            )
+            return ended(command, env={**os.environ, **path, **(env or {})})
 
         return call
 
@@ -199,7 +198,7 @@ class TestSimulated:
 
         def asked() -> str:
             command = [sys.executable, "-c", asks, str(tmp_path)]
-            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout.strip()
+            return succeeded(command, cwd=REPOSITORY).stdout.strip()
 
         assert asked() == "True 0"
         needed.unlink()

@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from qadeploy import Answerer
+from tests.processes_for_tests import succeeded
 
 PAGE = Path(__file__).parents[1] / "docs" / "embedding.md"
 BLOCKS = dict(re.findall(r"^```(?:python|sh) (\S+)\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE))
@@ -45,10 +46,7 @@ def environment() -> dict[str, str]:
 
 
 def run(place: Path, name: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, name], cwd=place, env=environment(), capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = succeeded([sys.executable, name], cwd=place, env=environment(), timeout=60)
     return done.stdout.splitlines()
 
 
@@ -145,13 +143,9 @@ print(json.dumps([one.get(timeout=20, interval=0.02)["text"] for one in sent]))
 
 def test_celery_with_its_prefork_pool(place):
     quick = "--without-mingle --without-gossip --without-heartbeat"  # which a folder as the broker makes slow
-    with started(
-        place, f"{BLOCKS['celery'].strip()} {quick}", r"celery@"
-    ):  # killed at the end: its own way out takes 6 s
-        done = subprocess.run(
-            [sys.executable, "-c", ENQUEUE], cwd=place, env=environment(), capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+    # Killed at the end: its own way out takes 6 s.
+    with started(place, f"{BLOCKS['celery'].strip()} {quick}", r"celery@"):
+        done = succeeded([sys.executable, "-c", ENQUEUE], cwd=place, env=environment())
         assert json.loads(done.stdout) == ["Ada", "Bela", "Cora"]
 
 

@@ -26,6 +26,7 @@ from qadeploy.training.checkpoint import Checkpoint, TorchModel, load_checkpoint
 from qadeploy.training.exportable import exporters
 from tests.models_for_tests import ARCHITECTURES
 
+FEEDS = {"attention_mask": np.array([[1, 1, 1, 0], [1, 0, 1, 1]]), "input_ids": np.array([[1, 5, 2, 9], [4, 3, 8, 6]])}
 QUICK = ("RoBERTa", "ALBERT", "ModernBERT")  # of each form of attention one; the others take a minute together
 EACH = [pytest.param(a, id=a.name, marks=[] if a.name in QUICK else [pytest.mark.slow]) for a in ARCHITECTURES]
 
@@ -196,16 +197,12 @@ def test_a_padding_mask_becomes_the_form_that_fusions_know_with_the_same_result(
     from onnx.reference import ReferenceEvaluator
 
     model = masked()
-    feeds = {
-        "attention_mask": np.array([[1, 1, 1, 0], [1, 0, 1, 1]]),
-        "input_ids": np.array([[1, 5, 2, 9], [4, 3, 8, 6]]),
-    }
-    before = ReferenceEvaluator(model).run(None, feeds)[0]
+    before = ReferenceEvaluator(model).run(None, FEEDS)[0]
     assert simplify_masks(model, 64) == 1
     onnx.checker.check_model(model)
     kinds = [node.op_type for node in model.graph.node]
     assert kinds == [*("Unsqueeze", "Unsqueeze", "Cast", "Sub", "Mul"), *("Cast", "Unsqueeze", "Div", "Add", "Softmax")]
-    np.testing.assert_allclose(ReferenceEvaluator(model).run(None, feeds)[0], before, atol=1e-6)
+    np.testing.assert_allclose(ReferenceEvaluator(model).run(None, FEEDS)[0], before, atol=1e-6)
 
 
 def test_a_mask_that_also_hides_what_is_far_stays():
@@ -238,15 +235,11 @@ def test_a_condition_that_hides_padding_before_the_product_is_scaled_becomes_tha
     tensors = [number(np.asarray(value), name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "chosen", inputs, outputs, tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    feeds = {
-        "attention_mask": np.array([[1, 1, 1, 0], [1, 0, 1, 1]]),
-        "input_ids": np.array([[1, 5, 2, 9], [4, 3, 8, 6]]),
-    }
-    before = ReferenceEvaluator(model).run(None, feeds)[0]
+    before = ReferenceEvaluator(model).run(None, FEEDS)[0]
     assert simplify_masks(model, 64) == 1
     kinds = [node.op_type for node in model.graph.node]
     assert kinds[-5:] == ["Transpose", "MatMul", "Div", "Add", "Softmax"]
-    after = ReferenceEvaluator(model).run(None, feeds)[0]
+    after = ReferenceEvaluator(model).run(None, FEEDS)[0]
     np.testing.assert_allclose(np.broadcast_to(after, before.shape), before, atol=1e-6)
 
 

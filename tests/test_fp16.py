@@ -124,9 +124,8 @@ def test_what_ends_as_an_integer_or_an_angle_stays_exact(made):
     assert {"Log", "Div"} <= {kinds[name] for name in mpnet.fp16.exact if name in kinds}
     kinds = {n.name: n.op_type for n in onnx.load_model_from_string(modernbert.fp16.model).graph.node}
     assert {"Cos", "Sin"} <= {kinds[name] for name in modernbert.fp16.exact if name in kinds}
-    assert not {"MatMul", "Gemm", "Attention"} & {
-        kind for name, kind in kinds.items() if name in bert.fp16.exact
-    }  # no matmul with weights stays in fp32
+    # No matmul with weights stays in fp32.
+    assert not {"MatMul", "Gemm", "Attention"} & {kind for name, kind in kinds.items() if name in bert.fp16.exact}
 
 
 def test_exact_nodes_end_where_the_integers_begin():
@@ -189,11 +188,7 @@ def test_doctor_tells_of_the_bundles_for_gpus(written, tmp_path):
     damaged.mkdir()
     (damaged / MANIFEST).write_text("{", encoding="utf-8")
     (one,) = gpu_bundles(written.folder.parent)
-    assert one == {
-        "bundle": str(written.folder),
-        "measured_on": "cpu",
-        "paths": [],
-    }
+    assert one == {"bundle": str(written.folder), "measured_on": "cpu", "paths": []}
     line = next(line for line in diagnosis_lines({**diagnose(), "gpu_bundles": [one]}) if "keepers-fp16" in line)
     assert line.endswith("measured on cpu; its paths are tried when it is loaded on a GPU")
     assert gpu_bundles(tmp_path / "nothing") == []

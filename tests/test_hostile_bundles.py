@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from qadeploy.inference.bundle import manifest_text, open_bundle, seal
 from qadeploy.inference.graph_model import GraphModel
 from qadeploy.inference.loading import within
 from tests.conftest import sealed_copy, triplets, write_jsonl
+from tests.processes_for_tests import ended
 from tests.test_bundle import put_manifest
 from tests.test_session_answerer import crafted, run_script
 
@@ -224,19 +226,10 @@ main(sys.argv[1:])
 def test_every_command_that_loads_a_bundle_ends_in_time(bundle, tiny_checkpoint, tmp_path, command):
     rows = str(write_jsonl(tmp_path / "rows.jsonl", triplets(8)))
     out = ("--out", str(tmp_path / "out.jsonl"))
+    models = ["--base", str(tiny_checkpoint), "--teacher", str(bundle)]
     given = {
         "label": [rows, "--bundle", str(bundle), "--annotator", "ada", "--port", "0", *out],
-        "train": [
-            "--data",
-            rows,
-            "--base",
-            str(tiny_checkpoint),
-            "--teacher",
-            str(bundle),
-            "--precision",
-            "fp32",
-            *out,
-        ],
+        "train": ["--data", rows, *models, "--precision", "fp32", *out],
     }
     more = {
         "ask": ["--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp."],
@@ -248,13 +241,7 @@ def test_every_command_that_loads_a_bundle_ends_in_time(bundle, tiny_checkpoint,
         "tune": ["--data", rows, "--dry-run"],
     }
     arguments = given.get(command) or [str(bundle), *more[command]]
-    done = subprocess.run(
-        [sys.executable, "-c", LOADS_FOR_EVER, command, *arguments, "--load-timeout", "0.5"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = ended([sys.executable, "-c", LOADS_FOR_EVER, command, *arguments, "--load-timeout", "0.5"], timeout=60)
     message = f"Error: {bundle}: was not loaded within 0.5 s: raise the load timeout"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, message)
 
@@ -481,12 +468,8 @@ def test_an_answerer_goes_on_with_the_bundle_it_verified(replaced):
     expected = intact.answer_batch(PAIRS)
     assert loaded.answer_batch(PAIRS) == expected  # the narrow session, which is made now
     assert list(loaded.answer_stream(PAIRS)) == expected
-    found: list[Any] = [None] * 4
-    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, loaded.answer(*PAIRS[i]))) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda pair: loaded.answer(*pair), PAIRS[:4]))
     # Alone, not in a batch: a window is padded to another length, and the scores' last bits may differ.
     assert found == [intact.answer(*pair) for pair in PAIRS[:4]]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from qadeploy.errors import CheckpointError
 from qadeploy.training.checkpoint import Hub, load_checkpoint
 from qadeploy.training.train import train
 from tests.conftest import tiny_options, triplets, write_jsonl
+from tests.processes_for_tests import succeeded
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -85,8 +85,7 @@ def test_revision_and_token_reach_the_hub_and_the_token_no_error(hub, tmp_path):
     environment |= {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_environment"}
     environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", LOAD]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(command, timeout=120, env=environment)
     by_flag, by_environment, refused = json.loads(done.stdout)
     assert by_flag == by_environment == [COMMIT, False]
     config = "/me/tiny/resolve/v2/config.json"

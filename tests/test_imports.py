@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import qadeploy
+from tests.processes_for_tests import ended, succeeded
 
 HEAVY = ("torch", "transformers", "optimum", "datasets", "accelerate", "onnx", "pyarrow", "ray")
 LIGHT_SECONDS = 1.5
@@ -64,9 +65,7 @@ else:
 
 def run(script: str, *args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", script, *(str(a) for a in args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    return succeeded(command, timeout=120)
 
 
 def test_importing_and_answering_load_no_training_package(bundle):
@@ -86,7 +85,7 @@ def test_answers_where_no_training_package_can_be_imported(bundle):
 
 def test_training_without_its_packages_names_the_pip_line():
     script = BLOCK + "from qadeploy.cli import main\nmain(['train'])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = ended([sys.executable, "-c", script], timeout=120)
     assert done.returncode == 1
     assert "pip install 'qadeploy[train]'" in done.stderr
     assert "Traceback" not in done.stderr

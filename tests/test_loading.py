@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import hash_examples, read
 from qadeploy.errors import DataError, DataWarning, InputError, MissingExtraError
 from qadeploy.records import Annotation, Example
+from tests.processes_for_tests import succeeded
 
 SEED = {"context": "The sky is blue.", "question": "What color is the sky?", "answer": "blue"}
 BLUE = (Annotation("blue", 11),)
@@ -376,15 +376,12 @@ try:
 except InputError as error:
     print("InputError:", error)
 """
-    done = subprocess.run(
+    done = succeeded(
         [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
         timeout=120,
         cwd=Path(__file__).parents[1],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )
-    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     (line,) = done.stdout.splitlines()
     assert line.startswith("InputError: hub:rajpurkar/squad: the data set cannot be loaded from the hub: ")
@@ -393,11 +390,7 @@ except InputError as error:
 
 @pytest.mark.parametrize(
     ("module", "source", "extra"),
-    [
-        ("datasets", "hub:user/set", "train"),
-        ("pyarrow", "data.parquet", "parquet"),
-        ("openpyxl", "data.xlsx", "excel"),
-    ],
+    [("datasets", "hub:user/set", "train"), ("pyarrow", "data.parquet", "parquet"), ("openpyxl", "data.xlsx", "excel")],
 )
 def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, module, source, extra):
     monkeypatch.chdir(tmp_path)

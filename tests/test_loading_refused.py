@@ -14,18 +14,7 @@ from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import read
 from qadeploy.errors import DataError, InputError
 from qadeploy.records import Annotation
-from tests.test_loading import (
-    FLAT,
-    NESTED,
-    SEED,
-    csv_text,
-    jsonl,
-    problem,
-    problems,
-    put,
-    put_parquet,
-    without,
-)
+from tests.test_loading import FLAT, NESTED, SEED, csv_text, jsonl, problem, problems, put, put_parquet, without
 
 # ---------------------------------------------------------------- files that cannot be used
 
@@ -91,9 +80,8 @@ def test_a_truncated_parquet_file(tmp_path, cut):
 
 
 def test_parquet_text_that_is_not_utf8(tmp_path):
-    text = pyarrow.StringArray.from_buffers(
-        1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")
-    )  # offsets 0 and 1, then the one wrong byte
+    # Offsets 0 and 1, then the one wrong byte.
+    text = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff"))
     parquet.write_table(pyarrow.table({"context": text}), tmp_path / "data.parquet")
     with pytest.raises(InputError, match="not a readable parquet file"):
         read(str(tmp_path / "data.parquet"))
@@ -282,10 +270,7 @@ def test_nested_rows_are_counted_by_question(tmp_path):
     assert problem(source).startswith("row 3, field answers.answer_start: 5 does not match")
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "named"),
-    [({"id": "a"}, {"id": "a"}, "a"), ({"id": 7}, {"id": "7"}, "7")],
-)
+@pytest.mark.parametrize(("first", "second", "named"), [({"id": "a"}, {"id": "a"}, "a"), ({"id": 7}, {"id": "7"}, "7")])
 def test_ids_are_unique(tmp_path, first, second, named):
     source = put(tmp_path, "rows.jsonl", jsonl({**SEED, **first}, SEED, {**SEED, **second}))
     assert problem(source) == f'row 3, field id: "{named}" is also the id of row 1: ids are unique'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import subprocess
 import sys
 import threading
 import tracemalloc
@@ -22,10 +21,11 @@ from qadeploy.core.decoding import WindowLogits, decode_many
 from qadeploy.core.settings import Options, QaSettings
 from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.errors import LogitsError
-from qadeploy.inference.session import Pending
+from qadeploy.inference.answerer import LogitsModel
 from qadeploy.records import Logits, Window
 from tests.cli_for_tests import value, well
 from tests.conftest import triplets
+from tests.processes_for_tests import succeeded
 from tests.tokenizers_for_tests import family, texts, thorough
 from tests.unit.test_spans import brute_force, random_logits, rows
 
@@ -48,11 +48,6 @@ answers = answerer.answer("Who keeps the bell?", text, top_k=3)
 assert len(answers) == 3
 print((peak() - before) / len(text))
 """
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
 
 
 # ---------------------------------------------------------------- the decoder
@@ -118,7 +113,7 @@ def test_a_logit_that_is_not_finite_is_an_error_in_any_block(bad):
 # ---------------------------------------------------------------- memory
 
 
-class Tireless:
+class Tireless(LogitsModel):
     """A model that gives random logits at once: what an answerer takes with it, it takes beside the model."""
 
     threads, device = 1, "cpu"
@@ -126,9 +121,6 @@ class Tireless:
     def run(self, windows: list[Window]) -> list[Logits]:
         random = np.random.default_rng(1)
         return [(random.random(len(w), np.float32), random.random(len(w), np.float32)) for w in windows]
-
-    def start(self, windows: list[Window]) -> Pending:
-        return Pending(lambda: self.run(windows))
 
 
 def tireless() -> Answerer:
@@ -147,8 +139,7 @@ def million_characters() -> str:
 
 
 def test_a_million_characters_take_no_more_memory_than_promised():
-    result = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    result = succeeded([sys.executable, "-c", MILLION])
     assert 0 < float(result.stdout) < ALL_IN_ALL
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 import pytest
 
 from qadeploy import Answerer
-from qadeploy.data.arrow import read_parquet
+from qadeploy.data.arrow import read_table
 from qadeploy.errors import InputError, MachineWarning
 from qadeploy.inference.doctor import diagnose
 from qadeploy.inference.session import OnnxModel, session_options
 from qadeploy.machine import INSTRUCTION_SETS, Machine, entry_has_vnni, machine, parse_cpuinfo, usable_cpus
 from qadeploy.shipped import base_bundle_path
 from tests.conftest import sealed_copy
+from tests.processes_for_tests import succeeded
 
 XEON = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -128,10 +128,7 @@ def test_on_cuda_nothing_is_said(foreign, monkeypatch):
 def test_the_command_line_says_it_in_one_line_on_stderr(foreign):
     command = [sys.executable, "-W", "error", "-m", "qadeploy", "ask", str(foreign), "--json"]
     command += ["--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp.", "--device", "cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": os.getcwd()}
-    )
-    assert done.returncode == 0, done.stderr
+    done = succeeded(command, timeout=60, env={**os.environ, "PYTHONPATH": os.getcwd()})
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"Warning: {foreign}: this machine lacks ")
     assert done.stdout.startswith("{")
@@ -211,7 +208,7 @@ def test_no_library_is_left_to_count_cpus_by_itself(monkeypatch):
         arrow.set_cpu_count(4)
         monkeypatch.setattr("qadeploy.data.arrow.usable_cpus", lambda: 3)
         with pytest.raises(InputError):
-            read_parquet(b"PAR1", "x")
+            read_table(b"PAR1", "x", "parquet")
         assert arrow.cpu_count() == 3
     finally:
         arrow.set_cpu_count(before)
@@ -233,12 +230,7 @@ def test_an_answerer_obeys_the_quota(tiny, monkeypatch):
 
 @pytest.mark.parametrize(
     ("sets", "measured", "warned"),
-    [
-        (("avx2",), None, True),
-        (("avx2",), {"f1": 80}, False),
-        (("avx2", "avx_vnni"), None, False),
-        ((), None, False),
-    ],
+    [(("avx2",), None, True), (("avx2",), {"f1": 80}, False), (("avx2", "avx_vnni"), None, False), ((), None, False)],
 )
 def test_a_bundle_for_any_machine_warns_only_where_int8_may_saturate(sets, measured, warned, tmp_path, monkeypatch):
     monkeypatch.setattr("qadeploy.machine.machine", lambda: Machine("another", sets))
@@ -275,7 +267,5 @@ def test_the_doctor_names_the_commit_of_a_checkout():
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         pytest.skip("not a checkout")
-    head = subprocess.run(
-        ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    head = succeeded(["git", "-C", root, "rev-parse", "HEAD"]).stdout.strip()
     assert head.startswith(diagnose()["commit"].removesuffix("+"))

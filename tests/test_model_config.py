@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from qadeploy.integrations.triton.model_config import (
     tensors_of,
     write_config,
 )
+from tests.processes_for_tests import succeeded
 
 ANY = (-1,)
 PLAIN = Tensors(
@@ -177,5 +177,5 @@ try:
 except MissingExtraError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = succeeded([sys.executable, "-c", script], timeout=60)
     assert "pip install 'qadeploy[triton]'" in done.stdout, done

@@ -19,6 +19,7 @@ from qadeploy.data.loading import read
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.integrations.onnx_standalone.in_graph import cut_windows, spans_in_graph, strings_in_graph
 from qadeploy.records import Example
+from tests.processes_for_tests import ended
 
 FOLDER = Path(__file__).parent.parent / "docs" / "node"
 NODE = shutil.which("node")
@@ -35,7 +36,7 @@ pytestmark = [
 def node(*args: object, lines: list[dict[str, object]] | None = None) -> subprocess.CompletedProcess[str]:
     command = [str(NODE), str(FOLDER / "answer.mjs"), *(str(a) for a in args)]
     given = None if lines is None else "".join(json.dumps(line) + "\n" for line in lines)
-    return subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
+    return ended(command, input=given, timeout=120)
 
 
 def answers(done: subprocess.CompletedProcess[str]) -> list[dict[str, object]]:

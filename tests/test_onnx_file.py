@@ -10,11 +10,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from qadeploy.errors import BundleError
-from qadeploy.inference.bundle import (
-    open_bundle,
-    seal,
-    writing_bundle,
-)
+from qadeploy.inference.bundle import open_bundle, seal, writing_bundle
 from qadeploy.inference.onnx_file import has_external_data
 from tests.test_bundle import MANIFEST, fill, tiny_model, write
 

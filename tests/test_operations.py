@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from typing import Any
 
 import kubernetes_validate
@@ -18,6 +17,7 @@ from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.settings import Settings
 from qadeploy.shipped import base_bundle_path
 from tests.container_steps import ROOT, order, parse
+from tests.processes_for_tests import succeeded
 from tests.servers_for_tests import Local, serving
 
 DOCS = ROOT / "docs"
@@ -99,8 +99,7 @@ def test_the_alert_fires_for_the_figure_that_drifts(alert, tmp_path):
         "alert_rule_test": [{"eval_time": "9h", "alertname": "QadeployDrift", "exp_alerts": [fired]}],
     }
     (tmp_path / "case.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "tests": [case]}))
-    done = subprocess.run(["promtool", "test", "rules", str(tmp_path / "case.yml")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeded(["promtool", "test", "rules", str(tmp_path / "case.yml")])
 
 
 # ---------------------------------------------------------------- Kubernetes

@@ -43,17 +43,6 @@ def asked(count: int) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def server(answerer):
-    with serving(answerer) as local:
-        yield local
-
-
 def same(found: list[Answer], expected: list[Answer]) -> None:
     """Equal but for the last bits of a score, whose sum may go in another order."""
     assert [(a.text, a.start, a.end, a.passage, a.snippet) for a in found] == [
@@ -252,18 +241,8 @@ def test_the_largest_batch_with_the_most_passages_and_every_option_is_read(serve
 
 def test_ask_takes_several_contexts(answerer, bundle, tmp_path):
     (tmp_path / "b.txt").write_text(TEXTS[1], encoding="utf-8")
-    command = [
-        "ask",
-        str(bundle),
-        "--question",
-        LAMP,
-        "--context",
-        TEXTS[0],
-        "--context",
-        f"@{tmp_path / 'b.txt'}",
-        "--top-k",
-        "2",
-    ]
+    contexts = ["--context", TEXTS[0], "--context", f"@{tmp_path / 'b.txt'}"]
+    command = ["ask", str(bundle), "--question", LAMP, *contexts, "--top-k", "2"]
     expected = answerer.answer(LAMP, contexts=TEXTS[:2], top_k=2)
     told = CliRunner().invoke(main, [*command, "--json"])
     assert [a["passage"] for a in json.loads(told.stdout)["answers"]] == [a.passage for a in expected]

@@ -14,6 +14,7 @@ import pytest
 from qadeploy import files
 from qadeploy.errors import InputError
 from qadeploy.files import holding, new_file, replace_folder, sweep, temporary_folder, write_text, writing
+from tests.sessions_for_tests import until
 
 
 def child(work: Callable[[], object]) -> int:
@@ -30,13 +31,6 @@ def child(work: Callable[[], object]) -> int:
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-
-
-def until(found: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not found() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert found()
 
 
 def publish(place: Path, text: str) -> None:

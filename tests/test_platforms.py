@@ -6,7 +6,6 @@ Not simulated: file names, line ends of the console, and the libraries, whose wh
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from typing import Any
 
@@ -17,6 +16,7 @@ from qadeploy.machine import Machine, on_windows, parse_cpuinfo, parse_sysctl
 from qadeploy.shipped import base_bundle_path
 from tests.conftest import triplets, write_jsonl
 from tests.container_steps import ROOT
+from tests.processes_for_tests import succeeded
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(3)]
 
@@ -155,8 +155,7 @@ def found(request, tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp(request.param)
     write_jsonl(folder / "rows.jsonl", triplets(3))
     command = [sys.executable, "-c", SIMULATION, str(folder), request.param, json.dumps(PAIRS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = succeeded(command, timeout=300, cwd=ROOT)
     return {**json.loads(done.stdout.splitlines()[-1]), "platform": request.param}
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from qadeploy.cli import main
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.train import train
 from tests.conftest import make_tiny_checkpoint, tiny_options, triplets, write_jsonl
+from tests.processes_for_tests import succeeded
 from tests.test_resume import FORKS, KillAt, assert_same
 
 
@@ -87,8 +87,7 @@ ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 def test_launchers_train_the_run_of_one_process(launcher, options, alone, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", *launcher, "-m", "qadeploy", *arguments(options(out)), "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    result = succeeded(command)
     assert len(result.stdout.splitlines()) == 1
     assert json.loads(result.stdout)["run"] == str(out)
     assert sum("1 raw data" in line for line in result.stderr.splitlines()) == 1

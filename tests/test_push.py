@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from qadeploy.inference.tune_bundle import TuneOptions, tune_bundle
 from qadeploy.training.distill import load_teacher
 from tests.conftest import triplets
 from tests.hub_for_tests import TOKEN, StubHub, serving_hub
+from tests.processes_for_tests import succeeded
 
 # Its address and its folders are read when the library is imported, so it runs in a process of its own.
 BEGIN = """
@@ -120,21 +120,10 @@ def done(hub: StubHub, tiny: Any, bundle: Path, tmp_path_factory: pytest.TempPat
     sha256 = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
     found: dict[str, Any] = {"folder": folder}
     for steps, address in ((STEPS, hub.address), (USES, hub.address), (CUT_OFF, "http://127.0.0.1:9")):
-        command = [
-            sys.executable,
-            "-c",
-            BEGIN + steps,
-            str(tiny.run),
-            str(bundle),
-            hub.branches["me/old", "v1"],
-            sha256,
-            str(tiny.data),
-        ]
+        given = [str(tiny.run), str(bundle), hub.branches["me/old", "v1"], sha256, str(tiny.data)]
+        command = [sys.executable, "-c", BEGIN + steps, *given]
         environment["HF_ENDPOINT"] = address
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=folder
-        )
-        assert ended.returncode == 0, ended.stderr
+        ended = succeeded(command, timeout=300, env=environment, cwd=folder)
         found |= json.loads(ended.stdout.splitlines()[-1])
     assert TOKEN not in json.dumps(found, default=str)
     return found

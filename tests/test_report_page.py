@@ -13,6 +13,7 @@ from qadeploy.data.check import RowClass
 from qadeploy.reports.findings import searched
 from qadeploy.reports.report_page import CHECK_CLASSES, report_page
 from tests.conftest import CHROMIUM, needs_chromium
+from tests.processes_for_tests import ended
 from tests.run_facts_for_tests import ARABIC, EVIL, FAMILY, LONG, SEARCH, facts
 
 CHECK = {
@@ -246,17 +247,16 @@ def test_texts_and_lines_can_be_seen(page, scheme):
 # ---------------------------------------------------------------- a browser
 
 
+def opened(path: Path) -> subprocess.CompletedProcess[str]:
+    options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom")
+    return ended([CHROMIUM, *options, f"--user-data-dir={path.parent / 'profile'}", path.as_uri()], timeout=120)
+
+
 @needs_chromium
 def test_a_browser_opens_it_without_a_complaint(page, tmp_path):
     path = tmp_path / "report.html"
     path.write_text(page, encoding="utf-8")
-    done = subprocess.run(
-        [
-            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = opened(path)
     assert "<title>fa q: report of a run</title>" in done.stdout  # no script changed it, nothing was cut off
     assert done.stdout.rstrip().endswith("</html>")
     assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -266,13 +266,7 @@ def test_a_browser_opens_it_without_a_complaint(page, tmp_path):
 def test_the_browser_test_would_see_a_complaint(tmp_path):
     path = tmp_path / "bad.html"
     path.write_text("<script>console.error('seen'); nothing()</script>", encoding="utf-8")
-    done = subprocess.run(
-        [
-            CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri(),
-        ],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = opened(path)
     assert "CONSOLE" in done.stderr
 
 

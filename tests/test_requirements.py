@@ -12,6 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.processes_for_tests import ended
+
 ROOT = Path(__file__).resolve().parents[1]
 HASHED = re.compile(r"(?P<line>[a-z0-9][a-z0-9.-]*==.+?)(?P<hashes>(?: --hash=sha256:[0-9a-f]{64})+)")
 LISTS = {"cpu": ("cpu", "serve", "corpus"), "gpu": ("gpu", "serve", "corpus"), "build": ()}
@@ -38,9 +40,8 @@ def pins() -> dict[str, str]:
 def test_a_list_has_the_tested_versions(name):
     versions = pins()
     found = {each: str(one.specifier) for each, one in read(name).items() if not each.startswith("nvidia-")}
-    assert found == {
-        each: f"=={versions[each]}" for each in found
-    }  # NVIDIA's follow the runtime, and torch wants others
+    # NVIDIA's follow the runtime, and torch wants others.
+    assert found == {each: f"=={versions[each]}" for each in found}
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -65,9 +66,7 @@ def test_another_file_of_the_same_version_is_refused(tmp_path):
     text = re.sub(r"sha256:[0-9a-f]{64}", "sha256:" + 64 * "0", build.read_text("utf-8"))
     (tmp_path / "list.txt").write_text(text)
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-    done = subprocess.run(
-        [*command, "-r", "list.txt", "-d", "wheels"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = ended([*command, "-r", "list.txt", "-d", "wheels"], cwd=tmp_path)
     if "DO NOT MATCH THE HASHES" not in done.stderr and "from versions: none" in done.stderr:
         pytest.skip("no package index")
     assert done.returncode == 1
@@ -84,7 +83,7 @@ def test_a_fresh_environment_can_be_made_of_the_list(tmp_path):
     flags = ("--require-hashes", "--only-binary=:all:", "--no-compile")  # bytecode of all packages would take longest
     command = [python, "-m", "pip", "install", "-q", *flags]
     listed = str(ROOT / "requirements" / "cpu.txt")
-    done = subprocess.run([*command, "-r", listed], capture_output=True, text=True, check=False)
+    done = ended([*command, "-r", listed])
     if "from versions: none" in done.stderr:
         pytest.skip("no package index")
     assert done.returncode == 0, done.stderr
@@ -92,5 +91,5 @@ def test_a_fresh_environment_can_be_made_of_the_list(tmp_path):
         "import qadeploy.serve.app, qadeploy.inference.answerer, lxml.html, markdown_it, pypdfium2, tantivy, sys; "
         "assert 'torch' not in sys.modules; print('ready')"
     )
-    asked = subprocess.run([python, "-c", ask], cwd=ROOT, capture_output=True, text=True, check=False)
+    asked = ended([python, "-c", ask], cwd=ROOT)
     assert asked.stdout == "ready\n", asked.stderr

@@ -104,10 +104,7 @@ def run_child(options: TrainOptions, resume: bool, before: Callable[[], None] | 
 
 
 def run(
-    options: TrainOptions,
-    resume: bool = False,
-    delay: float | None = None,
-    before: Callable[[], None] | None = None,
+    options: TrainOptions, resume: bool = False, delay: float | None = None, before: Callable[[], None] | None = None
 ) -> int | None:
     """Trains in a process of its own, which calls ``before`` first and is killed after ``delay`` seconds; its exit code."""
     child = FORKS.Process(target=run_child, args=(options, resume, before))
@@ -534,10 +531,8 @@ def test_a_save_is_removed_without_the_foreign_files_in_it(tmp_path):
     (tmp_path / "checkpoint-5" / "inner" / "model.safetensors").write_text("mine, in a folder of mine")
     (tmp_path / "checkpoint-5" / "model.safetensors").write_text("weights")
     (tmp_path / "checkpoint-5" / "rng_state_0.pth").write_text("state")
-    for name in (
-        ".tmpP6OiH9",
-        ".qadeploy.json.qadeploy-0123456789abcdef.tmp",
-    ):  # of safetensors, of ours, killed halfway
+    # Of safetensors, of ours, killed halfway.
+    for name in (".tmpP6OiH9", ".qadeploy.json.qadeploy-0123456789abcdef.tmp"):
         (tmp_path / "checkpoint-5" / name).write_text("half")
     prune(tmp_path, 12, 12)
     assert [find_flaw(tmp_path / f"checkpoint-{n}") is None for n in (2, 5, 9, 12)] == [False, False, True, True]

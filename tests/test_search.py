@@ -162,7 +162,7 @@ def test_a_recipe_that_fails_is_said_and_not_kept(reference, material, tmp_path)
     def broken(_: Material) -> QuantizedModel:
         raise ValueError("no such\nmatmul")
 
-    (candidate,) = search(reference, material, tmp_path).run([Recipe("mine", "x", "int8", broken)])
+    (candidate,) = search(reference, material, tmp_path).run([Recipe("mine", "x", broken)])
     assert candidate.failed == "ValueError: no such matmul"
     assert list(tmp_path.iterdir()) == []
 
@@ -200,8 +200,7 @@ def test_the_two_best_are_timed_against_each_other_only_where_their_ranges_overl
 def test_the_two_best_are_put_in_order_by_their_own_rounds(seconds, order, why, reference, material, monkeypatch):
     models = [material.model, RECIPES["int8"].make(material).model]
     made = {
-        n: Recipe(n, "x", "int8", lambda _, m=m: QuantizedModel(m))
-        for n, m in zip(("first", "second"), models, strict=True)
+        n: Recipe(n, "x", lambda _, m=m: QuantizedModel(m)) for n, m in zip(("first", "second"), models, strict=True)
     }
     clock = Clock(monkeypatch)
 

@@ -10,7 +10,6 @@ import time
 import httpx
 import pytest
 
-from qadeploy import Answerer
 from qadeploy.core.settings import Options
 from qadeploy.errors import InputError
 from qadeploy.serve.logs import JsonFormatter
@@ -27,17 +26,6 @@ EXOTIC = [
     "एडा दीपक रखती है। Ada keeps the lamp.",
     "Zoë keeps the ångström lamp; naïve café.",
 ]
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def server(answerer):
-    with serving(answerer) as local:
-        yield local
 
 
 def told(answers) -> list[dict]:

@@ -25,12 +25,6 @@ MOST = Settings().max_body_bytes
 LONGEST_STEP = 0.05  # seconds of the event loop
 
 
-@pytest.fixture(scope="module")
-def server(bundle):
-    with serving(Answerer.load(bundle, device="cpu", threads=1)) as local:
-        yield local
-
-
 def objects(size: int) -> bytes:
     return b"[" + b",".join([b"{}"] * (size // 3 - 1)) + b"]"
 
@@ -136,11 +130,8 @@ def test_no_body_holds_up_the_event_loop(server, monkeypatch, name):
         ("/v1/answer", [PAIR] * 65, "65"),
         ("/v1/answer", {"questions": [None] * 70}, "70"),
         ("/", {"inputs": [{}] * 66, "parameters": {"top_k": "many"}}, "66"),
-        (
-            "/v1/answer",
-            [{}] * 30_000,
-            "21845 questions or more",
-        ),  # what the first 64 KiB hold: two bytes and a comma each
+        # What the first 64 KiB hold: two bytes and a comma each.
+        ("/v1/answer", [{}] * 30_000, "21845 questions or more"),
     ],
 )
 def test_questions_are_counted_before_anything_is_validated(server, path, value, count):
@@ -204,9 +195,8 @@ def test_a_hostile_body_costs_little_memory_and_no_silence(bundle, tmp_path):
         assert httpx.post(f"{remote.url}/v1/answer", json=PAIR).status_code == 200
         before = resident(remote.process.pid)
         silences = [longest_silence(remote.url)]
-        while (
-            min(silences) >= 1 and len(silences) < 4
-        ):  # other work on this machine silences a server too, but not every time
+        # Other work on this machine silences a server too, but not every time.
+        while min(silences) >= 1 and len(silences) < 4:
             silences.append(longest_silence(remote.url))
         assert resident(remote.process.pid, "VmHWM") - before < 100  # it was 3,700
         assert min(silences) < 1  # it was 14 s and more

@@ -11,24 +11,13 @@ import pytest
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
-from qadeploy import Answerer
 from tests.conftest import triplets
+from tests.processes_for_tests import succeeded
 from tests.servers_for_tests import Fixed, around, serving, started
 
 PAIRS = [(str(row["question"]), f"🏮 {row['context']}") for row in triplets(6)]
 QUESTION, CONTEXT = PAIRS[0]
 INFER = "/v2/models/keepers/infer"
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
-@pytest.fixture(scope="module")
-def server(answerer):
-    with serving(answerer) as local:
-        yield local
 
 
 def texts(name: str, values: list[str]) -> dict[str, object]:
@@ -136,7 +125,7 @@ def test_the_sdks_of_sagemaker_and_kserve(bundle, answerer, tmp_path):
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", *SDKS], check=True)
     with started(tmp_path, bundle) as server:
         command = [python, "-c", CLIENTS, server.url, QUESTION, CONTEXT]
-        said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        said = succeeded(command, cwd=tmp_path).stdout
     invoked, ready, found, refused = json.loads(said.splitlines()[-1])
     best = answerer.answer(QUESTION, CONTEXT)[0]
     assert ready == [True] * 3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -24,6 +23,7 @@ from qadeploy.corpus.options import READ
 from qadeploy.errors import InputError
 from qadeploy.serve.settings import Settings
 from qadeploy.shipped import HANDBOOK, base_bundle_path
+from tests.processes_for_tests import ended
 from tests.servers_for_tests import Gate, Local, around, serving, started
 
 _ROWS = [json.loads(line) for line in HANDBOOK.read_text(encoding="utf-8").splitlines()]
@@ -302,7 +302,7 @@ def test_a_corpus_that_cannot_be_used_is_one_error(make, code, message, tmp_path
     place = tmp_path / "papers.txt"
     make(place)
     command = [sys.executable, "-m", "qadeploy", "serve", str(base_bundle_path()), "--corpus", str(place)]
-    found = subprocess.run([*command, "--port", "0", "--threads", "1"], capture_output=True, text=True, timeout=120)
+    found = ended([*command, "--port", "0", "--threads", "1"], timeout=120)
     error = "\n".join(line for line in found.stderr.splitlines() if not line.startswith("{"))
     assert (found.returncode, found.stdout, "Traceback" in error) == (code, "", False)
     assert str(place) in error

@@ -19,11 +19,6 @@ PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(3)]
 QUESTION, CONTEXT = PAIRS[0]
 
 
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
-
-
 def distribution(local, metric: str, figure: str, answerer) -> dict[str, float]:
     """The values of a drift metric of one figure, by the bound of the bucket."""
     line = rf'{metric}{{(?=.*hash="{answerer.bundle.hash}")(?=.*figure="{figure}").*le="([^"]+)".*}} (\S+)'
@@ -62,9 +57,8 @@ def test_drift_counts_what_was_answered_whatever_was_requested(answerer):
 
 
 def test_held_out_questions_are_watched_as_they_would_be_served(answerer):
-    settings = replace(
-        answerer.settings, null_threshold=-100.0
-    )  # "no answer" always wins if it competes, as it does by default
+    # "no answer" always wins if it competes, as it does by default.
+    settings = replace(answerer.settings, null_threshold=-100.0)
     watched = Watched(Answerer(answerer.encoder, settings, answerer.model))
     answers = list(watched.answer_stream(PAIRS, allow_no_answer=False))
     assert all(each[0].text for each in answers)

@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from qadeploy import Answerer
 from qadeploy.data.loading import read
 from qadeploy.errors import InputError
 from qadeploy.serve.feedback import Feedback
@@ -21,11 +20,6 @@ from tests.servers_for_tests import serving, started
 PAIRS = [(str(row["question"]), f"🏮 {row['context']}") for row in triplets(4)]
 QUESTION, CONTEXT = PAIRS[0]
 ASKED = {"question": QUESTION, "context": CONTEXT}
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
 
 
 @pytest.fixture

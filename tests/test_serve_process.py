@@ -6,10 +6,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlparse
 
 import httpx
@@ -17,6 +17,7 @@ import pytest
 
 from qadeploy import Answerer
 from tests.conftest import sealed_copy, triplets
+from tests.processes_for_tests import ended, succeeded
 from tests.servers_for_tests import started
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(12)]
@@ -97,8 +98,7 @@ def test_the_hugging_face_client_works_unchanged(remote, bundle):
     calls.append({"question": question, "context": context, "handle_impossible_answer": True, "max_question_len": 5})
     environment = {**os.environ, "HF_HUB_OFFLINE": "0"}  # which also forbids loopback
     command = [sys.executable, "-c", CLIENT, remote.url, json.dumps(calls)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = succeeded(command, timeout=60, env=environment)
     found = json.loads(done.stdout)
     expected = [answerer.answer(q, c, align_to_words=True) for q, c in PAIRS]
     expected.append(answerer.answer(question, context, **several))
@@ -110,19 +110,14 @@ def test_the_hugging_face_client_works_unchanged(remote, bundle):
 
 def test_callers_at_once_share_the_server(remote, bundle):
     expected = [answers[0].text for answers in Answerer.load(bundle, device="cpu", threads=1).answer_batch(PAIRS)]
-    found: dict[int, list[str]] = {}
 
-    def caller(number: int) -> None:
+    def caller(_: int) -> list[str]:
         with httpx.Client(base_url=remote.url, timeout=30) as client:
             replies = [client.post("/v1/answer", json={"question": q, "context": c}).json() for q, c in PAIRS]
-        found[number] = [reply["answers"][0]["text"] for reply in replies]
+        return [reply["answers"][0]["text"] for reply in replies]
 
-    threads = [threading.Thread(target=caller, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [found[i] for i in range(8)] == [expected] * 8
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(caller, range(8))) == [expected] * 8
 
 
 def test_who_hangs_up_has_his_windows_dropped(bundle, tmp_path):
@@ -201,10 +196,7 @@ def test_a_bundle_whose_model_gives_nan_answers_with_a_typed_error(bundle, tmp_p
 
 
 def test_a_running_server_has_loaded_no_training_package(bundle):
-    done = subprocess.run(
-        [sys.executable, "-c", LOADED, str(bundle)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = succeeded([sys.executable, "-c", LOADED, str(bundle)], timeout=60)
     assert done.stdout.split("\n") == ["200"] * 6 + ["[]", ""]
 
 
@@ -219,7 +211,7 @@ def test_every_line_of_the_log_is_json_without_texts(remote):
 def test_a_port_that_is_taken_is_named(remote, bundle):
     port = str(urlparse(remote.url).port)
     command = [sys.executable, "-m", "qadeploy", "serve", str(bundle), "--port", port]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = ended(command, timeout=60)
     assert done.returncode == 2
     assert done.stderr == f"Error: --host 127.0.0.1 --port {port}: cannot listen there: Address already in use\n"
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,6 +18,7 @@ from qadeploy.errors import InputError
 from qadeploy.inference.bundle import MODEL, open_bundle
 from tests.conftest import sealed_copy, triplets
 from tests.servers_for_tests import Gate, around, serving, started
+from tests.sessions_for_tests import until
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(4)]
 ASKED = {"question": PAIRS[0][0], "context": PAIRS[0][1]}
@@ -43,13 +44,6 @@ def point(link: Path, target: Path) -> None:
     new = link.with_name("new")
     new.symlink_to(target)
     new.replace(link)
-
-
-def until(true: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def hashes(url: str) -> list[str]:

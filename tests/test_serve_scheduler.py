@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -19,15 +20,11 @@ from qadeploy.serve.scheduler import Ask, Job, Scheduler
 from qadeploy.serve.settings import Settings
 from tests.conftest import triplets
 from tests.servers_for_tests import Fixed, Gate, around
+from tests.sessions_for_tests import until
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
 LONG = " ".join(c for _, c in PAIRS * 3)
 OPTIONS = Options()
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=1)
 
 
 @contextmanager
@@ -35,12 +32,7 @@ def scheduling(
     answerer: Answerer, workers: int = 1, batched: bool = False, tokens_per_second: float = 10_000.0, **settings
 ) -> Iterator[Scheduler]:
     scheduler = Scheduler(
-        answerer,
-        Metrics(),
-        Settings(**settings),
-        workers=workers,
-        batched=batched,
-        tokens_per_second=tokens_per_second,
+        answerer, Metrics(), Settings(**settings), workers=workers, batched=batched, tokens_per_second=tokens_per_second
     )
     try:
         yield scheduler
@@ -54,13 +46,6 @@ def ask(question: str, context: str, options: Options = OPTIONS) -> Ask:
 
 def submit(scheduler: Scheduler, *asks: Ask, timeout: float = 30) -> Job:
     return scheduler.submit(asks, lambda one, pair: to_answers(pair, one.options), timeout=timeout)
-
-
-def until(true, seconds: float = 10) -> None:
-    started = time.monotonic()
-    while not true():
-        assert time.monotonic() - started < seconds
-        time.sleep(0.001)
 
 
 def held(answerer: Answerer) -> tuple[Answerer, Gate]:
@@ -79,16 +64,8 @@ def test_many_threads_get_the_answers_of_one_by_one(answerer, options):
     asks = [ask(q, LONG if i % 7 == 0 else c, Options(top_k=1 + i % 3)) for i, (q, c) in enumerate(PAIRS)]
     expected = [to_answers(answerer.read(a.question, a.context, a.options), a.options) for a in asks]
     with scheduling(answerer, max_wait=1e9, **options) as scheduler:
-        jobs: list[Job] = []
-
-        def caller(number: int) -> None:
-            jobs.extend(submit(scheduler, one) for one in asks[number::8])
-
-        threads = [threading.Thread(target=caller, args=(i,)) for i in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(8) as threads:
+            jobs = list(threads.map(lambda one: submit(scheduler, one), asks))
         found = {job.asks[0]: job.future.result(20)[0] for job in jobs}
         assert scheduler.idle
     for one, answers in zip(asks, expected, strict=True):

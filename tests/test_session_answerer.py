@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from qadeploy.inference.session import OnnxModel
 from qadeploy.records import Logits, Window
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from tests.conftest import sealed_copy, triplets
+from tests.processes_for_tests import succeeded
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
 GOLD = [str(row["answer"]) for row in triplets(24)]
@@ -37,11 +37,7 @@ SCRIPTS = [
     "  \u00a0Ada\u2003keeps\tthe\r\n bell.  ",
     "\u0130stanbul: \u1e9e keeps \ufb01ve bells.",
 ]
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=2)
+THREADS = 2  # of the answerer
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +58,7 @@ def run_script(tmp_path: Path, script: str, *args: object, seconds: int = 120) -
     path = tmp_path / "script.py"
     path.write_text(script)
     command = [sys.executable, str(path), *(str(a) for a in args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    succeeded(command, timeout=seconds)
 
 
 # ---------------------------------------------------------------- answers
@@ -126,16 +121,8 @@ def test_an_empty_batch_and_an_empty_run(answerer):
 def test_options_of_one_call_do_not_change_the_next(answerer):
     question, context = MIXED[-1]
     before = answerer.answer(question, context)
-    short = answerer.answer(
-        question,
-        context,
-        top_k=4,
-        max_answer_len=1,
-        max_seq_len=40,
-        doc_stride=9,
-        align_to_words=True,
-        allow_no_answer=True,
-    )
+    lengths = {"max_answer_len": 1, "max_seq_len": 40, "doc_stride": 9}
+    short = answerer.answer(question, context, top_k=4, **lengths, align_to_words=True, allow_no_answer=True)
     assert len(short) == 4
     assert answerer.answer(question, context) == before
 
@@ -207,9 +194,8 @@ def test_the_stored_threshold_decides_about_the_null_answer(answerer, bundle, tm
     )
     assert same(found, by_torch.answer_batch(PAIRS, top_k=2, allow_no_answer=True), 1e-4)
     assert same(unsure.answer_batch(PAIRS, allow_no_answer=False), answerer.answer_batch(PAIRS))
-    assert unsure.answer_batch(PAIRS) == unsure.answer_batch(
-        PAIRS, allow_no_answer=True
-    )  # a model with a threshold may
+    # A model with a threshold may.
+    assert unsure.answer_batch(PAIRS) == unsure.answer_batch(PAIRS, allow_no_answer=True)
 
 
 def test_the_stored_temperature_sharpens_scores_and_moves_no_answer(answerer, bundle, tmp_path):

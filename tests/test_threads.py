@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -28,6 +27,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"max_seq_len": 40, "doc_stride": 38},  # leaves no room for new text, so it is lowered
     {"max_seq_len": 40, "doc_stride": 40},  # no question allows it: an error
 )
+THREADS = 2  # of the answerer
 FORMS = ("answer", "answer", "answer", "batch", "stream")
 
 
@@ -47,11 +47,6 @@ class Query:
             return list(answerer.answer_stream(iter(self.pairs), **self.options))
         except QadeployError as error:
             return f"{type(error).__name__}: {error}"
-
-
-@pytest.fixture(scope="module")
-def answerer(bundle: Path) -> Answerer:
-    return Answerer.load(bundle, device="cpu", threads=2)
 
 
 @pytest.fixture(scope="module")

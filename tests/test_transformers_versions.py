@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -13,6 +12,7 @@ from packaging.requirements import Requirement
 from qadeploy.errors import FailureError
 from qadeploy.training.transformers_versions import OLDEST, TOO_NEW, require_supported, trainer_options
 from tests.conftest import triplets, write_jsonl
+from tests.processes_for_tests import ended
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,7 +56,7 @@ main(sys.argv[1:])
 def test_a_command_says_so_before_it_reads_anything(command, tiny_checkpoint, tmp_path):
     data = write_jsonl(tmp_path / "few.jsonl", triplets(8))
     given = [*command, str(data if command[0] == "train" else tiny_checkpoint)]
-    done = subprocess.run([sys.executable, "-c", OUTSIDE, *given], capture_output=True, text=True, cwd=tmp_path)
+    done = ended([sys.executable, "-c", OUTSIDE, *given], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: transformers 6.0.0 is installed, but training and export need 4.53 or newer")
     assert done.stderr.count("\n") == 1

@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import warnings
@@ -38,6 +37,7 @@ from qadeploy.integrations.triton.repository import add_bundle
 from qadeploy.records import Window
 from tests.conftest import sealed_copy, triplets
 from tests.inference_servers_for_tests import Server, free_port, mlserver, needs_servers, triton
+from tests.processes_for_tests import succeeded
 
 SPANS = 5  # a window, of the bundles with their spans in the graph
 # Questions of one window and of several (of 160 tokens), so of many lengths.
@@ -225,8 +225,7 @@ sys.exit(status or (0 if len(list(stream)) == 199 and answerer.answer(*pair) == 
 @needs_servers
 def test_a_forked_child_makes_its_own_connections(server, repository):
     command = [sys.executable, "-c", FORK, server.url, str(repository / "keepers/1"), *PAIRS[0]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
+    succeeded(command, timeout=60)
 
 
 @needs_servers

@@ -18,7 +18,7 @@ import pytest
 
 from qadeploy.batch.ranges import Reader, scan
 from qadeploy.batch.sources import source_at
-from qadeploy.data.arrow import read_arrow, read_parquet, to_rows
+from qadeploy.data.arrow import read_table, to_rows
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
@@ -295,18 +295,18 @@ def typed() -> Any:
 
 def test_rows_are_those_that_pyarrow_makes():
     wanted = typed().to_pylist()
-    assert read_parquet(as_parquet(typed()), "x") == wanted
-    assert read_parquet(as_parquet(typed(), row_group_size=1, use_dictionary=False), "x") == wanted
+    assert read_table(as_parquet(typed()), "x", "parquet") == wanted
+    assert read_table(as_parquet(typed(), row_group_size=1, use_dictionary=False), "x", "parquet") == wanted
     for make in (as_stream, as_file):
         for compression in (None, "lz4", "zstd"):
-            assert read_arrow(make(typed().slice(1), compression), "x") == wanted[1:]
+            assert read_table(make(typed().slice(1), compression), "x", "arrow") == wanted[1:]
 
 
 def test_views_are_read(tmp_path):
     views = arrow.array(["short", None, "a text of more than twelve bytes"], arrow.string_view())
     wanted = [{"x": "short"}, {"x": None}, {"x": "a text of more than twelve bytes"}]
-    assert read_arrow(as_stream(arrow.table({"x": views})), "x") == wanted
-    assert read_arrow(as_stream(arrow.table({"x": views.slice(2)})), "x") == wanted[2:]
+    assert read_table(as_stream(arrow.table({"x": views})), "x", "arrow") == wanted
+    assert read_table(as_stream(arrow.table({"x": views.slice(2)})), "x", "arrow") == wanted[2:]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_views_are_read(tmp_path):
 )
 def test_types_that_can_repeat_without_end_are_named(column):
     with pytest.raises(InputError, match=r"x: holds a column of type \w+.* which is not read: save it as plain"):
-        read_arrow(as_stream(arrow.table({"c": column})), "x")
+        read_table(as_stream(arrow.table({"c": column})), "x", "arrow")
 
 
 def test_damaged_arrow_is_no_read_of_other_memory():
@@ -327,7 +327,7 @@ def test_damaged_arrow_is_no_read_of_other_memory():
     assert content.count(offsets) == 1
     damaged = content.replace(offsets, b"\0\0\0\0\x08\0\0\0\0\0\0\x7f")
     with pytest.raises(InputError, match="x: not a readable arrow file"):
-        read_arrow(damaged, "x")
+        read_table(damaged, "x", "arrow")
 
 
 # ---------------------------------------------------------------- dates

@@ -154,9 +154,8 @@ def test_without_npm_the_fix_is_named(tmp_path, monkeypatch):
 
 
 def test_without_a_home_the_cache_is_asked_for(monkeypatch):
-    monkeypatch.setattr(
-        "qadeploy.integrations.web.npm.cache_folder", lambda: None
-    )  # as for a user without a home folder
+    # As for a user without a home folder.
+    monkeypatch.setattr("qadeploy.integrations.web.npm.cache_folder", lambda: None)
     with pytest.raises(FailureError, match="no home folder: set QADEPLOY_CACHE"):
         onnxruntime_web()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
 import sys
 from itertools import pairwise
 
@@ -18,6 +17,7 @@ from qadeploy.training.checkpoint import load_checkpoint
 from qadeploy.training.features import FeatureSet, make_features
 from qadeploy.training.workers import make_features_in
 from tests.conftest import triplets
+from tests.processes_for_tests import succeeded
 from tests.tokenizers_for_tests import encoder
 
 SETTINGS = QaSettings(max_seq_len=40, doc_stride=8)
@@ -104,7 +104,6 @@ def test_workers_that_cannot_start_are_one_clear_error(tmp_path):
     script.write_text(UNGUARDED)
     tool.write_bytes(pickle.dumps(encoder("bert")))
     command = [sys.executable, str(script), str(tool), str(said)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    succeeded(command, timeout=120)
     assert 'no if __name__ == "__main__"' in said.read_text()
     assert "lower --preprocessing-num-workers" in said.read_text()

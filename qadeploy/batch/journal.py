@@ -44,10 +44,8 @@ class Journal:
 
     def _replay(self, text: str) -> None:
         begun, loaded, trying, run = False, False, 0, None
-        for line in [
-            *text.split("\n"),
-            '{"event": "begin"}',
-        ]:  # as if another worker began: a worker that has not left has died
+        # As if another worker began: a worker that has not left has died.
+        for line in [*text.split("\n"), '{"event": "begin"}']:
             try:
                 value = json.loads(line)
                 event = value["event"]

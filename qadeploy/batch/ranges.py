@@ -23,7 +23,8 @@ from qadeploy.data.parquet_pages import Pages
 from qadeploy.data.rows import RawRow
 from qadeploy.data.unpacking import Budget
 from qadeploy.data.wording import kind_of, names, one_line
-from qadeploy.errors import FailureError, InputError, MissingExtraError
+from qadeploy.errors import FailureError, InputError
+from qadeploy.extras import import_extra
 
 FINEST = 250  # rows of the smallest range by default
 _MARKS = 4096  # with more ranges per file, they are joined in pairs, so that a plan stays small
@@ -151,11 +152,7 @@ def _scan_parquet(source: Source, data_options: DataOptions) -> tuple[int, set[s
 
 def import_parquet(purpose: str) -> Any:
     """The module pyarrow.parquet. Raises MissingExtraError if it is not installed; ``purpose`` is what needs it."""
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise MissingExtraError(purpose, "pyarrow", "parquet") from error
-    return parquet
+    return import_extra("pyarrow.parquet", purpose, "parquet")
 
 
 def _parquet_file(stream: Any, **options: Any) -> Any:

@@ -126,9 +126,7 @@ class _Actor:
             error = str(failure)
         except OSError as failure:
             error, system = f"{failure.filename or ''}\n{failure.strerror or one_line(failure)}", True
-        except (
-            Exception
-        ) as failure:  # the driver reports it; if it were raised here, Ray would retry or wrap it in its own traces
+        except Exception as failure:  # the driver reports it: Ray would retry, or wrap it in its own traces
             error = f"part {number}: {type(failure).__name__}: {one_line(failure)}"
         values = {"shard": number, "rows": counts.rows, "rejected": counts.rejected, "error": error, "system": system}
         return {name: [value] for name, value in values.items()}
@@ -280,19 +278,17 @@ def _silent_library() -> Iterator[None]:
 
     It reads the level once and reports that on stderr without Python, so stderr is closed meanwhile.
     """
-    given = os.environ.get("RAY_BACKEND_LOG_LEVEL")
+    level = os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     os.close(nothing)
     try:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        yield
+        with _environment({"RAY_BACKEND_LOG_LEVEL": level}):
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        if given is None:
-            del os.environ["RAY_BACKEND_LOG_LEVEL"]
 
 
 @contextmanager

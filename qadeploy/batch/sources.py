@@ -19,7 +19,8 @@ from urllib.parse import quote
 
 from qadeploy.data.formats import READERS
 from qadeploy.data.wording import one_line
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import InputError
+from qadeploy.extras import import_extra
 from qadeploy.shipped import HANDBOOK
 
 LINES = frozenset({".jsonl", ".ndjson"})
@@ -187,10 +188,7 @@ def _matches(parts: Sequence[str], wanted: Sequence[str]) -> bool:
 
 
 def _system(uri: str) -> tuple[Any, str]:
-    try:
-        from pyarrow import fs
-    except ImportError as error:
-        raise MissingExtraError(f"reading {uri}", "pyarrow", "parquet") from error
+    fs = import_extra("pyarrow.fs", f"reading {uri}", "parquet")
     bare, mark, query = uri.partition("?")
     scheme, _, rest = bare.partition("://")
     try:  # names are written as in the store; pyarrow expects them quoted as in a URI

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,16 +101,8 @@ def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
             "cpu",
         )
         others = calibration(request.known, workload, _CALIBRATION_QUESTIONS)
-        setup = Setup(
-            request.checkpoint,
-            request.bundles[0],
-            device,
-            threads,
-            null,
-            others,
-            Path(folder),
-            request.options.trust_remote_code,
-        )
+        trust, bundle = request.options.trust_remote_code, request.bundles[0]
+        setup = Setup(request.checkpoint, bundle, device, threads, null, others, Path(folder), trust)
         for name in request.peers:
             say(f"preparing {name}")
             found.append(_prepared(name, setup))
@@ -237,12 +229,7 @@ def _peak(threads: int, say: Say) -> tuple[Peak | None, str]:
 
 
 def _report(
-    request: BenchRequest,
-    found: Sequence[_Measured],
-    peak: Peak | None,
-    peak_note: str,
-    device: str,
-    threads: int,
+    request: BenchRequest, found: Sequence[_Measured], peak: Peak | None, peak_note: str, device: str, threads: int
 ) -> dict[str, Any]:
     workload = request.workload
     metric = choose_metric(request.options.metric or request.bundles[0].settings.metric, workload.examples)
@@ -292,7 +279,7 @@ def _report(
             "operations_per_question": first.operations and first.operations / len(workload.examples),
             "operations_note": first.note,
         },
-        "peak": peak.to_dict() if peak else None,
+        "peak": asdict(peak) if peak else None,
         "peak_note": peak_note,
         "rounds": request.options.rounds,
         "speedup_against": baseline.variant.name if baseline else "",

@@ -39,22 +39,10 @@ def variants(bundles: Sequence[Bundle], options: BenchOptions, allow_no_answer: 
     found = []
     for bundle, name in zip(bundles, names, strict=True):
         shown = name if names.count(name) == 1 else str(bundle.folder)
-        arguments = {
-            "path": str(bundle.folder),
-            "device": options.device,
-            "threads": options.threads,
-            "load_timeout": options.load_timeout,
-            "allow_no_answer": allow_no_answer,
-        }
-        found.append(
-            Variant(
-                f"qadeploy {bundle.precision} ({shown})",
-                bundle.precision,
-                bundle.model_bytes,
-                "qadeploy.bench.own:load",
-                arguments,
-            )
-        )
+        arguments = {"path": str(bundle.folder), "allow_no_answer": allow_no_answer}
+        arguments |= {each: getattr(options, each) for each in ("device", "threads", "load_timeout")}
+        title = f"qadeploy {bundle.precision} ({shown})"
+        found.append(Variant(title, bundle.precision, bundle.model_bytes, "qadeploy.bench.own:load", arguments))
     return found
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from threading import Barrier
 from typing import Any
 
 import numpy as np
 
-from qadeploy.errors import MissingExtraError
+from qadeploy.extras import import_extra
 from qadeploy.inference.session import onnxruntime, session_options
 
 SHAPES = ((256, 512, 512), (384, 2048, 512))  # m, k, n; the best shape differs by CPU
@@ -39,10 +39,6 @@ class Peak:
     def best(self, other: Peak) -> Peak:
         """The larger figures of two measurements."""
         return Peak(max(self.fp32, other.fp32), max(self.int8, other.int8), self.threads)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
-        return asdict(self)
 
 
 def measure_peak(threads: int) -> Peak:
@@ -88,10 +84,7 @@ def _best_seconds(run: Callable[[], object], meet: Barrier) -> float:
 
 def matmul_model(kind: str, k: int, n: int) -> bytes:
     """An ONNX model of one matmul: ``a [m, k]`` by constant ``[k, n]``: fp32 (MatMul) or int8 (MatMulInteger)."""
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingExtraError("the machine's peak", "onnx", "train") from error
+    onnx = import_extra("onnx", "the machine's peak", "train")
     generator = np.random.default_rng(1)
     if kind == "int8":
         weights: Any = generator.integers(-127, 128, (k, n)).astype(np.int8)

@@ -78,11 +78,7 @@ def _parts(answerer: Answerer, pairs: Pairs, allow_no_answer: bool) -> tuple[lis
     marks = [time.perf_counter()]
     contexts = {context: answerer.encoder.encode(context) for context in dict.fromkeys(c for _, c in pairs)}
     read = [
-        answerer.encoder.windows(
-            answerer.encoder.encode(question),
-            contexts[context],
-            **settings.lengths,
-        )
+        answerer.encoder.windows(answerer.encoder.encode(question), contexts[context], **settings.lengths)
         for question, context in pairs
     ]
     marks.append(time.perf_counter())

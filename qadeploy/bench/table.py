@@ -66,15 +66,8 @@ def environment(report: Mapping[str, Any]) -> str:
 def shown_packages(report: Mapping[str, Any]) -> list[str]:
     """The installed packages that a variant's speed depends on."""
     names = (
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "tokenizers",
-        "numpy",
-        "torch",
-        "transformers",
-        "optimum-onnx",
-        "openvino",
-        "nncf",
+        *("onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy"),
+        *("torch", "transformers", "optimum-onnx", "openvino", "nncf"),
     )
     return [name for name in names if report["environment"]["packages"].get(name)]
 

@@ -1,27 +1,9 @@
 """The command line: parse, call one function, print. Heavy imports happen inside the commands."""
 
-from qadeploy.cli import (
-    answering,
-    benching,
-    exporting,
-    indexing,
-    labelling,
-    pushing,
-    serving,
-    training,
-    tuning,
-)  # each adds its commands
+# Each adds its commands.
+from qadeploy.cli import answering, benching, exporting, indexing, labelling, pushing, serving, training, tuning
 from qadeploy.cli.common import main
 
 __all__ = [
-    "answering",
-    "benching",
-    "exporting",
-    "indexing",
-    "labelling",
-    "main",
-    "pushing",
-    "serving",
-    "training",
-    "tuning",
-]
+    "answering", "benching", "exporting", "indexing", "labelling", "main", "pushing", "serving", "training", "tuning",
+]  # fmt: skip

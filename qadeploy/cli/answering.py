@@ -315,13 +315,7 @@ qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answer
 )
 @options_of(TrainOptions, "columns")
 def answer(
-    as_json: bool,
-    bundle: str,
-    sources: tuple[str, ...],
-    output: str,
-    engine: str,
-    max_rejected: float,
-    **given: Any,
+    as_json: bool, bundle: str, sources: tuple[str, ...], output: str, engine: str, max_rejected: float, **given: Any
 ) -> None:
     """Answer every row of files with BUNDLE, one question per row, in order; set aside rows that cannot be answered, with the reason.
 

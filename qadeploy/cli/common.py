@@ -27,9 +27,11 @@ from qadeploy.errors import DataWarning, DeviceWarning, InputError, MachineWarni
 from qadeploy.inference.loading import end_past_loading
 from qadeploy.options import declared
 
-_TRAIN_PACKAGES = frozenset(
-    {"torch", "transformers", "onnx", "onnx_ir", "datasets", "accelerate", "jinja2", "markupsafe", "matplotlib"}
-)
+_EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "onnx", "onnx_ir", "datasets", "accelerate", "jinja2"), "train"),
+    **dict.fromkeys(("markupsafe", "matplotlib"), "train"),
+    **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), "serve"),
+}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -83,9 +85,9 @@ class _Command(click.Command):
             raise
         except ImportError as error:
             package = (error.name or "").partition(".")[0]
-            if debug or package not in _TRAIN_PACKAGES:
+            if debug or package not in _EXTRAS:
                 raise
-            fail(str(MissingExtraError(f"qadeploy {ctx.info_name}", package, "train")), 1)
+            fail(str(MissingExtraError(f"qadeploy {ctx.info_name}", package, _EXTRAS[package])), 1)
         except OSError as error:
             if debug or error.errno == errno.EPIPE:  # whoever read stdout has gone, as head does: click ends quietly
                 raise

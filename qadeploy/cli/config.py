@@ -19,7 +19,8 @@ from click.core import ParameterSource
 
 from qadeploy.cli.options import NumberOrWord
 from qadeploy.data.wording import printable
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import InputError
+from qadeploy.extras import import_extra
 
 _MOST = 2**16  # bytes of a file; PyYAML takes seconds for more
 _DEEPEST = 20  # lists and groups inside each other; no option takes even one
@@ -219,10 +220,8 @@ def _read_json(path: Path, text: str) -> Any:
 
 
 def _read_yaml(path: Path, text: str) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingExtraError(f"reading {path} as YAML", "yaml", "train") from error
+    import_extra("yaml", f"reading {path} as YAML", "train")
+    import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
         depth = 0

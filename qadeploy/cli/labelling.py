@@ -12,7 +12,7 @@ import click
 from qadeploy.cli.common import command, main, note
 from qadeploy.cli.options import options_of
 from qadeploy.data.fields import DataOptions
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import InputError
 from qadeploy.labelling.options import LabelOptions
 
 
@@ -36,17 +36,11 @@ def label(as_json: bool, source: str, out: str, **given: Any) -> None:
     folder of documents (text, Markdown, HTML, PDF), or one of them: then you type questions on its passages.
     Each decision is on the disk before the next row is shown. Rows that the annotator has decided are not shown again.
     """
-    try:
-        from qadeploy.serve.labelling import listen, serve_desk
-    except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}:
-            raise
-        raise MissingExtraError("qadeploy label", package, "serve") from error
     from qadeploy.inference.answerer import Answerer
     from qadeploy.labelling.desk import Desk
     from qadeploy.labelling.items import load_items, load_predictions
     from qadeploy.labelling.store import Store
+    from qadeploy.serve.labelling import listen, serve_desk
 
     options = LabelOptions(**given)
     place = Path(out)

@@ -9,7 +9,7 @@ import click
 
 from qadeploy.cli.common import bundle_argument, command, main
 from qadeploy.cli.options import options_of
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import InputError
 from qadeploy.serve.settings import Settings
 
 
@@ -31,13 +31,7 @@ def serve(as_json: bool, bundle: str, **options: Any) -> None:
     too: --max-queue is QADEPLOY_MAX_QUEUE; BUNDLE is QADEPLOY_BUNDLE.
     SIGTERM drains: not ready at once, --drain-delay later no new connections, running requests are answered, exit 0.
     """
-    try:
-        from qadeploy.serve.run import serve as run
-    except ImportError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"}:
-            raise
-        raise MissingExtraError("qadeploy serve", package, "serve") from error
+    from qadeploy.serve.run import serve as run
 
     if options["token"] is None and "QADEPLOY_TOKEN" in os.environ:  # click takes an empty variable for none
         raise InputError("QADEPLOY_TOKEN is empty, so anyone could ask: give it a token, or unset it")

@@ -128,31 +128,28 @@ class ConfidenceBin:
         return asdict(self)
 
 
-def confidence_bins(
-    confidences: Float64Array, correct: Float64Array, bins: int = ECE_BINS
-) -> tuple[ConfidenceBin, ...]:
-    """Sorts answers into bins of equal width from 0 to 1, empty bins included.
+def confidence_bins(confidences: Float64Array, correct: Float64Array) -> tuple[ConfidenceBin, ...]:
+    """Sorts answers into ``ECE_BINS`` bins of equal width from 0 to 1, empty bins included.
 
     Args:
         confidences: Scores of the answers, 0 to 1, ``[answers]``; 0 falls into the first bin.
         correct: 1 if the answer is right, else 0, ``[answers]``.
-        bins: Number of bins.
     """
-    number = np.searchsorted(np.arange(1, bins) / bins, confidences)
+    number = np.searchsorted(np.arange(1, ECE_BINS) / ECE_BINS, confidences)
     found = []
-    for i in range(bins):
+    for i in range(ECE_BINS):
         inside = number == i
         count = int(inside.sum())
         confidence, accuracy = (float(np.mean(rows[inside])) if count else 0.0 for rows in (confidences, correct))
-        found.append(ConfidenceBin(i / bins, (i + 1) / bins, count, confidence, accuracy))
+        found.append(ConfidenceBin(i / ECE_BINS, (i + 1) / ECE_BINS, count, confidence, accuracy))
     return tuple(found)
 
 
-def expected_calibration_error(confidences: Float64Array, correct: Float64Array, bins: int = ECE_BINS) -> float:
+def expected_calibration_error(confidences: Float64Array, correct: Float64Array) -> float:
     """Computes the mean distance between confidence and accuracy over ``confidence_bins``, weighted by answers, 0 to 1.
 
     Formula: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, equation 3. 0.0 without answers.
     """
     total = len(confidences)
-    parts = confidence_bins(confidences, correct, bins)
+    parts = confidence_bins(confidences, correct)
     return sum(b.count * abs(b.accuracy - b.confidence) for b in parts) / total if total else 0.0

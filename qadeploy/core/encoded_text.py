@@ -85,11 +85,7 @@ class EncodedText:
 
     def visible(self, start: int, end: int) -> tuple[int, int]:
         """Shrinks ``text[start:end]`` to exclude white space at its ends; returns its code points."""
-        while start < end and self.text[start].isspace():
-            start += 1
-        while end > start and self.text[end - 1].isspace():
-            end -= 1
-        return start, end
+        return trimmed(self.text, start, end)
 
     def tokens_of(self, start: int, end: int) -> tuple[int, int] | None:
         """Returns the first and last token (inclusive) with visible text of ``text[start:end]``, or None if there is none."""
@@ -98,6 +94,15 @@ class EncodedText:
         first = np.minimum(np.maximum(self.offsets[:, 0], start), last)
         touching = np.flatnonzero(self.visible_before[last] > self.visible_before[first])
         return (int(touching[0]), int(touching[-1])) if len(touching) else None
+
+
+def trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """Shrinks ``text[start:end]`` to exclude white space at its ends; returns its code points."""
+    while start < end and text[start].isspace():
+        start += 1
+    while end > start and text[end - 1].isspace():
+        end -= 1
+    return start, end
 
 
 @cache

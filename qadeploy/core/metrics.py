@@ -20,6 +20,7 @@ is lower or equal; it removes a short list of punctuation, and its exact match k
 
 from __future__ import annotations
 
+import math
 import re
 import string
 import sys
@@ -39,6 +40,7 @@ Metric = Literal["squad", "mixed"]
 MetricChoice = Literal["auto", "squad", "mixed"]
 MOST_OTHER_LETTERS = 0.1  # the share of letters outside the Latin script up to which "auto" is "squad"
 
+_Z = 1.959963984540054  # of a 95 % interval
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _FULL_WIDTH = 0xFEE0  # from an ASCII character to its full-width form
@@ -246,3 +248,14 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return (100.0 * float(low), 100.0 * float(high))
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Computes the 95 % interval of a share, 0 to 1, of ``count`` trials (Wilson 1927, "Probable Inference").
+
+    Unlike a bootstrap it has a width also if all trials succeeded, or none.
+    """
+    square = _Z * _Z
+    middle = (share + square / (2 * count)) / (1 + square / count)
+    half = _Z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)

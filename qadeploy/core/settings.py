@@ -85,11 +85,7 @@ class QaSettings:
     @property
     def lengths(self) -> Lengths:
         """The arguments of ``Encoder.windows`` and ``Encoder.cut`` that say how long windows are, in tokens."""
-        return {
-            "max_seq_len": self.max_seq_len,
-            "doc_stride": self.doc_stride,
-            "long_seq_len": self.long_seq_len,
-        }
+        return {"max_seq_len": self.max_seq_len, "doc_stride": self.doc_stride, "long_seq_len": self.long_seq_len}
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain JSON values."""

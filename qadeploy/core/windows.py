@@ -20,7 +20,8 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain
@@ -139,6 +140,11 @@ class Encoder:
         tokenizer: A fast tokenizer; the special tokens are learned from its pair template.
         config: What the tokenizer does not know.
 
+    Attributes:
+        config: As given.
+        frame: The special tokens around question and context, for code that builds windows elsewhere.
+        special_tokens: How many these are.
+
     Raises:
         InputError: The tokenizer's pair template does not put the first text before the second.
     """
@@ -155,12 +161,8 @@ class Encoder:
     @classmethod
     def from_file(cls, path: str | Path, config: EncoderConfig) -> Encoder:
         """Reads ``tokenizer.json``. Raises InputError if it cannot be read."""
-        try:
+        with rust_errors(lambda error: InputError(f"{path}: not a readable tokenizer file: {error}")):
             tokenizer = Tokenizer.from_file(str(path))
-        except BaseException as error:
-            if not is_rust_error(error):
-                raise
-            raise InputError(f"{path}: not a readable tokenizer file: {error}") from error
         return cls(tokenizer, config)
 
     def _read_template(self) -> None:
@@ -180,15 +182,9 @@ class Encoder:
         a, b, c, d = first[0], first[-1] + 1, second[0], second[-1] + 1
         top = max(self.config.segments - 1, 0)
         types = np.minimum(types, top)  # a model with one token type takes zeros only
-        self._before, self._between, self._after = ids[:a], ids[b:c], ids[d:]
-        self._special_types = (types[:a], types[b:c], types[d:])
-        self._part_types = (int(types[a]), int(types[c]))
+        special_types, part_types = (types[:a], types[b:c], types[d:]), (int(types[a]), int(types[c]))
+        self.frame = Frame(ids[:a], ids[b:c], ids[d:], special_types, part_types)
         self.special_tokens = len(ids) - 2 * size
-
-    @property
-    def frame(self) -> Frame:
-        """The special tokens around question and context, for code that builds windows elsewhere."""
-        return Frame(self._before, self._between, self._after, self._special_types, self._part_types)
 
     def _raw(self, text: str) -> EncodedText:
         return self._read(text, self._encoding(text))
@@ -231,9 +227,8 @@ class Encoder:
         if normalizer is None:
             return False
         first = unicodedata.normalize("NFKD", character)[0]
-        if (
-            unicodedata.category(first).startswith("M") or "\u1160" <= first <= "\u11ff"
-        ):  # a mark; a vowel or final of Hangul
+        # A mark; a vowel or final of Hangul.
+        if unicodedata.category(first).startswith("M") or "\u1160" <= first <= "\u11ff":
             return True
         normalised = normalizer.normalize_str
         return normalised(f"a{character}a") in (normalised("aa"), normalised("a a"))
@@ -248,14 +243,10 @@ class Encoder:
             InputError: The tokenizer fails on one of them, or leaves visible characters at its end without a token.
         """
         for text in _COVERED:
-            try:
+            with rust_errors(
+                lambda error: InputError(f"{source}: its tokenizer cannot read {text!r} ({error}): take another model")  # noqa: B023
+            ):
                 read = self._raw(text)
-            except BaseException as error:
-                if not is_rust_error(error):
-                    raise
-                raise InputError(
-                    f"{source}: its tokenizer cannot read {text!r} ({error}): take another model"
-                ) from error
             rest = text[int(read.offsets[:, 1].max(initial=0)) :]
             if lost := "".join(c for c in rest if not c.isspace() and not self._is_skipped(c)):
                 raise InputError(
@@ -437,8 +428,8 @@ class Encoder:
         if not self.config.segments:
             return None
         first, second = (context, question) if self.config.context_first else (question, context)
-        before, between, after = self._special_types
-        one, two = self._part_types
+        before, between, after = self.frame.types
+        one, two = self.frame.parts
         return np.concatenate(
             (before, np.full(first, one, dtype=np.int64), between, np.full(second, two, dtype=np.int64), after)
         )
@@ -448,10 +439,10 @@ class Encoder:
     ) -> Window:
         piece = context.ids[begin:end]
         first, second = (piece, question.ids) if self.config.context_first else (question.ids, piece)
-        input_ids = np.concatenate((self._before, first, self._between, second, self._after))
-        context_begin = len(self._before)
+        input_ids = np.concatenate((self.frame.before, first, self.frame.between, second, self.frame.after))
+        context_begin = len(self.frame.before)
         if not self.config.context_first:
-            context_begin += len(question) + len(self._between)
+            context_begin += len(question) + len(self.frame.between)
         return Window(
             input_ids=input_ids,
             token_type_ids=token_type_ids,
@@ -462,7 +453,7 @@ class Encoder:
         )
 
     def _null_index(self, length: int) -> int:
-        before, after = self._before.tolist(), self._after.tolist()
+        before, after = self.frame.before.tolist(), self.frame.after.tolist()
         null = self.config.null_token_id
         if null in before:
             return int(before.index(null))
@@ -493,6 +484,17 @@ def room_and_overlap(room: _Tokens, lengths: Lengths) -> tuple[_Tokens, _Tokens]
 def is_rust_error(error: BaseException) -> bool:
     """Whether tokenizers may have raised this: its binding raises bare Exception, and where Rust panics a class that is none."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def rust_errors(ours: Callable[[BaseException], Exception]) -> Iterator[None]:
+    """Raises what ``ours`` makes of an error for which ``is_rust_error`` holds."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_rust_error(error):
+            raise
+        raise ours(error) from error
 
 
 def pad_batch(windows: Sequence[Window], pad_token_id: int, *, tokens: int | None = None) -> dict[str, IntArray]:

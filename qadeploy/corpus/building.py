@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from qadeploy import __version__
-from qadeploy.core.windows import is_rust_error
+from qadeploy.core.windows import rust_errors
 from qadeploy.corpus.cutting import cut
 from qadeploy.corpus.documents import Reader, documents_of, endings, reader_of, require_size, unread
 from qadeploy.corpus.folder import (
@@ -26,7 +25,6 @@ from qadeploy.corpus.folder import (
     IndexFolder,
     Place,
     Source,
-    close_index,
     files_text,
     is_index,
     open_index,
@@ -37,7 +35,7 @@ from qadeploy.corpus.scanning import Found, reading, scan
 from qadeploy.corpus.terms import ANALYZER, analyzer, prepared, require_tantivy
 from qadeploy.data.wording import one_line
 from qadeploy.errors import CorpusError, InputError, MissingExtraError
-from qadeploy.files import holding, read_at, replace_folder, temporary_folder, write_text
+from qadeploy.files import holding, replace_folder, temporary_folder, write_text
 from qadeploy.inference.bundle import seal
 from qadeploy.machine import usable_cpus
 
@@ -96,7 +94,7 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
         CorpusError: The older index is damaged or of another version.
         MissingExtraError: Tantivy is not installed.
     """
-    require_tantivy("a corpus")
+    require_tantivy()
     source = Path(source)
     _check_place(folder)
     _refuse_inside(source, folder)
@@ -109,9 +107,6 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
         except OSError as error:
             error.filename = error.filename or str(folder)  # a full disk does not name the file
             raise
-        finally:
-            if old is not None:
-                close_index(old)
 
 
 def _check_place(folder: Path) -> None:
@@ -277,12 +272,13 @@ class _Writer:
     """Adds documents to the files of an index in a temporary folder, which begins with those of the old one."""
 
     def __init__(self, work: Path, folder: Path, old: IndexFolder | None) -> None:
-        tantivy = require_tantivy("a corpus")
+        tantivy = require_tantivy()
         self._tantivy, self._work, self._folder, self._old = tantivy, work, folder, old
         if old:
-            for name, descriptor in old.descriptors.items():
+            for name, file in old.files.items():
                 if SEARCH_FILE.fullmatch(name):
-                    _copy(descriptor, 0, os.fstat(descriptor).st_size, work / name)
+                    with (work / name).open("wb") as stream:
+                        stream.writelines(file.parts(0, file.size))
         self._schema = schema()
         threads = min(usable_cpus(), _MOST_THREADS)
         with _writing(folder):
@@ -358,7 +354,7 @@ class _Writer:
             at = 0
             for each in sorted((s for s in sources if s.id in old_ids), key=lambda s: s.begin):
                 if self._old is not None:
-                    _copy_to(self._old.descriptors[TEXTS], each.begin, each.length, texts)
+                    texts.writelines(self._old.files[TEXTS].parts(each.begin, each.length))
                 placed[each.id] = replace(each, begin=at)
                 at += each.length
             with new.open("rb") as stream:
@@ -372,24 +368,6 @@ class _Writer:
         return [placed.get(each.id) or replace(each, begin=each.begin + at) for each in sources]
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path) -> AbstractContextManager[None]:
     """Makes an error of Tantivy one of the index: it raises a ValueError if its disk is full."""
-    try:
-        yield
-    except BaseException as error:
-        if not is_rust_error(error):
-            raise
-        raise CorpusError(f"{folder}: the index cannot be written: {one_line(error)}") from error
-
-
-def _copy(descriptor: int, begin: int, length: int, path: Path) -> None:
-    with path.open("wb") as stream:
-        _copy_to(descriptor, begin, length, stream)
-
-
-def _copy_to(descriptor: int, begin: int, length: int, stream: Any) -> None:
-    at = begin
-    while at < begin + length and (part := read_at(descriptor, min(_COPIED, begin + length - at), at)):
-        stream.write(part)
-        at += len(part)
+    return rust_errors(lambda error: CorpusError(f"{folder}: the index cannot be written: {one_line(error)}"))

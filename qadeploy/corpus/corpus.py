@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Unpack
 
 from qadeploy.core.settings import AnswerOptions, Offsets
-from qadeploy.core.windows import is_rust_error
+from qadeploy.core.windows import rust_errors
 from qadeploy.corpus.building import Built, OnFile, build
-from qadeploy.corpus.folder import IndexFolder, Place, Source, close_index, is_index, open_index
+from qadeploy.corpus.folder import IndexFolder, Place, Source, is_index, open_index
 from qadeploy.corpus.options import READ, SNIPPET
 from qadeploy.corpus.records import CorpusAnswer, Passage, Skipped
 from qadeploy.corpus.terms import require_tantivy, terms_of
@@ -47,14 +46,13 @@ class Corpus:
     """
 
     def __init__(self, index: IndexFolder, skipped: Sequence[Skipped] | None = None) -> None:
-        weakref.finalize(self, close_index, index)
         rows = [problem for source in index.sources for problem in source.skipped]
         self.skipped = tuple([*index.skipped, *rows] if skipped is None else skipped)
         self._index = index
         self._passages = sum(source.passages for source in index.sources)
         self._sources = {source.id: source for source in index.sources}
         self._search = index.open_search()
-        self._tantivy = require_tantivy("a corpus")
+        self._tantivy = require_tantivy()
 
     @classmethod
     def build(cls, source: str | Path, folder: str | Path, on_file: OnFile | None = None) -> Corpus:
@@ -85,7 +83,7 @@ class Corpus:
             CorpusError: The index is damaged, unsafe or of another version.
             MissingExtraError: Tantivy is not installed.
         """
-        require_tantivy("a corpus")
+        require_tantivy()
         return cls(open_index(Path(folder)))
 
     @classmethod
@@ -236,7 +234,8 @@ class Corpus:
         return found
 
     def _found(self, query: Any, limit: int) -> list[tuple[float, Source, Place]]:
-        try:
+        damaged = f"{self.folder}: its search files cannot be used: build the index again"
+        with rust_errors(lambda _: CorpusError(damaged)):
             searcher = self._search.searcher()
             hits = searcher.search(query, limit, count=False).hits
             stored = [(score, searcher.doc(address)) for score, address in hits]
@@ -244,10 +243,6 @@ class Corpus:
                 (score, self._sources[entry["file"][0]], Place.from_bytes(bytes(entry["place"][0])))
                 for score, entry in stored
             ]
-        except BaseException as error:
-            if not is_rust_error(error):
-                raise
-            raise CorpusError(f"{self.folder}: its search files cannot be used: build the index again") from error
 
     def _passage(self, place: Place, source: Source, score: float) -> Passage:
         text = self._index.text_of(source, place)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from qadeploy.core.encoded_text import trimmed
 from qadeploy.corpus.records import Cut, Document, Heading
 
 # Code points of a passage: a window of 384 tokens and a question hold so much of most languages, so that a passage is one window.
@@ -73,13 +74,13 @@ def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
     """The paragraphs between two places, without white space around them; of a long one its parts."""
     borders = [(found.start(), found.end()) for found in _BLANK.finditer(text, start, end)]
     for first, last in zip([start, *(b for _, b in borders)], [*(a for a, _ in borders), end], strict=True):
-        first, last = _trimmed(text, first, last)
+        first, last = trimmed(text, first, last)
         while last - first > LONGEST:
             at = _part(text, first)
-            begin, stop = _trimmed(text, first, at)
+            begin, stop = trimmed(text, first, at)
             if begin < stop:
                 yield begin, stop
-            first, _ = _trimmed(text, at, last)
+            first, _ = trimmed(text, at, last)
         if first < last:
             yield first, last
 
@@ -91,11 +92,3 @@ def _part(text: str, first: int) -> int:
     if ends:
         return ends[-1]
     return next((at for at in range(most, half, -1) if text[at - 1].isspace()), most)
-
-
-def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    while start < end and text[start].isspace():
-        start += 1
-    while end > start and text[end - 1].isspace():
-        end -= 1
-    return start, end

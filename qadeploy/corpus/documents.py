@@ -33,23 +33,15 @@ class Reader:
     read: Callable[[bytes, str], Document] | None
 
 
-def _text(content: bytes, name: str) -> Document:
-    return Document(name, decode(content, name), has_lines=True)
-
-
 def _markdown(content: bytes, name: str) -> Document:
     text = decode(content, name)
     return Document(name, text, markdown_headings(text), has_lines=True)
 
 
-def _html(content: bytes, name: str) -> Document:
-    return html_document(decode(content, name), name)
-
-
 READERS = (
-    Reader((".txt", ".text"), "text", _text),
+    Reader((".txt", ".text"), "text", lambda content, name: Document(name, decode(content, name), has_lines=True)),
     Reader((".md", ".markdown"), "Markdown", _markdown),
-    Reader((".html", ".htm", ".xhtml"), "HTML", _html),
+    Reader((".html", ".htm", ".xhtml"), "HTML", lambda content, name: html_document(decode(content, name), name)),
     Reader((".pdf",), "PDF", pdf_document),
     Reader((".jsonl", ".ndjson"), "JSONL, a document per row", None),
 )

@@ -15,21 +15,20 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qadeploy.core.windows import is_rust_error
+from qadeploy.core.windows import rust_errors
 from qadeploy.corpus.records import Skipped
 from qadeploy.corpus.terms import ANALYZER, analyzer, require_tantivy
 from qadeploy.errors import CorpusError, InputError
-from qadeploy.files import PLAIN, read_at
+from qadeploy.files import OpenFile, opened
 from qadeploy.inference.bundle import MANIFEST, manifest_text
 from qadeploy.inference.manifest import parse_json
 
@@ -39,7 +38,6 @@ FILES, TEXTS = "files.json", "texts.bin"
 # Tantivy's own: its lists of files, and segments, which are named by a UUID.
 SEARCH_FILE = re.compile(r"meta\.json|\.managed\.json|[0-9a-f]{32}\.[\w.]{1,40}")
 _MOST_MANIFEST = 2**24
-_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +72,7 @@ class Source:
 
     def to_json(self) -> list[Any]:
         """The values as a list, without the names, of which there may be a million."""
-        skipped = [[each.path, each.reason] for each in self.skipped]
-        return [
-            *(self.path, self.id, self.size, list(self.changed), self.checked, self.sha256, self.begin, self.length),
-            *(self.documents, self.passages, skipped),
-        ]
+        return list(astuple(self))
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Source:
@@ -123,11 +117,7 @@ class Place:
 
     def to_bytes(self) -> bytes:
         """The values as JSON."""
-        values = [
-            *(self.document, self.place, self.start, self.end, self.begin, self.length),
-            *(self.document_begin, self.document_length, self.checksum),
-        ]
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(astuple(self), ensure_ascii=False, separators=(",", ":")).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Place:
@@ -143,7 +133,7 @@ class Place:
 
 def schema() -> Any:
     """The fields of a passage in Tantivy's index."""
-    tantivy = require_tantivy("a corpus")
+    tantivy = require_tantivy()
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("terms", tokenizer_name=ANALYZER, index_option="freq")
     builder.add_text_field("document", tokenizer_name="raw", index_option="basic")
@@ -169,13 +159,13 @@ class IndexFolder:
     sources: tuple[Source, ...]
     skipped: tuple[Skipped, ...]
     hash: str
-    descriptors: Mapping[str, int] = field(repr=False, compare=False)
+    files: Mapping[str, OpenFile] = field(repr=False, compare=False)
 
     def bytes_of(self, source: Source, begin: int, length: int) -> bytes:
         """Bytes of the texts of a file. Raises CorpusError if there are not so many."""
         if begin + length > source.length:
             raise _damaged(self.folder / TEXTS)
-        data = _read(self.descriptors[TEXTS], source.begin + begin, length)
+        data = self.files[TEXTS].read(source.begin + begin, length)
         if len(data) != length:
             raise _damaged(self.folder / TEXTS)
         return data
@@ -189,23 +179,19 @@ class IndexFolder:
 
     def open_search(self) -> Any:
         """Opens Tantivy's index, which needs no file any more once it is open. Raises CorpusError if it cannot be read."""
-        tantivy = require_tantivy("a corpus")
+        tantivy = require_tantivy()
         # Tantivy makes a lock file in the folder that it reads, which may be read-only. Links to the open files, or copies where
         # the system has no such links, are what was verified, whatever lies in the folder by now.
         with _vanishing_folder() as view:
-            for name, descriptor in self.descriptors.items():
+            for name, file in self.files.items():
                 if SEARCH_FILE.fullmatch(name):
-                    _show(descriptor, os.path.join(view, name))
-            try:
+                    _show(file.descriptor, os.path.join(view, name))
+            with rust_errors(lambda _: CorpusError(f"{self.folder}: its search files cannot be read: {_REBUILD}")):
                 index = tantivy.Index.open(view)
                 index.register_tokenizer(ANALYZER, analyzer())
                 index.config_reader(reload_policy="manual")
                 index.reload()
                 return index
-            except BaseException as error:
-                if not is_rust_error(error):
-                    raise
-                raise CorpusError(f"{self.folder}: its search files cannot be read: {_REBUILD}") from error
 
 
 def _show(descriptor: int, place: str) -> None:
@@ -260,19 +246,12 @@ def open_index(folder: Path) -> IndexFolder:
         InputError: There is no such folder.
         CorpusError: It is no index, of another version, incomplete, damaged, or unsafe.
     """
-    for _ in range(_TRIES):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such index: make one with qadeploy index")
-        found = folder.stat().st_ino
-        try:
-            return _open(folder)
-        except CorpusError:
-            if folder.is_dir() and folder.stat().st_ino == found:
-                raise  # else it was replaced meanwhile
-    return _open(folder)
+    return opened(folder, lambda: _open(folder))
 
 
 def _open(folder: Path) -> IndexFolder:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such index: make one with qadeploy index")
     manifest, hash_ = _read_manifest(folder)
     listed: Mapping[str, Any] = manifest["files"]
     names = {FILES, TEXTS}
@@ -283,27 +262,11 @@ def _open(folder: Path) -> IndexFolder:
         raise CorpusError(
             f"{folder}: holds {', '.join(map(repr, extra[:5]))}, which the manifest does not list: remove it"
         )
-    descriptors: dict[str, int] = {}
-    index = None
-    try:
-        for name, about in listed.items():
-            descriptors[name] = _verified(folder / name, about)
-        sources, skipped = _read_files(folder, descriptors[FILES])
-        size = os.fstat(descriptors[TEXTS]).st_size
-        if any(source.begin + source.length > size for source in sources):
-            raise CorpusError(f"{folder / FILES}: a text lies outside of {TEXTS}: {_REBUILD}")
-        index = IndexFolder(folder, manifest, sources, skipped, hash_, descriptors)
-        return index
-    finally:
-        if index is None:
-            for descriptor in descriptors.values():
-                os.close(descriptor)
-
-
-def close_index(index: IndexFolder) -> None:
-    """Closes the files of an index, which cannot be read any more."""
-    for descriptor in index.descriptors.values():
-        os.close(descriptor)
+    files = {name: _verified(folder / name, about) for name, about in listed.items()}
+    sources, skipped = _read_files(folder, files[FILES])
+    if any(source.begin + source.length > files[TEXTS].size for source in sources):
+        raise CorpusError(f"{folder / FILES}: a text lies outside of {TEXTS}: {_REBUILD}")
+    return IndexFolder(folder, manifest, sources, skipped, hash_, files)
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
@@ -336,41 +299,25 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     return manifest, hashlib.sha256(data).hexdigest()
 
 
-def _verified(path: Path, about: Mapping[str, Any]) -> int:
+def _verified(path: Path, about: Mapping[str, Any]) -> OpenFile:
     """Opens a file whose size and SHA-256 are those of the manifest. Raises CorpusError if they are not."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | PLAIN)
+        file = OpenFile(path)
     except OSError as error:
         raise CorpusError(f"{path}: is missing or not a plain file: {_REBUILD}") from error
-    sound = False
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise CorpusError(f"{path}: is missing or not a plain file: {_REBUILD}")
-        with open(descriptor, "rb", closefd=False) as stream:
-            hash_ = hashlib.file_digest(stream, "sha256").hexdigest() if found.st_size == about["size"] else ""
-        sound = hash_ == about["sha256"]
-        if not sound:
-            raise _damaged(path)
-        return descriptor
+        with open(file.descriptor, "rb", closefd=False) as stream:
+            hash_ = hashlib.file_digest(stream, "sha256").hexdigest() if file.size == about["size"] else ""
     except OSError as error:
         raise CorpusError(f"{path}: cannot be read: {error.strerror}") from error
-    finally:
-        if not sound:
-            os.close(descriptor)
+    if hash_ != about["sha256"]:
+        raise _damaged(path)
+    return file
 
 
-def _read(descriptor: int, begin: int, length: int) -> bytes:
-    parts, at = [], 0
-    while at < length and (part := read_at(descriptor, min(length - at, 2**26), begin + at)):
-        parts.append(part)
-        at += len(part)
-    return b"".join(parts)
-
-
-def _read_files(folder: Path, descriptor: int) -> tuple[tuple[Source, ...], tuple[Skipped, ...]]:
+def _read_files(folder: Path, file: OpenFile) -> tuple[tuple[Source, ...], tuple[Skipped, ...]]:
     try:
-        values = json.loads(_read(descriptor, 0, os.fstat(descriptor).st_size))
+        values = json.loads(file.read(0, file.size))
         sources = tuple(map(Source.from_json, values["files"]))
         skipped = tuple(Skipped(str(path), str(reason)) for path, reason in values["skipped"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:

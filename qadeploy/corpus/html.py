@@ -7,65 +7,18 @@ from typing import Any
 
 from qadeploy.corpus.records import Document, Heading
 from qadeploy.data.wording import one_line
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import InputError
+from qadeploy.extras import import_extra
 
-_LEFT_OUT = frozenset(
-    {
-        "script",
-        "style",
-        "template",
-        "noscript",
-        "svg",
-        "math",
-        "iframe",
-        "object",
-        "canvas",
-        "select",
-        "textarea",
-        "head",
-    }
-)
+_LEFT_OUT = frozenset({
+    "script", "style", "template", "noscript", "svg", "math", "iframe", "object", "canvas", "select", "textarea", "head",
+})  # fmt: skip
 _LINES = frozenset({"br", "li", "tr", "dt", "dd", "option", "summary", "caption", "figcaption"})
-_INLINE = frozenset(
-    {
-        *(
-            "a",
-            "abbr",
-            "acronym",
-            "b",
-            "bdi",
-            "bdo",
-            "big",
-            "cite",
-            "code",
-            "data",
-            "del",
-            "dfn",
-            "em",
-            "font",
-            "i",
-            "img",
-        ),
-        *(
-            "ins",
-            "kbd",
-            "label",
-            "mark",
-            "nobr",
-            "q",
-            "rp",
-            "rt",
-            "ruby",
-            "s",
-            "samp",
-            "small",
-            "span",
-            "strike",
-            "strong",
-        ),
-        *("sub", "sup", "time", "tt", "u", "var", "wbr", "button", "input"),
-    }
-)
+_INLINE = frozenset({
+    "a", "abbr", "acronym", "b", "bdi", "bdo", "big", "button", "cite", "code", "data", "del", "dfn", "em", "font", "i",
+    "img", "input", "ins", "kbd", "label", "mark", "nobr", "q", "rp", "rt", "ruby", "s", "samp", "small", "span", "strike",
+    "strong", "sub", "sup", "time", "tt", "u", "var", "wbr",
+})  # fmt: skip
 _GAPS = ("", " ", "\t", "\n", "\n\n")  # what stands between two texts, from the weakest to the strongest
 _SPACE = re.compile(r"[ \t\n\r\f\v]+")
 
@@ -112,10 +65,7 @@ def html_document(text: str, name: str) -> Document:
         InputError: The parser cannot read it.
         MissingExtraError: lxml is not installed.
     """
-    try:
-        from lxml import etree
-    except ImportError as error:
-        raise MissingExtraError("reading HTML", "lxml", "corpus") from error
+    etree = import_extra("lxml.etree", "reading HTML", "corpus")
     parser = etree.HTMLParser(encoding="utf-8", no_network=True, remove_comments=True, remove_pis=True, huge_tree=True)
     try:
         root = etree.fromstring(text.replace("\0", "").encode("utf-8"), parser) if text.strip() else None

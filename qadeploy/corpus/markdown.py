@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from qadeploy.corpus.records import Heading
-from qadeploy.errors import MissingExtraError
+from qadeploy.extras import import_extra
 
 
 def markdown_headings(text: str) -> tuple[Heading, ...]:
@@ -14,11 +14,7 @@ def markdown_headings(text: str) -> tuple[Heading, ...]:
     Raises:
         MissingExtraError: markdown-it-py is not installed.
     """
-    try:
-        from markdown_it import MarkdownIt
-    except ImportError as error:
-        raise MissingExtraError("reading Markdown", "markdown-it-py", "corpus") from error
-    parser = MarkdownIt("commonmark")
+    parser = import_extra("markdown_it", "reading Markdown", "corpus", "markdown-it-py").MarkdownIt("commonmark")
     parser.disable(["inline", "text_join"])  # what a paragraph holds does not matter here
     # Its lines end at \n, \r\n or \r; each of them becomes one character below, so that lines are counted the same way.
     begins = [0]

@@ -34,9 +34,8 @@ def read(content: bytes, most: int) -> dict[str, object]:
             page.close()
         except PdfiumError:
             return {"error": f"page {number + 1} cannot be read: it is damaged"}
-        text = (
-            text.replace("\x02", "").replace("\ufffe", "").replace("\0", "")
-        )  # how PDFium marks a hyphen at a line end
+        # How PDFium marks a hyphen at a line end.
+        text = text.replace("\x02", "").replace("\ufffe", "").replace("\0", "")
         left -= len(text)
         if left < 0:
             return {"error": f"unpacks to more than {most:,} bytes of text, so it may be a decompression bomb"}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qadeploy.corpus.records import Skipped
 from qadeploy.errors import InputError
-from qadeploy.files import PLAIN, is_temporary
+from qadeploy.files import NO_LINK, is_temporary
 
 OnSkipped = Callable[[Skipped], object]
 
@@ -110,7 +110,7 @@ def _opened(folder: _Folder, name: str, below: str, skip: OnSkipped) -> Iterator
     try:
         if not hasattr(os, "O_NOFOLLOW") and folder.is_link(name):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        descriptor = os.open(folder.named(name), os.O_RDONLY | PLAIN, dir_fd=folder.descriptor)
+        descriptor = os.open(folder.named(name), NO_LINK, dir_fd=folder.descriptor)
     except OSError as error:
         link = error.errno == errno.ELOOP
         skip(Skipped(label, "a link, which is not followed" if link else f"cannot be read: {error.strerror}"))

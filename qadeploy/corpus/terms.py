@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from qadeploy.core.scripts import UNSPACED
-from qadeploy.errors import MissingExtraError
+from qadeploy.extras import import_extra
 
 ANALYZER = "qadeploy"  # its name in the index
 MOST_TERMS = 256  # of a question; one with more words has no room in a window
@@ -18,19 +18,15 @@ _WORD = r"[\p{Alphabetic}\p{M}\p{Nd}]+"
 _RUN = re.compile(rf"[{UNSPACED}\u1100-\u11ff\uac00-\ud7ff]+")
 
 
-def require_tantivy(purpose: str) -> Any:
+def require_tantivy() -> Any:
     """The search library. Raises MissingExtraError if it is not installed."""
-    try:
-        import tantivy
-    except ImportError as error:
-        raise MissingExtraError(purpose, "tantivy", "corpus") from error
-    return tantivy
+    return import_extra("tantivy", "a corpus", "corpus")
 
 
 @cache
 def analyzer() -> Any:
     """What cuts a prepared text into terms, for passages and for questions."""
-    tantivy = require_tantivy("a corpus")
+    tantivy = require_tantivy()
     found = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.regex(_WORD))
     filters = tantivy.Filter
     for each in (filters.remove_long(_LONGEST_TERM), filters.lowercase(), filters.ascii_fold()):

@@ -17,7 +17,8 @@ from qadeploy.data.parquet_pages import unpacked
 from qadeploy.data.shapes import refuse_twice
 from qadeploy.data.unpacking import Budget
 from qadeploy.data.wording import one_line
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import InputError
+from qadeploy.extras import import_extra
 from qadeploy.machine import usable_cpus
 
 _ROWS = 1024  # of parquet unpacked at a time
@@ -25,42 +26,24 @@ _ROW, _CELL = 200, 8  # bytes that Python takes at least
 _ENCODINGS = ("run_end_encoded", "list_view", "large_list_view")
 
 
-def read_parquet(content: bytes, name: str) -> list[dict[str, Any]]:
-    """Reads the rows of a parquet file.
+def read_table(content: bytes, name: str, kind: str) -> list[dict[str, Any]]:
+    """Reads the rows of a parquet file, or of an arrow file: in the stream format that ``datasets`` writes, or the file format.
 
     Args:
         content: Its bytes.
         name: The file, for errors.
+        kind: ``parquet`` or ``arrow``.
 
     Raises:
         InputError: It cannot be read, names a column twice, or unpacks to more than a ``Budget`` allows.
         MissingExtraError: pyarrow is not installed.
     """
-    return _read(content, name, "parquet", _parquet_batches)
+    import_extra("pyarrow.parquet", f"reading {kind}", "parquet")
+    import pyarrow as arrow
 
-
-def read_arrow(content: bytes, name: str) -> list[dict[str, Any]]:
-    """Reads the rows of an arrow file, in the stream format that ``datasets`` writes or the file format.
-
-    Args:
-        content: Its bytes.
-        name: The file, for errors.
-
-    Raises:
-        InputError: It cannot be read, names a column twice, or unpacks to more than a ``Budget`` allows.
-        MissingExtraError: pyarrow is not installed.
-    """
-    return _read(content, name, "arrow", _arrow_batches)
-
-
-def _read(content: bytes, name: str, kind: str, batches: Any) -> list[dict[str, Any]]:
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingExtraError(f"reading {kind}", "pyarrow", "parquet") from error
     arrow.set_cpu_count(min(arrow.cpu_count(), usable_cpus()))  # of itself it knows no quota
     budget = Budget(name, len(content))
+    batches = _parquet_batches if kind == "parquet" else _arrow_batches
     rows: list[dict[str, Any]] = []
     try:
         for batch in batches(arrow, content, budget):

@@ -27,18 +27,8 @@ _ALSO = {
         "human_ans_indices", "answer_indices", "indices", "offsets", "char_span", "start", "offset", "answer_offset",
     ),
 }  # fmt: skip
-_DESCRIBES = (
-    "id",
-    "type",
-    "lang",
-    "language",
-    "index",
-    "length",
-    "url",
-    "source",
-    "title",
-    "score",
-)  # ends of other columns
+# Ends of other columns.
+_DESCRIBES = ("id", "type", "lang", "language", "index", "length", "url", "source", "title", "score")
 _OPPOSITE = frozenset({"answerable", "isanswerable", "hasanswer"})  # of is_impossible
 _BY_PLAIN = {plain(name): name for name in FIELDS}
 

@@ -16,16 +16,18 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from qadeploy.data.arrow import check_arrow, read_arrow, read_parquet, take_rows
+from qadeploy.data.arrow import check_arrow, read_table, take_rows
 from qadeploy.data.rows import SPLITS, RawRow
 from qadeploy.data.shapes import SHAPES, is_header, numbered, refuse_twice, rows_of, rows_of_line
 from qadeploy.data.unpacking import Budget, gunzip
 from qadeploy.data.wording import one_line
-from qadeploy.errors import DataWarning, InputError, MissingExtraError
+from qadeploy.errors import DataWarning, InputError
+from qadeploy.extras import import_extra
 from qadeploy.shipped import HANDBOOK
 
 _DELIMITERS = (",", ";", "\t", "|")
@@ -174,10 +176,6 @@ def _json_problem(error: ValueError | RecursionError, before: int = 0) -> str:
     return f"from line {before + 1}: not valid JSON: {one_line(error)}"  # too deep, or a number too long
 
 
-def _jsonl_rows(content: bytes, name: str) -> list[RawRow]:
-    return _lines(_decode(content, name))
-
-
 def _lines(text: str) -> list[RawRow]:
     rows: list[RawRow] = []
     for before, line in ((n, line) for n, line in enumerate(text.split("\n")) if line.strip()):
@@ -197,17 +195,15 @@ def _lines(text: str) -> list[RawRow]:
     return numbered(rows)
 
 
-def _csv_rows(content: bytes, name: str) -> list[RawRow]:
+def _csv_rows(content: bytes, name: str, delimiter: str = "") -> list[RawRow]:
     text = _decode(content, name, windows=True)
+    if delimiter:
+        return _separated(text, name, delimiter)
     first, _, rest = text.partition("\n")
     first = first.rstrip("\r ")
     if first[:4].lower() == "sep=" and first[4:] in _DELIMITERS:  # Excel's own line
         return _separated(rest, name, first[4:])
     return _separated(text, name, _delimiter(text))
-
-
-def _tsv_rows(content: bytes, name: str) -> list[RawRow]:
-    return _separated(_decode(content, name, windows=True), name, "\t")
 
 
 def _reader(text: str, delimiter: str, **options: Any) -> Any:
@@ -241,19 +237,12 @@ def _separated(text: str, name: str, delimiter: str) -> list[RawRow]:
 # ---------------------------------------------------------------- tables
 
 
-def _parquet_rows(content: bytes, name: str) -> list[RawRow]:
-    return rows_of(read_parquet(content, name), name)
-
-
-def _arrow_rows(content: bytes, name: str) -> list[RawRow]:
-    return rows_of(read_arrow(content, name), name)
+def _table_rows(kind: str) -> Callable[[bytes, str], list[RawRow]]:
+    return lambda content, name: rows_of(read_table(content, name, kind), name)
 
 
 def _excel_rows(content: bytes, name: str) -> list[RawRow]:
-    try:
-        import openpyxl
-    except ImportError as error:
-        raise MissingExtraError("reading Excel files", "openpyxl", "excel") from error
+    openpyxl = import_extra("openpyxl", "reading Excel files", "excel")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:  # which unpacks no more of a part than its entry says
             Budget(name, len(content)).take(sum(part.file_size for part in archive.infolist()))
@@ -292,11 +281,11 @@ def _filled(rows: Iterable[tuple[Any, ...]], name: str, packed: int) -> list[tup
 
 READERS = (
     Reader((".json",), "JSON", _json_rows),
-    Reader((".jsonl", ".ndjson"), "JSONL", _jsonl_rows),
+    Reader((".jsonl", ".ndjson"), "JSONL", lambda content, name: _lines(_decode(content, name))),
     Reader((".csv",), "CSV with a header; comma, semicolon, tab or bar", _csv_rows),
-    Reader((".tsv",), "tab-separated text with a header", _tsv_rows),
-    Reader((".parquet",), "parquet", _parquet_rows),
-    Reader((".arrow",), "arrow", _arrow_rows),
+    Reader((".tsv",), "tab-separated text with a header", partial(_csv_rows, delimiter="\t")),
+    Reader((".parquet",), "parquet", _table_rows("parquet")),
+    Reader((".arrow",), "arrow", _table_rows("arrow")),
     Reader((".xlsx",), "Excel, the first sheet", _excel_rows),
 )
 
@@ -312,19 +301,11 @@ def table() -> str:
 # ---------------------------------------------------------------- the datasets library
 
 
-def _datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingExtraError(what, "datasets", "train") from error
-    return datasets
-
-
 def _saved_rows(path: Path, name: str) -> list[RawRow]:
     """Reads a folder that ``save_to_disk`` wrote."""
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         raise InputError(f"{name}: this is a folder, and not one that datasets saved: give a file ({_endings()})")
-    datasets = _datasets("reading a folder that datasets saved")
+    datasets = import_extra("datasets", "reading a folder that datasets saved", "train")
     try:
         files = {state.parent / file["filename"] for state in path.rglob("state.json") for file in _data_files(state)}
         for file in sorted(files):
@@ -343,7 +324,7 @@ def _data_files(state: Path) -> list[dict[str, str]]:
 
 
 def _hub_rows(source: str, token: str | None) -> list[RawRow]:
-    datasets = _datasets("reading from a hub")
+    datasets = import_extra("datasets", "reading from a hub", "train")
     place, _, wanted = source.removeprefix("hub:").partition(":")
     name, _, config = place.partition("@")
     try:

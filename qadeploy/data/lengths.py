@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class Lengths:
 def load_encoder(base: str) -> Encoder:
     """Loads the encoder of a checkpoint folder or hub name, from its tokenizer alone. Raises InputError."""
     folder = Path(base)
-    left = False
+    config = EncoderConfig(0, False, None, 0, _UNLIMITED)  # lengths depend on no token types, null token or padding
     if folder.is_dir():
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -102,21 +102,17 @@ def load_encoder(base: str) -> Encoder:
         if tokenizer_config.is_file():
             try:
                 left = json.loads(tokenizer_config.read_text(encoding="utf-8")).get("padding_side") == "left"
+                config = replace(config, context_first=left)
             except (ValueError, AttributeError) as error:
                 raise InputError(f"{tokenizer_config}: not valid JSON: {error}") from error
-        return Encoder.from_file(path, _config(left))
+        return Encoder.from_file(path, config)
     try:
         tokenizer = Tokenizer.from_pretrained(base)
     except Exception as error:  # the Rust binding raises bare Exception
         raise InputError(
             f"{base}: neither a checkpoint folder nor a tokenizer that can be loaded from the hub: {one_line(error)}"
         ) from error
-    return Encoder(tokenizer, _config(left))
-
-
-def _config(context_first: bool) -> EncoderConfig:
-    # Lengths do not depend on token types, the null token or padding.
-    return EncoderConfig(0, context_first, None, 0, _UNLIMITED)
+    return Encoder(tokenizer, config)
 
 
 def measure_lengths(check: CheckedData, encoder: Encoder, settings: QaSettings) -> Lengths:

@@ -77,10 +77,7 @@ def is_header(value: Any) -> bool:
 
 def numbered(rows: Iterable[RawRow]) -> list[RawRow]:
     """Numbers rows from 1."""
-    return [
-        RawRow(number, row.fields, row.split, row.problem, row.nested, row.utf16, row.labels)
-        for number, row in enumerate(rows, 1)
-    ]
+    return [replace(row, number=number) for number, row in enumerate(rows, 1)]
 
 
 def _rows(value: Any, place: str) -> Iterator[RawRow]:
@@ -247,13 +244,17 @@ def _is_drop(value: Object) -> bool:
     return bool(value) and all(isinstance(x, dict) and {"passage", "qa_pairs"} <= set(x) for x in value.values())
 
 
+def _one(read: Callable[[Object], RawRow]) -> Callable[[Object, str], Iterable[RawRow]]:
+    return lambda value, place: [read(value)]
+
+
 SHAPES = (
-    Shape("Label Studio, JSON", '`[{"data": {...}, "annotations": [...]}]`', is_task, lambda x, place: [task(x)]),
+    Shape("Label Studio, JSON", '`[{"data": {...}, "annotations": [...]}]`', is_task, _one(task)),
     Shape(
         "Label Studio, JSON-MIN and CSV",
         "the task's fields, `annotation_id`, a column of regions",
         is_export_row,
-        lambda x, place: [row_of_export(x)],
+        _one(row_of_export),
     ),
     Shape('pandas, `orient="split"`', '`{"columns": [...], "data": [[...]]}`', _has("columns", "data"), _table),
     Shape(
@@ -285,15 +286,8 @@ SHAPES = (
         lambda x: isinstance(x.get("row"), dict),
         lambda x, place: _rows(x["row"], place),
     ),
-    Shape(
-        "Prodigy",
-        '`{"text", "question", "spans": [...], "answer": "accept"}`',
-        is_prodigy,
-        lambda x, place: [prodigy(x)],
-    ),
-    Shape(
-        "doccano", '`{"text", "question", "label": [[start, end, name]]}`', is_doccano, lambda x, place: [doccano(x)]
-    ),
+    Shape("Prodigy", '`{"text", "question", "spans": [...], "answer": "accept"}`', is_prodigy, _one(prodigy)),
+    Shape("doccano", '`{"text", "question", "label": [[start, end, name]]}`', is_doccano, _one(doccano)),
     Shape(
         'pandas, `orient="index"`',
         '`{"0": {row}, "1": {row}}`',

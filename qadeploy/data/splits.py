@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from qadeploy.errors import InputError
@@ -27,9 +28,7 @@ def carve_by_passage(
     """
     if not 0 < fraction < 1:
         raise InputError(f"dev-fraction {fraction} is not between 0 and 1")
-    passages: dict[str, int] = {}
-    for example in examples:
-        passages[example.context] = passages.get(example.context, 0) + 1
+    passages = Counter(example.context for example in examples)
     if len(passages) < 2:
         raise InputError("all questions are on one passage, which cannot be split: add questions on other passages")
     order = list(passages)
@@ -63,9 +62,7 @@ def folds_by_passage(examples: Sequence[Example], folds: int, seed: int) -> tupl
     """
     if folds < 2:
         raise InputError(f"folds is {folds}: at least 2 are needed, one to train on and one to score")
-    passages: dict[str, int] = {}
-    for example in examples:
-        passages[example.context] = passages.get(example.context, 0) + 1
+    passages = Counter(example.context for example in examples)
     if len(passages) < folds:
         raise InputError(
             f"{len(passages)} passages cannot be split into {folds} folds, since questions on one passage stay together: "

@@ -29,11 +29,7 @@ class Watched:
         self.drift = Drift()
         self._answerer = answerer
 
-    def answer_stream(
-        self,
-        pairs: Iterable[tuple[str, str]],
-        **given: Unpack[AnswerOptions],
-    ) -> Iterator[list[Answer]]:
+    def answer_stream(self, pairs: Iterable[tuple[str, str]], **given: Unpack[AnswerOptions]) -> Iterator[list[Answer]]:
         """Yields the answers to each (question, context) pair."""
         options, unknown = Options(**given), self._answerer.encoder.unknown_id
         for pair in self._answerer.read_stream(pairs, options):

@@ -154,11 +154,7 @@ class Recorder:
         self._examples = examples
         self._n_best_size = n_best_size
 
-    def answer_stream(
-        self,
-        pairs: Iterable[tuple[str, str]],
-        **given: Unpack[AnswerOptions],
-    ) -> Iterator[list[Answer]]:
+    def answer_stream(self, pairs: Iterable[tuple[str, str]], **given: Unpack[AnswerOptions]) -> Iterator[list[Answer]]:
         """Yields the answers to the examples; ``pairs`` are their questions and contexts."""
         options = Options(**given)
         allowed = options.null_competes(self.settings)

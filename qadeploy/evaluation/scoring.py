@@ -21,9 +21,7 @@ class Predictor(Protocol):
     settings: QaSettings
 
     def answer_stream(
-        self,
-        pairs: Iterable[tuple[str, str]],
-        **options: Unpack[AnswerOptions],
+        self, pairs: Iterable[tuple[str, str]], **options: Unpack[AnswerOptions]
     ) -> Iterator[list[Answer]]:
         """Yields the answers to each (question, context) pair in order, best first."""
         ...

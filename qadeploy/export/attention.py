@@ -168,7 +168,7 @@ class _Terms:
             sources = graph.sources(name)
             if _IDS in sources:
                 return None
-            if not _depends_on_positions(graph, name):
+            if not any(node.op_type == "Range" for node in graph.ancestors(name)):  # it depends on no positions
                 if not sources <= {_MASK}:
                     return None
                 continue
@@ -330,10 +330,6 @@ def _integer(graph: Graph, name: str) -> int | None:
 # ---------------------------------------------------------------- masks
 
 
-def _depends_on_positions(graph: Graph, name: str) -> bool:
-    return any(node.op_type == "Range" for node in graph.ancestors(name))
-
-
 def _radius(graph: Graph, name: str) -> int | None:
     """How far a mask lets a token see to either side: shown by running the mask's part of the graph. None if it is no window."""
     mask = np.ones((2, _PROBED), dtype=np.int64)
@@ -448,16 +444,18 @@ class _Writer:
     def _third(self, source: str, index: int) -> str:
         key = ("third", source)
         if key not in self._made:
-            outputs = [f"{source}/third_{i}" for i in range(3)]
-            sizes: dict[str, Any] = {"num_outputs": 3} if self._opset() >= 18 else {}
-            node = helper.make_node("Split", [source], outputs, f"{source}/thirds", axis=-1, **sizes)
-            self._nodes.insert(self._place, node)
-            self._place += 1
-            self._made[key] = outputs
+            self._made[key] = self._split(source, 3, "third")
         return self._made[key][index]
 
-    def _opset(self) -> int:
-        return int(next(o.version for o in self._graph.proto.opset_import if o.domain in {"", "ai.onnx"}))
+    def _split(self, source: str, count: int, part: str) -> list[str]:
+        """A value in equal parts along its last axis."""
+        outputs = [f"{source}/{part}_{i}" for i in range(count)]
+        opset = next(o.version for o in self._graph.proto.opset_import if o.domain in {"", "ai.onnx"})
+        sizes: dict[str, Any] = {"num_outputs": count} if opset >= 18 else {}
+        node = helper.make_node("Split", [source], outputs, f"{source}/{part}s", axis=-1, **sizes)
+        self._nodes.insert(self._place, node)
+        self._place += 1
+        return outputs
 
     def _rotate(self, name: str, rotation: _Rotated, stem: str) -> str:
         """``RotaryEmbedding`` of a value; positions count from 0, so the cosines and sines are those of this run's tokens."""
@@ -469,13 +467,8 @@ class _Writer:
         """The first half of cosines or sines, ``[tokens, size / 2]``: the second is the same."""
         key = ("half", name)
         if key not in self._made:
-            halves = [f"{name}/half_{i}" for i in range(2)]
-            sizes: dict[str, Any] = {"num_outputs": 2} if self._opset() >= 18 else {}
-            self._nodes.insert(
-                self._place, helper.make_node("Split", [name], halves, f"{name}/halves", axis=-1, **sizes)
-            )
-            self._place += 1
-            self._made[key] = [self._add("Squeeze", [halves[0]], f"{name}/cache")]
+            first, _ = self._split(name, 2, "half")
+            self._made[key] = [self._add("Squeeze", [first], f"{name}/cache")]
         return self._made[key][0]
 
     # ------------------------------------------------------------ masks and biases

@@ -17,15 +17,9 @@ from qadeploy.machine import return_freed_memory
 
 ATTENTION = ("Attention", "MultiHeadAttention")  # each is the whole of a layer's
 _COUNTED = (
-    *ATTENTION,
-    "RotaryEmbedding",
-    "EmbedLayerNormalization",
-    "SkipLayerNormalization",
-    "LayerNormalization",
-    "BiasGelu",
-    "FastGelu",
-    "Gelu",
-)
+    *ATTENTION, "RotaryEmbedding", "EmbedLayerNormalization", "SkipLayerNormalization", "LayerNormalization", "BiasGelu",
+    "FastGelu", "Gelu",
+)  # fmt: skip
 
 
 def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:

@@ -76,28 +76,29 @@ class Graph:
                 stack += node.input
         return list(found.values())
 
-    def part(self, name: str) -> onnx.ModelProto:
-        """What computes a value, as a model of its own with that value as its output."""
-        needed, nodes = {name}, []
+    def _needed(self, needed: set[str]) -> tuple[set[str], list[onnx.NodeProto]]:
+        """The names of all values that some depend on, and the nodes that make them, in order."""
+        nodes = []
         for node in reversed(self.graph.node):
             if any(output in needed for output in node.output):
                 nodes.append(node)
                 needed.update(node.input)
+        return needed, nodes[::-1]
+
+    def part(self, name: str) -> onnx.ModelProto:
+        """What computes a value, as a model of its own with that value as its output."""
+        needed, nodes = self._needed({name})
         inputs = [given for given in self.graph.input if given.name in needed]
         constants = [tensor for tensor in self.graph.initializer if tensor.name in needed]
         output = helper.make_empty_tensor_value_info(name)
-        part = helper.make_graph(nodes[::-1], "part", inputs, [output], constants)
+        part = helper.make_graph(nodes, "part", inputs, [output], constants)
         return helper.make_model(part, opset_imports=self.proto.opset_import, ir_version=self.proto.ir_version)
 
     def prune(self) -> None:
         """Removes what no output needs: nodes, constants, inputs."""
-        needed, kept = {o.name for o in self.graph.output}, []
-        for node in reversed(self.graph.node):
-            if any(name in needed for name in node.output):
-                kept.append(node)
-                needed.update(node.input)
+        needed, kept = self._needed({o.name for o in self.graph.output})
         del self.graph.node[:]
-        self.graph.node.extend(reversed(kept))
+        self.graph.node.extend(kept)
         for field in (self.graph.initializer, self.graph.input):
             for item in [i for i in field if i.name not in needed]:
                 field.remove(item)

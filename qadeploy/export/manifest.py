@@ -21,16 +21,8 @@ from qadeploy.records import LOGIT_NAMES
 from qadeploy.training.provenance import versions_of
 
 _VERSIONED = (
-    "qadeploy",
-    "torch",
-    "transformers",
-    "optimum",
-    "optimum-onnx",
-    "onnxscript",
-    "onnx",
-    "onnxruntime",
-    "tokenizers",
-)
+    "qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "onnxscript", "onnx", "onnxruntime", "tokenizers",
+)  # fmt: skip
 
 
 def tune_model(

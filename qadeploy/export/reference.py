@@ -65,11 +65,7 @@ class Reference:
 
 
 def make_reference(
-    run: Run,
-    held_out: HeldOut,
-    hub: Hub | None = None,
-    count: Count = lambda *_: None,
-    budget: float | None = None,
+    run: Run, held_out: HeldOut, hub: Hub | None = None, count: Count = lambda *_: None, budget: float | None = None
 ) -> Reference:
     """Loads the run's checkpoint and scores it on the held-out questions.
 
@@ -106,11 +102,7 @@ def counted(answerer: Answerer, examples: Sequence[Example], what: str, count: C
 
 
 def make_answerer(
-    reference: Reference,
-    model: bytes | Path,
-    session: Mapping[str, Any],
-    *,
-    device: str = "cpu",
+    reference: Reference, model: bytes | Path, session: Mapping[str, Any], *, device: str = "cpu"
 ) -> Answerer:
     """An answerer for a model that is not in a bundle yet. A file takes less memory than bytes."""
     config = reference.checkpoint.encoder.config
@@ -144,10 +136,7 @@ def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation) ->
         "dev_set": reference.held_out.dev_set,
         **scores.to_dict(),
         "ece": evaluation.calibration_error,
-        "pytorch": {
-            **reference.scores.to_dict(),
-            "ms_per_question": 1000 * torch.median / asked,
-        },
+        "pytorch": {**reference.scores.to_dict(), "ms_per_question": 1000 * torch.median / asked},
         "f1_change": 100.0 * float(difference.mean()),
         "f1_change_interval": list(bootstrap_interval(difference)),
         "ms_per_question": 1000 * own.median / asked,

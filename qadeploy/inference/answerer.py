@@ -14,14 +14,7 @@ from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.passages import JoinedText, passage_windows
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
 from qadeploy.core.windows import Encoder
-from qadeploy.errors import (
-    BundleError,
-    DataError,
-    InputError,
-    LogitsError,
-    MachineWarning,
-    QuestionTooLongError,
-)
+from qadeploy.errors import BundleError, DataError, InputError, LogitsError, MachineWarning, QuestionTooLongError
 from qadeploy.inference.aio import AnswerThreads, RunWindows
 from qadeploy.inference.bundle import MODEL, Bundle, default_bundle, open_bundle
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
@@ -58,8 +51,8 @@ class LogitsModel(Protocol):
         ...
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """Starts to run windows and returns at once, so that the caller can prepare the next ones."""
-        ...
+        """Starts to run windows and returns at once, so that the caller can prepare the next ones; by default they run later."""
+        return Pending(partial(self.run, windows))
 
 
 class Answerer:
@@ -247,11 +240,7 @@ class Answerer:
         warn_of_skipped(pair.skipped)
         return to_answers(pair, chosen)
 
-    def answer_batch(
-        self,
-        pairs: Iterable[Asked],
-        **options: Unpack[AnswerOptions],
-    ) -> list[list[Answer]]:
+    def answer_batch(self, pairs: Iterable[Asked], **options: Unpack[AnswerOptions]) -> list[list[Answer]]:
         """Answers many (question, context) pairs, in order.
 
         Args:
@@ -266,11 +255,7 @@ class Answerer:
         """
         return list(self.answer_stream(pairs, **options))
 
-    def answer_stream(
-        self,
-        pairs: Iterable[Asked],
-        **options: Unpack[AnswerOptions],
-    ) -> Iterator[list[Answer]]:
+    def answer_stream(self, pairs: Iterable[Asked], **options: Unpack[AnswerOptions]) -> Iterator[list[Answer]]:
         """``answer_batch`` for an iterable of any length: lazy, in order, in bounded memory."""
         chosen = Options(**options)
         return (_told(pair, chosen, number) for number, pair in enumerate(self.read_stream(pairs, chosen), 1))
@@ -299,18 +284,12 @@ class Answerer:
 
         return await self._answer_threads.run(work, self.model.run, self.model.start)
 
-    async def aanswer_batch(
-        self,
-        pairs: Iterable[Asked],
-        **options: Unpack[AnswerOptions],
-    ) -> list[list[Answer]]:
+    async def aanswer_batch(self, pairs: Iterable[Asked], **options: Unpack[AnswerOptions]) -> list[list[Answer]]:
         """``answer_batch`` for coroutines; a thread iterates over ``pairs``."""
         return [answers async for answers in self.aanswer_stream(pairs, **options)]
 
     def aanswer_stream(
-        self,
-        pairs: Iterable[Asked],
-        **options: Unpack[AnswerOptions],
+        self, pairs: Iterable[Asked], **options: Unpack[AnswerOptions]
     ) -> AsyncGenerator[list[Answer], None]:
         """``answer_stream`` for coroutines: an async generator; a thread iterates over ``pairs``. It stops when closed early."""
         return self._answer_threads.stream(self.answer_stream(pairs, **options))
@@ -456,12 +435,7 @@ class Answerer:
         asked = (questions or {}).get(question) or self.encoder.encode(question)
         joined = JoinedText([self._passage(passages, number, contexts) for number in numbers], numbers)
         windows, ranking = passage_windows(
-            self.encoder,
-            asked,
-            joined,
-            **settings.lengths,
-            prefilter=options.prefilter,
-            max_windows=max_windows,
+            self.encoder, asked, joined, **settings.lengths, prefilter=options.prefilter, max_windows=max_windows
         )
         skipped = tuple(sorted({*range(len(passages))} - {*numbers}))
         return EncodedPair(asked, joined, windows, ranking, skipped)

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import stat
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,14 +25,14 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.core.windows import Encoder, EncoderConfig, is_rust_error
+from qadeploy.core.windows import Encoder, EncoderConfig, rust_errors
 from qadeploy.errors import BundleError, InputError
 from qadeploy.files import (
-    PLAIN,
+    OpenFile,
     hash_file,
     holding,
     json_text,
-    read_at,
+    opened,
     replace_folder,
     sync,
     temporary_folder,
@@ -51,35 +48,7 @@ MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
 CARD = "README.md"
 _REQUIRED = (MODEL, TOKENIZER, CARD)
-# On a link, opening fails; on a pipe, it does not wait.
-_PART = 2**26  # bytes per read
-_TRIES = 3
 _SELF = ',\n  "manifest_sha256": "'
-
-
-class _OpenFile:
-    """A file of a bundle, held open: it can be read as it was even if the bundle is replaced."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | PLAIN)
-        except OSError as error:
-            raise BundleError(f"{path}: is missing or not a plain file: export the bundle again") from error
-        weakref.finalize(self, os.close, self._descriptor)
-        self._path = path
-        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-            raise BundleError(f"{path}: is missing or not a plain file: export the bundle again")
-
-    def read(self, most: int) -> bytes:
-        """Its bytes, one more than ``most`` if there are more."""
-        parts, at = [], 0
-        try:
-            while at <= most and (part := read_at(self._descriptor, min(_PART, most + 1 - at), at)):
-                parts.append(part)
-                at += len(part)
-        except OSError as error:
-            raise BundleError(f"{self._path}: cannot be read: {error.strerror}") from error
-        return b"".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +66,7 @@ class Bundle:
     manifest: dict[str, Any]
     checked: Manifest
     hash: str
-    _files: Mapping[str, _OpenFile] = field(repr=False, compare=False)
+    _files: Mapping[str, OpenFile] = field(repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -132,7 +101,10 @@ class Bundle:
     def read(self, name: str) -> bytes:
         """The bytes of one file. Raises BundleError if they do not match the manifest."""
         entry = self.checked.files[name]
-        data = self._files[name].read(entry.size)
+        try:
+            data = self._files[name].read(0, entry.size + 1)
+        except OSError as error:
+            raise BundleError(f"{self.folder / name}: cannot be read: {error.strerror}") from error
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise BundleError(
                 f"{self.folder / name}: does not match the manifest (size or SHA-256 differ): "
@@ -143,12 +115,9 @@ class Bundle:
     def load_encoder(self) -> Encoder:
         """The encoder, with the bundle's tokenizer. Raises BundleError if that cannot be read or used."""
         data = self.read(TOKENIZER)
-        try:
+        place = self.folder / TOKENIZER
+        with rust_errors(lambda error: BundleError(f"{place}: cannot be used: {error}: export the bundle again")):
             return Encoder(Tokenizer.from_str(data.decode("utf-8")), self.encoder)
-        except BaseException as error:
-            if not is_rust_error(error):
-                raise
-            raise BundleError(f"{self.folder / TOKENIZER}: cannot be used: {error}: export the bundle again") from error
 
 
 def open_bundle(folder: str | Path, *, sha256: str | None = None, revision: str | None = None) -> Bundle:
@@ -179,19 +148,12 @@ def open_bundle(folder: str | Path, *, sha256: str | None = None, revision: str 
         raise InputError(
             f"{folder}: is a folder, which has no revisions: name a bundle on the hub, or leave out {revision!r}"
         )
-    for _ in range(_TRIES):
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such bundle folder: make one with qadeploy export")
-        found = folder.stat().st_ino
-        try:
-            return _open(folder, sha256)
-        except BundleError:
-            if folder.is_dir() and folder.stat().st_ino == found:
-                raise  # else it was replaced meanwhile
-    return _open(folder, sha256)
+    return opened(folder, lambda: _open(folder, sha256))
 
 
 def _open(folder: Path, sha256: str | None) -> Bundle:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such bundle folder: make one with qadeploy export")
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise BundleError(f"{folder}: has no {MANIFEST}: this is not a bundle, or an unfinished one")
@@ -214,12 +176,19 @@ def _open(folder: Path, sha256: str | None) -> Bundle:
     del manifest["manifest_sha256"]
     checked = read_manifest(manifest, str(path))
     _check_names(folder, set(checked.files))
-    bundle = Bundle(folder, manifest, checked, own, {name: _OpenFile(folder / name) for name in checked.files})
+    bundle = Bundle(folder, manifest, checked, own, {name: _file(folder / name) for name in checked.files})
     for name in checked.files:
         content = bundle.read(name)
         if name.endswith(".onnx"):
             check_model(content, str(folder / name), reads_text=bundle.in_graph == "text")
     return bundle
+
+
+def _file(path: Path) -> OpenFile:
+    try:
+        return OpenFile(path)
+    except OSError as error:
+        raise BundleError(f"{path}: is missing or not a plain file: export the bundle again") from error
 
 
 def _check_names(folder: Path, names: set[str]) -> None:

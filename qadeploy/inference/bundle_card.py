@@ -19,7 +19,7 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
     settings, measured, parity = manifest["settings"], manifest["measured"], manifest["parity"]
     source = manifest["source"]
     base = source["run"]["base"] if source["run"] else None
-    lines = [
+    parts = [
         front_matter(
             name,
             library="qadeploy",
@@ -30,53 +30,39 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
             tags=["onnx", manifest["precision"]],
         )
         + f"# {name}",
-        "",
         f"An extractive question-answering model ({manifest['precision']}, ONNX), exported by qadeploy from "
         f"`{manifest['source']['checkpoint']}`.",
-        "",
-        *(usage or _answerer(name)),
-        "",
+        "\n".join(usage or _answerer(name)),
         f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}"
         + (f" (of a context in several: {settings['long_seq_len']} tokens)" if settings.get("long_seq_len") else "")
         + "; answers have at most "
         f"{settings['max_answer_len']} tokens. Scores are probabilities at temperature {settings['temperature']:.3f}.",
-        "",
     ]
     if settings["null_threshold"] is not None:
-        lines += [
+        parts.append(
             "Trained with questions that have no answer: unless `allow_no_answer=False`, the null answer (the empty text) comes "
-            f"first if its logit exceeds that of the best span by more than {settings['null_threshold']:.3f}.",
-            "",
-        ]
+            f"first if its logit exceeds that of the best span by more than {settings['null_threshold']:.3f}."
+        )
     if measured:
         low, high = measured["f1_interval"]
         judges = f"{measured['data']}{', dev set' if measured.get('dev_set') else ''}"
-        lines += [
+        parts.append(
             f"Measured on {judges} ({measured['total']} questions): EM {measured['exact_match']:.1f}, "
             f"F1 {measured['f1']:.1f} (95 % interval {low:.1f} to {high:.1f}); "
-            f"change of F1 against PyTorch {measured['f1_change']:+.2f}.",
-            "",
-        ]
+            f"change of F1 against PyTorch {measured['f1_change']:+.2f}."
+        )
         if "NoAns_total" in measured and "HasAns_total" in measured:
-            lines += [
+            parts.append(
                 f"F1 {measured['HasAns_f1']:.1f} on the {measured['HasAns_total']} questions with an answer, "
-                f"{measured['NoAns_f1']:.1f} on the {measured['NoAns_total']} without.",
-                "",
-            ]
-    lines += [
+                f"{measured['NoAns_f1']:.1f} on the {measured['NoAns_total']} without."
+            )
+    parts.append(
         f"Logits against PyTorch on {parity['windows']} real windows of {parity['shortest']} to {parity['longest']} tokens: "
-        f"they differ by at most {parity['max_abs_diff']:.1e}.",
-        "",
-    ]
-    return "\n".join(lines)
+        f"they differ by at most {parity['max_abs_diff']:.1e}."
+    )
+    return "\n\n".join(parts) + "\n"
 
 
 def _answerer(name: str) -> list[str]:
-    return [
-        "```python",
-        "from qadeploy import Answerer",
-        "",
-        f'answerer = Answerer.load("{name}")',
-        'answerer.answer(question="...", context="...", top_k=3)',
-        "```",
-    ]
+    ask = 'answerer.answer(question="...", context="...", top_k=3)'
+    return ["```python", "from qadeploy import Answerer", "", f'answerer = Answerer.load("{name}")', ask, "```"]

@@ -67,14 +67,6 @@ def _on_its_thread(work: Callable[..., _T], *given: Any) -> _T:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where buffers are, in ONNX Runtime's terms: ``cuda`` and the number of the device, or ``cpu``."""
-
-    name: str
-    number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Shape:
     """The shape of a captured graph's inputs."""
 
@@ -123,11 +115,11 @@ def batches(lengths: Sequence[int], *, tokens: int = TOKENS, masked: bool = True
 class _Slot:
     """A captured shape with its buffers on the device, which are bound to a session once."""
 
-    def __init__(self, ort: Any, session: Any, shape: Shape, place: Place, number: int) -> None:
+    def __init__(self, ort: Any, session: Any, shape: Shape, place: tuple[str, int], number: int) -> None:
         size = (shape.rows, shape.tokens)
 
         def buffer(kind: str) -> Any:
-            return ort.OrtValue.ortvalue_from_shape_and_type(size, _NUMPY[kind].type, place.name, place.number)
+            return ort.OrtValue.ortvalue_from_shape_and_type(size, _NUMPY[kind].type, *place)
 
         self.session = session
         self.inputs = {i.name: buffer(i.type) for i in session.get_inputs()}
@@ -156,7 +148,7 @@ class DeviceRunner:
     Args:
         ort: The onnxruntime module.
         make: Creates a session, one that can capture graphs (True) or one that cannot (False).
-        place: Where the buffers are.
+        place: Where the buffers are, in ONNX Runtime's terms: ``cuda`` or ``cpu``, and the number of the device.
         pad_token_id: The id that fills batches.
         longest: The model's longest input in tokens, None for no limit.
 
@@ -169,7 +161,7 @@ class DeviceRunner:
         ort: Any,
         make: Callable[[bool], Any],
         *,
-        place: Place,
+        place: tuple[str, int],
         pad_token_id: int = 0,
         longest: int | None = None,
     ) -> None:

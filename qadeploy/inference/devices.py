@@ -96,7 +96,7 @@ class Driver:
         if self.cuda is None:
             return ""
         gpus = "; ".join(f"{g.name}, {g.memory_gib} GiB" for g in self.gpus)
-        return f"{self.version or 'of unknown version'} for CUDA {_dotted(self.cuda)}: {gpus or 'no GPU'}"
+        return f"{self.version or 'of unknown version'} for CUDA {dotted(self.cuda)}: {gpus or 'no GPU'}"
 
 
 def has_driver() -> bool:
@@ -311,7 +311,7 @@ def obstacles(build: Build, driver: Driver, number: int = 0) -> list[str]:
     if driver.cuda and driver.cuda[0] < major:
         older = f": pip install 'onnxruntime-gpu[cuda,cudnn]=={_LAST_FOR_CUDA_12}'" if driver.cuda[0] == 12 else ""
         found.append(
-            f"{wants}, and the driver runs CUDA {_dotted(driver.cuda)} at most: update the driver"
+            f"{wants}, and the driver runs CUDA {dotted(driver.cuda)} at most: update the driver"
             + (f", or install the last build for CUDA 12{older}" if older else "")
         )
     missing = {} if provider_loads() else missing_libraries(major)
@@ -336,7 +336,7 @@ def cuda_majors(build: Build) -> str:
         return ""
     line = torch_line(build.cuda[0])
     return (
-        f"torch was built for CUDA {_dotted(torch)} and onnxruntime for CUDA {_dotted(build.cuda)}; their cuDNN packages "
+        f"torch was built for CUDA {dotted(torch)} and onnxruntime for CUDA {dotted(build.cuda)}; their cuDNN packages "
         f"overwrite each other's files: install a torch for CUDA {build.cuda[0]}: {line}"
     )
 
@@ -385,5 +385,6 @@ def _version_pair(text: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
-def _dotted(version: tuple[int, int]) -> str:
+def dotted(version: tuple[int, int]) -> str:
+    """A version of CUDA as people write it."""
     return f"{version[0]}.{version[1]}"

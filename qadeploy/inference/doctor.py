@@ -47,10 +47,10 @@ def diagnose() -> dict[str, Any]:
         "providers": [],
         "onnxruntime_build": None,
         "cuda": {
-            "driver": _dotted(driver.cuda),
+            "driver": driver.cuda and devices.dotted(driver.cuda),
             "driver_problem": driver.problem or None,
             "onnxruntime": None,
-            "torch": _dotted(torch_cuda),
+            "torch": torch_cuda and devices.dotted(torch_cuda),
             "libraries": {},
         },
     }
@@ -95,12 +95,8 @@ def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
             if made["for"] == "cuda":
                 names = ("measured_on", "paths")
                 found.append({"bundle": str(path.parent), **{name: made[name] for name in names}})
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-        ):  # another kind of bundle, or none: loading it reports that
+        # Another kind of bundle, or none: loading it reports that.
+        except (OSError, ValueError, LookupError, TypeError):
             continue
     return found
 
@@ -156,7 +152,7 @@ def _add_build(report: dict[str, Any], driver: devices.Driver, problems: list[st
     report["providers"] = ort.get_available_providers()
     build = devices.find_build(ort)
     report["onnxruntime_build"] = {"package": build.package, "version": build.version, "installed": dict(build.wheels)}
-    report["cuda"]["onnxruntime"] = _dotted(build.cuda)
+    report["cuda"]["onnxruntime"] = build.cuda and devices.dotted(build.cuda)
     if build.conflict:
         problems.append(build.conflict)
     if build.has_cuda:
@@ -184,7 +180,3 @@ def _cuda_line(cuda: dict[str, Any]) -> str:
         names = [name for name, found in cuda["libraries"].items() if found is state]
         parts += [f"{word} {' '.join(names)}"] * bool(names)
     return "; ".join(parts)
-
-
-def _dotted(version: tuple[int, int] | None) -> str | None:
-    return None if version is None else f"{version[0]}.{version[1]}"

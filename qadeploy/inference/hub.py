@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qadeploy.errors import HubError, InputError, MissingExtraError
+from qadeploy.errors import HubError, InputError
+from qadeploy.extras import import_extra
 from qadeploy.files import cache_folder, replace_folder, temporary_folder
 
 PREFIX = "hub:"
@@ -72,11 +73,7 @@ def _link(source: Path, place: Path) -> None:
 
 def hub_library(purpose: str) -> Any:
     """The package huggingface_hub. Raises MissingExtraError if it is not installed."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingExtraError(purpose, "huggingface_hub", "hub") from error
-    return huggingface_hub
+    return import_extra("huggingface_hub", purpose, "hub")
 
 
 @contextmanager

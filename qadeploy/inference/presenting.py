@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qadeploy.core.encoded_text import trimmed
 from qadeploy.core.settings import Offsets, SnippetSize
-from qadeploy.errors import MissingExtraError
+from qadeploy.extras import import_extra
 from qadeploy.records import Answer, Snippet
 
 Place = tuple[int, int]
@@ -55,7 +56,7 @@ def characters_around(text: str, answer: Place, size: int) -> Place:
         start = next((i for i in range(start, answer[0]) if text[i].isspace()), start)
     if end < len(text) and not text[end].isspace():
         end = next((i for i in range(end, answer[1], -1) if text[i - 1].isspace()), end)
-    return _trimmed(text, (start, end))
+    return trimmed(text, start, end)
 
 
 def sentence_around(text: str, answer: Place) -> Place:
@@ -78,25 +79,13 @@ def sentence_around(text: str, answer: Place) -> Place:
         if begin + first < answer[1] and stop + first > answer[0]:
             start, end = min(start, begin + first), max(end, stop + first)
     near = characters_around(text, answer, _FAR)
-    return _trimmed(text, (max(start, near[0]), min(end, near[1])))
+    return trimmed(text, max(start, near[0]), min(end, near[1]))
 
 
 def _sentences(text: str) -> Iterator[Place]:
-    try:
-        from sentencex import get_sentence_boundaries
-    except ImportError as error:
-        raise MissingExtraError("snippet sentence", "sentencex", "snippet") from error
-    found: list[dict[str, Any]] = get_sentence_boundaries(_LANGUAGE, text)
+    library = import_extra("sentencex", "snippet sentence", "snippet")
+    found: list[dict[str, Any]] = library.get_sentence_boundaries(_LANGUAGE, text)
     return ((each["start_index"], each["end_index"]) for each in found)
-
-
-def _trimmed(text: str, place: Place) -> Place:
-    start, end = place
-    while start < end and text[start].isspace():
-        start += 1
-    while end > start and text[end - 1].isspace():
-        end -= 1
-    return start, end
 
 
 def in_units(text: str, places: Sequence[int], offsets: Offsets) -> list[int]:

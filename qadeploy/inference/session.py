@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from qadeploy.core.windows import pad_batch
-from qadeploy.errors import BundleError, DeviceError, InputError, MissingExtraError
-from qadeploy.inference.cuda import DeviceRunner, Place, batches
+from qadeploy.errors import BundleError, DeviceError, InputError
+from qadeploy.extras import import_extra
+from qadeploy.inference.cuda import DeviceRunner, batches
 from qadeploy.inference.devices import CPU, CUDA, Device, parse_device, providers, refuse
 from qadeploy.inference.manifest import SessionSettings
 from qadeploy.machine import usable_cpus
@@ -67,10 +68,7 @@ def onnxruntime() -> Any:
     makes every forked child hang at exit. It stays off unless ORT_DISABLE_TELEMETRY is set otherwise.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, during the import
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtraError("answering", "onnxruntime", "cpu") from error
+    ort = import_extra("onnxruntime", "answering", "cpu")
     ort.set_default_logger_severity(4)  # errors are raised as well
     return ort
 
@@ -119,6 +117,7 @@ class Pending:
         run: Runs them now; used without ``futures``, and in a forked child, where the parent's threads do not exist.
         futures: The logits to come.
         settle: Called once when all is over.
+        places: The index of each window whose logits come, if they do not come in order.
     """
 
     def __init__(
@@ -126,10 +125,12 @@ class Pending:
         run: Callable[[], list[Logits]],
         futures: Sequence[Future[list[Logits]]] = (),
         settle: Callable[[], object] = lambda: None,
+        places: Sequence[int] = (),
     ) -> None:
         self._run = run
         self._futures = futures
         self._settle = settle
+        self._places = places
         self._pid = os.getpid()
 
     def result(self) -> list[Logits]:
@@ -137,9 +138,11 @@ class Pending:
         if not self._futures or self._pid != os.getpid():
             return self._run()
         try:
-            return [logits for future in self._futures for logits in future.result()]
+            found = [logits for future in self._futures for logits in future.result()]
         finally:
             self.cancel()  # the rest, if one failed
+        by_place = dict(zip(self._places or range(len(found)), found, strict=True))
+        return [by_place[i] for i in range(len(found))]
 
     def cancel(self) -> None:
         """Drops the windows that no thread has started. A second call does nothing."""
@@ -276,7 +279,7 @@ class OnnxModel:
         return DeviceRunner(
             onnxruntime(),
             partial(self._session, self.threads),
-            place=Place("cuda", int(number)),
+            place=("cuda", int(number)),
             pad_token_id=self._pad_token_id,
             longest=self._longest,
         )

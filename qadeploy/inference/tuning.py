@@ -239,11 +239,7 @@ class _Tuner:
 
     def _windows(self, pair: Pair) -> list[Window]:
         encoder, settings = self.answerer.encoder, self.answerer.settings
-        return encoder.windows(
-            encoder.encode(pair[0]),
-            encoder.encode(pair[1]),
-            **settings.lengths,
-        )
+        return encoder.windows(encoder.encode(pair[0]), encoder.encode(pair[1]), **settings.lengths)
 
     def _long(self, pairs: Sequence[Pair], pair: Pair) -> Pair:
         """The question with its context and those after it, joined until they fill three windows."""
@@ -272,9 +268,9 @@ class _Tuner:
     def _layout(self) -> None:
         settings = SessionSettings.from_manifest(self.session)
         stored = settings.one if settings.threads in {None, self.threads} else None
-        model = model_of(self.answerer)
+        model, encoder, known = model_of(self.answerer), self.answerer.encoder, self.answerer.settings
         ways = sorted(_LAYOUTS, key=lambda way: way != stored)
-        answerers = {way: self._with(model.with_layout(way)) for way in ways}
+        answerers = {way: Answerer(encoder, known, model.with_layout(way)) for way in ways}
         apart = {way: self._apart(answerers[way]) for way in ways}
         found: list[tuple[str, list[int], dict[str | None, Timing]]] = []
         for kind, pairs in (("of one window", self.single), ("of several windows", self.several)):
@@ -310,9 +306,6 @@ class _Tuner:
         settings = SessionSettings(one=way)
         return tuple(narrow_windows(settings, count, self.threads) for count in counts)
 
-    def _with(self, model: OnnxModel) -> Answerer:
-        return Answerer(self.answerer.encoder, self.answerer.settings, model)
-
     def _work(self, answerer: Answerer) -> Callable[[], object]:
         if self.target == "latency":
             return lambda: _one_by_one(answerer, self.asked)
@@ -335,19 +328,9 @@ class _Tuner:
         self, step: str, timings: Mapping[str, Timing], apart: Mapping[str, float], taken: str, asked: int
     ) -> None:
         for name, t in timings.items():
-            self.trials.append(
-                Trial(
-                    step,
-                    name,
-                    1000 * t.median / asked,
-                    (1000 * t.least / asked, 1000 * t.most / asked),
-                    t.speedup,
-                    t.speedup_range,
-                    apart[name],
-                    self._sound(apart[name]),
-                    name == taken,
-                )
-            )
+            median, least, most = (1000 * seconds / asked for seconds in (t.median, t.least, t.most))
+            speed, sound = (t.speedup, t.speedup_range), self._sound(apart[name])
+            self.trials.append(Trial(step, name, median, (least, most), *speed, apart[name], sound, name == taken))
 
 
 def model_of(answerer: Answerer) -> OnnxModel:

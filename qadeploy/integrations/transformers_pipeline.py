@@ -31,15 +31,8 @@ from qadeploy.records import Answer
 __all__ = ["QuestionAnsweringPipeline", "SquadExample", "pipeline"]
 
 TASK = "question-answering"
-_LEAST = {
-    "top_k": 1,
-    "max_answer_len": 1,
-    "max_seq_len": 1,
-    "doc_stride": 0,
-    "max_question_len": 1,
-    "batch_size": 1,
-    "num_workers": 0,
-}
+_LEAST = dict.fromkeys(("top_k", "max_answer_len", "max_seq_len", "max_question_len", "batch_size"), 1)
+_LEAST |= {"doc_stride": 0, "num_workers": 0}
 _SWITCHES = ("handle_impossible_answer", "align_to_words")
 _PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 _INPUTS = ("X", "data", "question", "context", "contexts")
@@ -119,7 +112,7 @@ class QuestionAnsweringPipeline:
     @staticmethod
     def create_sample(question: str | list[str], context: str | list[str]) -> SquadExample | list[SquadExample]:
         """A question with its context, or a list of them if both are lists. Raises CallError on other types."""
-        pairs = _paired(question, context, "")
+        pairs = _paired(question, context)
         samples = [SquadExample(pair["question"], pair["context"]) for pair in pairs]
         return samples if isinstance(question, list) else samples[0]
 
@@ -167,9 +160,8 @@ class QuestionAnsweringPipeline:
         encoder = self.answerer.encoder
         length = parameters.max_seq_len or min(encoder.config.position_limit, DEFAULT_MAX_SEQ_LEN)
         stride = parameters.doc_stride
-        if (
-            stride is not None and stride > length - encoder.special_tokens + 1
-        ):  # transformers' bound, whatever the text
+        # Transformers' bound, whatever the text.
+        if stride is not None and stride > length - encoder.special_tokens + 1:
             raise CallError(
                 f"doc_stride {stride} is too large for max_seq_len {length}: it is the tokens of context that neighbouring "
                 "windows share, so it must be below what a window holds beside the question"
@@ -266,24 +258,24 @@ def _inputs(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     if len(named) == 1 and ("X" in named or "data" in named):
         return next(iter(named.values()))
     if set(named) == {"question", "context"}:
-        return _paired(named["question"], named["context"], "")
+        return _paired(named["question"], named["context"])
     if set(named) == {"question", "contexts"}:
         return named
     found = " and ".join(f"{name}=" for name in named) or "nothing"
     raise CallError(f"the call holds {found}: {_FORMS}")
 
 
-def _paired(question: Any, context: Any, where: str) -> list[dict[str, Any]]:
+def _paired(question: Any, context: Any) -> list[dict[str, Any]]:
     """Questions and contexts given as texts or lists, as one dict per question. Raises CallError on other types."""
     if isinstance(question, str) and isinstance(context, str):
         return [{"question": question, "context": context}]
     if not isinstance(question, list) or not isinstance(context, str | list):
         kinds = f"question is {type(question).__name__}, context is {type(context).__name__}"
-        raise CallError(f"{where}{kinds}: give two texts, a list of questions and a text, or two lists")
+        raise CallError(f"{kinds}: give two texts, a list of questions and a text, or two lists")
     contexts = [context] * len(question) if isinstance(context, str) else context
     if len(contexts) != len(question):
         raise CallError(
-            f"{where}there are {len(question)} questions and {len(contexts)} contexts: give one context per question"
+            f"there are {len(question)} questions and {len(contexts)} contexts: give one context per question"
         )
     return [{"question": q, "context": c} for q, c in zip(question, contexts, strict=True)]
 
@@ -301,7 +293,7 @@ def _eager(inputs: Any) -> tuple[list[Asked], bool]:
     alone = len(items) == 1
     if alone and isinstance(items[0], dict) and isinstance(items[0].get("question"), list):
         _check_keys(items[0], "")
-        items, alone = _paired(items[0]["question"], items[0]["context"], ""), False
+        items, alone = _paired(items[0]["question"], items[0]["context"]), False
     pairs = []
     for number, item in enumerate(items, 1):
         where = "" if len(items) == 1 else f"question {number}: "
@@ -328,31 +320,20 @@ def _streamed(item: Any, where: str) -> Asked:
     if isinstance(item, dict):
         _check_keys(item, where)
         question, context = item["question"], item.get("context")
-        if "context" not in item:
-            return _question(question, where), _passages(item["contexts"], where)
     elif hasattr(item, "question_text") and hasattr(item, "context_text"):
         question, context = item.question_text, item.context_text
     else:
         raise CallError(f"{where}{type(item).__name__} is not a question with a context: {_FORMS}")
-    question = _question(question, where)
+    try:
+        question = check_text("question", question)
+        if isinstance(item, dict) and "context" not in item:
+            check_passages(item["contexts"])
+            return question, list(item["contexts"])
+    except InputError as error:
+        raise CallError(f"{where}{error}") from error
     if not isinstance(context, str):
         raise CallError(f"{where}context must be text, not {type(context).__name__}")
     return question, context
-
-
-def _question(value: Any, where: str) -> str:
-    try:
-        return check_text("question", value)
-    except InputError as error:
-        raise CallError(f"{where}{error}") from error
-
-
-def _passages(value: Any, where: str) -> list[str]:
-    try:
-        check_passages(value)
-    except InputError as error:
-        raise CallError(f"{where}{error}") from error
-    return list(value)
 
 
 def _is_dataset(inputs: Any) -> bool:

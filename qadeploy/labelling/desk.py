@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -260,4 +260,4 @@ class Desk:
     def progress(self) -> dict[str, Any]:
         """The counts and the estimate as plain JSON values."""
         done, left = self.counts
-        return {"done": done, "left": left, "estimate": self.estimate.to_dict()}
+        return {"done": done, "left": left, "estimate": asdict(self.estimate)}

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from qadeploy.core.metrics import Metric, exact_match
+from qadeploy.core.metrics import Metric, exact_match, wilson_interval
 from qadeploy.labelling.store import Row
 
 EVERY = 5  # one row of so many is shown at random, and counts
-_Z = 1.959963984540054  # of a 95 % interval
 
 
 def is_sampled(key: str) -> bool:
@@ -27,10 +24,6 @@ class Estimate:
     exact_match: float | None
     interval: tuple[float, float] | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values."""
-        return asdict(self)
-
 
 def judged(row: Row, metric: Metric) -> float:
     """Exact match of the model's answer with the decision, 0 or 1."""
@@ -42,12 +35,6 @@ def estimate(rows: Iterable[Row], model: str, metric: Metric) -> Estimate:
     found = [judged(row, metric) for row in rows if row.get("sampled") is True and row.get("model") == model]
     if not found:
         return Estimate(0, None, None)
-    return Estimate(len(found), 100 * sum(found) / len(found), wilson(sum(found), len(found)))
-
-
-def wilson(right: float, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, percent; unlike a bootstrap it has a width also if all or none are right."""
-    share, square = right / total, _Z**2
-    middle = (share + square / (2 * total)) / (1 + square / total)
-    half = _Z / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+    share = sum(found) / len(found)
+    low, high = wilson_interval(share, len(found))
+    return Estimate(len(found), 100 * share, (100 * low, 100 * high))

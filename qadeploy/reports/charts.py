@@ -10,8 +10,9 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from qadeploy.core.metrics import wilson_interval
 from qadeploy.reports.figures import COLOURS, legend_above, png, svg
-from qadeploy.reports.run_report import Calibration, Epoch, RunFacts, Search, read_epochs, wilson_interval
+from qadeploy.reports.run_report import Calibration, Epoch, RunFacts, Search, read_epochs
 
 _OVER_THE_EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # half of a marker on the axis is outside of it
 

@@ -26,7 +26,7 @@ def render(template: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=_percent, interval=_interval, signed=_signed, shortened=_shortened)
+    environment.filters.update(percent="{:.1f}".format, interval=_interval, signed=_signed, shortened=_shortened)
     return _FORBIDDEN.sub("\ufffd", environment.get_template(template.name).render(**values))
 
 
@@ -37,10 +37,6 @@ def value(found: Any) -> str:
     if isinstance(found, bool):
         return "yes" if found else "no"
     return f"{found:g}" if isinstance(found, float) else str(found)
-
-
-def _percent(number: float) -> str:
-    return f"{number:.1f}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

@@ -6,7 +6,6 @@ The facts are about the held-out set if the run has one, else about its dev set.
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qadeploy.core.calibration import ConfidenceBin, confidence_bins, expected_calibration_error
-from qadeploy.core.metrics import Scores, bootstrap_interval, score
+from qadeploy.core.metrics import Scores, bootstrap_interval, score, wilson_interval
 from qadeploy.data.check import RowClass
 from qadeploy.data.loading import source_name
 from qadeploy.records import Answer, Example, Float64Array
@@ -26,7 +25,6 @@ from qadeploy.records import Answer, Example, Float64Array
 WORST = 20
 SURE = 0.9
 SMALLEST_GROUP = 10  # fewer questions tell nothing: the bootstrap of a handful gives intervals of width 0
-_Z = 1.959964  # of a 95 % interval
 _WINDOWS = (1, 2, 4, 8)
 _ANSWER_WORDS = (1, 2, 4, 8, 16)
 _CONTEXT_WORDS = (50, 100, 200, 400, 800)
@@ -500,14 +498,6 @@ def _interval(rows: Float64Array) -> Interval | None:
         low, high = wilson_interval(float(rows[0]), len(rows))
         return (100 * low, 100 * high)
     return bootstrap_interval(rows)
-
-
-def wilson_interval(share: float, count: int) -> Interval:
-    """Returns the 95 % interval of a share, 0 to 1, of ``count`` trials (Wilson 1927, "Probable Inference")."""
-    square = _Z * _Z
-    middle = (share + square / (2 * count)) / (1 + square / count)
-    half = _Z / (1 + square / count) * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def worst_mistakes(

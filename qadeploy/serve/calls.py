@@ -26,9 +26,8 @@ ROUTES = frozenset(
 )
 _PREFIXES = ("/static/", "/v2/")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_QUIET = frozenset(
-    {"/health/live", "/health/ready", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"}
-)  # requested every few seconds
+# Requested every few seconds.
+_QUIET = frozenset({"/health/live", "/health/ready", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"})
 _KEY = "qadeploy.call"
 REFUSED = "qadeploy.refused"  # in a scope: why the connection cannot read on
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

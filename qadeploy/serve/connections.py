@@ -246,10 +246,6 @@ class Connection(HttpToolsProtocol):
         """Whether a body is read that has not been refused."""
         return self._in_body and self.cycle is not None and not self.cycle.response_complete
 
-    @property
-    def _answering(self) -> bool:
-        return self._running is not None
-
     def _look(self) -> None:
         """Notices what the connection waits for, and limits the time for it."""
         if self.transport.is_closing():
@@ -259,7 +255,7 @@ class Connection(HttpToolsProtocol):
             wait, seconds = "end", _LINGER
         elif self.flow.write_paused:
             wait, seconds = "response", self._settings.request_timeout
-        elif self._answering:
+        elif self._running is not None:
             wait = "body" if self._in_body and not self.pipeline else ""  # its time is that of the request
         elif self._in_body:
             wait, seconds = "rest", self._settings.head_timeout  # it was answered before it was read
@@ -307,7 +303,7 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self.transport.is_closing():
             return
-        if not self._answering:
+        if self._running is None:
             if self._refused:
                 self._end()
             elif self._ended:
@@ -319,7 +315,7 @@ class Connection(HttpToolsProtocol):
     def refuse(self, refused: RefusedError) -> None:
         """Answers with a refusal once what was asked before is answered, and then closes the connection."""
         self._refused = refused
-        if not self._answering:
+        if self._running is None:
             self._end()
         elif self._in_body:  # the refusal is the answer to this request
             self.cycle.scope[REFUSED] = refused  # type: ignore[literal-required]

@@ -87,12 +87,7 @@ def refusal(error: Exception, settings: Settings) -> RefusedError:
 def body(refused: RefusedError, request_id: str) -> dict[str, Any]:
     """The JSON of a refusal."""
     return {
-        "error": {
-            "type": refused.kind,
-            "message": clean(str(refused)),
-            "limit": refused.limit,
-            "flag": refused.flag,
-        },
+        "error": {"type": refused.kind, "message": clean(str(refused)), "limit": refused.limit, "flag": refused.flag},
         "request_id": request_id,
     }
 

@@ -175,10 +175,8 @@ def _asked(ask: Ask, pair: DecodedPair, bundle: str) -> Asked:
     if joined is None:
         return Asked(ask.question, pair.context.text, best, bundle)
     spans = pair.decoded.spans
-    part = joined.parts[
-        joined.part_at(spans[0].start) if spans else 0
-    ]  # without an answer, the passage that came nearest
-    return Asked(ask.question, part.text, best, bundle)
+    # Without an answer, the passage that came nearest.
+    return Asked(ask.question, joined.parts[joined.part_at(spans[0].start) if spans else 0].text, best, bundle)
 
 
 def _answer(asked: Asked, verdict: str, text: str | None, start: int | None) -> dict[str, Any]:

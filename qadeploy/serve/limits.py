@@ -14,16 +14,9 @@ from qadeploy.serve.scheduler import Ask
 from qadeploy.serve.settings import Settings
 
 REQUEST_LIMITS = (
-    "max_body_bytes",
-    "max_context_chars",
-    "max_passages",
-    "max_question_chars",
-    "max_windows",
-    "max_batch",
-    "max_top_k",
-    "max_answer_tokens",
-    "request_timeout",
-)
+    "max_body_bytes", "max_context_chars", "max_passages", "max_question_chars", "max_windows", "max_batch", "max_top_k",
+    "max_answer_tokens", "request_timeout",
+)  # fmt: skip
 
 
 def check_limits(asks: Sequence[Ask], settings: Settings) -> None:

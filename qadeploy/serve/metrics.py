@@ -21,22 +21,11 @@ _TOKENS = (64, 128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Queue(Protocol):
-    """A queue with its depth, which is read at each request for the metrics."""
+    """A queue with its depth, which is read at each request for the metrics: what waits, or in ``questions`` also what runs."""
 
-    @property
-    def questions(self) -> int:
-        """Questions that wait or run."""
-        ...
-
-    @property
-    def windows(self) -> int:
-        """Windows that wait."""
-        ...
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that wait."""
-        ...
+    questions: int
+    windows: int
+    tokens: int
 
     @property
     def wait(self) -> float:
@@ -106,19 +95,16 @@ class Metrics:
         self._batch_tokens = Histogram(
             "qadeploy_batch_tokens", "Tokens per run, without padding.", buckets=_TOKENS, registry=registry
         )
-        self._dropped = Counter(
-            "qadeploy_dropped", "Requests without an answer: full, deadline, disconnect.", ["reason"], registry=registry
+        self._dropped = self._counter(
+            "dropped",
+            "Requests without an answer: full, deadline, disconnect.",
+            "reason",
+            "full",
+            "deadline",
+            "disconnect",
         )
-        for reason in ("full", "deadline", "disconnect"):
-            self._dropped.labels(reason)
-        self._cut = Counter(
-            "qadeploy_connections_cut",
-            "Connections that were closed on their client, by reason: limit (there were too many), or what took too long.",
-            ["reason"],
-            registry=registry,
-        )
-        for reason in ("limit", "body", "response"):
-            self._cut.labels(reason)
+        about = "Connections that were closed on their client, by reason: limit (there were too many), or what took too long."
+        self._cut = self._counter("connections_cut", about, "reason", "limit", "body", "response")
         self._bad_logits = Counter(
             "qadeploy_bad_logits", "Requests whose logits were NaN or infinite: the model is broken.", registry=registry
         )
@@ -130,26 +116,28 @@ class Metrics:
         )
         self._drift = _DriftCollector()
         registry.register(self._drift)
-        self._reloads = Counter("qadeploy_reloads", "Reloads of the bundle, by result.", ["result"], registry=registry)
-        for result in ("done", "failed"):
-            self._reloads.labels(result)
-        self._cache = [
-            Gauge(f"qadeploy_context_cache_{name}", about, registry=registry)
-            for name, about in (
-                ("hits", "Contexts that were found in the cache."),
-                ("misses", "Contexts that were tokenised."),
-                ("bytes", "Memory of the tokenised contexts that are kept."),
-            )
-        ]
-        self._queue = [
-            Gauge(f"qadeploy_queue_{name}", about, registry=registry)
-            for name, about in (
-                ("questions", "Questions that wait or run."),
-                ("windows", "Windows that wait."),
-                ("tokens", "Tokens that wait; estimated for texts that are not tokenised yet."),
-                ("wait_seconds", "Seconds until a new request would have its turn, at the recent speed."),
-            )
-        ]
+        self._reloads = self._counter("reloads", "Reloads of the bundle, by result.", "result", "done", "failed")
+        self._cache = self._gauges(
+            context_cache_hits="Contexts that were found in the cache.",
+            context_cache_misses="Contexts that were tokenised.",
+            context_cache_bytes="Memory of the tokenised contexts that are kept.",
+        )
+        self._queue = self._gauges(
+            queue_questions="Questions that wait or run.",
+            queue_windows="Windows that wait.",
+            queue_tokens="Tokens that wait; estimated for texts that are not tokenised yet.",
+            queue_wait_seconds="Seconds until a new request would have its turn, at the recent speed.",
+        )
+
+    def _gauges(self, **about: str) -> list[Gauge]:
+        return [Gauge(f"qadeploy_{name}", text, registry=self._registry) for name, text in about.items()]
+
+    def _counter(self, name: str, about: str, label: str, *values: str) -> Counter:
+        """A counter with a label, which shows 0 for each of its values from the start."""
+        made = Counter(f"qadeploy_{name}", about, [label], registry=self._registry)
+        for each in values:
+            made.labels(each)
+        return made
 
     def show(self, answerer: Answerer, queue: Queue, labels: Sequence[str], drift: Drift) -> None:
         """Shows a bundle (``labels``), the context cache of its answerer, the depth of its queue, and the drift of its questions."""

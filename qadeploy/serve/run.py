@@ -85,7 +85,7 @@ class _Server(uvicorn.Server):
             return
         self._service.draining = True
         _log.info("draining", extra={"fields": {"signal": number.name, "drain_delay": delay}})
-        asyncio.get_running_loop().call_later(delay, self._close)
+        asyncio.get_running_loop().call_later(delay, setattr, self, "should_exit", True)
 
     def _reload(self) -> None:
         self._reloading = asyncio.ensure_future(self._reloaded())
@@ -95,9 +95,6 @@ class _Server(uvicorn.Server):
             await self._service.reload()
         except QadeployError as error:
             _log.error("not reloaded", extra={"fields": {"error": clean(str(error))}})
-
-    def _close(self) -> None:
-        self.should_exit = True
 
 
 def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Service], object]) -> None:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 from qadeploy.core.settings import Options
@@ -116,6 +117,7 @@ class Job:
 
 
 _Unit = tuple[Job, _Question, int]
+_DEADLINE = attrgetter("deadline")
 
 
 class Scheduler:
@@ -129,6 +131,12 @@ class Scheduler:
         batched: Whether windows run in batches of at most ``max_batch_tokens`` tokens, else one by one.
         tokens_per_second: The speed of all workers together, until it is measured.
         watch: Gets each decoded question; called in a worker.
+
+    Attributes:
+        workers: Threads that run windows.
+        questions: How many questions wait or run.
+        windows: How many windows wait.
+        tokens: How many tokens wait; estimated for texts that are not tokenised yet.
     """
 
     def __init__(
@@ -149,7 +157,7 @@ class Scheduler:
         self._batched = batched
         self._padded = "attention_mask" in getattr(answerer.model, "inputs", ())
         self._longest = answerer.settings.max_seq_len
-        self._workers = workers
+        self.workers = workers
         self._ready = threading.Condition()  # guards all that follows
         self._jobs: dict[Job, None] = {}  # oldest first
         self._front: dict[Job, None] = {}  # with waiting windows among their first four, in order of arrival
@@ -158,32 +166,12 @@ class Scheduler:
         self._ratios = TokenRatios()
         self._passage = _PASSAGE
         self._turn = 0
-        self._questions = self._tokens = self._near = self._windows = 0
+        self.questions = self.tokens = self._near = self.windows = 0
         self._closed = False
         self._encoders = ThreadPoolExecutor(min(max(2, workers), _ENCODERS), thread_name_prefix="encode")
         self._threads = [threading.Thread(target=self._work, name=f"run-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
             thread.start()
-
-    @property
-    def workers(self) -> int:
-        """Threads that run windows."""
-        return self._workers
-
-    @property
-    def questions(self) -> int:
-        """Questions that wait or run."""
-        return self._questions
-
-    @property
-    def windows(self) -> int:
-        """Windows that wait."""
-        return self._windows
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that wait; estimated for texts that are not tokenised yet."""
-        return self._tokens
 
     @property
     def alive(self) -> bool:
@@ -225,8 +213,8 @@ class Scheduler:
             self._admit(job, timeout)
             self._jobs[job] = None
             if job.long:
-                insort(self._back, job, key=_deadline)
-            self._questions += len(asks)
+                insort(self._back, job, key=_DEADLINE)
+            self.questions += len(asks)
             self._add(job, job.guess, 0)
             self._recount(job)
             self._encoders.submit(self._encode, job)
@@ -238,14 +226,14 @@ class Scheduler:
         if job.alone:
             return
         self._give_up()
-        wait, questions, settings = self.wait, self._questions, self._settings
+        wait, questions, settings = self.wait, self.questions, self._settings
         if questions + len(job.asks) > settings.max_queue:
             raise _full(f"{questions} questions wait or run", settings.max_queue, "max_queue", wait)
         if wait > settings.max_wait:
             raise _full(f"the wait is {wait:.1f} seconds", settings.max_wait, "max_wait", wait - settings.max_wait)
         if job.long:
             job.tokens = job.guess
-            line = sorted([*self._back, job], key=_deadline)
+            line = sorted([*self._back, job], key=_DEADLINE)
             excess = max((seconds for _, seconds in self._hopeless(line)), default=0.0)
             job.tokens = 0
             if excess > 0:
@@ -255,7 +243,7 @@ class Scheduler:
         """The long jobs that cannot be answered in time, and by how many seconds, if ``line`` runs one after the other."""
         now = time.monotonic()
         speed = self._speed.left(now, 1 / _BACK_EVERY)
-        ahead = self._tokens - sum(job.tokens for job in self._back)  # short requests
+        ahead = self.tokens - sum(job.tokens for job in self._back)  # short requests
         for job in line:
             if not job.tokens:  # all of its windows run
                 continue
@@ -302,8 +290,8 @@ class Scheduler:
 
     def _add(self, job: Job, tokens: int, windows: int) -> None:
         job.tokens += tokens
-        self._tokens += tokens
-        self._windows += windows
+        self.tokens += tokens
+        self.windows += windows
 
     def _guess(self, ask: Ask) -> tuple[int, int]:
         """Estimated windows of a question that is not tokenised yet, and the tokens in them."""
@@ -364,7 +352,7 @@ class Scheduler:
                 self._front[job] = None
             if job.windows > _FRONT and not job.long:
                 job.long = True
-                insort(self._back, job, key=_deadline)
+                insort(self._back, job, key=_DEADLINE)
             self._give_up()
             if job not in self._jobs:
                 return
@@ -494,7 +482,7 @@ class Scheduler:
                 return
             job.over = True
             del self._jobs[job]
-            self._questions -= len(job.asks)
+            self.questions -= len(job.asks)
             self._add(job, -job.tokens, -len(job.waiting))
             self._near -= job.near
             job.near = 0
@@ -517,10 +505,6 @@ def _too_long(needed: float, timeout: float, seconds: float) -> RefusedError:
     return _full(
         f"a text of this length would be answered after {needed:.0f} seconds", timeout, "request_timeout", seconds
     )
-
-
-def _deadline(job: Job) -> float:
-    return job.deadline
 
 
 def deadline_passed(seconds: float) -> RefusedError:

@@ -109,8 +109,7 @@ def test_a_histogram():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [({}, "has no tokenizer.json"), ({"tokenizer.json": "{"}, "not a readable tokenizer file")],
+    ("content", "message"), [({}, "has no tokenizer.json"), ({"tokenizer.json": "{"}, "not a readable tokenizer file")]
 )
 def test_a_folder_that_is_no_checkpoint(tmp_path, content, message):
     for name, text in content.items():

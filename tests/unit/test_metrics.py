@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.core.metrics import Scores, bootstrap_interval, choose_metric, exact_match, f1, normalize, score
+from qadeploy.core.metrics import (
+    Scores,
+    bootstrap_interval,
+    choose_metric,
+    exact_match,
+    f1,
+    normalize,
+    score,
+    wilson_interval,
+)
 from qadeploy.records import Annotation, Answer, Example
 from tests.tokenizers_for_tests import thorough
 
@@ -63,13 +72,7 @@ WORDS = (
     "a-b", "U.S.", "3.5", "£5", "été", "É", "_", "...", "—", "東京",
 )
 # fmt: on
-ANSWERS = st.one_of(
-    st.lists(
-        st.sampled_from(WORDS),
-        max_size=6,
-    ).map(" ".join),
-    st.text(max_size=12),
-)
+ANSWERS = st.one_of(st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join), st.text(max_size=12))
 
 
 @thorough
@@ -210,17 +213,8 @@ def test_both_metrics_are_squads_on_ascii(text):
 
 
 def test_characters_of_scripts_without_spaces_are_tokens_and_those_of_others_are_not():
-    unspaced = (
-        "CJK UNIFIED",
-        "HIRAGANA",
-        "KATAKANA",
-        "HALFWIDTH KATAKANA",
-        "THAI",
-        "LAO",
-        "KHMER",
-        "MYANMAR",
-        "TIBETAN",
-    )
+    east_asian = ("CJK UNIFIED", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA")
+    unspaced = (*east_asian, "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
     spaced = ("LATIN", "GREEK", "CYRILLIC", "ARABIC", "HEBREW", "DEVANAGARI", "TAMIL", "GEORGIAN", "ETHIOPIC", "HANGUL")
     found = {1: 0, 2: 0}
     for char in map(chr, range(sys.maxunicode + 1)):
@@ -234,9 +228,8 @@ def test_characters_of_scripts_without_spaces_are_tokens_and_those_of_others_are
 
 
 def test_score_by_the_metric():
-    example = Example(
-        "1", "?", "", (Annotation("天氣很好", 0), Annotation("。", 4))
-    )  # the second normalises to nothing
+    # The second normalises to nothing.
+    example = Example("1", "?", "", (Annotation("天氣很好", 0), Annotation("。", 4)))
     for metric, overlap in (("squad", 0), ("mixed", 6 / 7)):
         found = score([example], [Answer("天氣很", 0, 3, 1.0)], metric)
         assert found.rows_f1[0] == pytest.approx(overlap)
@@ -348,3 +341,19 @@ def test_the_interval_has_the_width_of_theory_and_shrinks_with_n():
 def test_another_seed_is_another_sample():
     rows = np.linspace(0, 1, 50)
     assert bootstrap_interval(rows, seed=1) != bootstrap_interval(rows, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"),
+    # scipy 1.17.1: binomtest(share * count, count).proportion_ci(method="wilson")
+    # The last is from Newcombe 1998.
+    [
+        (0.5, 10, 0.236593, 0.763407),
+        (0.0, 10, 0.0, 0.277533),
+        (1.0, 5, 0.565518, 1.0),
+        (0.3, 200, 0.240747, 0.366791),
+        (81 / 263, 263, 0.2553, 0.3662),
+    ],
+)
+def test_wilson_s_interval(share, count, low, high):
+    assert wilson_interval(share, count) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))

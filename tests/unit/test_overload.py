@@ -275,10 +275,10 @@ def test_windows_of_clients_who_leave_make_room_at_once(monkeypatch):
     jobs = simulation.fill()
     simulation.run(0.1)
     scheduler = simulation.scheduler
-    assert scheduler._windows == 55 * len(jobs) - sum(simulation.ran.values())
+    assert scheduler.windows == 55 * len(jobs) - sum(simulation.ran.values())
     for job in jobs[1:]:
         scheduler.drop(job, RefusedError(499, "gone", "gone"))
-    assert scheduler._windows == 55 - simulation.ran[jobs[0]]
+    assert scheduler.windows == 55 - simulation.ran[jobs[0]]
     assert scheduler._back == [jobs[0]]
     gone, last = sum(simulation.ran[job] for job in jobs[1:]), simulation.submit(CHINESE)
     simulation.run(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 
 import pytest
 from hypothesis import given
@@ -14,25 +14,9 @@ from qadeploy.records import Answer
 from tests.tokenizers_for_tests import thorough
 
 PIECES = (
-    "word",
-    "a",
-    " ",
-    "  ",
-    "\n",
-    "\n\n",
-    ". ",
-    "! ",
-    "。",
-    "？",
-    "東京",
-    "ไทย",
-    "e\u0301",
-    "🏮",
-    "👩‍👩‍👧",
-    "Dr. ",
-    "३।",
-    "\u2029",
-)
+    "word", "a", " ", "  ", "\n", "\n\n", ". ", "! ", "。", "？", "東京", "ไทย",
+    "e\u0301", "🏮", "👩‍👩‍👧", "Dr. ", "३।", "\u2029",
+)  # fmt: skip
 CONTEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=40).map("".join).filter(str.strip)
 SENTENCES = [
     ("Dr. Lind came at 3 p.m. to Port Ansel. Mungo waved.", "Port Ansel", "Dr. Lind came at 3 p.m. to Port Ansel."),
@@ -113,14 +97,7 @@ def test_the_null_answer_has_no_snippet_and_stays_at_0():
 
 
 def test_without_the_library_the_error_names_the_extra(monkeypatch):
-    real = builtins.__import__
-
-    def absent(name, *rest, **more):
-        if name == "sentencex":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "sentencex", None)
     check_snippet(20)
     with pytest.raises(MissingExtraError, match=r"needs the package sentencex.*: pip install 'qadeploy\[snippet\]'"):
         check_snippet("sentence")

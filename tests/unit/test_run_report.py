@@ -21,7 +21,6 @@ from qadeploy.reports.run_report import (
     make_facts,
     question_word,
     train_command,
-    wilson_interval,
     worst_mistakes,
 )
 from tests.run_facts_for_tests import ANSWERS, EXAMPLES, JUDGED, METRICS, RECORD, facts, parts
@@ -124,15 +123,6 @@ def test_calibration_is_guo_s_error_on_the_answers():
     assert (found.temperature, found.error_before) == (None, None)
     fitted = facts({"calibration": {"temperature": 1.5, "held_out": {"ece_before": 0.3}, "dev": {"ece_before": 0.9}}})
     assert (fitted.results.calibration.temperature, fitted.results.calibration.error_before) == (1.5, 0.3)
-
-
-@pytest.mark.parametrize(
-    ("share", "count", "low", "high"),
-    # scipy 1.17.1: binomtest(share * count, count).proportion_ci(method="wilson")
-    [(0.5, 10, 0.236593, 0.763407), (0.0, 10, 0.0, 0.277533), (1.0, 5, 0.565518, 1.0), (0.3, 200, 0.240747, 0.366791)],
-)
-def test_wilson_s_interval(share, count, low, high):
-    assert wilson_interval(share, count) == (pytest.approx(low, abs=1e-5), pytest.approx(high, abs=1e-5))
 
 
 def test_parts_are_counted():

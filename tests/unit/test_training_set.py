@@ -54,11 +54,8 @@ def features_of(base: Encoder, *examples: Example) -> FeatureSet:
         ({1: "sky", 2: "sun", 12: "sun"}, [(1, "sky"), (2, "sun")], {1}),  # one of several answers
         ({1: "sky", 18: "sky"}, [(1, "sky"), (17, "sea sky sea")], set()),  # part of an annotation, which window 1 cuts
         ({1: "sky", 2: "sun", 10: "sky", 11: "sun"}, [(1, "sky sun")], {1}),
-        (
-            {1: "sky", 2: "sun", 18: "sky", 19: "sun"},
-            [(1, "sky sun")],
-            {2},
-        ),  # window 1 ends after the first of the words
+        # Window 1 ends after the first of the words.
+        ({1: "sky", 2: "sun", 18: "sky", 19: "sun"}, [(1, "sky sun")], {2}),
         ({1: "sky", 18: "sky"}, [(1, "sky ")], {1, 2}),  # white space around an answer does not count
         ({1: "sky", 18: "sky"}, [], set()),
     ],

@@ -8,6 +8,7 @@ them as their documentation says.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from qadeploy.bench.peers import eager, openvino, optimum, pipeline
 from qadeploy.bench.peers.setup import Setup
@@ -16,8 +17,8 @@ from qadeploy.errors import InputError
 
 PEERS: dict[str, Callable[[Setup], Variant]] = {
     "pipeline": pipeline.prepare,
-    "torch": eager.prepare_fp32,
-    "torch-bf16": eager.prepare_bf16,
+    "torch": partial(eager.prepare, precision="fp32"),
+    "torch-bf16": partial(eager.prepare, precision="bf16"),
     "optimum": optimum.prepare,
     "optimum-direct": optimum.prepare_direct,
     "openvino": openvino.prepare,

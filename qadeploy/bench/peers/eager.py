@@ -6,32 +6,20 @@ from qadeploy.bench.peers.setup import Setup, torch_with, weights_bytes
 from qadeploy.bench.variant import Asker, Variant, around, host
 
 
-def prepare_fp32(setup: Setup) -> Variant:
-    """Raises FailureError (no checkpoint), MissingExtraError."""
-    return _prepare(setup, "fp32", 4)
-
-
-def prepare_bf16(setup: Setup) -> Variant:
-    """Raises FailureError (no checkpoint), MissingExtraError."""
-    return _prepare(setup, "bf16", 2)
-
-
-def _prepare(setup: Setup, precision: str, itemsize: int) -> Variant:
+def prepare(setup: Setup, precision: str) -> Variant:
+    """The checkpoint in ``fp32`` or ``bf16``. Raises FailureError (no checkpoint), MissingExtraError."""
     checkpoint = setup.found_checkpoint()
     torch_with(setup.threads)
     return Variant(
         f"PyTorch {precision}",
         precision,
-        weights_bytes(checkpoint, itemsize),
+        weights_bytes(checkpoint, 4 if precision == "fp32" else 2),
         "qadeploy.bench.peers.eager:load",
         {
             "checkpoint": checkpoint,
             "bundle": str(setup.bundle.folder),
             "precision": precision,
-            "device": setup.device,
-            "threads": setup.threads,
-            "allow_no_answer": setup.allow_no_answer,
-            "trust_remote_code": setup.trust_remote_code,
+            **setup.given("device", "threads", "allow_no_answer", "trust_remote_code"),
         },
         "torch" if precision == "fp32" else f"torch-{precision}",
         "with our windows and spans",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ import numpy as np
 from qadeploy.bench.peers.setup import Setup, exported, quiet
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.bench.workload import windows_of
-from qadeploy.errors import FailureError, MissingExtraError
-from qadeploy.inference.session import Pending
+from qadeploy.errors import FailureError
+from qadeploy.extras import import_extra
+from qadeploy.inference.answerer import LogitsModel
 from qadeploy.records import LOGIT_NAMES, Logits, Window
 
 _CALIBRATION_WINDOWS = 128
@@ -26,7 +26,7 @@ _CALIBRATION_WINDOWS = 128
 
 def prepare(setup: Setup) -> Variant:
     """Quantizes by NNCF and saves OpenVINO's format. Raises FailureError, MissingExtraError, and what the two raise."""
-    openvino, nncf = _openvino(), _nncf()
+    openvino, nncf = _library("openvino"), _library("nncf")
     if setup.device != "cpu":
         raise FailureError(f"only runs on the CPU here, and this bench runs on {setup.device}")
     if not setup.calibration:
@@ -59,8 +59,7 @@ def prepare(setup: Setup) -> Variant:
             "model": str(path),
             "bundle": str(setup.bundle.folder),
             "arithmetic": arithmetic,
-            "threads": setup.threads,
-            "allow_no_answer": setup.allow_no_answer,
+            **setup.given("threads", "allow_no_answer"),
         },
         "openvino",
         f"with our windows and spans; calibrated on {len(windows)} windows of questions on other contexts",
@@ -72,14 +71,14 @@ def load(model: str, bundle: str, arithmetic: str, threads: int, allow_no_answer
     return around(host(bundle, lambda encoder: OpenVinoModel(Path(model), arithmetic, threads)), allow_no_answer)
 
 
-class OpenVinoModel:
+class OpenVinoModel(LogitsModel):
     """An OpenVINO model file as a function from windows to logits: ``latency`` for one window, ``throughput`` for many.
 
     ``arithmetic`` is OpenVINO's inference precision (f32, bf16). Raises MissingExtraError.
     """
 
     def __init__(self, path: Path, arithmetic: str, threads: int) -> None:
-        openvino = _openvino()
+        openvino = _library("openvino")
         core = openvino.Core()
         model = core.read_model(path)
         self._names = [port.get_any_name() for port in model.inputs]
@@ -102,10 +101,6 @@ class OpenVinoModel:
         self._many.wait_all()
         return [self._logits[i] for i in range(len(windows))]
 
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is asked for: its requests are asynchronous among themselves."""
-        return Pending(partial(self.run, windows))
-
     def _keep(self, request: Any, number: int) -> None:
         self._logits[number] = _outputs(request)
 
@@ -125,19 +120,7 @@ def _outputs(request: Any) -> Logits:
     return starts, ends
 
 
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingExtraError("the peer openvino", "openvino", "peers") from error
-    return openvino
-
-
-def _nncf() -> Any:
-    os.environ.setdefault("NNCF_CI", "1")  # its only switch for telemetry, read at import
-    try:
-        with quiet():
-            import nncf
-    except ImportError as error:
-        raise MissingExtraError("the peer openvino", "nncf", "peers") from error
-    return nncf
+def _library(name: str) -> Any:
+    os.environ.setdefault("NNCF_CI", "1")  # the only switch for the telemetry of nncf, read at import
+    with quiet():
+        return import_extra(name, "the peer openvino", "peers")

@@ -7,7 +7,6 @@ optimum's model without the pipeline's own work.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import numpy as np
 from qadeploy.bench.peers.pipeline import in_pipeline, options, require_pipeline
 from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
 from qadeploy.bench.variant import Asker, Variant, around, host
-from qadeploy.errors import MissingExtraError
-from qadeploy.inference.session import Pending, session_options
+from qadeploy.extras import import_extra
+from qadeploy.inference.answerer import LogitsModel
+from qadeploy.inference.session import session_options
 from qadeploy.records import Logits, Window
 
 
@@ -25,21 +25,14 @@ def prepare(setup: Setup) -> Variant:
     """Optimum's model in transformers' pipeline. Raises FailureError, MissingExtraError, and what optimum raises."""
     path, what, precision = _model(setup)
     require_pipeline()
-    return Variant(
-        f"optimum ONNX {what} in the pipeline",
-        precision,
-        path.stat().st_size,
-        "qadeploy.bench.peers.optimum:load",
-        {
-            "checkpoint": setup.found_checkpoint(),
-            "model": str(path),
-            "device": setup.device,
-            "threads": setup.threads,
-            "options": options(setup),
-            "trust_remote_code": setup.trust_remote_code,
-        },
-        "optimum",
-    )
+    arguments = {
+        "checkpoint": setup.found_checkpoint(),
+        "model": str(path),
+        "options": options(setup),
+        **setup.given("device", "threads", "trust_remote_code"),
+    }
+    name, size = f"optimum ONNX {what} in the pipeline", path.stat().st_size
+    return Variant(name, precision, size, "qadeploy.bench.peers.optimum:load", arguments, "optimum")
 
 
 def prepare_direct(setup: Setup) -> Variant:
@@ -53,9 +46,7 @@ def prepare_direct(setup: Setup) -> Variant:
         {
             "model": str(path),
             "bundle": str(setup.bundle.folder),
-            "device": setup.device,
-            "threads": setup.threads,
-            "allow_no_answer": setup.allow_no_answer,
+            **setup.given("device", "threads", "allow_no_answer"),
         },
         "optimum-direct",
         "with our windows and spans",
@@ -64,18 +55,15 @@ def prepare_direct(setup: Setup) -> Variant:
 
 def _model(setup: Setup) -> tuple[Path, str, str]:
     """The model file, its description, and its precision."""
-    try:
-        from optimum.onnxruntime import AutoQuantizationConfig, ORTQuantizer
-    except ImportError as error:
-        raise MissingExtraError("the peer optimum", "optimum-onnx", "optimum") from error
+    optimum = import_extra("optimum.onnxruntime", "the peer optimum", "optimum", "optimum-onnx")
     source = exported(setup)
     if setup.bundle.precision != "int8":
         return source / "model.onnx", "fp32", "fp32"
     path = setup.folder / "optimum-int8" / "model_quantized.onnx"
     if not path.is_file():
-        preset = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
+        preset = optimum.AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=False)
         with quiet():
-            ORTQuantizer.from_pretrained(source).quantize(save_dir=path.parent, quantization_config=preset)
+            optimum.ORTQuantizer.from_pretrained(source).quantize(save_dir=path.parent, quantization_config=preset)
     return path, "int8 (avx512_vnni preset)", "int8"
 
 
@@ -104,17 +92,13 @@ def load_direct(model: str, bundle: str, device: str, threads: int, allow_no_ans
     return around(host(bundle, lambda encoder: _Direct(_load(model, device, threads))), allow_no_answer)
 
 
-class _Direct:
+class _Direct(LogitsModel):
     def __init__(self, model: Any) -> None:
         self._model = model
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, one call per window."""
         return [self._one(window) for window in windows]
-
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is asked for."""
-        return Pending(partial(self.run, windows))
 
     def _one(self, window: Window) -> Logits:
         batch = {"input_ids": window.input_ids[None], "attention_mask": np.ones((1, len(window)), dtype=np.int64)}

@@ -7,7 +7,8 @@ from typing import Any
 
 from qadeploy.bench.peers.setup import Setup, quiet, torch_with, weights_bytes
 from qadeploy.bench.variant import Asker, Pairs, Variant
-from qadeploy.errors import FailureError, MissingExtraError
+from qadeploy.errors import FailureError
+from qadeploy.extras import import_extra
 from qadeploy.records import NO_ANSWER, Answer
 
 
@@ -21,24 +22,14 @@ def prepare(setup: Setup) -> Variant:
         "fp32",
         weights_bytes(checkpoint, 4),
         "qadeploy.bench.peers.pipeline:load",
-        {
-            "checkpoint": checkpoint,
-            "device": setup.device,
-            "threads": setup.threads,
-            "options": options(setup),
-            "trust_remote_code": setup.trust_remote_code,
-        },
+        {"checkpoint": checkpoint, "options": options(setup), **setup.given("device", "threads", "trust_remote_code")},
         "pipeline",
     )
 
 
 def require_pipeline() -> None:
     """Raises FailureError if the installed transformers has no question-answering pipeline, as from 5.0 on."""
-    try:
-        from qadeploy.training.transformers_versions import IS_5
-    except ImportError as error:
-        raise MissingExtraError("the peer pipeline", "transformers", "train") from error
-    if IS_5:
+    if import_extra("qadeploy.training.transformers_versions", "the peer pipeline", "train", "transformers").IS_5:
         raise FailureError(
             f"transformers {version('transformers')} has no question-answering pipeline, which 4.57 was the last to have: to "
             "bench against it, pip install 'transformers<5' in another environment"
@@ -59,14 +50,11 @@ def options(setup: Setup) -> dict[str, Any]:
 def load(checkpoint: str, device: str, threads: int, options: dict[str, Any], trust_remote_code: bool = False) -> Asker:
     """The pipeline around the PyTorch model."""
     torch = torch_with(threads)
-    try:
-        from transformers import AutoModelForQuestionAnswering
-    except ImportError as error:
-        raise MissingExtraError("the peer pipeline", "transformers", "train") from error
+    transformers = import_extra("transformers", "the peer pipeline", "train")
     from qadeploy.training.checkpoint import refuse_pickle
 
     refuse_pickle(checkpoint)
-    model = AutoModelForQuestionAnswering.from_pretrained(
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(
         checkpoint, dtype=torch.float32, trust_remote_code=trust_remote_code
     ).eval()
     return in_pipeline(model, checkpoint, device, options, trust_remote_code)

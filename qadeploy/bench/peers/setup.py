@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import warnings
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qadeploy.errors import FailureError, MissingExtraError
+from qadeploy.errors import FailureError
+from qadeploy.extras import import_extra
 from qadeploy.inference.bundle import Bundle
 from qadeploy.records import Example
 
@@ -41,6 +43,10 @@ class Setup:
             raise FailureError(f"{self.checkpoint}: the bundle's source checkpoint no longer exists")
         return str(self.checkpoint)
 
+    def given(self, *names: str) -> dict[str, Any]:
+        """Some fields by name, as arguments of a loader."""
+        return {name: getattr(self, name) for name in names}
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -60,21 +66,14 @@ def exported(setup: Setup) -> Path:
     checkpoint, folder = setup.found_checkpoint(), setup.folder / "fp32"
     if (folder / "model.onnx").is_file():
         return folder
-    try:
-        from optimum.exporters.onnx import main_export
-    except ImportError as error:
-        raise MissingExtraError("a peer that runs ONNX", "optimum-onnx", "optimum") from error
+    optimum = import_extra("optimum.exporters.onnx", "a peer that runs ONNX", "optimum", "optimum-onnx")
     from qadeploy.training.checkpoint import refuse_pickle
 
     refuse_pickle(checkpoint)
     work = setup.folder / "fp32.tmp"
     with quiet():
-        main_export(
-            checkpoint,
-            work,
-            task="question-answering",
-            do_validation=False,
-            trust_remote_code=setup.trust_remote_code,
+        optimum.main_export(
+            checkpoint, work, task="question-answering", do_validation=False, trust_remote_code=setup.trust_remote_code
         )
     os.replace(work, folder)
     return folder
@@ -85,29 +84,17 @@ def weights_bytes(checkpoint: str, itemsize: int) -> int:
 
     Raises MissingExtraError, and FailureError if the checkpoint has no such file.
     """
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise MissingExtraError("a PyTorch peer", "transformers", "train") from error
+    library = import_extra("safetensors", "a PyTorch peer", "train", "transformers")
     path = Path(checkpoint) / "model.safetensors"
     if not path.is_file():
         raise FailureError(f"{path}: is missing: save the checkpoint as safetensors")
-    with safe_open(path, "np") as weights:
+    with library.safe_open(path, "np") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - no mapping
-    total = 0
-    for shape in shapes:
-        size = itemsize
-        for side in shape:
-            size *= side
-        total += size
-    return total
+    return itemsize * sum(map(math.prod, shapes))
 
 
 def torch_with(threads: int) -> Any:
     """PyTorch, using ``threads`` threads. Raises MissingExtraError."""
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtraError("a PyTorch peer", "torch", "train") from error
+    torch = import_extra("torch", "a PyTorch peer", "train")
     torch.set_num_threads(threads)
     return torch

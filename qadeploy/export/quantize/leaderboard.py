@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from qadeploy.export.quantize.search import MeasuredRecipe
@@ -29,7 +30,7 @@ def leaderboard(
             continue
         held_out: dict[str, Any] = {"f1_lost_held_out": judged[name]} if name in judged else {}
         verdict = "chosen" if name == chosen else _verdict(candidate, judged.get(name), max_f1_drop)
-        rows.append({**candidate.to_dict(), **held_out, "verdict": verdict})
+        rows.append({**asdict(candidate), **held_out, "verdict": verdict})
     return rows
 
 

@@ -62,10 +62,7 @@ class Activations:
         return np.asarray(np.maximum(-self.lows[source], self.highs[source]).max(axis=0), dtype=np.float32)
 
     def error(
-        self,
-        matmuls: Sequence[MatMul],
-        scales: FloatArray | None = None,
-        float_rows: NDArray[np.int64] | None = None,
+        self, matmuls: Sequence[MatMul], scales: FloatArray | None = None, float_rows: NDArray[np.int64] | None = None
     ) -> float:
         """The ``rounding_error`` of matmuls that read one X, taken together; each window has ranges of its own."""
         source = matmuls[0].source

@@ -116,21 +116,16 @@ class QuantizedModel:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A way to make a model; ``precision`` is that of its bundle."""
+    """A way to make an int8 model."""
 
     name: str
     what: str
-    precision: str
     make: Callable[[Material], QuantizedModel]
     ranged: bool = True  # whether ``reduce_range`` can give its weights 7 bits
 
 
 def _dynamic(material: Material, model: bytes, float_nodes: Sequence[str] = ()) -> bytes:
     return quantize_dynamic_int8(quantize_embeddings(model), float_nodes, reduce_range=material.reduce_range)
-
-
-def _int8(material: Material) -> QuantizedModel:
-    return QuantizedModel(_dynamic(material, material.rewritten.model))
 
 
 def _smoothquant(material: Material) -> QuantizedModel:
@@ -161,42 +156,31 @@ def _static(material: Material) -> QuantizedModel:
     return QuantizedModel(quantize_static_int8(model, material.windows, kept, reduce_range=material.reduce_range), kept)
 
 
-def _weights(material: Material) -> QuantizedModel:
-    return QuantizedModel(quantize_weights_int8(quantize_embeddings(material.rewritten.model)))
-
-
 _RECIPES = (
-    Recipe("int8", "dynamic int8: weights with one scale per column, activations rounded as they come", "int8", _int8),
+    Recipe(
+        "int8",
+        "dynamic int8: weights with one scale per column, activations rounded as they come",
+        lambda material: QuantizedModel(_dynamic(material, material.rewritten.model)),
+    ),
     Recipe(
         "int8-protected",
         "dynamic int8 after SmoothQuant, with the few outlying channels of sensitive matmuls in float",
-        "int8",
         _smoothquant,
     ),
     Recipe(
         "int8-protected-mixed",
         "the same, with the eighth of the matmuls whose error is still the largest in float",
-        "int8",
         _smoothquant_mixed,
     ),
+    Recipe("int8-mixed", "dynamic int8, with the most sensitive quarter of the matmuls in float", _mixed(0.25)),
+    Recipe("int8-half", "dynamic int8, with the most sensitive half of the matmuls in float", _mixed(0.5)),
     Recipe(
-        "int8-mixed",
-        "dynamic int8, with the most sensitive quarter of the matmuls in float",
-        "int8",
-        _mixed(0.25),
-    ),
-    Recipe("int8-half", "dynamic int8, with the most sensitive half of the matmuls in float", "int8", _mixed(0.5)),
-    Recipe(
-        "int8-static",
-        "int8 with SmoothQuant, the ranges of activations fixed in advance on training windows",
-        "int8",
-        _static,
+        "int8-static", "int8 with SmoothQuant, the ranges of activations fixed in advance on training windows", _static
     ),
     Recipe(
         "int8-weights",
         "8-bit weights in blocks of 128 with scales of their own (MatMulNBits)",
-        "int8",
-        _weights,
+        lambda material: QuantizedModel(quantize_weights_int8(quantize_embeddings(material.rewritten.model))),
         ranged=False,
     ),
 )

@@ -39,10 +39,11 @@ _TIMED = 12
 _LEAST_TIMED = 3
 _TIMING = 1 / 4  # the share of the budget that may go into timing
 _DUEL_TIMED = 16
-_RUNS = (_ROUNDS + 1) * (
-    2 + (len(SESSIONS) + 1) / 2
-)  # of a timed question: fp32 twice, int8 by session in half the time
+# Of a timed question: fp32 twice, int8 by session in half the time.
+_RUNS = (_ROUNDS + 1) * (2 + (len(SESSIONS) + 1) / 2)
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
+# The modules that measurements depend on.
+_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)
 Say = Callable[[str], object]
 
 
@@ -78,10 +79,6 @@ class MeasuredRecipe:
     session: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     failed: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values."""
-        return asdict(self)
 
     def speed_range(self, target: str) -> tuple[float, float]:
         """The least and the most of the speed that counts for the target."""
@@ -283,10 +280,7 @@ class Search:
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
             # Not what was timed here: it varies with the load, and the next run would find nothing.
             [_ROUNDS, _TIMED, SESSIONS],
-            [
-                inspect.getsource(m)
-                for m in (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)
-            ],
+            [inspect.getsource(module) for module in _CODE],
         )
         return json.dumps(parts, sort_keys=True)
 

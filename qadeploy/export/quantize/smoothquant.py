@@ -99,11 +99,7 @@ def choose(matmuls: Sequence[MatMul], activations: Activations) -> Smoothing:
 
 
 def _smoothed(
-    matmuls: Sequence[MatMul],
-    activations: Activations,
-    weight: FloatArray,
-    channels: NDArray[np.int64],
-    before: float,
+    matmuls: Sequence[MatMul], activations: Activations, weight: FloatArray, channels: NDArray[np.int64], before: float
 ) -> Smoothing:
     """Smoothing by the alpha of the least error, of the channels that are not kept apart."""
     source = matmuls[0].source

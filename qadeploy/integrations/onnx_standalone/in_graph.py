@@ -150,7 +150,7 @@ def spans_in_graph(
         )
     usage = [
         f"The graph returns the {head.top_k} best spans of each window by itself, for callers without Python: it takes "
-        "`context_mask` besides the model's inputs, 1 at the tokens of the context.",
+        "`context_mask` besides the model's inputs, 1 at the tokens of the context."
     ]
     return _write(source, out, made, model, {"kind": "spans", **head.to_dict()}, asdict(proof), usage)
 
@@ -237,7 +237,7 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, 
         )
     usage = [
         "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
-        "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`.",
+        "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`."
     ]
     return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage, beside)
 

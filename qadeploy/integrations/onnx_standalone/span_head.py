@@ -94,7 +94,7 @@ def add_span_head(model: bytes, head: SpanHead) -> bytes:
         raise FailureError("the model's logits are not float32, which the span head needs: export it again")
     nodes = Nodes("span_head/")
     _write(nodes, head, "attention_mask" if "attention_mask" in inputs else None)
-    batch, tokens = (_dimension(d) for d in inputs["input_ids"].shape.dim)
+    batch, tokens = (d.dim_param or d.dim_value for d in inputs["input_ids"].shape.dim)
     graph.input.append(helper.make_tensor_value_info(CONTEXT_MASK, inputs["input_ids"].elem_type, [batch, tokens]))
     kinds = (TensorProto.FLOAT, TensorProto.INT64, TensorProto.INT64, TensorProto.FLOAT, TensorProto.FLOAT)
     for name, kind in zip(OUTPUTS, kinds, strict=True):
@@ -103,10 +103,6 @@ def add_span_head(model: bytes, head: SpanHead) -> bytes:
     graph.node.extend(nodes.nodes)
     graph.initializer.extend(nodes.constants)
     return bytes(proto.SerializeToString())
-
-
-def _dimension(dimension: Any) -> str | int:
-    return str(dimension.dim_param) or int(dimension.dim_value)
 
 
 def _write(n: Nodes, head: SpanHead, attention_mask: str | None) -> None:

@@ -38,21 +38,10 @@ OUTPUTS = ("answer", "score", "start", "end", "null_difference")
 _OPSET, _OLDEST = 20, 18  # StringConcat is new in 20
 # Operators whose newer versions, up to 20, take more types and options and mean the same
 # (https://github.com/onnx/onnx/blob/main/docs/Changelog.md).
-_WIDENED = frozenset(
-    {
-        "Cast",
-        "CastLike",
-        "Constant",
-        "ConstantOfShape",
-        "DequantizeLinear",
-        "Equal",
-        "Flatten",
-        "Identity",
-        "If",
-        "IsInf",
-    }
-    | {"IsNaN", "Loop", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMin", "Reshape", "Scan", "Shape", "Size"}
-)
+_WIDENED = frozenset({
+    "Cast", "CastLike", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Flatten", "Identity", "If", "IsInf",
+    "IsNaN", "Loop", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMin", "Reshape", "Scan", "Shape", "Size",
+})  # fmt: skip
 _KINDS = {
     "answer": TensorProto.STRING,
     "score": TensorProto.FLOAT,
@@ -219,17 +208,7 @@ def _longest_pieces(n: Nodes, pieces: WordPiece, symbol: str, begins: str, space
     more = b("Greater", b("ReduceMax", following, keepdims=0), b.constant(0))
     vector = [(name, TensorProto.INT64, [None]) for name in ("walk/state", "walk/symbol", "walk/number", "walk/length")]
     body = _body(b, "walk/", vector, (more, following, symbols, number, length))
-    found = n.many(
-        "Loop",
-        n.constant(pieces.longest),
-        "",
-        state,
-        symbol,
-        nothing,
-        nothing,
-        outputs=4,
-        body=body,
-    )
+    found = n.many("Loop", n.constant(pieces.longest), "", state, symbol, nothing, nothing, outputs=4, body=body)
     return found[2], found[3]
 
 
@@ -281,13 +260,7 @@ def _read(
     size = b("Sub", end, begin)
     piece = b("Slice", context, begin, end)
     ids = b(
-        "Concat",
-        b.constant(frame.before),
-        question,
-        b.constant(frame.between),
-        piece,
-        b.constant(frame.after),
-        axis=0,
+        "Concat", b.constant(frame.before), question, b.constant(frame.between), piece, b.constant(frame.after), axis=0
     )
     parts = [b("Expand", b.constant(part), each) for part, each in zip(frame.parts, (asked, size), strict=True)]
     special = [b.constant(each) for each in frame.types]

@@ -75,14 +75,7 @@ def _read(stored: str) -> WordPiece:
     pieces = {piece: i for piece, i in vocabulary.items() if piece not in special}
     steps, ids, longest = _trie(pieces, prefix, symbol)
     return WordPiece(
-        characters,
-        rows,
-        alone,
-        steps,
-        ids,
-        vocabulary[model["unk_token"]],
-        model["max_input_chars_per_word"],
-        longest,
+        characters, rows, alone, steps, ids, vocabulary[model["unk_token"]], model["max_input_chars_per_word"], longest
     )
 
 

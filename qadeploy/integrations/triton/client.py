@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,13 +128,7 @@ class TritonModel:
 
     device = "server"
 
-    def __init__(
-        self,
-        url: str,
-        name: str,
-        bundle: Bundle,
-        options: TritonOptions | None = None,
-    ) -> None:
+    def __init__(self, url: str, name: str, bundle: Bundle, options: TritonOptions | None = None) -> None:
         options = options or TritonOptions()
         self.url = url
         self.name = name
@@ -172,7 +166,9 @@ class TritonModel:
         ]
         work = [partial(self._ask, [windows[i] for i in rows], lengths[rows[0]]) for rows in requests]
         pool = self._mine()
-        return _Replies([pool.submit(each) for each in work], requests, lambda: self.run(windows))
+        places = list(itertools.chain.from_iterable(requests))
+        again = lambda: self.run(windows) if windows else []  # noqa: E731
+        return Pending(again, [pool.submit(each) for each in work], places=places)
 
     def _padded(self, tokens: int) -> int:
         """The length to which a window is padded: at most what the model takes."""
@@ -343,29 +339,6 @@ class TritonModel:
         if self._pid != os.getpid():
             self._connect(self.threads)
         return self._pool
-
-
-class _Replies(Pending):
-    """Pending requests; their windows are returned in the order they were given."""
-
-    def __init__(
-        self,
-        futures: Sequence[Future[list[Logits]]],
-        requests: Sequence[Sequence[int]],
-        again: Callable[[], list[Logits]],
-    ) -> None:
-        self._again = again
-        self._places = list(itertools.chain.from_iterable(requests))
-        super().__init__(self._in_child, futures)
-
-    def _in_child(self) -> list[Logits]:
-        """In a forked child, or without windows: runs all again, in the order of the requests."""
-        found = self._again() if self._places else []
-        return [found[i] for i in self._places]
-
-    def result(self) -> list[Logits]:
-        found = dict(zip(self._places, super().result(), strict=True))
-        return [found[i] for i in range(len(found))]
 
 
 def _base(url: str) -> str:

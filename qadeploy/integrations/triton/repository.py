@@ -220,10 +220,7 @@ def _running(bundle: Bundle, effects: Effects, max_batch: int | None) -> tuple[R
         batches = f"No batches: windows that run together move each other's logits by up to {effects.together:.2g}, "
         batches += "because their activations share scales."
     running = Running(
-        max_batch=size,
-        delay=(_GPU_DELAY if gpu else 0) if effects.sound else None,
-        gpu=gpu,
-        instances=usable_cpus(),
+        max_batch=size, delay=(_GPU_DELAY if gpu else 0) if effects.sound else None, gpu=gpu, instances=usable_cpus()
     )
     return running, (where, batches)
 
