@@ -116,7 +116,7 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
     """Joins data sets to one.
 
     A question that several of them ask about the same context becomes one example with all their answers. Ids need to differ
-    within each of them only: "-2" is appended to one that an earlier set has.
+    within each of them only: "-2" is appended to one that an earlier set gave to another question.
 
     Args:
         sets: The data sets, at least one.
@@ -126,6 +126,7 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
     """
     examples: dict[str, Example] = {}
     asked: dict[tuple[str, str, str], str] = {}
+    taken: set[str] = set()
     problems = []
     for data in sets:
         known = dict(asked)
@@ -140,13 +141,11 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
                         f"of the two has the answer {text}: correct one, or leave it out"
                     )
                     continue
-                answers = earlier.answers + example.answers
-                examples[earlier.id] = replace(
-                    earlier, answers=answers, also=(*earlier.also, example.id, *example.also)
-                )
+                ids = [i for i in (example.id, *example.also) if i not in (earlier.id, *earlier.also)]
+                also = (*earlier.also, *(_free(i, taken) for i in ids))
+                examples[earlier.id] = replace(earlier, answers=earlier.answers + example.answers, also=also)
                 continue
-            while example.id in examples:
-                example = replace(example, id=f"{example.id}-2")
+            example = replace(example, id=_free(example.id, taken), also=tuple(_free(i, taken) for i in example.also))
             examples[example.id] = example
             asked.setdefault(key, example.id)
     if problems:
@@ -157,6 +156,14 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
         sum(data.skipped for data in sets),
         sum(data.first_taken for data in sets),
     )
+
+
+def _free(identity: str, taken: set[str]) -> str:
+    """The id, with "-2" appended while it is taken; it is then taken too."""
+    while identity in taken:
+        identity += "-2"
+    taken.add(identity)
+    return identity
 
 
 def source_name(source: str | Sequence[str]) -> str:
