@@ -503,6 +503,14 @@ def test_a_question_that_two_files_ask_has_the_answers_of_both(tmp_path):
     }
 
 
+def test_a_file_that_is_named_twice_is_read_once_and_none_is_refused(tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", SEED)
+    assert read([one, one]).examples == read(one).examples
+    for nothing in ([], "", [one, ""]):
+        with pytest.raises(InputError, match=r"^no data is named: give"):
+            read(nothing)
+
+
 def test_every_id_of_several_files_stands_for_one_question(tmp_path):
     twice = {**SEED, "question": "Which?"}
     one = write_rows(tmp_path / "one.jsonl", {**SEED, "id": "a"}, {**twice, "id": "b"}, {**twice, "id": "c"})

@@ -59,7 +59,8 @@ def read(
     their answers. In SQuAD's own nesting every id stays an example, because every id is scored.
 
     Args:
-        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``; or several, which are joined as ``joined`` does.
+        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``; or several, which are joined as ``joined`` does. One that is
+            named twice is read once.
         options: How to read the rows; None for the defaults.
         token: An access token for the hub.
         annotated: False to ignore answers (questions to be answered, not to learn from).
@@ -71,7 +72,7 @@ def read(
         MissingExtraError: The format needs an optional package.
     """
     if not isinstance(source, str):
-        return joined([read(each, options, token=token, annotated=annotated) for each in source])
+        return joined([read(each, options, token=token, annotated=annotated) for each in sources(source)])
     loaded = load_rows(source, token) if rows is None else rows
     return _collect(source, list(loaded), options or DataOptions(), annotated)
 
@@ -166,9 +167,21 @@ def _free(identity: str, taken: set[str]) -> str:
     return identity
 
 
+def sources(source: str | Sequence[str]) -> tuple[str, ...]:
+    """One source or several as a tuple, each once.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = (source,) if isinstance(source, str) else tuple(dict.fromkeys(source))
+    if not found:
+        raise InputError("no data is named: give 'handbook', a file or 'hub:NAME'")
+    return found
+
+
 def source_name(source: str | Sequence[str]) -> str:
     """What messages call one source or several."""
-    return source if isinstance(source, str) else ", ".join(source)
+    return ", ".join(sources(source))
 
 
 def hash_examples(examples: Iterable[Example]) -> str:
