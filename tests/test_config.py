@@ -92,6 +92,7 @@ def test_json_and_arguments_and_nothing():
         ("epochs: 0", "key epochs: 0 is not in the range x>=1."),
         ("learning_rate: [1, 2]", "key learning_rate: must be a number, not a list"),
         ("data: {a: b}", "key data: must be text, not a group"),
+        ("data: [faq.jsonl, null]", "key data: must be text, not empty"),
         ("model_revision: 20240101", "key model_revision: must be text, not a whole number: put it in quotes"),
         ("model_revision: 2024-01-01", "key model_revision: must be text, not a date: put it in quotes"),
         ("precision: fp8", "key precision: 'fp8' is not one of 'auto', 'fp32', 'bf16', 'fp16'."),
@@ -205,6 +206,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(echo):
     Path("both.yaml").write_text("data: [faq.jsonl, more.csv]\n")
     assert run("train", "--config", "both.yaml").exit_code == 0
     assert (echo["data"], echo["out"]) == (("faq.jsonl", "more.csv"), "runs/faq")
+    Path("none.yaml").write_text("data: []\n")
+    assert "no data is named" in run("train", "--config", "none.yaml").output
     assert run("train", "--config", "run.yaml", "--data", "a.json", "--train-file", "b.json").exit_code == 0
     assert (echo["data"], echo["out"]) == (("a.json", "b.json"), "runs/a")
     # Another spelling of what the file says wins too, and does not contradict it.

@@ -490,10 +490,27 @@ def test_a_question_that_two_files_ask_has_the_answers_of_both(tmp_path):
     )
     found = {e.id: (e.question, e.answers, e.also) for e in read([one, two]).examples}
     assert found == {
-        "a": (SEED["question"], (*BLUE, Annotation("is blue", 8)), ("b",)),
+        "a": (SEED["question"], (*BLUE, Annotation("is blue", 8)), ("b-2",)),
         "b": ("Which?", BLUE, ()),
         "a-2": ("?", BLUE, ()),
     }
+
+
+def test_a_file_that_is_named_twice_is_read_once_and_none_is_refused(tmp_path):
+    one = write_rows(tmp_path / "one.jsonl", SEED)
+    assert read([one, one]).examples == read(one).examples
+    for nothing in ([], "", [one, ""]):
+        with pytest.raises(InputError, match=r"^no data is named: give"):
+            read(nothing)
+
+
+def test_every_id_of_several_files_stands_for_one_question(tmp_path):
+    twice = {**SEED, "question": "Which?"}
+    one = write_rows(tmp_path / "one.jsonl", {**SEED, "id": "a"}, {**twice, "id": "b"}, {**twice, "id": "c"})
+    two = write_rows(
+        tmp_path / "two.jsonl", {**SEED, "id": "a"}, {**twice, "id": "a-2"}, {**SEED, "id": "b", "question": "?"}
+    )
+    assert [(e.id, e.also) for e in read([one, two]).examples] == [("a", ()), ("b", ("c", "a-2")), ("b-2", ())]
 
 
 def test_files_that_contradict_each_other_are_refused_with_every_question(tmp_path):

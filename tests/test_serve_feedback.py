@@ -52,7 +52,7 @@ def test_verdicts_become_rows_that_training_reads(answerer, bundle, path):
         assert say(local, ask(local, ASKED), "wrong").status_code == 204
     first, second, third, fourth = rows(path)
     assert (first["question"], first["context"]) == (QUESTION, CONTEXT)
-    assert (first["answer"], first["answer_start"], first["id"]) == (best.text, best.start, f"{number}-0")
+    assert (first["answer"], first["answer_start"], first["request"]) == (best.text, best.start, f"{number}-0")
     assert first["bundle"] == answerer.bundle.hash
     assert (second["answer"], second["answer_start"], second["predicted"]) == ("lamp", right["start"], best.text)
     assert (third["answer"], third["is_impossible"]) == ("", True)
@@ -81,6 +81,18 @@ def test_each_question_of_a_request_and_each_route_has_its_own(answerer, path):
     for row in found:
         start = row["answer_start"]
         assert row["context"][start : start + len(row["answer"])] == row["answer"]
+
+
+def test_a_verdict_that_is_sent_again_is_one_row_and_another_one_is_refused(answerer, path):
+    with serving(answerer, feedback=str(path)) as local:
+        number = ask(local, ASKED)
+        assert [say(local, number, "right").status_code for _ in range(2)] == [204, 204]
+        refused = say(local, number, "wrong", answer={"text": ""})
+        assert (refused.status_code, refused.json()["error"]["type"]) == (409, "judged")
+        local.post("/v1/answer", {"question": PAIRS[1][0], "context": PAIRS[1][1]}, headers={"X-Request-ID": number})
+        assert say(local, number, "right").status_code == 204  # another question under the same X-Request-ID
+    assert [row["question"] for row in rows(path)] == [QUESTION, PAIRS[1][0]]
+    assert len(read(str(path)).examples) == 2
 
 
 @pytest.mark.parametrize(

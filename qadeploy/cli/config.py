@@ -156,7 +156,7 @@ def _checked(value: Any, param: click.Parameter, context: click.Context) -> Any:
     if fits and isinstance(value, int) and value.bit_length() > _BITS:
         raise click.BadParameter(f"must be {wanted} of fewer digits")
     if not fits:  # the value is not shown: it may be a token
-        quotes = ": put it in quotes" if wanted == "text" and not isinstance(value, list | dict) else ""
+        quotes = ": put it in quotes" if wanted == "text" and not isinstance(value, list | dict | None) else ""
         raise click.BadParameter(f"must be {wanted}, not {_kind(value)}{quotes}")
     return param.type.convert(value, param, context)
 
@@ -180,6 +180,7 @@ def _kind(value: Any) -> str:
         str: "text",
         list: "a list",
         dict: "a group",
+        type(None): "empty",
     }
     return kinds.get(type(value), f"a {type(value).__name__}")
 

@@ -14,6 +14,7 @@ from qadeploy.cli.common import command, fail, main, note, print_result, sayer
 from qadeploy.cli.config import fold
 from qadeploy.cli.options import options_of
 from qadeploy.data.check_file import CheckOptions, check_file
+from qadeploy.data.loading import sources
 from qadeploy.errors import InputError
 from qadeploy.options import declared
 from qadeploy.training.options import TrainOptions
@@ -112,11 +113,11 @@ def train(
     if config and not dataset:
         raise InputError("--dataset-config-name names a configuration of --dataset-name: give both")
     place = f"hub:{dataset}@{config}" if config else f"hub:{dataset}"
-    sources = fold(ctx, "data", {"dataset_name": (place,) if dataset else None})
-    options["data"] = sources[0] if len(sources) == 1 else sources
+    data = sources(fold(ctx, "data", {"dataset_name": (place,) if dataset else None}))
+    options["data"] = data[0] if len(data) == 1 else data
     given = {name: name if options.pop(name) else None for name in ("bf16", "fp16")}
     options["precision"] = fold(ctx, "precision", given)
-    name = Path(sources[0].removeprefix("hub:").replace(":", "-").replace("@", "-")).stem
+    name = Path(data[0].removeprefix("hub:").replace(":", "-").replace("@", "-")).stem
     out = out or f"runs/{name}"
     if resume:
         asked = {k: v for k, v in options.items() if ctx.get_parameter_source(k) is not ParameterSource.DEFAULT}

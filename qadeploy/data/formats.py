@@ -59,6 +59,8 @@ def load_rows(source: str, token: str | None = None) -> Iterable[RawRow]:
         InputError: The source cannot be read.
         MissingExtraError: The format needs an optional package.
     """
+    if not source:
+        raise InputError("no data is named: give 'handbook', a file or 'hub:NAME'")
     if source.startswith("hub:"):
         return _hub_rows(source, token)
     path = HANDBOOK if source == "handbook" else Path(source)

@@ -59,7 +59,8 @@ def read(
     their answers. In SQuAD's own nesting every id stays an example, because every id is scored.
 
     Args:
-        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``; or several, which are joined as ``joined`` does.
+        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``; or several, which are joined as ``joined`` does. One that is
+            named twice is read once.
         options: How to read the rows; None for the defaults.
         token: An access token for the hub.
         annotated: False to ignore answers (questions to be answered, not to learn from).
@@ -71,7 +72,7 @@ def read(
         MissingExtraError: The format needs an optional package.
     """
     if not isinstance(source, str):
-        return joined([read(each, options, token=token, annotated=annotated) for each in source])
+        return joined([read(each, options, token=token, annotated=annotated) for each in sources(source)])
     loaded = load_rows(source, token) if rows is None else rows
     return _collect(source, list(loaded), options or DataOptions(), annotated)
 
@@ -116,7 +117,7 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
     """Joins data sets to one.
 
     A question that several of them ask about the same context becomes one example with all their answers. Ids need to differ
-    within each of them only: "-2" is appended to one that an earlier set has.
+    within each of them only: "-2" is appended to one that an earlier set gave to another question.
 
     Args:
         sets: The data sets, at least one.
@@ -126,6 +127,7 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
     """
     examples: dict[str, Example] = {}
     asked: dict[tuple[str, str, str], str] = {}
+    taken: set[str] = set()
     problems = []
     for data in sets:
         known = dict(asked)
@@ -140,13 +142,11 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
                         f"of the two has the answer {text}: correct one, or leave it out"
                     )
                     continue
-                answers = earlier.answers + example.answers
-                examples[earlier.id] = replace(
-                    earlier, answers=answers, also=(*earlier.also, example.id, *example.also)
-                )
+                ids = [i for i in (example.id, *example.also) if i not in (earlier.id, *earlier.also)]
+                also = (*earlier.also, *(_free(i, taken) for i in ids))
+                examples[earlier.id] = replace(earlier, answers=earlier.answers + example.answers, also=also)
                 continue
-            while example.id in examples:
-                example = replace(example, id=f"{example.id}-2")
+            example = replace(example, id=_free(example.id, taken), also=tuple(_free(i, taken) for i in example.also))
             examples[example.id] = example
             asked.setdefault(key, example.id)
     if problems:
@@ -159,9 +159,29 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
     )
 
 
+def _free(identity: str, taken: set[str]) -> str:
+    """The id, with "-2" appended while it is taken; it is then taken too."""
+    while identity in taken:
+        identity += "-2"
+    taken.add(identity)
+    return identity
+
+
+def sources(source: str | Sequence[str]) -> tuple[str, ...]:
+    """One source or several as a tuple, each once.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = (source,) if isinstance(source, str) else tuple(dict.fromkeys(source))
+    if not found:
+        raise InputError("no data is named: give 'handbook', a file or 'hub:NAME'")
+    return found
+
+
 def source_name(source: str | Sequence[str]) -> str:
     """What messages call one source or several."""
-    return source if isinstance(source, str) else ", ".join(source)
+    return ", ".join(sources(source))
 
 
 def hash_examples(examples: Iterable[Example]) -> str:

@@ -58,8 +58,8 @@ _PLAIN = {
 _ABOUT = {
     400: "The body is not valid JSON.",
     401: "The bearer token is missing or wrong.",
-    404: "The server has another model.",
-    409: "The bundle was not reloaded.",
+    404: "There is no such model or question.",
+    409: "The bundle was not reloaded, or the question has another verdict.",
     408: "The body did not arrive in time.",
     413: "The body has too many bytes.",
     422: "The request does not match the schema, or exceeds a limit.",
@@ -177,7 +177,7 @@ def _add_feedback(app: FastAPI, feedback: Feedback, locked: Sequence[Any]) -> No
         tags=["answers"],
         summary="Say whether an answer was right",
         status_code=204,
-        responses=_errors(400, 401, 404, 408, 413, 422, 507),
+        responses=_errors(400, 401, 404, 408, 409, 413, 422, 507),
         dependencies=locked,
     )
     async def verdict(body: FeedbackRequest) -> Response:

@@ -30,12 +30,13 @@ _KEPT = 64 * 2**20  # bytes of questions and contexts that are remembered
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question with the text that its best answer is from, and that answer; ``bundle`` is the hash of what answered."""
+    """A question with the text that its best answer is from, that answer, the hash of the bundle, and the verdict on it."""
 
     question: str
     context: str
     best: Answer
     bundle: str
+    verdict: tuple[str, str | None, int | None] | None = None
 
     @property
     def size(self) -> int:
@@ -106,7 +107,7 @@ class Feedback:
                 self._bytes -= self._recent.popitem(last=False)[1].size
 
     def add(self, request_id: str, number: int, verdict: str, text: str | None, start: int | None) -> None:
-        """Appends a verdict to the file.
+        """Appends a verdict to the file, unless it is there already: a client may send it again.
 
         Args:
             request_id: The X-Request-ID of the response that held the answer.
@@ -116,46 +117,45 @@ class Feedback:
             start: Its first code point in the context, if it occurs there several times.
 
         Raises:
-            RefusedError: The question is not remembered (404), or the right answer does not stand there (422).
+            RefusedError: The question is not remembered (404) or has another verdict (409), or the right answer does not stand
+                there (422).
             FailureError: The file cannot be written.
         """
-        with self._lock:
-            asked = self._recent.get((request_id, number))
-        if asked is None:
-            raise RefusedError(404, "not_found", f"question {number} of request {request_id} was not answered recently")
-        row = {
-            "id": f"{request_id}-{number}",
-            "question": asked.question,
-            "context": asked.context,
-            **_answer(asked, verdict, text, start),
-            "verdict": verdict,
-            "predicted": asked.best.text,
-            "score": asked.best.score,
-            "bundle": asked.bundle,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        self._append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-    def _append(self, line: bytes) -> None:
+        key, given = (request_id, number), (verdict, text, start)
         with self._writes:
+            with self._lock:
+                asked = self._recent.get(key)
+            name = f"question {number} of request {request_id}"
+            if asked is None:
+                raise RefusedError(404, "not_found", f"{name} was not answered recently")
+            if asked.verdict is None:
+                self._append(_row(asked, f"{request_id}-{number}", given))
+                with self._lock:
+                    if self._recent.get(key) is asked:
+                        self._recent[key] = replace(asked, verdict=given)
+            elif asked.verdict != given:
+                raise RefusedError(409, "judged", f"{name} has another verdict already, which stays as it is")
+
+    def _append(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | BINARY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                descriptor = os.open(self._path, os.O_WRONLY | BINARY | os.O_APPEND | os.O_CREAT, 0o600)
+                size = os.fstat(descriptor).st_size
                 try:
-                    size = os.fstat(descriptor).st_size
-                    try:
-                        if os.write(descriptor, line) < len(line):
-                            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                        os.fsync(descriptor)
-                    except OSError:
-                        with contextlib.suppress(OSError):
-                            os.ftruncate(descriptor, size)  # nothing half written
-                        raise
-                finally:
-                    os.close(descriptor)
-                if size + len(line) > self._most:
-                    self._path.replace(self._path.with_name(f"{self._path.name}.1"))
-            except OSError as error:
-                raise FailureError(f"{self._path}: the feedback was not stored: {error.strerror}") from error
+                    if os.write(descriptor, line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(descriptor)
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(descriptor, size)  # nothing half written
+                    raise
+            finally:
+                os.close(descriptor)
+            if size + len(line) > self._most:
+                self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+        except OSError as error:
+            raise FailureError(f"{self._path}: the feedback was not stored: {error.strerror}") from error
 
 
 def _is_ours(line: bytes) -> bool:
@@ -177,6 +177,21 @@ def _asked(ask: Ask, pair: DecodedPair, bundle: str) -> Asked:
     spans = pair.decoded.spans
     # Without an answer, the passage that came nearest.
     return Asked(ask.question, joined.parts[joined.part_at(spans[0].start) if spans else 0].text, best, bundle)
+
+
+def _row(asked: Asked, request: str, given: tuple[str, str | None, int | None]) -> dict[str, Any]:
+    """What is stored. It has no id: a client may send one X-Request-ID twice, and ids of a data set are unique."""
+    return {
+        "request": request,
+        "question": asked.question,
+        "context": asked.context,
+        **_answer(asked, *given),
+        "verdict": given[0],
+        "predicted": asked.best.text,
+        "score": asked.best.score,
+        "bundle": asked.bundle,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _answer(asked: Asked, verdict: str, text: str | None, start: int | None) -> dict[str, Any]:

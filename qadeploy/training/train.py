@@ -31,7 +31,7 @@ from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.data.check import CheckedData, check_rows
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
-from qadeploy.data.loading import hash_examples, joined, read, source_name
+from qadeploy.data.loading import hash_examples, joined, read, source_name, sources
 from qadeploy.errors import FailureError, InputError
 from qadeploy.evaluation.predictions import write_predictions
 from qadeploy.files import cache_folder, write_json
@@ -190,8 +190,7 @@ def load_data(options: TrainOptions, log: RunLog) -> RunData:
         InputError: The data cannot be read or split; a DataError names unusable rows.
     """
     reading = DataOptions.of(asdict(options))
-    sources = (options.data,) if isinstance(options.data, str) else options.data
-    rows = {source: list(load_rows(source, options.token)) for source in sources}
+    rows = {source: list(load_rows(source, options.token)) for source in sources(options.data)}
     checked = [check_rows(source, rows[source], reading) for source in rows]
     check = CheckedData(source_name(options.data), tuple(row for each in checked for row in each.rows))
     log.data_check(check)
