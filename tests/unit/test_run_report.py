@@ -172,14 +172,16 @@ def test_no_answer_facts_are_those_of_the_judged_questions():
     assert facts().results.no_answer is None
 
 
-def test_the_command_gives_the_options_back_to_the_command_line():
-    command = train_command(RECORD["options"])
+@pytest.mark.parametrize("data", [("faq & answers.jsonl",), ("old.csv", "new rows.jsonl")])
+def test_the_command_gives_the_options_back_to_the_command_line(data):
+    options = RECORD["options"] | {"data": data if len(data) > 1 else data[0]}
+    command = train_command(options)
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["qadeploy", "train"]
     train = main.commands["train"]
     parsed = train.make_context("train", words[2:]).params
-    for name, value in RECORD["options"].items():
-        assert parsed[name] == value, name
+    for name, value in options.items():
+        assert parsed[name] == (data if name == "data" else value), name
 
 
 def test_the_base_that_ships_needs_no_naming():
