@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -27,7 +28,7 @@ from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Annotation, Example, Window
 from qadeploy.reports.charts import terminal_chart
 from qadeploy.training.batches import LengthGroupedSampler
-from qadeploy.training.callbacks import EpochTable, observe
+from qadeploy.training.callbacks import EpochTable, StepLines, observe
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.training.features import collate_labels, label, make_features
 from qadeploy.training.options import TrainOptions
@@ -220,6 +221,16 @@ def test_losses_that_fall_or_rise_together_are_no_gap(rows):
     table, said = evaluated(rows)
     assert table.gap_opened is None
     assert not any("WARNING" in line for line in said)
+
+
+def test_a_log_without_a_bar_names_the_step_once_a_while():
+    said: list[str] = []
+    lines = StepLines(RunLog(said.append), seconds=0.05)
+    for step in range(1, 4):
+        time.sleep(0.06 if step > 1 else 0.0)
+        state = SimpleNamespace(global_step=1_000 * step, max_steps=3_000, is_world_process_zero=step < 3)
+        lines.on_step_end(None, state, None)
+    assert [line.strip() for line in said] == ["step 2,000 of 3,000"]
 
 
 def test_the_terminal_chart():

@@ -1,8 +1,9 @@
-"""What training shows of its epochs: a progress bar, and a table with one row per epoch and a remark on it."""
+"""What training shows of its epochs: a progress bar, or lines in a log, and a table with one row per epoch and a remark on it."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,20 @@ class QuietProgress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Prints nothing: the table has its own rows."""
+
+
+class StepLines(TrainerCallback):
+    """Prints the step from time to time, for logs, where there is no progress bar."""
+
+    def __init__(self, log: RunLog, seconds: float = 60.0) -> None:
+        self._log, self._seconds = log, seconds
+        self._last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prints a line if the last one is old enough."""
+        if time.monotonic() - self._last >= self._seconds and state.is_world_process_zero:
+            self._last = time.monotonic()
+            self._log.detail(f"step {state.global_step:,} of {state.max_steps:,}")
 
 
 class EpochTable(TrainerCallback):

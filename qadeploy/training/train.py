@@ -43,7 +43,7 @@ from qadeploy.reports.run_report import RunRecord
 from qadeploy.shipped import base_model_path
 from qadeploy.training import distributed
 from qadeploy.training.batches import check_tokens
-from qadeploy.training.callbacks import EpochTable, QuietProgress
+from qadeploy.training.callbacks import EpochTable, QuietProgress, StepLines
 from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
 from qadeploy.training.distill import Teacher, keep_layers, load_teacher, soft_labels
 from qadeploy.training.exportable import TESTED, exportable
@@ -399,6 +399,8 @@ def _make_loop(run: _TrainingRun) -> _Loop:
     if run.progress:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(QuietProgress)
+    else:
+        trainer.add_callback(StepLines(run.log))
     run.log.training(trainer, options, models.device, models.precision)
     return _Loop(trainer, table, speed)
 
