@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,6 +23,7 @@ from qadeploy import Answerer
 from qadeploy.data.loading import read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
+from qadeploy.evaluation.scoring import Evaluation
 from qadeploy.export import reference as reference_module
 from qadeploy.export.fused import fusion_line, optimize
 from qadeploy.export.fusion import fuse_file
@@ -29,6 +31,7 @@ from qadeploy.export.onnx import export, export_graph, read_shared_weights
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.parity import Parity, measure_parity, parity_windows, require_parity
 from qadeploy.export.plan import plan_lines
+from qadeploy.export.quantize import int8
 from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.recipes import RECIPES
 from qadeploy.export.quantize.search import SearchOptions
@@ -172,6 +175,33 @@ def test_int8_below_the_gate_is_not_written_and_an_older_bundle_stays(reference,
         quantize(reference, source, out, SearchOptions(-1.0), recipe="int8", say=print)
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
     assert (out / MANIFEST).read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", [1, 6])
+def test_a_loss_that_chance_may_explain_is_a_warning(wrong, reference, bundle, tmp_path, monkeypatch):
+    """One wrong answer of 6 is 17 points of F1, and the interval of its loss begins at 0."""
+    held_out = int8._held_out
+
+    def worse(*given: Any) -> Evaluation:
+        found = held_out(*given)
+        rows = found.scores.rows_f1.copy()
+        rows[:wrong] = 0.0
+        return replace(found, scores=replace(found.scores, rows_f1=rows))
+
+    monkeypatch.setattr(int8, "_held_out", worse)
+    said: list[str] = []
+    lost = 100 * wrong / len(reference.examples)
+    arguments = (reference, open_bundle(bundle), tmp_path / "small", SearchOptions(0.5))
+    if wrong == 6:
+        with pytest.raises(GateError, match=rf"every recipe loses more than 0\.5 .*{lost:.2f} held out"):
+            quantize(*arguments, recipe="int8", say=said.append)
+        assert list(tmp_path.iterdir()) == []
+        return
+    (row,) = quantize(*arguments, recipe="int8", say=said.append).manifest["made"]["leaderboard"]
+    assert (row["verdict"], row["f1_lost_held_out"]) == ("chosen", pytest.approx(lost))
+    (warning,) = (line for line in said if "WARNING" in line)
+    assert f"WARNING: int8 loses {lost:.2f} points of F1 (95 % interval of the change -" in warning
+    assert "to +0.00) on " in warning
 
 
 def test_a_graph_that_moves_the_logits_is_not_written(reference, bundle, tmp_path):
