@@ -91,6 +91,23 @@ def test_a_missing_data_file_is_named(command, option, bundle):
     fails(2, ["nothing.jsonl: no such file"], command, *rest, option, "nothing.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [
+        ("--data is given twice: give it once", ["evaluate", "run", "--data", "a.jsonl", "--data", "b.jsonl"]),
+        ("--eval-data is given twice", ["train", "--eval-data", "a.jsonl", "--validation_file", "b.jsonl"]),
+        ("--config is given twice", ["train", "--config", "a.yaml", "--config", "b.yaml"]),
+        ("--reduce-range says how to make the int8 bundle: give --quantize too", ["export", "run", "--reduce-range"]),
+        (
+            "--recipe says how to make the int8 bundle: give --quantize too",
+            ["export", "run", "--recipe", "int8-protected"],
+        ),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(said, arguments):
+    fails(2, [said], *arguments)
+
+
 def test_an_unknown_base_says_what_it_may_be():
     write_jsonl(Path("good.jsonl"), triplets(8))
     message = fails(1, ["no/such-model: no such folder"], "train", "--data", "good.jsonl", "--base", "no/such-model")

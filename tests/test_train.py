@@ -180,6 +180,7 @@ def row(epoch: int, train_loss: float | None, eval_loss: float, accuracy: float 
         ([row(0, None, 3.0, 0.1)], row(1, 2.0, 2.0, 0.4), "loss falls, accuracy rises"),
         ([row(0, None, 3.0, 0.4)], row(1, 2.0, 3.5, 0.1), "loss rises, accuracy falls"),
         ([row(1, 2.0, 1.0)], row(2, 2.5, 1.5), "loss rises, accuracy stays"),
+        ([row(1, 2.0, 1.0)], row(2, 1.5, 1.0), "loss stays, accuracy stays"),
         (
             [row(1, 2.0, 1.0, 0.5)],
             row(2, 1.0, 1.5, 0.4),
@@ -353,6 +354,14 @@ def test_the_same_seed_gives_the_same_run_and_replaces_an_old_one(tiny, tiny_che
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
     assert not (out / "null_odds.json").exists()
     assert json.loads((out / "metrics.json").read_text()) == again.metrics
+
+
+def test_a_run_of_one_step_learns(tiny, tiny_checkpoint, tmp_path):
+    options = tiny_options(tiny.data, tiny_checkpoint, tmp_path / "run", epochs=1, max_train_samples=8)
+    metrics = train(options, lambda line: None, progress=False).metrics
+    base, trained = metrics["epochs"]
+    assert metrics["steps"] == 1
+    assert trained["eval_loss"] != base["eval_loss"]
 
 
 def test_two_files_are_the_run_that_one_file_with_both_would_be(tiny, tiny_checkpoint, tmp_path):

@@ -32,6 +32,8 @@ _EXTRAS = {
     **dict.fromkeys(("markupsafe", "matplotlib"), "train"),
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), "serve"),
 }
+# Options that a reader of train --data may expect to take several times.
+_ONLY_ONCE = {"--columns", "--config", "--corpus", "--data", "--dev-data", "--eval-data", "--label", "--unlabelled"}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -56,6 +58,7 @@ class _Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
+            self._check_repeated(ctx, args)
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             hint = unknown_hint(self, error.option_name)
@@ -63,6 +66,14 @@ class _Command(click.Command):
                 raise
             message = f"No such option: {error.option_name}{hint}"
             raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
+
+    def _check_repeated(self, ctx: click.Context, args: list[str]) -> None:
+        """Raises UsageError if a second value of an option may be meant as one more: click would take the last in silence."""
+        order = self.make_parser(ctx).parse_args(list(args))[2]
+        given = [each.opts[0] for each in order if not getattr(each, "multiple", False)]
+        again = next((flag for flag in given if flag in _ONLY_ONCE and given.count(flag) > 1), None)
+        if again is not None:
+            raise click.UsageError(f"{again} is given twice: give it once", ctx)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:

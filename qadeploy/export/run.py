@@ -85,6 +85,9 @@ def export_run(source: str | None, options: ExportOptions, listener: Listener) -
         GateError: A bundle lost more than it may.
     """
     check(options)
+    for flag, given in (("--recipe", options.recipe), ("--reduce-range", options.reduce_range)):
+        if given and not options.quantize:
+            raise InputError(f"{flag} says how to make the int8 bundle: give --quantize too")
     if options.triton:
         check_repository(Path(options.triton))
     if options.web:

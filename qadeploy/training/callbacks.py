@@ -134,9 +134,11 @@ def observe(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
     if not before:
         return "the base model, before training"
     last = before[-1]
-    loss = row["eval_loss"] - last["eval_loss"]
-    accuracy = row["eval_accuracy"] - last["eval_accuracy"]
-    moves = "rises" if accuracy > 0 else "falls" if accuracy < 0 else "stays"
+    moves = _moves(row["eval_accuracy"] - last["eval_accuracy"])
     if gap_opens(before, row):
         return f"overfitting: eval loss rises while train loss falls; accuracy {moves}"
-    return f"loss {'falls' if loss < 0 else 'rises'}, accuracy {moves}"
+    return f"loss {_moves(row['eval_loss'] - last['eval_loss'])}, accuracy {moves}"
+
+
+def _moves(change: float) -> str:
+    return "rises" if change > 0 else "falls" if change < 0 else "stays"

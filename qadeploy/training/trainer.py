@@ -54,6 +54,11 @@ class SpanArguments(TrainingArguments):
         """How many GPUs this process computes on: 0 or 1."""
         return min(int(super().n_gpu), 1)
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """How many steps the learning rate rises. It is 0 in the first of them, so a single one would only be a step lost."""
+        steps = int(super().get_warmup_steps(num_training_steps))
+        return 0 if steps == 1 else steps
+
 
 def training_arguments(device: torch.device, **options: Any) -> SpanArguments:
     """Arguments for ``device`` in the precision of ``options``, whatever was trained in this process before.
