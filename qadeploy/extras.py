@@ -20,7 +20,9 @@ def import_extra(module: str, purpose: str, extra: str, package: str = "") -> An
     Raises:
         MissingExtraError: It is not installed.
     """
+    top = module.partition(".")[0]
     try:
+        import_module(top)  # a module of it may have been imported before it was blocked
         return import_module(module)
     except ImportError as error:
-        raise MissingExtraError(purpose, package or module.partition(".")[0], extra) from error
+        raise MissingExtraError(purpose, package or top, extra) from error

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
+from functools import cache, partial
 from inspect import get_annotations
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -194,121 +194,70 @@ def table(cls: type, *, env: bool = False) -> str:
 
 # ---------------------------------------------------------------- options that several commands share
 
-
-def bundle_sha256() -> Any:
-    """``bundle_sha256``: which bundle is meant, whatever lies in its folder."""
-    return option(None, "SHA-256 of the bundle's manifest.json (sha256sum); any other is refused.", shown="any bundle")
-
-
-def load_timeout() -> Any:
-    """``load_timeout``: how long a bundle may take to load."""
-    return option(300.0, "Seconds that loading the bundle may take.", least=0.001)
-
-
-def device() -> Any:
-    """``device``: where a model runs."""
-    return option("auto", "auto, cpu, cuda or cuda:N.")
-
-
-def threads() -> Any:
-    """``threads``: how many CPU threads to use."""
-    return option(None, "CPU threads.", least=1, shown="all")
-
-
-def trust_remote_code() -> Any:
-    """``trust_remote_code``: whether a model's own code may run."""
-    return option(False, "Run the Python code that a model brings along. Read it first.")
-
-
-def allow_pickle() -> Any:
-    """``allow_pickle``: whether weights may be read from a pickle."""
-    return option(
-        False, "Read weights that are only there as a pickle (pytorch_model.bin); torch makes only tensors of it."
-    )
-
-
-def hub_token() -> Any:
-    """``token``: an access token for the hub."""
-    return option(
-        None,
-        "Token for the hub, for private models and data sets.",
-        shown="$HF_TOKEN, or a login",
-        secret=True,
-        named="--hub-token",
-        also=("--token",),
-    )
-
-
-def columns() -> Any:
-    """``columns``: how the data name our fields."""
-    return option(
-        None, "Which column holds which of our fields, e.g. context=review,answer=ans,span=indices.", shown="ours"
-    )
-
-
-def no_answer_token() -> Any:
-    """``no_answer_token``: the text that stands for "no answer"."""
-    return option(None, "An answer that means 'none in this context', e.g. ANSWERNOTFOUND; '' for a blank one.")
-
-
-def on_ambiguous() -> Any:
-    """``on_ambiguous``: what to do with an answer that occurs several times."""
-    return option(
-        "error", "What to do with an answer that occurs several times in its context and has no answer_start."
-    )
-
-
-def label() -> Any:
-    """``label``: which regions of an annotation tool are answers."""
-    return option(
-        None,
-        "The label of the regions that are answers, if an annotation tool's export has several.",
-        shown="the only one",
-    )
-
-
-def empty_answers() -> Any:
-    """``empty_answers``: what an empty list of answers means."""
-    return option(
-        None,
-        "What an empty list of answers means if nothing else says that there is none; reject: the labels are withheld.",
-        shown="no-answer, with a warning",
-    )
+# Each makes the field of its name.
+bundle_sha256 = partial(
+    option, None, "SHA-256 of the bundle's manifest.json (sha256sum); any other is refused.", shown="any bundle"
+)
+load_timeout = partial(option, 300.0, "Seconds that loading the bundle may take.", least=0.001)
+device = partial(option, "auto", "auto, cpu, cuda or cuda:N.")
+threads = partial(option, None, "CPU threads.", least=1, shown="all")
+trust_remote_code = partial(option, False, "Run the Python code that a model brings along. Read it first.")
+allow_pickle = partial(
+    option, False, "Read weights that are only there as a pickle (pytorch_model.bin); torch makes only tensors of it."
+)
+hub_token = partial(  # of the field ``token``
+    option,
+    None,
+    "Token for the hub, for private models and data sets.",
+    shown="$HF_TOKEN, or a login",
+    secret=True,
+    named="--hub-token",
+    also=("--token",),
+)
+columns = partial(
+    option, None, "Which column holds which of our fields, e.g. context=review,answer=ans,span=indices.", shown="ours"
+)
+no_answer_token = partial(
+    option, None, "An answer that means 'none in this context', e.g. ANSWERNOTFOUND; '' for a blank one."
+)
+on_ambiguous = partial(
+    option, "error", "What to do with an answer that occurs several times in its context and has no answer_start."
+)
+label = partial(
+    option,
+    None,
+    "The label of the regions that are answers, if an annotation tool's export has several.",
+    shown="the only one",
+)
+empty_answers = partial(
+    option,
+    None,
+    "What an empty list of answers means if nothing else says that there is none; reject: the labels are withheld.",
+    shown="no-answer, with a warning",
+)
+prefilter = partial(
+    option,
+    None,
+    "Of a long context, read only this many windows, those that share most with the question (BM25).",
+    least=1,
+    shown="all",
+)
+min_score = partial(option, 0.0, "Leave out answers with a lower score, 'no answer' included.", least=0, most=1)
+snippet = partial(
+    option,
+    None,
+    "Also return the sentence around each answer, or whole words of so many characters on each side.",
+    least=1,
+    most=5_000,
+    shown="nothing",
+)
+offsets = partial(
+    option,
+    "codepoints",
+    "What start and end count: code points (Python), UTF-16 units (JavaScript, Java) or UTF-8 bytes.",
+)
 
 
 def keep(what: str) -> Any:
     """``cache``: whether ``what`` is kept for the next run."""
     return option(True, f"Keep {what} in $QADEPLOY_CACHE (~/.cache/qadeploy).", off="--no-cache")
-
-
-def prefilter() -> Any:
-    """``prefilter``: how many windows of a context are read."""
-    return option(
-        None,
-        "Of a long context, read only this many windows, those that share most with the question (BM25).",
-        least=1,
-        shown="all",
-    )
-
-
-def min_score() -> Any:
-    """``min_score``: which answers are good enough."""
-    return option(0.0, "Leave out answers with a lower score, 'no answer' included.", least=0, most=1)
-
-
-def snippet() -> Any:
-    """``snippet``: what is returned around an answer."""
-    return option(
-        None,
-        "Also return the sentence around each answer, or whole words of so many characters on each side.",
-        least=1,
-        most=5_000,
-        shown="nothing",
-    )
-
-
-def offsets() -> Any:
-    """``offsets``: what offsets count."""
-    return option(
-        "codepoints", "What start and end count: code points (Python), UTF-16 units (JavaScript, Java) or UTF-8 bytes."
-    )

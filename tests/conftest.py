@@ -315,6 +315,16 @@ def plain_int8(once: Once[Path], tiny: Tiny) -> Path:
 
 
 @pytest.fixture(scope="module")
+def reference(tiny: Tiny) -> Any:
+    """The tiny run, judged on few questions to be quick."""
+    from qadeploy.export.reference import make_reference
+    from qadeploy.training.runs import HeldOut, dev_set, find_run
+
+    run = find_run(tiny.run)
+    return make_reference(run, HeldOut("keepers", dev_set(run)[:6]))
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """The Chromium of this machine, driven by playwright."""
     from playwright.sync_api import sync_playwright

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from matplotlib.figure import Figure
 
 from qadeploy import Answerer
@@ -27,11 +26,11 @@ from qadeploy.bench.peers import PEERS
 from qadeploy.bench.split import PARTS, measure_split
 from qadeploy.bench.variant import Asker, Variant
 from qadeploy.bench.workload import draw
-from qadeploy.cli import main
 from qadeploy.data.loading import read
 from qadeploy.errors import FailureError, InputError
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.records import NO_ANSWER, Annotation
+from tests.cli_for_tests import run
 from tests.conftest import sealed_copy
 from tests.processes_for_tests import ended
 from tests.test_report_page import Reader
@@ -46,7 +45,7 @@ def benched(tiny, tiny_export, tmp_path_factory) -> tuple[dict[str, Any], Path, 
     args = ["bench", tiny.bundle("int8"), tiny.bundle(), "--against", "pipeline", "--questions", 12, "--rounds", 2]
     args += ["--latency-questions", 4, "--threads", 1, "--out", out, "--min-f1", 1, "--max-f1-drop", 100, "--json"]
     with contextlib.chdir(tiny.root):
-        result = CliRunner().invoke(main, [str(a) for a in args])
+        result = run(*args)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout), out, result.stderr
 
@@ -275,7 +274,7 @@ def test_a_limit_that_does_not_hold_is_exit_code_1_after_the_table(options, mess
         Path("wrong.jsonl").write_text("\n".join(wrong))
         data = [] if "--data" in options else ["--data", str(tiny.data)]
         given = ["--questions", "2", "--rounds", "1", "--on-ambiguous", "first", *data]
-        result = CliRunner().invoke(main, ["bench", str(tiny.bundle("int8")), "--against", "", *given, *options])
+        result = run("bench", tiny.bundle("int8"), "--against", "", *given, *options)
     assert result.exit_code == 1, result.output
     assert "Traceback" not in result.output
     assert "NOT HELD" in result.stdout
@@ -286,7 +285,7 @@ def test_a_limit_that_does_not_hold_is_exit_code_1_after_the_table(options, mess
 def test_limits_that_nothing_can_be_held_against_are_refused_at_once(tiny, tiny_export, tmp_path):
     given = ["--data", str(tiny.data), "--against", "", "--out", str(tmp_path / "o")]
     command = ["bench", str(tiny.bundle("int8")), *given]
-    result = CliRunner().invoke(main, [*command, "--max-f1-drop", "0.5"])
+    result = run(*command, "--max-f1-drop", "0.5")
     assert result.exit_code == 2
     assert "--max-f1-drop needs a float variant to lose from" in result.stderr
     assert not (tmp_path / "o").exists()
@@ -296,7 +295,7 @@ def test_limits_that_nothing_can_be_held_against_are_refused_at_once(tiny, tiny_
 @pytest.mark.parametrize("name", ["bench.json", "bench.html", "bench.png"])
 def test_files_that_are_no_report_are_not_overwritten(name, bundle, tmp_path):
     (tmp_path / name).write_text('{"mine": true}')
-    done = CliRunner().invoke(main, ["bench", str(bundle), "--out", str(tmp_path)])
+    done = run("bench", bundle, "--out", tmp_path)
     assert done.exit_code == 2
     assert f"{tmp_path}: {name} would be overwritten, and is no report of bench: give another --out" in done.stderr
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, '{"mine": true}')]

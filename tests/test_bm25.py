@@ -11,12 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qadeploy import Answerer
-from qadeploy.cli import main
 from qadeploy.core.bm25 import rank_windows
 from qadeploy.core.decoding import WindowLogits, decode_many
 from qadeploy.core.settings import Options
@@ -26,7 +24,7 @@ from qadeploy.errors import InputError, TooManyWindowsError
 from qadeploy.evaluation.predictions import Recorder
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.inference.trace import trace_dict, trace_lines
-from tests.cli_for_tests import value, well
+from tests.cli_for_tests import run, value, well
 from tests.conftest import NAMES, THINGS, write_jsonl
 from tests.tokenizers_for_tests import thorough
 
@@ -276,6 +274,6 @@ def test_ask_takes_it(answerer, bundle, tmp_path):
 
 def test_a_filter_of_no_windows_is_refused_by_the_flag(bundle):
     for command in (["ask", "--question", "q", "--context", "c"], ["evaluate", "--data", "d"]):
-        result = CliRunner().invoke(main, [command[0], str(bundle), *command[1:], "--prefilter", "0"])
+        result = run(command[0], bundle, *command[1:], "--prefilter", "0")
         assert result.exit_code == 2
         assert "Invalid value for '--prefilter'" in result.stderr

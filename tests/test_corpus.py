@@ -11,22 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from qadeploy import Answerer, Corpus
-from qadeploy.cli import main
 from qadeploy.corpus import building, pdf
 from qadeploy.corpus.building import build
 from qadeploy.corpus.cutting import cut
 from qadeploy.corpus.pdf import pdf_document
 from qadeploy.errors import InputError
+from tests.cli_for_tests import run
 from tests.conftest import triplets
 from tests.corpora_for_tests import ENCRYPTED, write_documents
 from tests.corpora_for_tests import pdf as make_pdf
-
-
-def qadeploy(*args: object) -> Result:
-    return CliRunner().invoke(main, [str(each) for each in args])
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +136,14 @@ def test_of_two_builders_at_once_one_is_refused(tmp_path):
 
 def test_questions_are_answered_from_documents_and_from_their_index(bundle, keepers, tmp_path):
     question = ("--question", "Who keeps the lamp?", "--top-k", "1", "--json")
-    asked = qadeploy("ask", bundle, "--corpus", keepers, *question)
+    asked = run("ask", bundle, "--corpus", keepers, *question)
     assert asked.exit_code == 0, asked.output
     assert "not in the corpus: scan.pdf: not a readable PDF" in asked.stderr
-    indexed = qadeploy("index", keepers, "--out", tmp_path / "index", "--json")
+    indexed = run("index", keepers, "--out", tmp_path / "index", "--json")
     assert indexed.exit_code == 0, indexed.output
     counts = json.loads(indexed.stdout)
     assert (counts["files"], counts["added"], counts["skipped"][0]["path"]) == (16, 16, "scan.pdf")
-    again = qadeploy("ask", bundle, "--corpus", tmp_path / "index", *question)
+    again = run("ask", bundle, "--corpus", tmp_path / "index", *question)
     found, other = json.loads(asked.stdout), json.loads(again.stdout)
     assert found["answers"] == other["answers"]
     (answer,) = found["answers"]
@@ -164,20 +159,18 @@ def test_questions_are_answered_from_documents_and_from_their_index(bundle, keep
 
 
 def test_answers_for_people_name_document_and_place(bundle, keepers, tmp_path):
-    assert qadeploy("index", keepers, "--out", tmp_path / "index").exit_code == 0
-    shown = qadeploy("index", keepers, "--out", tmp_path / "index")
+    assert run("index", keepers, "--out", tmp_path / "index").exit_code == 0
+    shown = run("index", keepers, "--out", tmp_path / "index")
     first, second, reason = shown.stdout.splitlines()
     assert first.endswith("index: 16 files, 16 documents, 16 passages (was up to date)")
     assert (second, reason.split(":")[0]) == ("not in the index:", "  scan.pdf")
-    asked = qadeploy(
-        "ask", bundle, "--corpus", tmp_path / "index", "--question", "Who keeps the boat?", "--passages", "2"
-    )
+    asked = run("ask", bundle, "--corpus", tmp_path / "index", "--question", "Who keeps the boat?", "--passages", "2")
     answer, snippet = asked.stdout.splitlines()[:2]
     assert ".md, Room " in answer
     assert snippet.startswith("   # Room ")
-    traced = qadeploy("ask", bundle, "--corpus", tmp_path / "index", "--question", "Who keeps the boat?", "--trace")
+    traced = run("ask", bundle, "--corpus", tmp_path / "index", "--question", "Who keeps the boat?", "--trace")
     assert traced.exit_code == 0, traced.output
-    nothing = qadeploy("ask", bundle, "--corpus", tmp_path / "index", "--question", "xyzzy")
+    nothing = run("ask", bundle, "--corpus", tmp_path / "index", "--question", "xyzzy")
     assert (nothing.exit_code, nothing.stdout) == (0, "no answer: no word of the question occurs in the corpus\n")
 
 
@@ -193,7 +186,7 @@ def test_answers_for_people_name_document_and_place(bundle, keepers, tmp_path):
 )
 def test_bad_calls_are_one_clear_error(args, message, bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = qadeploy("ask", bundle, "--question", "Who?", *args)
+    found = run("ask", bundle, "--question", "Who?", *args)
     assert found.exit_code == 2
     assert message in found.stderr
     assert "Traceback" not in found.stderr
@@ -219,7 +212,7 @@ def test_a_lock_file_that_appears_while_an_index_is_opened_is_removed_too(keeper
 def test_a_damaged_index_is_an_error_of_the_command(keepers, bundle, tmp_path):
     index = build(keepers, tmp_path / "index").folder
     (index / "texts.bin").write_bytes(b"x" + (index / "texts.bin").read_bytes()[1:])
-    found = qadeploy("ask", bundle, "--corpus", index, "--question", "Who?")
+    found = run("ask", bundle, "--corpus", index, "--question", "Who?")
     assert (found.exit_code, "texts.bin: does not match the manifest" in found.stderr) == (1, True)
 
 

@@ -35,7 +35,7 @@ from qadeploy.export.quantize import int8
 from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.recipes import RECIPES
 from qadeploy.export.quantize.search import SearchOptions
-from qadeploy.export.reference import Reference, make_reference
+from qadeploy.export.reference import make_reference
 from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, open_bundle
 from qadeploy.inference.session import OnnxModel
 from qadeploy.inference.tuning import SPINNING
@@ -48,13 +48,6 @@ from qadeploy.training.train import train
 from tests.conftest import sealed_copy, tiny_options, triplets, write_jsonl
 
 KINDS = ("", "fused", "int8")
-
-
-@pytest.fixture(scope="module")
-def reference(tiny) -> Reference:
-    """The tiny run, judged on few questions to be quick."""
-    run = find_run(tiny.run)
-    return make_reference(run, HeldOut("keepers", dev_set(run)[:6]))
 
 
 def largest_difference(checkpoint, model, windows: list[Window]) -> float:

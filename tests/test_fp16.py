@@ -18,12 +18,10 @@ from qadeploy.errors import FailureError, GateError
 from qadeploy.export.fp16 import Fp16Model, exact_nodes, fp16_lines, judging_questions, to_fp16, write_fp16
 from qadeploy.export.onnx import export_graph
 from qadeploy.export.parity import TOLERANCES
-from qadeploy.export.reference import Reference, make_reference
 from qadeploy.inference.bundle import MANIFEST, MODEL, newest_bundle, open_bundle
 from qadeploy.inference.doctor import diagnose, diagnosis_lines, gpu_bundles
 from qadeploy.inference.session import OnnxModel
 from qadeploy.training.checkpoint import TorchModel, load_checkpoint
-from qadeploy.training.runs import HeldOut, dev_set, find_run
 from tests.models_for_tests import BY_NAME
 
 FUSED = ("BERT", "DistilBERT", "RoBERTa", "XLM-R", "ELECTRA")  # every attention one node
@@ -153,13 +151,6 @@ def test_a_graph_that_cannot_be_converted_is_an_error_of_ours():
 
 
 # ---------------------------------------------------------------- the bundle
-
-
-@pytest.fixture(scope="module")
-def reference(tiny) -> Reference:
-    """The tiny run, judged on few questions to be quick."""
-    run = find_run(tiny.run)
-    return make_reference(run, HeldOut("keepers", dev_set(run)[:6]))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from qadeploy.cli import main
 from qadeploy.errors import CheckpointError
 from qadeploy.training.checkpoint import Hub, load_checkpoint
 from qadeploy.training.train import train
+from tests.cli_for_tests import run, well
 from tests.conftest import tiny_options, triplets, write_jsonl
 from tests.processes_for_tests import succeeded
 
@@ -149,12 +150,11 @@ def test_code_of_a_model_runs_only_when_asked_for(tiny_checkpoint, tmp_path, mon
     export = ["export", str(tmp_path / "run"), "--out", bundle, "--no-optimize"]
     refused = CliRunner().invoke(main, export)
     assert (refused.exit_code, "give --trust-remote-code" in refused.output) == (1, True)
-    assert CliRunner().invoke(main, [*export, "--trust-remote-code"]).exit_code == 0
+    assert run(*export, "--trust-remote-code").exit_code == 0
     ask = ["ask", str(tmp_path / "run"), "--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp."]
     assert CliRunner().invoke(main, ask).exit_code == 1
-    assert CliRunner().invoke(main, [*ask, "--trust-remote-code"]).exit_code == 0
+    assert run(*ask, "--trust-remote-code").exit_code == 0
     bench = ["bench", bundle, "--against", "pipeline,torch", "--data", str(data), "--questions", "4", "--rounds", "1"]
-    result = CliRunner().invoke(main, [*bench, "--trust-remote-code", "--latency-questions", "1", "--json"])
-    assert result.exit_code == 0, result.output
+    result = well(*bench, "--trust-remote-code", "--latency-questions", "1", "--json")
     report = json.loads(result.stdout)
     assert [row["status"] for row in report["variants"]] == ["ok"] * 3

@@ -34,47 +34,27 @@ FLAT = {
 }
 OTHER = {**FLAT, "id": "q2", "question": "Which color has the sky?"}
 FLAT_ANSWERS = (Annotation("blue", 11), Annotation("is blue", 8))
+SKY = [
+    {
+        "id": "q1",
+        "question": SEED["question"],
+        "answers": [{"text": "blue", "answer_start": 11}, {"text": "is blue", "answer_start": 8}],
+    },
+    {
+        "id": "q2",
+        "question": "How high is it?",
+        "is_impossible": True,
+        "answers": [],
+        "plausible_answers": [{"text": "sky", "answer_start": 4}],
+    },
+]
+SEA = {"id": "q3", "question": "What is green?", "is_impossible": False}
+SEA["answers"] = [{"text": "sea", "answer_start": 4}]
 NESTED = {
     "version": "v2.0",
     "data": [
-        {
-            "title": "Sky",
-            "paragraphs": [
-                {
-                    "context": SEED["context"],
-                    "qas": [
-                        {
-                            "id": "q1",
-                            "question": SEED["question"],
-                            "answers": [{"text": "blue", "answer_start": 11}, {"text": "is blue", "answer_start": 8}],
-                        },
-                        {
-                            "id": "q2",
-                            "question": "How high is it?",
-                            "is_impossible": True,
-                            "answers": [],
-                            "plausible_answers": [{"text": "sky", "answer_start": 4}],
-                        },
-                    ],
-                }
-            ],
-        },
-        {
-            "title": "Sea",
-            "paragraphs": [
-                {
-                    "context": "The sea is green.",
-                    "qas": [
-                        {
-                            "id": "q3",
-                            "question": "What is green?",
-                            "is_impossible": False,
-                            "answers": [{"text": "sea", "answer_start": 4}],
-                        }
-                    ],
-                }
-            ],
-        },
+        {"title": "Sky", "paragraphs": [{"context": SEED["context"], "qas": SKY}]},
+        {"title": "Sea", "paragraphs": [{"context": "The sea is green.", "qas": [SEA]}]},
     ],
 }
 

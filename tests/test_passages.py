@@ -11,16 +11,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
-from click.testing import CliRunner
 
 from qadeploy import Answer, Answerer
 from qadeploy.batch.run import BatchRequest, answer_files
-from qadeploy.cli import main
 from qadeploy.core.decoding import span_table
 from qadeploy.core.settings import Options
 from qadeploy.errors import CallError, DataWarning, InputError, StrideError, TooManyWindowsError
 from qadeploy.integrations.transformers_pipeline import pipeline
 from qadeploy.options import declared
+from tests.cli_for_tests import run
 from tests.conftest import triplets, write_jsonl
 from tests.servers_for_tests import serving
 
@@ -244,17 +243,15 @@ def test_ask_takes_several_contexts(answerer, bundle, tmp_path):
     contexts = ["--context", TEXTS[0], "--context", f"@{tmp_path / 'b.txt'}"]
     command = ["ask", str(bundle), "--question", LAMP, *contexts, "--top-k", "2"]
     expected = answerer.answer(LAMP, contexts=TEXTS[:2], top_k=2)
-    told = CliRunner().invoke(main, [*command, "--json"])
+    told = run(*command, "--json")
     assert [a["passage"] for a in json.loads(told.stdout)["answers"]] == [a.passage for a in expected]
-    shown = CliRunner().invoke(
-        main, [*command, "--context", "", "--snippet", "sentence", "--offsets", "utf8", "--trace"]
-    )
+    shown = run(*command, "--context", "", "--snippet", "sentence", "--offsets", "utf8", "--trace")
     best = expected[0]
     assert re.search(rf"1\. {best.text}   score 0\.\d+, passage {best.passage}, bytes {best.start}-", shown.stdout)
     assert "contexts[2] is empty and skipped" in shown.stderr
     assert "2 passages" in shown.stdout
     assert "passage 1 tokens 0-" in shown.stdout
-    none = CliRunner().invoke(main, [*command, "--min-score", "1"])
+    none = run(*command, "--min-score", "1")
     assert none.stdout == "no answer has a score of 1 or more\n"
 
 
@@ -301,7 +298,7 @@ def test_passages_are_read_from_parquet_and_csv_under_any_name(bundle, tmp_path)
     found = []
     for name in ("a.parquet", "b.csv"):
         command = ["answer", str(bundle), "--input", str(tmp_path / name), "--output", str(tmp_path / f"{name}.jsonl")]
-        done = CliRunner().invoke(main, [*command, "--columns", "contexts=found"])
+        done = run(*command, "--columns", "contexts=found")
         assert done.exit_code == 0, done.stderr
         found.append(json.loads((tmp_path / f"{name}.jsonl").read_text("utf-8")))
     assert found[0] == found[1]

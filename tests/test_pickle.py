@@ -19,6 +19,7 @@ from qadeploy.cli import main
 from qadeploy.errors import CheckpointError
 from qadeploy.training.checkpoint import Hub, load_checkpoint
 from qadeploy.training.train import train
+from tests.cli_for_tests import run
 from tests.conftest import tiny_options, triplets, write_jsonl
 
 REFUSED = r"its weights are only there as a pickle \(pytorch_model\.bin.*\), which can run code when it is read\. .*--allow-pickle"
@@ -100,7 +101,7 @@ def test_the_commands_take_the_flag(pickled, tmp_path):
         ended = CliRunner().invoke(main, command)
         assert (ended.exit_code, bool(re.search(REFUSED, ended.output))) == (1, True), ended.output
         if command[0] != "export":
-            assert CliRunner().invoke(main, [*command, "--allow-pickle"]).exit_code == 0
+            assert run(*command, "--allow-pickle").exit_code == 0
 
 
 def test_a_run_on_a_pickle_is_safetensors(pickled, tmp_path):

@@ -26,14 +26,8 @@ from qadeploy.export.reference import Reference, make_answerer, make_reference
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, open_bundle
 from qadeploy.inference.tuning import SESSIONS
-from qadeploy.training.runs import HeldOut, dev_set, find_run, known_examples
+from qadeploy.training.runs import HeldOut, find_run, known_examples
 from tests.timing_for_tests import Clock, Slowed
-
-
-@pytest.fixture(scope="module")
-def reference(tiny) -> Reference:
-    run = find_run(tiny.run)
-    return make_reference(run, HeldOut("keepers", dev_set(run)[:6]))
 
 
 @pytest.fixture(scope="module")

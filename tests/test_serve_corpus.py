@@ -12,17 +12,16 @@ from pathlib import Path
 import httpx
 import pytest
 import schemathesis
-from click.testing import CliRunner
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from qadeploy import Answerer, Corpus
-from qadeploy.cli import main
 from qadeploy.corpus.options import READ
 from qadeploy.errors import InputError
 from qadeploy.serve.settings import Settings
 from qadeploy.shipped import HANDBOOK, base_bundle_path
+from tests.cli_for_tests import well
 from tests.processes_for_tests import ended
 from tests.servers_for_tests import Gate, Local, around, serving, started
 
@@ -99,10 +98,7 @@ def test_questions_are_answered_as_the_library_answers_them(server, corpus, answ
 
 
 def test_the_command_says_the_same(server, index):
-    asked = CliRunner().invoke(
-        main, ["ask", str(base_bundle_path()), "--corpus", str(index), "--question", QUESTION, "--top-k", "3", "--json"]
-    )
-    assert asked.exit_code == 0, asked.output
+    asked = well("ask", base_bundle_path(), "--corpus", index, "--question", QUESTION, "--top-k", "3", "--json")
     expected, found = json.loads(asked.stdout), server.ask({"question": QUESTION, "top_k": 3})
     assert found["passages"] == expected["passages"]
     assert found["answers"] == [

@@ -28,6 +28,7 @@ from qadeploy.integrations.onnx_standalone.in_graph import ask, compare_answers,
 from qadeploy.integrations.onnx_standalone.text_graph import OUTPUTS, text_model
 from qadeploy.integrations.onnx_standalone.wordpiece import WordPiece, check_wordpiece, read_wordpiece, special_tokens
 from qadeploy.records import Example
+from tests.cli_for_tests import run
 from tests.conftest import sealed_copy, triplets
 from tests.tokenizers_for_tests import CORPUS, family, texts, thorough
 
@@ -354,7 +355,7 @@ def test_export_names_a_tokenizer_that_cannot_be_in_the_graph(bundle, tmp_path):
     (folder / "manifest.json").unlink()
     (folder / TOKENIZER).write_text(family("roberta").tokenizer.to_str())
     seal(folder, manifest)
-    result = CliRunner().invoke(main, ["export", str(folder), "--strings-in-graph"])
+    result = run("export", folder, "--strings-in-graph")
     assert result.exit_code == 2
     assert "this model's tokenizer is BPE" in result.output
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]

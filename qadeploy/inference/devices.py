@@ -101,11 +101,7 @@ class Driver:
 
 def has_driver() -> bool:
     """Whether an NVIDIA driver can be loaded. This takes microseconds if there is none."""
-    try:
-        ctypes.CDLL(DRIVER)
-    except OSError:
-        return False
-    return True
+    return _loads(DRIVER)
 
 
 def find_driver() -> Driver:

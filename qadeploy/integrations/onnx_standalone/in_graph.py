@@ -222,7 +222,7 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, 
     Raises InputError if its tokenizer is not BERT's WordPiece or no question can be asked, FailureError on a model that cannot
     be built in, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left as it was.
     """
-    tokenizer = _tokenizer(source)
+    tokenizer = Tokenizer.from_str(source.read(TOKENIZER).decode("utf-8"))
     pieces = read_wordpiece(tokenizer)
     answerer = Answerer.load(source.folder, device="cpu", threads=1)
     made = text_model(source.read(MODEL), pieces, answerer.encoder, source.settings)
@@ -275,10 +275,6 @@ def add_in_graph(
 
 def _nothing_asked(out: Path) -> InputError:
     return InputError(f"{out}: none of the questions can be asked, so nothing can be checked: give --eval-data FILE")
-
-
-def _tokenizer(source: Bundle) -> Tokenizer:
-    return Tokenizer.from_str(source.read(TOKENIZER).decode("utf-8"))
 
 
 def _encoder(source: Bundle) -> Encoder:
