@@ -64,6 +64,7 @@ load("revision", "hub:me/old", revision="v1")
 load("at", f"hub:me/old@{commit}")
 load("both", f"hub:me/old@{commit}", revision="v1")
 load("no revision", "hub:me/old", revision="v9")
+load("no name", "hub:me/old@")
 load("missing", "hub:me/missing")
 load("gated", "hub:me/gated")
 load("no bundle", "hub:me/run")
@@ -180,6 +181,7 @@ def test_a_bundle_of_the_hub_is_a_plain_folder_named_by_its_commit(done, hub, bu
         ("pinned", "BundleError: .*this is not the bundle that is meant"),
         ("both", "InputError: hub:me/old@.*: names a revision already: leave out 'v1'"),
         ("no revision", "HubError: hub:me/old: there is no such revision"),
+        ("no name", "InputError: hub:me/old@: names no revision: give a branch, tag or commit behind the @"),
         ("missing", "HubError: hub:me/missing: the hub has no such repository"),
         ("gated", "HubError: hub:me/gated: is gated: accept its terms"),
         ("no bundle", "BundleError: hub:me/run: has no manifest.json: this is not a bundle"),

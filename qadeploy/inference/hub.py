@@ -43,7 +43,9 @@ def fetch_bundle(name: str, revision: str | None, files: Sequence[str]) -> Path:
         HubError: The hub cannot be reached, lacks the repository or the revision, or refuses the token.
         MissingExtraError: huggingface_hub is not installed.
     """
-    repo, _, named = name.removeprefix(PREFIX).partition("@")
+    repo, at, named = name.removeprefix(PREFIX).partition("@")
+    if at and not named:
+        raise InputError(f"{name}: names no revision: give a branch, tag or commit behind the @, or leave it out")
     if revision is not None and named:
         raise InputError(f"{name}: names a revision already: leave out {revision!r}")
     cache = cache_folder()
