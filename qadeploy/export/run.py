@@ -23,7 +23,7 @@ from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import Bundle, check_place, is_bundle, open_bundle
 from qadeploy.inference.devices import parse_device
 from qadeploy.inference.hub import is_hub
-from qadeploy.integrations.onnx_standalone.in_graph import add_in_graph
+from qadeploy.integrations.onnx_standalone.in_graph import add_in_graph, wordpiece_of
 from qadeploy.integrations.onnx_standalone.wordpiece import check_wordpiece
 from qadeploy.integrations.triton.repository import add_bundle, check_repository, takes
 from qadeploy.integrations.web.npm import onnxruntime_web
@@ -110,6 +110,8 @@ def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exp
     opened, made = open_bundle(source), Exported()
     if in_graph or options.web:
         examples = read(options.eval_data or "handbook", DataOptions.of(asdict(options))).examples
+        if options.text_in_graph or options.web:
+            wordpiece_of(opened)
         Answerer.load(opened.folder, device="cpu", threads=1, load_timeout=options.load_timeout)  # it may be anyone's
         made.further = _in_graph(opened, Path(options.out or opened.folder), examples, options, listener)
     if options.triton:

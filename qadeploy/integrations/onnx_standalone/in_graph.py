@@ -28,7 +28,7 @@ from qadeploy.inference.graph_model import GraphModel, Outputs
 from qadeploy.integrations.onnx_standalone import span_head, text_graph
 from qadeploy.integrations.onnx_standalone.span_head import SpanHead, add_span_head
 from qadeploy.integrations.onnx_standalone.text_graph import text_model
-from qadeploy.integrations.onnx_standalone.wordpiece import read_wordpiece, special_tokens
+from qadeploy.integrations.onnx_standalone.wordpiece import WordPiece, read_wordpiece, special_tokens
 from qadeploy.records import LOGIT_NAMES, Answer, Example, Window
 from qadeploy.timing import spread
 
@@ -222,8 +222,7 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, 
     Raises InputError if its tokenizer is not BERT's WordPiece or no question can be asked, FailureError on a model that cannot
     be built in, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left as it was.
     """
-    tokenizer = Tokenizer.from_str(source.read(TOKENIZER).decode("utf-8"))
-    pieces = read_wordpiece(tokenizer)
+    tokenizer, pieces = wordpiece_of(source)
     answerer = Answerer.load(source.folder, device="cpu", threads=1)
     made = text_model(source.read(MODEL), pieces, answerer.encoder, source.settings)
     model = GraphModel(made, source.checked.session)
@@ -240,6 +239,12 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, 
         "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`."
     ]
     return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage, beside)
+
+
+def wordpiece_of(source: Bundle) -> tuple[Tokenizer, WordPiece]:
+    """A bundle's tokenizer, and what of it goes into a graph. Raises InputError if it is not BERT's WordPiece."""
+    tokenizer = Tokenizer.from_str(source.read(TOKENIZER).decode("utf-8"))
+    return tokenizer, read_wordpiece(tokenizer)
 
 
 def text_line(bundle: Bundle) -> str:
