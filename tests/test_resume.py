@@ -360,7 +360,7 @@ def test_what_was_started_otherwise_is_not_resumed(options, base, fast, monkeypa
         ({"epochs": 3, "learning_rate": 2e-3}, r"--epochs was 2, now 3\n  --learning-rate was 0.001, now 0.002\n"),
         ({"precision": "bf16"}, "--precision was fp32, now bf16"),
         ({"data": str(other_data)}, rf"the data of \S+keepers.jsonl are not those of {other_data} now"),
-        ({"eval_data": str(other_data)}, f"the held-out data of None are not those of {other_data} now"),
+        ({"eval_data": str(other_data)}, f"the held-out data of none are not those of {other_data} now"),
         ({"base": str(other_base)}, f"the base was {base}, now {other_base}"),
     ):
         with pytest.raises(InputError, match=message):
