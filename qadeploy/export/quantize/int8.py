@@ -72,9 +72,11 @@ def quantize(
         if waiting:
             found = gate.judge(waiting.pop(0), lambda loss: loss.f1 <= options.max_f1_drop)
         elif found := gate.least_doubtful(candidates):
+            low, high = found.loss.interval
             say(
-                f"WARNING: {found.loss.text} on {reference.questions}. {options.max_f1_drop:g} are allowed, but so few questions do "
-                "not prove that more is lost, and no recipe measured does better: judge on more with --eval-data"
+                f"WARNING: {found.candidate.recipe} loses {found.loss.f1:.2f} points of F1 (95 % interval of the change {low:+.2f} to "
+                f"{high:+.2f}) on {reference.questions}. {options.max_f1_drop:g} are allowed, but so few questions do not prove that "
+                "more is lost, and no recipe measured does better: judge on more with --eval-data"
             )
         elif len(candidates) < len(known):  # all that the budget allowed failed: go on
             done = len(candidates)
@@ -120,11 +122,15 @@ def quantize(
 
 @dataclass(frozen=True, slots=True)
 class _Loss:
-    """Points of F1 lost on the held-out questions, and the least that their 95 % interval allows."""
+    """Points of F1 lost on the held-out questions, and the 95 % interval of the change."""
 
     f1: float
-    least: float
-    text: str
+    interval: tuple[float, float]
+
+    @property
+    def least(self) -> float:
+        """The least loss in the interval."""
+        return -self.interval[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +190,9 @@ class _Gate:
     def _lost(self, recipe: str, model: bytes, session: Mapping[str, Any]) -> tuple[Evaluation, _Loss]:
         evaluation = _held_out(self._reference, recipe, model, session)
         change = evaluation.scores.rows_f1 - self._reference.scores.rows_f1
-        low, high = bootstrap_interval(change)
-        lost = self._reference.scores.f1 - evaluation.scores.f1
-        self._judged[recipe] = (
-            evaluation,
-            _Loss(
-                lost,
-                -high,
-                f"{recipe} loses {lost:.2f} points of F1 (95 % interval of the change {low:+.2f} to {high:+.2f})",
-            ),
-        )
-        return self._judged[recipe]
+        loss = _Loss(self._reference.scores.f1 - evaluation.scores.f1, bootstrap_interval(change))
+        self._judged[recipe] = evaluation, loss
+        return evaluation, loss
 
 
 def _held_out(reference: Reference, recipe: str, model: bytes, session: Mapping[str, Any]) -> Evaluation:
