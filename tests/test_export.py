@@ -132,12 +132,21 @@ def test_the_fused_bundle_counts_its_attention_nodes(tiny, tiny_export):
     assert "not every attention layer" in fusion_line(bundle)
 
 
-def test_int8_is_smaller_and_keeps_attention_matmuls_in_float(tiny, tiny_export):
+def quantized(model: bytes) -> int:
+    """The number of matmuls in int8."""
+    counts = Counter(node.op_type for node in onnx.load_model_from_string(model).graph.node)
+    return sum(counts[kind] for kind in ("MatMulInteger", "MatMulNBits", "QuantizeLinear"))
+
+
+def test_int8_is_smaller_and_keeps_attention_matmuls_in_float(tiny, tiny_export, plain_int8):
     plain, small = open_bundle(tiny.bundle()), open_bundle(tiny.bundle("int8"))
     assert small.model_bytes < 0.8 * plain.model_bytes
     counts = Counter(n.op_type for n in onnx.load_model_from_string(small.read(MODEL)).graph.node)
-    assert sum(counts[kind] for kind in ("MatMulInteger", "MatMulNBits", "QuantizeLinear")) >= 6
     made = small.manifest["made"]
+    # Which recipe was chosen is the machine's to say, and some keep matmuls in float: these are named.
+    every = quantized(open_bundle(plain_int8).read(MODEL))
+    assert every >= 6
+    assert quantized(small.read(MODEL)) >= every - len(made["float_nodes"])
     assert counts["MultiHeadAttention"] == made["attention_nodes"] == made["attentions"] == 2  # in float
     assert small.manifest["inputs"] == ["input_ids", "token_type_ids"]  # windows run unpadded: nothing to mask
     assert made["max_f1_drop"] == 0.5
