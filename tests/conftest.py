@@ -67,15 +67,17 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 def make_tiny_checkpoint(folder: Path) -> Path:
     """A BERT of two layers with random weights and a WordPiece tokenizer trained on the triplets."""
     import torch
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerFast
+
+    from tests.tokenizers_for_tests import set_wordpiece
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     texts = [str(row[key]) for row in triplets() for key in ("context", "question")]
-    tokenizer.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials))
+    set_wordpiece(tokenizer, texts, 300, specials, "[UNK]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

@@ -1,8 +1,13 @@
-"""Small tokenizers of nine families, trained when first asked for, and the texts to try them on."""
+"""Small tokenizers of nine families, trained when first asked for, and the texts to try them on.
+
+They are the same in every run, so that a failure can be repeated. What the trainers of ``tokenizers`` make is not:
+WordPiece's breaks ties at random, Unigram's gives its pieces random numbers and slightly different scores.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -84,12 +89,18 @@ class Family:
         return PreTrainedTokenizerFast(tokenizer_object=copy, padding_side=side, **self.special)
 
 
-def _trained(
-    tokenizer: Tokenizer, trainer: trainers.Trainer, processor: Callable[[Tokenizer], processors.PostProcessor]
-) -> Tokenizer:
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    tokenizer.post_processor = processor(tokenizer)
-    return tokenizer
+def set_wordpiece(tokenizer: Tokenizer, texts: Iterable[str], size: int, special: list[str], unknown: str) -> None:
+    """Gives a tokenizer the special tokens, all characters, and the pieces that cover most of the texts."""
+    pieces: Counter[str] = Counter()
+    for text in texts:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            for start in range(len(word)):
+                for end in range(start + 1, len(word) + 1):
+                    pieces["##" * (start > 0) + word[start:end]] += end - start
+    ranked = sorted(pieces, key=lambda piece: (len(piece.removeprefix("##")) > 1, -pieces[piece], piece))
+    vocabulary = {piece: number for number, piece in enumerate([*special, *ranked][:size])}
+    tokenizer.model = models.WordPiece(vocabulary, unk_token=unknown)
+    tokenizer.add_special_tokens(special)
 
 
 def _template(single: str, pair: str, *special: str) -> Callable[[Tokenizer], processors.PostProcessor]:
@@ -110,8 +121,9 @@ def _wordpiece(
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=700, special_tokens=special, show_progress=False)
-    return _trained(tokenizer, trainer, template)
+    set_wordpiece(tokenizer, CORPUS, 700, special, unknown)
+    tokenizer.post_processor = template(tokenizer)
+    return tokenizer
 
 
 def _bert() -> Tokenizer:
@@ -134,7 +146,9 @@ def _byte_level(special: list[str], template: Callable[[Tokenizer], processors.P
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    return _trained(tokenizer, trainer, template)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = template(tokenizer)
+    return tokenizer
 
 
 def _roberta() -> Tokenizer:
@@ -168,7 +182,11 @@ def _unigram(
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=special, unk_token=unknown, show_progress=False)
-    return _trained(tokenizer, trainer, template)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    found = [(piece, len(piece) / 10 - 10) for piece in sorted(tokenizer.get_vocab()) if piece not in special]
+    tokenizer.model = models.Unigram([*((token, 0.0) for token in special), *found], special.index(unknown), False)
+    tokenizer.post_processor = template(tokenizer)
+    return tokenizer
 
 
 def _xlm_r() -> Tokenizer:
