@@ -11,6 +11,9 @@ Beside the plain questions the Wikipedia articles make three harder sets:
 - ``moved``: each question twice, on its paragraph and on another one of its article in which none of its answers occurs;
 - ``removed``: each question twice, on its paragraph and on that paragraph without the sentences of its answers;
 - ``articles``: each question on its whole article.
+
+``more`` holds the training questions that the first stage left over, for the second. Those on Wikipedia have the end of the
+paragraph before and the beginning of the one after around their own, as a window cut from a whole article has.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from qadeploy.training.negatives import holds_answer, without_answer
 
 SEED = 13
 QAMR_QUESTIONS = 6
+FIRST_STAGE = 18_600  # rows of train.jsonl: 18,000 questions and their share of the dev set
 Row = dict[str, Any]
 Paragraph = dict[str, Any]
 
@@ -84,18 +88,32 @@ def whole(articles: list[Any]) -> Iterator[Row]:
             shift += len(paragraph["context"]) + 2
 
 
+def between(articles: list[Any], generator: random.Random) -> Iterator[Row]:
+    """Each question on its paragraph with random parts of both neighbours."""
+    for article in articles:
+        contexts = ["", *(p["context"] for p in article["paragraphs"]), ""]
+        for number, paragraph in enumerate(article["paragraphs"], start=1):
+            for qa in paragraph["qas"]:
+                before, after = contexts[number - 1], contexts[number + 1]
+                before = before[generator.randint(0, len(before)) :].partition(" ")[2]
+                after = after[: generator.randint(0, len(after))].rpartition(" ")[0]
+                text = "\n\n".join(part for part in (before, paragraph["context"], after) if part)
+                yield row_of(example(paragraph, qa, text, len(before) + 2 if before else 0))
+
+
 def read(source: Path, name: str) -> list[Any]:
     """The articles of a file."""
     return list(json.loads((source / f"{name}.json").read_text(encoding="utf-8"))["data"])
 
 
 def main(source: Path, out: Path) -> None:
-    """Writes ``train.jsonl`` and the held-out sets into ``out``."""
+    """Writes ``train.jsonl``, ``more.jsonl`` and the held-out sets into ``out``."""
     generator = random.Random(SEED)
     articles = read(source, "squadshifts_new_wiki")
     titles = set(generator.sample(sorted(a["title"] for a in articles), 8))
     held = [a for a in articles if a["title"] in titles]
-    parts = {"train": rows([p for a in articles if a["title"] not in titles for p in a["paragraphs"]])}
+    trained = [a for a in articles if a["title"] not in titles]
+    parts = {"train": rows([p for a in trained for p in a["paragraphs"]])}
     parts["held_out_wiki"] = rows([p for a in held for p in a["paragraphs"]])
     for name in ("reddit", "amazon"):
         texts = [p for a in read(source, f"squadshifts_{name}") for p in a["paragraphs"]]
@@ -108,6 +126,8 @@ def main(source: Path, out: Path) -> None:
             chosen = generator.sample(asked, min(QAMR_QUESTIONS, len(asked)))
             parts["train"] += rows([{**paragraph, "qas": chosen}])
     random.Random(SEED).shuffle(parts["train"])
+    wider = {row["id"]: row for row in between(trained, random.Random(SEED))}
+    parts["more"] = [wider.get(row["id"], row) for row in parts["train"][FIRST_STAGE:]]
     parts["held_out_moved"] = list(moved(held, generator))
     parts["held_out_removed"] = list(removed(held))
     parts["held_out_articles"] = list(whole(held))

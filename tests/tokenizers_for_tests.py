@@ -91,14 +91,15 @@ class Family:
 
 def set_wordpiece(tokenizer: Tokenizer, texts: Iterable[str], size: int, special: list[str], unknown: str) -> None:
     """Gives a tokenizer the special tokens, all characters, and the pieces that cover most of the texts."""
-    pieces: Counter[str] = Counter()
+    single, pieces = set[str](), Counter[str]()
     for text in texts:
         for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            single |= {*word, *(f"##{character}" for character in word[1:])}
             for start in range(len(word)):
-                for end in range(start + 1, len(word) + 1):
+                for end in range(start + 2, len(word) + 1):
                     pieces["##" * (start > 0) + word[start:end]] += end - start
-    ranked = sorted(pieces, key=lambda piece: (len(piece.removeprefix("##")) > 1, -pieces[piece], piece))
-    vocabulary = {piece: number for number, piece in enumerate([*special, *ranked][:size])}
+    ranked = sorted(pieces, key=lambda piece: (-pieces[piece], piece))
+    vocabulary = {piece: number for number, piece in enumerate([*special, *sorted(single), *ranked][:size])}
     tokenizer.model = models.WordPiece(vocabulary, unk_token=unknown)
     tokenizer.add_special_tokens(special)
 
