@@ -164,7 +164,9 @@ def _die() -> None:
 
 def test_an_actor_that_does_not_load_in_time_ends_the_run(bundle, asked):
     hasty = replace(request(bundle, asked / "a.jsonl", rows=100), load_timeout=0.001)
-    with pytest.raises(FailureError, match=r"keepers: was not loaded within 0.001 s: raise the load timeout$"):
+    with pytest.raises(
+        FailureError, match=r"keepers: was not loaded within 0.001 s: raise load_timeout \(--load-timeout\)$"
+    ):
         answer_files(hasty)
     assert not list(Path("out").glob("*.parquet"))
 

@@ -332,7 +332,10 @@ def test_a_bundle_that_does_not_load_in_time_ends_the_run(output, bundle, asked)
     command = [sys.executable, "-m", "qadeploy", "answer", str(bundle), "--input", str(asked), "--output", output]
     done = ended([*command, "--shard-rows", "10", "--load-timeout", "0.001"], timeout=60)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"Error: {bundle}: was not loaded within 0.001 s: raise the load timeout"
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"Error: {bundle}: was not loaded within 0.001 s: raise load_timeout (--load-timeout)"
+    )
     assert not list(Path().glob("out*/*.parquet"))
     assert not Path("out.jsonl").exists()
     assert answer_files(request(bundle, asked, output=output)).counts == Counts(60, 0)

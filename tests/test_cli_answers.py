@@ -233,7 +233,7 @@ def test_answer_goes_on_and_counts_what_it_sets_aside(bundle):
     result = well(*command, "--max-rejected", 0.1)
     assert result.stdout.splitlines() == [
         "answers: 11 answers",
-        "answers/rejected: 1 rows without an answer, each with its reason",
+        "answers/rejected: 1 row without an answer, each with its reason",
     ]
     Path("answers/part-00001.parquet").unlink()
     again = well(*command, "--json")

@@ -82,7 +82,7 @@ def test_check_repairs_what_train_then_reads(tiny_checkpoint):
     assert "qadeploy check faq.jsonl --fix OUT.jsonl" in result.stderr
     assert not Path("runs").exists()
     result = well("check", "faq.jsonl", "--fix", "clean.jsonl", "--json")
-    assert result.stderr.strip() == "clean.jsonl: 59 rows; clean.rejected.jsonl: 1 rows"
+    assert result.stderr.strip() == "clean.jsonl: 59 rows; clean.rejected.jsonl: 1 row"
     well("train", "--data", "clean.jsonl", "--base", tiny_checkpoint, "--out", "runs/x", "--epochs", 1)
     metrics = json.loads(Path("runs/x/metrics.json").read_text())
     assert metrics["data_check"]["classes"]["exact"] == 59

@@ -32,6 +32,7 @@ from qadeploy.core.metrics import MetricChoice, choose_metric
 from qadeploy.core.settings import Options
 from qadeploy.corpus.options import CorpusOptions, for_corpus
 from qadeploy.data.loading import read_split
+from qadeploy.data.wording import plural
 from qadeploy.errors import FailureError, InputError
 from qadeploy.options import check, declared, option
 from qadeploy.records import Answer
@@ -123,7 +124,7 @@ def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
         "null_threshold": predictor.settings.null_threshold,
     }
     names = {"exact_match": "exact match", "f1": "F1", "accuracy": "accuracy (exact span)"}
-    text = [f"{model} on {len(examples)} questions of {data} (percent, 95 % bootstrap interval)"]
+    text = [f"{model} on {plural(len(examples), 'question')} of {data} (percent, 95 % bootstrap interval)"]
     for key, name in names.items():
         low, high = cast(list[float], value[f"{key}_interval"])
         text.append(f"  {name:<22} {value[key]:6.2f}  ({low:.2f} to {high:.2f})")
@@ -131,7 +132,9 @@ def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
         for kind, name in (("HasAns", "with an answer"), ("NoAns", "without an answer")):
             if f"{kind}_total" in value:
                 f1, total = value[f"{kind}_f1"], value[f"{kind}_total"]
-                text.append(f"  {name:<22} {f1:6.2f}  F1, exact match {value[f'{kind}_exact']:.2f}, {total} questions")
+                text.append(
+                    f"  {name:<22} {f1:6.2f}  F1, exact match {value[f'{kind}_exact']:.2f}, {plural(total, 'question')}"
+                )
     text.append(f"  {'calibration error':<22} {value['ece']:6.3f}  (ECE of the scores, 0 to 1)")
     origin = {None: "stored with the model", "auto": "chosen by the script of the data"}.get(chosen.metric, "as asked")
     text.append(f"  metric of EM and F1: {evaluation.metric} ({origin})")
@@ -341,9 +344,11 @@ def answer(
             note(f"\nstopped{kept}")
             sys.exit(128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT))
     value = {"rows": found.counts.rows, "rejected": found.counts.rejected, "output": output}
-    text = [f"{output}: {found.counts.rows} answers"]
+    text = [f"{output}: {plural(found.counts.rows, 'answer')}"]
     if found.counts.rejected:
-        text.append(f"{found.rejected_in}: {found.counts.rejected} rows without an answer, each with its reason")
+        text.append(
+            f"{found.rejected_in}: {plural(found.counts.rejected, 'row')} without an answer, each with its reason"
+        )
     print_result(as_json, value, text)
     if found.counts.rejected > max_rejected * found.rows:
         share = found.counts.rejected / found.rows

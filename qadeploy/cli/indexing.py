@@ -11,6 +11,7 @@ import click
 from qadeploy.cli.common import command, main, note, print_result
 from qadeploy.cli.progress import Progress
 from qadeploy.core.settings import Options
+from qadeploy.data.wording import plural
 
 if TYPE_CHECKING:
     from qadeploy.corpus.corpus import Corpus
@@ -44,7 +45,8 @@ def index(as_json: bool, source: str, out: str) -> None:
         if built.up_to_date
         else f"{built.added} added, {built.changed} changed, {built.removed} removed"
     )
-    text = [f"{out}: {built.files:,} files, {built.documents:,} documents, {built.passages:,} passages ({changes})"]
+    sizes = [plural(counts[f"{noun}s"], noun) for noun in ("file", "document", "passage")]
+    text = [f"{out}: {', '.join(sizes)} ({changes})"]
     if built.skipped:
         text += ["not in the index:", *(f"  {each}" for each in built.skipped)]
     print_result(as_json, {"index": out, **counts, "skipped": skipped}, text)

@@ -15,6 +15,7 @@ from qadeploy.cli.config import fold
 from qadeploy.cli.options import options_of
 from qadeploy.data.check_file import CheckOptions, check_file
 from qadeploy.data.loading import sources
+from qadeploy.data.wording import plural
 from qadeploy.errors import InputError
 from qadeploy.options import declared
 from qadeploy.training.options import TrainOptions
@@ -45,7 +46,9 @@ def check(as_json: bool, file: str, **given: Any) -> None:
         as_json, checked.to_dict(), [*check_lines(checked, chosen.show), "", *(lengths.lines() if lengths else ())]
     )
     if written:
-        note(f"{written.clean}: {written.clean_rows} rows; {written.rejected}: {written.rejected_rows} rows")
+        note(
+            f"{written.clean}: {plural(written.clean_rows, 'row')}; {written.rejected}: {plural(written.rejected_rows, 'row')}"
+        )
         if written.renamed:
             note(f"{written.clean}: {written.renamed} rows had the id of an earlier row, so a number was appended")
     if not checked.usable():

@@ -10,7 +10,7 @@ from typing import Any
 
 from qadeploy.corpus.records import Document, Skipped
 from qadeploy.corpus.scanning import Found, OnSkipped
-from qadeploy.data.wording import kind_of, printable
+from qadeploy.data.wording import kind_of, plural, printable
 from qadeploy.errors import InputError
 
 TEXT_FIELDS = ("text", "context", "passage", "content", "contents", "body", "document")
@@ -46,7 +46,7 @@ def row_documents(found: Found, skip: OnSkipped) -> Iterator[Document]:
         yield Document(name, text, title=title, place=f"line {number}")
     problems.end()
     if repeated:
-        skip(Skipped(found.name, f"{repeated:,} rows repeat the text of an earlier row"))
+        skip(Skipped(found.name, f"{plural(repeated, 'row')} with the text of an earlier row"))
     if not count:
         raise InputError(f"{found.name}: no row of it can be read")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qadeploy.data.check import CheckedAnswer, CheckedData, CheckedRow, RowClass
-from qadeploy.data.wording import WITHHELD, quote
+from qadeploy.data.wording import WITHHELD, plural, quote
 
 MEANING = {
     RowClass.NO_ANSWER: "the row says that its context has no answer",
@@ -30,7 +30,7 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
         show: How many rows of each faulty class to show.
     """
     counts = check.to_dict()["classes"]
-    text = [f"{check.source}: {len(check.rows)} rows", "", "  class          rows   share  repair"]
+    text = [f"{check.source}: {plural(len(check.rows), 'row')}", "", "  class          rows   share  repair"]
     for kind, meaning in MEANING.items():
         rows = [row for row in check.rows if row.kind is kind]
         numbers = (sum(row.repaired for row in rows), "repaired"), (sum(bool(row.problem) for row in rows), "rejected")
@@ -60,7 +60,7 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
 def check_summary(check: CheckedData) -> str:
     """Returns the counts above 0 on one line."""
     counts = check.to_dict()["classes"]
-    return f"{len(check.rows)} rows: " + ", ".join(f"{n} {name}" for name, n in counts.items() if n)
+    return f"{plural(len(check.rows), 'row')}: " + ", ".join(f"{n} {name}" for name, n in counts.items() if n)
 
 
 def _remark(row: CheckedRow) -> str:

@@ -27,6 +27,11 @@ def names(fields: Iterable[Any]) -> str:
     return printable(", ".join(str(name) for name in fields)) or "none"
 
 
+def plural(number: int, noun: str) -> str:
+    """Returns ``1,234 questions``, ``1 question``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     """Puts a text on one line, with line separators, lone surrogates and the like as escapes."""
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)

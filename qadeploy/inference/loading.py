@@ -48,7 +48,9 @@ def within(seconds: float | None, load: Callable[[], _T], path: object) -> _T:
     except TimeoutError as error:
         if done.done():  # its own
             raise
-        raise LoadTimeoutError(f"{path}: was not loaded within {seconds:g} s: raise the load timeout") from error
+        raise LoadTimeoutError(
+            f"{path}: was not loaded within {seconds:g} s: raise load_timeout (--load-timeout)"
+        ) from error
     finally:
         if done.done():
             _running.discard(thread)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qadeploy.data.check import RowClass
+from qadeploy.data.wording import plural
 from qadeploy.reports.run_report import SMALLEST_GROUP, SURE, Epoch, Group, GroupedBy, Grouping, RunFacts
 
 _HONEST = 0.05  # mean confidence and share of right answers this close are called about right
@@ -43,7 +44,7 @@ def gain(facts: RunFacts) -> str:
     if not after.f1_interval:
         return f"{text}."
     half = (after.f1_interval[1] - after.f1_interval[0]) / 2
-    return f"{text}; on {count(after.total, 'question')} F1 is precise to about ±{half:.1f}."
+    return f"{text}; on {plural(after.total, 'question')} F1 is precise to about ±{half:.1f}."
 
 
 def course(facts: RunFacts) -> str:
@@ -77,7 +78,7 @@ def hardest(facts: RunFacts) -> tuple[str, ...]:
         if below:
             worst = min(below, key=lambda g: g.scores.f1)
             found.append(
-                f"Hardest by {grouping.by.value}: {_quoted(worst)} (F1 {worst.scores.f1:.1f} on {count(worst.scores.total, 'question')})."
+                f"Hardest by {grouping.by.value}: {_quoted(worst)} (F1 {worst.scores.f1:.1f} on {plural(worst.scores.total, 'question')})."
             )
     return tuple(found)
 
@@ -97,7 +98,7 @@ def searched(facts: RunFacts) -> str:
     flattering = "the figures of the folds and of the dev set" if search.folds else "the figures of the dev set"
     honest = "; those of the held-out set do not" if facts.results.held_out else ""
     return (
-        f"The settings are the best of {count(len(search.scored), 'trial')} by {by}, so {flattering} flatter{honest}."
+        f"The settings are the best of {plural(len(search.scored), 'trial')} by {by}, so {flattering} flatter{honest}."
     )
 
 
@@ -112,7 +113,7 @@ def data_remarks(facts: RunFacts) -> tuple[str, ...]:
         ),
         (
             data.leaked,
-            f"{count(data.leaked, 'held-out context')} {'is' if data.leaked == 1 else 'are'} also in the training data: the scores "
+            f"{plural(data.leaked, 'held-out context')} {'is' if data.leaked == 1 else 'are'} also in the training data: the scores "
             "are too high.",
         ),
     )
@@ -198,11 +199,11 @@ def caption_check(facts: RunFacts) -> str:
         return ""
     faults = {n: c for n, c in check.classes.items() if c and n not in {RowClass.EXACT, RowClass.NO_ANSWER}}
     exact = check.classes.get(RowClass.EXACT, 0)
-    text = f"{_share(exact, check.rows)} of {count(check.rows, 'row')} point exactly at their answer"
+    text = f"{_share(exact, check.rows)} of {plural(check.rows, 'row')} point exactly at their answer"
     if not faults:
         return f"{text}; no fault was found."
     worst = max(faults, key=lambda n: faults[n])
-    return f"{text}; the most frequent fault is “{worst}” ({count(faults[worst], 'row')})."
+    return f"{text}; the most frequent fault is “{worst}” ({plural(faults[worst], 'row')})."
 
 
 def caption_no_answer(facts: RunFacts) -> str:
@@ -229,13 +230,8 @@ def mistakes(facts: RunFacts) -> str:
     """Returns how many answers are not fully right, without a full stop."""
     wrong, total = facts.results.wrong, facts.results.after.total
     if not wrong:
-        return f"None of the {count(total, 'question')} was answered wrong"
-    return f"{wrong:,} of {count(total, 'answer')} ({_share(wrong, total)}) {'is' if wrong == 1 else 'are'} not fully right"
-
-
-def count(number: int, noun: str) -> str:
-    """Returns ``1,234 questions``, ``1 question``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+        return f"None of the {plural(total, 'question')} was answered wrong"
+    return f"{wrong:,} of {plural(total, 'answer')} ({_share(wrong, total)}) {'is' if wrong == 1 else 'are'} not fully right"
 
 
 # ---------------------------------------------------------------- parts of sentences

@@ -16,6 +16,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.core.unknown import MANY_UNKNOWN
 from qadeploy.data.check import CheckedData
 from qadeploy.data.table import check_summary
+from qadeploy.data.wording import plural
 from qadeploy.records import Answer, Example
 from qadeploy.training import distributed
 from qadeploy.training.features import FeatureSet
@@ -67,7 +68,7 @@ class RunLog:
         found = data.found
         self.step(
             "1 raw data",
-            f"{len(found.examples)} questions on {_passages(found.examples)} passages from {found.source}",
+            f"{plural(len(found.examples), 'question')} on {plural(_passages(found.examples), 'passage')} from {found.source}",
         )
         if found.skipped:
             self.detail(f"{found.skipped} ambiguous rows skipped")
@@ -152,13 +153,13 @@ class RunLog:
             "4 training",
             f"{sum(p.numel() for p in trainer.model.parameters()) / 1e6:.1f} M parameters on {device_name(device)} in "
             f"{precision}{', matmuls in TF32' if has_tf32(device) else ''}{', compiled' if options.torch_compile else ''}, "
-            f"{options.epochs} epochs of {math.ceil(batches / passes)} steps of {f'{passes} x ' if passes > 1 else ''}"
+            f"{plural(int(trainer.args.num_train_epochs), 'epoch')} of {plural(math.ceil(batches / passes), 'step')} of {f'{passes} x ' if passes > 1 else ''}"
             f"{batch}, learning rate {options.learning_rate:g}{f', {processes} processes' if processes > 1 else ''}",
         )
         if questions < FEW_EXAMPLES:
             self.detail(
                 f"few examples ({questions}): a low learning rate unless you give one, and training stops after "
-                f"{options.patience} epochs without a better dev F1"
+                f"{plural(options.patience, 'epoch')} without a better dev F1"
             )
         length = len(trainer.train_dataset[0].feature.window)
         self.detail(f"e.g. a window of {length} tokens -> start and end logits [1, {length}] each")
@@ -203,7 +204,7 @@ class RunLog:
         low, high = bootstrap_interval(scores.rows_f1)
         self.detail(
             f"{name}: accuracy {scores.accuracy / 100:.3f}, EM {scores.exact_match:.1f}, F1 {scores.f1:.1f} "
-            f"(95 % interval {low:.1f} to {high:.1f}) on {scores.total} questions"
+            f"(95 % interval {low:.1f} to {high:.1f}) on {plural(scores.total, 'question')}"
         )
 
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason(documents, tmp_path):
         "some.jsonl:4": "lone surrogate",
         "some.jsonl:5": "must be text that is not blank",
         "some.jsonl:6": "not valid JSON",
-        "some.jsonl": "1 rows repeat the text of an earlier row",
+        "some.jsonl": "1 row with the text of an earlier row",
     }
     assert reasons.keys() == expected.keys()
     assert {path: reason for path, reason in reasons.items() if expected[path] not in reason} == {}
