@@ -9,20 +9,17 @@ so scores are probabilities that do not depend on ``top_k`` and never sum to mor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.errors import InputError, LogitsError
-from qadeploy.records import Answer, BoolArray, Float64Array, FloatArray, IntArray, Span, Window
+from qadeploy.records import Answer, BoolArray, FloatArray, IntArray, Span, Window
 
 DEFAULT_MAX_ANSWER_LEN = 30
-_CELLS = 2**16  # spans in one table: 256 KB of logits and 512 KB of weights, which fit a core's cache
-Index = NDArray[np.intp]
+_CELLS = 2**16  # spans in one block: 256 KB of logits and 512 KB of weights, which fit a core's cache
 _Best = tuple[tuple[int, int], int, int, float]  # a span: its code points, first and last token, logit
 
 
@@ -85,82 +82,40 @@ def span_table(scored: Sequence[WindowLogits], max_answer_len: int) -> FloatArra
         LogitsError: The logits are NaN or infinite.
         InputError: ``max_answer_len`` is below 1.
     """
-    windows = [w for one in scored for w in one.windows]
-    starts = _joined(windows, [logits for one in scored for logits in one.start_logits])
-    ends = _joined(windows, [logits for one in scored for logits in one.end_logits])
-    _check_finite(starts, ends)
-    longest, lengths = _sizes(windows, max_answer_len)
-    table = np.full((sum(len(one.context) for one in scored), lengths), -np.inf, dtype=np.float32)
-    reach = _Reach(longest, lengths)
-    base = place = 0
-    for one in scored:
-        blank = one.context.blank
-        blanks = bool(blank.any())
-        for window in one.windows:
-            size, first = window.context_length, place + window.context_begin
-            own, last = starts[first : first + size], ends[first : first + size]
-            if blanks:
-                dark = blank[window.context_offset : window.context_offset + size]
-                own[dark] = last[dark] = -np.inf
-            reach.add(own, last, table[base + window.context_offset : base + window.context_offset + size])
-            place += len(window)
-        base += len(one.context)
-    return table
+    lengths = _span_lengths([w for one in scored for w in one.windows], max_answer_len)
+    tables = [_Table(one, lengths).rows(0, len(one.context)) for one in scored]
+    return np.concatenate([np.empty((0, lengths), np.float32), *tables])
 
 
-def _sizes(windows: Sequence[Window], max_answer_len: int) -> tuple[int, int]:
-    """Returns the context tokens of the longest window, and how many lengths a span can have. Raises InputError."""
+def _span_lengths(windows: Sequence[Window], max_answer_len: int) -> int:
+    """Returns how many lengths a span can have. Raises InputError."""
     if max_answer_len < 1:
         raise InputError(f"max_answer_len {max_answer_len} is below 1: it is the longest answer in tokens")
-    longest = max((w.context_length for w in windows), default=0)
-    return longest, min(max_answer_len, longest or 1)
+    return min(max_answer_len, max((w.context_length for w in windows), default=0) or 1)
 
 
-def _check_finite(starts: FloatArray, ends: FloatArray) -> None:
-    if not (np.isfinite(starts).all() and np.isfinite(ends).all()):
-        raise LogitsError("the model returned NaN or infinite logits: its weights or precision are broken")
+class _Table:
+    """The span table of one context, made by rows, because all of it takes ``4 * lengths`` bytes per token."""
 
-
-class _Reach:
-    """The end tokens that each token of a window reaches. Memory is allocated once, for ``longest`` tokens."""
-
-    def __init__(self, longest: int, lengths: int) -> None:
-        # The ends of one window, padded so that no span goes past its last token. Row i of ``_reach`` is
-        # what token i reaches: ends i to i + lengths - 1.
-        self._padded = np.empty(longest + lengths - 1, dtype=np.float32)
-        self._reach = np.ndarray((longest, lengths), np.float32, self._padded, strides=2 * self._padded.strides)
-
-    def add(self, starts: FloatArray, ends: FloatArray, rows: FloatArray) -> None:
-        """Raises each entry of ``rows`` ``[tokens, lengths]`` to the logit of the span that starts there, in place, if that is higher.
-
-        ``ends`` belong to the same tokens, and may continue up to the last token that a span reaches.
-        """
-        size = len(starts)
-        self._padded[: len(ends)] = ends
-        self._padded[len(ends) : size + rows.shape[1] - 1] = -np.inf
-        np.maximum(rows, starts[:, None] + self._reach[:size], out=rows)
-
-
-class _Rows:
-    """The span table of one long context in blocks of rows, because all of it takes ``4 * lengths`` bytes per token."""
-
-    def __init__(self, scored: WindowLogits, max_answer_len: int) -> None:
-        self.longest, self.lengths = _sizes(scored.windows, max_answer_len)
+    def __init__(self, scored: WindowLogits, lengths: int) -> None:
         for window, starts, ends in zip(scored.windows, scored.start_logits, scored.end_logits, strict=True):
-            _check_finite(starts[: len(window)], ends[: len(window)])
+            if not (np.isfinite(starts[: len(window)]).all() and np.isfinite(ends[: len(window)]).all()):
+                raise LogitsError("the model returned NaN or infinite logits: its weights or precision are broken")
+        self.lengths = lengths
         self._scored = scored
         self._begins = np.asarray([w.context_offset for w in scored.windows])
         self._ends = self._begins + [w.context_length for w in scored.windows]
 
     def blocks(self) -> Iterator[tuple[int, FloatArray]]:
-        """Yields the first token and the table of each block, in order, without the tokens that no window holds."""
-        reach = _Reach(self.longest + self.lengths - 1, self.lengths)
-        most = max(1, _CELLS // self.lengths)
-        for first, last in _covered(self._begins, self._ends):
-            for begin in range(first, last, most):
-                yield begin, self._block(begin, min(begin + most, last), reach)
+        """Yields the first token and the rows of each block, in order, without blocks of which no window holds a token."""
+        tokens, most = len(self._scored.context), max(1, _CELLS // self.lengths)
+        for begin in range(0, tokens, most):
+            end = min(begin + most, tokens)
+            if ((self._begins < end) & (self._ends > begin)).any():
+                yield begin, self.rows(begin, end)
 
-    def _block(self, begin: int, end: int, reach: _Reach) -> FloatArray:
+    def rows(self, begin: int, end: int) -> FloatArray:
+        """The rows of some tokens, ``[tokens, lengths]``."""
         blank = self._scored.context.blank
         table = np.full((end - begin, self.lengths), -np.inf, dtype=np.float32)
         for i in np.flatnonzero((self._begins < end) & (self._ends > begin)).tolist():
@@ -169,29 +124,15 @@ class _Rows:
             beyond = min(last + self.lengths - 1, int(self._ends[i]))  # what the last of them reaches
             shift = window.context_begin - window.context_offset
             starts = np.where(blank[first:last], -np.inf, self._scored.start_logits[i][first + shift : last + shift])
-            ends = np.where(blank[first:beyond], -np.inf, self._scored.end_logits[i][first + shift : beyond + shift])
-            reach.add(starts.astype(np.float32), ends.astype(np.float32), table[first - begin : last - begin])
+            ends = np.full(last - first + self.lengths - 1, -np.inf, dtype=np.float32)  # no span goes past the window
+            ends[: beyond - first] = np.where(
+                blank[first:beyond], -np.inf, self._scored.end_logits[i][first + shift : beyond + shift]
+            )
+            # What token i reaches: ends i to i + lengths - 1.
+            reach = np.ndarray((last - first, self.lengths), np.float32, ends, strides=2 * ends.strides)
+            held = table[first - begin : last - begin]
+            np.maximum(held, starts.astype(np.float32)[:, None] + reach, out=held)
         return table
-
-
-def _covered(begins: Index, ends: Index) -> Iterator[tuple[int, int]]:
-    """Yields the runs of tokens that any window holds, in order."""
-    run: tuple[int, int] | None = None
-    for i in np.argsort(begins, kind="stable"):
-        begin, end = int(begins[i]), int(ends[i])
-        if run is not None and begin <= run[1]:
-            run = (run[0], max(run[1], end))
-            continue
-        if run is not None:
-            yield run
-        run = (begin, end)
-    if run is not None:
-        yield run
-
-
-def _joined(windows: Sequence[Window], logits: Sequence[FloatArray]) -> FloatArray:
-    """Concatenates the logits of all windows, without those of padding."""
-    return np.concatenate([np.empty(0, np.float32), *(x[: len(w)] for w, x in zip(windows, logits, strict=True))])
 
 
 def decode_many(
@@ -225,35 +166,12 @@ def decode_many(
     """
     if top_k < 1:
         raise InputError(f"top_k {top_k} is below 1: it is the number of answers to return")
-    found: list[Decoded] = []
-    for group in _groups(scored, max_answer_len):
-        if len(group) == 1 and _cells(group[0], max_answer_len) > _CELLS:
-            rule = _Rule(group[0].context, top_k, align_to_words, most_overlap)
-            found.append(_decode_long(group[0], rule, allow_no_answer, max_answer_len, temperature))
-            continue
-        table = span_table(group, max_answer_len)
-        counts = np.asarray([len(one.context) for one in group])
-        begins = np.cumsum(counts) - counts
-        nulls = [one.null_logit for one in group]
-        peaks, totals = _normalisers(table, begins, counts, temperature, nulls if allow_no_answer else None)
-        for i, one in enumerate(group):
-            part = table[begins[i] : begins[i] + counts[i]]
-            peak, total = float(peaks[i]), float(totals[i])
-            cells = partial(_best_cells, part.ravel())
-            rule = _Rule(one.context, top_k, align_to_words, most_overlap)
-            best = _best_spans(cells, part.size, table.shape[1], rule)
-            found.append(_scores(best, nulls[i], allow_no_answer, peak, total, temperature))
-    return found
-
-
-def _scores(
-    best: Sequence[_Best], null: float, allow_no_answer: bool, peak: float, total: float, temperature: float
-) -> Decoded:
-    spans = [
-        Span(*text, first, last, logit, math.exp((logit - peak) / temperature) / total)
-        for text, first, last, logit in best
-    ]
-    return Decoded(tuple(spans), null, math.exp((null - peak) / temperature) / total if allow_no_answer else 0.0)
+    decoded = []
+    for one in scored:
+        table = _Table(one, _span_lengths(one.windows, max_answer_len))
+        rule = _Rule(one.context, top_k, align_to_words, most_overlap)
+        decoded.append(_decode(table, one.null_logit, rule, allow_no_answer, temperature))
+    return decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,97 +214,46 @@ class _Rule:
         return np.asarray(~same & (shared <= (self.most_overlap or 0.0) * shorter))
 
 
-def _decode_long(
-    one: WindowLogits, rule: _Rule, allow_no_answer: bool, max_answer_len: int, temperature: float
-) -> Decoded:
-    """Decodes a context block by block."""
-    rows = _Rows(one, max_answer_len)
-    null = one.null_logit
+def _decode(table: _Table, null: float, rule: _Rule, allow_no_answer: bool, temperature: float) -> Decoded:
+    """Decodes a context block by block; a table of one block is made once."""
+    size = len(rule.context) * table.lengths
+    short = list(table.blocks()) if size <= _CELLS else None
     peak, total = (null, 1.0) if allow_no_answer else (-np.inf, 0.0)
     weighed = False
 
-    def cells(count: int) -> list[tuple[int, float]]:
+    def best_cells(count: int) -> list[tuple[int, float]]:
         nonlocal peak, total, weighed
         best: list[tuple[int, float]] = []
-        for begin, table in rows.blocks():
-            some = _best_cells(table.ravel(), min(count, table.size))
+        for begin, rows in short or table.blocks():
+            some = _best_cells(rows.ravel(), min(count, rows.size))
             if some and not weighed:
                 # The sum so far is relative to its highest logit; rescale it when a higher one comes.
                 higher = max(peak, some[0][1])
-                weights = np.subtract(table, higher, dtype=np.float64)
+                weights = np.subtract(rows, higher, dtype=np.float64)
                 weights /= temperature
                 total = total * math.exp((peak - higher) / temperature) + float(np.exp(weights, out=weights).sum())
                 peak = higher
-            shift = begin * rows.lengths
-            best += [(cell + shift, logit) for cell, logit in some]
+            best += [(cell + begin * table.lengths, logit) for cell, logit in some]
             best = sorted(best, key=lambda c: (-c[1], c[0]))[:count]
         weighed = True
         return best
 
-    best = _best_spans(cells, len(one.context) * rows.lengths, rows.lengths, rule)
-    if peak == -np.inf:  # nothing can be an answer
-        peak, total = 0.0, 1.0
-    return _scores(best, null, allow_no_answer, peak, total, temperature)
-
-
-def _cells(one: WindowLogits, max_answer_len: int) -> int:
-    return sum(w.context_length for w in one.windows) * max_answer_len
-
-
-def _groups(scored: Sequence[WindowLogits], max_answer_len: int) -> Iterator[list[WindowLogits]]:
-    """Groups neighbours whose common table stays below ``_CELLS``, at least one per group."""
-    group: list[WindowLogits] = []
-    cells = 0
-    for one in scored:
-        own = _cells(one, max_answer_len)
-        if group and cells + own > _CELLS:
-            yield group
-            group, cells = [], 0
-        group.append(one)
-        cells += own
-    if group:
-        yield group
-
-
-def _normalisers(
-    table: FloatArray, begins: Index, counts: Index, temperature: float, nulls: Sequence[float] | None
-) -> tuple[Float64Array, Float64Array]:
-    """Returns the highest logit, and the sum of exp((logit - highest) / temperature) over all spans, ``[contexts]`` each.
-
-    ``nulls`` are the null logits if they compete. For a context without candidates the highest is 0 and the sum 1.
-    """
-    peaks = np.full(len(counts), -np.inf) if nulls is None else np.asarray(nulls, dtype=np.float64)
-    some = np.flatnonzero(counts)
-    cells = begins[some] * table.shape[1]
-    if len(some):
-        peaks[some] = np.maximum(peaks[some], np.maximum.reduceat(table.ravel(), cells))
-    nothing = np.isneginf(peaks)
-    peaks[nothing] = 0.0
-    totals = nothing.astype(np.float64) if nulls is None else np.exp((np.asarray(nulls) - peaks) / temperature)
-    if len(some):
-        weights = np.subtract(table, np.repeat(peaks, counts)[:, None], dtype=np.float64)
-        weights /= temperature
-        np.exp(weights, out=weights)
-        totals[some] += np.add.reduceat(weights.ravel(), cells)
-    return peaks, totals
-
-
-def _best_spans(
-    best_cells: Callable[[int], list[tuple[int, float]]], size: int, lengths: int, rule: _Rule
-) -> list[_Best]:
-    """Finds the best spans of one context.
-
-    ``best_cells`` returns that many cells of its table of ``size`` cells, as ``_best_cells`` does.
-    """
     spans: dict[tuple[int, int], _Best] = {}
     ranked, want = 0, min(size, 1 if rule.top_k == 1 else max(2 * rule.top_k, 16))
     while len(spans) < rule.top_k and ranked < want:
         cells = best_cells(want)
-        rule.choose([_best(cell, logit, lengths, rule) for cell, logit in cells[ranked:]], spans)
+        rule.choose([_best(cell, logit, table.lengths, rule) for cell, logit in cells[ranked:]], spans)
         if len(cells) < want:  # there are no more valid ones
             break
         ranked, want = want, min(size, 4 * want)
-    return list(spans.values())
+    if peak == -np.inf:  # nothing can be an answer
+        peak, total = 0.0, 1.0
+    found = (
+        Span(*text, first, last, logit, math.exp((logit - peak) / temperature) / total)
+        for text, first, last, logit in spans.values()
+    )
+    null_score = math.exp((null - peak) / temperature) / total if allow_no_answer else 0.0
+    return Decoded(tuple(found), null, null_score)
 
 
 def _best(cell: int, logit: float, lengths: int, rule: _Rule) -> _Best:
