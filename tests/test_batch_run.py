@@ -229,7 +229,7 @@ def test_what_the_folder_was_begun_with_is_kept(bundle, asked):
         (request(bundle, asked / "a.jsonl"), "b.parquet was an input"),
         (request(bundle, asked, allow_no_answer=True), "--allow-no-answer was not given"),
         (request(bundle, asked, prefilter=3), "--prefilter was not given, now it is 3"),
-        (request(bundle, asked, data_options=DataOptions(columns={"context": "context"})), "--columns was not given"),
+        (request(bundle, asked, data_options=DataOptions(columns="context=context")), "--columns was not given"),
         (request(bundle, asked, shard_rows=11), "--shard-rows was 10"),
     ):
         with pytest.raises(InputError, match=message):

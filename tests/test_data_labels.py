@@ -36,7 +36,7 @@ def test_a_column_of_floats_with_a_gap(tmp_path):
 
 def test_offsets_behind_a_mapping_and_in_nesting(tmp_path):
     text = f"context,question,answer,where\n{TURKISH},a,Ankara,14\n"
-    options = DataOptions(columns=parse_columns("answer_start=where"))
+    options = DataOptions(columns="answer_start=where")
     assert answers(put(tmp_path, "rows.csv", text), options) == [[("Ankara", 14)]]
     qa = {"id": "q", "question": "?", "answers": [{"text": "Ankara", "answer_start": "14"}]}
     nested = {"data": [{"paragraphs": [{"context": TURKISH, "qas": [qa]}]}]}
@@ -136,7 +136,7 @@ def test_offset_0_everywhere_is_a_placeholder(tmp_path):
 @pytest.mark.parametrize("name", ["is_impossible", "Is Impossible", "answerable", "unanswerable"])
 def test_flags_in_any_spelling(tmp_path, flag, none, name):
     row = {"context": SKY, "question": "?", "answer": "blue", name: flag}
-    columns = parse_columns("is_impossible=unanswerable" if name == "unanswerable" else "")
+    columns = "is_impossible=unanswerable" if name == "unanswerable" else ""
     wanted = [] if none != (name == "answerable") else [("blue", 11)]
     assert answers(put(tmp_path, "rows.jsonl", lines(row)), DataOptions(columns=columns)) == [wanted]
 

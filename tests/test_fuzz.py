@@ -64,8 +64,8 @@ SHAPES: dict[str, Any] = {
 }  # fmt: skip
 OPTIONS = (
     DataOptions(),
-    DataOptions(columns={"context": "text", "answers": "label", "span": "answer_start"}, label="Answer", empty_answers="no-answer"),
-    DataOptions(columns={"answers": "answer"}, no_answer_token="", on_ambiguous="first", empty_answers="reject"),
+    DataOptions(columns="context=text,answers=label,span=answer_start", label="Answer", empty_answers="no-answer"),
+    DataOptions(columns="answers=answer", no_answer_token="", on_ambiguous="first", empty_answers="reject"),
 )  # fmt: skip
 
 # Values that readers stumble on, among values of any kind.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qadeploy.data.check import check_rows
-from qadeploy.data.fields import DataOptions, parse_columns
+from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows, table
 from qadeploy.data.loading import read
 from qadeploy.errors import DataError, DataWarning, InputError
@@ -153,7 +153,7 @@ def test_answers_in_any_shape(tmp_path, given, wanted):
 )
 def test_a_cell_that_datasets_or_pandas_wrote(tmp_path, column, cell):
     text = f'context,question,{column}\n{SKY},?,"{cell.replace(chr(34), chr(34) * 2)}"\n'
-    options = DataOptions(columns=parse_columns(f"answers={column}"))
+    options = DataOptions(columns=f"answers={column}")
     assert answers(put(tmp_path, "rows.csv", text), options) == [[("blue", 11)]]
 
 

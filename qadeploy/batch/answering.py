@@ -193,7 +193,7 @@ class ShardAnswering:
             yield _Row(len(results) - 1, row.number, identity, (fields.question, fields.contexts or fields.context))
 
     def _rejected(self, row: RawRow, field: str, reason: str) -> Rejected:
-        given = row.fields.get(self._data_options.columns.get("id", "id"))
+        given = row.fields.get(self._data_options.column("id"))
         usable = isinstance(given, str | int) and not isinstance(given, bool)
         identity = str(given) if usable else self._plan.row_id(self._shard.source, row.number)
         clean = identity.encode("utf-8", "replace").decode("utf-8")  # a lone surrogate cannot be written

@@ -56,7 +56,7 @@ class BatchSettings:
     @property
     def data_options(self) -> DataOptions:
         """How rows are read."""
-        return DataOptions(columns=self.columns)
+        return DataOptions(columns=_written(self.columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,9 @@ class BatchPlan:
         if settings.bundle != self.settings.bundle:
             found.append(f"the bundle was {self.settings.bundle[:12]}, now it is {settings.bundle[:12]}")
         if dict(settings.columns) != dict(self.settings.columns):
-            found.append(f"--columns was {_mapping(self.settings.columns)}, now it is {_mapping(settings.columns)}")
+            found.append(
+                f"--columns was {_written(self.settings.columns) or 'not given'}, now it is {_written(settings.columns) or 'not given'}"
+            )
         if settings.allow_no_answer != self.settings.allow_no_answer:
             given = ["given" if each.allow_no_answer else "not given" for each in (self.settings, settings)]
             found.append(f"--allow-no-answer was {given[0]}, now it is {given[1]}")
@@ -162,8 +164,9 @@ def _changed(old: Sequence[Source], new: Sequence[Source]) -> list[str]:
     return found
 
 
-def _mapping(columns: Mapping[str, str]) -> str:
-    return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items()) or "not given"
+def _written(columns: Mapping[str, str]) -> str:
+    """A mapping as ``--columns`` takes it."""
+    return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
 
 
 def make_plan(settings: BatchSettings, patterns: Sequence[str], step: int | None = None) -> BatchPlan:

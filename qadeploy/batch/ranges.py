@@ -76,7 +76,7 @@ def scan(source: Source, step: int | None, data_options: DataOptions) -> Scan:
         MissingExtraError: The file is parquet and pyarrow is not installed.
     """
     if source.kind in LINES:
-        found = _scan_lines(source, step, f'"{data_options.columns.get("contexts", "contexts")}"'.encode())
+        found = _scan_lines(source, step, f'"{data_options.column("contexts")}"'.encode())
     else:
         if source.kind == PARQUET:
             rows, names = _scan_parquet(source, data_options)
@@ -84,7 +84,9 @@ def scan(source: Source, step: int | None, data_options: DataOptions) -> Scan:
             whole = _whole(source)
             rows, names = len(whole), {name for row in whole for name in row.fields}
         passages = data_options.column("contexts") in names or "contexts" in names
-        found = _even(rows, step or _doubled(FINEST, rows, _MARKS), passages)
+        step = step or _doubled(FINEST, rows, _MARKS)
+        ranges = tuple(Range(first, min(step, rows - first)) for first in range(0, rows, step))
+        found = Scan(rows, step, ranges, passages)
     if not found.rows:
         raise InputError(f"{source.path}: holds no rows")
     return found
@@ -94,10 +96,6 @@ def _doubled(step: int, rows: int, most: int) -> int:
     while step * most < rows:
         step *= 2
     return step
-
-
-def _even(rows: int, step: int, passages: bool) -> Scan:
-    return Scan(rows, step, tuple(Range(first, min(step, rows - first)) for first in range(0, rows, step)), passages)
 
 
 def _scan_lines(source: Source, step: int | None, passages: bytes) -> Scan:
@@ -141,7 +139,7 @@ def _scan_parquet(source: Source, data_options: DataOptions) -> tuple[int, set[s
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise InputError(f"{source.path}: not a readable parquet file: {one_line(error)}") from error
     found = schema.names
-    known = {*found, *columns_of(found, data_options.columns)}
+    known = {*found, *columns_of(found, data_options.mapping)}
     for field in ("context", "question"):
         if field not in known and not (field == "context" and "contexts" in known):
             option = guess({each.name: "text" if "string" in str(each.type) else None for each in schema})
@@ -240,7 +238,7 @@ def _all_parquet_rows(source: Source, data_options: DataOptions, first: int) -> 
         file = _parquet_file(stream)
         file = _parquet_file(stream, read_dictionary=texts_of_parquet(file))
         given = file.schema_arrow.names
-        theirs = columns_of(given, data_options.columns)
+        theirs = columns_of(given, data_options.mapping)
         wanted = {*_FIELDS, *(theirs.get(field, field) for field in _FIELDS)}
         columns = [name for name in given if name in wanted]
         leaves = {n for n in range(len(file.schema)) if _leads_to(file.schema.column(n).path, columns)}

@@ -150,7 +150,7 @@ def _answer_files(request: BatchRequest, shown: BatchProgress, load: Load | None
     check(request)
     allow = Options(allow_no_answer=request.allow_no_answer).null_competes(bundle.settings)
     chosen = {name: getattr(request, name) for name in CALL_OPTIONS} | {"allow_no_answer": allow}
-    settings = BatchSettings(bundle.hash, dict(request.data_options.columns), **chosen)
+    settings = BatchSettings(bundle.hash, dict(request.data_options.mapping), **chosen)
     check_snippet(request.snippet)
     load = load or BundleLoad(
         str(bundle.folder.absolute()), bundle.hash, request.device, request.threads, request.load_timeout

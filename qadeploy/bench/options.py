@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from qadeploy import options
 from qadeploy.core.metrics import MetricChoice
-from qadeploy.data.fields import DataFlags
+from qadeploy.data.fields import DataOptions
 from qadeploy.options import option
 
 
 @dataclass(frozen=True, slots=True)
-class BenchOptions(DataFlags):
+class BenchOptions(DataOptions):
     """Everything that a bench depends on besides its bundles and the limits. ``limits.Limits`` declares these."""
 
     data: str | None = option(None, "Annotated questions.", shown="those that the first bundle's run held out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from qadeploy.bench.options import BenchOptions
 from qadeploy.bench.own import open_bundles
 from qadeploy.bench.peers import parse_peers
 from qadeploy.bench.workload import draw
-from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import read_split
 from qadeploy.errors import InputError
 from qadeploy.inference.bundle import newest_bundle
@@ -64,7 +62,7 @@ def bench_bundles(
 def _questions(checkpoint: Path, options: BenchOptions, say: Say) -> tuple[str, Sequence[Example]]:
     """The annotated questions to draw from, and their name."""
     if options.data is not None:
-        return options.data, read_split(options.data, "auto", DataOptions.of(asdict(options)), say)
+        return options.data, read_split(options.data, "auto", options, say)
     if not checkpoint.is_dir():
         raise InputError(
             f"{checkpoint}: the checkpoint that the bundle was made from is missing: give --data FILE, and --checkpoint for the peers"

@@ -22,7 +22,7 @@ import click
 from qadeploy import __version__
 from qadeploy.cli.config import read_config, unknown_hint
 from qadeploy.cli.options import options_of
-from qadeploy.data.fields import DataFlags, DataOptions
+from qadeploy.data.fields import DataOptions
 from qadeploy.errors import DataWarning, DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
 from qadeploy.inference.loading import end_past_loading
 from qadeploy.options import declared
@@ -198,12 +198,12 @@ def sayer(as_json: bool) -> Callable[[str], None]:
     return lambda message: click.echo(message, err=as_json)
 
 
-data_options = options_of(DataFlags)
+data_options = options_of(DataOptions)
 
 
 def take_data_options(options: dict[str, Any]) -> DataOptions:
     """Takes the options of ``data_options`` out of ``options``; options that a command lacks keep their defaults."""
-    return DataOptions.of({name: options.pop(name) for name in declared(DataFlags) if name in options})
+    return DataOptions(**{name: options.pop(name) for name in declared(DataOptions) if name in options})
 
 
 def bundle_argument(function: _Function) -> _Function:

@@ -48,7 +48,7 @@ def label(as_json: bool, source: str, out: str, **given: Any) -> None:
         raise InputError(f"--out {out}: is the data to label: give another name")
     annotator = (options.annotator or _login()).strip()
     with Store.open(place, annotator) as store, listen(options.port) as listener:
-        items = load_items(source, DataOptions.of({"columns": options.columns}), note)
+        items = load_items(source, DataOptions(columns=options.columns), note)
         predictions = load_predictions(options.predictions, items) if options.predictions else None
         desk = Desk(
             items,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from qadeploy import options
 from qadeploy.core.settings import QaSettings
 from qadeploy.data.check import CheckedData, check_rows
-from qadeploy.data.fields import DataFlags, DataOptions
+from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.lengths import Lengths, load_encoder, measure_lengths
 from qadeploy.data.problems import Problem, Reason
@@ -19,7 +19,7 @@ from qadeploy.shipped import base_model_path
 
 
 @dataclass(frozen=True, slots=True)
-class CheckOptions(DataFlags):
+class CheckOptions(DataOptions):
     """How a file is checked, and what is written of it."""
 
     fix: str | None = option(None, "Write usable and repaired rows to this JSONL file, the rest beside it.")
@@ -56,7 +56,7 @@ def check_file(
     check_declared(chosen)
     if chosen.fix:
         check_places(source, Path(chosen.fix))
-    checked = check_rows(source, load_rows(source, chosen.token), DataOptions.of(asdict(chosen)))
+    checked = check_rows(source, load_rows(source, chosen.token), chosen)
     measured = None
     if lengths or chosen.fix:  # --fix sets questions aside that leave no room
         settings = QaSettings().changed(max_seq_len=chosen.max_seq_len, doc_stride=chosen.doc_stride)

@@ -46,7 +46,8 @@ def _aliases(found: tuple[Any, ...]) -> dict[str, Any]:
     return aliases
 
 
-def parse_columns(text: str | None) -> dict[str, str]:
+@lru_cache(maxsize=256)
+def parse_columns(text: str | None) -> Mapping[str, str]:
     """Parses ``context=review,answer=span`` into {ours: theirs}. Raises InputError that names the faulty pair."""
     mapping: dict[str, str] = {}
     for part in (text or "").split(","):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from qadeploy import options
@@ -20,6 +20,7 @@ from qadeploy.data.rows import SPLITS, RawRow
 from qadeploy.data.values import flag_of, is_missing, literal, offset_of
 from qadeploy.data.wording import kind_of, names, quote, shown
 from qadeploy.errors import InputError
+from qadeploy.options import declared
 
 OnAmbiguous = Literal["error", "first", "skip"]
 EmptyAnswers = Literal["no-answer", "reject"]
@@ -29,27 +30,23 @@ _ENDS = ("answer_end", "end", "end_offset", "end_char")
 _NOT_GIVEN = frozenset({"NOT_GIVEN", "NO_ANSWER"})  # Haystack's categories of answers
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataOptions:
-    """How the rows of a source are to be read. Raises InputError on a value that is no choice.
+    """How the rows of a source are to be read, as people write it. Raises InputError on a value that makes no sense.
 
-    Attributes:
-        on_ambiguous: What to do with an answer that has no offset and occurs several times in its context (as a
-            substring): "error" reports and counts them, "first" takes the first, "skip" skips and counts the row.
-        columns: Our field names to the data's.
-        no_answer_token: An answer that means "none in this context"; "" for a blank one.
-        label: The label of the regions that are answers, if the data come from an annotation tool and have several.
-        empty_answers: Whether an empty list of answers means "no answer" or that labels are withheld ("reject"); None:
-            "no answer" with a warning, unless all rows are so.
+    An answer without an offset that occurs several times in its context (as a substring) is ambiguous: "error" reports and
+    counts such rows, "first" takes the first place, "skip" skips and counts the row. An empty list of answers means "no answer"
+    with a warning, unless all rows are so, if ``empty_answers`` is None.
     """
 
-    on_ambiguous: OnAmbiguous = "error"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    no_answer_token: str | None = None
-    label: str | None = None
-    empty_answers: EmptyAnswers | None = None
+    columns: str | None = options.columns()
+    no_answer_token: str | None = options.no_answer_token()
+    on_ambiguous: OnAmbiguous = options.on_ambiguous()
+    label: str | None = options.label()
+    empty_answers: EmptyAnswers | None = options.empty_answers()
 
     def __post_init__(self) -> None:
+        parse_columns(self.columns)
         if self.on_ambiguous not in get_args(OnAmbiguous):
             raise InputError(f"on_ambiguous is {self.on_ambiguous!r}: choose one of {', '.join(get_args(OnAmbiguous))}")
         if self.empty_answers not in {None, *get_args(EmptyAnswers)}:
@@ -58,19 +55,18 @@ class DataOptions:
             )
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> DataOptions:
-        """Reads the options of the command line or ``run.json``, in which ``columns`` is text."""
-        return cls(
-            options.get("on_ambiguous", "error"),
-            parse_columns(options.get("columns")),
-            options.get("no_answer_token"),
-            options.get("label"),
-            options.get("empty_answers"),
-        )
+    def of(cls, values: Mapping[str, Any]) -> DataOptions:
+        """Those of ``run.json``, among others; what is missing takes its default."""
+        return cls(**{name: values[name] for name in declared(DataOptions) if name in values})
+
+    @property
+    def mapping(self) -> Mapping[str, str]:
+        """Our field names to the data's, for those that were given."""
+        return parse_columns(self.columns)
 
     def column(self, name: str) -> str:
         """The data's name for one of our fields."""
-        return self.columns.get(name, name)
+        return self.mapping.get(name, name)
 
     def is_none(self, text: Any) -> bool:
         """Whether an answer means that there is none."""
@@ -78,17 +74,6 @@ class DataOptions:
         if token is None:
             return False
         return not token.strip() if is_missing(text) else isinstance(text, str) and text.strip() == token.strip()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataFlags:
-    """The options of a command that say how rows are read, as people write them; ``DataOptions.of`` reads them."""
-
-    columns: str | None = options.columns()
-    no_answer_token: str | None = options.no_answer_token()
-    on_ambiguous: OnAmbiguous = options.on_ambiguous()
-    label: str | None = options.label()
-    empty_answers: EmptyAnswers | None = options.empty_answers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +126,7 @@ def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> P
     """
     if row.problem:
         raise RowError(Problem(Reason.UNREADABLE, "", (row.problem,)))
-    fields = rename(row.fields, options.columns)
+    fields = rename(row.fields, options.mapping)
     contexts: tuple[str, ...] = ()
     if annotated or is_missing(fields.get("contexts")):
         context, question = (_text(fields, name, row) for name in ("context", "question"))

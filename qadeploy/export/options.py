@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qadeploy import options
-from qadeploy.data.fields import DataFlags
+from qadeploy.data.fields import DataOptions
 from qadeploy.options import option
 
 MAX_QUESTIONS = 2_000  # an interval of F1 is about two points wide then, and halves with four times as many
 
 
 @dataclass(frozen=True, slots=True)
-class ExportOptions(DataFlags):
+class ExportOptions(DataOptions):
     """Everything that an export depends on besides its run."""
 
     out: str | None = option(None, "Bundle folder.", shown="bundles/NAME after the run", also=("--output",))

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import read
 from qadeploy.errors import FailureError, GateError, InputError
 from qadeploy.export import fp16, fused
@@ -109,7 +108,7 @@ def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exp
         raise InputError(f"{source}: is on the hub: give --out for the graphs made from it")
     opened, made = open_bundle(source), Exported()
     if in_graph or options.web:
-        examples = read(options.eval_data or "handbook", DataOptions.of(asdict(options))).examples
+        examples = read(options.eval_data or "handbook", options).examples
         if options.text_in_graph or options.web:
             wordpiece_of(opened)
         Answerer.load(opened.folder, device="cpu", threads=1, load_timeout=options.load_timeout)  # it may be anyone's
@@ -198,7 +197,7 @@ class _Export:
 
     def _reference(self) -> Reference:
         """The PyTorch model and the questions that judge the bundles."""
-        found = held_out(self.found, self.options.eval_data, DataOptions.of(asdict(self.options)))
+        found = held_out(self.found, self.options.eval_data, self.options)
         judges = replace(found, examples=tuple(spread(found.examples, self.options.max_eval_samples)))
         count, every = len(judges.examples), len(found.examples)
         of = "" if count == every else f" of {every} (--max-eval-samples)"

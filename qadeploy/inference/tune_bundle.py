@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +99,7 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
     check(chosen)
     if is_hub(folder) and not chosen.dry_run:
         raise InputError(f"{folder}: is on the hub: download it to a folder first, or give --dry-run")
-    examples = read_split(chosen.data, "all", DataOptions.of(asdict(chosen)), say, annotated=False)
+    examples = read_split(chosen.data, "all", DataOptions(columns=chosen.columns), say, annotated=False)
     pairs = [(e.question, e.context) for e in examples]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MachineWarning)  # it is about what is done here

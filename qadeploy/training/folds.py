@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qadeploy.core.metrics import choose_metric
-from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import DataSet, read, source_name
 from qadeploy.data.splits import folds_by_passage
 from qadeploy.errors import InputError
@@ -65,7 +64,7 @@ def cross_validate(options: TrainOptions, folds: int, say: Say, *, progress: boo
         InputError: ``folds`` is below 2, or there are too few passages. What ``train`` raises is raised too.
     """
     check(options)
-    data = read(options.data, DataOptions.of(asdict(options)), token=options.token)
+    data = read(options.data, options, token=options.token)
     examples = tuple(e for e in data.examples if e.split != "validation")
     parts = _split(examples, options, folds)
     options = replace(options, metric=choose_metric(options.metric, examples))  # one metric for all folds

@@ -7,7 +7,7 @@ from typing import Literal
 
 from qadeploy import options
 from qadeploy.core.metrics import MetricChoice
-from qadeploy.data.fields import DataFlags
+from qadeploy.data.fields import DataOptions
 from qadeploy.options import option
 
 FEW_EXAMPLES = 5_000  # below it a run counts as one on few examples
@@ -15,7 +15,7 @@ N_BEST = 20
 
 
 @dataclass(frozen=True, slots=True)
-class TrainOptions(DataFlags):
+class TrainOptions(DataOptions):
     """Everything that a run depends on. None means: chosen from the data, and recorded in ``run.json``.
 
     ``dev_data`` chooses the epoch and the settings instead of ``dev_fraction`` of the training questions.

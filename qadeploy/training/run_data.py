@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from qadeploy.data.check import CheckedData
-from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import DataSet, read, source_name
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import InputError
@@ -76,9 +75,9 @@ def unlabelled_questions(options: TrainOptions) -> tuple[Example, ...]:
         return ()
     if options.teacher is None:
         raise InputError("--unlabelled: only a teacher can label these questions: give --teacher, or leave it out")
-    found = read(options.unlabelled, DataOptions.of(asdict(options)), token=options.token, annotated=False).examples
+    found = read(options.unlabelled, options, token=options.token, annotated=False).examples
     return tuple(replace(e, answers=()) for e in found)
 
 
 def _read(options: TrainOptions, source: str) -> DataSet:
-    return read(source, DataOptions.of(asdict(options)), token=options.token)
+    return read(source, options, token=options.token)

@@ -29,7 +29,6 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from qadeploy.core.metrics import Metric, Scores, choose_metric, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.data.check import CheckedData, check_rows
-from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import hash_examples, joined, read, source_name, sources
 from qadeploy.errors import FailureError, InputError
@@ -189,12 +188,11 @@ def load_data(options: TrainOptions, log: RunLog) -> RunData:
     Raises:
         InputError: The data cannot be read or split; a DataError names unusable rows.
     """
-    reading = DataOptions.of(asdict(options))
     rows = {source: list(load_rows(source, options.token)) for source in sources(options.data)}
-    checked = [check_rows(source, rows[source], reading) for source in rows]
+    checked = [check_rows(source, rows[source], options) for source in rows]
     check = CheckedData(source_name(options.data), tuple(row for each in checked for row in each.rows))
     log.data_check(check)
-    found = joined([read(source, reading, rows=rows[source]) for source in rows])
+    found = joined([read(source, options, rows=rows[source]) for source in rows])
     return split_data(options, found, check)
 
 

@@ -85,7 +85,7 @@ def test_only_the_columns_that_are_needed_are_read(tmp_path):
     path = tmp_path / "x.parquet"
     rows = [{"doc": "Ada.", "question": "Who?", "key": 3, "embedding": [0.0] * 9, "context": "other"}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    data_options = DataOptions(columns={"context": "doc", "id": "key"})
+    data_options = DataOptions(columns="context=doc,id=key")
     (row,) = all_rows(path, None, data_options)
     assert row.fields == {"doc": "Ada.", "question": "Who?", "key": 3, "context": "other"}
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadeploy.data.check import RowClass, check_row, check_rows
-from qadeploy.data.columns import parse_columns
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
@@ -211,7 +210,7 @@ def subjqa_like(path):
 def test_a_subjqa_like_file(tmp_path):
     source, out = tmp_path / "electronics.csv", tmp_path / "out.jsonl"
     subjqa_like(source)
-    reading = DataOptions(columns=parse_columns(MAPPING), no_answer_token="ANSWERNOTFOUND")
+    reading = DataOptions(columns=MAPPING, no_answer_token="ANSWERNOTFOUND")
     check = check_rows(str(source), load_rows(str(source)), reading)
     counts = check.to_dict()
     assert {k: v for k, v in counts["classes"].items() if v} == {
