@@ -146,6 +146,19 @@ def write_bytes(path: Path, data: bytes) -> None:
         stream.write(data)
 
 
+def append_line(descriptor: int, line: bytes) -> None:
+    """Appends a line to an open file and flushes it to the disk. Raises OSError; then nothing of it is in the file."""
+    size = os.lseek(descriptor, 0, os.SEEK_END)
+    try:
+        while line:
+            line = line[os.write(descriptor, line) :]
+        os.fsync(descriptor)
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(descriptor, size)
+        raise
+
+
 class _Named(io.FileIO):
     """A stream whose errors name the file: of several that are written together, a full disk does not say which."""
 

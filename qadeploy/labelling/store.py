@@ -12,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import FailureError, InputError
-from qadeploy.files import BINARY, holding, sync
+from qadeploy.files import BINARY, append_line, holding, sync
 from qadeploy.labelling.items import key_of
 
 Row = dict[str, Any]
@@ -100,17 +100,9 @@ class _Lines:
     def append(self, row: Row) -> None:
         data = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         with self._writing() as descriptor:
-            size, done = self._ends[-1], 0
-            try:
-                while done < len(data):
-                    done += os.pwrite(descriptor, data[done:], size + done)
-                os.fsync(descriptor)
-                if not size:
-                    sync(self._path.absolute().parent)
-            except OSError:
-                with suppress(OSError):
-                    os.ftruncate(descriptor, size)
-                raise
+            if not self._ends[-1]:
+                sync(self._path.absolute().parent)
+            append_line(descriptor, data)
         self._add(row, len(data))
 
     def take_back(self, row: Row) -> None:

@@ -6,8 +6,6 @@ the disk before the client is told so. The file is bounded: a full one becomes `
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import threading
@@ -19,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import FailureError, InputError
-from qadeploy.files import BINARY, holding
+from qadeploy.files import BINARY, append_line, holding
 from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER, Answer
 from qadeploy.serve.errors import RefusedError
@@ -141,18 +139,11 @@ class Feedback:
         try:
             descriptor = os.open(self._path, os.O_WRONLY | BINARY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
+                append_line(descriptor, line)
                 size = os.fstat(descriptor).st_size
-                try:
-                    if os.write(descriptor, line) < len(line):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(descriptor)
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(descriptor, size)  # nothing half written
-                    raise
             finally:
                 os.close(descriptor)
-            if size + len(line) > self._most:
+            if size > self._most:
                 self._path.replace(self._path.with_name(f"{self._path.name}.1"))
         except OSError as error:
             raise FailureError(f"{self._path}: the feedback was not stored: {error.strerror}") from error
