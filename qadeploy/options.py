@@ -42,7 +42,6 @@ class Option:
         off: The flag that says False, for a bool that is True or None by default.
         shown: How the default is described where it is not the value itself.
         many: Whether it may be given several times.
-        secret: Whether it must not be recorded.
         named: The flag, where it is not the field's name.
     """
 
@@ -57,7 +56,6 @@ class Option:
     off: str = ""
     shown: str = ""
     many: bool = False
-    secret: bool = False
     named: str = ""
 
     @property
@@ -134,10 +132,10 @@ def option(
     secret: bool = False,
     named: str = "",
 ) -> Any:
-    """Declares an option as a dataclass field; see ``Option`` for the arguments."""
+    """Declares an option as a dataclass field; see ``Option`` for the arguments. A ``secret`` is not printed."""
     values = {
         "help": help, "least": least, "most": most, "choices": choices, "also": also,
-        "off": off, "shown": shown, "secret": secret, "named": named,
+        "off": off, "shown": shown, "named": named,
     }  # fmt: skip
     return field(default=default, repr=not secret, metadata={_KEY: values})
 

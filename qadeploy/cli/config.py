@@ -151,7 +151,7 @@ def _checked(value: Any, param: click.Parameter, context: click.Context) -> Any:
         wanted, fits = "a whole number or a word", isinstance(value, int | str) and not isinstance(value, bool)
     else:
         wanted, fits = "text", isinstance(value, str)
-    if fits and isinstance(value, str) and not _is_text(value):
+    if fits and isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise click.BadParameter("must be valid Unicode without NUL characters")
     if fits and isinstance(value, int) and value.bit_length() > _BITS:
         raise click.BadParameter(f"must be {wanted} of fewer digits")
@@ -159,10 +159,6 @@ def _checked(value: Any, param: click.Parameter, context: click.Context) -> Any:
         quotes = ": put it in quotes" if wanted == "text" and not isinstance(value, list | dict | None) else ""
         raise click.BadParameter(f"must be {wanted}, not {_kind(value)}{quotes}")
     return param.type.convert(value, param, context)
-
-
-def _is_text(value: str) -> bool:
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _shown(key: Any) -> str:

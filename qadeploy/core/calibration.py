@@ -6,8 +6,7 @@ Everything here is numpy on one row of numbers per question; decoding and scorin
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -122,10 +121,6 @@ class ConfidenceBin:
     count: int
     confidence: float
     accuracy: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the bin as plain JSON values."""
-        return asdict(self)
 
 
 def confidence_bins(confidences: Float64Array, correct: Float64Array) -> tuple[ConfidenceBin, ...]:

@@ -36,15 +36,12 @@ def pdf_document(content: bytes, name: str) -> Document:
     except subprocess.TimeoutExpired as error:
         raise InputError(f"{name}: its reader took longer than {MOST_SECONDS} seconds") from error
     if done.returncode:
-        raise InputError(f"{name}: not a readable PDF: its reader ended with {_ended(done.returncode)}")
+        ended = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        raise InputError(f"{name}: not a readable PDF: its reader ended with {ended}")
     found = json.loads(done.stdout)
     if "error" in found:
         raise InputError(f"{name}: {found['error']}")
     return _joined(found["pages"], name)
-
-
-def _ended(code: int) -> str:
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _joined(pages: list[str], name: str) -> Document:

@@ -32,6 +32,7 @@ from qadeploy.serve.calls import Calls, response
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.limits import BodyLimit
 from qadeploy.serve.metrics import Metrics
+from qadeploy.serve.run import PLAIN
 from qadeploy.serve.settings import Settings
 
 _LOOPBACK = "127.0.0.1"
@@ -157,15 +158,6 @@ def listen(port: int) -> socket.socket:
 def serve_desk(desk: Desk, listener: socket.socket, on_ready: Callable[[str], object]) -> None:
     """Serves a desk until a signal arrives; ``on_ready`` gets the address of the page."""
     token = secrets.token_urlsafe(24)
-    config = uvicorn.Config(
-        create_label_app(desk, token),
-        ws="none",
-        proxy_headers=False,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        timeout_graceful_shutdown=5,
-    )
+    config = uvicorn.Config(create_label_app(desk, token), **PLAIN, timeout_graceful_shutdown=5)
     on_ready(f"http://{_LOOPBACK}:{listener.getsockname()[1]}/#{token}")
     _Server(config).run([listener])

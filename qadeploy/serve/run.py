@@ -34,6 +34,10 @@ from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
 
+# Of uvicorn: no websockets, nothing that a proxy says of its client, no logs and headers of its own.
+PLAIN: dict[str, Any] = {
+    "ws": "none", "proxy_headers": False, "log_config": None, "access_log": False, "server_header": False, "lifespan": "off",
+}  # fmt: skip
 _BACKLOG = 2048
 _MOST_CONNECTIONS = 4096
 _SPARE_FILES = 64  # for files, pipes, and connections that are being closed
@@ -128,12 +132,7 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
             config = uvicorn.Config(
                 create_app(service),
                 http=protocol,
-                ws="none",
-                proxy_headers=False,
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="off",
+                **PLAIN,
                 backlog=_BACKLOG,
                 timeout_graceful_shutdown=int(settings.request_timeout) + 1,
             )

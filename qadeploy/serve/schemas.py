@@ -43,10 +43,6 @@ def choice(name: str) -> Any:
     return Annotated[kind if one.default is not None else kind | None, about]
 
 
-def _flag(about: str) -> Any:
-    return Annotated[bool, Field(description=about, strict=True)]
-
-
 _QUESTION, _CONTEXT = "Who trims the light?", "Mungo Strand trims the light at Port Ansel 🏮 every evening."
 Text = Annotated[str, Field(min_length=1, pattern=r"\S", strict=True)]
 Question = Annotated[Text, Field(description="The question.", examples=[_QUESTION])]
@@ -113,9 +109,9 @@ class AskOne(AskItem):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"question": _QUESTION, "context": _CONTEXT, "top_k": 3}]}
     )
-    trace: _flag(  # type: ignore[valid-type]
-        "Also return the trace: tokens, windows, logits and candidates."
-    ) = False
+    trace: Annotated[
+        bool, Field(description="Also return the trace: tokens, windows, logits and candidates.", strict=True)
+    ] = False
 
 
 class AskMany(_Texts):
@@ -138,19 +134,20 @@ def _form(body: Any) -> str | None:
     return None
 
 
-Batch = Annotated[
-    list[AskItem], Field(min_length=1, description="A batch of questions, each with its own context or passages.")
-]
-AnswerRequest = Annotated[
-    Annotated[AskOne, Tag("one")] | Annotated[AskMany, Tag("many")] | Annotated[Batch, Tag("batch")],
-    Discriminator(
-        _form,
-        custom_error_type="form",
-        custom_error_message="give an object with question and context, or with questions and context, or a list of objects",
-    ),
-]
+def _request(one: Any, many: Any, item: Any, batch: str, needed: str) -> Any:
+    """A body in one of the forms; ``batch`` describes a list, ``needed`` is the error for any other body."""
+    several = Annotated[list[item], Field(min_length=1, description=batch)]
+    forms = Annotated[one, Tag("one")] | Annotated[many, Tag("many")] | Annotated[several, Tag("batch")]
+    return Annotated[forms, Discriminator(_form, custom_error_type="form", custom_error_message=needed)]
 
 
+AnswerRequest = _request(
+    AskOne,
+    AskMany,
+    AskItem,
+    "A batch of questions, each with its own context or passages.",
+    "give an object with question and context, or with questions and context, or a list of objects",
+)
 _NOT_BOTH: Any = {"not": {"required": ["context", "contexts"]}}
 
 
@@ -175,18 +172,13 @@ class CorpusMany(AskMany):
     needed = False
 
 
-CorpusBatch = Annotated[
-    list[CorpusItem],
-    Field(min_length=1, description="A batch of questions, each with its own context or passages, or none."),
-]
-CorpusRequest = Annotated[
-    Annotated[CorpusOne, Tag("one")] | Annotated[CorpusMany, Tag("many")] | Annotated[CorpusBatch, Tag("batch")],
-    Discriminator(
-        _form,
-        custom_error_type="form",
-        custom_error_message="give an object with question or questions, and with a context if the corpus is not meant, or a list of objects",
-    ),
-]
+CorpusRequest = _request(
+    CorpusOne,
+    CorpusMany,
+    CorpusItem,
+    "A batch of questions, each with its own context or passages, or none.",
+    "give an object with question or questions, and with a context if the corpus is not meant, or a list of objects",
+)
 
 
 class SnippetOut(BaseModel):

@@ -49,7 +49,8 @@ def choose_workers(asked: int | None, device: str, key: str, run: Callable[[], o
     if cpus == 1:
         return Choice(1, "one CPU is available")
     where = f"{key} {machine().cpu} {cpus} CPUs onnxruntime {onnxruntime().__version__}"
-    place = _place()
+    folder = cache_folder()
+    place = folder and folder / "threads.json"
     known = _read(place)
     if isinstance(known.get(where), int) and 1 <= known[where] <= cpus:
         return Choice(known[where], f"measured before ({place})")
@@ -92,11 +93,6 @@ def _rate(count: int, run: Callable[[], object]) -> float:
     for thread in threads:
         thread.join()
     return sum(done) / (time.perf_counter() - started)
-
-
-def _place() -> Path | None:
-    folder = cache_folder()
-    return folder and folder / "threads.json"
 
 
 def _read(place: Path | None) -> dict[str, int]:

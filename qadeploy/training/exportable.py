@@ -11,17 +11,8 @@ from qadeploy.errors import MissingExtraError
 TASK = "question-answering"  # as optimum calls it
 # The kinds that the tests train, export and quantize (docs/architectures.md).
 TESTED = (
-    "albert",
-    "bert",
-    "camembert",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "mobilebert",
-    "modernbert",
-    "mpnet",
-    "roberta",
-    "xlm-roberta",
+    *("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "mobilebert", "modernbert", "mpnet"),
+    *("roberta", "xlm-roberta"),
 )
 _MODULES = {"optimum": "optimum.exporters.onnx", "torch": "onnxscript"}  # by exporter, in the order of preference
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}  # what a bundle gives to its model

@@ -37,22 +37,8 @@ from qadeploy.training.saves import SAVES, Save, newest_complete, remove_after, 
 
 # Options that do not change what is trained, or that are compared by content.
 _MAY_DIFFER = frozenset(
-    {
-        "out",
-        "save_steps",
-        "report_to",
-        "device",
-        "data",
-        "dev_data",
-        "eval_data",
-        "base",
-        "token",
-        "n_best_size",
-        "preprocessing_num_workers",
-        "cache",
-        "load_timeout",
-        "allow_pickle",
-    }
+    {"out", "save_steps", "report_to", "device", "data", "dev_data", "eval_data", "base", "token", "n_best_size"}
+    | {"preprocessing_num_workers", "cache", "load_timeout", "allow_pickle"}
 )
 
 

@@ -22,19 +22,8 @@ RUN_FILE = "run.json"
 UNFINISHED = ".unfinished"
 TENSORBOARD = "tensorboard"  # its event files
 _PARTS = frozenset(
-    {
-        RUN_FILE,
-        "checkpoint",
-        SAVES,
-        TENSORBOARD,
-        "metrics.json",
-        "curves.png",
-        "report.html",
-        "README.md",
-        PREDICTIONS,
-        N_BEST,
-        NULL_ODDS,
-    }
+    {RUN_FILE, "checkpoint", SAVES, TENSORBOARD, "metrics.json", "curves.png", "report.html", "README.md"}
+    | {PREDICTIONS, N_BEST, NULL_ODDS}
 )
 # The record's list of the files of ``checkpoint/``, which records of 0.2.0 and earlier do not have.
 CHECKPOINT_FILES = "checkpoint_files"
@@ -89,7 +78,7 @@ def find_run(path: str | Path | None) -> Run:
 def read_status(folder: Path) -> str | None:
     """The status in a run folder's record: "complete", "running", "unknown" for anything else; None without a record."""
     try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        record = _read_json(folder / RUN_FILE)
     except OSError:
         return None
     except ValueError:
@@ -104,7 +93,9 @@ def check_replaceable(out: Path) -> None:
         raise InputError(f"{out}: a run needs a folder of its own, not a link: give --out a name")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not out.is_dir() or read_status(out) not in {"complete", "running"} or not _has_options(out):
+    ours = out.is_dir() and read_status(out) in {"complete", "running"}
+    # Other tools name files run.json too.
+    if not ours or not isinstance(_read_json(out / RUN_FILE).get("options"), dict):
         raise InputError(f"{out}: exists and is not a run folder, so it is not overwritten: give another --out")
     if foreign := foreign_in(out):
         raise InputError(
@@ -136,11 +127,6 @@ def remove_unfinished(folder: Path) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _has_options(folder: Path) -> bool:
-    """Whether a record with a status is that of a run: other tools name files ``run.json`` too."""
-    return isinstance(_read_json(folder / RUN_FILE).get("options"), dict)
-
-
 def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -154,7 +140,7 @@ def _unfinished(folder: Path) -> str:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _read_json(path)
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from error
     if isinstance(record, dict) and record.get("status") == "running":

@@ -7,7 +7,7 @@ into the settings that the checkpoint and its bundles keep.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -151,7 +151,7 @@ def calibration_report(features: FeatureSet, logits: Logits, settings: QaSetting
     return {
         "ece_before": expected_calibration_error(before, correct),
         "ece": expected_calibration_error(after, correct),
-        "bins": [b.to_dict() for b in confidence_bins(after, correct)],
+        "bins": [asdict(b) for b in confidence_bins(after, correct)],
     }
 
 

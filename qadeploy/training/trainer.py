@@ -22,16 +22,8 @@ from qadeploy.training.training_set import collate as collate_arrays
 from qadeploy.training.transformers_versions import trainer_options
 
 _LABELS = frozenset(
-    {
-        "start_positions",
-        "end_positions",
-        "answer_mask",
-        "null_positions",
-        "groups",
-        "labelled",
-        "soft_starts",
-        "soft_ends",
-    }
+    {"start_positions", "end_positions", "answer_mask", "null_positions"}
+    | {"groups", "labelled", "soft_starts", "soft_ends"}
 )
 _MASKED = -1e9  # a logit whose probability is 0
 
