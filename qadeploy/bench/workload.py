@@ -40,11 +40,5 @@ def calibration(known: Sequence[Example], workload: Workload, count: int) -> tup
 
 def windows_of(encoder: Encoder, settings: QaSettings, examples: Sequence[Example]) -> list[Window]:
     """The windows of every example, in order. Raises QuestionTooLongError, StrideError, InputError."""
-    contexts = list(dict.fromkeys(e.context for e in examples))
-    encoded = dict(zip(contexts, encoder.encode_many(contexts), strict=True))
-    questions = encoder.encode_many([e.question for e in examples])
-    return [
-        window
-        for example, question in zip(examples, questions, strict=True)
-        for window in encoder.windows(question, encoded[example.context], **settings.lengths)
-    ]
+    pairs = encoder.encode_pairs([(e.question, e.context) for e in examples])
+    return [window for pair in pairs for window in encoder.windows(*pair, **settings.lengths)]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from qadeploy.errors import GateError
-from qadeploy.inference.session import OnnxModel
+from qadeploy.inference.session import OnnxModel, differences
 from qadeploy.inference.tuning import FP32_TOLERANCE
-from qadeploy.records import Example, FloatArray, Logits, Window
+from qadeploy.records import Example, Logits, Window
 from qadeploy.training.checkpoint import Checkpoint, TorchModel
 
 PARITY_RUNS = 24  # about: each question has one window or a few
@@ -80,7 +80,7 @@ def measure_parity(
     if "attention_mask" in model.inputs:
         batches = (windows[begin : begin + _BATCH] for begin in range(0, len(windows), _BATCH))
         runs.append([logits for batch in batches for logits in model.run_batch(batch)])
-    every = np.concatenate([_differences(alone, run) for run in runs])
+    every = np.concatenate([differences(alone, run) for run in runs])
     agree = [
         all(int(a.argmax()) == int(b.argmax()) for a, b in zip(theirs, ours, strict=True))
         for run in runs
@@ -99,14 +99,8 @@ def measure_parity(
         return found
     finally:
         checkpoint.model.float()
-    own = max(float(_differences(exact, run).max()) for run in runs)
-    return replace(found, pytorch_rounding=float(_differences(exact, alone).max()), rounding=own)
-
-
-def _differences(theirs: Sequence[Logits], ours: Sequence[Logits]) -> FloatArray:
-    """The absolute differences of all logits of all windows, in one row."""
-    pairs = zip(theirs, ours, strict=True)
-    return np.concatenate([np.abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)])
+    own = max(float(differences(exact, run).max()) for run in runs)
+    return replace(found, pytorch_rounding=float(differences(exact, alone).max()), rounding=own)
 
 
 def require_parity(parity: Parity, what: str, tolerance: float = FP32_TOLERANCE) -> None:

@@ -14,6 +14,7 @@ from qadeploy.evaluation.scoring import Evaluation, evaluate
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.manifest import SessionSettings
 from qadeploy.inference.session import OnnxModel
+from qadeploy.inference.tuning import asking
 from qadeploy.records import Example
 from qadeploy.timing import interleave, spread
 from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint, torch_answerer
@@ -126,9 +127,8 @@ def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation) ->
     scores = evaluation.scores
     difference = scores.rows_f1 - reference.scores.rows_f1
     reference.count(0, 1, " timing it against PyTorch")
-    timings = interleave(
-        {"pytorch": _asker(reference.answerer, reference), "this": _asker(answerer, reference)}, ROUNDS
-    )
+    both = {"pytorch": reference.answerer, "this": answerer}
+    timings = interleave({name: asking(each, reference.timed, one=True) for name, each in both.items()}, ROUNDS)
     asked = len(reference.timed)
     own, torch = timings["this"], timings["pytorch"]
     return {
@@ -146,10 +146,6 @@ def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation) ->
         "timed_questions": asked,
         "rounds": ROUNDS,
     }
-
-
-def _asker(answerer: Answerer, reference: Reference) -> Callable[[], object]:
-    return lambda: [answerer.answer(question, context) for question, context in reference.timed]
 
 
 def table(reference: Reference, pytorch_bytes: int, manifests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -112,6 +112,22 @@ def batches(lengths: Sequence[int], *, tokens: int = TOKENS, masked: bool = True
     return found
 
 
+def in_batches(
+    windows: Sequence[Window], rows: Sequence[Sequence[int]], run: Callable[[Sequence[Window]], list[Logits]]
+) -> list[Logits]:
+    """The logits of each window, in order, run in batches of the indices ``rows``, as ``batches`` makes them."""
+    logits: dict[int, Logits] = {}
+    for own in rows:
+        logits.update(zip(own, run([windows[i] for i in own]), strict=True))
+    return [logits[i] for i in range(len(windows))]
+
+
+def unpadded(logits: Sequence[FloatArray], windows: Sequence[Window]) -> list[Logits]:
+    """The start and end logits of each window in those of a padded batch, ``[windows, tokens]`` each."""
+    starts, ends = logits
+    return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
+
+
 class _Slot:
     """A captured shape with its buffers on the device, which are bound to a session once."""
 
@@ -213,7 +229,7 @@ class DeviceRunner:
         if shape is None:
             return self.run_many(windows)
         found = _on_its_thread(self._replayed, shape, self._padded(windows, shape.rows, shape.tokens))
-        return _cut(found, windows) if found is not None else self.run_many(windows)
+        return unpadded(found, windows) if found is not None else self.run_many(windows)
 
     def run_many(self, windows: Sequence[Window]) -> list[Logits]:
         """Like ``run``, in batches by length. When memory runs out, batches become smaller, for good.
@@ -222,7 +238,8 @@ class DeviceRunner:
         """
         while True:
             try:
-                return self._in_batches(windows)
+                lengths = [len(w) for w in windows]
+                return in_batches(windows, batches(lengths, tokens=self._tokens, masked=self.masked), self._run_batch)
             except _OutOfMemoryError as error:
                 longest = max(len(w) for w in windows)
                 if self._tokens <= longest:
@@ -232,15 +249,12 @@ class DeviceRunner:
                     ) from error
                 self._tokens //= 2
 
-    def _in_batches(self, windows: Sequence[Window]) -> list[Logits]:
-        logits: dict[int, Logits] = {}
-        lengths = [len(w) for w in windows]
-        for rows in batches(lengths, tokens=self._tokens, masked=self.masked):
-            own, longest = [windows[i] for i in rows], lengths[rows[0]]
-            tokens = round_up(longest, _MULTIPLE, self._longest) if self.masked else longest
-            batch = self._padded(own, len(own), tokens)  # while the batch of another thread runs
-            logits.update(zip(rows, _cut(_on_its_thread(self._batch, batch), own), strict=True))
-        return [logits[i] for i in range(len(windows))]
+    def _run_batch(self, windows: Sequence[Window]) -> list[Logits]:
+        """The logits of one batch, longest window first."""
+        longest = len(windows[0])
+        tokens = round_up(longest, _MULTIPLE, self._longest) if self.masked else longest
+        batch = self._padded(windows, len(windows), tokens)  # while the batch of another thread runs
+        return unpadded(_on_its_thread(self._batch, batch), windows)
 
     def _padded(self, windows: Sequence[Window], rows: int, tokens: int) -> dict[str, Any]:
         """The inputs of the session at this size, in its types; unused rows repeat the last window."""
@@ -315,11 +329,6 @@ def _copied(logits: Any) -> FloatArray:
     """A float32 copy of logits, which no later run overwrites and whose memory does not belong to ONNX Runtime."""
     copied: FloatArray = np.array(logits, dtype=np.float32)
     return copied
-
-
-def _cut(logits: Logits, windows: Sequence[Window]) -> list[Logits]:
-    starts, ends = logits
-    return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
 
 
 def _apart(found: Logits, plain: Logits, batch: Mapping[str, Any]) -> float:

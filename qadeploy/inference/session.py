@@ -24,11 +24,11 @@ import numpy as np
 from qadeploy.core.windows import pad_batch
 from qadeploy.errors import BundleError, DeviceError, InputError
 from qadeploy.extras import import_extra
-from qadeploy.inference.cuda import DeviceRunner, batches
+from qadeploy.inference.cuda import DeviceRunner, batches, in_batches, unpadded
 from qadeploy.inference.devices import CPU, CUDA, Device, parse_device, providers, refuse
 from qadeploy.inference.manifest import SessionSettings
 from qadeploy.machine import usable_cpus
-from qadeploy.records import LOGIT_NAMES, IntArray, Logits, Window
+from qadeploy.records import LOGIT_NAMES, FloatArray, IntArray, Logits, Window
 
 # A call is large if the squared lengths of its windows add up to this: one window of 1,024 tokens, eight of 384. After
 # large calls, idle sessions return the memory of their arenas, which takes milliseconds. Smaller calls leave little memory
@@ -92,6 +92,12 @@ def outlives_forks(holder: Any) -> None:
 def run_error(error: Exception) -> BundleError:
     """What ONNX Runtime raised while a model ran (one bare class per status code) as one of our errors."""
     return BundleError(f"model.onnx: ONNX Runtime cannot run it: {' '.join(str(error).split())[:300]}")
+
+
+def differences(some: Sequence[Logits], others: Sequence[Logits]) -> FloatArray:
+    """The absolute differences of all logits of the same windows, in one row."""
+    pairs = zip(some, others, strict=True)
+    return np.concatenate([np.abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True)])
 
 
 @dataclass(eq=False)
@@ -248,10 +254,8 @@ class OnnxModel:
             return self._on_device().run_many(windows)
         if "attention_mask" in self.inputs:
             return self._run_padded(windows)
-        logits: dict[int, Logits] = {}
-        for rows in batches([len(w) for w in windows], tokens=sys.maxsize, masked=False):
-            logits.update(zip(rows, self._run_padded([windows[i] for i in rows]), strict=True))
-        return [logits[i] for i in range(len(windows))]
+        rows = batches([len(w) for w in windows], tokens=sys.maxsize, masked=False)
+        return in_batches(windows, rows, self._run_padded)
 
     def warm_up(self, window: Window) -> None:
         """On CUDA, captures the graphs for one window of any length, in about a second. On a CPU it does nothing."""
@@ -263,8 +267,7 @@ class OnnxModel:
         return self._on_device().notes() if self.device == "cuda" else []
 
     def _run_padded(self, windows: Sequence[Window]) -> list[Logits]:
-        starts, ends = self._call(self._get("wide"), pad_batch(windows, self._pad_token_id))
-        return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
+        return unpadded(self._call(self._get("wide"), pad_batch(windows, self._pad_token_id)), windows)
 
     def _on_device(self) -> DeviceRunner:
         sessions = self._mine()

@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from qadeploy.errors import InputError
 from qadeploy.inference.answerer import Answerer, Pair
 from qadeploy.inference.manifest import SessionSettings
-from qadeploy.inference.session import OnnxModel, narrow_windows
-from qadeploy.records import Window
+from qadeploy.inference.session import OnnxModel, differences, narrow_windows
+from qadeploy.records import Logits, Window
 from qadeploy.timing import Timing, interleave, spread
 
 TARGETS = ("latency", "throughput")
@@ -43,18 +41,11 @@ Make = Callable[[Mapping[str, Any]], Answerer]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The measurement of one setting.
+    """The measurement of one setting of a step.
 
-    Attributes:
-        step: The step that it belongs to.
-        settings: Its name.
-        ms: Milliseconds per question, the median of the rounds.
-        ms_range: Minimum and maximum.
-        speedup: The speed relative to the first setting of the step.
-        speedup_range: Minimum and maximum.
-        logits_apart: The largest difference of any logit from those of the settings before tuning.
-        sound: Whether that is within the tolerance.
-        taken: Whether it was chosen.
+    ``ms`` is the median per question and ``speedup`` that relative to the first setting of the step, with their
+    minima and maxima. ``logits_apart`` is the largest difference of any logit from those of the settings before
+    tuning, ``sound`` whether that is within the tolerance, and ``taken`` whether the setting was chosen.
     """
 
     step: str
@@ -70,18 +61,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The settings found and how they were measured.
+    """The ``session`` entry found for a manifest, the one ``before``, and how they were measured.
 
-    Attributes:
-        session: The settings found, as the ``session`` entry of a manifest.
-        before: The settings before.
-        target: latency or throughput.
-        threads: The CPU threads.
-        questions: The number of questions asked.
-        rounds: The number of rounds.
-        tolerance: The largest difference of logits allowed, None for any.
-        logits_apart: The largest difference that ``session`` makes.
-        trials: All measurements.
+    ``target`` is latency or throughput. ``logits_apart`` is the largest difference that ``session`` makes; None for
+    the ``tolerance`` allows any.
     """
 
     session: dict[str, Any]
@@ -258,7 +241,8 @@ class _Tuner:
         (first, _), *rest = others.items()
         self.say(f"measuring {step}")
         answerers = {first: self.answerer, **{name: self.make(others[name]) for name, _ in rest}}
-        timings = interleave({name: self._work(a) for name, a in answerers.items()}, self.rounds)
+        one = self.target == "latency"
+        timings = interleave({n: asking(a, self.asked, one=one) for n, a in answerers.items()}, self.rounds)
         apart = {name: self._apart(a) for name, a in answerers.items()}
         faster = [n for n, t in timings.items() if self._sound(apart[n]) and t.clearly_faster(timings[first])]
         taken = max(faster, key=lambda n: timings[n].speedup, default=first)
@@ -280,7 +264,7 @@ class _Tuner:
             counts = [len(self._windows(pair)) for pair in pairs]
             first = {self._plan(way, counts): way for way in reversed(ways)}  # of layouts that run alike, the first
             alone = [way for way in ways if first[self._plan(way, counts)] == way]
-            work = {str(way): (lambda a=answerers[way], p=pairs: _one_by_one(a, p)) for way in alone}
+            work = {str(way): asking(answerers[way], pairs, one=True) for way in alone}
             timed = interleave(work, self.rounds)
             found.append((kind, counts, {way: timed[str(first[self._plan(way, counts)])] for way in ways}))
         sound = [
@@ -306,20 +290,14 @@ class _Tuner:
         settings = SessionSettings(one=way)
         return tuple(narrow_windows(settings, count, self.threads) for count in counts)
 
-    def _work(self, answerer: Answerer) -> Callable[[], object]:
-        if self.target == "latency":
-            return lambda: _one_by_one(answerer, self.asked)
-        return lambda: answerer.answer_batch(self.asked)
-
     # ------------------------------------------------------------ logits and trials
 
-    def _logits(self, answerer: Answerer) -> np.ndarray[Any, Any]:
+    def _logits(self, answerer: Answerer) -> list[Logits]:
         # One by one: windows side by side would take a second session, with all weights once more.
-        found = [answerer.model.run([window])[0] for window in self.compared]
-        return np.concatenate([values for pair in found for values in pair])
+        return [answerer.model.run([window])[0] for window in self.compared]
 
     def _apart(self, answerer: Answerer) -> float:
-        return float(np.abs(self._logits(answerer) - self.logits).max())
+        return float(differences(self._logits(answerer), self.logits).max())
 
     def _sound(self, apart: float) -> bool:
         return self.tolerance is None or apart <= self.tolerance
@@ -362,8 +340,11 @@ def _spins(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {"spin": session, "sleep": sleep}
 
 
-def _one_by_one(answerer: Answerer, pairs: Sequence[Pair]) -> list[object]:
-    return [answerer.answer(question, context) for question, context in pairs]
+def asking(answerer: Answerer, pairs: Sequence[Pair], *, one: bool) -> Callable[[], object]:
+    """What asks an answerer all pairs, for timing: one question at a time, or many at once."""
+    if one:
+        return lambda: [answerer.answer(question, context) for question, context in pairs]
+    return lambda: answerer.answer_batch(pairs)
 
 
 def _plan_name(plan: Sequence[int], counts: Sequence[int]) -> str:

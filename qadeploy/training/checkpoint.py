@@ -23,6 +23,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, is_rust_error, pad_batch
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.cuda import in_batches, unpadded
 from qadeploy.inference.session import Pending
 from qadeploy.machine import usable_cpus
 from qadeploy.records import Logits, Window
@@ -138,13 +139,8 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 def refuse_pickle(name: str, hub: Hub | None = None) -> None:
     """Refuses a checkpoint whose weights are only there as a pickle: to read one is to run what it says.
 
-    Args:
-        name: A folder, or a name on the hub.
-        hub: How a model is fetched from the hub.
-
-    Raises:
-        CheckpointError: It has no safetensors file, but a pickle.
-        OSError: The hub has no such model, or the token does not open it.
+    Raises CheckpointError if a folder or model of the hub has no safetensors file, but a pickle; OSError if the hub has
+    no such model, or the token does not open it.
     """
     hub = hub or Hub()
     # Else transformers asks a service of the hub to convert the model and to propose the result to its author.
@@ -243,23 +239,21 @@ def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) 
 class TorchModel:
     """A PyTorch model as a function from windows to logits, in padded batches of similar length.
 
-    It runs on the model's device in float32: the reference that exports are compared with.
+    It runs on the model's device, in float32 without ``bf16``: the reference that exports are compared with.
     """
 
     BATCH = 16
 
-    def __init__(self, model: Any, pad_token_id: int) -> None:
+    def __init__(self, model: Any, pad_token_id: int, *, bf16: bool = False) -> None:
         self.model = model
         self.pad_token_id = pad_token_id
+        self._bf16 = bf16
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
         order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
-        logits: dict[int, Logits] = {}
-        for begin in range(0, len(order), self.BATCH):
-            rows = order[begin : begin + self.BATCH]
-            logits.update(zip(rows, self.run_batch([windows[i] for i in rows]), strict=True))
-        return [logits[i] for i in range(len(windows))]
+        rows = [order[begin : begin + self.BATCH] for begin in range(0, len(order), self.BATCH)]
+        return in_batches(windows, rows, self.run_batch)
 
     def start(self, windows: Sequence[Window]) -> Pending:
         """Like ``run``, but computed when the result is asked for."""
@@ -271,23 +265,16 @@ class TorchModel:
             name: torch.from_numpy(values).to(self.model.device)
             for name, values in pad_batch(windows, self.pad_token_id).items()
         }
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(self.model.device.type, torch.bfloat16, enabled=self._bf16):
             output = self.model(**batch)
-        starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
-        return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
+        return unpadded([x.float().cpu().numpy() for x in (output.start_logits, output.end_logits)], windows)
 
 
 def torch_answerer(checkpoint: Checkpoint, device: str = "cpu") -> Answerer:
-    """The checkpoint as an answerer: the same encoder and decoder, with PyTorch in between.
+    """The checkpoint as an answerer: the same encoder and decoder, with PyTorch on a device in between.
 
-    Args:
-        checkpoint: The checkpoint.
-        device: auto, cpu, cuda or cuda:N.
-
-    Raises:
-        InputError: Any other device.
-        DeviceError: CUDA was requested but is not available.
-        CheckpointError: The model has no trained answer head.
+    Raises InputError on a device other than auto, cpu, cuda and cuda:N, DeviceError if CUDA was requested but is not
+    available, CheckpointError if the model has no trained answer head.
     """
     if checkpoint.new_head:
         raise CheckpointError(f"{checkpoint.name}: has no question-answering head, only an encoder: train it first")

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ import torch
 from numpy.typing import NDArray
 
 from qadeploy.core.encoded_text import EncodedText
-from qadeploy.core.windows import Encoder, pad_batch
+from qadeploy.core.windows import Encoder
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import hash_file, sweep, writing
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import is_bundle, open_bundle
-from qadeploy.inference.cuda import batches
+from qadeploy.inference.cuda import batches, in_batches
 from qadeploy.records import FloatArray, IntArray, Logits, Window
-from qadeploy.training.checkpoint import Hub, load_checkpoint
+from qadeploy.training.checkpoint import Hub, TorchModel, load_checkpoint
 from qadeploy.training.features import Feature, FeatureSet
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.runs import find_run
@@ -52,12 +53,8 @@ TopLogits = dict[str, NDArray[Any]]
 class Teacher:
     """A trained model to learn from.
 
-    Attributes:
-        name: As it was given.
-        digest: SHA-256 of its weights and of its encoder.
-        encoder: Its own.
-        longest: The most tokens of its windows.
-        logits: Computes the start and end logits of windows, float32 ``[tokens]`` each.
+    ``digest`` is the SHA-256 of its weights and of its encoder, ``longest`` the most tokens of its windows.
+    ``logits`` computes the start and end logits of windows, float32 ``[tokens]`` each.
     """
 
     name: str
@@ -95,15 +92,19 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_t
         )
     weights = Path(found) / "model.safetensors"
     known = hash_file(weights) if weights.is_file() else f"{found}@{(hub or Hub()).revision}"
-    model = checkpoint.model.to(device)
     bf16 = resolve_precision("auto", device.type) == "bf16"
-    pad = checkpoint.encoder.config.pad_token_id
+    torch_model = TorchModel(checkpoint.model.to(device), checkpoint.encoder.config.pad_token_id, bf16=bf16)
+
+    def logits(windows: Sequence[Window]) -> list[Logits]:
+        rows = batches([len(w) for w in windows], tokens=_BATCH_TOKENS)
+        return in_batches(windows, rows, torch_model.run_batch)
+
     return Teacher(
         name,
         _digest(known, checkpoint.encoder),
         checkpoint.encoder,
         checkpoint.settings.max_seq_len,
-        lambda windows: _torch_logits(model, windows, pad, bf16),
+        logits,
     )
 
 
@@ -111,29 +112,11 @@ def _digest(weights: str, encoder: Encoder) -> str:
     return hashlib.sha256(f"{weights} {encoder.digest}".encode()).hexdigest()
 
 
-def _torch_logits(model: Any, windows: Sequence[Window], pad: int, bf16: bool) -> list[Logits]:
-    found: dict[int, Logits] = {}
-    for rows in batches([len(w) for w in windows], tokens=_BATCH_TOKENS):
-        own = [windows[i] for i in rows]
-        batch = {name: torch.from_numpy(values).to(model.device) for name, values in pad_batch(own, pad).items()}
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            output = model(**batch)
-        starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
-        found.update({i: (starts[n, : len(windows[i])], ends[n, : len(windows[i])]) for n, i in enumerate(rows)})
-    return [found[i] for i in range(len(windows))]
-
-
 @dataclass(frozen=True, slots=True)
 class _Excerpt:
-    """What the teacher is asked for one of the student's windows.
+    """What the teacher is asked for one of the student's windows: the question, on the text that the window holds.
 
-    Attributes:
-        question: The question.
-        text: The text that the window holds.
-        start: Where the text begins in the context.
-        feature: The window.
-        context: Its context.
-        key: Under which the teacher's logits are kept.
+    The text begins at code point ``start`` of the context. The teacher's logits are kept under ``key``.
     """
 
     question: str
@@ -192,35 +175,25 @@ def soft_labels(
 
 def _ask(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> TopLogits:
     """The highest logits of each question on each text, by character."""
-    encoder = teacher.encoder
-    texts = list(dict.fromkeys(text for _, text in pairs))
-    encoded = dict(zip(texts, encoder.encode_many(texts), strict=True))
-    questions = encoder.encode_many([question for question, _ in pairs])
-    windows: list[Window] = []
-    owners: list[int] = []
-    for number, (question, (_, text)) in enumerate(zip(questions, pairs, strict=True)):
-        stride = min(64, max(0, encoder.room(question, teacher.longest) // 2))
-        cut = encoder.windows(question, encoded[text], max_seq_len=teacher.longest, doc_stride=stride)
-        windows += cut
-        owners += [number] * len(cut)
+    encoder, longest = teacher.encoder, teacher.longest
+    asked = encoder.encode_pairs(pairs)
+    cuts = []
+    for question, text in asked:
+        stride = min(64, max(0, encoder.room(question, longest) // 2))
+        cuts.append(encoder.windows(question, text, max_seq_len=longest, doc_stride=stride))
     rows: TopLogits = {
         "start_places": np.full((len(pairs), KEPT), _NONE, dtype=np.int32),
         "start_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
         "end_places": np.full((len(pairs), KEPT), _NONE, dtype=np.int32),
         "end_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
     }
-    logits = teacher.logits(windows)
-    begin = 0
-    for number, (_, text) in enumerate(pairs):
-        end = begin
-        while end < len(owners) and owners[end] == number:
-            end += 1
-        places = _places(encoded[text])
+    logits = iter(teacher.logits([window for cut in cuts for window in cut]))
+    for number, ((_, text), cut) in enumerate(zip(asked, cuts, strict=True)):
+        own, places = list(islice(logits, len(cut))), _places(text)
         for side, name in enumerate(("start", "end")):
-            where, values = _highest(windows[begin:end], [logits[i][side] for i in range(begin, end)], places[:, side])
+            where, values = _highest(cut, [pair[side] for pair in own], places[:, side])
             rows[f"{name}_places"][number, : len(where)] = where
             rows[f"{name}_logits"][number, : len(where)] = values
-        begin = end
     return rows
 
 
@@ -342,17 +315,9 @@ class _LogitStore:
 
 
 def keep_layers(model: Any, count: int) -> Any:
-    """The model with ``count`` of its layers, evenly chosen, the first and the last among them.
+    """The model with ``count`` of its layers, evenly chosen, the first and the last among them; it is changed in place.
 
-    Args:
-        model: A transformers model whose layers are one list, as BERT's are.
-        count: How many layers to keep.
-
-    Returns:
-        The same model, with its configuration changed.
-
-    Raises:
-        InputError: It has fewer layers, or it is not clear which modules they are.
+    Raises InputError if it has fewer layers, or it is not clear which modules they are: one list, as BERT's.
     """
     names = ("num_hidden_layers", "n_layers", "num_layers")
     name = next((n for n in names if isinstance(getattr(model.config, n, None), int)), None)

@@ -25,10 +25,8 @@ Arrays = dict[str, NDArray[Any]]
 class Feature:
     """A window and its labels.
 
-    Attributes:
-        window: The window.
-        positions: int64 ``[annotations, 2]``, inclusive token positions of each annotated span that lies whole in the
-            window. A window without one has the single row (null_index, null_index).
+    ``positions`` are int64 ``[annotations, 2]``, inclusive token positions of each annotated span that lies whole
+    in the window. A window without one has the single row (null_index, null_index).
     """
 
     window: Window
@@ -37,14 +35,7 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSet:
-    """The features of a list of examples.
-
-    Attributes:
-        examples: The questions.
-        contexts: ``[examples]``, their contexts.
-        features: All windows, in the order of the examples.
-        first: ``first[i] : first[i + 1]`` are the features of example ``i``.
-    """
+    """The features of a list of examples: those of example ``i`` are ``features[first[i] : first[i + 1]]``."""
 
     examples: tuple[Example, ...]
     contexts: tuple[EncodedText, ...]
@@ -79,14 +70,11 @@ def make_features(
         DataError: Questions leave no room for their context; every such row is named.
         StrideError: ``doc_stride`` is at least ``max_seq_len``, and a context needs several windows.
     """
-    texts = list(dict.fromkeys(e.context for e in examples))
-    encoded = dict(zip(texts, encoder.encode_many(texts), strict=True))
-    questions = encoder.encode_many([e.question for e in examples])
+    pairs = encoder.encode_pairs([(e.question, e.context) for e in examples])
     features: list[Feature] = []
     first = [0]
     problems = []
-    for number, (example, question) in enumerate(zip(examples, questions, strict=True), 1 + before):
-        context = encoded[example.context]
+    for number, (example, (question, context)) in enumerate(zip(examples, pairs, strict=True), 1 + before):
         try:
             windows = encoder.windows(question, context, **settings.lengths)
         except QuestionTooLongError as error:
@@ -97,7 +85,7 @@ def make_features(
         first.append(len(features))
     if problems:
         raise DataError(problems)
-    return FeatureSet(tuple(examples), tuple(encoded[e.context] for e in examples), tuple(features), tuple(first))
+    return FeatureSet(tuple(examples), tuple(context for _, context in pairs), tuple(features), tuple(first))
 
 
 def label(window: Window, spans: Sequence[tuple[int, int]]) -> IntArray:
@@ -109,15 +97,10 @@ def label(window: Window, spans: Sequence[tuple[int, int]]) -> IntArray:
 
 
 def collate_labels(features: Sequence[Feature], length: int) -> dict[str, NDArray[Any]]:
-    """The labels of a batch.
+    """The labels of a batch of windows that are padded to ``length`` tokens.
 
-    Args:
-        features: The windows.
-        length: To how many tokens they are padded.
-
-    Returns:
-        ``start_positions`` and ``end_positions``, ``[windows, annotations]``, filled up with -100, and ``answer_mask``,
-        ``[windows, length]``, true on context tokens and the null position: where an answer may start or end.
+    ``start_positions`` and ``end_positions``, ``[windows, annotations]``, are filled up with -100; ``answer_mask``,
+    ``[windows, length]``, is true on context tokens and the null position: where an answer may start or end.
     """
     most = max(len(f.positions) for f in features)
     positions = np.full((len(features), most, 2), NO_LABEL, dtype=np.int64)

@@ -23,7 +23,7 @@ from qadeploy.export.quantize.quantizers import (
 )
 from qadeploy.export.quantize.sensitivity import Sensitivity, rank_matmuls, worst
 from qadeploy.export.quantize.smoothquant import SmoothedModel, smoothquant
-from qadeploy.inference.session import OnnxModel
+from qadeploy.inference.session import OnnxModel, differences
 from qadeploy.machine import machine, return_freed_memory
 from qadeploy.records import Logits, Window
 
@@ -61,7 +61,7 @@ class Material:
 
     def _rewrite(self) -> Rewritten:
         found = fuse_attention(self.model, self.heads or 0)  # 0, if the model does not tell, is refused
-        if found.fused and self._logits_apart(found.model) > REWRITING_TOLERANCE:
+        if found.fused and not self._logits_apart(found.model) <= REWRITING_TOLERANCE:
             return Rewritten(self.model, 0, found.attentions, takes_mask=True)
         return found
 
@@ -99,7 +99,7 @@ class Material:
             runs = [self._run(each) for each in (self.source, file)]
         except Exception:  # if the runtime refuses the rewritten graph in any way, it is not used
             return np.inf
-        return max(float(np.abs(a[i] - b[i]).max()) for a, b in zip(*runs, strict=True) for i in (0, 1))
+        return float(differences(*runs).max())
 
     def _run(self, model: bytes | Path) -> list[Logits]:
         read = lambda: str(model) if isinstance(model, Path) else model  # noqa: E731

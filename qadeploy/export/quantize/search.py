@@ -27,9 +27,8 @@ from qadeploy.export.quantize.judging import ENOUGH, Judges, find_judges, fittin
 from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
 from qadeploy.export.reference import Reference, make_answerer
 from qadeploy.files import hash_file, write_json
-from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.session import onnxruntime
-from qadeploy.inference.tuning import ROUNDS, SESSIONS
+from qadeploy.inference.tuning import ROUNDS, SESSIONS, asking
 from qadeploy.machine import machine, return_freed_memory, usable_cpus
 from qadeploy.timing import interleave, spread
 
@@ -173,7 +172,7 @@ class Search:
         found = find_judges(self.reference, model, None if budget is None else _judging_seconds(budget))
         pairs = self._timed(_LEAST_TIMED)
         started = time.monotonic()
-        _asking(model, pairs, one=True)()
+        asking(model, pairs, one=True)()
         self._questions = _timed_questions((time.monotonic() - started) / len(pairs), budget)
         return found
 
@@ -230,8 +229,8 @@ class Search:
         answerers = [make_answerer(self.reference, model, session) for session in sessions]
         floats = [make_answerer(self.reference, self.source, session) for session in self.sessions]
         pairs = self._timed(self._questions)
-        variants = {f"float {i}": _asking(answerer, pairs, one) for i, answerer in enumerate(floats)}
-        variants |= {str(i): _asking(answerer, pairs, one) for i, answerer in enumerate(answerers)}
+        variants = {f"float {i}": asking(answerer, pairs, one=one) for i, answerer in enumerate(floats)}
+        variants |= {str(i): asking(answerer, pairs, one=one) for i, answerer in enumerate(answerers)}
         timings = interleave(variants, _ROUNDS)
         fastest = np.min([timings[f"float {i}"].seconds for i in range(len(floats))], axis=0)
         ratios = [fastest / np.asarray(timings[str(i)].seconds) for i in range(len(answerers))]
@@ -253,7 +252,7 @@ class Search:
         for candidate in (first, second):
             model = RECIPES[candidate.recipe].make(self.material).model
             answerer = make_answerer(self.reference, model, candidate.session)
-            variants[candidate.recipe] = _asking(answerer, pairs, one)
+            variants[candidate.recipe] = asking(answerer, pairs, one=one)
         timings = interleave(variants, ROUNDS)
         a, b = timings[first.recipe], timings[second.recipe]
         if b.clearly_faster(a) or b.clearly_slower(a):
@@ -357,9 +356,3 @@ def duel_line(duel: Duel) -> str:
         f"{duel.second} against {duel.first}: x{duel.ratio:.2f} ({low:.2f} to {high:.2f}), {ROUNDS} interleaved rounds: "
         f"{duel.chosen} is {duel.why}"
     )
-
-
-def _asking(answerer: Answerer, pairs: Sequence[tuple[str, str]], one: bool) -> Callable[[], object]:
-    if one:
-        return lambda: [answerer.answer(question, context) for question, context in pairs]
-    return lambda: answerer.answer_batch(pairs)

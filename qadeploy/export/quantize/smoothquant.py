@@ -41,7 +41,6 @@ class Smoothing:
     matmuls: tuple[str, ...]
     error_before: float
     error: float
-    alpha: float | None
     scales: FloatArray | None
     channels: NDArray[np.int64]
 
@@ -82,10 +81,10 @@ def choose(matmuls: Sequence[MatMul], activations: Activations) -> Smoothing:
     before = activations.error(matmuls)
 
     def ways() -> Iterator[Smoothing]:
-        yield Smoothing(source, names, before, before, None, None, _NONE)
+        yield Smoothing(source, names, before, before, None, _NONE)
         yield _smoothed(matmuls, activations, weight, _NONE, before)
         for channels in apart:
-            yield Smoothing(source, names, before, activations.error(matmuls, None, channels), None, None, channels)
+            yield Smoothing(source, names, before, activations.error(matmuls, None, channels), None, channels)
         for channels in apart:
             yield _smoothed(matmuls, activations, weight, channels, before)
 
@@ -109,7 +108,7 @@ def _smoothed(
     errors = {alpha: activations.error(matmuls, scales[alpha], channels) for alpha in ALPHAS}
     best = min(ALPHAS, key=lambda alpha: errors[alpha])
     names = tuple(m.name for m in matmuls)
-    return Smoothing(source, names, before, errors[best], best, scales[best], channels)
+    return Smoothing(source, names, before, errors[best], scales[best], channels)
 
 
 def smoothing_scales(peaks: FloatArray, weight: FloatArray, alpha: float) -> FloatArray:

@@ -28,7 +28,7 @@ from qadeploy.errors import InputError, MissingExtraError, RemoteError
 from qadeploy.inference.answerer import Answerer, refuse_in_graph
 from qadeploy.inference.bundle import Bundle, open_bundle
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES
-from qadeploy.inference.cuda import batches
+from qadeploy.inference.cuda import batches, unpadded
 from qadeploy.inference.session import Pending
 from qadeploy.integrations.triton.model_config import BUNDLE_PARAMETER, CONFIG
 from qadeploy.records import LOGIT_NAMES, FloatArray, Logits, Window
@@ -110,13 +110,10 @@ def triton_answerer(
     opened = open_bundle(bundle)
     refuse_in_graph(opened)
     encoder = opened.load_encoder()
-    model = TritonModel(url, name or _model_name(opened), opened, TritonOptions(**options))
+    folder = opened.folder.resolve()
+    default = folder.parent.name if (folder.parent / CONFIG).is_file() else folder.name
+    model = TritonModel(url, name or default, opened, TritonOptions(**options))
     return Answerer(encoder, opened.settings, model, opened, context_cache_bytes=context_cache_bytes)
-
-
-def _model_name(bundle: Bundle) -> str:
-    folder = bundle.folder.resolve()
-    return folder.parent.name if (folder.parent / CONFIG).is_file() else folder.name
 
 
 class TritonModel:
@@ -192,8 +189,7 @@ class TritonModel:
                 f"{self.url}: now answers with version {version} of {self.name}, this client was made for version "
                 f"{served.version}: make a new one with the bundle of that version"
             )
-        starts, ends = (self._logits(reply, name, (len(windows), tokens)) for name in LOGIT_NAMES)
-        return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
+        return unpadded([self._logits(reply, name, (len(windows), tokens)) for name in LOGIT_NAMES], windows)
 
     def _logits(self, reply: Any, name: str, shape: tuple[int, int]) -> FloatArray:
         try:

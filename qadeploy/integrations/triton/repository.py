@@ -16,17 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from qadeploy import __version__
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.windows import CONTEXT_MASK, pad_batch, pad_context_masks
 from qadeploy.errors import BundleError, InputError
 from qadeploy.files import hash_file, holding, sync_folder, temporary_folder, write_text
 from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, Bundle, open_bundle
-from qadeploy.inference.cuda import batches
+from qadeploy.inference.cuda import batches, in_batches, unpadded
 from qadeploy.inference.graph_model import GraphModel
 from qadeploy.inference.manifest import SessionSettings
+from qadeploy.inference.session import differences
 from qadeploy.integrations.triton.model_config import (
     BUNDLE_PARAMETER,
     CONFIG,
@@ -117,7 +116,8 @@ def _add_version(bundle: Bundle, model: Path, max_batch: int | None) -> Added:
             f"{model}: exists without a {CONFIG}, so it is not a model: remove it or give another repository"
         )
     latest = max(_versions(model), default=0)
-    if latest and _is(bundle, model / str(latest)):
+    newest = model / str(latest) / MANIFEST
+    if newest.is_file() and hash_file(newest) == bundle.hash:
         return Added(model.name, latest, model / str(latest), False)
     tensors = tensors_of(bundle.read(MODEL))
     text = _read(place)
@@ -182,11 +182,6 @@ def _versions(model: Path) -> list[int]:
     """The numbers of a model's versions. Triton ignores other names and those that begin with 0."""
     names = [path.name for path in model.iterdir() if path.is_dir()]
     return [int(name) for name in names if name.isascii() and name.isdigit() and not name.startswith("0")]
-
-
-def _is(bundle: Bundle, folder: Path) -> bool:
-    manifest = folder / MANIFEST
-    return manifest.is_file() and hash_file(manifest) == bundle.hash
 
 
 def _read(place: Path) -> str:
@@ -265,11 +260,11 @@ def measure_effects(bundle: Bundle) -> Effects:
     alone = _run(served, windows, card, single, bundle.encoder.pad_token_id)
     # All as one batch; without a mask those of one length.
     joined = batches([len(w) for w in windows], tokens=sys.maxsize, masked="attention_mask" in served.inputs)
-    together = _apart(alone, _run(served, windows, card, joined, bundle.encoder.pad_token_id))
+    together = float(differences(alone, _run(served, windows, card, joined, bundle.encoder.pad_token_id)).max())
     settings = 0.0
     if unset:
         own = _model(bundle, stored)
-        settings = _apart(alone, _run(own, windows, card, single, bundle.encoder.pad_token_id))
+        settings = float(differences(alone, _run(own, windows, card, single, bundle.encoder.pad_token_id)).max())
     return Effects(together, settings, tuple(unset), together <= _APART.get(bundle.precision, _APART_ELSE))
 
 
@@ -287,19 +282,13 @@ def _run(
     model: GraphModel, windows: Sequence[Window], context: EncodedText, groups: Sequence[Sequence[int]], pad: int
 ) -> list[Logits]:
     """Start and end logits of windows of one context, in order; each group is one run."""
-    logits: dict[int, Logits] = {}
-    for group in groups:
-        held = [windows[i] for i in group]
+
+    def run(held: Sequence[Window]) -> list[Logits]:
         masks = pad_context_masks(held, [context] * len(held))
         out = model.run({**pad_batch(held, pad), CONTEXT_MASK: masks})
-        starts, ends = (out[name] for name in LOGIT_NAMES)
-        logits |= {i: (starts[row, : len(windows[i])], ends[row, : len(windows[i])]) for row, i in enumerate(group)}
-    return [logits[i] for i in range(len(windows))]
+        return unpadded([out[name] for name in LOGIT_NAMES], held)
 
-
-def _apart(some: Sequence[Logits], others: Sequence[Logits]) -> float:
-    pairs = [(a, b) for one, other in zip(some, others, strict=True) for a, b in zip(one, other, strict=True)]
-    return max(float(np.max(np.abs(a - b))) for a, b in pairs)
+    return in_batches(windows, groups, run)
 
 
 def _sample(bundle: Bundle) -> tuple[list[Window], EncodedText]:
