@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qadeploy.bench.variant import Pairs
-from qadeploy.core.decoding import decode_many, rank_answers
+from qadeploy.core.decoding import rank_answers
 from qadeploy.inference.answerer import Answerer
 
 PARTS = ("tokenise", "run", "decode")
@@ -90,12 +90,7 @@ def _parts(answerer: Answerer, pairs: Pairs, allow_no_answer: bool) -> tuple[lis
         first += len(windows)
         starts, ends = [s for s, _ in part], [e for _, e in part]
         scored.append(settings.window_logits(windows, starts, ends, contexts[context]))
-    found = decode_many(
-        scored,
-        max_answer_len=settings.max_answer_len,
-        allow_no_answer=allow_no_answer,
-        temperature=settings.temperature,
-    )
+    found = settings.decode(scored, allow_no_answer=allow_no_answer)
     for (_, context), decoded in zip(pairs, found, strict=True):
         rank_answers(decoded, context, top_k=1, allow_no_answer=allow_no_answer, null_threshold=settings.null_threshold)
     marks.append(time.perf_counter())

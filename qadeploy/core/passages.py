@@ -80,10 +80,8 @@ def passage_windows(
     encoder: Encoder,
     question: EncodedText,
     passages: JoinedText,
+    lengths: Lengths,
     *,
-    max_seq_len: int,
-    doc_stride: int,
-    long_seq_len: int | None = None,
     prefilter: int | None = None,
     max_windows: int | None = None,
 ) -> tuple[list[Window], Ranking | None]:
@@ -93,9 +91,7 @@ def passage_windows(
         encoder: Cuts each passage as it cuts any context.
         question: The question.
         passages: The passages.
-        max_seq_len: Longest window, in tokens.
-        doc_stride: Overlap of the neighbouring windows of a passage, in tokens.
-        long_seq_len: Longest window, in tokens, of a passage that does not fit in one of ``max_seq_len``.
+        lengths: Of the windows of each passage.
         prefilter: Most windows to read of all passages together, the best by BM25; None reads all.
         max_windows: Most windows allowed for all passages together, None for no limit.
 
@@ -107,7 +103,6 @@ def passage_windows(
         QuestionTooLongError, StrideError, InputError: As ``Encoder.windows`` does.
         TooManyWindowsError: There are more than ``max_windows``; none has been made.
     """
-    lengths: Lengths = {"max_seq_len": max_seq_len, "doc_stride": doc_stride, "long_seq_len": long_seq_len}
     cuts = [encoder.cut(question, part, **lengths) for part in passages.parts]
     owners = np.repeat(np.arange(len(cuts)), [len(cut.begins) for cut in cuts])
     begins = np.concatenate([np.asarray(cut.begins, dtype=np.int64) for cut in cuts])

@@ -11,7 +11,7 @@ import numpy as np
 
 from qadeploy import options
 from qadeploy.core.bm25 import relevance
-from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, WindowLogits
+from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, Decoded, WindowLogits, decode_many
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.metrics import Metric
 from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, Lengths
@@ -81,6 +81,16 @@ class QaSettings:
                 for logits in (start_logits, end_logits)
             )
         return WindowLogits(windows, start_logits, end_logits, context)
+
+    def decode(self, scored: Sequence[WindowLogits], *, allow_no_answer: bool, top_k: int = 1) -> list[Decoded]:
+        """``decode_many`` with the longest answer and the temperature of these settings."""
+        return decode_many(
+            scored,
+            top_k=top_k,
+            max_answer_len=self.max_answer_len,
+            allow_no_answer=allow_no_answer,
+            temperature=self.temperature,
+        )
 
     @property
     def lengths(self) -> Lengths:

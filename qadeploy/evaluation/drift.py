@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Unpack
 
-from qadeploy.core.decoding import decode_many
 from qadeploy.core.drift import Drift
 from qadeploy.core.settings import AnswerOptions, Options
 from qadeploy.inference.answerer import Answerer
@@ -33,12 +32,7 @@ class Watched:
         """Yields the answers to each (question, context) pair."""
         options, unknown = Options(**given), self._answerer.encoder.unknown_id
         for pair in self._answerer.read_stream(pairs, options):
-            (served,) = decode_many(
-                [pair.scored],
-                top_k=COMPARED,
-                max_answer_len=pair.settings.max_answer_len,
-                allow_no_answer=_SERVED.null_competes(pair.settings),
-                temperature=pair.settings.temperature,
-            )
+            allowed = _SERVED.null_competes(pair.settings)
+            (served,) = pair.settings.decode([pair.scored], top_k=COMPARED, allow_no_answer=allowed)
             self.drift.add(figures_of(replace(pair, decoded=served), _SERVED, unknown))
             yield to_answers(pair, options)

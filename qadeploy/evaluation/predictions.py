@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
-from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.decoding import WindowLogits
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
 from qadeploy.files import new_file, require_new, write_json
 from qadeploy.inference.answerer import Answerer
@@ -61,13 +61,7 @@ def predict(
         n_best_size: Most candidates to list. If the null answer competes it is always listed, in addition if need be.
         allow_no_answer: Whether the null answer competes. Without any span its null odds are the largest float.
     """
-    (decoded,) = decode_many(
-        [scored],
-        top_k=n_best_size,
-        max_answer_len=settings.max_answer_len,
-        allow_no_answer=allow_no_answer,
-        temperature=settings.temperature,
-    )
+    (decoded,) = settings.decode([scored], top_k=n_best_size, allow_no_answer=allow_no_answer)
     ranked = []
     for span in decoded.spans:
         logits = _span_logits(span, scored)

@@ -393,7 +393,8 @@ class _Writer:
             self._local(query, key, value, attention.radius, attributes, stem, last.output[0])
             return
         mask = self._padding_mask() if self._keep_mask else ""
-        bias = self._shared_bias(attention.bias) if attention.bias else ""
+        expand = self._graph.maker(attention.bias, "Expand") if attention.bias else None
+        bias = expand.input[0] if expand is not None else attention.bias or ""  # the node broadcasts it to the batch
         inputs = [query, key, value, "", mask, bias]
         self._attend(inputs, attributes, stem, last.output[0])
 
@@ -427,7 +428,9 @@ class _Writer:
         packed = _packed(graph, name)
         if packed is not None:
             source, index = packed
-            return self._third(source, index)
+            key = ("third", source)
+            self._made[key] = self._made.get(key) or self._split(source, 3, "third")
+            return self._made[key][index]
         transpose = graph.maker(name, "Transpose")
         if transpose is not None and _perm(transpose) == _SPLIT_HEADS:
             return self._merged(transpose.input[0], stem)
@@ -440,12 +443,6 @@ class _Writer:
 
     def _merge(self, name: str, stem: str) -> str:
         return self._add("Reshape", [name, self._constant("attention/merged", [0, 0, -1])], f"{stem}/merge")
-
-    def _third(self, source: str, index: int) -> str:
-        key = ("third", source)
-        if key not in self._made:
-            self._made[key] = self._split(source, 3, "third")
-        return self._made[key][index]
 
     def _split(self, source: str, count: int, part: str) -> list[str]:
         """A value in equal parts along its last axis."""
@@ -478,11 +475,6 @@ class _Writer:
         if key not in self._made:
             self._made[key] = [self._add("Cast", [_MASK], "attention/padding_mask", to=TensorProto.INT32)]
         return self._made[key][0]
-
-    def _shared_bias(self, name: str) -> str:
-        """A bias; the node broadcasts it to the batch by itself."""
-        expand = self._graph.maker(name, "Expand")
-        return expand.input[0] if expand is not None else name
 
     # ------------------------------------------------------------ local attention
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol, Unpack
 
-from qadeploy.core.bm25 import Ranking, rank_windows
+from qadeploy.core.bm25 import rank_windows
 from qadeploy.core.decoding import decode_many
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.passages import JoinedText, passage_windows
@@ -409,36 +409,24 @@ class Answerer:
     ) -> EncodedPair:
         check_text("question", question)
         if isinstance(context, list | tuple):
-            return self._encode_passages(question, context, options, settings, contexts, questions, max_windows)
+            numbers = check_passages(context)
+            asked = (questions or {}).get(question) or self.encoder.encode(question)
+            joined = JoinedText([self._passage(context, number, contexts) for number in numbers], numbers)
+            windows, ranking = passage_windows(
+                self.encoder, asked, joined, settings.lengths, prefilter=options.prefilter, max_windows=max_windows
+            )
+            skipped = tuple(sorted({*range(len(context))} - {*numbers}))
+            return EncodedPair(asked, joined, windows, ranking, skipped)
         context = check_text("context", context)
         encoded = self._contexts.get(context, contexts)
         asked = (questions or {}).get(question) or self.encoder.encode(question)
         cut = self.encoder.cut(asked, encoded, **settings.lengths)
-        ranking: Ranking | None = None
+        ranking = None
         begins: Sequence[int] = cut.begins
         if options.prefilter is not None and options.prefilter < len(cut.begins):
             ranking = rank_windows(asked.ids, encoded.ids, cut, options.prefilter)
             begins = [cut.begins[i] for i in ranking.chosen]
         return EncodedPair(asked, encoded, self.encoder.make(asked, encoded, cut, begins, max_windows), ranking)
-
-    def _encode_passages(
-        self,
-        question: str,
-        passages: Sequence[str],
-        options: Options,
-        settings: QaSettings,
-        contexts: dict[str, EncodedText] | None,
-        questions: Mapping[str, EncodedText] | None,
-        max_windows: int | None,
-    ) -> EncodedPair:
-        numbers = check_passages(passages)
-        asked = (questions or {}).get(question) or self.encoder.encode(question)
-        joined = JoinedText([self._passage(passages, number, contexts) for number in numbers], numbers)
-        windows, ranking = passage_windows(
-            self.encoder, asked, joined, **settings.lengths, prefilter=options.prefilter, max_windows=max_windows
-        )
-        skipped = tuple(sorted({*range(len(passages))} - {*numbers}))
-        return EncodedPair(asked, joined, windows, ranking, skipped)
 
     def _passage(self, passages: Sequence[str], number: int, contexts: dict[str, EncodedText] | None) -> EncodedText:
         try:

@@ -13,7 +13,7 @@ from qadeploy.core.bm25 import Ranking
 from qadeploy.core.settings import Options
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.pairs import DecodedPair, to_answers
-from qadeploy.records import Window
+from qadeploy.records import IntArray, Window
 
 _TOP = 5
 _SHOWN_WINDOWS = 4
@@ -24,14 +24,8 @@ _SHOWN_TOKENS = 48
 class SpanCandidate:
     """A pair of start and end tokens in one window, and what became of it.
 
-    Attributes:
-        window: The number of the window, from 1, among those that were read.
-        start_token: Position of the first token in the window.
-        end_token: Position of the last token in the window.
-        logit: Start logit + end logit.
-        text: The text of a valid span, else empty.
-        answer: Its rank among the answers, from 1; None if it is no answer.
-        verdict: Why it is one or is not, for people.
+    Windows count from 1, among those that were read. ``logit`` is start + end; ``text`` is empty unless the span is
+    valid. ``answer`` is its rank from 1, None if it is no answer, and ``verdict`` says why, for people.
     """
 
     window: int
@@ -107,21 +101,13 @@ def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:
     return ""
 
 
-def _offset(reading: DecodedPair, window: Window) -> tuple[int, int | None]:
-    """The index of a window's first context token in its context or passage, and the index of the passage, None without passages."""
+def _origin(reading: DecodedPair, window: Window) -> tuple[int, int, int | None]:
+    """The first token and code point of a window's context or passage, and the index of the passage, if it is one."""
     joined = reading.passages
     if joined is None:
-        return window.context_offset, None
+        return 0, 0, None
     part = joined.part_of(window)
-    return window.context_offset - int(joined.token_begins[part]), joined.numbers[part]
-
-
-def _offsets(reading: DecodedPair, window: Window) -> list[list[int]]:
-    """The code points of a window's context tokens in its context or passage."""
-    held = reading.context.offsets[window.context_offset : window.context_offset + window.context_length]
-    joined = reading.passages
-    found: list[list[int]] = (held - joined.begins[joined.part_of(window)] if joined else held).tolist()
-    return found
+    return int(joined.token_begins[part]), int(joined.begins[part]), joined.numbers[part]
 
 
 def trace_lines(answerer: Answerer, reading: DecodedPair, options: Options) -> Iterator[str]:
@@ -139,8 +125,8 @@ def trace_lines(answerer: Answerer, reading: DecodedPair, options: Options) -> I
     if reading.ranking is not None:
         yield _prefilter_line(reading.ranking)
     for number, window in enumerate(reading.windows[:_SHOWN_WINDOWS], 1):
-        first, where = _offset(reading, window)
-        held = "context" if where is None else f"passage {where}"
+        begin, _, where = _origin(reading, window)
+        first, held = window.context_offset - begin, "context" if where is None else f"passage {where}"
         yield f"  window {number}: {len(window)} tokens, {held} tokens {first}-{first + window.context_length - 1}"
         shown = min(len(window), _SHOWN_TOKENS)
         types = window.token_type_ids
@@ -198,6 +184,10 @@ def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> di
     is the position of the first context token in a window, ``context_offset`` its index in the whole context or passage. ``prefilter`` is
     null if all windows were read, else the numbers (from 1) of those that were, and the scores of all.
     """
+
+    def held(window: Window) -> IntArray:
+        return reading.context.offsets[window.context_offset : window.context_offset + window.context_length]
+
     return {
         "settings": reading.settings.to_dict(),
         "question_tokens": reading.question.tokens,
@@ -212,13 +202,13 @@ def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> di
                 "tokens": len(window),
                 **({} if passage is None else {"passage": passage}),
                 "context_begin": window.context_begin,
-                "context_offset": offset,
+                "context_offset": window.context_offset - first_token,
                 "context_length": window.context_length,
                 "input_ids": window.input_ids.tolist(),
                 "pieces": [answerer.encoder.token_text(number) for number in window.input_ids.tolist()],
                 "offsets": [
                     *[None] * window.context_begin,
-                    *_offsets(reading, window),
+                    *(held(window) - first_character).tolist(),
                     *[None] * (len(window) - window.context_begin - window.context_length),
                 ],
                 "token_type_ids": None if window.token_type_ids is None else window.token_type_ids.tolist(),
@@ -226,7 +216,7 @@ def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> di
                 "end_logits": [round(float(x), 4) for x in ends],
             }
             for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True)
-            for offset, passage in [_offset(reading, window)]
+            for first_token, first_character, passage in [_origin(reading, window)]
         ],
         "candidates": [
             {

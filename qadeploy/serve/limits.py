@@ -24,26 +24,16 @@ def check_limits(asks: Sequence[Ask], settings: Settings) -> None:
     hold(len(asks), settings, "max_batch", "batch_too_large", "the request holds {} questions")
     for number, ask in enumerate(asks, 1):
         where = f"question {number}: " if len(asks) > 1 else ""
-        of = ask.options
-        many = not isinstance(ask.context, str)
-        what = f"the {len(ask.context)} passages have" if many else "the context has"
-        hold(
-            len(ask.context) if many else 1,
-            settings,
-            "max_passages",
-            "too_many_passages",
-            f"{where}it has {{}} passages",
-        )
-        hold(
-            sum(map(len, ask.texts)),
-            settings,
-            "max_context_chars",
-            "context_too_long",
-            f"{where}{what} {{}} characters",
-        )
-        hold(len(ask.question), settings, "max_question_chars", "question_too_long", f"{where}it has {{}} characters")
-        hold(of.top_k, settings, "max_top_k", "top_k_too_large", f"{where}top_k is {{}}")
-        hold(of.max_answer_len or 0, settings, "max_answer_tokens", "answer_too_long", f"{where}max_answer_len is {{}}")
+        of, passages = ask.options, 1 if isinstance(ask.context, str) else len(ask.context)
+        texts = "the context has" if isinstance(ask.context, str) else f"the {passages} passages have"
+        for value, name, kind, what in (
+            (passages, "max_passages", "too_many_passages", "it has {} passages"),
+            (sum(map(len, ask.texts)), "max_context_chars", "context_too_long", f"{texts} {{}} characters"),
+            (len(ask.question), "max_question_chars", "question_too_long", "it has {} characters"),
+            (of.top_k, "max_top_k", "top_k_too_large", "top_k is {}"),
+            (of.max_answer_len or 0, "max_answer_tokens", "answer_too_long", "max_answer_len is {}"),
+        ):
+            hold(value, settings, name, kind, where + what)
 
 
 def hold(value: int, settings: Settings, name: str, kind: str, what: str) -> None:

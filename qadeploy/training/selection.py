@@ -19,7 +19,7 @@ from qadeploy.core.calibration import (
     fit_temperature,
     stable_null_threshold,
 )
-from qadeploy.core.decoding import Decoded, decode_many, rank_answers, span_table
+from qadeploy.core.decoding import Decoded, rank_answers, span_table
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.metrics import Scores, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
@@ -33,12 +33,7 @@ TEMPERATURE_QUESTIONS = 2_000  # more of them hardly change one number
 
 @dataclass(frozen=True, slots=True)
 class ChoiceReport:
-    """What the chosen temperature and null threshold bring on a set of questions.
-
-    Attributes:
-        calibration: What ``calibration_report`` returns.
-        no_answer: What ``no_answer_report`` returns; None if the settings have no null threshold.
-    """
+    """What the chosen temperature and null threshold (None without one) bring on a set of questions."""
 
     calibration: dict[str, Any]
     no_answer: dict[str, float] | None
@@ -173,12 +168,8 @@ def _example(
 
 
 def _decoded(features: FeatureSet, logits: Logits, settings: QaSettings, allow_no_answer: bool) -> list[Decoded]:
-    return decode_many(
-        [settings.window_logits(*_example(features, logits, i)) for i in range(len(features.examples))],
-        max_answer_len=settings.max_answer_len,
-        allow_no_answer=allow_no_answer,
-        temperature=settings.temperature,
-    )
+    scored = [settings.window_logits(*_example(features, logits, i)) for i in range(len(features.examples))]
+    return settings.decode(scored, allow_no_answer=allow_no_answer)
 
 
 @dataclass(frozen=True, slots=True)
