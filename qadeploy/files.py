@@ -147,7 +147,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def append_line(descriptor: int, line: bytes) -> None:
-    """Appends a line to an open file and flushes it to the disk. Raises OSError; then nothing of it is in the file."""
+    """Appends a line to an open file and flushes it to the disk.
+
+    Args:
+        descriptor: The file, open for writing.
+        line: The line with its end.
+
+    Raises:
+        OSError: It could not be written; then nothing of it is in the file.
+    """
     size = os.lseek(descriptor, 0, os.SEEK_END)
     try:
         while line:

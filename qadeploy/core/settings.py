@@ -83,7 +83,16 @@ class QaSettings:
         return WindowLogits(windows, start_logits, end_logits, context)
 
     def decode(self, scored: Sequence[WindowLogits], *, allow_no_answer: bool, top_k: int = 1) -> list[Decoded]:
-        """``decode_many`` with the longest answer and the temperature of these settings."""
+        """Calls ``decode_many`` with the longest answer and the temperature of these settings.
+
+        Args:
+            scored: The windows of each question with their logits.
+            allow_no_answer: Whether the null answer competes.
+            top_k: Most spans per question.
+
+        Returns:
+            The spans of each question, best first.
+        """
         return decode_many(
             scored,
             top_k=top_k,

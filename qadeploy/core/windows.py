@@ -91,9 +91,14 @@ def _is_count(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Frame:
-    """The ids of the special tokens before, between and after two texts, int64, and the token types.
+    """The special tokens around a pair of texts, and the token types.
 
-    ``types`` are those of these three in turn, ``parts`` those of the first text and of the second.
+    Attributes:
+        before: Ids of the special tokens before the first text, int64.
+        between: Ids of those between the texts.
+        after: Ids of those after the second text.
+        types: Token types of these three in turn.
+        parts: Token type of the first text and of the second.
     """
 
     before: IntArray
@@ -113,10 +118,13 @@ class Lengths(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How the ``tokens`` of a context are cut into windows.
+    """How a context is cut into windows.
 
-    ``begins`` are the first tokens of the windows, of at most ``room`` tokens of context each, of which neighbours
-    share ``overlap``.
+    Attributes:
+        begins: First context token of each window.
+        room: Most context tokens that a window holds.
+        tokens: Tokens of the whole context.
+        overlap: Tokens that neighbouring windows share.
     """
 
     begins: range
@@ -228,8 +236,11 @@ class Encoder:
     def check_coverage(self, source: str) -> None:
         """Tokenises a few texts in several scripts.
 
-        Raises InputError, which names the ``source`` of the tokenizer, if it fails on one of them or leaves visible
-        characters at its end without a token.
+        Args:
+            source: The model, for the message.
+
+        Raises:
+            InputError: The tokenizer fails on one of them, or leaves visible characters at its end without a token.
         """
         for text in _COVERED:
             with rust_errors(
@@ -275,7 +286,14 @@ class Encoder:
         return [self._read(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[EncodedText, EncodedText]]:
-        """Tokenises questions with their contexts, each distinct context once. Raises InputError like ``encode``."""
+        """Tokenises questions with their contexts, each distinct context once.
+
+        Args:
+            pairs: (question, context) pairs.
+
+        Raises:
+            InputError: As ``encode`` does.
+        """
         texts = list(dict.fromkeys(context for _, context in pairs))
         contexts = dict(zip(texts, self.encode_many(texts), strict=True))
         questions = self.encode_many([question for question, _ in pairs])
@@ -284,7 +302,10 @@ class Encoder:
     def restore(self, text: str, ids: IntArray, offsets: IntArray) -> EncodedText:
         """Rebuilds, without tokenising, what ``encode(text)`` of an encoder with the same ``digest`` returned.
 
-        ``ids`` are int64 ``[tokens]``, ``offsets`` int64 ``[tokens, 2]``.
+        Args:
+            text: The text.
+            ids: Its token ids, int64 ``[tokens]``.
+            offsets: Its offsets, int64 ``[tokens, 2]``.
         """
         return EncodedText(text, ids, offsets, self._tokenizer)
 
@@ -385,9 +406,17 @@ class Encoder:
         begins: Sequence[int],
         max_windows: int | None = None,
     ) -> list[Window]:
-        """Makes the windows of a cut that begin at the context tokens ``begins``.
+        """Makes some windows of a cut.
 
-        Raises TooManyWindowsError if there are more than ``max_windows``; none has been made.
+        Args:
+            question: The question.
+            context: The context.
+            cut: The cut of this question and context.
+            begins: First context token of each window to make.
+            max_windows: Most windows allowed, None for no limit.
+
+        Raises:
+            TooManyWindowsError: There are more than ``max_windows``; none has been made.
         """
         if max_windows is not None and len(begins) > max_windows:
             if len(begins) < len(cut.begins):
@@ -483,10 +512,15 @@ def rust_errors(ours: Callable[[BaseException], Exception]) -> Iterator[None]:
 
 
 def pad_batch(windows: Sequence[Window], pad_token_id: int, *, tokens: int | None = None) -> dict[str, IntArray]:
-    """Pads windows on the right to one batch of ``tokens`` tokens, by default those of the longest window.
+    """Pads windows on the right to one batch of model inputs.
 
-    Returns ``input_ids``, ``attention_mask`` and, if the windows have them, ``token_type_ids``: int64 ``[windows,
-    tokens]``.
+    Args:
+        windows: The windows.
+        pad_token_id: The token to pad with.
+        tokens: Length of the batch, None for that of the longest window.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, if the windows have them, ``token_type_ids``: int64 ``[windows, tokens]``.
     """
     shape = (len(windows), tokens or max(len(w) for w in windows))
     ids = np.full(shape, pad_token_id, dtype=np.int64)

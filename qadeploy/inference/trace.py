@@ -24,8 +24,14 @@ _SHOWN_TOKENS = 48
 class SpanCandidate:
     """A pair of start and end tokens in one window, and what became of it.
 
-    Windows count from 1, among those that were read. ``logit`` is start + end; ``text`` is empty unless the span is
-    valid. ``answer`` is its rank from 1, None if it is no answer, and ``verdict`` says why, for people.
+    Attributes:
+        window: The number of the window, from 1, among those that were read.
+        start_token: Position of the first token in the window.
+        end_token: Position of the last token in the window.
+        logit: Start logit + end logit.
+        text: The text of a valid span, else empty.
+        answer: Its rank among the answers, from 1; None if it is no answer.
+        verdict: Why it is one or is not, for people.
     """
 
     window: int

@@ -41,11 +41,18 @@ Make = Callable[[Mapping[str, Any]], Answerer]
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """The measurement of one setting of a step.
+    """The measurement of one setting.
 
-    ``ms`` is the median per question and ``speedup`` that relative to the first setting of the step, with their
-    minima and maxima. ``logits_apart`` is the largest difference of any logit from those of the settings before
-    tuning, ``sound`` whether that is within the tolerance, and ``taken`` whether the setting was chosen.
+    Attributes:
+        step: The step that it belongs to.
+        settings: Its name.
+        ms: Milliseconds per question, the median of the rounds.
+        ms_range: Minimum and maximum.
+        speedup: The speed relative to the first setting of the step.
+        speedup_range: Minimum and maximum.
+        logits_apart: The largest difference of any logit from those of the settings before tuning.
+        sound: Whether that is within the tolerance.
+        taken: Whether it was chosen.
     """
 
     step: str
@@ -61,10 +68,18 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """The ``session`` entry found for a manifest, the one ``before``, and how they were measured.
+    """The settings found and how they were measured.
 
-    ``target`` is latency or throughput. ``logits_apart`` is the largest difference that ``session`` makes; None for
-    the ``tolerance`` allows any.
+    Attributes:
+        session: The settings found, as the ``session`` entry of a manifest.
+        before: The settings before.
+        target: latency or throughput.
+        threads: The CPU threads.
+        questions: The number of questions asked.
+        rounds: The number of rounds.
+        tolerance: The largest difference of logits allowed, None for any.
+        logits_apart: The largest difference that ``session`` makes.
+        trials: All measurements.
     """
 
     session: dict[str, Any]

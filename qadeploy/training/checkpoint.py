@@ -139,8 +139,13 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 def refuse_pickle(name: str, hub: Hub | None = None) -> None:
     """Refuses a checkpoint whose weights are only there as a pickle: to read one is to run what it says.
 
-    Raises CheckpointError if a folder or model of the hub has no safetensors file, but a pickle; OSError if the hub has
-    no such model, or the token does not open it.
+    Args:
+        name: A folder, or a name on the hub.
+        hub: How a model is fetched from the hub.
+
+    Raises:
+        CheckpointError: It has no safetensors file, but a pickle.
+        OSError: The hub has no such model, or the token does not open it.
     """
     hub = hub or Hub()
     # Else transformers asks a service of the hub to convert the model and to propose the result to its author.
@@ -271,10 +276,16 @@ class TorchModel:
 
 
 def torch_answerer(checkpoint: Checkpoint, device: str = "cpu") -> Answerer:
-    """The checkpoint as an answerer: the same encoder and decoder, with PyTorch on a device in between.
+    """The checkpoint as an answerer: the same encoder and decoder, with PyTorch in between.
 
-    Raises InputError on a device other than auto, cpu, cuda and cuda:N, DeviceError if CUDA was requested but is not
-    available, CheckpointError if the model has no trained answer head.
+    Args:
+        checkpoint: The checkpoint.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        InputError: Any other device.
+        DeviceError: CUDA was requested but is not available.
+        CheckpointError: The model has no trained answer head.
     """
     if checkpoint.new_head:
         raise CheckpointError(f"{checkpoint.name}: has no question-answering head, only an encoder: train it first")

@@ -53,8 +53,12 @@ TopLogits = dict[str, NDArray[Any]]
 class Teacher:
     """A trained model to learn from.
 
-    ``digest`` is the SHA-256 of its weights and of its encoder, ``longest`` the most tokens of its windows.
-    ``logits`` computes the start and end logits of windows, float32 ``[tokens]`` each.
+    Attributes:
+        name: As it was given.
+        digest: SHA-256 of its weights and of its encoder.
+        encoder: Its own.
+        longest: The most tokens of its windows.
+        logits: Computes the start and end logits of windows, float32 ``[tokens]`` each.
     """
 
     name: str
@@ -114,9 +118,15 @@ def _digest(weights: str, encoder: Encoder) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Excerpt:
-    """What the teacher is asked for one of the student's windows: the question, on the text that the window holds.
+    """What the teacher is asked for one of the student's windows.
 
-    The text begins at code point ``start`` of the context. The teacher's logits are kept under ``key``.
+    Attributes:
+        question: The question.
+        text: The text that the window holds.
+        start: Where the text begins in the context.
+        feature: The window.
+        context: Its context.
+        key: Under which the teacher's logits are kept.
     """
 
     question: str
@@ -315,9 +325,17 @@ class _LogitStore:
 
 
 def keep_layers(model: Any, count: int) -> Any:
-    """The model with ``count`` of its layers, evenly chosen, the first and the last among them; it is changed in place.
+    """The model with ``count`` of its layers, evenly chosen, the first and the last among them.
 
-    Raises InputError if it has fewer layers, or it is not clear which modules they are: one list, as BERT's.
+    Args:
+        model: A transformers model whose layers are one list, as BERT's are.
+        count: How many layers to keep.
+
+    Returns:
+        The same model, with its configuration changed.
+
+    Raises:
+        InputError: It has fewer layers, or it is not clear which modules they are.
     """
     names = ("num_hidden_layers", "n_layers", "num_layers")
     name = next((n for n in names if isinstance(getattr(model.config, n, None), int)), None)

@@ -25,8 +25,10 @@ Arrays = dict[str, NDArray[Any]]
 class Feature:
     """A window and its labels.
 
-    ``positions`` are int64 ``[annotations, 2]``, inclusive token positions of each annotated span that lies whole
-    in the window. A window without one has the single row (null_index, null_index).
+    Attributes:
+        window: The window.
+        positions: int64 ``[annotations, 2]``, inclusive token positions of each annotated span that lies whole in the
+            window. A window without one has the single row (null_index, null_index).
     """
 
     window: Window
@@ -35,7 +37,14 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class FeatureSet:
-    """The features of a list of examples: those of example ``i`` are ``features[first[i] : first[i + 1]]``."""
+    """The features of a list of examples.
+
+    Attributes:
+        examples: The questions.
+        contexts: ``[examples]``, their contexts.
+        features: All windows, in the order of the examples.
+        first: ``first[i] : first[i + 1]`` are the features of example ``i``.
+    """
 
     examples: tuple[Example, ...]
     contexts: tuple[EncodedText, ...]
@@ -97,10 +106,15 @@ def label(window: Window, spans: Sequence[tuple[int, int]]) -> IntArray:
 
 
 def collate_labels(features: Sequence[Feature], length: int) -> dict[str, NDArray[Any]]:
-    """The labels of a batch of windows that are padded to ``length`` tokens.
+    """The labels of a batch.
 
-    ``start_positions`` and ``end_positions``, ``[windows, annotations]``, are filled up with -100; ``answer_mask``,
-    ``[windows, length]``, is true on context tokens and the null position: where an answer may start or end.
+    Args:
+        features: The windows.
+        length: To how many tokens they are padded.
+
+    Returns:
+        ``start_positions`` and ``end_positions``, ``[windows, annotations]``, filled up with -100, and ``answer_mask``,
+        ``[windows, length]``, true on context tokens and the null position: where an answer may start or end.
     """
     most = max(len(f.positions) for f in features)
     positions = np.full((len(features), most, 2), NO_LABEL, dtype=np.int64)

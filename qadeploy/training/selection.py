@@ -33,7 +33,12 @@ TEMPERATURE_QUESTIONS = 2_000  # more of them hardly change one number
 
 @dataclass(frozen=True, slots=True)
 class ChoiceReport:
-    """What the chosen temperature and null threshold (None without one) bring on a set of questions."""
+    """What the chosen temperature and null threshold bring on a set of questions.
+
+    Attributes:
+        calibration: What ``calibration_report`` returns.
+        no_answer: What ``no_answer_report`` returns; None if the settings have no null threshold.
+    """
 
     calibration: dict[str, Any]
     no_answer: dict[str, float] | None
