@@ -12,8 +12,8 @@ Beside the plain questions the Wikipedia articles make three harder sets:
 - ``removed``: each question twice, on its paragraph and on that paragraph without the sentences of its answers;
 - ``articles``: each question on its whole article.
 
-``more`` holds the training questions that the base model was not trained on, for a second stage (docs/training.md). Those on Wikipedia
-have the end of the paragraph before and the beginning of the one after around their own, as a window cut from a whole article has.
+``more`` holds the training questions that ``--max-train-samples 18000`` leaves over, for a second stage (docs/training.md). Those on
+Wikipedia have the end of the paragraph before and the beginning of the one after around their own, as a window cut from a whole article has.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qadeploy.training.negatives import holds_answer, without_answer
 
 SEED = 13
 QAMR_QUESTIONS = 6
-FIRST_STAGE = 18_600  # rows of train.jsonl that it was trained on: 18,000 questions, and their share of the dev set
+FIRST_STAGE = 18_600  # rows of train.jsonl: 18,000 questions, and their share of the dev set
 Row = dict[str, Any]
 Paragraph = dict[str, Any]
 
