@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -214,7 +215,7 @@ def test_bins_by_hand():
     bins = confidence_bins(np.asarray([0.0, 0.1, 0.11, 0.95, 1.0]), np.asarray([0, 1, 1, 1, 0]))
     assert len(bins) == 10
     assert [b.count for b in bins] == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
-    assert bins[9].to_dict() == {"low": 0.9, "high": 1.0, "count": 2, "confidence": 0.975, "accuracy": 0.5}
+    assert asdict(bins[9]) == {"low": 0.9, "high": 1.0, "count": 2, "confidence": 0.975, "accuracy": 0.5}
     assert (bins[0].confidence, bins[0].accuracy, bins[5].accuracy) == (0.05, 0.5, 0.0)
     assert expected_calibration_error(
         np.asarray([0.0, 0.1, 0.11, 0.95, 1.0]), np.asarray([0, 1, 1, 1, 0])
