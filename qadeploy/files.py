@@ -37,7 +37,7 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.qadeploy-[0-9a-f]{16}\.(?P<kind>tmp|ol
 _LOCK = "qadeploy lock: "
 # Windows renames no open file, opens no folder, and translates line ends unless a file is opened as binary.
 _WINDOWS = sys.platform == "win32"
-BINARY = getattr(os, "OBINARY", 0)
+BINARY = getattr(os, "O_BINARY", 0)
 # To read what is no link: on a link, opening fails; on a pipe, it does not wait.
 NO_LINK = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | BINARY
 _PART = 2**26  # bytes per read

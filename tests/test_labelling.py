@@ -39,7 +39,7 @@ SILENT = print
 def row(number: int, annotator: str = "ada", answer: str = "Ada", **other: Any) -> dict[str, Any]:
     context = f"Ada \U0001f981 keeps {number}."
     fields = {
-        "annotator": annotator, "time": f"2026-01-01T00:00:{number % 60:02}.000Z", "id": f"{number}-{annotator}",
+        "annotator": annotator, "time": f"2026-01-01T00:{number // 60:02}:{number % 60:02}.000Z", "id": f"{number}-{annotator}",
         "context": context, "question": "Who?", "answer": answer, "answer_start": 0 if answer else -1,
         "is_impossible": not answer,
     }  # fmt: skip

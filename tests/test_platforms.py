@@ -72,6 +72,14 @@ def fsync(descriptor, real=os.fsync, flags=fcntl.fcntl):
     real(descriptor)
 
 
+def open_as_windows(path, flags, *args, real=os.open, **kwargs):
+    ours = sys._getframe(1).f_globals["__name__"].startswith("qadeploy")
+    data = flags & os.O_CREAT or flags & access == os.O_RDONLY and os.path.isfile(path)
+    if ours and data and not flags & os.O_BINARY:
+        raise OSError(22, "opened as text, so line ends would change", path)
+    return real(path, flags & ~os.O_BINARY, *args, **kwargs)
+
+
 class Kernel32:
     def IsProcessorFeaturePresent(self, feature):
         return 0
@@ -84,7 +92,7 @@ shutil._use_fd_functions = False
 os.fsync = fsync
 if platform == "win32":
     ctypes.windll = type("Windll", (), {"kernel32": Kernel32()})()
-    os.O_BINARY = 0
+    os.O_BINARY, os.open = 0x40000000, open_as_windows
 for module, names in missing[platform].items():
     for name in names:
         vars(module).pop(name, None)
