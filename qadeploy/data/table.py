@@ -37,7 +37,7 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
         done = ", ".join(f"{n} {what}" for n, what in numbers if n)
         text.append(f"  {kind:<12} {len(rows):>6}  {len(rows) / len(check.rows):>6.1%}  {done or '-':<28} {meaning}")
     text += [
-        f"  also: {counts['repeated']} rows whose answer occurs several times in its context (repeated), "
+        f"  also: {plural(counts['repeated'], 'row')} whose answer occurs several times in its context (repeated), "
         f"{counts['duplicate']} whose question and context an earlier row has (duplicate)"
     ]
     if check.same_ids:
