@@ -184,6 +184,7 @@ def _unigram(
     tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=600, special_tokens=special, unk_token=unknown, show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
+    # The pieces are the trainer's; their scores are not, since these depend on its random order. Few, long pieces win.
     found = [(piece, len(piece) / 10 - 10) for piece in sorted(tokenizer.get_vocab()) if piece not in special]
     tokenizer.model = models.Unigram([*((token, 0.0) for token in special), *found], special.index(unknown), False)
     tokenizer.post_processor = template(tokenizer)
