@@ -32,12 +32,16 @@ def value(result: Result) -> Any:
     return found
 
 
+ROOT = Path(__file__).parents[1]
+
+
 def files(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
 def fails(code: int, messages: list[str], *args: object) -> str:
     """Runs a command that must end with ``code``, one clear message, and leave the folder as it was."""
+    assert Path.cwd() != ROOT, "other tests write there meanwhile: use the fixture elsewhere"
     before = files(Path.cwd())
     result = run(*args)
     assert isinstance(result.exception, SystemExit), repr(result.exception)

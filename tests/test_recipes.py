@@ -253,6 +253,7 @@ def test_reduce_range_gives_weights_seven_bits(name, material):
     assert largest_weight(reduced) <= 64 < largest_weight(full) <= 128
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_the_option_reaches_the_bundle(tiny, tmp_path):
     options = ("--quantize", "--recipe", "int8", "--reduce-range", "--no-optimize", "--max-f1-drop", 100)
     well("export", tiny.run, *options, "--out", tmp_path / "keepers")
