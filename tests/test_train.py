@@ -491,6 +491,11 @@ def test_a_base_that_does_not_load_is_named(fault, few, tiny_checkpoint, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_is_given_as_a_base_names_its_checkpoint(tiny):
+    with pytest.raises(CheckpointError, match=f": give {re.escape(str(tiny.run / 'checkpoint'))}$"):
+        load_checkpoint(tiny.run)
+
+
 @pytest.mark.parametrize(("given", "resolved"), [(None, 1), (0, 0), (2, 2)])
 def test_few_examples_get_a_negative_each_unless_asked_otherwise(given, resolved):
     from qadeploy.training.train import resolve

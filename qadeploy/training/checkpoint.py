@@ -86,7 +86,9 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
     if folder.is_dir() and hub.revision is not None:
         raise InputError(f"{name}: is a folder, which has no revisions: --model-revision is for a model on the hub")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{name}: no config.json in it: this is not a checkpoint folder")
+        inside = folder / "checkpoint"
+        hint = f": give {inside}" if (inside / "config.json").is_file() else ""
+        raise CheckpointError(f"{name}: no config.json in it: this is not a checkpoint folder{hint}")
     silence()
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # of itself it knows no quota
     # False, not None, which would ask on the terminal.
