@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 
@@ -10,6 +11,7 @@ from qadeploy.data.check import RowClass, check_rows
 from qadeploy.data.fields import DataOptions, parse_columns
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
+from qadeploy.data.table import check_lines
 from qadeploy.errors import DataError, DataWarning, InputError
 from tests.data_for_tests import FLAT, SEA, SKY, answers, classes, found, lines, put
 
@@ -133,6 +135,7 @@ def test_offset_0_everywhere_is_a_placeholder(tmp_path):
     [(x, True) for x in (True, "TRUE", "True", 1, 1.0, "yes", "true", "1")]
     + [(x, False) for x in (False, "FALSE", 0, 0.0, "no", "0")],
 )
+@pytest.mark.filterwarnings("ignore:.*an answer that the context holds, but is_impossible too")
 @pytest.mark.parametrize("name", ["is_impossible", "Is Impossible", "answerable", "unanswerable"])
 def test_flags_in_any_spelling(tmp_path, flag, none, name):
     row = {"context": SKY, "question": "?", "answer": "blue", name: flag}
@@ -155,6 +158,32 @@ def test_flags_that_are_none_or_disagree_are_named(tmp_path):
         read(put(tmp_path, "b.jsonl", lines({**row, "is_impossible": True, "answerable": True})))
     with pytest.raises(InputError, match="it says the opposite: give answerable=is_answerable"):
         parse_columns("is_impossible=is_answerable")
+
+
+@pytest.mark.parametrize(
+    ("answer", "overruled"),
+    [
+        ({"answer": "blue"}, True),
+        ({"answers": [{"text": "blue", "answer_start": 11}]}, True),
+        ({"answer": "blue", "answer_start": -1}, False),
+        ({"answer": "red"}, False),
+        ({"answer": ""}, False),
+        ({"answers": []}, False),
+    ],
+)
+def test_no_answer_beside_an_answer_is_counted_and_said(answer, overruled, tmp_path):
+    row = {"context": SKY, "question": "?", "is_impossible": True, **answer}
+    source = put(tmp_path, "rows.jsonl", lines(FLAT[0], row))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert answers(source) == [[("blue", 11)], []]
+    said = (
+        "1 of 2 rows have an answer that the context holds, but is_impossible too: read as 'no answer in this context'"
+    )
+    assert [said in str(w.message) for w in caught] == [True] * overruled
+    check = check_rows(source, load_rows(source), DataOptions())
+    assert check.to_dict()["overruled_answers"] == overruled
+    assert any("1 row with an answer that the context holds" in line for line in check_lines(check)) == overruled
 
 
 def test_withheld_labels_are_counted_and_said(tmp_path):

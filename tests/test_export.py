@@ -227,17 +227,21 @@ def test_parity_is_required(difference, passes):
 
 
 @pytest.mark.parametrize(
-    ("theirs", "own", "passes"),
+    ("theirs", "own", "usual", "passes"),
     [
-        (7e-5, 2e-5, True),  # PyTorch itself is off
-        (3e-4, 5e-4, True),
-        (7e-5, 2e-4, False),
-        (math.inf, math.inf, False),
-        (math.nan, math.nan, False),
+        (7e-5, 2e-5, 2e-5, True),  # PyTorch itself is off
+        (3e-4, 5e-4, 5e-4, True),
+        (7e-5, 2e-4, 2e-4, False),
+        (3e-5, 2e-4, 2e-5, True),  # a single logit is off
+        (3e-5, 2e-3, 2e-5, False),
+        (math.inf, math.inf, math.inf, False),
+        (math.nan, math.nan, math.nan, False),
     ],
 )
-def test_rounding_is_no_wrong_export(theirs, own, passes):
-    parity = Parity(2e-4, 0.0, 1.0, windows=24, shortest=20, longest=90, pytorch_rounding=theirs, rounding=own)
+def test_rounding_is_no_wrong_export(theirs, own, usual, passes):
+    parity = Parity(
+        2e-4, 0.0, 1.0, 24, shortest=20, longest=90, pytorch_rounding=theirs, rounding=own, usual_rounding=usual
+    )
     with contextlib.nullcontext() if passes else pytest.raises(GateError, match=r"^mine: its logits differ"):
         require_parity(parity, "mine")
 

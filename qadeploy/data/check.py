@@ -153,6 +153,11 @@ class CheckedData:
         """Rows with an empty list of answers that nothing explains."""
         return sum(row.parsed is not None and row.parsed.withheld for row in self.rows)
 
+    @property
+    def overruled(self) -> int:
+        """Rows with an answer that their context holds, which say that there is none."""
+        return sum(row.parsed is not None and row.parsed.overruled for row in self.rows)
+
     def rejecting(self, numbers: Collection[int], problem: Problem) -> CheckedData:
         """Returns the same rows, those with these numbers rejected."""
         rows = tuple(replace(r, problem=problem) if r.raw.number in numbers and not r.problem else r for r in self.rows)
@@ -179,6 +184,7 @@ class CheckedData:
             "rejected": self.rejected,
             "same_ids": self.same_ids,
             "empty_answers": self.withheld,
+            "overruled_answers": self.overruled,
         }
 
 

@@ -100,7 +100,8 @@ class ParsedRow:
     """The fields of a row.
 
     ``answers`` is empty if the row says that its context holds none; it is ``withheld`` if the list of answers is empty and
-    nothing else says so. A row that is not annotated may have passages, ``contexts``, of which some may be blank; ``context`` is
+    nothing else says so, and ``overruled`` if the row gives an answer that its context holds, yet says that there is none. A row
+    that is not annotated may have passages, ``contexts``, of which some may be blank; ``context`` is
     then empty.
     """
 
@@ -111,6 +112,7 @@ class ParsedRow:
     split: str
     withheld: bool = False
     contexts: tuple[str, ...] = ()
+    overruled: bool = False
 
 
 def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> ParsedRow:
@@ -138,10 +140,12 @@ def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> P
         if not split:
             raise _wrong("split", quote(str(fields["split"])), f"one of {', '.join(SPLITS)}")
     answers: tuple[RawAnswer, ...] = ()
-    withheld = False
+    withheld = overruled = False
     if annotated:
         impossible = _impossible(fields)
-        if not impossible:
+        if impossible:
+            overruled = _gives_answer(fields, context, row, options)
+        else:
             answers, withheld = _answers(fields, context, row, options, said=impossible is not None)
         if withheld and options.empty_answers == "reject":
             raise RowError(Problem(Reason.WITHHELD, "answers"))
@@ -151,7 +155,8 @@ def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> P
     if identity is not None and not isinstance(identity, str | int):
         raise _wrong("id", kind_of(identity), "text")
     _refuse_surrogates(str(identity), "id")
-    return ParsedRow(context, question, answers, None if identity is None else str(identity), split, withheld, contexts)
+    name = None if identity is None else str(identity)
+    return ParsedRow(context, question, answers, name, split, withheld, contexts, overruled)
 
 
 def check_labels(source: str, rows: Iterable[RawRow], options: DataOptions) -> None:
@@ -198,6 +203,13 @@ def _impossible(fields: Mapping[str, Any]) -> bool | None:
     if len(set(said.values())) == 2:
         raise RowError(Problem(Reason.FLAGS_DISAGREE, "is_impossible"))
     return next(iter(said.values()), None)
+
+
+def _gives_answer(fields: Mapping[str, Any], context: str, row: RawRow, options: DataOptions) -> bool:
+    """Whether the row gives an answer that its context holds, whatever else it says."""
+    with suppress(RowError):  # a negative offset, for one, agrees with "no answer"
+        return any(answer.text in context for answer in _answers(fields, context, row, options, said=False)[0])
+    return False
 
 
 def _answers(

@@ -26,7 +26,7 @@ from qadeploy.data.formats import load_rows
 from qadeploy.data.match import from_utf16, occurrences
 from qadeploy.data.problems import Problem, Reason, RowError
 from qadeploy.data.rows import RawRow
-from qadeploy.data.wording import WITHHELD, quote
+from qadeploy.data.wording import OVERRULED, WITHHELD, quote
 from qadeploy.errors import DataError, DataWarning, InputError
 from qadeploy.records import Annotation, Example
 
@@ -265,6 +265,9 @@ def _parsed(
     withheld = check_withheld(source, parsed, options) if rows else 0
     if withheld and options.empty_answers is None:
         warnings.warn(f"{source}: {withheld} of {len(rows)} rows have {WITHHELD}", DataWarning, stacklevel=2)
+    overruled = sum(row is not None and row.overruled for row in parsed)
+    if overruled:
+        warnings.warn(f"{source}: {overruled} of {len(rows)} rows have {OVERRULED}", DataWarning, stacklevel=2)
     return without_placeholders(parsed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qadeploy.data.check import CheckedAnswer, CheckedData, CheckedRow, RowClass
-from qadeploy.data.wording import WITHHELD, plural, quote
+from qadeploy.data.wording import OVERRULED, WITHHELD, plural, quote
 
 MEANING = {
     RowClass.NO_ANSWER: "the row says that its context has no answer",
@@ -43,7 +43,9 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
     if check.same_ids:
         text.append(f"  {check.same_ids} rows have the id of an earlier row: train refuses them, --fix numbers them")
     if check.withheld:
-        text.append(f"  {check.withheld} rows have {WITHHELD}")
+        text.append(f"  {plural(check.withheld, 'row')} with {WITHHELD}")
+    if check.overruled:
+        text.append(f"  {plural(check.overruled, 'row')} with {OVERRULED}")
     shifts = check.shifts()
     if shifts:
         text.append(f"  offsets are off by {_shifts(shifts)} code points")

@@ -11,6 +11,11 @@ WITHHELD = (
     "is meant, --empty-answers reject that labels are withheld"
 )
 
+OVERRULED = (
+    "an answer that the context holds, but is_impossible too: read as 'no answer in this context'; remove is_impossible where the "
+    "answer is meant"
+)
+
 
 def quote(text: str) -> str:
     """Quotes a text on one line, cut at 60 code points."""

@@ -18,6 +18,9 @@ PARITY_RUNS = 24  # about: each question has one window or a few
 _WINDOWS = PARITY_RUNS
 _BATCH = 8
 _ROUNDINGS = 2  # an order of additions other than PyTorch's rounds differently
+# One logit in a thousand may be off by ten times as much. Seen in a right fused graph: one of 21,490 was off by 1.1e-4, the others by
+# at most 5e-5. In a wrong export many are off.
+_USUAL, _RARE = 0.999, 10
 _SHORT = (96, 32)  # max_seq_len and doc_stride that force several windows per context
 # By precision, how far a logit may be from PyTorch's; int8 has no limit, since F1 judges it. A logit of 10 rounds by
 # 2^-11 x 10 = 0.005 in fp16: about twenty such roundings.
@@ -30,7 +33,7 @@ class Parity:
 
     ``best_span_agreement`` is the share of windows with the highest start and end logits at the same tokens in both models.
     ``pytorch_rounding`` and ``rounding`` are the largest differences of PyTorch's logits in float32, and of the model's, from PyTorch's in
-    float64; None if they were not compared.
+    float64, and ``usual_rounding`` is what 99.9 % of the model's logits do not exceed; None if they were not compared.
     """
 
     max_abs_diff: float
@@ -41,6 +44,7 @@ class Parity:
     longest: int
     pytorch_rounding: float | None = None
     rounding: float | None = None
+    usual_rounding: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain JSON values, without those that were not measured."""
@@ -99,18 +103,26 @@ def measure_parity(
         return found
     finally:
         checkpoint.model.float()
-    own = max(float(differences(exact, run).max()) for run in runs)
-    return replace(found, pytorch_rounding=float(differences(exact, alone).max()), rounding=own)
+    own = [differences(exact, run) for run in runs]
+    return replace(
+        found,
+        pytorch_rounding=float(differences(exact, alone).max()),
+        rounding=max(float(each.max()) for each in own),
+        usual_rounding=max(float(np.quantile(each, _USUAL)) for each in own),
+    )
 
 
 def require_parity(parity: Parity, what: str, tolerance: float = FP32_TOLERANCE) -> None:
     """Raises GateError if logits are further from PyTorch's than ``tolerance`` and than rounding explains.
 
-    Rounding explains it if the model is no further from PyTorch's logits in float64 than ``tolerance``, or than ``_ROUNDINGS`` times
-    what PyTorch's own logits in float32 are.
+    Rounding explains it if 99.9 % of the model's logits are no further from PyTorch's in float64 than ``tolerance``, or than
+    ``_ROUNDINGS`` times what PyTorch's own logits in float32 are, and none is further than ``_RARE`` times that.
     """
-    theirs, own = parity.pytorch_rounding, parity.rounding
-    explained = theirs is not None and own is not None and own <= max(tolerance, _ROUNDINGS * theirs) < np.inf
+    theirs, own, usual = parity.pytorch_rounding, parity.rounding, parity.usual_rounding
+    explained = False
+    if theirs is not None and own is not None and usual is not None:
+        limit = max(tolerance, _ROUNDINGS * theirs)
+        explained = usual <= limit and own <= _RARE * limit < np.inf
     if parity.max_abs_diff <= tolerance or explained:
         return
     raise GateError(
