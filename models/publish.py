@@ -95,8 +95,8 @@ def mean(first: Path, second: Path, out: Path) -> None:
     asked = with_negatives(dev_set(run), min(run.record["options"]["negatives"], 1)).examples
     features = make_features(asked, checkpoint.encoder, checkpoint.settings, "the dev set")
     answerer = torch_answerer(checkpoint)
-    starts, ends = zip(*answerer.model.run([f.window for f in features.features]), strict=True)
-    settings = choose_settings(features, (starts, ends), initial_settings(checkpoint.settings, asked))
+    logits: Any = tuple(zip(*answerer.model.run([f.window for f in features.features]), strict=True))
+    settings = choose_settings(features, logits, initial_settings(checkpoint.settings, asked))
     save_checkpoint(checkpoint, settings, out / "checkpoint")
     metrics = json.loads((out / "metrics.json").read_text())
     (out / "metrics.json").write_text(json.dumps({**metrics, "settings": settings.to_dict()}, indent=2) + "\n")

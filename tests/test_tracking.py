@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import shutil
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -57,6 +60,27 @@ def test_a_tracker_that_the_environment_turns_off_is_an_error(monkeypatch):
     monkeypatch.setattr(tracking, "get_available_reporting_integrations", list)
     with pytest.raises(InputError, match="--report-to tensorboard: the environment turns it off: unset WANDB_DISABLED"):
         tracking.check_tracker("tensorboard")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_server_of_mlflow_that_is_not_there_ends_the_run_before_data_are_read(there, tmp_path, monkeypatch):
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:  # answers 501
+        threading.Thread(target=server.serve_forever).start()
+        if not there:
+            server.shutdown()
+            server.server_close()
+        uri = f"http://me:secret@127.0.0.1:{server.server_port}"
+        monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(get_tracking_uri=lambda: uri))
+        monkeypatch.setattr(tracking, "get_available_reporting_integrations", lambda: ["mlflow"])
+        options = tiny_options(tmp_path / "no such file", tmp_path, tmp_path / "run", report_to="mlflow")
+        wanted = (
+            (InputError, "no such file") if there else (FailureError, r"mlflow: 127\.0\.0\.1 cannot be reached within")
+        )
+        with pytest.raises(wanted[0], match=wanted[1]) as caught:
+            train(options, lambda line: None, progress=False)
+        server.shutdown()
+    assert "secret" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_of_the_tracker_is_one_message_and_others_pass():

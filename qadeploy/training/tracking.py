@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -15,6 +16,7 @@ from qadeploy.training import distributed
 from qadeploy.training.runs import TENSORBOARD
 
 NONE = "none"
+_PATIENCE = 10  # seconds
 
 
 def check_tracker(name: str) -> None:
@@ -26,17 +28,34 @@ def check_tracker(name: str) -> None:
     Raises:
         MissingExtraError: Its package, or one that this needs, is not installed.
         InputError: An environment variable turns it off.
+        FailureError: MLflow's server cannot be reached.
     """
     if name == NONE:
         return
     try:
-        import_module(name)
+        module = import_module(name)
     except ImportError as error:
         raise MissingExtraError(f"--report-to {name}", error.name or name, name) from error
     if name not in get_available_reporting_integrations():
         raise InputError(
             f"--report-to {name}: the environment turns it off: unset WANDB_DISABLED or DISABLE_MLFLOW_INTEGRATION"
         )
+    if name == "mlflow":
+        _check_server(module.get_tracking_uri())
+
+
+def _check_server(uri: str) -> None:
+    """Raises FailureError if MLflow's server cannot be reached, which MLflow itself would try for minutes."""
+    import requests  # MLflow brings it
+
+    if uri.startswith(("http://", "https://")):
+        try:
+            requests.head(uri, timeout=_PATIENCE)
+        except requests.RequestException as error:
+            raise FailureError(
+                f"--report-to mlflow: {urlsplit(uri).hostname} cannot be reached within {_PATIENCE} s: check "
+                f"MLFLOW_TRACKING_URI, or leave it out (--report-to {NONE})"
+            ) from error
 
 
 def tracker(name: str, folder: Path) -> list[TrainerCallback]:
