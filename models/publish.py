@@ -12,7 +12,7 @@ Run it in the root of the repository. The first writes the run OUT: the mean of 
 anew on the run's dev set. The second publishes a run. The third, after a change of ``qadeploy.json`` beside the weights, makes the bundle
 by the same recipe and measures both again. The fourth, on a machine without VNNI, measures the bundle there and notes the figures in its
 manifest, if they are within ``LOSS`` of those in evaluation.json. The bundle is written beside the weights, as
-``models/minilm-l6-qa-int8``. What the card says of the second stage is read from the run, its figures are measured here, on the weights
+``models/minilm-l6-qa-int8``. What the card says of the second stage is read from the run; its figures are measured here, on the weights
 and the bundle as they ship.
 """
 

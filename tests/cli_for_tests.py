@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from qadeploy.cli import main
 
+ROOT = Path(__file__).parents[1]
 SEED = {"context": "The sky is blue.", "question": "What color is the sky?", "answer": "blue"}
 
 
@@ -30,9 +31,6 @@ def value(result: Result) -> Any:
     found = json.loads(result.stdout)
     assert isinstance(found, dict)
     return found
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def files(folder: Path) -> dict[str, int]:

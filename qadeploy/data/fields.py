@@ -101,8 +101,7 @@ class ParsedRow:
 
     ``answers`` is empty if the row says that its context holds none; it is ``withheld`` if the list of answers is empty and
     nothing else says so, and ``overruled`` if the row gives an answer that its context holds, yet says that there is none. A row
-    that is not annotated may have passages, ``contexts``, of which some may be blank; ``context`` is
-    then empty.
+    that is not annotated may have passages, ``contexts``, of which some may be blank; ``context`` is then empty.
     """
 
     context: str
