@@ -126,11 +126,10 @@ def test_gunicorn_with_preload(place):
     assert "--preload" in command
     command = command.replace(":8000", ":0")
     with started(place, command, r"Listening at: http://127\.0\.0\.1:(\d+)") as (process, found):
+        _wait(process, place / "gunicorn.log", r"(?s)(Application startup complete.*){2}")
         ask_both_ways(found[1])
         assert stop(process) == 0
-    log = (place / "gunicorn.log").read_text()
-    assert log.count("Booting worker") == 2
-    assert log.count("Application startup complete") == 2
+    assert (place / "gunicorn.log").read_text().count("Booting worker") == 2
 
 
 ENQUEUE = """
