@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -103,6 +104,7 @@ def test_launchers_train_the_run_of_one_process(launcher, options, alone, tmp_pa
 
 def rank_child(rank: int, port: int, arguments: Sequence[str], log: Path, before: Callable[[], None] | None) -> None:
     """One process as torchrun starts it, where the store lies with torchrun (here: with the test)."""
+    gc.freeze()
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)

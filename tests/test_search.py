@@ -198,7 +198,8 @@ def test_the_two_best_are_put_in_order_by_their_own_rounds(seconds, order, why, 
     }
     clock = Clock(monkeypatch)
 
-    def make(_: Reference, model: bytes, session: Any) -> Answerer:
+    def make(_: Reference, file: Path, session: Any) -> Answerer:
+        model = file.read_bytes()
         slowed = Slowed(model, session, clock, lambda *_: seconds[models.index(model)])
         return Answerer(reference.checkpoint.encoder, reference.checkpoint.settings, slowed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -135,6 +136,7 @@ def test_trials_are_compared_by_folds(here):
 
 def killed(options: TrainOptions) -> None:
     """A search that dies in its second trial, after a save."""
+    gc.freeze()
     from qadeploy.training import trainer
 
     prune = trainer.prune

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -101,9 +101,11 @@ class Material:
             return np.inf
         return float(differences(*runs).max())
 
-    def _run(self, model: bytes | Path) -> list[Logits]:
-        read = lambda: str(model) if isinstance(model, Path) else model  # noqa: E731
-        return OnnxModel(read, device="cpu", pad_token_id=self.pad_token_id).run(self.windows)
+    def _run(self, file: bytes | Path) -> list[Logits]:
+        read = lambda: str(file) if isinstance(file, Path) else file  # noqa: E731
+        model = OnnxModel(read, device="cpu", pad_token_id=self.pad_token_id)
+        # One by one: windows side by side would take a second session, with all weights once more.
+        return [model.run([window])[0] for window in self.windows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,43 +126,48 @@ class Recipe:
     ranged: bool = True  # whether ``reduce_range`` can give its weights 7 bits
 
 
-def _dynamic(material: Material, model: bytes, float_nodes: Sequence[str] = ()) -> bytes:
-    return quantize_dynamic_int8(quantize_embeddings(model), float_nodes, reduce_range=material.reduce_range)
+# A model is passed on without a name: a variable here would keep one while the next step makes its copies.
+
+
+def _dynamic(material: Material, stage: Literal["rewritten", "smoothed"], float_nodes: Sequence[str]) -> QuantizedModel:
+    reduce_range = material.reduce_range
+    return QuantizedModel(
+        quantize_dynamic_int8(
+            quantize_embeddings(getattr(material, stage).model), float_nodes, reduce_range=reduce_range
+        ),
+        tuple(float_nodes),
+    )
 
 
 def _smoothquant(material: Material) -> QuantizedModel:
-    smoothed = material.smoothed
-    return QuantizedModel(_dynamic(material, smoothed.model, smoothed.float_nodes), smoothed.float_nodes)
+    return _dynamic(material, "smoothed", material.smoothed.float_nodes)
 
 
 def _smoothquant_mixed(material: Material) -> QuantizedModel:
     """The eighth of the matmuls whose error is still the largest stays in float too."""
-    smoothed = material.smoothed
-    left = [Sensitivity(name, p.error) for p in smoothed.smoothings for name in p.matmuls]
-    kept = (*worst(sorted(left, key=lambda s: -s.error), 1 / 8), *smoothed.float_nodes)
-    return QuantizedModel(_dynamic(material, smoothed.model, kept), kept)
+    smoothings, apart = material.smoothed.smoothings, material.smoothed.float_nodes
+    left = [Sensitivity(name, p.error) for p in smoothings for name in p.matmuls]
+    return _dynamic(material, "smoothed", (*worst(sorted(left, key=lambda s: -s.error), 1 / 8), *apart))
 
 
 def _mixed(share: float) -> Callable[[Material], QuantizedModel]:
-    def make(material: Material) -> QuantizedModel:
-        kept = tuple(worst(material.sensitivities, share))
-        return QuantizedModel(_dynamic(material, material.rewritten.model, kept), kept)
-
-    return make
+    return lambda material: _dynamic(material, "rewritten", worst(material.sensitivities, share))
 
 
 def _static(material: Material) -> QuantizedModel:
-    smoothed = material.smoothed
-    model = quantize_embeddings(smoothed.model)
-    kept = smoothed.float_nodes
-    return QuantizedModel(quantize_static_int8(model, material.windows, kept, reduce_range=material.reduce_range), kept)
+    kept, windows = material.smoothed.float_nodes, material.windows
+    reduce_range = material.reduce_range
+    return QuantizedModel(
+        quantize_static_int8(quantize_embeddings(material.smoothed.model), windows, kept, reduce_range=reduce_range),
+        kept,
+    )
 
 
 _RECIPES = (
     Recipe(
         "int8",
         "dynamic int8: weights with one scale per column, activations rounded as they come",
-        lambda material: QuantizedModel(_dynamic(material, material.rewritten.model)),
+        lambda material: _dynamic(material, "rewritten", ()),
     ),
     Recipe(
         "int8-protected",

@@ -180,12 +180,10 @@ class Search:
         judges = self.judges
         started = time.monotonic()
         with TemporaryDirectory(prefix="qadeploy-") as folder:
-            model = Path(folder, "model.onnx")  # a session made from a file takes less memory than one from bytes
+            model = Path(folder, "model.onnx")
             try:
                 self.step(f"{recipe.name}: making the model")
-                return_freed_memory()
-                model.write_bytes(recipe.make(self.material).model)
-                return_freed_memory()  # of its copies
+                self._make(recipe, model)
                 self.step(f"{recipe.name}: answering {len(judges.examples)} questions")
                 change = judges.change(make_answerer(self.reference, model, SESSIONS[0]))
             except Exception as error:  # a quantizer may raise anything on an unknown graph; the others go on
@@ -214,6 +212,12 @@ class Search:
                 )
         self._keep(recipe, candidate)
         return candidate
+
+    def _make(self, recipe: Recipe, file: Path) -> None:
+        """Writes a recipe's model: a session made from a file takes less memory than one from bytes."""
+        return_freed_memory()
+        file.write_bytes(recipe.make(self.material).model)
+        return_freed_memory()  # of its copies
 
     def _timed(self, count: int) -> list[tuple[str, str]]:
         return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
@@ -248,12 +252,13 @@ class Search:
             return list(ranked), None
         self.step(f"timing {first.recipe} against {second.recipe}")
         pairs, one = self._timed(_DUEL_TIMED), self.options.target != "throughput"
-        variants = {}
-        for candidate in (first, second):
-            model = RECIPES[candidate.recipe].make(self.material).model
-            answerer = make_answerer(self.reference, model, candidate.session)
-            variants[candidate.recipe] = asking(answerer, pairs, one=one)
-        timings = interleave(variants, ROUNDS)
+        with TemporaryDirectory(prefix="qadeploy-") as folder:
+            answerers = {}
+            for candidate in (first, second):
+                file = Path(folder, f"{candidate.recipe}.onnx")
+                self._make(RECIPES[candidate.recipe], file)
+                answerers[candidate.recipe] = make_answerer(self.reference, file, candidate.session)
+            timings = interleave({name: asking(a, pairs, one=one) for name, a in answerers.items()}, ROUNDS)
         a, b = timings[first.recipe], timings[second.recipe]
         if b.clearly_faster(a) or b.clearly_slower(a):
             chosen, why = (second if b.clearly_faster(a) else first), "faster"
