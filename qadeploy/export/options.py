@@ -37,8 +37,7 @@ class ExportOptions(DataOptions):
         None, "Use this int8 recipe instead of measuring all; --list-recipes names them.", shown="the best measured"
     )
     reduce_range: bool = option(
-        False,
-        "Give int8 weights 7 bits, for CPUs without VNNI, where 8 bits saturate; always on if this CPU lacks VNNI.",
+        False, "Give int8 weights 7 bits, for CPUs without VNNI, where 8 bits saturate; always on if this CPU lacks it."
     )
     budget: str = option(
         "5m",

@@ -47,9 +47,7 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
                 output_names=list(LOGIT_NAMES),
                 dynamic_shapes=dict.fromkeys(inputs, axes),
             )
-        except (
-            Exception
-        ) as error:  # torch.export, the decompositions and onnxscript raise anything, depending on the model
+        except Exception as error:  # torch.export, its decompositions and onnxscript may raise anything
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
             raise FailureError(f"PyTorch cannot export a {kind} model: {_reason(error)}") from error
     assert program is not None  # noqa: S101 - dynamo=True returns a program
