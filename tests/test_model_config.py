@@ -126,12 +126,8 @@ def test_a_version_names_its_bundle():
 WRONG = {
     "no such text": ("max_batch_size: 1", "max_batch_size: many", "line 2: is not a Triton model configuration"),
     "unknown field": ("max_batch_size: 1", "max_batches: 1", "line 2: is not a Triton model configuration"),
-    "name": ('name: "faq"', 'name: "other"', "name is 'other', but Triton requires the folder's, 'faq'"),
-    "backend": (
-        'backend: "onnxruntime"',
-        'backend: "tensorrt"',
-        "backend is 'tensorrt', but a bundle needs 'onnxruntime'",
-    ),
+    "name": ('name: "faq"', 'name: "other"', "name is 'other', Triton requires the folder's, 'faq'"),
+    "backend": ('backend: "onnxruntime"', 'backend: "tensorrt"', "backend is 'tensorrt', a bundle needs 'onnxruntime'"),
     "no batch": ("max_batch_size: 1", "max_batch_size: 0", "max_batch_size is 0"),
     "input lost": ('name: "input_ids"', 'name: "ids"', "input ids TYPE_INT64 [-1] is not the model's (it has none of"),
     "type": ("TYPE_INT64", "TYPE_INT32", "is not the model's (attention_mask TYPE_INT64 [-1])"),

@@ -437,25 +437,19 @@ def replaced(group: str, number: int, **values: Any):
 UNFIT = {
     "inputs": (
         lambda odd: odd.inputs.pop(),
-        "takes input_ids, attention_mask, but the bundle's model needs input_ids, attention_mask, tok",
+        "takes input_ids, attention_mask, but the bundle needs input_ids, attention_mask, tok",
     ),
-    "no inputs": (changed(inputs=[]), "takes nothing, but the bundle's model needs input_ids"),
+    "no inputs": (changed(inputs=[]), "takes nothing, but the bundle needs input_ids"),
     "type": (
         replaced("inputs", 1, datatype="FP32"),
-        "takes attention_mask as FP32, but the bundle's model needs INT64 or INT32",
+        "takes attention_mask as FP32, but the bundle needs INT64 or INT32",
     ),
     "outputs": (
         replaced("outputs", 0, name="logits"),
-        "gives logits, end_logits, but the bundle's model needs start_logits, end",
+        "gives logits, end_logits, but the bundle needs start_logits, end",
     ),
-    "output type": (
-        replaced("outputs", 0, datatype="INT8"),
-        "gives start_logits as INT8, but the bundle's model needs FP32",
-    ),
-    "shape": (
-        replaced("inputs", 0, shape=[-1, 384]),
-        r"has input_ids in the shape \[-1, 384\], but the bundle's model needs",
-    ),
+    "output type": (replaced("outputs", 0, datatype="INT8"), "gives start_logits as INT8, but the bundle needs FP32"),
+    "shape": (replaced("inputs", 0, shape=[-1, 384]), r"has input_ids in the shape \[-1, 384\], but the bundle needs"),
     "not ready": (changed(ready=400), "model odd is not ready"),
 }
 

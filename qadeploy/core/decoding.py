@@ -121,9 +121,7 @@ class _Table:
         for i in np.flatnonzero((self._begins < end) & (self._ends > begin)).tolist():
             window = self._scored.windows[i]
             first, last = max(begin, int(self._begins[i])), min(end, int(self._ends[i]))
-            beyond = min(
-                last + self.lengths - 1, int(self._ends[i])
-            )  # the last end of a span that starts before ``last``
+            beyond = min(last + self.lengths - 1, int(self._ends[i]))  # where the last spans end
             shift = window.context_begin - window.context_offset
             starts = np.where(blank[first:last], -np.inf, self._scored.start_logits[i][first + shift : last + shift])
             ends = np.full(last - first + self.lengths - 1, -np.inf, dtype=np.float32)  # no span goes past the window

@@ -48,8 +48,7 @@ def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: 
     Args:
         model: The model as exported.
         heads: The number of attention heads.
-        keep_mask: Whether to keep the padding mask. Without it the model is faster, but cannot run padded batches (on a CPU
-            every window runs alone).
+        keep_mask: Whether to keep the padding mask. Without it a model is faster, but must not get padded batches.
         plain: Whether to rewrite a model with BERT's form of attention, which ONNX Runtime's fusions know too.
     """
     proto = onnx.load_model_from_string(model)

@@ -257,7 +257,7 @@ class TritonModel:
 
     def _differs(self, found: str, needed: str) -> RemoteError:
         return RemoteError(
-            f"{self.url}: model {self.name} {found}, but the bundle's model needs {needed}: name the model that was made from this bundle"
+            f"{self.url}: model {self.name} {found}, but the bundle needs {needed}: name the model that was made from this bundle"
         )
 
     def _others(self, extensions: Sequence[str]) -> str:

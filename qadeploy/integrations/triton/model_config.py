@@ -79,9 +79,7 @@ def tensors_of(model: bytes) -> Tensors:
     """
     ort = onnxruntime()
     options = session_options()
-    options.graph_optimization_level = (
-        ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )  # only names, types and shapes are read
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # only its names are read
     try:
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the binding raises one class per status code, without a common base
@@ -144,9 +142,9 @@ def check_config(text: str, place: Path, tensors: Tensors) -> Any:
     except _text_format().ParseError as error:
         raise InputError(f"{place}: line {error.GetLine()}: is not a Triton model configuration: {error}") from error
     if config.name not in {"", place.parent.name}:
-        raise InputError(f"{place}: name is {config.name!r}, but Triton requires the folder's, {place.parent.name!r}")
+        raise InputError(f"{place}: name is {config.name!r}, Triton requires the folder's, {place.parent.name!r}")
     if config.backend != BACKEND and config.platform != "onnxruntime_onnx":
-        raise InputError(f"{place}: backend is {config.backend or config.platform!r}, but a bundle needs {BACKEND!r}")
+        raise InputError(f"{place}: backend is {config.backend or config.platform!r}, a bundle needs {BACKEND!r}")
     if config.max_batch_size < 1:
         raise InputError(
             f"{place}: max_batch_size is {config.max_batch_size}: a bundle's model takes batches: give 1 or more"
