@@ -297,7 +297,7 @@ class Encoder:
         texts = list(dict.fromkeys(context for _, context in pairs))
         contexts = dict(zip(texts, self.encode_many(texts), strict=True))
         questions = self.encode_many([question for question, _ in pairs])
-        return [(asked, contexts[context]) for asked, (_, context) in zip(questions, pairs, strict=True)]
+        return [(question, contexts[context]) for question, (_, context) in zip(questions, pairs, strict=True)]
 
     def restore(self, text: str, ids: IntArray, offsets: IntArray) -> EncodedText:
         """Rebuilds, without tokenising, what ``encode(text)`` of an encoder with the same ``digest`` returned.

@@ -129,21 +129,21 @@ def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation) ->
     reference.count(0, 1, " timing it against PyTorch")
     both = {"pytorch": reference.answerer, "this": answerer}
     timings = interleave({name: asking(each, reference.timed, one=True) for name, each in both.items()}, ROUNDS)
-    asked = len(reference.timed)
+    questions = len(reference.timed)
     own, torch = timings["this"], timings["pytorch"]
     return {
         "data": reference.held_out.source,
         "dev_set": reference.held_out.dev_set,
         **scores.to_dict(),
         "ece": evaluation.calibration_error,
-        "pytorch": {**reference.scores.to_dict(), "ms_per_question": 1000 * torch.median / asked},
+        "pytorch": {**reference.scores.to_dict(), "ms_per_question": 1000 * torch.median / questions},
         "f1_change": 100.0 * float(difference.mean()),
         "f1_change_interval": list(bootstrap_interval(difference)),
-        "ms_per_question": 1000 * own.median / asked,
-        "ms_per_question_range": [1000 * own.least / asked, 1000 * own.most / asked],
+        "ms_per_question": 1000 * own.median / questions,
+        "ms_per_question_range": [1000 * own.least / questions, 1000 * own.most / questions],
         "speedup_to_pytorch": own.speedup,
         "speedup_range": list(own.speedup_range),
-        "timed_questions": asked,
+        "timed_questions": questions,
         "rounds": ROUNDS,
     }
 

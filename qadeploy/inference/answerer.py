@@ -169,8 +169,8 @@ class Answerer:
             raise BundleError(f"{bundle.folder}: model and encoder disagree on token_type_ids: export the bundle again")
         prove(bundle, encoder, model)
         if model.device == "cuda":  # so that the first question does not wait for graphs to be captured
-            asked, read = encoder.encode("what"), encoder.encode("warms up")
-            model.warm_up(encoder.windows(asked, read, max_seq_len=bundle.settings.max_seq_len, doc_stride=0)[0])
+            question, context = encoder.encode("what"), encoder.encode("warms up")
+            model.warm_up(encoder.windows(question, context, max_seq_len=bundle.settings.max_seq_len, doc_stride=0)[0])
         warning = _machine_warning(bundle) if model.device == "cpu" else ""
         return cls(encoder, bundle.settings, model, bundle, context_cache_bytes=context_cache_bytes), warning
 
@@ -258,7 +258,7 @@ class Answerer:
     def answer_stream(self, pairs: Iterable[Asked], **options: Unpack[AnswerOptions]) -> Iterator[list[Answer]]:
         """``answer_batch`` for an iterable of any length: lazy, in order, in bounded memory."""
         chosen = Options(**options)
-        return (_told(pair, chosen, number) for number, pair in enumerate(self.read_stream(pairs, chosen), 1))
+        return (_answers_of(pair, chosen, number) for number, pair in enumerate(self.read_stream(pairs, chosen), 1))
 
     async def aanswer(
         self,
@@ -487,7 +487,7 @@ def refuse_in_graph(bundle: Bundle) -> None:
         )
 
 
-def _told(pair: DecodedPair, options: Options, number: int) -> list[Answer]:
+def _answers_of(pair: DecodedPair, options: Options, number: int) -> list[Answer]:
     """The answers of one pair of a stream; warns about skipped passages."""
     warn_of_skipped(pair.skipped, f"pair {number}: ")
     return to_answers(pair, options)

@@ -21,7 +21,7 @@ _CONTEXT = "At dusk the keeper, Ada Quill, lights the 3 lamps of the harbour."
 # How far logits may be from those at export, as a share of their spread: chosen to tell another model from another CPU,
 # whose int8 products may differ.
 _APART = {"int8": 0.25}
-_APART_ELSE = 0.05
+_APART_OTHERWISE = 0.05
 _LEAST = 1e-3
 _LONGEST = 128  # tokens
 
@@ -82,7 +82,7 @@ def prove(bundle: Bundle, encoder: Encoder, model: RunsBatches) -> None:
         )
     stored = np.array([probe.start_logits, probe.end_logits])
     apart = float(np.abs(np.array([starts, ends]) - stored).max())
-    allowed = max(_LEAST, _APART.get(bundle.precision, _APART_ELSE) * float(np.ptp(stored)))
+    allowed = max(_LEAST, _APART.get(bundle.precision, _APART_OTHERWISE) * float(np.ptp(stored)))
     if not apart <= allowed:
         cpu = (
             ", or this CPU saturates in int8: export it on this machine"

@@ -195,9 +195,9 @@ class OnnxModel:
         self.threads = threads or usable_cpus()
         self._lock = threading.Lock()
         self._sessions = _Sessions()
-        asked = parse_device(device)
-        self._providers = providers(onnxruntime(), asked)
-        wide = self._first_session(asked)
+        requested = parse_device(device)
+        self._providers = providers(onnxruntime(), requested)
+        wide = self._first_session(requested)
         self.device = "cuda" if wide.get_providers()[0] == CUDA else "cpu"
         self._kinds = _input_types(wide)
         self.inputs = tuple(self._kinds)
@@ -380,7 +380,7 @@ class OnnxModel:
     def _on_cpu(self) -> bool:
         return bool(self._providers == [CPU])
 
-    def _first_session(self, asked: Device) -> Any:
+    def _first_session(self, requested: Device) -> Any:
         """The wide session: the runner's if its first provider is CUDA; otherwise, with ``auto``, one on the CPU."""
         reason = ""
         if not self._on_cpu:
@@ -391,7 +391,7 @@ class OnnxModel:
                     return runner.session
             except DeviceError as error:
                 reason = str(error)
-            refuse(onnxruntime(), asked, reason)
+            refuse(onnxruntime(), requested, reason)
             self._providers = [CPU]  # so that the settings for a CPU apply
         self._sessions.wide = self._session(self.threads)
         return self._sessions.wide

@@ -57,8 +57,8 @@ class SpanHead:
         if top_k < 1:
             raise InputError(f"span-top-k {top_k} is below 1: it is the number of spans that a window returns")
         limit = encoder.config.position_limit
-        asked = encoder.encode("what")
-        short, longer = (encoder.windows(asked, encoder.encode(t), max_seq_len=limit)[0] for t in ("a", "a a a"))
+        question = encoder.encode("what")
+        short, longer = (encoder.windows(question, encoder.encode(t), max_seq_len=limit)[0] for t in ("a", "a a a"))
         from_start = short.null_index == longer.null_index
         null = short.null_index if from_start else short.null_index - len(short)
         return cls(top_k, settings.max_answer_len, settings.temperature, null, settings.relative_to_null)

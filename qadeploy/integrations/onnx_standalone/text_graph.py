@@ -170,12 +170,12 @@ def _tokenise(n: Nodes, pieces: WordPiece, question: str, context: str) -> tuple
     last = n("Gather", place, n("Sub", n("Add", chosen, spread), one))
 
     shift = n("Add", _size(n, question), one)
-    asked = n("ReduceSum", n("Cast", n("Less", first, shift), to=TensorProto.INT64), keepdims=1)
+    question_size = n("ReduceSum", n("Cast", n("Less", first, shift), to=TensorProto.INT64), keepdims=1)
     total = _size(n, ids)
-    own = n("Slice", ids, zero, asked)
-    read = n("Slice", ids, asked, total)
-    starts = n("Sub", n("Slice", first, asked, total), shift)
-    stops = n("Add", n("Sub", n("Slice", last, asked, total), shift), one)
+    own = n("Slice", ids, zero, question_size)
+    read = n("Slice", ids, question_size, total)
+    starts = n("Sub", n("Slice", first, question_size, total), shift)
+    stops = n("Add", n("Sub", n("Slice", last, question_size, total), shift), one)
     return (own, read), starts, stops
 
 
@@ -233,8 +233,8 @@ def _read(
     """The span table ``[context tokens, max_answer_len]`` and the least null logit, over all windows."""
     one, zero = n.constant([1]), n.constant([0])
     length, frame = settings.max_answer_len, encoder.frame
-    total, asked = _size(n, context), _size(n, question)
-    room = n("Sub", n.constant([settings.max_seq_len - encoder.special_tokens]), asked)
+    total, question_size = _size(n, context), _size(n, question)
+    room = n("Sub", n.constant([settings.max_seq_len - encoder.special_tokens]), question_size)
     fits = n("LessOrEqual", total, room)
     longest = min(settings.long_seq_len or settings.max_seq_len, settings.max_seq_len)
     shorter = n("Sub", room, n.constant([settings.max_seq_len - longest]))
@@ -262,7 +262,7 @@ def _read(
     ids = b(
         "Concat", b.constant(frame.before), question, b.constant(frame.between), piece, b.constant(frame.after), axis=0
     )
-    parts = [b("Expand", b.constant(part), each) for part, each in zip(frame.parts, (asked, size), strict=True)]
+    parts = [b("Expand", b.constant(part), each) for part, each in zip(frame.parts, (question_size, size), strict=True)]
     special = [b.constant(each) for each in frame.types]
     types = b("Concat", special[0], parts[0], special[1], parts[1], special[2], axis=0)
     values = {"input_ids": ids, "token_type_ids": types, "attention_mask": b("Expand", b1, b("Shape", ids))}
@@ -274,7 +274,7 @@ def _read(
     b.nodes.extend(model.node)
     b.constants.extend(model.initializer)
     # The rows of the table that this window covers: its spans, if they are better than those of earlier windows.
-    first = b("Add", b.constant([len(frame.before) + len(frame.between)]), asked)
+    first = b("Add", b.constant([len(frame.before) + len(frame.between)]), question_size)
     row = [b("Squeeze", b("Cast", name, to=TensorProto.FLOAT), b0) for name in LOGIT_NAMES]
     asked_at = encoder.windows(encoder.encode("what"), encoder.encode("a"), max_seq_len=encoder.config.position_limit)
     at = b.constant(asked_at[0].null_index)

@@ -129,7 +129,7 @@ class TritonModel:
         options = options or TritonOptions()
         self.url = url
         self.name = name
-        self._asked_version = str(options.version)
+        self._requested_version = str(options.version)
         self._timeout = options.timeout
         self._headers = dict(options.headers or {})
         self._base = _base(url)
@@ -211,7 +211,7 @@ class TritonModel:
             raise RemoteError(f"{error}{self._others(extensions)}") from error
         inputs = self._check_inputs(told, bundle)
         versions = [str(each) for each in told.get("versions") or []]
-        version = self._asked_version or max(versions, key=lambda v: (len(v), v), default="")
+        version = self._requested_version or max(versions, key=lambda v: (len(v), v), default="")
         if self._send("GET", f"{self._path()}/ready").status != 200:
             raise RemoteError(f"{self.url}: model {self.name} is not ready: wait for it, or see the server's log")
         config: dict[str, Any] = {}
@@ -269,7 +269,7 @@ class TritonModel:
         return f" (it has {_names(names)})" if names else " (it has no model)"
 
     def _path(self) -> str:
-        version = f"/versions/{quote(self._asked_version, safe='')}" if self._asked_version else ""
+        version = f"/versions/{quote(self._requested_version, safe='')}" if self._requested_version else ""
         return f"/models/{quote(self.name, safe='')}{version}"
 
     def _infer(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:

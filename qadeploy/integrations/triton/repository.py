@@ -42,7 +42,7 @@ from qadeploy.records import LOGIT_NAMES, Logits, Window
 # How far logits may move when windows run together. Adding in another order moves fp32 by 1e-5; int8 with scales for the
 # whole batch moves by tenths and more. fp16 rounds at every step (export.parity.TOLERANCES).
 _APART = {"fp16": 0.1}
-_APART_ELSE = 1e-3
+_APART_OTHERWISE = 1e-3
 # On a CPU batches are slower than single windows (docs/triton.md).
 _GPU_BATCH, _CPU_BATCH = 32, 1
 _GPU_DELAY = 500  # microseconds: a fraction of what a batch takes
@@ -265,7 +265,7 @@ def measure_effects(bundle: Bundle) -> Effects:
     if unset:
         own = _model(bundle, stored)
         settings = float(differences(alone, _run(own, windows, card, single, bundle.encoder.pad_token_id)).max())
-    return Effects(together, settings, tuple(unset), together <= _APART.get(bundle.precision, _APART_ELSE))
+    return Effects(together, settings, tuple(unset), together <= _APART.get(bundle.precision, _APART_OTHERWISE))
 
 
 def _model(bundle: Bundle, settings: SessionSettings | None) -> GraphModel:
