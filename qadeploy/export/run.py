@@ -101,7 +101,7 @@ def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exp
     in_graph = options.spans_in_graph or options.text_in_graph
     if options.quantize or (options.out and not in_graph) or not (in_graph or options.triton or options.web):
         raise InputError(
-            f"{source}: is a bundle, from which only --spans-in-graph, --text-in-graph, --web and --triton make more: give the "
+            f"{source}: is a bundle, which allows only --spans-in-graph, --text-in-graph, --web and --triton: give the "
             "run for --quantize or --out"
         )
     if in_graph and is_hub(source) and not options.out:

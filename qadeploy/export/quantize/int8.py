@@ -207,7 +207,7 @@ def find_recipes(name: str | None, reduce_range: bool) -> list[Recipe]:
     if name is None:
         return list(fitting.values())
     if name in RECIPES and name not in fitting:
-        raise InputError(f"recipe {name} has 8-bit weights always: leave out --reduce-range, or choose another")
+        raise InputError(f"recipe {name} always has 8-bit weights: leave out --reduce-range, or choose another")
     if name not in RECIPES:
         raise InputError(f"recipe is {name!r}: choose one of {', '.join(fitting)} (qadeploy export --list-recipes)")
     return [RECIPES[name]]

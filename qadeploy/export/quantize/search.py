@@ -145,7 +145,7 @@ class Search:
         for number, recipe in enumerate(chosen, done + 1):
             if self._left() == 0 and rank(found, self.options):
                 self.say(
-                    f"  the budget of {self.options.budget:.0f} s is used up: {recipe.name} and what follows was not tried"
+                    f"  the budget of {self.options.budget:.0f} s is used up: {recipe.name} and later recipes were not tried"
                 )
                 break
             self._at = (number - 1, of)
