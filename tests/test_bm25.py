@@ -215,7 +215,7 @@ def test_the_trace_shows_what_was_left_out(answerer):
 def test_the_limit_on_windows_is_on_those_that_are_read(answerer):
     assert len(answerer.encode(QUESTION, LONG, Options(prefilter=2), max_windows=2).windows) == 2
     with pytest.raises(
-        TooManyWindowsError, match=r"prefilter reads 3 of \d+ windows, at most 2 are allowed: lower prefilter"
+        TooManyWindowsError, match=r"prefilter reads 3 of \d+ windows, but at most 2 are allowed: lower prefilter"
     ):
         answerer.encode(QUESTION, LONG, Options(prefilter=3), max_windows=2)
 

@@ -208,7 +208,7 @@ class TestSimulated:
         call = machine(libraries=FOR_13, cuda_version="13.0", package_name="onnxruntime-gpu")
         message = refused(ask(call, bundle, "cuda"))
         assert (
-            "cuda was requested but is not available: no NVIDIA driver is there (libcuda.so.1 cannot be loaded)"
+            "cuda was requested but is not available: there is no NVIDIA driver (libcuda.so.1 cannot be loaded)"
             in message
         )
         assert "needs CUDA" not in message  # the libraries are there
@@ -225,7 +225,7 @@ class TestSimulated:
         )
         version = onnxruntime.__version__
         found = (
-            f"onnxruntime-gpu {version} needs CUDA 13 and cuDNN 9, and cannot load libcublasLt.so.13, libcublas.so.13, "
+            f"onnxruntime-gpu {version} needs CUDA 13 and cuDNN 9, but cannot load libcublasLt.so.13, libcublas.so.13, "
             f"libcudnn.so.9: pip install 'onnxruntime-gpu[cuda,cudnn]=={version}'"
         )
         assert refused(ask(call, bundle, "cuda:0")) == (
@@ -244,13 +244,13 @@ class TestSimulated:
         )
         message = refused(ask(call, bundle, "cuda"))
         assert (
-            "needs CUDA 13, and the driver runs CUDA 12.4 at most: update the driver, or install the last build"
+            "needs CUDA 13, but the driver supports CUDA 12.4 at most: update the driver, or install the last build"
             in message
         )
         assert "pip install 'onnxruntime-gpu[cuda,cudnn]==1.26.0'" in message
         assert "libcublas.so.13" in message
         assert "libcudnn" not in message  # it is there
-        assert "(those of CUDA 12 are there, but do not fit)" in message
+        assert "(those of CUDA 12 are installed, but do not fit)" in message
 
     def test_the_cpu_wheel_that_shadows_the_gpu_wheel(self, machine, bundle):
         call = machine(cuda=13000, wheels=[("onnxruntime-gpu", "1.31.1")], has_cuda=False, package_name="onnxruntime")
@@ -258,7 +258,7 @@ class TestSimulated:
         both = f"onnxruntime {version} and onnxruntime-gpu 1.31.1 are both installed into one folder"
         message = refused(ask(call, bundle, "cuda"))
         assert both in message
-        assert "the files of onnxruntime lie on top" in message
+        assert "the files of onnxruntime were installed last" in message
         assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'qadeploy[gpu]'" in message
         assert [both in line for line in answered(ask(call, bundle, "auto"))] == [True]
         report = json.loads(call("doctor", "--json").stdout)
@@ -371,7 +371,7 @@ def test_the_libraries_are_those_of_onnxruntime_itself():
 
 @pytest.mark.skipif(HAS_GPU, reason="torch may find a GPU here")
 def test_torch_without_a_gpu(recwarn):
-    with pytest.raises(DeviceError, match=r"cuda:1 was requested .*torch .*no NVIDIA driver is there"):
+    with pytest.raises(DeviceError, match=r"cuda:1 was requested .*torch .*there is no NVIDIA driver"):
         torch_device("cuda:1")
     assert torch_device("auto") == torch_device("cpu") == torch.device("cpu")
     assert not recwarn.list

@@ -117,7 +117,7 @@ def test_any_value_in_any_place_of_a_manifest_is_refused_or_harmless(data, bundl
         (("probe", "input_ids"), ["a"], r"probe\.input_ids must be a list of token ids"),
         (("drift",), [1], r"drift must be an object"),
         (("drift", "score"), 1, r"drift\.score must be an object"),
-        (("drift", "score", "bounds"), [0.2, 0.1], r"drift\.score\.bounds must be a rising list of numbers"),
+        (("drift", "score", "bounds"), [0.2, 0.1], r"drift\.score\.bounds must be an ascending list of numbers"),
         (("drift", "score", "bounds"), list(range(101)), r"drift\.score\.bounds must be"),
         (("drift", "score", "counts"), [1, -1], r"drift\.score\.counts must be a list of 12 numbers of questions"),
         (("drift", "no_answer", "counts"), [0, 0], r"drift\.no_answer\.counts must be a list of 2 .*, not all 0"),
@@ -172,7 +172,7 @@ def test_only_the_bundle_that_is_meant_is_loaded(bundle, tmp_path):
     assert Answerer.load(bundle, device="cpu", sha256=meant).answer(*PAIRS[0])
     other = sealed_copy(bundle, tmp_path / "other", name="other")  # sound, and its hashes fit
     assert Answerer.load(other, device="cpu").answer(*PAIRS[0])
-    with pytest.raises(BundleError, match=f"not {meant}: this is not the bundle that is meant"):
+    with pytest.raises(BundleError, match=f"not {meant}: this is not the expected bundle"):
         Answerer.load(other, device="cpu", sha256=meant)
     with pytest.raises(InputError, match="must be 64 hexadecimal digits, not 'abc'"):
         Answerer.load(bundle, sha256="abc")
@@ -188,7 +188,7 @@ def test_every_command_that_answers_can_be_told_which(bundle, tmp_path, command)
         "serve": ["--port", "0"],
     }[command]
     done = CliRunner().invoke(main, [command, str(bundle), *more, "--bundle-sha256", "0" * 64])
-    assert (done.exit_code, "this is not the bundle that is meant" in done.stderr) == (1, True)
+    assert (done.exit_code, "this is not the expected bundle" in done.stderr) == (1, True)
     if command != "serve":
         assert (
             CliRunner()
@@ -389,7 +389,7 @@ def test_a_model_must_know_every_token_of_its_tokenizer(bundle, tmp_path, missin
     rows = open_bundle(bundle).load_encoder().vocabulary - missing
     folder = sealed_copy(bundle, tmp_path / "copy", model(each("Gather", "table", "input_ids"), rows=rows))
     if missing:
-        with pytest.raises(BundleError, match=f"does not take token {rows}, the last of its tokenizer"):
+        with pytest.raises(BundleError, match=f"does not accept token {rows}, the last of its tokenizer"):
             Answerer.load(folder, device="cpu")
     else:
         Answerer.load(folder, device="cpu")
@@ -399,7 +399,7 @@ def test_another_model_with_the_same_inputs_is_noticed(bundle, tmp_path):
     probe = open_bundle(bundle).manifest["probe"]
     folder = sealed_copy(bundle, tmp_path / "copy", crafted(0.01), probe=probe)
     with pytest.raises(
-        BundleError, match=r"from those of the export, at most .* is allowed: the model is damaged or another one"
+        BundleError, match=r"from those at export, but at most .* is allowed: the model is damaged or not the exported"
     ):
         Answerer.load(folder, device="cpu")
 
@@ -447,7 +447,7 @@ def test_a_tokenizer_that_is_not_the_one_of_the_export(bundle, tmp_path, change)
     seal(folder, values)
     with pytest.raises(
         BundleError,
-        match=r"does not cut the manifest's probe|its tokenizer cannot be used: .* Missing \[UNK\]|tokenizer\.json: cannot be used: no entry found",
+        match=r"does not split the manifest's probe|its tokenizer cannot be used: .* Missing \[UNK\]|tokenizer\.json: cannot be used: no entry found",
     ):
         Answerer.load(folder, device="cpu")
 

@@ -126,11 +126,11 @@ def test_prefilter_counts_the_windows_of_all_passages(answerer):
 def test_windows_of_all_passages_count_against_the_limit(answerer):
     assert len(answerer.encode(LAMP, TEXTS[:5], Options(), max_windows=5).windows) == 5
     with pytest.raises(
-        TooManyWindowsError, match=r"6 passages of \d+ tokens: they make 6 windows, at most 5 are allowed"
+        TooManyWindowsError, match=r"6 passages of \d+ tokens: they make 6 windows, but at most 5 are allowed"
     ):
         answerer.encode(LAMP, TEXTS[:6], Options(), max_windows=5)
     with pytest.raises(
-        TooManyWindowsError, match=r"prefilter reads 4 of their 6 windows, at most 3 .*: lower prefilter"
+        TooManyWindowsError, match=r"prefilter reads 4 of their 6 windows, but at most 3 .*: lower prefilter"
     ):
         answerer.encode(LAMP, TEXTS[:6], Options(prefilter=4), max_windows=3)
 

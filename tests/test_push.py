@@ -155,7 +155,7 @@ def test_a_run_is_pushed_without_the_texts_of_its_users_unless_asked(done, hub, 
         ("rights", 1, "other/qa: the hub does not allow it: set HF_TOKEN, or log in"),
         ("token", 1, "me/qa: the hub does not accept the token: set HF_TOKEN"),
         ("none", 1, "me/qa: .*set HF_TOKEN"),
-        ("name", 2, "no/such/name: is no name of a repository: give ORG/NAME"),
+        ("name", 2, "no/such/name: is not the name of a repository: give ORG/NAME"),
         ("offline push", 1, "me/qa: the hub cannot be reached"),
     ],
 )
@@ -178,15 +178,15 @@ def test_a_bundle_of_the_hub_is_a_plain_folder_named_by_its_commit(done, hub, bu
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ("pinned", "BundleError: .*this is not the bundle that is meant"),
+        ("pinned", "BundleError: .*this is not the expected bundle"),
         ("both", "InputError: hub:me/old@.*: names a revision already: leave out 'v1'"),
         ("no revision", "HubError: hub:me/old: there is no such revision"),
-        ("no name", "InputError: hub:me/old@: names no revision: give a branch, tag or commit behind the @"),
+        ("no name", "InputError: hub:me/old@: names no revision: give a branch, tag or commit after the @"),
         ("missing", "HubError: hub:me/missing: the hub has no such repository"),
         ("gated", "HubError: hub:me/gated: is gated: accept its terms"),
         ("no bundle", "BundleError: hub:me/run: has no manifest.json: this is not a bundle"),
         ("damaged", "BundleError: .*model.onnx: does not match the manifest"),
-        ("bad name", "InputError: hub:no/such/name: is no name of a repository"),
+        ("bad name", "InputError: hub:no/such/name: is not the name of a repository"),
         ("offline, not cached", "HubError: hub:me/other: the hub cannot be reached, and it is not in the cache"),
     ],
 )

@@ -268,7 +268,7 @@ def test_the_option_reaches_the_bundle(tiny, tmp_path):
 def test_a_recipe_that_has_eight_bits_is_left_out_of_a_reduced_range():
     left = {each.name for each in find_recipes(None, False)} - {each.name for each in find_recipes(None, True)}
     assert left == {"int8-weights"}
-    with pytest.raises(InputError, match="recipe int8-weights has 8-bit weights always: leave out --reduce-range"):
+    with pytest.raises(InputError, match="recipe int8-weights always has 8-bit weights: leave out --reduce-range"):
         find_recipes("int8-weights", True)
     assert [each.name for each in find_recipes("int8", True)] == ["int8"]
 

@@ -347,7 +347,7 @@ def test_what_cannot_be_done_is_said_before_anything_is(bundle, tiny, tmp_path, 
     for args, message in (
         (
             (bundle, "--triton", "r", "--quantize"),
-            "is a bundle, from which only --spans-in-graph, --text-in-graph, --web and --triton make more: give the run for",
+            "is a bundle, which allows only --spans-in-graph, --text-in-graph, --web and --triton: give the run for",
         ),
         ((bundle, "--triton", bundle), "is a bundle, not a model repository"),
         ((tiny.run, "--triton", bundle), "is a bundle, not a model repository"),

@@ -263,7 +263,7 @@ def test_export_of_a_bundle_makes_the_further_one_only(bundle, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "is a bundle, from which only --spans-in-graph, --text-in-graph, --web and --triton make more"),
+        ((), "is a bundle, which allows only --spans-in-graph, --text-in-graph, --web and --triton"),
         (("--spans-in-graph", "--span-top-k", "0"), "0 is not in the range x>=1"),
     ],
 )

@@ -162,7 +162,7 @@ def test_each_code_point_is_tokenised_as_tokenizers_does():
     ("name", "kind"), [("roberta", "BPE"), ("xlm-r", "Unigram"), ("deberta-v2", "Unigram with the normalizer Sequence")]
 )
 def test_other_tokenizers_are_named(name, kind):
-    with pytest.raises(InputError, match=f"strings-in-graph: this model's tokenizer is {kind}.*take spans-in-graph"):
+    with pytest.raises(InputError, match=f"strings-in-graph: this model's tokenizer is {kind}.*use spans-in-graph"):
         check_wordpiece(family(name).tokenizer)
 
 

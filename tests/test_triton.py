@@ -242,7 +242,7 @@ def test_a_wrong_name_lists_the_models(server, repository):
 def test_another_bundle_than_the_servers_is_refused(server, repository, tmp_path):
     other = sealed_copy(repository / "keepers/1", tmp_path / "keepers", name="another")
     with pytest.raises(
-        RemoteError, match=r"version 1 of keepers is the bundle [0-9a-f]{12}, .*/keepers is [0-9a-f]{12}: give"
+        RemoteError, match=r"version 1 of keepers is the bundle [0-9a-f]{12}, but .*/keepers is [0-9a-f]{12}: give"
     ):
         triton_answerer(server.url, other)
 
@@ -267,7 +267,7 @@ def test_a_server_that_is_killed_and_comes_back(repository, tmp_path):
     add_bundle(open_bundle(sealed_copy(models / "1", tmp_path / "keepers", name="second")), models.parent)
     with triton(models.parent, tmp_path, port) as third:
         with pytest.raises(
-            RemoteError, match="now answers with version 2 of keepers, this client was made for version 1"
+            RemoteError, match="now answers with version 2 of keepers, but this client was made for version 1"
         ):
             answerer.answer(*PAIRS[0])
         again = triton_answerer(third.url, models / "2")
@@ -437,16 +437,19 @@ def replaced(group: str, number: int, **values: Any):
 UNFIT = {
     "inputs": (
         lambda odd: odd.inputs.pop(),
-        "takes input_ids, attention_mask, the bundle's needs input_ids, attention_mask, tok",
+        "takes input_ids, attention_mask, but the bundle needs input_ids, attention_mask, tok",
     ),
-    "no inputs": (changed(inputs=[]), "takes nothing, the bundle's needs input_ids"),
-    "type": (replaced("inputs", 1, datatype="FP32"), "takes attention_mask as FP32, the bundle's needs INT64 or INT32"),
+    "no inputs": (changed(inputs=[]), "takes nothing, but the bundle needs input_ids"),
+    "type": (
+        replaced("inputs", 1, datatype="FP32"),
+        "takes attention_mask as FP32, but the bundle needs INT64 or INT32",
+    ),
     "outputs": (
         replaced("outputs", 0, name="logits"),
-        "gives logits, end_logits, the bundle's needs start_logits, end",
+        "gives logits, end_logits, but the bundle needs start_logits, end",
     ),
-    "output type": (replaced("outputs", 0, datatype="INT8"), "gives start_logits as INT8, the bundle's needs FP32"),
-    "shape": (replaced("inputs", 0, shape=[-1, 384]), r"has input_ids in the shape \[-1, 384\], the bundle's needs"),
+    "output type": (replaced("outputs", 0, datatype="INT8"), "gives start_logits as INT8, but the bundle needs FP32"),
+    "shape": (replaced("inputs", 0, shape=[-1, 384]), r"has input_ids in the shape \[-1, 384\], but the bundle needs"),
     "not ready": (changed(ready=400), "model odd is not ready"),
 }
 
@@ -499,7 +502,8 @@ def test_another_version_than_at_first_is_an_error(bundle):
         model = TritonModel(url, "odd", open_bundle(bundle))
         odd.version = "2"
         with pytest.raises(
-            RemoteError, match="now answers with version 2 of odd, this client was made for version 1: make a new one"
+            RemoteError,
+            match="now answers with version 2 of odd, but this client was made for version 1: make a new one",
         ):
             model.run(windows_of(bundle, 20))
 

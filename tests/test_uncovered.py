@@ -16,7 +16,7 @@ from qadeploy.inference.bundle import MANIFEST, TOKENIZER, open_bundle, seal
 from qadeploy.training.train import train
 from tests.conftest import tiny_options
 
-REFUSED = "its tokenizer has no token for ')' at the end of '(a)', so no answer could hold these characters"
+REFUSED = "its tokenizer has no token for ')' at the end of '(a)', so no answer could contain these characters"
 
 
 def drop_punctuation(folder: Path) -> Path:

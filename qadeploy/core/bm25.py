@@ -1,4 +1,4 @@
-"""BM25 over the windows of a long context, from their tokens: which windows are read, and what the windows are worth to the question.
+"""BM25 scores of the windows of a long context: they choose the windows to read, and shift the logits of their spans.
 
 The windows of one context are the documents, the question's distinct tokens (sub-words) the query. With k1 = 1.2
 and b = 0.75 the score of a window is
@@ -6,7 +6,7 @@ and b = 0.75 the score of a window is
     sum over the question's tokens t of  idf(t) * tf * (k1 + 1) / (tf + k1 * (1 - b + b * length / mean length))
     idf(t) = ln(1 + (windows - df + 0.5) / (df + 0.5))
 
-where tf counts t in the window and df the windows that hold it: Robertson and Zaragoza 2009, "The Probabilistic Relevance
+where tf counts t in the window and df the windows that contain it: Robertson and Zaragoza 2009, "The Probabilistic Relevance
 Framework: BM25 and Beyond", section 3; the 1 in the logarithm keeps the idf of a token in most windows above 0, as in Lucene.
 """
 
@@ -26,7 +26,7 @@ K1, B = 1.2, 0.75
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ranking:
-    """The windows of a context by their scores.
+    """The BM25 scores of a context's windows, and the windows chosen by them.
 
     Attributes:
         scores: BM25 score of each window, ``[windows]``.
@@ -38,7 +38,7 @@ class Ranking:
 
 
 def rank_windows(question: IntArray, context: IntArray, cut: Cut, count: int) -> Ranking:
-    """Chooses the best windows of a context; of windows with equal scores, the first.
+    """Chooses the best windows of a context. Ties go to the earlier window.
 
     If no token of the question occurs in the context, all scores are 0 and the first windows are chosen. Each context
     token is looked at once.
@@ -74,9 +74,9 @@ def part_scores(question: IntArray, context: IntArray, begins: IntArray, ends: I
 
 
 def relevance(windows: Sequence[Window], context: EncodedText) -> Float64Array:
-    """The score of each window of one question less that of the best, ``[windows]``: 0 or less.
+    """The score of each window of one question minus the best window's, ``[windows]``: 0 or less.
 
-    The question are all tokens outside the context; special tokens do not occur in texts.
+    All tokens outside the context count as the question: special tokens do not occur in texts, so they match nothing.
     """
     begins = np.asarray([w.context_offset for w in windows], dtype=np.int64)
     ends = begins + np.asarray([w.context_length for w in windows], dtype=np.int64)
@@ -91,9 +91,9 @@ def _places(question: IntArray, context: IntArray) -> list[IntArray]:
     terms = np.unique(question)
     if not len(terms) or not len(context):
         return []
-    asked = np.zeros(max(int(terms[-1]), int(context.max())) + 1, dtype=np.bool_)
-    asked[terms] = True
-    places = np.flatnonzero(asked[context])  # usually far fewer than tokens
+    wanted = np.zeros(max(int(terms[-1]), int(context.max())) + 1, dtype=np.bool_)
+    wanted[terms] = True
+    places = np.flatnonzero(wanted[context])  # usually far fewer than tokens
     found = context[places]
     order = np.argsort(found, kind="stable")
     borders = np.flatnonzero(np.diff(found[order])) + 1

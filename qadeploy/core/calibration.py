@@ -20,11 +20,11 @@ PRIOR = 0.15 / 0.5**2
 
 
 def best_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f1: Float64Array) -> float:
-    """Finds the threshold with the best mean F1, if the null answer is given above it.
+    """Finds the threshold with the best mean F1 when the null answer is given to every question above it.
 
     It takes one sort and two running sums, as ``find_best_thresh`` of SQuAD v2's official script does. The threshold
-    lies half-way between the two questions that it separates, so that logits may move a little, or 1 beyond
-    the outermost question. Ties go to the threshold nearest 0; without questions it is 0.0.
+    lies half-way between the two differences that it separates, so that small changes of the logits do no harm, or 1
+    beyond the outermost difference. Ties go to the threshold nearest 0; without questions it is 0.0.
 
     Args:
         differences: Null logit minus the best span's logit, ``[questions]``; +inf without a span, in which case the
@@ -72,12 +72,12 @@ def fit_temperature(answers: Iterable[tuple[float, FloatArray]], right: Float64A
     of the annotated spans would punish confidence in another span that is just as right, and cross entropy lets
     a few confident mistakes set T for all. ``right`` is replaced by Platt's targets (n + 1) / (n + 2) and 1 / (m + 2)
     for n right and m wrong answers (Platt 1999, "Probabilistic Outputs for Support Vector Machines", section
-    2.2), so that a few answers, all right, do not call for unlimited confidence. Where the losses of a few dozen answers hardly
-    depend on T, noise would choose it; so log T has a normal prior with mean 0 and standard deviation 0.5, which adds
-    ``PRIOR`` log(T)^2 to their sum and is negligible for some hundred answers.
+    2.2), so that a few answers that are all right do not call for unlimited confidence. With a few dozen answers the losses
+    may hardly depend on T, and noise would choose it; so log T has a normal prior with mean 0 and standard deviation 0.5,
+    which adds ``PRIOR`` log(T)^2 to the sum of losses and is negligible for some hundred answers.
 
     The losses are computed on ``TEMPERATURES``, a geometric grid; T is the vertex of the parabola in log T through the
-    best three, or 1.0 if no answer has a rival.
+    best three points, or 1.0 if no answer has other candidates.
 
     Args:
         answers: For each answer its logit and the logits of all other candidates, ``[candidates]``.
@@ -114,7 +114,7 @@ def answer_loss(logit: float, others: FloatArray, target: float, temperatures: F
 
 @dataclass(frozen=True, slots=True)
 class ConfidenceBin:
-    """The answers whose confidence lies in (low, high]: their number, mean confidence, and share that is right."""
+    """The answers whose confidence lies in (low, high]: their number, mean confidence and accuracy."""
 
     low: float
     high: float

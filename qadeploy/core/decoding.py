@@ -1,7 +1,7 @@
 """Logits to answer spans: the one decoder, used for evaluation and for serving.
 
 A span is valid if it lies in the context, start <= end, it is at most ``max_answer_len`` tokens long, and neither
-end is blank. Its logit is start + end, the best over the windows that hold it. Its score comes from ONE softmax
+end is blank. Its logit is start + end, the best over the windows that contain it. Its score comes from ONE softmax
 over every valid span of all windows (and the null answer if allowed) of logits divided by the model's temperature,
 so scores are probabilities that do not depend on ``top_k`` and never sum to more than 1.
 """
@@ -28,10 +28,10 @@ class Decoded:
     """What the decoder found in one context.
 
     Attributes:
-        spans: The best spans, best first, with one per text.
+        spans: The best spans, best first, one per text.
         null_logit: Minimum over windows of the null position's start + end logit (Devlin et al. 2019, section 4.3, as
             in SQuAD v2 scripts).
-        null_score: Its probability, 0 if the null answer is not allowed.
+        null_score: Probability of the null answer, 0 if it is not allowed.
     """
 
     spans: tuple[Span, ...]
@@ -40,7 +40,7 @@ class Decoded:
 
     @property
     def null_difference(self) -> float:
-        """The null logit minus the best span's, which the null threshold is compared with; +inf without a span."""
+        """The null logit minus the best span's, to compare with the null threshold; +inf without a span."""
         return self.null_logit - self.spans[0].logit if self.spans else np.inf
 
 
@@ -50,8 +50,8 @@ class WindowLogits:
 
     Attributes:
         windows: The windows.
-        start_logits: For each window, float32 ``[tokens]``, or longer.
-        end_logits: The same for the ends.
+        start_logits: The start logits of each window, float32 ``[tokens]`` or longer.
+        end_logits: The end logits of each window, likewise.
         context: The context.
     """
 
@@ -95,7 +95,7 @@ def _span_lengths(windows: Sequence[Window], max_answer_len: int) -> int:
 
 
 class _Table:
-    """The span table of one context, made by rows, because all of it takes ``4 * lengths`` bytes per token."""
+    """The span table of one context, made in blocks of rows, because the whole takes ``4 * lengths`` bytes per token."""
 
     def __init__(self, scored: WindowLogits, lengths: int) -> None:
         for window, starts, ends in zip(scored.windows, scored.start_logits, scored.end_logits, strict=True):
@@ -107,7 +107,7 @@ class _Table:
         self._ends = self._begins + [w.context_length for w in scored.windows]
 
     def blocks(self) -> Iterator[tuple[int, FloatArray]]:
-        """Yields the first token and the rows of each block, in order, without blocks of which no window holds a token."""
+        """Yields the first token and the rows of each block, in order; skips blocks that no window overlaps."""
         tokens, most = len(self._scored.context), max(1, _CELLS // self.lengths)
         for begin in range(0, tokens, most):
             end = min(begin + most, tokens)
@@ -115,20 +115,20 @@ class _Table:
                 yield begin, self.rows(begin, end)
 
     def rows(self, begin: int, end: int) -> FloatArray:
-        """The rows of some tokens, ``[tokens, lengths]``."""
+        """The rows of the tokens from ``begin`` to ``end``, ``[tokens, lengths]``."""
         blank = self._scored.context.blank
         table = np.full((end - begin, self.lengths), -np.inf, dtype=np.float32)
         for i in np.flatnonzero((self._begins < end) & (self._ends > begin)).tolist():
             window = self._scored.windows[i]
             first, last = max(begin, int(self._begins[i])), min(end, int(self._ends[i]))
-            beyond = min(last + self.lengths - 1, int(self._ends[i]))  # what the last of them reaches
+            beyond = min(last + self.lengths - 1, int(self._ends[i]))  # where the last spans end
             shift = window.context_begin - window.context_offset
             starts = np.where(blank[first:last], -np.inf, self._scored.start_logits[i][first + shift : last + shift])
             ends = np.full(last - first + self.lengths - 1, -np.inf, dtype=np.float32)  # no span goes past the window
             ends[: beyond - first] = np.where(
                 blank[first:beyond], -np.inf, self._scored.end_logits[i][first + shift : beyond + shift]
             )
-            # What token i reaches: ends i to i + lengths - 1.
+            # Row i: the end logits of tokens i to i + lengths - 1.
             reach = np.ndarray((last - first, self.lengths), np.float32, ends, strides=2 * ends.strides)
             held = table[first - begin : last - begin]
             np.maximum(held, starts.astype(np.float32)[:, None] + reach, out=held)
@@ -157,8 +157,8 @@ def decode_many(
         align_to_words: Whether to widen spans to whole pre-tokenised words.
         allow_no_answer: Whether the null answer competes in the softmax.
         temperature: Divides the logits in the softmax; it changes scores, never ranks.
-        most_overlap: Leaves out spans of whose text, or of that of a better one returned, more than this share is common to both;
-            None leaves out none. It changes no score.
+        most_overlap: Skips spans that share more than this fraction of the shorter text with a better span;
+            None skips none. Scores do not change.
 
     Raises:
         LogitsError: The logits are NaN or infinite.
@@ -189,7 +189,7 @@ class _Rule:
         return self.context.visible(int(source[first, 0]), int(source[last, 1]))
 
     def choose(self, ranked: Sequence[_Best], spans: dict[tuple[int, int], _Best]) -> None:
-        """Adds further spans, best first, to those chosen before, by text."""
+        """Adds the spans of ``ranked``, best first, to ``spans``, which holds those chosen so far by text."""
         if self.most_overlap is None:
             for each in ranked:
                 if len(spans) == self.top_k:
@@ -206,7 +206,7 @@ class _Rule:
             fits &= self._apart(places, best[0])
 
     def _apart(self, places: IntArray, text: tuple[int, int]) -> BoolArray:
-        """Whether each of ``places``, ``[spans, 2]``, is another text than ``text`` that overlaps it by no more than allowed."""
+        """Whether each of ``places``, ``[spans, 2]``, differs from ``text`` and overlaps it by no more than is allowed."""
         start, end = text
         shared = np.minimum(places[:, 1], end) - np.maximum(places[:, 0], start)
         shorter = np.minimum(places[:, 1] - places[:, 0], end - start)
@@ -215,7 +215,7 @@ class _Rule:
 
 
 def _decode(table: _Table, null: float, rule: _Rule, allow_no_answer: bool, temperature: float) -> Decoded:
-    """Decodes a context block by block; a table of one block is made once."""
+    """Decodes a context block by block. A table of a single block is computed only once."""
     size = len(rule.context) * table.lengths
     short = list(table.blocks()) if size <= _CELLS else None
     peak, total = (null, 1.0) if allow_no_answer else (-np.inf, 0.0)
@@ -243,7 +243,7 @@ def _decode(table: _Table, null: float, rule: _Rule, allow_no_answer: bool, temp
     while len(spans) < rule.top_k and ranked < want:
         cells = best_cells(want)
         rule.choose([_best(cell, logit, table.lengths, rule) for cell, logit in cells[ranked:]], spans)
-        if len(cells) < want:  # there are no more valid ones
+        if len(cells) < want:  # there are no more valid spans
             break
         ranked, want = want, min(size, 4 * want)
     if peak == -np.inf:  # nothing can be an answer
@@ -264,7 +264,7 @@ def _best(cell: int, logit: float, lengths: int, rule: _Rule) -> _Best:
 def rank_answers(
     decoded: Decoded, context: str, *, top_k: int, allow_no_answer: bool = False, null_threshold: float | None = None
 ) -> list[Answer]:
-    """Ranks what was decoded as answers, best first.
+    """Turns decoded spans and the null answer into answers, best first.
 
     The null answer comes before the first span whose logit it exceeds by more than the threshold: SQuAD v2's rule,
     ``null_score_diff_threshold`` of transformers' ``run_qa.py``. Scores stay probabilities, so a threshold can rank

@@ -1,6 +1,6 @@
-"""Drift: what is asked today, beside the held-out data that a bundle was judged on.
+"""Drift: how today's questions differ from the held-out data that a bundle was judged on.
 
-Figures of each question are counted in the same buckets at export and in the server, so that their distributions can be compared.
+Figures of each question are counted in the same buckets at export and in the server, to compare their distributions.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 
 class Figure(StrEnum):
-    """What is counted per question: the first two are scores, the last a share of the tokens of question and context."""
+    """What is recorded per question: the first two are scores, the last a share of the tokens of question and context."""
 
     SCORE = "score"
-    MARGIN = "margin"  # the score of the best answer less that of the second
-    NO_ANSWER = "no_answer"  # 1 if there was none, else 0
+    MARGIN = "margin"  # the best answer's score minus the second's
+    NO_ANSWER = "no_answer"  # 1 if there was no answer, else 0
     QUESTION_TOKENS = "question_tokens"
     CONTEXT_TOKENS = "context_tokens"
     UNKNOWN_TOKENS = "unknown_tokens"

@@ -1,4 +1,4 @@
-"""A text tokenised once: its tokens, where they stand in it, and the words they belong to."""
+"""A text tokenised once: its tokens, their offsets, and the words they belong to."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class EncodedText:
         text: The text.
         ids: Token ids, int64 ``[tokens]``.
         offsets: Start and end of each token in code points, int64 ``[tokens, 2]``.
-        source: The encoding that they come from or, if they were kept from an earlier one, the tokenizer, which is
-            used only when more is needed.
+        source: The encoding that ids and offsets come from or, if these were restored, the tokenizer, which then encodes
+            the text only when more is needed.
     """
 
     def __init__(self, text: str, ids: IntArray, offsets: IntArray, source: Encoding | Tokenizer) -> None:
@@ -49,7 +49,7 @@ class EncodedText:
 
     @property
     def nbytes(self) -> int:
-        """Upper bound of the memory that this takes, in bytes: the text, its arrays (not ``visible_before``), and the encoding."""
+        """Upper bound of the memory used, in bytes: the text, its arrays (not ``visible_before``), and the encoding."""
         return sys.getsizeof(self.text) + len(self) * _TOKEN_BYTES
 
     @cached_property
@@ -60,13 +60,13 @@ class EncodedText:
     @cached_property
     def blank(self) -> BoolArray:
         """Whether a token covers no visible text, so that no span may start or end on it, ``[tokens]``."""
-        # Not kept: the largest array, and serving needs it once.
+        # Not cached: it is the largest array, and serving needs it once.
         visible_before = count_before(visible_flags(self.text))
         return np.asarray(visible_before[self.offsets[:, 1]] <= visible_before[self.offsets[:, 0]])
 
     @cached_property
     def aligned(self) -> IntArray:
-        """Start and end of what an answer takes in around each token to hold whole words, in code points, ``[tokens, 2]``."""
+        """Start and end of the text that ``align_to_words`` widens each token to, in code points, ``[tokens, 2]``."""
         return within_script(self.text, self.offsets, self.words)
 
     @property

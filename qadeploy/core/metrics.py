@@ -3,15 +3,15 @@
 ``squad`` is SQuAD's official script, made for English: Rajpurkar et al., "SQuAD: 100,000+ Questions for Machine Comprehension
 of Text", EMNLP 2016, section 6.1, and the v2.0 script's rule for questions without an answer (the gold text is "").
 
-``mixed`` is for every script. Formulas and rule are the same, on other tokens: those of MLQA's script (Lewis et al., "MLQA:
+``mixed`` is for every script. It has the same formulas and rule, but the tokens of MLQA's script (Lewis et al., "MLQA:
 Evaluating Cross-lingual Extractive Question Answering", ACL 2020, mlqa_evaluation_v1.py), which removes all Unicode punctuation
-and takes each Han character as a token. That script is told the language, this one is not, hence the differences:
+and makes each Han character a token. That script is told the language and this metric is not, hence the differences:
 
 - Each character (code point) of every script written without spaces is a token, in any text: Han, Hiragana, Katakana, Thai,
-  Lao, Khmer, Myanmar, and Tibetan, whose mark between syllables is punctuation. Hangul is written with spaces: words.
-- A, an and the go if all letters of the text are Latin, as MLQA removes them from English; articles of other languages stay. So
-  both metrics are equal on ASCII text.
-- The full-width forms of ASCII symbols go too, and a zero-width space, which may separate words in Khmer and Thai, is a space.
+  Lao, Khmer, Myanmar, and Tibetan, whose mark between syllables is punctuation. Hangul has spaces, so its tokens are words.
+- "a", "an" and "the" are removed if all letters of the text are Latin, as MLQA removes them from English; articles of other
+  languages stay. So both metrics are equal on ASCII text.
+- Full-width forms of ASCII symbols are removed too; a zero-width space, which may separate Khmer and Thai words, is a space.
 
 CMRC 2018's script (Cui et al., "A Span-Extraction Dataset for Chinese Machine Reading Comprehension", EMNLP-IJCNLP 2019,
 cmrc2018_evaluate.py) segments likewise, but its F1 counts the longest common run of tokens, not the tokens in common, so it
@@ -54,7 +54,7 @@ def choose_metric(choice: MetricChoice, examples: Sequence[Example]) -> Metric:
     Latin: a few names or formulas in English texts change nothing. It is for whole data sets; choose once and keep the choice.
 
     Args:
-        choice: What was asked for.
+        choice: The requested metric.
         examples: The annotated questions.
     """
     if choice != "auto":
@@ -75,7 +75,7 @@ def _other_letters(texts: Iterable[str]) -> float:
 
 @cache
 def _is_other_letter(char: str) -> bool:
-    """Whether it is a letter and not Latin. Below U+0370, where Greek begins, all are Latin or belong to no script."""
+    """Whether a character is a non-Latin letter. Letters below U+0370, where Greek begins, are Latin or of no script."""
     return char >= "\u0370" and char.isalpha() and "LATIN" not in unicodedata.name(char, "")
 
 
@@ -92,8 +92,8 @@ def normalize(text: str, metric: Metric = "squad") -> str:
 
     Args:
         text: The text.
-        metric: With "squad", punctuation is ASCII. With "mixed" it is Unicode's, articles are dropped only from Latin text, and
-            the tokens are separated by one space each, characters of scripts without spaces too.
+        metric: "squad" drops ASCII punctuation. "mixed" drops Unicode punctuation, drops articles only from Latin text, and
+            separates all tokens by one space, even characters of scripts without spaces.
     """
     if metric == "squad":
         return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
@@ -107,8 +107,8 @@ def exact_match(prediction: str, gold: str, metric: Metric = "squad") -> float:
     """Returns 1.0 if both texts are equal after ``normalize``, else 0.0.
 
     Args:
-        prediction: The text given.
-        gold: The text annotated.
+        prediction: The predicted text.
+        gold: The annotated text.
         metric: How texts are normalised.
     """
     return float(normalize(prediction, metric) == normalize(gold, metric))
@@ -120,8 +120,8 @@ def f1(prediction: str, gold: str, metric: Metric = "squad") -> float:
     If either text has no token left, it is 1.0 if both have none, else 0.0.
 
     Args:
-        prediction: The text given.
-        gold: The text annotated.
+        prediction: The predicted text.
+        gold: The annotated text.
         metric: How texts are normalised.
     """
     predicted, wanted = normalize(prediction, metric).split(), normalize(gold, metric).split()
@@ -230,7 +230,7 @@ def bootstrap_interval(
     Args:
         rows: One value per question, 0 to 1, ``[questions]``.
         samples: Number of bootstrap samples.
-        seed: Of the random generator.
+        seed: Seed of the random generator.
         level: Coverage of the interval.
 
     Returns:
@@ -253,7 +253,7 @@ def bootstrap_interval(
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """Computes the 95 % interval of a share, 0 to 1, of ``count`` trials (Wilson 1927, "Probable Inference").
 
-    Unlike a bootstrap it has a width also if all trials succeeded, or none.
+    Unlike a bootstrap interval, it has a width even if all trials succeeded, or none.
     """
     square = _Z * _Z
     middle = (share + square / (2 * count)) / (1 + square / count)

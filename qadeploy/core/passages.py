@@ -27,7 +27,7 @@ class JoinedText(EncodedText):
 
     Args:
         parts: The passages, none of them empty.
-        numbers: The index of each among the passages that were given.
+        numbers: The index of each part in the caller's list of passages.
     """
 
     def __init__(self, parts: Sequence[EncodedText], numbers: Sequence[int]) -> None:
@@ -39,7 +39,7 @@ class JoinedText(EncodedText):
             "".join(part.text for part in parts),
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.offsets + begin for part, begin in zip(parts, self.begins, strict=True)]),
-            parts[0]._source,  # never used: what is made from it comes from the parts
+            parts[0]._source,  # never used: everything derived from it comes from the parts
         )
 
     @property
@@ -54,7 +54,7 @@ class JoinedText(EncodedText):
 
     @cached_property
     def aligned(self) -> IntArray:
-        """Start and end of what an answer takes in around each token to hold whole words, ``[tokens, 2]``."""
+        """Start and end of the text that ``align_to_words`` widens each token to, ``[tokens, 2]``."""
         return np.concatenate([part.aligned + begin for part, begin in zip(self.parts, self.begins, strict=True)])
 
     @property
@@ -63,7 +63,7 @@ class JoinedText(EncodedText):
         return np.concatenate([part.words + begin for part, begin in zip(self.parts, self.begins, strict=True)])
 
     def part_at(self, position: int) -> int:
-        """The index in ``parts`` of the passage that holds a code point of the joined text."""
+        """The index in ``parts`` of the passage that contains a code point of the joined text."""
         return int(np.searchsorted(self.begins, position, side="right")) - 1
 
     def part_of(self, window: Window) -> int:
@@ -91,7 +91,7 @@ def passage_windows(
         encoder: Cuts each passage as it cuts any context.
         question: The question.
         passages: The passages.
-        lengths: Of the windows of each passage.
+        lengths: The lengths of the windows of each passage.
         prefilter: Most windows to read of all passages together, the best by BM25; None reads all.
         max_windows: Most windows allowed for all passages together, None for no limit.
 
@@ -120,7 +120,7 @@ def passage_windows(
             "lower prefilter" if ranking else "give fewer or shorter passages, or read only some windows with prefilter"
         )
         raise TooManyWindowsError(
-            f"{len(cuts)} passages of {len(passages)} tokens: {read}, at most {max_windows} are allowed: {fix}"
+            f"{len(cuts)} passages of {len(passages)} tokens: {read}, but at most {max_windows} are allowed: {fix}"
         )
     windows: list[Window] = []
     for i in np.unique(owners).tolist():

@@ -1,4 +1,4 @@
-"""Scripts that are written without spaces between words, and how far a word reaches in a text that holds some of them."""
+"""Scripts that are written without spaces between words, and how far a word reaches in a text that contains them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNSPACED = (  # for a character class of ``re``
     "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
     "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f\U0001aff0-\U0001b16f"  # Hiragana, Katakana
 )
-# With the punctuation of East Asia, beside which there is no space either.
+# Includes East Asian punctuation, which has no spaces around it either.
 _APART = re.compile(rf"[{UNSPACED}\u3000-\u303f\uff00-\uff65]")
 
 
@@ -27,8 +27,8 @@ def within_script(text: str, tokens: IntArray, words: IntArray) -> IntArray:
         words: Start and end of the word around each token, ``[tokens, 2]``.
 
     Returns:
-        The words, each still around its token, ``[tokens, 2]``: no character of an unspaced script is added to a token, and
-        none that lies behind one. ``words`` itself if the text holds none.
+        The words, ``[tokens, 2]``, each still around its token, but widened neither by a character of an unspaced script nor
+        past one. ``words`` itself if the text has no such character.
     """
     if text.isascii() or not len(words) or not (places := [found.start() for found in _APART.finditer(text)]):
         return words

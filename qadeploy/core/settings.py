@@ -36,12 +36,12 @@ class QaSettings:
         temperature: Divides the logits before the softmax that makes scores (Guo et al. 2017).
         relative_to_null: Whether spans are ranked by their logit minus the null logit of their window. These odds
             compare across windows if the model learned to recognise windows without an answer.
-        metric: How EM and F1 compare texts (see ``core/metrics.py``): by it the model was chosen, and by it bundles are judged.
-        bm25_weight: How much it counts for the spans of a window, of several, that it shares words with the question: its BM25
-            score (see ``core/bm25.py``) less that of the best window, times this, is added to their logits. The model scores
-            each window as if there were no others; this is what makes the windows compete.
-        long_seq_len: Longest window, in tokens, of a context that does not fit in one of ``max_seq_len``; None for the
-            same. The overlap shrinks in proportion.
+        metric: How EM and F1 compare texts (see ``core/metrics.py``), when the model is chosen and when bundles are judged.
+        bm25_weight: If a context has several windows, each window's BM25 score (see ``core/bm25.py``) minus the best
+            window's, times this weight, is added to the logits of its spans. The model scores each window as if there were
+            no others; this makes windows that share words with the question win.
+        long_seq_len: Longest window, in tokens, of a context that does not fit in one window of ``max_seq_len``; None
+            keeps ``max_seq_len``. The overlap shrinks in proportion.
     """
 
     max_seq_len: int = DEFAULT_MAX_SEQ_LEN
@@ -61,12 +61,12 @@ class QaSettings:
         end_logits: Sequence[FloatArray],
         context: EncodedText,
     ) -> WindowLogits:
-        """Prepares windows with a model's logits for the decoder, as these settings rank them.
+        """Prepares a model's logits for the decoder, with the shifts that these settings ask for.
 
         Args:
             windows: The windows of one question over one context.
-            start_logits: For each window, float32 ``[tokens]``, or longer.
-            end_logits: The same for the ends.
+            start_logits: The start logits of each window, float32 ``[tokens]`` or longer.
+            end_logits: The end logits of each window, likewise.
             context: The context.
         """
         if self.relative_to_null:
@@ -113,9 +113,9 @@ class QaSettings:
     def changed(
         self, *, max_seq_len: int | None = None, doc_stride: int | None = None, max_answer_len: int | None = None
     ) -> QaSettings:
-        """Returns these settings with those replaced that are not None.
+        """Returns a copy of these settings with the values that are not None.
 
-        If only ``max_seq_len`` is given, ``doc_stride`` shrinks to at most a third of it. All windows then have that length.
+        If only ``max_seq_len`` is given, ``doc_stride`` shrinks to at most a third of it. ``max_seq_len`` unsets ``long_seq_len``.
 
         Raises:
             InputError: A value below 1, or a ``doc_stride`` below 0.
@@ -128,10 +128,10 @@ class QaSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> QaSettings:
-        """Reads stored settings. Unknown keys are ignored; missing ones and null take their defaults.
+        """Reads stored settings. Unknown keys are ignored; missing keys and nulls get their defaults.
 
         Args:
-            values: What ``to_dict`` wrote.
+            values: What ``to_dict`` returned.
             where: Where they were stored, for messages.
 
         Raises:
@@ -146,7 +146,7 @@ class QaSettings:
             elif name in {"null_threshold", "temperature", "bm25_weight"}:
                 fits, needed = _is_number(value), "a number"
                 if name == "bm25_weight":
-                    fits, needed = fits and value >= 0, "a number from 0"
+                    fits, needed = fits and value >= 0, "a number of at least 0"
                 if name == "temperature":
                     fits, needed = fits and value > 0, "a number above 0"
                 found[name] = float(value) if fits else value
@@ -192,12 +192,12 @@ class AnswerOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options of one call. Lengths are in tokens. None takes the value stored in the bundle.
+    """The options of one call. Lengths are in tokens. None means the value stored in the bundle.
 
     With ``prefilter``, answers, scores and the null answer come from the windows that were read and no others.
     """
 
-    top_k: int = option(1, "How many answers, best first; fewer if there are fewer.", least=1)
+    top_k: int = option(1, "Number of answers, best first; there may be fewer.", least=1)
     max_answer_len: int | None = option(None, "Longest answer in tokens.", least=1, shown="the bundle's")
     max_seq_len: int | None = option(None, "Longest window in tokens.", least=1, shown="the bundle's")
     doc_stride: int | None = option(None, "Overlap of neighbouring windows in tokens.", least=0, shown="the bundle's")
@@ -233,7 +233,7 @@ class Options:
         return self.overlap_threshold if self.distinct else None
 
     def null_competes(self, stored: QaSettings) -> bool:
-        """Whether "no answer" competes: as requested, else if the model was trained for it (it has a null threshold)."""
+        """Whether "no answer" competes: as requested or, by default, if the model was trained for it (has a null threshold)."""
         return stored.null_threshold is not None if self.allow_no_answer is None else self.allow_no_answer
 
 

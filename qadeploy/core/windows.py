@@ -4,14 +4,14 @@ The question and the context are tokenised separately, without truncation or pad
 windows. A context tokenised once therefore serves many questions, and any thread can use any ``max_seq_len`` and
 ``doc_stride``. The windows are those of a Hugging Face fast tokenizer called with
 ``return_overflowing_tokens=True, stride=doc_stride, truncation="only_second"`` (the tests compare the two),
-so ``doc_stride`` is the OVERLAP of neighbouring windows, in tokens. Beside a question so long that a window holds no more than
-``doc_stride`` context tokens, where the Hugging Face tokenizer fails, windows overlap by half of what they hold.
+so ``doc_stride`` is the OVERLAP of neighbouring windows, in tokens. If the question is so long that a window holds no more than
+``doc_stride`` context tokens, where the Hugging Face tokenizer fails, windows overlap by half of their context tokens.
 
 Models whose tokenizer pads on the left (such as XLNet) take the context first and the question last,
 as in transformers' question-answering example; their windows equal those of ``truncation="only_first"``.
 
 Some tokenizers leave visible characters without a token: ``Whitespace`` before ``ByteLevel`` with a prefix space trims the first
-letter off each word. Such characters belong to the token behind them, whose start is moved back.
+letter off each word. Such characters are given to the token after them, whose start is moved back.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _COVERED = (
     *("word", "Two Words", "NASA", "Størrelse", "1969", "$12.50", "(a)", "well-known", "end.", "why?"),
     *("Москва", "Αθήνα", "القاهرة", "ירושלים", "दिल्ली", "東京", "서울", "ไทย", "½", "€", "→", "🚀"),
 )
-_RULES = 2  # raised whenever the same tokenizer comes to give other ids or offsets
-_LONG = 2_000  # code points; shorter ones take about a millisecond at most
+_RULES = 2  # increased whenever a change of this module gives other ids or offsets with the same tokenizer
+_LONG = 2_000  # code points; shorter texts take about a millisecond at most
 _Tokens = TypeVar("_Tokens", int, float)  # estimates have fractions
 
 
@@ -56,7 +56,7 @@ class EncoderConfig:
     """What the encoder must know besides ``tokenizer.json``; stored in checkpoints and bundles.
 
     Attributes:
-        segments: Number of token types that the model's forward takes, 0 if it takes none.
+        segments: Number of token types that the model's forward accepts, 0 if it accepts none.
         context_first: Whether the context comes before the question.
         null_token_id: The token that stands for "no answer" (CLS).
         pad_token_id: The token that fills batches.
@@ -78,7 +78,7 @@ class EncoderConfig:
         """Reads what ``to_dict`` wrote. Raises KeyError if a value is missing, TypeError if one has a wrong type."""
         null = values["null_token_id"]
         if not isinstance(values["context_first"], bool) or not (null is None or _is_count(null)):
-            raise TypeError("encoder: context_first or null_token_id is of a wrong type")
+            raise TypeError("encoder: context_first or null_token_id has a wrong type")
         numbers = {name: values[name] for name in ("segments", "pad_token_id", "position_limit")}
         if not all(_is_count(number) for number in numbers.values()):
             raise TypeError(f"encoder: whole numbers are needed in {numbers}")
@@ -141,9 +141,9 @@ class Encoder:
         config: What the tokenizer does not know.
 
     Attributes:
-        config: As given.
+        config: The same configuration.
         frame: The special tokens around question and context, for code that builds windows elsewhere.
-        special_tokens: How many these are.
+        special_tokens: The number of special tokens in ``frame``.
 
     Raises:
         InputError: The tokenizer's pair template does not put the first text before the second.
@@ -169,7 +169,7 @@ class Encoder:
         """Learns the special tokens before, between and after the pair from one probe pair."""
         probe = next((p for p in _PROBES if len(self._raw(p))), None)
         if probe is None:
-            raise InputError("the tokenizer turns every probe text into nothing: is its vocabulary empty?")
+            raise InputError("the tokenizer returns no tokens for any probe text: is its vocabulary empty?")
         piece = self._raw(probe)
         size = len(piece)
         pair = self._tokenizer.encode(probe, probe)
@@ -181,7 +181,7 @@ class Encoder:
             raise InputError("the tokenizer does not build (question, context) pairs: it needs a pair template")
         a, b, c, d = first[0], first[-1] + 1, second[0], second[-1] + 1
         top = max(self.config.segments - 1, 0)
-        types = np.minimum(types, top)  # a model with one token type takes zeros only
+        types = np.minimum(types, top)  # a model with one token type accepts only zeros
         special_types, part_types = (types[:a], types[b:c], types[d:]), (int(types[a]), int(types[c]))
         self.frame = Frame(ids[:a], ids[b:c], ids[d:], special_types, part_types)
         self.special_tokens = len(ids) - 2 * size
@@ -203,7 +203,7 @@ class Encoder:
         np.maximum.accumulate(offsets[:-1, 1], out=covered[1:])
         between = starts - covered
         if between.max() <= 1 and not visible[covered[between == 1]].any():
-            return  # single spaces between words, as in most texts: nothing is left out
+            return  # only single spaces between tokens, as in most texts: nothing is left out
         before = count_before(visible)
         late = np.flatnonzero(before[starts] > before[covered])
         if not len(late):
@@ -227,36 +227,36 @@ class Encoder:
         if normalizer is None:
             return False
         first = unicodedata.normalize("NFKD", character)[0]
-        # A mark; a vowel or final of Hangul.
+        # A combining mark; a Hangul vowel or final consonant.
         if unicodedata.category(first).startswith("M") or "\u1160" <= first <= "\u11ff":
             return True
         normalised = normalizer.normalize_str
         return normalised(f"a{character}a") in (normalised("aa"), normalised("a a"))
 
     def check_coverage(self, source: str) -> None:
-        """Tokenises a few texts in several scripts.
+        """Checks that the tokenizer covers a few texts in several scripts.
 
         Args:
-            source: The model, for the message.
+            source: The model's name, for the message.
 
         Raises:
             InputError: The tokenizer fails on one of them, or leaves visible characters at its end without a token.
         """
         for text in _COVERED:
             with rust_errors(
-                lambda error: InputError(f"{source}: its tokenizer cannot read {text!r} ({error}): take another model")  # noqa: B023
+                lambda error: InputError(f"{source}: its tokenizer cannot read {text!r} ({error}): use another model")  # noqa: B023
             ):
                 read = self._raw(text)
             rest = text[int(read.offsets[:, 1].max(initial=0)) :]
             if lost := "".join(c for c in rest if not c.isspace() and not self._is_skipped(c)):
                 raise InputError(
-                    f"{source}: its tokenizer has no token for {lost!r} at the end of {text!r}, so no answer could hold these "
-                    "characters: take a model whose tokenizer covers every character, by bytes or an unknown token"
+                    f"{source}: its tokenizer has no token for {lost!r} at the end of {text!r}, so no answer could contain "
+                    "these characters: use a model whose tokenizer covers every character, by bytes or an unknown token"
                 )
 
     def _encoding(self, text: str) -> Encoding:
-        # ``encode`` keeps the GIL until it is done (0.1 s for 200,000 characters), ``encode_batch`` releases it. With
-        # parallelism on it starts threads, which warn at every fork, so it is used only with parallelism off.
+        # ``encode`` keeps the GIL until it is done (0.1 s for 200,000 characters), ``encode_batch`` releases it, but
+        # starts threads if parallelism is on, and tokenizers then warns at every fork: so only with parallelism off.
         if len(text) > _LONG and os.environ.get("TOKENIZERS_PARALLELISM") == "false":
             return self._tokenizer.encode_batch([text], add_special_tokens=False)[0]
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -297,7 +297,7 @@ class Encoder:
         texts = list(dict.fromkeys(context for _, context in pairs))
         contexts = dict(zip(texts, self.encode_many(texts), strict=True))
         questions = self.encode_many([question for question, _ in pairs])
-        return [(asked, contexts[context]) for asked, (_, context) in zip(questions, pairs, strict=True)]
+        return [(question, contexts[context]) for question, (_, context) in zip(questions, pairs, strict=True)]
 
     def restore(self, text: str, ids: IntArray, offsets: IntArray) -> EncodedText:
         """Rebuilds, without tokenising, what ``encode(text)`` of an encoder with the same ``digest`` returned.
@@ -311,17 +311,17 @@ class Encoder:
 
     @property
     def vocabulary(self) -> int:
-        """The number of tokens, without those added to the vocabulary."""
+        """The number of tokens, without added tokens."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=False))
 
     @cached_property
     def unknown_id(self) -> int | None:
-        """The id of the token for what the tokenizer does not know, None if it has none."""
+        """The id of the unknown token, or None if there is none."""
         return unknown_id(self._tokenizer)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what determines windows besides texts and limits: tokenizer, configuration, version of tokenizers."""
+        """SHA-256 of what determines windows besides texts and lengths: tokenizer, configuration, version of tokenizers."""
         known = (_RULES, self._tokenizer.to_str(), self.config.to_dict(), tokenizers_version)
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -360,8 +360,8 @@ class Encoder:
             max_seq_len: Longest window, in tokens.
             doc_stride: Overlap of neighbouring windows, in tokens. If the question leaves room for no more than that, the
                 overlap is half of the room, rounded down.
-            long_seq_len: Longest window, in tokens, of a context that does not fit in one of ``max_seq_len``; None for the same. The
-                overlap shrinks in proportion. It is ignored for a question that leaves room for no more than this overlap.
+            long_seq_len: Longest window, in tokens, of a context that does not fit in one window of ``max_seq_len``; None keeps
+                ``max_seq_len``. The overlap shrinks in proportion. Ignored if the question leaves no room beyond that overlap.
             max_windows: Most windows allowed, None for no limit.
 
         Raises:
@@ -421,14 +421,14 @@ class Encoder:
         if max_windows is not None and len(begins) > max_windows:
             if len(begins) < len(cut.begins):
                 raise TooManyWindowsError(
-                    f"prefilter reads {len(begins)} of {len(cut.begins)} windows, at most {max_windows} are allowed: lower prefilter"
+                    f"prefilter reads {len(begins)} of {len(cut.begins)} windows, but at most {max_windows} are allowed: lower prefilter"
                 )
             raise TooManyWindowsError(
                 f"the context of {cut.tokens} tokens makes {len(begins)} windows of {cut.room} tokens that overlap by {cut.overlap}, "
-                f"at most {max_windows} are allowed: shorten the context, lower doc_stride, raise max_seq_len, or read only some of them "
-                "with prefilter"
+                f"but at most {max_windows} are allowed: shorten the context, lower doc_stride, raise max_seq_len, or read only some "
+                "windows with prefilter"
             )
-        types: dict[int, IntArray | None] = {}  # windows of one length share them
+        types: dict[int, IntArray | None] = {}  # windows of the same length share them
         windows = []
         for begin in begins:
             end = min(begin + cut.room, cut.tokens)
@@ -481,7 +481,7 @@ class Encoder:
 
 
 def room_and_overlap(room: _Tokens, lengths: Lengths) -> tuple[_Tokens, _Tokens]:
-    """The context tokens that each of several windows holds, and those that neighbours share; see ``Encoder.windows``.
+    """How many context tokens each of several windows holds, and how many neighbours share; see ``Encoder.windows``.
 
     Args:
         room: The context tokens that fit in a window of ``max_seq_len``.
@@ -496,13 +496,13 @@ def room_and_overlap(room: _Tokens, lengths: Lengths) -> tuple[_Tokens, _Tokens]
 
 
 def is_rust_error(error: BaseException) -> bool:
-    """Whether tokenizers may have raised this: its binding raises bare Exception, and where Rust panics a class that is none."""
+    """Whether tokenizers may have raised this: it raises a bare Exception or, if Rust panics, a class that is no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def rust_errors(ours: Callable[[BaseException], Exception]) -> Iterator[None]:
-    """Raises what ``ours`` makes of an error for which ``is_rust_error`` holds."""
+    """Converts an error for which ``is_rust_error`` holds with ``ours``, and raises the result."""
     try:
         yield
     except BaseException as error:

@@ -1,9 +1,9 @@
 """Attention as single nodes: ``MultiHeadAttention`` in place of matmuls, softmax, scaling, mask and transposes.
 
-ONNX Runtime's own fusions know BERT's form of attention. Here are the others too: a bias that depends on positions alone
-(MPNet), rotated queries and keys (ModernBERT), and local layers, which see a window around each token. They are matched
-backwards from each softmax by what the nodes compute, so graphs of both exporters match. onnxscript 0.7's ``ort_fusions`` found no
-attention in optimum's graphs, nor MPNet's in any.
+ONNX Runtime's own fusions know BERT's form of attention. This module also knows others: a bias that depends only on
+positions (MPNet), rotated queries and keys (ModernBERT), and local layers, which see a window around each token. Attention
+is matched backwards from each softmax by what the nodes compute, so graphs of both exporters match. onnxscript 0.7's
+``ort_fusions`` found no attention in optimum's graphs, and MPNet's in none.
 
 A local layer is computed in blocks: as many queries as the window's radius attend to their own block of keys and its two neighbours,
 so time and memory grow with the length, not with its square.
@@ -26,13 +26,13 @@ _SPLIT_HEADS = [0, 2, 1, 3]  # [batch, tokens, heads, size] to [batch, heads, to
 _KEYS = [0, 2, 3, 1]  # the same, transposed for the matmul with the queries
 _IDS, _MASK = "input_ids", "attention_mask"
 _DOMAIN = "com.microsoft"
-_PROBED = 1024  # tokens of the run that shows a mask's window
+_PROBED = 1024  # tokens of the run that measures a mask's window
 _BLOCKED = -1e4  # a mask adds less than this to what must not be seen
 
 
 @dataclass(frozen=True, slots=True)
 class Rewritten:
-    """A model, and how many of its attentions are single nodes now."""
+    """A model, and how many of its attentions are now single nodes."""
 
     model: bytes
     fused: int
@@ -41,14 +41,14 @@ class Rewritten:
 
 
 def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: bool = True) -> Rewritten:
-    """The model with its attentions as single nodes if all of them have a known form; else as it was.
+    """The model with its attentions as single nodes if all of them have a known form; otherwise the model unchanged.
 
     If one cannot be rewritten, none is: a mixed graph gains little. The caller must check that the logits stay the same.
 
     Args:
         model: The model as exported.
         heads: The number of attention heads.
-        keep_mask: Without a mask a model is faster, but must not get padded batches: on a CPU every window runs alone.
+        keep_mask: Whether to keep the padding mask. Without it a model is faster, but must not get padded batches.
         plain: Whether to rewrite a model with BERT's form of attention, which ONNX Runtime's fusions know too.
     """
     proto = onnx.load_model_from_string(model)
@@ -65,11 +65,11 @@ def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: 
         proto.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     if not keep_mask:
         for node in proto.graph.node:
-            if node.op_type == "Shape" and node.input[0] == _MASK:  # the ids have the same
+            if node.op_type == "Shape" and node.input[0] == _MASK:  # the ids have the same shape
                 node.input[0] = _IDS
     graph.prune()
     takes_mask = _MASK in {i.name for i in proto.graph.input}
-    if takes_mask and not keep_mask:  # a part of it is still read, so batches would be padded
+    if takes_mask and not keep_mask:  # something still reads the mask, so batches would be padded
         return fuse_attention(model, heads, keep_mask=True, plain=plain)
     return Rewritten(proto.SerializeToString(), len(found), len(softmaxes), takes_mask)
 
@@ -101,7 +101,7 @@ class _Rotated:
 class _Attention:
     """An attention.
 
-    ``query``, ``key`` and ``value`` are ``[batch, heads, tokens, size]`` or, if ``swapped`` holds the name,
+    ``query``, ``key`` and ``value`` are ``[batch, heads, tokens, size]`` or, if ``swapped`` contains the name,
     ``[batch, tokens, heads, size]``. ``bias`` ``[any batch, heads, tokens, tokens]`` is added to the scores. ``radius`` is how many tokens to
     either side are seen, None for all. ``scale`` is None for 1 / sqrt(size). ``last`` makes the result, ``[batch, tokens, hidden]``.
     """
@@ -118,7 +118,7 @@ class _Attention:
 
     @property
     def special(self) -> bool:
-        """Whether there is more to it than a mask."""
+        """Whether it has a rotation, a bias or a window besides a mask."""
         return self.rotations is not None or self.bias is not None or self.radius is not None
 
 
@@ -154,7 +154,7 @@ def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
 
 @dataclass(frozen=True, slots=True)
 class _Terms:
-    """What is added to the scores, besides a mask of padding."""
+    """What is added to the scores besides a padding mask."""
 
     bias: str | None = None
     radius: int | None = None
@@ -181,7 +181,7 @@ class _Terms:
 
 
 def _scores(graph: Graph, name: str) -> tuple[onnx.NodeProto, float | None, list[str]] | None:
-    """The matmul of queries and keys behind a softmax, its scaling, and what is added to it."""
+    """The matmul of queries and keys that feeds a softmax, its scaling, and what is added to it."""
     added: list[str] = []
     while True:
         scaled = _unscaled(graph, name)
@@ -209,7 +209,7 @@ def _reaches_matmul(graph: Graph, name: str) -> bool:
 
 
 def _same(graph: Graph, name: str) -> set[str]:
-    """The names of a value, also behind nodes that guard against NaN in fully masked rows."""
+    """The names of a value, including its name after nodes that guard against NaN in fully masked rows."""
     names = {name}
     for node in graph.readers[name]:
         if node.op_type == "Where" and graph.maker(node.input[0], "IsNaN") is not None:
@@ -243,7 +243,7 @@ def _unscaled(graph: Graph, name: str) -> _Scaled:
 
 
 def _is_number(graph: Graph, name: str) -> bool:
-    """Whether a value is a single number made from constants and shapes alone, as far as can be told."""
+    """Whether a value is, as far as can be told, a single number made only from constants and shapes."""
     value = graph.constant(name)
     if value is not None:
         return value.size == 1
@@ -252,11 +252,11 @@ def _is_number(graph: Graph, name: str) -> bool:
 
 
 def _untransposed(graph: Graph, name: str) -> tuple[str | None, bool]:
-    """Keys before they were transposed for the matmul, and whether heads and tokens are swapped in them."""
+    """The keys before their transposition for the matmul, and whether heads and tokens are swapped in them."""
     transpose = graph.maker(name, "Transpose")
     if transpose is not None and _perm(transpose) in ([0, 1, 3, 2], _KEYS):
         return transpose.input[0], _perm(transpose) == _KEYS
-    # PyTorch's exporter merges batch and heads meanwhile.
+    # PyTorch's exporter merges batch and heads around the transposition.
     outer = graph.maker(name, "Reshape")
     transpose = graph.maker(outer.input[0], "Transpose") if outer is not None else None
     inner = (
@@ -266,7 +266,7 @@ def _untransposed(graph: Graph, name: str) -> tuple[str | None, bool]:
 
 
 def _rotated(graph: Graph, name: str) -> _Rotated | None:
-    """X cos + (-x2, x1) sin, where x1 and x2 are the halves of x."""
+    """Matches x cos + (-x2, x1) sin, where x1 and x2 are the halves of x."""
     add = graph.maker(name, "Add")
     products = [graph.maker(i, "Mul") for i in add.input] if add is not None else []
     for plain, turned in (products, products[::-1]) if len(products) == 2 else ():
@@ -285,7 +285,7 @@ def _rotated(graph: Graph, name: str) -> _Rotated | None:
 
 
 def _whole(graph: Graph, name: str) -> str | None:
-    """What a value is a slice or a part of."""
+    """The value that this one is a slice or a part of."""
     node = graph.maker(name, "Slice") or graph.maker(name, "Split")
     return node.input[0] if node is not None else None
 
@@ -295,9 +295,9 @@ def _perm(node: onnx.NodeProto) -> list[int]:
 
 
 def _packed(graph: Graph, name: str) -> tuple[str, int] | None:
-    """The value ``[batch, tokens, 3 * hidden]`` and the third of it that were split into heads to make this one.
+    """The value ``[batch, tokens, 3 * hidden]`` that this one was split from into heads, and which third of it this one is.
 
-    It is reshaped to ``[batch, tokens, 3, heads, size]``; heads come before tokens either before or after it is taken apart.
+    It is reshaped to ``[batch, tokens, 3, heads, size]``; heads move before tokens before or after the thirds are taken.
     """
     outer = graph.maker(name, "Transpose")
     if outer is not None and _perm(outer) == _SPLIT_HEADS:
@@ -331,12 +331,12 @@ def _integer(graph: Graph, name: str) -> int | None:
 
 
 def _radius(graph: Graph, name: str) -> int | None:
-    """How far a mask lets a token see to either side: shown by running the mask's part of the graph. None if it is no window."""
+    """How far a mask lets a token see to either side, found by running that part of the graph; None if it is no window."""
     mask = np.ones((2, _PROBED), dtype=np.int64)
     mask[1, _PROBED // 3 :] = 0
     try:
         value = _run_part(graph, name, {_MASK: mask, _IDS: mask})
-    except Exception:  # of the runtime, which raises one bare class per status code
+    except Exception:  # the runtime raises one bare class per status code
         return None
     if value.shape != (2, 1, _PROBED, _PROBED):
         return None
@@ -349,7 +349,7 @@ def _radius(graph: Graph, name: str) -> int | None:
 
 
 def _run_part(graph: Graph, name: str, feeds: dict[str, Any]) -> Any:
-    """A value of the graph for these inputs; only what it depends on is run."""
+    """A value of the graph for these inputs; runs only the nodes that it depends on."""
     model = graph.part(name)
     session = onnxruntime().InferenceSession(
         model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
@@ -361,7 +361,7 @@ def _run_part(graph: Graph, name: str, feeds: dict[str, Any]) -> Any:
 
 
 class _Writer:
-    """Puts single nodes into a graph. What layers share, such as a bias, is made once."""
+    """Puts single nodes into a graph. Values that layers share, such as a bias, are made once."""
 
     def __init__(self, graph: Graph, heads: int, keep_mask: bool) -> None:
         self._graph, self._nodes = graph, graph.graph.node
@@ -411,7 +411,7 @@ class _Writer:
         return output
 
     def _constant(self, name: str, value: Any, kind: Any = np.int64) -> str:
-        """The name of an initializer, which is made once."""
+        """The name of an initializer, which is created at the first call."""
         if name not in self._graph.constants:
             tensor = numpy_helper.from_array(np.asarray(value, dtype=kind), name)
             self._graph.graph.initializer.append(tensor)
@@ -421,7 +421,7 @@ class _Writer:
     # ------------------------------------------------------------ [batch, tokens, hidden]
 
     def _tokens(self, name: str, swapped: bool, stem: str) -> str:
-        """The value ``[batch, tokens, hidden]`` of one with heads; the nodes that split it are undone or left out."""
+        """The value ``[batch, tokens, hidden]`` of a value with heads: from before it was split, or merged again."""
         graph = self._graph
         if swapped:
             return self._merged(name, stem)
@@ -445,7 +445,7 @@ class _Writer:
         return self._add("Reshape", [name, self._constant("attention/merged", [0, 0, -1])], f"{stem}/merge")
 
     def _split(self, source: str, count: int, part: str) -> list[str]:
-        """A value in equal parts along its last axis."""
+        """Splits a value into equal parts along its last axis."""
         outputs = [f"{source}/{part}_{i}" for i in range(count)]
         opset = next(o.version for o in self._graph.proto.opset_import if o.domain in {"", "ai.onnx"})
         sizes: dict[str, Any] = {"num_outputs": count} if opset >= 18 else {}
@@ -461,7 +461,7 @@ class _Writer:
         return self._add("RotaryEmbedding", [name, start, *caches], f"{stem}/rotary", domain=_DOMAIN)
 
     def _half(self, name: str) -> str:
-        """The first half of cosines or sines, ``[tokens, size / 2]``: the second is the same."""
+        """The first half of cosines or sines, ``[tokens, size / 2]``; the second half is the same."""
         key = ("half", name)
         if key not in self._made:
             first, _ = self._split(name, 2, "half")
@@ -481,7 +481,7 @@ class _Writer:
     def _local(
         self, query: str, key: str, value: str, radius: int, attributes: dict[str, Any], stem: str, output: str
     ) -> None:
-        """Attention to the tokens within ``radius``, in blocks of as many queries."""
+        """Attention to the tokens within ``radius``, in blocks of ``radius`` queries."""
         sizes = self._block_sizes(radius)
         padded = self._add("Pad", [query, sizes["own"]], f"{stem}/pad")
         blocks = self._add("Reshape", [padded, sizes["blocks"]], f"{stem}/blocks")
@@ -495,7 +495,7 @@ class _Writer:
         self._add("Slice", [joined, *ends], f"{stem}/tokens", output=output)
 
     def _block_sizes(self, radius: int) -> dict[str, str]:
-        """What every local layer needs of the window's length: paddings and shapes."""
+        """The paddings and shapes that every local layer needs, from the window's length."""
         key = (f"block sizes {radius}",)
         if key not in self._made:
             stem = f"attention/local_{radius}"
@@ -505,7 +505,7 @@ class _Writer:
             tokens = self._add("Slice", [shape, one, two], f"{stem}/length")
             width = self._constant(f"{stem}/radius", [radius])
             negative = self._add("Neg", [tokens], f"{stem}/negative")
-            rest = self._add("Mod", [negative, width], f"{stem}/rest")  # that fills the last block
+            rest = self._add("Mod", [negative, width], f"{stem}/rest")  # the padding that fills the last block
             more = self._add("Add", [rest, width], f"{stem}/more")
             zeros = self._constant("attention/zeros", [0, 0, 0, 0])
             before = self._constant(f"{stem}/before", [0, radius, 0, 0])
@@ -518,7 +518,7 @@ class _Writer:
         return dict(zip(("own", "near", "joined", "blocks", "tokens"), self._made[key], strict=True))
 
     def _neighbours(self, name: str, radius: int, sizes: dict[str, str], stem: str) -> str:
-        """Each block with the one before and the one after it, ``[batch * blocks, 3 * radius, any]``."""
+        """Each block with the blocks before and after it, ``[batch * blocks, 3 * radius, any]``."""
         padded = self._add("Pad", [name, sizes["near"]], f"{stem}/pad")
         axis = self._constant("attention/one", [1])
         parts = []
@@ -530,7 +530,7 @@ class _Writer:
         return self._add("Concat", parts, f"{stem}/near", axis=1)
 
     def _local_bias(self, radius: int, sizes: dict[str, str]) -> str:
-        """0 for the tokens that a query sees, far below it for others, ``[batch * blocks, 1, radius, 3 * radius]``."""
+        """0 for the tokens that a query sees, far below 0 for others, ``[batch * blocks, 1, radius, 3 * radius]``."""
         key = (f"local bias {radius}",)
         if key not in self._made:
             stem = f"attention/local_{radius}/bias"

@@ -1,4 +1,4 @@
-"""fp16: from an fp32 bundle to an fp16 one for CUDA, its graph fused, checked against PyTorch's logits and a gate of F1.
+"""fp16: from an fp32 bundle to an fp16 one for CUDA, its graph fused, checked against PyTorch's logits and an F1 gate.
 
 Weights and activations are fp16, the output logits fp32. What must be exact stays in fp32: numbers that become integers
 (positions, buckets of distances) and the angles of rotary positions.
@@ -46,7 +46,7 @@ _DOMAIN = "com.microsoft"
 class Fp16Model:
     """A model in fp16, and how it was made.
 
-    ``attentions`` are its attention nodes, for ``layers`` layers; ``exact`` the names of the nodes that stay in fp32.
+    ``attentions`` counts its attention nodes, for ``layers`` layers; ``exact`` names the nodes that stay in fp32.
     """
 
     model: bytes
@@ -56,7 +56,7 @@ class Fp16Model:
     exact: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """How it was made, as plain JSON values."""
+        """How the model was made, as plain JSON values."""
         return {
             "graph": "fused" if self.attentions else "plain",
             "attention_nodes": self.attentions,
@@ -82,7 +82,7 @@ def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
         exact = exact_nodes(made.model)
         with silent():
             made.convert_float_to_float16(keep_io_types=list(LOGIT_NAMES), node_block_list=list(exact))
-            # int32 saves casts if the embedding takes it (the fused one does) and costs some if Gather reads the ids.
+            # int32 inputs save casts if the embedding accepts them (the fused one does), and add some if Gather reads them.
             narrow = BertOnnxModel(copy.deepcopy(made.model), heads, hidden)
             narrow.change_graph_inputs_to_int32()
             int32 = _casts(narrow.model) <= _casts(made.model)
@@ -149,15 +149,15 @@ def write_fp16(
     """Writes the fp16 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
     Answers are compared in pairs with the fp32 bundle's, on the held-out questions and, if these are few, on questions that
-    the run knew.
+    the run trained on or chose by.
 
     Args:
         reference: The PyTorch model and the held-out questions.
         source: The fp32 bundle.
         out: The folder to write.
-        max_f1_drop: Points of F1 that it may lose.
-        device: Where it is measured: auto, cpu, cuda, cuda:N. If CUDA is not available it is measured on the CPU.
-        say: Gets the reason for that.
+        max_f1_drop: Points of F1 that the fp16 bundle may lose.
+        device: Where it is measured: auto, cpu, cuda, cuda:N. If CUDA is not available, it is measured on the CPU.
+        say: Called with the reason if CUDA is not available.
 
     Raises:
         FailureError: The graph cannot be converted.
@@ -196,7 +196,7 @@ def write_fp16(
 
 
 def _judge(reference: Reference, source: Bundle, answerer: Answerer) -> dict[str, Any]:
-    """The answers of fp16 compared in pairs with those of the fp32 bundle, as plain JSON values."""
+    """Compares the answers of fp16 in pairs with those of the fp32 bundle; returns plain JSON values."""
     examples = judging_questions(reference)
     plain = make_answerer(reference, source.read(MODEL), source.manifest["session"], device="cpu")
     allow = any_unanswerable(examples)
@@ -214,16 +214,16 @@ def _judge(reference: Reference, source: Bundle, answerer: Answerer) -> dict[str
 
 
 def judging_questions(reference: Reference, count: int = QUESTIONS) -> Sequence[Example]:
-    """All held-out questions and, if they are fewer than ``count``, some that the run learned from or chose by.
+    """All held-out questions and, if they are fewer than ``count``, some that the run trained on or chose by.
 
     Answers of fp16 and fp32 are compared in pairs, so questions that the model knows by heart are useful too.
     """
     held_out = reference.examples
-    asked = {(e.question, e.context) for e in held_out}
+    taken = {(e.question, e.context) for e in held_out}
     missing = count - len(held_out)
     if missing <= 0:
         return held_out
-    more = [e for e in known_examples(reference.run.checkpoint) if (e.question, e.context) not in asked]
+    more = [e for e in known_examples(reference.run.checkpoint) if (e.question, e.context) not in taken]
     return (*held_out, *spread(more, missing))
 
 

@@ -15,7 +15,7 @@ from qadeploy.export.reference import Reference
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.machine import return_freed_memory
 
-ATTENTION = ("Attention", "MultiHeadAttention")  # each is the whole of a layer's
+ATTENTION = ("Attention", "MultiHeadAttention")  # each node is a layer's whole attention
 _COUNTED = (
     *ATTENTION, "RotaryEmbedding", "EmbedLayerNormalization", "SkipLayerNormalization", "LayerNormalization", "BiasGelu",
     "FastGelu", "Gelu",
@@ -34,7 +34,7 @@ def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
         raise FailureError(f"ONNX Runtime's graph optimisation has no fusions for {kind} models")
     with writing_bundle(out) as work:
         reference.count(0, 1, " fusing the graph")
-        return_freed_memory()  # of the exported model's sessions
+        return_freed_memory()  # from the exported model's sessions
         (work / MODEL).write_bytes(source.read(MODEL))
         counts = fuse_file(work / MODEL, architecture)
         layers = architecture["layers"] or 0
@@ -47,7 +47,7 @@ def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
 
 
 def fusion_line(bundle: Bundle) -> str:
-    """What fused, in one line: attention nodes compared with layers."""
+    """What was fused, in one line: attention nodes compared with layers."""
     made = bundle.manifest["made"]
     nodes = ", ".join(f"{count} {name}" for name, count in made["fused_nodes"].items() if count)
     attentions = sum(made["fused_nodes"][name] for name in ATTENTION)

@@ -1,7 +1,7 @@
 """ONNX Runtime's graph fusions (``onnxruntime.transformers``), for the graphs of the CPU and of CUDA.
 
-For the CPU, attention that they do not know is fused before. The fusions copy a model several times, so ``fuse_file`` runs them in
-a process of its own, with the large weights outside the copies.
+For the CPU, ``fuse_attention`` first fuses the attention that they do not know. The fusions copy a model several times, so
+``fuse_file`` runs them in a process of its own and keeps the large weights out of the copies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from onnx import external_data_helper
 from qadeploy.errors import FailureError
 from qadeploy.export.attention import fuse_attention
 
-# ONNX Runtime's optimizer knows families of graphs; these are built like BERT's.
+# ONNX Runtime's optimizer knows families of graphs; the graphs of these models are built like BERT's.
 _BERT_LIKE = frozenset(
     {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mobilebert"}
     | {"modernbert", "mpnet", "roberta", "xlm-roberta"}
@@ -37,18 +37,18 @@ def has_fusions(kind: str) -> bool:
     return kind in _BERT_LIKE
 
 
-_OUTSIDE = 2**16  # bytes of a weight that the copies go without
+_OUTSIDE = 2**16  # bytes; weights at least this large stay out of the copies
 _WEIGHTS = "weights.bin"
 
 
 def fuse_file(model: Path, architecture: Mapping[str, Any]) -> dict[str, int]:
-    """Fuses everything that can be in a model's file, which is replaced; returns how many nodes of each kind it has then.
+    """Fuses everything that can be fused in a model's file, replaces the file, and returns its number of nodes by kind.
 
-    Raises FailureError if ONNX Runtime's optimizer fails, with its reason; the file is then as it was.
+    Raises FailureError with ONNX Runtime's reason if its optimizer fails; the file is then unchanged.
     """
     sizes = [str(architecture[name] or 0) for name in ("heads", "hidden")]
     command = [sys.executable, "-m", __name__, model.name, *sizes]
-    path = os.pathsep.join(each for each in sys.path if each)  # the child works beside the file
+    path = os.pathsep.join(each for each in sys.path if each)  # the child's working folder is the model's
     done = subprocess.run(
         command, cwd=model.parent, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
@@ -60,7 +60,7 @@ def fuse_file(model: Path, architecture: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _fuse_here(name: str, heads: int, hidden: int) -> dict[str, int]:
-    """``fuse_file`` for a file in the working folder, where onnx looks for weights outside a model if one is read."""
+    """``fuse_file`` for a file in the working folder, where onnx looks for the external weights of a model."""
     proto = onnx.load(name)
     external_data_helper.convert_model_to_external_data(proto, location=_WEIGHTS, size_threshold=_OUTSIDE)
     external_data_helper.write_external_data_tensors(proto, ".")
@@ -69,16 +69,16 @@ def _fuse_here(name: str, heads: int, hidden: int) -> dict[str, int]:
     fused = fuse(skeleton, {"heads": heads, "hidden": hidden}).model
     external_data_helper.load_external_data_for_model(fused, ".")
     onnx.save(fused, f"{name}.new")
-    Path(_WEIGHTS).unlink(missing_ok=True)  # of a small model
+    Path(_WEIGHTS).unlink(missing_ok=True)  # a small model has none
     Path(f"{name}.new").replace(name)
     return Counter(node.op_type for node in fused.graph.node)
 
 
 def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = False) -> Any:
-    """The model with everything fused that can be, an ``onnxruntime.transformers`` ``OnnxModel``.
+    """The model with everything fused that can be fused, an ``onnxruntime.transformers`` ``OnnxModel``.
 
-    ``architecture`` is a manifest's entry. Attention takes the mask as it is or, with ``mask_index``, the length of each
-    row, which is right if padding is on the right, where ``pad_batch`` puts it.
+    ``architecture`` is a manifest's entry. Attention reads the mask itself or, with ``mask_index``, the length of each
+    row, which is correct if padding is on the right, where ``pad_batch`` puts it.
     """
     from onnxruntime.transformers.fusion_options import FusionOptions
     from onnxruntime.transformers.optimizer import optimize_model
@@ -100,7 +100,7 @@ def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = Fa
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Silences the logs and prints of ``onnxruntime.transformers``; what it did is counted afterwards."""
+    """Silences the logs and prints of ``onnxruntime.transformers``; callers count the fused nodes instead."""
     names = ("onnxruntime.transformers", *logging.root.manager.loggerDict)
     for name in names:
         if name.startswith(("onnxruntime.t", "fusion", "onnx_model", "optimizer", "symbolic_shape_infer")):

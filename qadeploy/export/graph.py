@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 _FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
-_AXES = 8  # integers: fewer are axes or shapes
+_AXES = 8  # constants of at most this many integers are axes or shapes
 
 
 class Graph:
@@ -32,7 +32,7 @@ class Graph:
         return node if node is not None and node.op_type == kind else None
 
     def only_reader(self, name: str, kind: str) -> onnx.NodeProto | None:
-        """The node of this kind that alone reads a value, or None; nodes that only ask for its shape do not count."""
+        """The node of this kind if no other reads the value, or None; nodes that only read its shape do not count."""
         readers = [node for node in self.readers[name] if node.op_type != "Shape"]
         return readers[0] if len(readers) == 1 and readers[0].op_type == kind else None
 
@@ -65,7 +65,7 @@ class Graph:
         return found
 
     def ancestors(self, name: str) -> list[onnx.NodeProto]:
-        """The nodes that a value is computed by; those that only serve for a shape do not count."""
+        """The nodes that a value is computed by; nodes that only contribute to a shape do not count."""
         found: dict[str, onnx.NodeProto] = {}
         stack = [name]
         while stack:
@@ -77,7 +77,7 @@ class Graph:
         return list(found.values())
 
     def _needed(self, needed: set[str]) -> tuple[set[str], list[onnx.NodeProto]]:
-        """The names of all values that some depend on, and the nodes that make them, in order."""
+        """The names of all values that ``needed`` ones depend on, and the nodes that make them, in order."""
         nodes = []
         for node in reversed(self.graph.node):
             if any(output in needed for output in node.output):
@@ -86,7 +86,7 @@ class Graph:
         return needed, nodes[::-1]
 
     def part(self, name: str) -> onnx.ModelProto:
-        """What computes a value, as a model of its own with that value as its output."""
+        """The part of the graph that computes a value, as a model of its own with that value as its output."""
         needed, nodes = self._needed({name})
         inputs = [given for given in self.graph.input if given.name in needed]
         constants = [tensor for tensor in self.graph.initializer if tensor.name in needed]

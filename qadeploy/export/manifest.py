@@ -58,11 +58,10 @@ def finish_bundle(
 ) -> dict[str, Any]:
     """Measures the model in ``work`` on ``device``, adds tokenizer, card and manifest; returns the manifest's content.
 
-    ``tuning`` are its session settings; without them they are measured here. ``evaluation`` are its answers to the held-out
-    questions, if they are known. Raises GateError if its logits are further
-    from PyTorch's than its precision allows.
+    ``tuning`` holds its session settings, which are measured here if it is None. ``evaluation`` holds its answers to the
+    held-out questions, if they are known. Raises GateError if its logits are further from PyTorch's than its precision allows.
     """
-    return_freed_memory()  # of the graph's copies
+    return_freed_memory()  # from the copies of the graph
     tolerance = TOLERANCES[precision]
     checkpoint = reference.checkpoint
     model = work / MODEL

@@ -1,9 +1,9 @@
 """Attention's padding mask in one short form, whatever nodes an exporter computes it with.
 
 How a mask is computed differs by release of transformers and by kind of model: ranges, gathers, comparisons, expansions. So
-it is known by what it does: it is computed from ``attention_mask`` alone, and on examples adds 0 to the scores of tokens and
-a very negative number to those of padding, or chooses that number instead of the score. Such a mask is replaced by the nodes
-that ONNX Runtime's attention fusion knows. Any other, such as a local layer's window, is left as it is.
+it is recognised by what it does: it depends only on ``attention_mask``, and on examples it adds 0 to the scores of tokens
+and a very negative number to those of padding, or replaces the latter by that number. Such a mask is replaced by the nodes
+that ONNX Runtime's attention fusion knows. Any other mask, such as a local layer's window, is left unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qadeploy.export.graph import Graph
 _INPUT = "attention_mask"
 _PADDING = float(np.finfo(np.float32).min)
 _HIDDEN = -1e4  # a score that is this much lower has no weight
-_LONGEST = 2_048  # tokens of an example at most, more than the local windows that models have
+_LONGEST = 2_048  # most tokens of an example: more than the local windows of models
 
 
 def simplify_masks(model: onnx.ModelProto, longest: int) -> int:
@@ -38,7 +38,7 @@ def simplify_masks(model: onnx.ModelProto, longest: int) -> int:
     graph = Graph(model)
     shapes = ((3, 7), (1, min(longest, _LONGEST)))
     found: dict[tuple[str, float | None], bool] = {}
-    masked: list[tuple[onnx.NodeProto, str]] = []  # by which node, and the scores
+    masked: list[tuple[onnx.NodeProto, str]] = []  # the node that masks, and the scores
     for softmax in [node for node in model.graph.node if node.op_type == "Softmax"]:
         node = graph.makers.get(softmax.input[0])
         for name, scores, chosen in _readings(graph, node) if node is not None else ():
@@ -58,7 +58,7 @@ def simplify_masks(model: onnx.ModelProto, longest: int) -> int:
 
 
 def _readings(graph: Graph, node: onnx.NodeProto) -> Iterator[tuple[str, str, float | None]]:
-    """How a node may mask scores: the mask, the scores, and for a condition what a score counts as where it holds."""
+    """How a node may mask scores: the mask, the scores and, if the mask is a condition, the value that replaces scores."""
     if node.op_type == "Add":
         yield node.input[0], node.input[1], None
         yield node.input[1], node.input[0], None
@@ -69,9 +69,9 @@ def _readings(graph: Graph, node: onnx.NodeProto) -> Iterator[tuple[str, str, fl
 
 
 def _hides_padding_only(graph: Graph, name: str, shapes: Sequence[tuple[int, int]], chosen: float | None) -> bool:
-    """Whether a mask does nothing to tokens and hides padding, for every query, on random masks of these shapes.
+    """Whether a mask leaves tokens alone and hides padding, for every query, on random masks of these shapes.
 
-    ``chosen`` replaces the scores for which the mask, a condition, is true; None if the mask is added to them.
+    ``chosen`` replaces the scores where the mask, a condition, is true; None if the mask is added to the scores.
     """
     if graph.sources(name) & {each.name for each in graph.graph.input} != {_INPUT}:
         return False
@@ -79,7 +79,7 @@ def _hides_padding_only(graph: Graph, name: str, shapes: Sequence[tuple[int, int
     random = np.random.default_rng(0)
     for shape in shapes:
         mask = random.integers(0, 2, shape)
-        mask[:, 0] = 1  # no row is padding alone
+        mask[:, 0] = 1  # no row is only padding
         value = evaluator.run(
             None, {each: mask if each == _INPUT else np.zeros_like(mask) for each in evaluator.input_names}
         )[0]
@@ -102,8 +102,8 @@ def _is_added(value: NDArray[np.float32], mask: NDArray[np.int64]) -> bool:
 def _divide(graph: Graph, scores: str) -> str:
     """The scores, scaled by a division after the product, which is the form that the fusion knows.
 
-    Of a Mul beside the mask the fusion thinks that it is the mask. A query that is scaled before the product scales the scores
-    alike. Returns the name of the scaled scores.
+    The fusion takes a Mul next to the mask for the mask itself. Scaling the query before the product scales the scores
+    equally. Returns the name of the scaled scores.
     """
     product = graph.maker(scores, "MatMul")
     node = graph.maker(product.input[0], "Div") if product is not None else graph.maker(scores, "Mul")
@@ -126,7 +126,7 @@ def _divide(graph: Graph, scores: str) -> str:
 
 
 def _factor(graph: Graph, node: onnx.NodeProto) -> tuple[str, NDArray[Any]] | None:
-    """The constant that a node multiplies or divides by, with its name, or None if that is no single number."""
+    """The name and value of the constant that a node multiplies or divides by, or None if it is not a single number."""
     for name in node.input if node.op_type == "Mul" else node.input[1:]:
         value = graph.constant(name)
         if value is not None and value.size == 1:

@@ -17,7 +17,7 @@ from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.training.checkpoint import Checkpoint
 from qadeploy.training.exportable import exportable_by, exporters
 
-_LARGEST = 2 * 2**30  # bytes of one protobuf file
+_LARGEST = 2 * 2**30  # bytes that one protobuf file can have
 
 
 def export(reference: Reference, out: Path, exporter: str = "auto") -> Bundle:
@@ -29,8 +29,8 @@ def export(reference: Reference, out: Path, exporter: str = "auto") -> Bundle:
         exporter: auto, optimum or torch; see ``exporters``.
 
     Raises:
-        FailureError: The exporter cannot take the model, or is not installed (MissingExtraError).
-        GateError: The logits miss parity.
+        FailureError: The exporter cannot export the model, or is not installed (MissingExtraError).
+        GateError: The logits are too far from PyTorch's.
         InputError: ``out`` exists and is not a bundle.
     """
     with writing_bundle(out) as work:
@@ -44,13 +44,13 @@ def export_graph(checkpoint: Checkpoint, folder: Path, exporter: str = "auto") -
     """Writes the checkpoint as ``folder/model.onnx``, fp32; either exporter gives the same inputs, outputs and opset.
 
     Returns:
-        The exporter that took the model, optimum or torch.
+        The exporter that was used, optimum or torch.
 
     Raises:
-        FailureError: No exporter can take the model, or the one asked for is not installed (MissingExtraError).
+        FailureError: No exporter can export the model, or the requested one is not installed (MissingExtraError).
     """
     if 4 * checkpoint.model.num_parameters() >= _LARGEST:
-        raise FailureError("the exported model is larger than one ONNX file may be (2 GB), which a bundle must be")
+        raise FailureError("the exported model is larger than 2 GB, the limit of one ONNX file, which a bundle must be")
     reasons = []
     for used in exporters(exporter):
         try:
@@ -76,9 +76,9 @@ def _export_by(exporter: str, checkpoint: Checkpoint) -> onnx.ModelProto:
 
 
 def read_shared_weights(graph: onnx.GraphProto) -> None:
-    """Lets every node read the weights directly if the exporter passes shared ones through Identity nodes.
+    """Lets every node read the weights directly where the exporter passes shared weights through Identity nodes.
 
-    Behind an Identity a weight is no constant to a quantizer: 66 of the 74 matmuls of a 12-layer ALBERT, whose
+    A quantizer does not see the output of an Identity as a constant: 66 of the 74 matmuls of a 12-layer ALBERT, whose
     layers share all weights, would stay in float.
     """
     weights = {tensor.name for tensor in graph.initializer}

@@ -1,4 +1,4 @@
-"""Export through optimum, with the configurations that it lacks: ModernBERT's answer head, a single token type, own code."""
+"""Export through optimum, with configurations that it lacks: ModernBERT's answer head, a single token type, custom code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def export_by_optimum(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
 
     logging.getLogger("optimum").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer; parity decides
+        warnings.simplefilter("ignore")  # the tracer's warnings; parity decides
         try:
             with contextlib.redirect_stdout(None):
                 onnx_export_from_model(
@@ -43,8 +43,8 @@ def export_by_optimum(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
 def own_configs(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The ``custom_onnx_configs`` of optimum for the model, or None if optimum's own configuration fits.
 
-    Also tells optimum that ModernBERT answers questions: optimum-onnx 0.1.0 knows the inputs of that encoder but not this
-    head, whose outputs are like every other one's. Parity checks the result.
+    Also tells optimum that ModernBERT answers questions: optimum-onnx 0.1.0 knows that encoder's inputs but not its
+    question-answering head, whose outputs are those of every such head. Parity checks the result.
     """
     from optimum.exporters.onnx.model_configs import BertOnnxConfig, DistilBertOnnxConfig, ModernBertOnnxConfig
     from optimum.exporters.tasks import TasksManager
@@ -54,13 +54,13 @@ def own_configs(checkpoint: Checkpoint) -> dict[str, Any] | None:
     segments, config = checkpoint.encoder.config.segments, checkpoint.model.config
     try:
         TasksManager.get_supported_tasks_for_model_type(config.model_type, "onnx")
-    except KeyError:  # the model's own code: takes an encoder's usual inputs
+    except KeyError:  # a model with code of its own: it has an encoder's usual inputs
         return {"model": (BertOnnxConfig if segments else DistilBertOnnxConfig)(config, task=TASK)}
     if segments != 1:
         return None
 
     class OneType(DummyTextInputGenerator):  # type: ignore[misc]
-        """Inputs to trace with; optimum's have the token types 0 and 1 for every model."""
+        """Inputs to trace with; optimum's own contain the token types 0 and 1 for every model."""
 
         def generate(self, input_name: str, **options: Any) -> Any:
             values = super().generate(input_name, **options)

@@ -9,7 +9,7 @@ from qadeploy import options
 from qadeploy.data.fields import DataOptions
 from qadeploy.options import option
 
-MAX_QUESTIONS = 2_000  # an interval of F1 is about two points wide then, and halves with four times as many
+MAX_QUESTIONS = 2_000  # the F1 interval is then about two points wide; four times as many questions halve it
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class ExportOptions(DataOptions):
     out: str | None = option(None, "Bundle folder.", shown="bundles/NAME after the run", also=("--output",))
     exporter: Literal["auto", "optimum", "torch"] = option(
         "auto",
-        "What writes the ONNX graph: optimum, or PyTorch's own exporter; auto is optimum if optimum-onnx is installed and takes the model.",
+        "What writes the ONNX graph: optimum, or PyTorch's own exporter; auto is optimum if optimum-onnx is installed and supports the model.",
     )
     quantize: bool = option(False, "Also write NAME-int8, if it keeps its F1.")
     fp16: bool = option(False, "Also write NAME-fp16, the graph for GPUs.")
@@ -34,10 +34,10 @@ class ExportOptions(DataOptions):
         "latency", "What the int8 recipe is chosen for: one question at a time, many at once, or bytes."
     )
     recipe: str | None = option(
-        None, "Take this int8 recipe instead of measuring all; --list-recipes names them.", shown="the best measured"
+        None, "Use this int8 recipe instead of measuring all; --list-recipes names them.", shown="the best measured"
     )
     reduce_range: bool = option(
-        False, "Give int8 weights 7 bits, for CPUs without VNNI, where 8 bits saturate; always so if this CPU has none."
+        False, "Give int8 weights 7 bits, for CPUs without VNNI, where 8 bits saturate; always on if this CPU lacks it."
     )
     budget: str = option(
         "5m",
@@ -45,7 +45,7 @@ class ExportOptions(DataOptions):
     )
     spans_in_graph: bool = option(
         False,
-        "Also write NAME-spans of each but NAME-fused: the graph takes a context mask and returns the best spans itself.",
+        "Also write NAME-spans of each bundle except NAME-fused: the graph takes a context mask and returns the best spans.",
     )
     span_top_k: int = option(20, "Spans per window of --spans-in-graph.", least=1)
     text_in_graph: bool = option(
@@ -61,7 +61,7 @@ class ExportOptions(DataOptions):
     cache: bool = options.keep("what was measured, so that a search that was cut off goes on,")
     triton: str | None = option(
         None,
-        "Also add the bundles, but for NAME-fused and NAME-text, to this Triton model repository; "
+        "Also add the bundles, except NAME-fused and NAME-text, to this Triton model repository; "
         "a bundle given as RUN is added as it is.",
     )
     triton_batch: int | None = option(

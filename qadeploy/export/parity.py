@@ -14,16 +14,16 @@ from qadeploy.inference.tuning import FP32_TOLERANCE
 from qadeploy.records import Example, Logits, Window
 from qadeploy.training.checkpoint import Checkpoint, TorchModel
 
-PARITY_RUNS = 24  # about: each question has one window or a few
+PARITY_RUNS = 24  # approximately: each question has one window or a few
 _WINDOWS = PARITY_RUNS
 _BATCH = 8
-_ROUNDINGS = 2  # an order of additions other than PyTorch's rounds differently
-# One logit in a thousand may be off by ten times as much. Seen in a right fused graph: one of 21,490 was off by 1.1e-4, the others by
-# at most 5e-5. In a wrong export many are off.
+_ROUNDINGS = 2  # adding in another order than PyTorch rounds differently
+# One logit in a thousand may be off by ten times as much. In a correct fused graph, one of 21,490 was off by 1.1e-4, the
+# others by at most 5e-5. In a wrong export many are off.
 _USUAL, _RARE = 0.999, 10
 _SHORT = (96, 32)  # max_seq_len and doc_stride that force several windows per context
-# By precision, how far a logit may be from PyTorch's; int8 has no limit, since F1 judges it. A logit of 10 rounds by
-# 2^-11 x 10 = 0.005 in fp16: about twenty such roundings.
+# By precision, how far a logit may be from PyTorch's; int8 has no limit, since F1 judges it. In fp16 a logit of 10 rounds by
+# 2^-11 x 10 = 0.005, so 0.1 is about twenty such roundings.
 TOLERANCES: dict[str, float | None] = {"fp32": FP32_TOLERANCE, "fp16": 0.1, "int8": None}
 
 
@@ -32,8 +32,8 @@ class Parity:
     """The largest absolute difference of any start or end logit, and what it was measured on.
 
     ``best_span_agreement`` is the share of windows with the highest start and end logits at the same tokens in both models.
-    ``pytorch_rounding`` and ``rounding`` are the largest differences of PyTorch's logits in float32, and of the model's, from PyTorch's in
-    float64, and ``usual_rounding`` is what 99.9 % of the model's logits do not exceed; None if they were not compared.
+    ``pytorch_rounding`` and ``rounding`` are the largest differences from PyTorch's float64 logits, of PyTorch's float32 logits
+    and of the model's; 99.9 % of the model's differ by at most ``usual_rounding``. All three are None if not measured.
     """
 
     max_abs_diff: float
@@ -74,8 +74,8 @@ def measure_parity(
         checkpoint: The PyTorch model.
         model: The exported model.
         examples: The questions whose windows are compared.
-        tolerance: If a logit is further apart than this, both are also compared with PyTorch's logits in float64, to tell a wrong
-            export from rounding; None for no such comparison.
+        tolerance: If a logit differs by more than this, both models are also compared with PyTorch's logits in float64, to tell
+            a wrong export from rounding; None for no such comparison.
     """
     windows = parity_windows(checkpoint, examples)
     reference = TorchModel(checkpoint.model, checkpoint.encoder.config.pad_token_id)
@@ -99,7 +99,7 @@ def measure_parity(
     checkpoint.model.double()
     try:
         exact = [reference.run_batch([w])[0] for w in windows]
-    except RuntimeError:  # a model with types of its own
+    except RuntimeError:  # a model that fixes its own data types
         return found
     finally:
         checkpoint.model.float()
@@ -113,10 +113,10 @@ def measure_parity(
 
 
 def require_parity(parity: Parity, what: str, tolerance: float = FP32_TOLERANCE) -> None:
-    """Raises GateError if logits are further from PyTorch's than ``tolerance`` and than rounding explains.
+    """Raises GateError if logits differ from PyTorch's by more than ``tolerance`` and rounding does not explain it.
 
-    Rounding explains it if 99.9 % of the model's logits are no further from PyTorch's in float64 than ``tolerance``, or than
-    ``_ROUNDINGS`` times what PyTorch's own logits in float32 are, and none is further than ``_RARE`` times that.
+    The limit of rounding is ``tolerance`` or, if larger, ``_ROUNDINGS`` times the distance of PyTorch's float32 logits from its
+    float64 ones. 99.9 % of the model's logits must be within it, and all within ``_RARE`` times it.
     """
     theirs, own, usual = parity.pytorch_rounding, parity.rounding, parity.usual_rounding
     explained = False

@@ -1,4 +1,4 @@
-"""What an export will do, and about how long that takes: said before it starts, from what PyTorch took per question."""
+"""What an export will do and roughly how long it takes, estimated from PyTorch's time per question before it starts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from qadeploy.export.quantize.search import judged_questions, timing_seconds
 from qadeploy.export.reference import ROUNDS, Reference
 from qadeploy.inference.tuning import least_seconds
 
-_LONG = 900  # seconds, after which it says what would make it shorter
-_INT8 = 0.4  # of the time of fp32: a rough guess too
-# Rough guesses, not measurements: the seconds per parameter that exporting, fusing and quantizing take.
+_LONG = 900  # seconds; a longer plan also says what would shorten it
+# Rough guesses, not measurements: int8's share of the time of fp32, and the seconds per parameter of each step.
+_INT8 = 0.4
 _EXPORTING, _FUSING, _QUANTIZING = 2e-7, 2e-7, 2e-7
 
 
@@ -20,7 +20,7 @@ def plan_lines(options: ExportOptions, reference: Reference, budget: float) -> l
 
     Args:
         options: What to make.
-        reference: The PyTorch model, the questions, and what it takes for one.
+        reference: The PyTorch model, the questions, and its time per question.
         budget: Seconds that measuring int8 recipes may take, once one keeps its F1.
     """
     each = reference.seconds
@@ -55,7 +55,7 @@ def plan_lines(options: ExportOptions, reference: Reference, budget: float) -> l
 
 
 def _bundle(reference: Reference, each: float) -> float:
-    """The seconds to tune, prove and measure a model that takes ``each`` seconds per question."""
+    """The seconds to tune, check and measure a model that takes ``each`` seconds per question."""
     tuning = max(reference.measuring, least_seconds(each))
     timing = (ROUNDS + 1) * len(reference.timed) * (each + reference.seconds)
     return tuning + PARITY_RUNS * (reference.seconds + 2 * each) + len(reference.examples) * each + timing

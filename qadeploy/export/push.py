@@ -1,4 +1,4 @@
-"""A run or a bundle to the Hugging Face hub, in one commit, with its model card."""
+"""Uploads a run or a bundle to the Hugging Face hub, in one commit, with its model card."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PushOptions:
     """Where and how something is uploaded."""
 
     private: bool = option(False, "Make the repository private, if it does not exist yet.")
-    revision: str | None = option(None, "Branch to upload to; it is made if needed.", shown="main")
+    revision: str | None = option(None, "Branch to upload to; it is created if needed.", shown="main")
     report: bool = option(
         False, f"Also upload the run's {REPORT}, which quotes questions, contexts and answers of the data."
     )
@@ -29,7 +29,7 @@ class PushOptions:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What was uploaded: the repository, the address and hash of the commit, and the files."""
+    """An upload: the repository, the URL and hash of the commit, and the files."""
 
     repo: str
     url: str
@@ -55,13 +55,13 @@ def push(source: str, repo: str, chosen: PushOptions) -> Pushed:
     Args:
         source: A run or a bundle.
         repo: ORG/NAME.
-        chosen: How.
+        chosen: Where and how to upload.
 
     Returns:
         What was uploaded.
 
     Raises:
-        InputError: ``source`` is neither, the repository's name makes no sense, or there is no report to upload.
+        InputError: ``source`` is neither, the repository's name is invalid, or there is no report to upload.
         BundleError: The bundle is damaged.
         CheckpointError: The run is not finished.
         HubError: The hub cannot be reached or refuses.

@@ -1,4 +1,4 @@
-"""What an exported model keeps and gains, measured against PyTorch on held-out questions."""
+"""The accuracy and speed of an exported model, measured against PyTorch on held-out questions."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Count = Callable[[int, int, str], object]
 _TIMED_QUESTIONS = 16
 _LEAST_TIMED = 4
 ROUNDS = 5
-# About, for finding the session settings of a bundle, and again for timing it against PyTorch: of a large model fewer questions are timed.
+# Approximate seconds for tuning a bundle, and again for timing it against PyTorch (fewer questions for a large model).
 _SECONDS = 20.0
-_SHARE = 1 / 6  # of a budget, if that is less
+_SHARE = 1 / 6  # of the budget, if that is less than _SECONDS
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The PyTorch model that exports are compared with, and the questions to do it on.
+    """The PyTorch model that exports are compared with, and the questions for it.
 
-    ``dev`` are the questions that may choose between variants (empty if the run is not known);
-    those ``held_out`` judge the chosen one. ``seconds`` is what PyTorch takes per question, ``measuring`` the seconds for finding
-    the session settings of a bundle, and again for timing it.
+    ``dev`` holds the questions that may choose between variants (empty if the run is not known);
+    ``held_out`` those that judge the chosen one. ``seconds`` is PyTorch's time per question, ``measuring`` the seconds for
+    finding the session settings of a bundle, and again for timing it.
     """
 
     run: Run
@@ -51,7 +51,7 @@ class Reference:
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """The questions that are held out."""
+        """The held-out questions."""
         return self.held_out.examples
 
     @property
@@ -74,7 +74,7 @@ def make_reference(
         run: The run.
         held_out: The held-out questions.
         hub: Whether the checkpoint's own code may run.
-        count: Gets how many questions of a step are answered.
+        count: Called with the number of answered questions, the number in all, and the step.
         budget: Seconds for measuring int8 recipes; a small one also shortens the measuring of each bundle.
     """
     checkpoint = load_checkpoint(run.checkpoint, hub)
@@ -91,7 +91,7 @@ def make_reference(
 
 
 def counted(answerer: Answerer, examples: Sequence[Example], what: str, count: Count) -> Evaluation:
-    """``evaluate`` of a ``Watched`` answerer, while ``count`` gets how many questions are answered."""
+    """``evaluate`` of a ``Watched`` answerer; ``count`` is called after each question."""
     done, watched = 0, Watched(answerer)
 
     def one_more() -> None:
@@ -120,7 +120,7 @@ def make_answerer(
 def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation) -> dict[str, Any]:
     """Scores and calibration error, the paired F1 difference to PyTorch with its interval, and speed against PyTorch.
 
-    ``evaluation`` are its answers to the held-out questions.
+    ``evaluation`` holds the answerer's answers to the held-out questions.
     ``ms_per_question`` is for one question at a time with all threads, the median of interleaved rounds;
     ``speedup_to_pytorch`` is the median ratio within a round.
     """
@@ -129,21 +129,21 @@ def measure(reference: Reference, answerer: Answerer, evaluation: Evaluation) ->
     reference.count(0, 1, " timing it against PyTorch")
     both = {"pytorch": reference.answerer, "this": answerer}
     timings = interleave({name: asking(each, reference.timed, one=True) for name, each in both.items()}, ROUNDS)
-    asked = len(reference.timed)
+    questions = len(reference.timed)
     own, torch = timings["this"], timings["pytorch"]
     return {
         "data": reference.held_out.source,
         "dev_set": reference.held_out.dev_set,
         **scores.to_dict(),
         "ece": evaluation.calibration_error,
-        "pytorch": {**reference.scores.to_dict(), "ms_per_question": 1000 * torch.median / asked},
+        "pytorch": {**reference.scores.to_dict(), "ms_per_question": 1000 * torch.median / questions},
         "f1_change": 100.0 * float(difference.mean()),
         "f1_change_interval": list(bootstrap_interval(difference)),
-        "ms_per_question": 1000 * own.median / asked,
-        "ms_per_question_range": [1000 * own.least / asked, 1000 * own.most / asked],
+        "ms_per_question": 1000 * own.median / questions,
+        "ms_per_question_range": [1000 * own.least / questions, 1000 * own.most / questions],
         "speedup_to_pytorch": own.speedup,
         "speedup_range": list(own.speedup_range),
-        "timed_questions": asked,
+        "timed_questions": questions,
         "rounds": ROUNDS,
     }
 

@@ -39,13 +39,13 @@ class Listener(Protocol):
     """Receives the progress of an export."""
 
     def say(self, message: str) -> None:
-        """Takes a line of text."""
+        """Receives a line of text."""
 
     def count(self, done: int, of: int, rest: str) -> None:
-        """Takes how much of the current step is done, and what it is."""
+        """Receives how much of the current step is done, and its name."""
 
     def step(self, step: Step) -> None:
-        """Takes the state of the search over int8 recipes."""
+        """Receives the state of the search over int8 recipes."""
 
 
 @dataclass
@@ -53,8 +53,8 @@ class Exported:
     """What an export made.
 
     Attributes:
-        bundles: Those made from the run.
-        further: Those made from bundles, whose graphs answer by themselves.
+        bundles: The bundles made from the run.
+        further: The bundles made from bundles, whose graphs answer by themselves.
         triton: The folders added to a model repository.
         lines: The closing report as text.
     """
@@ -65,7 +65,7 @@ class Exported:
     lines: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The manifests by folder, and what was added for Triton, as plain JSON values."""
+        """The manifests by folder, and the folders added for Triton, as plain JSON values."""
         value: dict[str, Any] = {"bundles": {str(b.folder): b.manifest for b in (*self.bundles, *self.further)}}
         return value | ({"triton": self.triton} if self.triton else {})
 
@@ -74,12 +74,12 @@ def export_run(source: str | None, options: ExportOptions, listener: Listener) -
     """Makes everything that ``options`` request.
 
     Args:
-        source: A run or checkpoint folder, or a bundle to make further ones of; None takes the newest run.
+        source: A run or checkpoint folder, or a bundle to make further ones from; None means the newest run.
         options: What to make.
         listener: Receives the progress.
 
     Raises:
-        InputError: An option makes no sense with another, or a place is taken.
+        InputError: Options contradict each other, or something else is in the place of a bundle.
         FailureError: A step failed.
         GateError: A bundle lost more than it may.
     """
@@ -91,7 +91,7 @@ def export_run(source: str | None, options: ExportOptions, listener: Listener) -
         check_repository(Path(options.triton))
     if options.web:
         check_site(Path(options.web))
-        onnxruntime_web(listener.say)  # what cannot be downloaded is missed now, not after scoring
+        onnxruntime_web(listener.say)  # fails now rather than after scoring if it cannot be downloaded
     if source and is_bundle(source):
         return _from_bundle(source, options, listener)
     return _Export(source, options, listener).run()
@@ -101,7 +101,7 @@ def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exp
     in_graph = options.spans_in_graph or options.text_in_graph
     if options.quantize or (options.out and not in_graph) or not (in_graph or options.triton or options.web):
         raise InputError(
-            f"{source}: is a bundle, from which only --spans-in-graph, --text-in-graph, --web and --triton make more: give the "
+            f"{source}: is a bundle, which allows only --spans-in-graph, --text-in-graph, --web and --triton: give the "
             "run for --quantize or --out"
         )
     if in_graph and is_hub(source) and not options.out:
@@ -111,7 +111,7 @@ def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exp
         examples = read(options.eval_data or "handbook", options).examples
         if options.text_in_graph or options.web:
             wordpiece_of(opened)
-        Answerer.load(opened.folder, device="cpu", threads=1, load_timeout=options.load_timeout)  # it may be anyone's
+        Answerer.load(opened.folder, device="cpu", threads=1, load_timeout=options.load_timeout)  # may be untrusted
         made.further = _in_graph(opened, Path(options.out or opened.folder), examples, options, listener)
     if options.triton:
         _to_triton(made, [opened, *made.further], options, listener)
@@ -129,7 +129,7 @@ def _in_graph(
 
 
 def _to_triton(made: Exported, bundles: Sequence[Bundle], options: ExportOptions, listener: Listener) -> None:
-    """Adds bundles to a model repository; if there are others, one that it cannot hold is skipped with a remark."""
+    """Adds bundles to a model repository; of several, those that it cannot hold are skipped with a message."""
     repository = Path(options.triton or "")
     for bundle in bundles:
         if len(bundles) > 1 and not takes(bundle):
@@ -151,7 +151,7 @@ class _Export:
 
     def __init__(self, source: str | None, options: ExportOptions, listener: Listener) -> None:
         self.options, self.listener = options, listener
-        exporters(options.exporter)  # one that is not installed is missed now, not after scoring
+        exporters(options.exporter)  # fails now rather than after scoring if it is not installed
         self.found = find_run(source)
         self.place = Path(options.out or f"bundles/{self.found.name}")
         self.fused, self.int8, self.fp16 = (
@@ -218,7 +218,7 @@ class _Export:
             self.listener.say(f"no optimised graph: {error}")
 
     def _quantize(self, reference: Reference, plain: Bundle) -> list[str]:
-        """Writes the int8 bundle; the leaderboard's lines."""
+        """Writes the int8 bundle; returns the leaderboard's lines."""
         options = self.options
         self.listener.say(f"int8 recipes for {options.target}, against the fp32 model:")
         made = int8.quantize(

@@ -1,4 +1,4 @@
-"""Export by PyTorch itself (``torch.export`` and onnxscript), with a graph as ONNX Runtime's fusions expect it."""
+"""Export by PyTorch itself (``torch.export`` and onnxscript), with the graph as ONNX Runtime's fusions expect it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qadeploy.training.checkpoint import Checkpoint
 from qadeploy.training.transformers_versions import eager_attention
 
 _OPSET, _IR = 18, 8  # what optimum writes
-_BATCH, _TOKENS = 2, 16  # of the traced input; any will do but 0 and 1
+_BATCH, _TOKENS = 2, 16  # of the traced input; any sizes but 0 and 1 work
 _SILENCED = ("torch.onnx", "onnxscript", "onnx_ir")
 
 
@@ -47,15 +47,15 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
                 output_names=list(LOGIT_NAMES),
                 dynamic_shapes=dict.fromkeys(inputs, axes),
             )
-        except Exception as error:  # of torch.export, the decompositions, onnxscript: by model
+        except Exception as error:  # torch.export, its decompositions and onnxscript may raise anything
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
             raise FailureError(f"PyTorch cannot export a {kind} model: {_reason(error)}") from error
     assert program is not None  # noqa: S101 - dynamo=True returns a program
-    ClearMetadataAndDocStringPass()(program.model)  # stack traces with the paths of this machine
+    ClearMetadataAndDocStringPass()(program.model)  # drops stack traces, which contain paths of this machine
     proto = onnx_ir.to_proto(program.model)
     outputs = [output.name for output in proto.graph.output]
     if outputs != list(LOGIT_NAMES):
-        raise FailureError(f"an exported model returns {', '.join(outputs)}, not the two logits alone")
+        raise FailureError(f"the exported model returns {', '.join(outputs)}, not only the two logits")
     proto.ir_version = _IR
     del proto.graph.value_info[:]
     _fill_biases(proto)
@@ -65,13 +65,13 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
 
 
 def _reason(error: Exception) -> str:
-    """What the exporter failed at, without the advice for authors of models that it wraps it in."""
+    """The exporter's reason, without the advice for model authors around it."""
     lines = str(error.__cause__ or error).strip().splitlines()
     return f"{lines[0].strip()[:300]}" if lines else type(error).__name__
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Tokens to trace with; one row is padded, so that no branch for full rows is taken."""
+    """Tokens to trace with; one row is padded, so that the trace does not take a branch for full rows."""
     mask = torch.ones((_BATCH, _TOKENS), dtype=torch.int64)
     mask[0, _TOKENS // 2 :] = 0
     inputs = {"input_ids": mask + checkpoint.encoder.config.pad_token_id * (1 - mask)}
@@ -83,7 +83,7 @@ def _inputs(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _fill_biases(model: onnx.ModelProto) -> None:
-    """Gives each LayerNormalization its optional bias, which ONNX Runtime's fusions read without asking."""
+    """Gives each LayerNormalization its optional bias, which ONNX Runtime's fusions read without checking that it exists."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type != "LayerNormalization" or len(node.input) > 2 or node.input[1] not in weights:
@@ -96,7 +96,7 @@ def _fill_biases(model: onnx.ModelProto) -> None:
 
 
 def _spell_out_lengths(model: onnx.ModelProto) -> None:
-    """Takes positions up to the length of input_ids, as an element of its shape: so ONNX Runtime's fusion knows embeddings."""
+    """Cuts positions at the length of input_ids, read from its shape: the form in which ONNX Runtime fuses embeddings."""
     graph = Graph(model)
     for cut in [node for node in model.graph.node if node.op_type == "Slice"]:
         positions, shape = graph.constant(cut.input[0]), graph.maker(cut.input[2], "Shape")
@@ -117,6 +117,6 @@ def _spell_out_lengths(model: onnx.ModelProto) -> None:
 
 
 def _is_length(shape: onnx.NodeProto) -> bool:
-    """Whether this is the second axis of an input of the model, all of which are [batch, tokens]."""
+    """Whether this is the second axis of one of the model's inputs, which are all [batch, tokens]."""
     axes = {each.name: each.i for each in shape.attribute}
     return axes == {"start": 1, "end": 2} and shape.input[0] in ("input_ids", "attention_mask", "token_type_ids")

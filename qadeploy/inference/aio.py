@@ -1,7 +1,7 @@
 """The answerer for asyncio: threads tokenise, run and decode, so that no event loop waits.
 
-The number of threads bounds the calls that are worked on. The others wait in a queue, as texts and nothing more. Nothing here
-belongs to an event loop, so any number of them may share it.
+The number of threads bounds the calls in progress. Other calls wait in a queue, as plain texts. Nothing here belongs to an
+event loop, so any number of event loops may share it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from qadeploy.records import Answer, Logits, Window
 Value = TypeVar("Value")
 RunWindows = Callable[[Sequence[Window]], list[Logits]]
 StartWindows = Callable[[Sequence[Window]], Pending]
-# Windows per step and thread of the model: between two steps a cancelled call ends, and other calls have their turn.
+# Windows per step and thread of the model: between two steps a cancelled call ends, and other calls get their turn.
 _STEP_PER_THREAD = 8
 
 
 class AnswerThreads:
     """Threads that answer for coroutines, started when first needed. A forked child starts its own.
 
-    There are twice as many as the model has, so that some tokenise and decode while the model runs the windows of others.
+    There are twice as many as the model has, so that some tokenise and decode while the model runs windows for others.
 
     Args:
-        threads: The threads of the model.
+        threads: The number of threads of the model.
     """
 
     def __init__(self, threads: int) -> None:
@@ -47,9 +47,9 @@ class AnswerThreads:
         """Calls ``work`` in a thread. A cancelled call does not start, or ends before its next windows.
 
         Args:
-            work: Gets the function that runs windows.
-            run: The model's ``run``, used for a call that is alone: least delay.
-            start: The model's ``start``, used if there are several calls: their windows run side by side.
+            work: Called with the function that runs windows.
+            run: The model's ``run``, used if this is the only call, for the least delay.
+            start: The model's ``start``, used if there are several calls, so that their windows run side by side.
 
         Returns:
             What ``work`` returns; it raises what ``work`` raises.
@@ -74,7 +74,7 @@ class AnswerThreads:
             self._count(-1)
 
     async def stream(self, items: Iterator[list[Answer]]) -> AsyncGenerator[list[Answer], None]:
-        """The items of a slow iterator; each step runs in a thread. If this generator is closed early, so is the iterator."""
+        """Yields the items of a slow iterator, each step in a thread. Closing this generator early closes the iterator."""
         stepping = threading.Lock()  # a cancelled step may still be running when the iterator is closed
 
         def step() -> list[Answer] | None:
@@ -91,7 +91,7 @@ class AnswerThreads:
                 yield item
         finally:
             self._count(-1)
-            with contextlib.suppress(RuntimeError):  # the interpreter is ending, and no thread can start any more
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down, and no thread can start
                 self._submit(close)
 
     def _count(self, change: int) -> None:

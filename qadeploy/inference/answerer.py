@@ -64,11 +64,11 @@ class Answerer:
         encoder: Turns a question and a context into windows.
         settings: The defaults of every call: lengths in tokens, null threshold, temperature.
         model: Turns windows into start and end logits.
-        bundle: The bundle that the others come from, if there is one.
+        bundle: The bundle that the other arguments come from, if any.
         context_cache_bytes: Bytes of tokenised contexts to keep for further questions; 0 keeps none.
 
     Raises:
-        InputError: ``context_cache_bytes`` is not a whole number from 0.
+        InputError: ``context_cache_bytes`` is not a whole number of at least 0.
 
     Example:
         >>> answerer = Answerer.load("bundles/handbook-int8")
@@ -110,28 +110,28 @@ class Answerer:
         revision: str | None = None,
         load_timeout: float | None = None,
     ) -> Answerer:
-        """Loads a bundle, verifies all of its files, and asks it the question whose logits its manifest keeps.
+        """Loads a bundle, verifies all of its files, and checks the model on the question whose logits the manifest stores.
 
         On CUDA it also captures graphs, which takes about a second.
 
         Args:
-            path: The bundle folder, or ``hub:ORG/NAME`` for one on the hub; None takes the newest under ``bundles/``, else the
-                one that qadeploy ships.
+            path: The bundle folder, or ``hub:ORG/NAME`` for one on the hub; None uses the newest under ``bundles/`` or, if there
+                is none, the one that qadeploy ships.
             device: auto, cpu, cuda or cuda:N.
-            threads: The largest number of CPU threads; None takes all CPUs.
+            threads: The largest number of CPU threads; None uses all CPUs.
             context_cache_bytes: Bytes of tokenised contexts to keep for further questions; 0 keeps none.
-            sha256: The SHA-256 of the ``manifest.json`` that is meant (``sha256sum`` gives it); any other bundle is refused.
-            revision: The branch, tag or commit of a bundle on the hub; None takes main.
-            load_timeout: Seconds that loading may take. None sets no limit. See LoadTimeoutError for what goes on after that.
+            sha256: The SHA-256 of the expected ``manifest.json`` (from ``sha256sum``); any other bundle is refused.
+            revision: The branch, tag or commit of a bundle on the hub; None uses main.
+            load_timeout: Seconds that loading may take; None sets no limit. See LoadTimeoutError for what keeps running.
 
         Raises:
             InputError: The folder does not exist, or an argument is out of range.
-            BundleError: The bundle is incomplete, damaged, unsafe, not the one that is meant, or its model is another than the
-                one that was exported.
+            BundleError: The bundle is incomplete, damaged, unsafe or not the expected one, or its model is not the one that was
+                exported.
             DeviceError: The device was requested but is not available.
             HubError: The hub cannot be reached, lacks the bundle or refuses the token.
-            LoadTimeoutError: It took longer than ``load_timeout``.
-            MissingExtraError: ONNX Runtime is not installed, or huggingface_hub for a bundle on the hub.
+            LoadTimeoutError: Loading took longer than ``load_timeout``.
+            MissingExtraError: ONNX Runtime or, for a bundle on the hub, huggingface_hub is not installed.
 
         Warns:
             MachineWarning: The bundle's session settings were measured on another kind of CPU.
@@ -153,7 +153,7 @@ class Answerer:
         sha256: str | None,
         revision: str | None,
     ) -> tuple[Answerer, str]:
-        """The answerer of a bundle, and what to warn of."""
+        """The answerer of a bundle, and a warning or ""."""
         bundle = open_bundle(path, sha256=sha256, revision=revision)
         refuse_in_graph(bundle)
         encoder = bundle.load_encoder()
@@ -169,8 +169,8 @@ class Answerer:
             raise BundleError(f"{bundle.folder}: model and encoder disagree on token_type_ids: export the bundle again")
         prove(bundle, encoder, model)
         if model.device == "cuda":  # so that the first question does not wait for graphs to be captured
-            asked, read = encoder.encode("what"), encoder.encode("warms up")
-            model.warm_up(encoder.windows(asked, read, max_seq_len=bundle.settings.max_seq_len, doc_stride=0)[0])
+            question, context = encoder.encode("what"), encoder.encode("warms up")
+            model.warm_up(encoder.windows(question, context, max_seq_len=bundle.settings.max_seq_len, doc_stride=0)[0])
         warning = _machine_warning(bundle) if model.device == "cpu" else ""
         return cls(encoder, bundle.settings, model, bundle, context_cache_bytes=context_cache_bytes), warning
 
@@ -178,18 +178,18 @@ class Answerer:
         raise TypeError("an Answerer cannot be pickled: load the bundle in each process, with Answerer.load")
 
     def stats(self) -> CacheStats:
-        """The counters of the context cache: ``hits``, ``misses``, and the ``entries`` and ``bytes`` that are kept."""
+        """The counters of the context cache: ``hits``, ``misses``, and the ``entries`` and ``bytes`` in it."""
         return self._contexts.stats()
 
     def require_room(self, examples: Sequence[Example], source: str) -> None:
-        """Checks, before many questions are asked, that each leaves room for its context.
+        """Checks, before many questions are answered, that each leaves room for its context.
 
         Args:
             examples: The questions.
             source: Where they come from, for the message.
 
         Raises:
-            DataError: Some leave none; every such row is named.
+            DataError: Some questions leave no room; the message names all of them.
         """
         problems = []
         questions = self.encoder.encode_many([e.question for e in examples])
@@ -212,25 +212,25 @@ class Answerer:
     ) -> list[Answer]:
         """Answers one question from one context, or from several passages together.
 
-        Passages are read like the windows of one long context: one ranking, one softmax over the spans of all of them, and one
-        null answer. So their scores compare. Empty passages are skipped with a DataWarning that names their indices.
+        Passages are read like the windows of one long context: one ranking, one softmax over the spans of all passages, and one
+        null answer. So scores compare across passages. Empty passages are skipped with a DataWarning that names their indices.
 
         Args:
             question: The question.
             context: The text to answer it from, of any length.
             contexts: Passages to answer it from, instead of ``context``: any number, each of any length.
-            on_windows: Called as ``on_windows(done, total)``, before the first window and as the model goes on. What it
-                raises ends the call.
+            on_windows: Called as ``on_windows(done, total)``, before the first window and as windows are done. An exception
+                that it raises ends the call.
             **options: See ``AnswerOptions``. If "no answer" competes, it comes first when its logit exceeds that of the best
                 span by more than the stored ``null_threshold`` (0 without one).
 
         Returns:
-            The ``top_k`` best answers, best first; fewer if there are fewer. ``start`` and ``end`` count code points (see
-            ``offsets``) of the context, or of the passage with the index ``passage``.
+            Up to ``top_k`` answers, best first. ``start`` and ``end`` count code points (see ``offsets``) of the context, or of
+            the passage with the index ``passage``.
 
         Raises:
-            InputError: A text or every passage is empty or invalid, there is not one of ``context`` and ``contexts``, or an option
-                is out of range.
+            InputError: A text or every passage is empty or invalid, both or neither of ``context`` and ``contexts`` are given, or
+                an option is out of range.
             QuestionTooLongError: The question leaves no room for the context.
             StrideError: ``doc_stride`` is at least ``max_seq_len``, and the context needs several windows.
             LogitsError: The model returned NaN or infinite logits.
@@ -244,7 +244,7 @@ class Answerer:
         """Answers many (question, context) pairs, in order.
 
         Args:
-            pairs: (question, context) pairs; instead of a context there may be a list of passages.
+            pairs: (question, context) pairs; a list of passages may replace the context.
             **options: See ``AnswerOptions``.
 
         Returns:
@@ -258,7 +258,7 @@ class Answerer:
     def answer_stream(self, pairs: Iterable[Asked], **options: Unpack[AnswerOptions]) -> Iterator[list[Answer]]:
         """``answer_batch`` for an iterable of any length: lazy, in order, in bounded memory."""
         chosen = Options(**options)
-        return (_told(pair, chosen, number) for number, pair in enumerate(self.read_stream(pairs, chosen), 1))
+        return (_answers_of(pair, chosen, number) for number, pair in enumerate(self.read_stream(pairs, chosen), 1))
 
     async def aanswer(
         self,
@@ -271,9 +271,9 @@ class Answerer:
     ) -> list[Answer]:
         """``answer`` for coroutines: tokenises, runs and decodes in threads, so the event loop never waits.
 
-        Any number of calls may be awaited at once, on any event loops; at most twice as many as the model has threads are worked
-        on at a time. A cancelled call does not start, or stops before its next windows. ``on_windows`` is called in a
-        thread. Raises what ``answer`` raises.
+        Any number of calls may be awaited at once, on any event loops; at most twice as many as the model has threads run at a
+        time. A cancelled call does not start, or stops before its next windows. ``on_windows`` is called in a thread.
+        Raises what ``answer`` raises.
         """
         chosen, texts = Options(**options), one_of(context, contexts)
 
@@ -295,7 +295,7 @@ class Answerer:
         return self._answer_threads.stream(self.answer_stream(pairs, **options))
 
     def read(self, question: str, context: Texts, options: Options, on_windows: OnWindows | None = None) -> DecodedPair:
-        """``answer`` of a context or of passages, with the windows, logits and spans that the answers are made from."""
+        """``answer`` for a context or passages, but returns the windows, logits and spans that answers are made from."""
         pair = self.encode(question, context, options)
         return self.decode(pair, self._run(pair.windows, self.model.run, on_windows), options)
 
@@ -306,7 +306,7 @@ class Answerer:
             question: The question.
             context: The context, or the passages.
             options: The options of this call.
-            max_windows: The largest number of windows allowed, of all passages together.
+            max_windows: The largest number of windows allowed, in all passages together.
 
         Raises:
             InputError: As ``answer`` does for its texts and options.
@@ -319,7 +319,7 @@ class Answerer:
         return self._decode([pair], logits, options, options.settings(self.settings))[0]
 
     def _run(self, windows: Sequence[Window], run: RunWindows, on_windows: OnWindows | None) -> list[Logits]:
-        """The logits of the windows; with ``on_windows`` they run in parts, and it is called in between."""
+        """The logits of the windows; with ``on_windows`` they run in parts, and it is called between parts."""
         if on_windows is None:
             return run(windows)
         on_cuda = getattr(self.model, "device", "cpu") == "cuda"
@@ -334,8 +334,8 @@ class Answerer:
     def read_stream(self, pairs: Iterable[Asked], options: Options) -> Iterator[DecodedPair]:
         """``read`` for an iterable of pairs: lazy, in order, in bounded memory. Errors name the pair, counted from 1.
 
-        It goes chunk by chunk, and tokenises the next one while the model runs the one before. An error in a chunk is raised
-        after the results of the chunks before it.
+        It works chunk by chunk, and tokenises the next chunk while the model runs the current one. An error in a chunk is
+        raised after the results of the chunks before it.
         """
         settings = options.settings(self.settings)
         chunks = self._started(pairs, options, settings)
@@ -382,7 +382,7 @@ class Answerer:
             done += len(chunk)
 
     def _tokenise_ahead(self, chunk: Sequence[Asked]) -> tuple[dict[str, EncodedText], dict[str, EncodedText]]:
-        """On CUDA, the contexts and questions of a chunk, tokenised on all cores; else empty.
+        """On CUDA, the contexts and questions of a chunk, tokenised on all cores; empty on a CPU.
 
         On a CPU the model needs the cores. ``_encode`` reports a text that cannot be tokenised.
         """
@@ -479,7 +479,7 @@ class Answerer:
 
 
 def refuse_in_graph(bundle: Bundle) -> None:
-    """Raises BundleError if the graph of a bundle decodes answers itself; the message names the bundle to load instead."""
+    """Raises BundleError, naming the bundle to load instead, if the graph of a bundle decodes answers itself."""
     if bundle.in_graph:
         raise BundleError(
             f"{bundle.folder}: its graph answers by itself ({bundle.in_graph} in the graph), for callers without qadeploy: "
@@ -487,8 +487,8 @@ def refuse_in_graph(bundle: Bundle) -> None:
         )
 
 
-def _told(pair: DecodedPair, options: Options, number: int) -> list[Answer]:
-    """The answers of a pair of a stream, with a warning of the passages that were skipped."""
+def _answers_of(pair: DecodedPair, options: Options, number: int) -> list[Answer]:
+    """The answers of one pair of a stream; warns about skipped passages."""
     warn_of_skipped(pair.skipped, f"pair {number}: ")
     return to_answers(pair, options)
 
@@ -504,9 +504,9 @@ def _with_logits(
 
 
 def _machine_warning(bundle: Bundle) -> str:
-    """What to know of a bundle that was made for another CPU than this one; "" if there is nothing."""
+    """A warning if the bundle was made for another CPU than this one, or ""."""
     saturation = saturation_warning(bundle.manifest)
-    difference = machine().unlike(bundle.manifest.get("machine"))  # without that entry its settings are for any machine
+    difference = machine().unlike(bundle.manifest.get("machine"))  # without that entry the settings are for any machine
     settings = difference and (
         f"this machine {difference}, unlike the one on which its session settings were measured: "
         f"qadeploy tune {bundle.folder} measures them again"

@@ -5,9 +5,9 @@
     tokenizer.json   the fast tokenizer
     README.md        the model card
 
-A bundle is written to a hidden folder next to its place, the manifest last, then flushed and renamed,
-so a bundle folder is always complete. Loading checks the bytes that it uses, and rejects unknown versions, missing,
-additional or changed files, links, paths, and external data.
+A bundle is written to a hidden folder next to its final place, the manifest last, then flushed and renamed, so a bundle
+folder is always complete. Loading checks the bytes that it uses, and rejects unknown schemas, missing, additional or
+changed files, links, paths, and external data.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Bundle:
     """A verified bundle. Its files stay open, so that it can be read while another takes its place.
 
     Attributes:
-        folder: Where it lies.
-        manifest: The manifest, with all that it says.
-        checked: Those of its entries that decide how the bundle is used.
-        hash: SHA-256 of the manifest, which holds the hashes of all files, so it identifies the bundle.
+        folder: The bundle folder.
+        manifest: The whole manifest.
+        checked: The entries of the manifest that decide how the bundle is used.
+        hash: SHA-256 of the manifest. It identifies the bundle, because the manifest contains the hashes of all files.
     """
 
     folder: Path
@@ -113,7 +113,7 @@ class Bundle:
         return data
 
     def load_encoder(self) -> Encoder:
-        """The encoder, with the bundle's tokenizer. Raises BundleError if that cannot be read or used."""
+        """The encoder, with the bundle's tokenizer. Raises BundleError if the tokenizer cannot be read or used."""
         data = self.read(TOKENIZER)
         place = self.folder / TOKENIZER
         with rust_errors(lambda error: BundleError(f"{place}: cannot be used: {error}: export the bundle again")):
@@ -125,15 +125,15 @@ def open_bundle(folder: str | Path, *, sha256: str | None = None, revision: str 
 
     Args:
         folder: The bundle folder, or ``hub:ORG/NAME[@REVISION]``, which is downloaded unless it is in the cache.
-        sha256: What ``sha256sum manifest.json`` said of the bundle that is meant: any other is refused. The hashes in a manifest find
-            damage; only one that came another way protects against the bundle's author.
-        revision: The branch, tag or commit of a bundle on the hub; None takes main.
+        sha256: The SHA-256 of the expected ``manifest.json``: any other bundle is refused. The hashes in a manifest only detect
+            damage; a hash from another source also protects against a forged bundle.
+        revision: The branch, tag or commit of a bundle on the hub; None uses main.
 
     Raises:
-        InputError: There is no such folder, ``sha256`` is no SHA-256, or a folder was given a ``revision``.
+        InputError: There is no such folder, ``sha256`` is not a SHA-256, or ``revision`` is given for a folder.
         HubError: The hub cannot be reached, lacks the bundle or refuses the token.
         MissingExtraError: huggingface_hub is not installed.
-        BundleError: The bundle is incomplete, damaged, unsafe, or not the one that is meant.
+        BundleError: The bundle is incomplete, damaged, unsafe, or not the expected one.
     """
     name, folder = str(folder), Path(folder)
     if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
@@ -172,7 +172,7 @@ def _open(folder: Path, sha256: str | None) -> Bundle:
         )
     own = hashlib.sha256(data).hexdigest()
     if sha256 not in {None, own}:
-        raise BundleError(f"{path}: its SHA-256 is {own}, not {sha256}: this is not the bundle that is meant")
+        raise BundleError(f"{path}: its SHA-256 is {own}, not {sha256}: this is not the expected bundle")
     del manifest["manifest_sha256"]
     checked = read_manifest(manifest, str(path))
     _check_names(folder, set(checked.files))
@@ -223,14 +223,14 @@ def writing_bundle(out: Path) -> Iterator[Path]:
         yield work
         if not (work / MANIFEST).is_file():
             raise BundleError(f"{out}: the bundle was not sealed")
-        check_place(out)  # whatever has been put there meanwhile
+        check_place(out)  # something may have been put there meanwhile
         replace_folder(work, out)
 
 
 def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
-    """Replaces a bundle by one with other values in its manifest (None removes one) and the same files. Returns it, verified.
+    """Changes values in a bundle's manifest (None removes one) and keeps its files. Returns the new bundle, verified.
 
-    Raises BundleError if a file no longer matches the manifest; the bundle is then left as it was.
+    Raises BundleError if a file no longer matches the manifest; the bundle is then left unchanged.
     """
     kept = {name: value for name, value in bundle.manifest.items() if name not in {"schema", "files"}}
     out = bundle.folder.resolve()  # a link to the bundle stays valid
@@ -247,7 +247,7 @@ def rewrite_manifest(bundle: Bundle, changes: Mapping[str, Any]) -> Bundle:
 def check_place(out: Path, flag: str = "--out") -> None:
     """Raises InputError if ``out`` exists and is not a bundle, so that no bundle can be written there.
 
-    ``flag`` is the option that names it, for messages.
+    ``flag`` is the option that names ``out``, for messages.
     """
     if not out.name:
         raise InputError(f"{out}: a bundle needs a folder of its own: give {flag} a name")
@@ -266,7 +266,7 @@ def check_place(out: Path, flag: str = "--out") -> None:
 
 
 def _listed(path: Path) -> frozenset[str] | None:
-    """The files that a manifest lists, damaged or not; None if it is no manifest of ours."""
+    """The files that a manifest lists, damaged or not; None if it is not a bundle's manifest."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         ours = isinstance(manifest["schema"], int) and isinstance(manifest["manifest_sha256"], str)
@@ -298,11 +298,11 @@ def is_bundle(folder: str | Path) -> bool:
 def newest_bundle(folder: Path = Path("bundles")) -> Path:
     """The bundle in ``folder`` whose manifest was written last.
 
-    A fused graph is passed over, because it stands beside its bundle for comparison; so are fp16, which is for GPUs, and graphs
-    that answer by themselves, which are for other languages.
+    It skips fused graphs, which stand beside their bundles for comparison, fp16 bundles, which are for GPUs, and graphs that
+    answer by themselves, which are for other languages.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no bundle.
     """
     found = _newest(folder)
     if found is None:
@@ -311,10 +311,10 @@ def newest_bundle(folder: Path = Path("bundles")) -> Path:
 
 
 def default_bundle() -> Path:
-    """The bundle that is used if none is named: the newest under ``bundles/``, else the one that qadeploy ships.
+    """The bundle to use if none is named: the newest under ``bundles/`` or, if there is none, the one that qadeploy ships.
 
     Raises:
-        BundleError: This installation ships none.
+        BundleError: This installation ships no bundle.
     """
     return _newest(Path("bundles")) or base_bundle_path()
 
@@ -329,7 +329,7 @@ def _newest(folder: Path) -> Path | None:
 
 
 def _is_general(manifest: Path) -> bool:
-    """Whether a manifest is that of a bundle for any machine and caller; one that cannot be read counts, so that it is named."""
+    """Whether a bundle is for any machine and caller. An invalid manifest counts, so that loading reports it."""
     try:
         values = json.loads(manifest.read_text(encoding="utf-8"))
         made = values.get("made", {})

@@ -14,7 +14,7 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
     Args:
         name: The name of the bundle.
         manifest: Its manifest.
-        usage: Lines that show how to use it; by default with the Answerer.
+        usage: Lines that show how to use the bundle; by default with the Answerer.
     """
     settings, measured, parity = manifest["settings"], manifest["measured"], manifest["parity"]
     source = manifest["source"]
@@ -34,7 +34,7 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
         f"`{manifest['source']['checkpoint']}`.",
         "\n".join(usage or _answerer(name)),
         f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}"
-        + (f" (of a context in several: {settings['long_seq_len']} tokens)" if settings.get("long_seq_len") else "")
+        + (f" ({settings['long_seq_len']} tokens if a context needs several)" if settings.get("long_seq_len") else "")
         + "; answers have at most "
         f"{settings['max_answer_len']} tokens. Scores are probabilities at temperature {settings['temperature']:.3f}.",
     ]

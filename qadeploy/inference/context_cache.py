@@ -21,8 +21,8 @@ class CacheStats:
     Attributes:
         hits: Contexts that were found in the cache.
         misses: Contexts that were tokenised.
-        entries: Contexts that are kept now.
-        bytes: Memory of these.
+        entries: Contexts in the cache now.
+        bytes: Memory of the contexts in the cache.
     """
 
     hits: int
@@ -33,7 +33,7 @@ class CacheStats:
 
 @dataclass(slots=True)
 class _Entry:
-    """A context, or the promise of one: the thread that holds ``lock`` tokenises it. ``size`` is counted in bytes."""
+    """A context, or a place for one that the thread that holds ``lock`` is tokenising. ``size`` is in bytes."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     encoded: EncodedText | None = None
@@ -41,7 +41,7 @@ class _Entry:
 
 
 class ContextCache:
-    """The contexts used last, tokenised. Safe under threads and forks.
+    """The most recently used contexts, tokenised. Safe under threads and forks.
 
     If several threads ask for the same new context at once, one of them tokenises it and the others wait.
 
@@ -76,7 +76,7 @@ class ContextCache:
 
         Args:
             context: The context.
-            near: The contexts of this call: looked into first, and added to.
+            near: The contexts of this call: searched first, and extended.
 
         Raises:
             InputError: The text cannot be tokenised.
@@ -94,7 +94,7 @@ class ContextCache:
     def ahead(
         self, contexts: Sequence[str], encode_many: Callable[[Sequence[str]], list[EncodedText]]
     ) -> dict[str, EncodedText]:
-        """Tokenises together those of ``contexts`` that are not kept, and keeps them. Returns them, as ``near`` for ``get``.
+        """Tokenises all ``contexts`` that are not in the cache at once, and adds them. Returns them, as ``near`` for ``get``.
 
         Each counts as a miss here, and as a hit when ``get`` returns it. Raises what ``encode_many`` raises.
         """
@@ -106,14 +106,14 @@ class ContextCache:
             entry = _Entry(encoded=encoded)
             with self._mine():
                 self._misses += 1
-                if not self._limit or context in self._entries:  # another thread tokenises it
+                if not self._limit or context in self._entries:  # another thread is tokenising it
                     continue
                 self._entries[context] = entry
             self._keep(context, entry, encoded.nbytes)
         return found
 
     def stats(self) -> CacheStats:
-        """The counters of this process."""
+        """The counters in this process."""
         with self._mine():
             return CacheStats(self._hits, self._misses, len(self._entries), self._bytes)
 
@@ -135,7 +135,7 @@ class ContextCache:
         return encoded
 
     def _keep(self, context: str, entry: _Entry, size: int) -> None:
-        """Makes room for an entry by dropping those used longest ago; drops the entry itself if it is too large."""
+        """Makes room for an entry by dropping the least recently used ones; drops the entry itself if it is too large."""
         with self._lock:
             if self._entries.get(context) is not entry:
                 return  # dropped meanwhile to make room

@@ -3,18 +3,18 @@
 Few windows (one question) are padded to a shape of ``GRAPH_ROWS`` rows and a multiple of ``STEP`` tokens. Each shape has its own
 buffers on the device, so a graph that was captured once (ONNX Runtime's ``gpu_graph_id``) can be replayed: one launch
 instead of hundreds. Many windows are sorted by length and run in padded batches of at most ``TOKENS`` tokens, in a second
-session, created when they first come: a session that captures graphs cannot use memory patterns, without which batches were
+session, created when first needed: a session that captures graphs cannot use memory patterns, without which batches were
 a fifth slower on an H200 (``benchmarks/results/gpu.json``).
 
 A captured graph is compared with a plain run of the same windows before it is used. If capturing fails or the
 logits differ by more than ``APART``, no graphs are used from then on, and ``notes`` says why.
 
 One thread of the process does everything that touches a GPU. ONNX Runtime's CUDA provider keeps a graph with the thread
-that captured it (its ``PerThreadContext``): any other thread would capture every shape again, and keep that too. It also
+that captured it (its ``PerThreadContext``): any other thread would capture and keep every shape again. It also
 captures in CUDA's global mode (``cudaStreamCaptureModeGlobal``), in which an allocation or a copy by another thread breaks the
 capture.
 
-The same code runs on the CPU provider, which has no graphs to capture. The tests use that.
+The same code runs on the CPU provider, which has no graphs to capture; the tests do so.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ APART = 0.1  # the tolerance of fp16, see ``export/fp16.py``
 _MULTIPLE = 8  # fp16 matmuls are fastest at lengths that are multiples of 8
 _NO_GRAPH = "-1"  # ONNX Runtime's id for a run that neither captures nor replays
 _GRAPH_ID = "gpu_graph_id"
-# The messages of bfc_arena.cc, CUDA (cudaErrorMemoryAllocation) and cuBLAS when memory runs out.
+# From the messages of bfc_arena.cc, CUDA (cudaErrorMemoryAllocation) and cuBLAS when memory runs out.
 _NO_MEMORY = ("failed to allocate memory", "available memory of", "out of memory", "cublas_status_alloc_failed")
 _NUMPY: dict[str, np.dtype[Any]] = {
     "tensor(int64)": np.dtype(np.int64),
@@ -56,7 +56,7 @@ def _new_thread() -> None:
 
 
 _thread: ThreadPoolExecutor
-_new_thread()  # it starts with its first work
+_new_thread()  # the thread itself starts with its first work
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_thread)
 
@@ -79,13 +79,13 @@ class _OutOfMemoryError(Exception):
 
 
 def round_up(number: int, step: int, most: int | None = None) -> int:
-    """The next multiple of ``step``, or ``most`` if that is less."""
+    """The next multiple of ``step``, but at most ``most`` (and at least ``number``)."""
     rounded = -(-number // step) * step
     return rounded if most is None else max(number, min(rounded, most))
 
 
 def graph_shape(lengths: Sequence[int], longest: int | None = None) -> Shape | None:
-    """The captured shape that holds windows of these lengths; None if they are too many or too long.
+    """The captured shape for windows of these lengths; None if they are too many or too long.
 
     ``longest`` is the longest input of the model in tokens.
     """
@@ -115,7 +115,7 @@ def batches(lengths: Sequence[int], *, tokens: int = TOKENS, masked: bool = True
 def in_batches(
     windows: Sequence[Window], rows: Sequence[Sequence[int]], run: Callable[[Sequence[Window]], list[Logits]]
 ) -> list[Logits]:
-    """The logits of each window, in order, run in batches of the indices ``rows``, as ``batches`` makes them."""
+    """The logits of each window, in order; ``rows`` holds the indices of each batch, as ``batches`` returns them."""
     logits: dict[int, Logits] = {}
     for own in rows:
         logits.update(zip(own, run([windows[i] for i in own]), strict=True))
@@ -123,7 +123,7 @@ def in_batches(
 
 
 def unpadded(logits: Sequence[FloatArray], windows: Sequence[Window]) -> list[Logits]:
-    """The start and end logits of each window in those of a padded batch, ``[windows, tokens]`` each."""
+    """Cuts the start and end logits of each window out of those of a padded batch, ``[windows, tokens]`` each."""
     starts, ends = logits
     return [(starts[i, : len(w)], ends[i, : len(w)]) for i, w in enumerate(windows)]
 
@@ -163,8 +163,8 @@ class DeviceRunner:
 
     Args:
         ort: The onnxruntime module.
-        make: Creates a session, one that can capture graphs (True) or one that cannot (False).
-        place: Where the buffers are, in ONNX Runtime's terms: ``cuda`` or ``cpu``, and the number of the device.
+        make: Creates a session that can capture graphs (True) or one that cannot (False).
+        place: The device of the buffers, as ONNX Runtime names it: ``cuda`` or ``cpu``, and the number of the device.
         pad_token_id: The id that fills batches.
         longest: The model's longest input in tokens, None for no limit.
 
@@ -188,7 +188,7 @@ class DeviceRunner:
         self._tokens = TOKENS  # per batch; fewer once the device's memory has run out
         self._no_graphs = ""
         self._capturing: Any = None
-        self._plain: Any = None  # created when many windows first come
+        self._plain: Any = None  # created when first needed for many windows
         self.session: Any = _on_its_thread(self._first_session)
         self._kinds = {i.name: _NUMPY[i.type] for i in self.session.get_inputs() if i.type in _NUMPY}
         self.masked = "attention_mask" in {i.name for i in self.session.get_inputs()}
@@ -209,9 +209,9 @@ class DeviceRunner:
         return [f"one question: {few}", f"many questions: {many}"]
 
     def warm_up(self, window: Window, rows: Sequence[int] = GRAPH_ROWS[:1], longest: int = LONGEST) -> int:
-        """Captures shapes with these numbers of rows, up to ``longest`` tokens, using windows made from the tokens of this one.
+        """Captures shapes with these numbers of rows, up to ``longest`` tokens, with windows made of this one's tokens.
 
-        Other shapes are captured when they first come. Returns the number of captured shapes.
+        Other shapes are captured when first needed. Returns the number of captured shapes.
         """
         most = min(longest, self._longest or longest)
         for count in rows:
@@ -221,7 +221,7 @@ class DeviceRunner:
         return self._captured
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
-        """Start and end logits of each window, float32 ``[tokens]`` each, in order; few windows with the least delay.
+        """Start and end logits of each window, float32 ``[tokens]`` each, in order, for few windows with the least delay.
 
         Raises DeviceError as ``run_many`` does.
         """
@@ -232,7 +232,7 @@ class DeviceRunner:
         return unpadded(found, windows) if found is not None else self.run_many(windows)
 
     def run_many(self, windows: Sequence[Window]) -> list[Logits]:
-        """Like ``run``, in batches by length. When memory runs out, batches become smaller, for good.
+        """Like ``run``, in batches by length. When memory runs out, batches become smaller and stay so.
 
         Raises DeviceError if not even the longest window alone fits into memory, or if a run fails.
         """
@@ -253,15 +253,15 @@ class DeviceRunner:
         """The logits of one batch, longest window first."""
         longest = len(windows[0])
         tokens = round_up(longest, _MULTIPLE, self._longest) if self.masked else longest
-        batch = self._padded(windows, len(windows), tokens)  # while the batch of another thread runs
+        batch = self._padded(windows, len(windows), tokens)  # may overlap with another thread's batch on the GPU
         return unpadded(_on_its_thread(self._batch, batch), windows)
 
     def _padded(self, windows: Sequence[Window], rows: int, tokens: int) -> dict[str, Any]:
-        """The inputs of the session at this size, in its types; unused rows repeat the last window."""
+        """The session's inputs, padded to this size and in its types; unused rows repeat the last window."""
         batch = pad_batch([*windows, *[windows[-1]] * (rows - len(windows))], self._pad, tokens=tokens)
         return {name: np.ascontiguousarray(batch[name], dtype=kind) for name, kind in self._kinds.items()}
 
-    # Only the device thread calls what follows.
+    # Only the device thread calls the methods below.
 
     def _first_session(self) -> Any:
         try:
@@ -272,7 +272,7 @@ class DeviceRunner:
         return self._capturing or self._plain
 
     def _batch(self, batch: Mapping[str, Any]) -> Logits:
-        """The logits of one of many batches. Raises _OutOfMemoryError, DeviceError."""
+        """The logits of one batch. Raises _OutOfMemoryError, DeviceError."""
         try:
             self._plain = self._plain or self._make(False)
             starts, ends = self._plain.run(LOGIT_NAMES, batch)
@@ -283,14 +283,14 @@ class DeviceRunner:
         return _copied(starts), _copied(ends)
 
     def _replayed(self, shape: Shape, batch: Mapping[str, Any]) -> Logits | None:
-        """The logits of a graph, which is captured first if need be; None if graphs are not used any more."""
+        """The logits of a graph, which is captured first if needed; None if graphs are no longer used."""
         if not self.graphs:  # another call has just turned them off
             return None
         found, reason = self._by_graph(shape, batch)
         if reason:
             self._no_graphs = reason
             self._slots.clear()
-            # At once: while the stream of this session captures, a new session would get no memory.
+            # Dropped at once: while the stream of this session captures, a new session would get no memory.
             self._capturing = self.session = None
         return found
 
@@ -318,7 +318,7 @@ class DeviceRunner:
 
 
 def _typed(error: Exception) -> _OutOfMemoryError | DeviceError:
-    """An error of ONNX Runtime as one of ours. Its bare classes do not tell when memory runs out, so this reads its message."""
+    """Converts an error of ONNX Runtime, whose classes do not tell when memory runs out, by its message."""
     said = " ".join(str(error).split())[:200]
     if any(words in said.lower() for words in _NO_MEMORY):
         return _OutOfMemoryError(said)
@@ -339,7 +339,7 @@ def _apart(found: Logits, plain: Logits, batch: Mapping[str, Any]) -> float:
 
 
 def _stretched(window: Window, tokens: int) -> Window:
-    """A window of this many tokens, made by repeating those of a shorter one."""
+    """A window of this many tokens, made by repeating the tokens of another one."""
     ids = np.resize(window.input_ids, tokens)
     types = None if window.token_type_ids is None else np.resize(window.token_type_ids, tokens)
     return Window(ids, types, 0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Where a model can run: device names, and what CUDA lacks on this machine, with the pip line that fixes it.
+"""Where a model can run: device names, and what CUDA lacks on this machine, with the pip command that fixes it.
 
 CUDA needs three things: an onnxruntime built for it, an NVIDIA driver at least as new as the CUDA of that build,
 and the CUDA libraries of the same major version. Each is checked separately, so that an error names the one that
@@ -27,16 +27,14 @@ DRIVER = "libcuda.so.1"
 _PROVIDER = ("shared", "cuda")
 GPU_WHEEL = "onnxruntime-gpu"
 FIX_WHEEL = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'qadeploy[gpu]'"
-# The last wheel on PyPI that was built for CUDA 12; its extras ask for nvidia-*-cu12, those of 1.27.0 for CUDA 13.
+# The last wheel on PyPI that was built for CUDA 12; its extras install nvidia-*-cu12, those of 1.27.0 CUDA 13.
 _LAST_FOR_CUDA_12 = "1.26.0"
-_NO_DRIVER = (
-    f"no NVIDIA driver is there ({DRIVER} cannot be loaded): install it; in a container, start that with --gpus all"
-)
+_NO_DRIVER = f"there is no NVIDIA driver ({DRIVER} cannot be loaded): install it, or start a container with --gpus all"
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device as requested: ``kind`` is auto, cpu or cuda, ``number`` that of the GPU, None if none was named."""
+    """A device as requested: ``kind`` is auto, cpu or cuda, ``number`` is the GPU's, or None if none was named."""
 
     kind: str
     number: int | None = None
@@ -80,7 +78,7 @@ class Driver:
     """The NVIDIA driver.
 
     Attributes:
-        version: Its version, None if the system does not show it.
+        version: Its version, or None if the system does not show it.
         cuda: The newest CUDA version that it runs.
         gpus: Its GPUs.
         problem: Why no GPU can be used; empty if one can.
@@ -165,7 +163,7 @@ class Build:
     """The imported onnxruntime.
 
     Attributes:
-        package: The wheel whose files were installed last, over those of the others.
+        package: The wheel whose files were installed last, overwriting those of other wheels.
         version: The version of the module.
         wheels: All installed wheels that provide it, with their versions.
         cuda: The CUDA version of the build; None without CUDA, or if the build does not say.
@@ -180,13 +178,13 @@ class Build:
 
     @property
     def conflict(self) -> str:
-        """What is wrong if several wheels share the folder; empty if there is only one."""
+        """The problem if several wheels share the folder; empty if there is only one."""
         if len(self.wheels) < 2:
             return ""
         named = " and ".join(f"{name} {version}" for name, version in sorted(self.wheels.items()))
         return (
             f"{named} are both installed into one folder and break each other; the files of {self.package or 'one'} "
-            f"lie on top: {FIX_WHEEL} (on a machine without a GPU: 'qadeploy[cpu]')"
+            f"were installed last: {FIX_WHEEL} (on a machine without a GPU: 'qadeploy[cpu]')"
         )
 
 
@@ -210,7 +208,7 @@ def find_build(ort: Any) -> Build:
 def cuda_libraries(major: int) -> dict[str, str]:
     """The libraries that a build for CUDA ``major`` loads, by file name, with the PyPI package of each.
 
-    They are those of onnxruntime's preload_dlls (1.32). From CUDA 13 on only the package of cuDNN has a suffix -cuNN.
+    They are those of onnxruntime's preload_dlls (1.32). From CUDA 13 on, only cuDNN's package has a suffix -cuNN.
     """
     suffix = "" if major >= 13 else f"-cu{major}"
     cufft = 12 if major >= 13 else 11
@@ -226,15 +224,15 @@ def cuda_libraries(major: int) -> dict[str, str]:
 
 
 def missing_libraries(major: int) -> dict[str, str]:
-    """The ``cuda_libraries`` that cannot be loaded. Call ``preload`` first. This loads the others."""
+    """The ``cuda_libraries`` that cannot be loaded; loads the others. Call ``preload`` first."""
     return {name: package for name, package in cuda_libraries(major).items() if not _loads(name)}
 
 
 def provider_loads(folder: Path | None = None) -> bool:
-    """Whether ONNX Runtime's CUDA provider can be loaded, so that no library that it requires is missing.
+    """Whether ONNX Runtime's CUDA provider can be loaded, that is, no library that it requires is missing.
 
-    Builds require different ones: 1.31 does without cuDNN, cuFFT and NVRTC (``readelf -d``). ``folder`` holds
-    the provider; None takes that of the installed onnxruntime.
+    Builds require different libraries: 1.31 works without cuDNN, cuFFT and NVRTC (``readelf -d``). ``folder`` contains
+    the provider; None means the installed onnxruntime's.
     """
     if folder is None:
         spec = find_spec("onnxruntime")
@@ -257,7 +255,7 @@ def _loads(name: str, mode: int = ctypes.DEFAULT_MODE) -> bool:
 def preload(ort: Any) -> str:
     """Loads the libraries of CUDA and cuDNN from their pip packages, once per process; returns what ONNX Runtime printed.
 
-    Without this, onnxruntime looks for them on the system's paths only. It prints what is missing, so stdout is
+    Without this, onnxruntime searches for them only on the system's paths. preload_dlls prints what is missing, so stdout is
     captured. Builds before 1.21 have no preload_dlls.
     """
     said = io.StringIO()
@@ -286,7 +284,7 @@ def torch_cuda() -> tuple[int, int] | None:
 def obstacles(build: Build, driver: Driver, number: int = 0) -> list[str]:
     """Why ONNX Runtime cannot use the GPU ``number``: one sentence per cause, with the fix; empty if no cause is found.
 
-    Call ``preload`` first: this loads the libraries of CUDA.
+    Call ``preload`` first. This function loads the libraries of CUDA.
     """
     found = []
     if not build.has_cuda:
@@ -307,22 +305,22 @@ def obstacles(build: Build, driver: Driver, number: int = 0) -> list[str]:
     if driver.cuda and driver.cuda[0] < major:
         older = f": pip install 'onnxruntime-gpu[cuda,cudnn]=={_LAST_FOR_CUDA_12}'" if driver.cuda[0] == 12 else ""
         found.append(
-            f"{wants}, and the driver runs CUDA {dotted(driver.cuda)} at most: update the driver"
+            f"{wants}, but the driver supports CUDA {dotted(driver.cuda)} at most: update the driver"
             + (f", or install the last build for CUDA 12{older}" if older else "")
         )
     missing = {} if provider_loads() else missing_libraries(major)
     if missing:
         other = next((n for n in (13, 12, 11) if n != major and _loads(f"libcudart.so.{n}")), None)
         found.append(
-            f"{wants} and cuDNN 9, and cannot load {', '.join(missing)}"
-            + (f" (those of CUDA {other} are there, but do not fit)" if other else "")
+            f"{wants} and cuDNN 9, but cannot load {', '.join(missing)}"
+            + (f" (those of CUDA {other} are installed, but do not fit)" if other else "")
             + f": pip install 'onnxruntime-gpu[cuda,cudnn]=={build.version}'"
         )
     return found
 
 
 def cuda_majors(build: Build) -> str:
-    """What is wrong if torch and ONNX Runtime were built for different major versions of CUDA; empty if nothing is.
+    """The problem if torch and ONNX Runtime were built for different major versions of CUDA; empty if there is none.
 
     Each has a cuDNN package of its own major version, and both packages install the same files
     (nvidia/cudnn/lib/libcudnn.so.9).
@@ -338,7 +336,7 @@ def cuda_majors(build: Build) -> str:
 
 
 def torch_line(major: int | None = None) -> str:
-    """The pip line for a torch with CUDA ``major``; other builds: https://pytorch.org/get-started/locally."""
+    """The pip command for a torch with CUDA ``major``; other builds: https://pytorch.org/get-started/locally."""
     return f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu{126 if major == 12 else 130}"
 
 
@@ -346,10 +344,10 @@ def torch_line(major: int | None = None) -> str:
 
 
 def providers(ort: Any, device: Device) -> list[Any]:
-    """The providers for a session on ``device``. Only the session shows whether CUDA starts.
+    """The providers for a session on ``device``. Only creating the session shows whether CUDA starts.
 
-    Raises DeviceError if CUDA is requested and the build has none. ``auto`` then takes the CPU, and warns
-    (DeviceWarning) if there are a driver and a GPU wheel nevertheless.
+    Raises DeviceError if CUDA is requested and the build lacks it. ``auto`` then uses the CPU, and warns
+    (DeviceWarning) if there is a driver and a GPU wheel nevertheless.
     """
     if device.kind == "cpu":
         return [CPU]
@@ -362,7 +360,7 @@ def providers(ort: Any, device: Device) -> list[Any]:
 
 
 def refuse(ort: Any, device: Device, reason: str = "") -> None:
-    """Reports that CUDA did not start: raises DeviceError if it was requested; ``auto`` warns, if there is a driver.
+    """Reports that CUDA did not start: raises DeviceError if CUDA was requested; with ``auto`` warns if there is a driver.
 
     ``reason`` is ONNX Runtime's message, shown if no cause is found.
     """
@@ -382,5 +380,5 @@ def _version_pair(text: str) -> tuple[int, int] | None:
 
 
 def dotted(version: tuple[int, int]) -> str:
-    """A version of CUDA as people write it."""
+    """A CUDA version as MAJOR.MINOR."""
     return f"{version[0]}.{version[1]}"

@@ -60,7 +60,7 @@ def diagnose() -> dict[str, Any]:
     else:
         try:
             _add_build(report, driver, problems)
-        except AttributeError:  # what is left if one of two builds was uninstalled
+        except AttributeError:  # of the remains after one of two builds was uninstalled
             problems.append(
                 "onnxruntime is broken (both builds were installed and one was removed?): pip uninstall -y onnxruntime "
                 "onnxruntime-gpu, then install the one you want again"
@@ -95,7 +95,7 @@ def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
             if made["for"] == "cuda":
                 names = ("measured_on", "paths")
                 found.append({"bundle": str(path.parent), **{name: made[name] for name in names}})
-        # Another kind of bundle, or none: loading it reports that.
+        # Another kind of bundle, or not a bundle: loading it reports that.
         except (OSError, ValueError, LookupError, TypeError):
             continue
     return found
@@ -134,7 +134,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``+`` if files were changed; None outside one."""
+    """The commit of the checkout that this package runs from, with ``+`` if files were changed; None without a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -147,7 +147,7 @@ def _commit() -> str | None:
 
 
 def _add_build(report: dict[str, Any], driver: devices.Driver, problems: list[str]) -> None:
-    """Adds the build of the installed onnxruntime and what it lacks for the GPUs of this machine."""
+    """Adds the build of the installed onnxruntime to ``report``, and what it lacks for this machine's GPUs to ``problems``."""
     ort = onnxruntime()
     report["providers"] = ort.get_available_providers()
     build = devices.find_build(ort)
@@ -160,7 +160,7 @@ def _add_build(report: dict[str, Any], driver: devices.Driver, problems: list[st
         if build.cuda:
             missing = devices.missing_libraries(build.cuda[0])
             report["cuda"]["libraries"] = {name: name not in missing for name in devices.cuda_libraries(build.cuda[0])}
-    if driver.cuda or build.has_cuda:  # a CPU build on a machine without a driver is as it should be
+    if driver.cuda or build.has_cuda:  # a CPU build on a machine without a driver is no problem
         problems += [problem for problem in devices.obstacles(build, driver) if problem != build.conflict]
     if majors := devices.cuda_majors(build):
         problems.append(majors)

@@ -12,12 +12,12 @@ COMPARED = 2  # answers that must be decoded for the margin
 
 
 def figures_of(pair: DecodedPair, options: Options, unknown: int | None) -> Figures:
-    """The figures of a question, from its two best answers, whatever ``top_k`` and ``min_score`` say.
+    """The figures of a question, from its two best answers, whatever ``top_k`` and ``min_score`` are.
 
     Args:
         pair: The question, decoded with a ``top_k`` of at least ``COMPARED``.
-        options: The options of its call.
-        unknown: The id of the unknown token, None if the tokenizer has none.
+        options: The options of the call that asked it.
+        unknown: The id of the unknown token, or None if the tokenizer has none.
     """
     settings = pair.settings
     ranked = rank_answers(

@@ -28,10 +28,10 @@ def front_matter(
     Args:
         name: The name of the model.
         library: The library that loads it.
-        base: The record of the base model (name, sha256, license), None if it is not known. The model has its licence.
-        dataset: The data of the scores.
-        dev_set: Whether they are the dev set carved from it.
-        scores: Percent, by metric.
+        base: The record of the base model (name, sha256, license), whose licence the model inherits; None if not known.
+        dataset: The data set that was scored.
+        dev_set: Whether the scores are for the dev set carved from it.
+        scores: The scores in percent, by metric.
         tags: Further tags.
     """
     hub, _, split = dataset.removeprefix("hub:").partition(":") if dataset.startswith("hub:") else ("", "", "")
@@ -61,7 +61,7 @@ def front_matter(
 
 
 def base_label(base: Mapping[str, Any]) -> str:
-    """The name of the base model on the hub, or of its folder, without the path on the machine that trained."""
+    """The name of the base model on the hub, or its folder's name without the path on the training machine."""
     name = str(base["name"])
     if base.get("sha256") is None and not Path(name).is_absolute():
         return name  # weights without a local folder came from the hub
@@ -76,6 +76,6 @@ def license_of(folder: str | Path) -> str | None:
         return None
     try:
         found = (metadata_load(path) or {}).get("license")
-    except Exception:  # errors of yaml, ValueError, UnicodeDecodeError: nothing depends on this card
+    except Exception:  # yaml's errors, ValueError, UnicodeDecodeError: nothing depends on this card
         return None
     return found if isinstance(found, str) else None

@@ -27,10 +27,10 @@ class GraphModel:
 
     Args:
         model: The bytes of the file.
-        settings: How it runs.
+        settings: The session settings; None means the defaults.
 
     Raises:
-        BundleError: ONNX Runtime cannot load it, or an input has a type that no bundle has.
+        BundleError: ONNX Runtime cannot load it, or an input has a type that no bundle's model has.
     """
 
     def __init__(self, model: bytes, settings: SessionSettings | None = None) -> None:

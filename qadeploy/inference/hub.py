@@ -1,7 +1,7 @@
-"""Bundles on the Hugging Face hub: ``hub:ORG/NAME[@REVISION]`` to a plain folder, and the hub's errors as ours.
+"""Bundles on the Hugging Face hub: downloads ``hub:ORG/NAME[@REVISION]`` to a plain folder, and converts the hub's errors.
 
-The files come through the cache of huggingface_hub, whose snapshots are links. A bundle holds none, so the files are linked hard,
-or copied, to a folder of their own in ``$QADEPLOY_CACHE``, once per commit. Loading then verifies them as in any folder.
+The files come through the cache of huggingface_hub, whose snapshots are symbolic links. A bundle must not contain links, so
+the files are hard-linked or copied to a folder in ``$QADEPLOY_CACHE``, once per commit. Loading verifies them as in any folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NETWORK = ("requests", "httpx", "httpcore", "urllib3")
 
 
 def is_hub(name: str | Path) -> bool:
-    """Whether a bundle's name is one on the hub."""
+    """Whether this names a bundle on the hub."""
     return str(name).startswith(PREFIX)
 
 
@@ -32,20 +32,20 @@ def fetch_bundle(name: str, revision: str | None, files: Sequence[str]) -> Path:
 
     Args:
         name: ``hub:ORG/NAME`` or ``hub:ORG/NAME@REVISION``.
-        revision: Its branch, tag or commit; None takes that of ``name``, else main.
-        files: The files of a bundle. Only those are downloaded.
+        revision: Its branch, tag or commit; None uses the one in ``name`` or, by default, main.
+        files: The files of a bundle. Only these are downloaded.
 
     Returns:
-        A folder that is named NAME, in one that is named after the commit. What it holds is not verified.
+        A folder named NAME, in a folder named after the commit. Its contents are not verified.
 
     Raises:
-        InputError: The name is none of a repository, there are two revisions, or there is no folder for a cache.
+        InputError: The name is not a repository's, there are two revisions, or there is no folder for a cache.
         HubError: The hub cannot be reached, lacks the repository or the revision, or refuses the token.
         MissingExtraError: huggingface_hub is not installed.
     """
     repo, at, named = name.removeprefix(PREFIX).partition("@")
     if at and not named:
-        raise InputError(f"{name}: names no revision: give a branch, tag or commit behind the @, or leave it out")
+        raise InputError(f"{name}: names no revision: give a branch, tag or commit after the @, or leave it out")
     if revision is not None and named:
         raise InputError(f"{name}: names a revision already: leave out {revision!r}")
     cache = cache_folder()
@@ -59,7 +59,7 @@ def fetch_bundle(name: str, revision: str | None, files: Sequence[str]) -> Path:
     if not place.is_dir():
         with temporary_folder(place) as work:
             for file in files:
-                if (snapshot / file).is_file():  # loading says what is missing
+                if (snapshot / file).is_file():  # loading reports missing files
                     _link((snapshot / file).resolve(), work / file)
             if any(work.iterdir()):
                 replace_folder(work, place)
@@ -80,20 +80,20 @@ def hub_library(purpose: str) -> Any:
 
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Raises HubError or InputError, with what to do, for what huggingface_hub raises in the block; ``name`` is what it is about."""
+    """Converts errors of huggingface_hub in the block to HubError or InputError, with advice; ``name`` is the repository."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.HFValidationError as error:
-        raise InputError(f"{name}: is no name of a repository: give ORG/NAME") from error
+        raise InputError(f"{name}: is not the name of a repository: give ORG/NAME") from error
     except errors.GatedRepoError as error:
         raise HubError(f"{name}: is gated: accept its terms on the hub, and {_LOGIN}") from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{name}: there is no such revision: name a branch, tag or commit") from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"{name}: the hub has no such repository, or only for a login: check the name, or {_LOGIN}"
+            f"{name}: the hub has no such repository, or it needs a login: check the name, or {_LOGIN}"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise HubError(f"{name}: the hub cannot be reached, and it is not in the cache: check the network") from error

@@ -1,4 +1,4 @@
-"""A limit on the time that loading takes: a graph can keep ONNX Runtime busy for ever, and nothing ends a thread in there."""
+"""A limit on the time that loading takes: a graph can keep ONNX Runtime busy for ever, in a thread that cannot be stopped."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _running: set[threading.Thread] = set()
 
 
 def within(seconds: float | None, load: Callable[[], _T], path: object) -> _T:
-    """Loads in a thread of its own, which is left behind if it takes too long; with None, in this thread and without limit.
+    """Calls ``load`` in a thread of its own, which is abandoned if it takes too long. Raises what ``load`` raises.
 
     Args:
-        seconds: How long it may take.
-        load: What to call.
-        path: What it loads, for the message.
+        seconds: How long it may take; None sets no limit and loads in this thread.
+        load: The function to call.
+        path: The path that it loads, for the message.
 
     Raises:
         InputError: ``seconds`` is not above 0.
-        LoadTimeoutError: It took longer. What ``load`` raises is raised too.
+        LoadTimeoutError: It took longer.
     """
     if seconds is None:
         return load()
@@ -46,7 +46,7 @@ def within(seconds: float | None, load: Callable[[], _T], path: object) -> _T:
     try:
         return done.result(min(seconds, threading.TIMEOUT_MAX))
     except TimeoutError as error:
-        if done.done():  # its own
+        if done.done():  # load's own TimeoutError
             raise
         raise LoadTimeoutError(
             f"{path}: was not loaded within {seconds:g} s: raise load_timeout (--load-timeout)"
@@ -57,7 +57,7 @@ def within(seconds: float | None, load: Callable[[], _T], path: object) -> _T:
 
 
 def end_past_loading(code: int) -> None:
-    """Ends the process with ``code`` if a thread is still loading: it would crash the usual end of the process."""
+    """Ends the process with ``code`` if a thread is still loading, because it would crash a normal exit."""
     if any(thread.is_alive() for thread in _running):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # closed

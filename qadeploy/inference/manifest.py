@@ -1,6 +1,6 @@
-"""What a manifest may say: every entry that a bundle is used by has its type and range here, checked when it is opened.
+"""What a manifest may contain: the types and ranges of all entries that the code acts on, checked when a bundle is opened.
 
-A manifest is a stranger's input. What is not described here is kept for people and never acted on.
+A manifest is untrusted input. Entries that are not described here are kept for people and never acted on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qadeploy.errors import BundleError, InputError
 from qadeploy.records import LOGIT_NAMES
 
 SCHEMA = 1
-# What a bundle may pass on to ONNX Runtime. Other entries write files or read them: a bundle's author would run code.
+# What a bundle may pass to ONNX Runtime. Other entries write or read files, with which a bundle's author could run code.
 CONFIG = {"session.intra_op.allow_spinning": ("0", "1"), "session.set_denormal_as_zero": ("0", "1")}
 _OPTIMIZER = re.compile(r"[A-Za-z]\w{0,99}")
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -34,7 +34,7 @@ class SessionSettings:
 
     Attributes:
         disabled_optimizers: ONNX Runtime's graph optimizers to leave out.
-        config: Entries for ``SessionOptions.add_session_config_entry``, those of ``CONFIG`` alone.
+        config: Entries for ``SessionOptions.add_session_config_entry``, only those in ``CONFIG``.
         one: How the windows of one question run: ``wide`` (one after another on all threads) or ``narrow`` (side by side on one
             thread each); None follows the rule of ``session.narrow_windows``.
         threads: The number of threads that ``one`` was measured with and is used for; None means any.
@@ -82,14 +82,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One question with the logits that the model gave when the bundle was made, so that a foreign or broken model is noticed.
+    """One question with the logits that the model gave when the bundle was made, to detect a wrong or broken model.
 
     Attributes:
         question: The question.
         context: The context; both fit in one window.
         input_ids: The tokens of that window.
-        start_logits: One per token.
-        end_logits: One per token.
+        start_logits: The start logit of each token.
+        end_logits: The end logit of each token.
     """
 
     question: str
@@ -125,7 +125,7 @@ class Manifest:
 
 
 def parse_json(text: str) -> Any:
-    """Reads JSON without NaN and without numbers that no float holds. Raises ValueError, RecursionError."""
+    """Reads JSON, refusing NaN, infinities and numbers too large for a float. Raises ValueError, RecursionError."""
 
     def number(digits: str) -> float:
         value = float(digits)
@@ -144,10 +144,10 @@ def read_manifest(values: Mapping[str, Any], where: str) -> Manifest:
 
     Args:
         values: The manifest.
-        where: Where it lies, for messages.
+        where: Its path, for messages.
 
     Raises:
-        BundleError: An entry is missing or wrong; it is named.
+        BundleError: An entry is missing or wrong; the message names it.
     """
     try:
         _check_others(values)
@@ -207,7 +207,7 @@ def _in_graph(values: Mapping[str, Any]) -> str:
 
 
 def _check_others(values: Mapping[str, Any]) -> None:
-    """Checks what a bundle may lack, but is read from the manifest itself if it is there."""
+    """Checks optional entries that are read from the manifest itself."""
     for name in ("machine", "exported_on"):
         entry = _mapping({} if values.get(name) is None else values[name], name)
         if not _is_list(entry.get("instruction_sets", []), _is_name):
@@ -249,7 +249,7 @@ def _probe(values: object) -> Probe | None:
 
 
 def _drift(values: object) -> dict[Figure, Distribution]:
-    """The distributions that this version knows; a later one may have more."""
+    """The distributions that this version knows; bundles of later versions may have more."""
     stored = _mapping({} if values is None else values, "drift")
     found = {}
     for figure in (figure for figure in Figure if figure in stored):
@@ -258,7 +258,7 @@ def _drift(values: object) -> dict[Figure, Distribution]:
         bounds: Any = entry.get("bounds")
         counts: Any = entry.get("counts")
         if not _is_list(bounds, _is_number) or not 0 < len(bounds) <= _MOST_BUCKETS or sorted(set(bounds)) != [*bounds]:
-            raise _wrong(f"{name}.bounds", bounds, "a rising list of numbers")
+            raise _wrong(f"{name}.bounds", bounds, "an ascending list of numbers")
         if not _is_list(counts, _is_count) or len(counts) != len(bounds) + 1 or not any(counts):
             raise _wrong(f"{name}.counts", counts, f"a list of {len(bounds) + 1} numbers of questions, not all 0")
         found[figure] = Distribution(tuple(map(float, bounds)), tuple(counts))

@@ -1,8 +1,8 @@
-"""What a model file may hold, read from its bytes without the onnx package.
+"""What a model file may contain, checked on its bytes without the onnx package.
 
-ONNX Runtime runs what a graph says. Refused before it sees the file: weights in other files, operators of other domains than
-its own, nodes that read files, functions (nested ones expand without bound), and loops in graphs that do not decode answers
-themselves.
+ONNX Runtime runs whatever a graph says. So these are refused before it sees the file: weights in other files, operators of
+domains other than its own, nodes that read files, functions (nested ones expand without bound), and loops in graphs that do
+not decode answers themselves.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class _Found:
 
 
 def has_external_data(model: bytes) -> bool:
-    """Whether any tensor of an ONNX model keeps its values in another file. Raises BundleError on bytes that are no model."""
+    """Whether any tensor of an ONNX model keeps its values in another file. Raises BundleError if the bytes are not a model."""
     return _read(model, "the model").external
 
 
 def check_model(model: bytes, where: str, *, reads_text: bool = False) -> None:
-    """Checks what a model file holds.
+    """Checks what a model file contains.
 
     Args:
         model: Its bytes.
         where: Its path, for messages.
-        reads_text: Whether its graph turns texts into answers by itself, for which it may loop.
+        reads_text: Whether its graph turns texts into answers by itself; such a graph may contain loops.
 
     Raises:
-        BundleError: The bytes are no model, or it holds something that a bundle may not hold.
+        BundleError: The bytes are not a model, or it contains something that a bundle may not contain.
     """
     found = _read(model, where)
     if found.external:

@@ -13,10 +13,10 @@ from qadeploy.extras import import_extra
 from qadeploy.records import Answer, Snippet
 
 Place = tuple[int, int]
-# Code points on each side of an answer in which its sentence is looked for: a text may have no sentences, such as a table.
+# Code points on each side of an answer in which to search for its sentence: a text may have none, such as a table.
 _FAR = 1_000
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n|\u2029|\f")
-# The library asks for a language. Its rules for English hold for the sentence ends of all scripts, and know the abbreviations of English.
+# The library requires a language. Its English rules know the sentence ends of all scripts, and English abbreviations.
 _LANGUAGE = "en"
 _CODECS = {"utf16": ("utf-16-le", 2), "utf8": ("utf-8", 1)}
 
@@ -50,7 +50,7 @@ def check_snippet(snippet: SnippetSize) -> None:
 
 
 def characters_around(text: str, answer: Place, size: int) -> Place:
-    """The code points of an answer with at most ``size`` on each side: whole words, and without white space at the ends."""
+    """The code points of an answer and at most ``size`` on each side: whole words, without white space at the ends."""
     start, end = max(answer[0] - size, 0), min(answer[1] + size, len(text))
     if start and not text[start - 1].isspace():  # inside a word: go on to the next
         start = next((i for i in range(start, answer[0]) if text[i].isspace()), start)
@@ -60,9 +60,9 @@ def characters_around(text: str, answer: Place, size: int) -> Place:
 
 
 def sentence_around(text: str, answer: Place) -> Place:
-    """The code points of the sentence that holds an answer, or of all sentences that hold a part of it.
+    """The code points of the sentence that contains an answer, or of all sentences that contain a part of it.
 
-    A blank line ends a sentence. Of a sentence longer than 1,000 code points on one side of the answer, only these are taken.
+    A blank line ends a sentence. At most 1,000 code points of a sentence are returned on each side of the answer.
 
     Raises:
         MissingExtraError: sentencex is not installed.
@@ -89,7 +89,7 @@ def _sentences(text: str) -> Iterator[Place]:
 
 
 def in_units(text: str, places: Sequence[int], offsets: Offsets) -> list[int]:
-    """Places in a text, counted in code points, in another unit.
+    """Converts places in a text from code points to another unit.
 
     Args:
         text: The text.

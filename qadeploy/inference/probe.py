@@ -1,7 +1,7 @@
-"""Proof on loading that the model of a bundle is the one that was exported: one question with its logits, kept in the manifest.
+"""Checks on loading that a bundle's model is the one that was exported, by one question whose logits the manifest stores.
 
-Hashes tell whether files are those that were written. They do not tell whether tokenizer and model belong together, or whether
-this CPU computes what the one of the export did.
+Hashes show whether files are unchanged. They do not show whether tokenizer and model belong together, or whether
+this CPU computes what the exporting machine's did.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from qadeploy.records import Logits, Window
 
 _QUESTION = "Who lights the 3 lamps?"
 _CONTEXT = "At dusk the keeper, Ada Quill, lights the 3 lamps of the harbour."
-# How far logits may be from those of the export, as a share of their spread: a choice that tells another model from another CPU,
+# How far logits may be from those at export, as a share of their spread: chosen to tell another model from another CPU,
 # whose int8 products may differ.
 _APART = {"int8": 0.25}
-_APART_ELSE = 0.05
+_APART_OTHERWISE = 0.05
 _LEAST = 1e-3
 _LONGEST = 128  # tokens
 
@@ -48,7 +48,7 @@ def make_probe(encoder: Encoder, model: RunsBatches) -> dict[str, Any]:
 
 
 def prove(bundle: Bundle, encoder: Encoder, model: RunsBatches) -> None:
-    """Asks the model of a bundle its probe, and gives it the last token of the vocabulary.
+    """Runs a bundle's model on its probe, and on the last token of the vocabulary.
 
     Args:
         bundle: The bundle.
@@ -56,7 +56,7 @@ def prove(bundle: Bundle, encoder: Encoder, model: RunsBatches) -> None:
         model: Its model.
 
     Raises:
-        BundleError: The model does not run, does not know a token of its tokenizer, or tokens or logits are not those of the export.
+        BundleError: The model does not run or does not know a token of its tokenizer, or tokens or logits differ from the export's.
     """
     probe = bundle.checked.probe
     question, context = (probe.question, probe.context) if probe else (_QUESTION, _CONTEXT)
@@ -71,18 +71,18 @@ def prove(bundle: Bundle, encoder: Encoder, model: RunsBatches) -> None:
         model.run_batch([Window(last, types, 0, 4, 0, 0)])
     except BundleError as error:
         raise BundleError(
-            f"{bundle.folder}: the model does not take token {last[0]}, the last of its tokenizer: export the bundle again ({error})"
+            f"{bundle.folder}: the model does not accept token {last[0]}, the last of its tokenizer: export the bundle again ({error})"
         ) from error
     if probe is None:
         return
     if tuple(window.input_ids.tolist()) != probe.input_ids:
         raise BundleError(
-            f"{bundle.folder}: the tokenizer does not cut the manifest's probe as it did at the export: it belongs to another model, or "
-            "this version of tokenizers reads it otherwise; export the bundle again"
+            f"{bundle.folder}: the tokenizer does not split the manifest's probe as it did at export: it belongs to another model, or "
+            "this version of tokenizers splits it differently; export the bundle again"
         )
     stored = np.array([probe.start_logits, probe.end_logits])
     apart = float(np.abs(np.array([starts, ends]) - stored).max())
-    allowed = max(_LEAST, _APART.get(bundle.precision, _APART_ELSE) * float(np.ptp(stored)))
+    allowed = max(_LEAST, _APART.get(bundle.precision, _APART_OTHERWISE) * float(np.ptp(stored)))
     if not apart <= allowed:
         cpu = (
             ", or this CPU saturates in int8: export it on this machine"
@@ -90,8 +90,8 @@ def prove(bundle: Bundle, encoder: Encoder, model: RunsBatches) -> None:
             else ": export it again"
         )
         raise BundleError(
-            f"{bundle.folder}: logits are {apart:.2g} from those of the export, at most {allowed:.2g} is allowed: the model is damaged "
-            f"or another one{cpu}"
+            f"{bundle.folder}: logits differ by {apart:.2g} from those at export, but at most {allowed:.2g} is allowed: the model is "
+            f"damaged or not the exported one{cpu}"
         )
 
 

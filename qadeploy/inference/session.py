@@ -30,25 +30,25 @@ from qadeploy.inference.manifest import SessionSettings
 from qadeploy.machine import usable_cpus
 from qadeploy.records import LOGIT_NAMES, FloatArray, IntArray, Logits, Window
 
-# A call is large if the squared lengths of its windows add up to this: one window of 1,024 tokens, eight of 384. After
-# large calls, idle sessions return the memory of their arenas, which takes milliseconds. Smaller calls leave little memory
+# A call is large if the squared lengths of its windows add up to this: one window of 1,024 tokens, or eight of 384. After
+# large calls, idle sessions free the memory of their arenas, which takes milliseconds. Smaller calls leave little memory
 # behind, and the next call needs it again.
 LARGE = 2**20
 _SHRINK_TOKENS = 8  # length of the run that shrinks an arena
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 _TYPES: dict[str, np.dtype[Any]] = {"tensor(int64)": np.dtype(np.int64), "tensor(int32)": np.dtype(np.int32)}
-# The share of a run that the threads of a wide session do in parallel (Amdahl 1967): an estimate. With two threads any share
-# gives the same choice.
+# An estimate of the share of a run that a wide session does in parallel (Amdahl 1967). With two threads, any share leads to
+# the same choice.
 PARALLEL_SHARE = 0.8
 _creating = threading.Lock()  # creating sessions concurrently was reported to race
-_live: weakref.WeakSet[Any] = weakref.WeakSet()  # what holds sessions in this process
+_live: weakref.WeakSet[Any] = weakref.WeakSet()  # the objects that hold sessions in this process
 
 
 def _abandon_sessions() -> None:
-    """In a forked child: leaks one reference to each holder of sessions of the parent, so that nothing in them is ever freed.
+    """In a forked child: leaks a reference to each object that holds the parent's sessions, so that these are never freed.
 
-    The threads of a session do not exist here, so destroying one would hang or crash, at exit at the latest; and a thread of the
-    parent may have held the lock of its memory. For the same reason logits are copied out of that memory where a run ends.
+    The threads of a session do not exist here, so destroying one would hang or crash, at exit at the latest; and a thread of
+    the parent may have held the lock of its memory. For the same reason, logits are copied out of that memory after each run.
     """
     global _creating
     _creating = threading.Lock()  # a thread of the parent may have held the old one
@@ -65,7 +65,7 @@ def onnxruntime() -> Any:
     """The onnxruntime module. Raises MissingExtraError if no build of it is installed.
 
     Its telemetry, on by default since 1.29, sends events to Microsoft from a thread of its own, which
-    makes every forked child hang at exit. It stays off unless ORT_DISABLE_TELEMETRY is set otherwise.
+    makes every forked child hang at exit. It is turned off unless ORT_DISABLE_TELEMETRY is already set.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read once, during the import
     ort = import_extra("onnxruntime", "answering", "cpu")
@@ -74,7 +74,7 @@ def onnxruntime() -> Any:
 
 
 def session_options(threads: int = 0, config: Mapping[str, str] | None = None) -> Any:
-    """ONNX Runtime's ``SessionOptions`` for ``threads`` per run (0: ``usable_cpus``), with ``config`` entries, logging no warnings."""
+    """``SessionOptions`` for ``threads`` threads per run (0: ``usable_cpus``), with ``config`` entries and without warnings."""
     options = onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or usable_cpus()
     options.inter_op_num_threads = 1
@@ -90,7 +90,7 @@ def outlives_forks(holder: Any) -> None:
 
 
 def run_error(error: Exception) -> BundleError:
-    """What ONNX Runtime raised while a model ran (one bare class per status code) as one of our errors."""
+    """Converts an error that ONNX Runtime raised while a model ran (it has one bare class per status code)."""
     return BundleError(f"model.onnx: ONNX Runtime cannot run it: {' '.join(str(error).split())[:300]}")
 
 
@@ -121,9 +121,9 @@ class Pending:
 
     Args:
         run: Runs them now; used without ``futures``, and in a forked child, where the parent's threads do not exist.
-        futures: The logits to come.
-        settle: Called once when all is over.
-        places: The index of each window whose logits come, if they do not come in order.
+        futures: The futures of the logits.
+        settle: Called once when the call has ended.
+        places: The indices of the windows in the order of ``futures``; empty if that is the order of the windows.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Pending:
         try:
             found = [logits for future in self._futures for logits in future.result()]
         finally:
-            self.cancel()  # the rest, if one failed
+            self.cancel()  # if one failed, drops the rest
         by_place = dict(zip(self._places or range(len(found)), found, strict=True))
         return [by_place[i] for i in range(len(found))]
 
@@ -165,9 +165,9 @@ class OnnxModel:
     Args:
         read: Returns the bytes of the model or the path of its file; called once per session.
         device: auto, cpu, cuda or cuda:N.
-        threads: CPU threads; None takes all CPUs.
+        threads: CPU threads; None uses all CPUs.
         pad_token_id: The id that fills batches.
-        settings: How it runs on a CPU.
+        settings: The session settings on a CPU; None means the defaults.
         longest: The longest input of the model in tokens; None for no limit.
 
     Raises:
@@ -195,9 +195,9 @@ class OnnxModel:
         self.threads = threads or usable_cpus()
         self._lock = threading.Lock()
         self._sessions = _Sessions()
-        asked = parse_device(device)
-        self._providers = providers(onnxruntime(), asked)
-        wide = self._first_session(asked)
+        requested = parse_device(device)
+        self._providers = providers(onnxruntime(), requested)
+        wide = self._first_session(requested)
         self.device = "cuda" if wide.get_providers()[0] == CUDA else "cpu"
         self._kinds = _input_types(wide)
         self.inputs = tuple(self._kinds)
@@ -235,8 +235,8 @@ class OnnxModel:
     def start(self, windows: Sequence[Window]) -> Pending:
         """Starts to run many windows and returns at once, so that the caller can prepare the next ones.
 
-        On a CPU each window runs on one thread, after those started before; with ``threads=1`` they run when the result
-        is requested. On CUDA batches run in the background, while the next ones are padded.
+        On a CPU each window runs on one thread, after windows that were started earlier; with ``threads=1`` they run when the
+        result is requested. On CUDA batches run in the background, while the next ones are padded.
         """
         if not windows or (self.device != "cuda" and self.threads == 1):
             return Pending(partial(self.run, windows))
@@ -272,7 +272,7 @@ class OnnxModel:
     def _on_device(self) -> DeviceRunner:
         sessions = self._mine()
         with self._lock:
-            if sessions.runner is None:  # in a forked child
+            if sessions.runner is None:  # only in a forked child
                 sessions.runner = self._runner()
             return sessions.runner
 
@@ -337,7 +337,7 @@ class OnnxModel:
             self._sample = windows[0]  # any window
 
     def _settle(self) -> None:
-        """Ends a call. The last running call returns the memory that the arenas took for large inputs."""
+        """Ends a call. The last running call frees the memory that the arenas allocated for large inputs."""
         sessions = self._mine()
         with self._lock:
             sessions.calls = max(sessions.calls - 1, 0)
@@ -372,7 +372,7 @@ class OnnxModel:
         sessions = self._mine()
         with self._lock:
             if sessions.pool is None:
-                workers = 2 if self.device == "cuda" else self.threads  # one pads a batch while the other's batch runs
+                workers = 2 if self.device == "cuda" else self.threads  # one worker pads a batch while the other's runs
                 sessions.pool = ThreadPoolExecutor(workers, thread_name_prefix="qadeploy")
             return sessions.pool
 
@@ -380,8 +380,8 @@ class OnnxModel:
     def _on_cpu(self) -> bool:
         return bool(self._providers == [CPU])
 
-    def _first_session(self, asked: Device) -> Any:
-        """The wide session: the runner's if its first provider is CUDA, else, for ``auto``, one on the CPU."""
+    def _first_session(self, requested: Device) -> Any:
+        """The wide session: the runner's if its first provider is CUDA; otherwise, with ``auto``, one on the CPU."""
         reason = ""
         if not self._on_cpu:
             try:
@@ -391,8 +391,8 @@ class OnnxModel:
                     return runner.session
             except DeviceError as error:
                 reason = str(error)
-            refuse(onnxruntime(), asked, reason)
-            self._providers = [CPU]  # with the settings for a CPU
+            refuse(onnxruntime(), requested, reason)
+            self._providers = [CPU]  # so that the settings for a CPU apply
         self._sessions.wide = self._session(self.threads)
         return self._sessions.wide
 
@@ -428,9 +428,9 @@ class OnnxModel:
 def narrow_windows(settings: SessionSettings, windows: int, threads: int) -> int:
     """How many windows of one question run side by side on one thread each; the others run wide, one by one.
 
-    As many as fill all threads in full rounds. The rest would leave threads idle: they run wide if that is
-    faster than one more round. With s = 1 / (1 - p + p / threads), the speedup of a wide run (Amdahl's law,
-    p = ``PARALLEL_SHARE``), r windows take r / s of the time of a narrow run.
+    As many run side by side as fill all threads in full rounds. The remaining r windows would leave threads idle: they run
+    wide if that is faster than one more round. With s = 1 / (1 - p + p / threads), the speedup of a wide run (Amdahl's law,
+    p = ``PARALLEL_SHARE``), they take r / s of the time of a narrow run.
     """
     if settings.one is not None and settings.threads in {None, threads}:
         return windows if settings.one == "narrow" else 0
@@ -440,7 +440,7 @@ def narrow_windows(settings: SessionSettings, windows: int, threads: int) -> int
 
 
 def _input_types(session: Any) -> dict[str, np.dtype[Any]]:
-    """The inputs of a question-answering model with their types. Raises BundleError if it is none."""
+    """The inputs of a question-answering model with their types. Raises BundleError if it is not such a model."""
     inputs, outputs = session.get_inputs(), session.get_outputs()
     names, given = {each.name for each in inputs}, tuple(each.name for each in outputs)
     if (

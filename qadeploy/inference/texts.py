@@ -1,4 +1,4 @@
-"""What is asked: a question, and a context or passages to answer it from."""
+"""The input of a call: a question, and a context or passages to answer it from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CHUNK_CHARACTERS = 200_000
 
 
 def one_of(context: str | None, contexts: Sequence[str] | None) -> Texts:
-    """What to answer from. Raises InputError unless exactly one is given, and is of its type."""
+    """The context or passages to answer from. Raises InputError unless exactly one is given and has the right type."""
     if contexts is not None:
         if context is not None:
             raise InputError("context and contexts are given: leave one of them out")
@@ -25,13 +25,13 @@ def one_of(context: str | None, contexts: Sequence[str] | None) -> Texts:
 
 
 def texts_of(given: Texts) -> list[str]:
-    """The texts of a context or of passages that are not blank, without what is no text."""
+    """The non-blank texts of a context or of passages; skips values that are not texts."""
     texts = given if isinstance(given, list | tuple) else [given]
     return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
 def check_text(name: str, value: object) -> str:
-    """Returns the value. Raises InputError unless it is a text that is not blank."""
+    """Returns the value. Raises InputError unless it is a non-blank text."""
     if not isinstance(value, str):
         raise InputError(f"{name} must be text, not {type(value).__name__}")
     if not value.strip():
@@ -40,7 +40,7 @@ def check_text(name: str, value: object) -> str:
 
 
 def check_passages(passages: Sequence[str]) -> list[int]:
-    """The indices of the passages that are not empty. Raises InputError if there is none, or one is no text."""
+    """The indices of the non-empty passages. Raises InputError if there are none, or if one is not a text."""
     if not isinstance(passages, list | tuple):
         raise InputError(f"contexts must be a list of texts, not {type(passages).__name__}")
     if not passages:
@@ -55,7 +55,7 @@ def check_passages(passages: Sequence[str]) -> list[int]:
 
 
 def warn_of_skipped(skipped: Sequence[int], where: str = "") -> None:
-    """Warns of the passages that were skipped, if any."""
+    """Warns about skipped passages, if any."""
     if skipped:
         warnings.warn(f"{where}{skipped_passages(skipped)}", DataWarning, stacklevel=3)
 
@@ -67,7 +67,7 @@ def skipped_passages(skipped: Sequence[int]) -> str:
 
 
 def chunks_of(pairs: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
-    """The pairs in lists of at most ``size`` pairs and about 200,000 characters. Raises InputError if one is no pair."""
+    """The pairs in lists of at most ``size`` pairs and about 200,000 characters. Raises InputError if one is not a pair."""
     chunk: list[Asked] = []
     characters = 0
     for number, pair in enumerate(pairs, 1):

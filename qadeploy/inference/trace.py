@@ -22,16 +22,16 @@ _SHOWN_TOKENS = 48
 
 @dataclass(frozen=True, slots=True)
 class SpanCandidate:
-    """A pair of start and end tokens in one window, and what became of it.
+    """A pair of start and end tokens in one window, and whether it became an answer.
 
     Attributes:
         window: The number of the window, from 1, among those that were read.
         start_token: Position of the first token in the window.
         end_token: Position of the last token in the window.
         logit: Start logit + end logit.
-        text: The text of a valid span, else empty.
-        answer: Its rank among the answers, from 1; None if it is no answer.
-        verdict: Why it is one or is not, for people.
+        text: The text of a valid span; empty if it is not valid.
+        answer: Its rank among the answers, from 1; None if it is not an answer.
+        verdict: Why it is or is not an answer, for people.
     """
 
     window: int
@@ -81,7 +81,7 @@ def _span(reading: DecodedPair, window: Window, start: int, end: int) -> tuple[i
 
 
 def _place(reading: DecodedPair, first: int, last: int) -> tuple[int | None, int, int]:
-    """The passage of a span, None without passages, and its code points there."""
+    """The passage of a span (None without passages), and its code points there."""
     joined = reading.passages
     if joined is None:
         return None, first, last
@@ -91,7 +91,7 @@ def _place(reading: DecodedPair, first: int, last: int) -> tuple[int | None, int
 
 
 def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:
-    """Why a candidate is not a valid span, empty if it is one."""
+    """Why a candidate is not a valid span; empty if it is one."""
     inside = range(window.context_begin, window.context_begin + window.context_length)
     if start == end == window.null_index:
         return "the null position: no answer in this window"
@@ -108,7 +108,7 @@ def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:
 
 
 def _origin(reading: DecodedPair, window: Window) -> tuple[int, int, int | None]:
-    """The first token and code point of a window's context or passage, and the index of the passage, if it is one."""
+    """The first token and code point of a window's context or passage, and the passage's index (None for a context)."""
     joined = reading.passages
     if joined is None:
         return 0, 0, None
@@ -187,8 +187,8 @@ def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> di
     """The trace as plain JSON values: windows with ids, tokens, offsets and logits, and candidates with verdicts.
 
     ``offsets`` are code points of the context or passage, null for special tokens and those of the question. ``context_begin``
-    is the position of the first context token in a window, ``context_offset`` its index in the whole context or passage. ``prefilter`` is
-    null if all windows were read, else the numbers (from 1) of those that were, and the scores of all.
+    is the position of the first context token in a window, ``context_offset`` its index in the whole context or passage.
+    ``prefilter`` is null if all windows were read; otherwise it has the numbers (from 1) of those read, and all scores.
     """
 
     def held(window: Window) -> IntArray:

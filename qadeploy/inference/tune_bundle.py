@@ -46,9 +46,9 @@ class TunedBundle:
 
     Attributes:
         bundle: Its folder, as given.
-        tuning: What was measured and found.
+        tuning: The measurements and the settings found.
         entries: The entries ``machine`` and ``tuning`` of its manifest.
-        written: Whether they are stored.
+        written: Whether the settings and entries were stored.
         remedy: What to do if its int8 matmuls may saturate on this machine, "" if they cannot.
     """
 
@@ -92,9 +92,9 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
         say: Called with each line of progress.
 
     Raises:
-        InputError: Its folder is not writable, or the questions cannot be used or are too few.
-        BundleError: It is damaged.
-        LoadTimeoutError: It takes too long to load.
+        InputError: The bundle's folder is not writable, or the questions cannot be used or are too few.
+        BundleError: The bundle is damaged.
+        LoadTimeoutError: The bundle takes too long to load.
     """
     check(chosen)
     if is_hub(folder) and not chosen.dry_run:
@@ -102,7 +102,7 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
     examples = read_split(chosen.data, "all", DataOptions(columns=chosen.columns), say, annotated=False)
     pairs = [(e.question, e.context) for e in examples]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MachineWarning)  # it is about what is done here
+        warnings.simplefilter("ignore", MachineWarning)  # it advises to tune the bundle
         loaded = Answerer.load(folder, device="cpu", threads=chosen.threads, load_timeout=chosen.load_timeout)
     bundle = loaded.bundle or open_bundle(folder)
     if not chosen.dry_run and not os.access(bundle.folder.resolve().parent, os.W_OK):
@@ -130,7 +130,7 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
 
 
 def _tolerance(bundle: Bundle) -> float:
-    """The largest move of a logit allowed: rounding in another order may move int8 logits as far as int8 itself did."""
+    """The largest change of a logit allowed: rounding in another order may move int8 logits as far as int8 itself did."""
     if bundle.precision == "fp32":
         return FP32_TOLERANCE
     return max(FP32_TOLERANCE, float(bundle.manifest.get("parity", {}).get("max_abs_diff", 0.0)))

@@ -29,11 +29,11 @@ ROUNDS = 9
 _QUESTIONS = 16
 _LAYOUTS: tuple[str | None, ...] = (None, "wide", "narrow")
 _LAYOUT_QUESTIONS = 6
-_SEARCHED = 200  # questions searched for some with one window and some with several
+_SEARCHED = 200  # questions in which to find some with one window and some with several
 _JOINED = 64  # at most this many contexts make a question with several windows
-SECONDS = 60.0  # for all steps, approximately; large models are asked fewer questions
-FEWER_ROUNDS = 5  # of a model so slow that not even two questions fit; a setting must then win all of them
-_PASSES = 17  # each question is asked about this often per round of all steps
+SECONDS = 60.0  # for all steps, approximately; large models are measured with fewer questions
+FEWER_ROUNDS = 5  # for a model so slow that not even two questions fit; a setting must then win all rounds
+_PASSES = 17  # about how often each question is answered in one round of all steps
 _COMPARED = 32  # windows whose logits are compared
 
 Make = Callable[[Mapping[str, Any]], Answerer]
@@ -45,14 +45,14 @@ class Trial:
 
     Attributes:
         step: The step that it belongs to.
-        settings: Its name.
+        settings: The name of the setting.
         ms: Milliseconds per question, the median of the rounds.
-        ms_range: Minimum and maximum.
+        ms_range: Minimum and maximum of the rounds.
         speedup: The speed relative to the first setting of the step.
-        speedup_range: Minimum and maximum.
+        speedup_range: Minimum and maximum of the rounds.
         logits_apart: The largest difference of any logit from those of the settings before tuning.
-        sound: Whether that is within the tolerance.
-        taken: Whether it was chosen.
+        sound: Whether that difference is within the tolerance.
+        taken: Whether the setting was chosen.
     """
 
     step: str
@@ -77,7 +77,7 @@ class Tuning:
         threads: The CPU threads.
         questions: The number of questions asked.
         rounds: The number of rounds.
-        tolerance: The largest difference of logits allowed, None for any.
+        tolerance: The largest difference of logits allowed; None allows any.
         logits_apart: The largest difference that ``session`` makes.
         trials: All measurements.
     """
@@ -94,7 +94,7 @@ class Tuning:
 
     @classmethod
     def none(cls, threads: int) -> Tuning:
-        """ONNX Runtime's own settings, without measurements, as on CUDA."""
+        """ONNX Runtime's defaults, without measurements, as on CUDA."""
         return cls({}, {}, TARGETS[0], threads, 0, 0, None, 0.0, ())
 
     @property
@@ -141,8 +141,8 @@ def tune(
             entries are kept.
         target: latency (one question at a time) or throughput (many at once). It applies to the first two steps: the layout
             concerns single questions only.
-        tolerance: Settings that move any logit by more are left out; None leaves none out.
-        seconds: The approximate time for all steps. A large model is asked fewer questions, the largest one in fewer rounds.
+        tolerance: Settings that move any logit by more than this are left out; None leaves none out.
+        seconds: The approximate time for all steps. Large models get fewer questions, and the largest also fewer rounds.
         say: Called with a line before each step.
 
     Raises:
@@ -156,7 +156,7 @@ def tune(
 
 
 def least_seconds(each: float) -> float:
-    """What tuning takes at least for a model that takes ``each`` seconds per question, whatever time it is given."""
+    """The least seconds that tuning takes for a model that takes ``each`` seconds per question, whatever its limit."""
     return FEWER_ROUNDS * _PASSES * each
 
 
@@ -195,7 +195,7 @@ class _Tuner:
         self.trials: list[Trial] = []
 
     def run(self) -> Tuning:
-        """Takes the three steps."""
+        """Runs the three steps."""
         self._step("optimizers", _graphs(self.session))
         if self.threads > 1:
             if self.target == "latency":
@@ -218,7 +218,7 @@ class _Tuner:
     def _fitting(self, pairs: Sequence[Pair], seconds: float) -> list[Pair]:
         """Evenly spaced questions: as many as the time allows; for throughput enough to keep all threads busy.
 
-        A model for which not even two fit gets one, and fewer rounds.
+        If not even two fit, there is one, and fewer rounds.
         """
         most = _QUESTIONS if self.target == "latency" else max(_QUESTIONS, 4 * self.threads)
         asked = spread(pairs, most)
@@ -277,7 +277,7 @@ class _Tuner:
                 continue
             self.say(f"measuring the layout of questions {kind}")
             counts = [len(self._windows(pair)) for pair in pairs]
-            first = {self._plan(way, counts): way for way in reversed(ways)}  # of layouts that run alike, the first
+            first = {self._plan(way, counts): way for way in reversed(ways)}  # the first of layouts that run the same
             alone = [way for way in ways if first[self._plan(way, counts)] == way]
             work = {str(way): asking(answerers[way], pairs, one=True) for way in alone}
             timed = interleave(work, self.rounds)
@@ -308,7 +308,7 @@ class _Tuner:
     # ------------------------------------------------------------ logits and trials
 
     def _logits(self, answerer: Answerer) -> list[Logits]:
-        # One by one: windows side by side would take a second session, with all weights once more.
+        # One by one: windows side by side would need a second session, with its own copy of all weights.
         return [answerer.model.run([window])[0] for window in self.compared]
 
     def _apart(self, answerer: Answerer) -> float:
@@ -356,7 +356,7 @@ def _spins(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def asking(answerer: Answerer, pairs: Sequence[Pair], *, one: bool) -> Callable[[], object]:
-    """What asks an answerer all pairs, for timing: one question at a time, or many at once."""
+    """A function that answers all pairs, for timing: one question at a time, or many at once."""
     if one:
         return lambda: [answerer.answer(question, context) for question, context in pairs]
     return lambda: answerer.answer_batch(pairs)

@@ -1,4 +1,4 @@
-"""The question-answering pipeline of transformers 4.57 on a bundle, without torch: its calls, its shapes, its ValueErrors.
+"""The question-answering pipeline of transformers 4.57 on a bundle, without torch: same calls, results and ValueErrors.
 
     from qadeploy.integrations.transformers_pipeline import pipeline
 
@@ -6,7 +6,7 @@
     qa(question="Who keeps the lamp?", context="Mungo Strand keeps the lamp.")
     # {"score": 0.97, "start": 0, "end": 12, "answer": "Mungo Strand"}
 
-The answers are the ``Answerer``'s: one softmax over all windows instead of added-up scores, never a token of the
+The answers are the ``Answerer``'s: one softmax over all windows instead of added-up scores, and never tokens of the
 question. ``docs/migrating.md`` lists every difference; the tests run both side by side.
 """
 
@@ -38,12 +38,12 @@ _PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 _INPUTS = ("X", "data", "question", "context", "contexts")
 _FORMS = "give question= and context=, a dict with both, or a list of such dicts"
 _DTYPES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16"}
-_STAND_IN = "-"  # asked instead of a blank context, so that the questions of a batch keep their numbers
+_STAND_IN = "-"  # replaces a blank context, so that the questions of a batch keep their numbers
 
 
 @dataclass(frozen=True, slots=True)
 class SquadExample:
-    """One question on one context, as ``QuestionAnsweringPipeline.create_sample`` makes it."""
+    """One question on one context, as ``QuestionAnsweringPipeline.create_sample`` returns it."""
 
     question_text: str
     context_text: str
@@ -51,7 +51,7 @@ class SquadExample:
 
 @dataclass(frozen=True, slots=True)
 class _Parameters:
-    """The options of a call, with the pipeline's defaults; None: the model decides. Lengths in tokens."""
+    """The options of a call, with the pipeline's defaults; None means the model's default. Lengths are in tokens."""
 
     top_k: int = 1
     max_answer_len: int = 15
@@ -63,9 +63,9 @@ class _Parameters:
     batch_size: int = 1
 
     def changed(self, given: Mapping[str, Any]) -> _Parameters:
-        """A copy with the ``given`` options that are not None. Raises CallError on values that make no sense.
+        """A copy with the ``given`` options that are not None. Raises CallError on invalid values.
 
-        The pipeline silently ignores unknown names; here a UserWarning names them.
+        Transformers silently ignores unknown names; here a UserWarning names them.
         """
         values = {name: value for name, value in given.items() if value is not None}
         if "topk" in values:
@@ -98,9 +98,9 @@ def _whole(name: str, value: object) -> int:
 
 
 class QuestionAnsweringPipeline:
-    """Answers in the calls and shapes of transformers' pipeline of that name; made by ``pipeline``. Thread-safe.
+    """Has the calls and results of transformers' pipeline of that name; made by ``pipeline``. Thread-safe.
 
-    ``answerer`` is the ``Answerer`` behind it, for everything that the pipeline's calls cannot express.
+    ``answerer`` is the underlying ``Answerer``, for everything that the pipeline's calls cannot express.
     """
 
     task = TASK
@@ -117,25 +117,25 @@ class QuestionAnsweringPipeline:
         return samples if isinstance(question, list) else samples[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The answer ``{"score", "start", "end", "answer"}`` to each question; with ``top_k`` above 1 a list of such.
+        """The answer ``{"score", "start", "end", "answer"}`` to each question; with ``top_k`` above 1, a list of answers.
 
         ``start`` and ``end`` are code points: ``context[start:end] == answer``. If nothing in the context can be an answer, it
-        is "" at 0. Questions come as
+        is "" at 0. Questions are given as
 
         - ``question=`` and ``context=``: two texts, a list of questions on one context, or two lists of equal length;
         - ``question=`` and ``contexts=``, a list of passages that are read together, which transformers does not have: each answer
           also has the index of its ``passage``;
-        - a dict with these keys, several, or a list of them (``create_sample``'s too), also as ``data=`` or ``X=``;
-        - a generator, which is answered while the answers are iterated, ``batch_size`` questions at a time, or a torch
-          ``Dataset``, likewise, each time it is iterated.
+        - a dict with these keys, several, or a list of them (or of ``create_sample``'s results), also as ``data=`` or ``X=``;
+        - a generator, whose questions are answered while the answers are iterated, ``batch_size`` at a time, or a torch
+          ``Dataset``, likewise, each time the result is iterated.
 
-        One question (also a list of one) gives its answer, more give a list. Options: ``top_k`` (or ``topk``),
-        ``max_answer_len`` (15), ``max_seq_len`` (384 or what the model takes), ``doc_stride`` (128, at most half of
+        One question (or a list of one) gives its answer, several give a list. Options: ``top_k`` (or ``topk``),
+        ``max_answer_len`` (15), ``max_seq_len`` (384, or the model's limit if lower), ``doc_stride`` (128, at most half of
         ``max_seq_len``), ``max_question_len`` (longer questions are cut; default: no limit), all in tokens,
         ``handle_impossible_answer``, ``align_to_words`` (true); ``padding`` and ``num_workers`` change nothing.
 
-        Raises CallError, a ValueError, on a call or value that makes no sense; CallKeyError, also a KeyError, if a dict
-        lacks a key; and what ``Answerer.answer`` raises.
+        Raises CallError, a ValueError, on an invalid call or value; CallKeyError, also a KeyError, if a dict lacks a key;
+        and what ``Answerer.answer`` raises.
         """
         named = {name: kwargs.pop(name) for name in _INPUTS if name in kwargs}
         inputs = _inputs(args, named)
@@ -164,10 +164,10 @@ class QuestionAnsweringPipeline:
         if stride is not None and stride > length - encoder.special_tokens + 1:
             raise CallError(
                 f"doc_stride {stride} is too large for max_seq_len {length}: it is the tokens of context that neighbouring "
-                "windows share, so it must be below what a window holds beside the question"
+                "windows share, so it must be below the tokens of context that a window holds"
             )
         return {
-            # More than requested: answers with the same text are one.
+            # More than requested, because answers with the same text are merged.
             "top_k": 1 if parameters.top_k == 1 else 2 * parameters.top_k + 10,
             "max_answer_len": parameters.max_answer_len,
             "max_seq_len": length,
@@ -243,7 +243,7 @@ def _shaped(answers: Sequence[Answer], parameters: _Parameters) -> Any:
     return rows[0] if parameters.top_k == 1 else rows[: parameters.top_k]
 
 
-# ---------------------------------------------------------------- what a call may hold
+# ---------------------------------------------------------------- the questions of a call
 
 
 def _inputs(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -262,7 +262,7 @@ def _inputs(args: tuple[Any, ...], named: dict[str, Any]) -> Any:
     if set(named) == {"question", "contexts"}:
         return named
     found = " and ".join(f"{name}=" for name in named) or "nothing"
-    raise CallError(f"the call holds {found}: {_FORMS}")
+    raise CallError(f"the call has {found}: {_FORMS}")
 
 
 def _paired(question: Any, context: Any) -> list[dict[str, Any]]:
@@ -281,7 +281,7 @@ def _paired(question: Any, context: Any) -> list[dict[str, Any]]:
 
 
 def _eager(inputs: Any) -> tuple[list[Asked], bool]:
-    """All pairs of an input that is no generator, and whether it is a single question.
+    """All pairs of an input that is not a generator, and whether it is a single question.
 
     Raises CallError, CallKeyError.
     """
@@ -316,7 +316,7 @@ def _check_keys(item: dict[Any, Any], where: str) -> None:
 
 
 def _streamed(item: Any, where: str) -> Asked:
-    """The question and context, or passages, of a dict or of a ``SquadExample``, ours or transformers'. Raises CallError, CallKeyError."""
+    """The question and context or passages of a dict or a ``SquadExample`` (also transformers'). Raises CallError, CallKeyError."""
     if isinstance(item, dict):
         _check_keys(item, where)
         question, context = item["question"], item.get("context")
@@ -337,12 +337,12 @@ def _streamed(item: Any, where: str) -> Asked:
 
 
 def _is_dataset(inputs: Any) -> bool:
-    """Whether it is a torch ``Dataset``; if torch was not imported, nothing is."""
+    """Whether this is a torch ``Dataset``; False if torch was not imported."""
     data = sys.modules.get("torch.utils.data")
     return data is not None and isinstance(inputs, data.Dataset)
 
 
-# ---------------------------------------------------------------- making one
+# ---------------------------------------------------------------- making a pipeline
 
 
 def pipeline(
@@ -365,13 +365,13 @@ def pipeline(
 ) -> QuestionAnsweringPipeline:
     """A question-answering pipeline on a bundle, called like ``transformers.pipeline``.
 
-    ``model`` is a bundle folder, or a loaded ``Answerer`` (with ``threads=`` and other choices of its own).
+    ``model`` is a bundle folder, or a loaded ``Answerer`` (for which ``threads=`` and others can be chosen).
     ``device``: -1 or "cpu", N or "cuda:N", a ``torch.device``; None or ``device_map="auto"``: CUDA if it is available.
     ``defaults`` are options for every call, including ``batch_size``. ``tokenizer`` and ``config`` may only name the bundle
     again, because a bundle brings its own; ``dtype`` may name the bundle's precision. ``framework``, ``use_fast``, ``token``
     and ``trust_remote_code`` change nothing.
 
-    Raises CallError on values that are not possible, CallKeyError on another task, and what ``Answerer.load`` raises.
+    Raises CallError on invalid values, CallKeyError on another task, and what ``Answerer.load`` raises.
     """
     if task not in (None, TASK):
         raise CallKeyError(f"task is {task!r}: only {TASK} is supported")

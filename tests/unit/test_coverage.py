@@ -259,7 +259,7 @@ def unknown_missing() -> Tokenizer:
     [
         (
             lambda: tokenizer_of("letters", pre_tokenizers.Whitespace()),
-            r"^runs/x: its tokenizer has no token for 'se' at the end of 'Størrelse', so no answer could hold",
+            r"^runs/x: its tokenizer has no token for 'se' at the end of 'Størrelse', so no answer could contain",
         ),
         (lambda: tokenizer_of("pieces", pre_tokenizers.Punctuation("removed")), r"for '\)' at the end of '\(a\)'"),
         (unknown_missing, r"^runs/x: its tokenizer cannot read 'word' \(WordPiece error: Missing \[UNK\] token"),

@@ -158,7 +158,7 @@ def test_settings_are_positive_whole_numbers_but_a_stride_may_be_0(name, value):
 @pytest.mark.parametrize("value", [0, -1.5, math.nan, math.inf, True, "1", [1], 10**400])
 @pytest.mark.parametrize(
     ("name", "needed"),
-    [("temperature", "a number above 0"), ("bm25_weight", "a number from 0"), ("null_threshold", "a number")],
+    [("temperature", "a number above 0"), ("bm25_weight", "a number of at least 0"), ("null_threshold", "a number")],
 )
 def test_thresholds_are_numbers_and_temperatures_above_0(name, needed, value):
     if value is not True and value in {"null_threshold": (0, -1.5), "bm25_weight": (0,)}.get(name, ()):

@@ -34,21 +34,21 @@ def quantize(
 ) -> Bundle:
     """Writes the int8 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
-    Every recipe is measured: F1 on the judging questions (see ``judging``), speed on this machine. Of those that lose at most
-    ``max_f1_drop`` points there, the best for the target is judged on the held-out questions, before it gets its session
-    settings and, if these move its logits, after; if it fails there, the next one is. If all fail, the one that lost least is
-    taken with a warning, provided that the 95 % intervals of its losses reach ``max_f1_drop``: on a few hundred questions a
-    single answer can be half a point. The manifest holds the leaderboard.
+    Every recipe is measured: F1 on the judging questions (see ``judging``), speed on this machine. Of the recipes that lose at
+    most ``max_f1_drop`` points there, the best for the target is judged on the held-out questions, before it gets its session
+    settings and, if these move its logits, again after; if it fails, the next best is judged. If all fail, the recipe that
+    lost least is chosen with a warning, provided that the 95 % intervals of its losses reach ``max_f1_drop``: on a few hundred
+    questions a single answer can be half a point. The manifest contains the leaderboard.
 
     Args:
         reference: The PyTorch model and the questions.
         source: The fp32 bundle.
         out: The folder to write.
-        options: What decides, and how long it may take.
-        recipe: Measure only this one.
-        reduce_range: Give weights 7 bits, for CPUs without VNNI; always done if this one has none.
-        say: Gets lines of text.
-        on_step: Gets the state of the search.
+        options: What decides between recipes, and how long the search may take.
+        recipe: The only recipe to measure; None measures all.
+        reduce_range: Give weights 7 bits, for CPUs without VNNI; always done if this CPU lacks VNNI.
+        say: Called with lines of text.
+        on_step: Called with the state of the search.
 
     Raises:
         InputError: The recipe or the target is unknown.
@@ -153,11 +153,11 @@ class _Gate:
 
     @property
     def held_out(self) -> dict[str, float]:
-        """The points of F1 that each recipe lost there."""
+        """The points of F1 that each recipe lost on the held-out questions."""
         return {recipe: loss.f1 for recipe, (_, loss) in self._judged.items()}
 
     def judge(self, candidate: MeasuredRecipe, allowed: Callable[[_Loss], bool]) -> _Accepted | None:
-        """The recipe with its session settings, if its loss is ``allowed``: before these and, where they move logits, after."""
+        """The recipe with its session settings if its loss is ``allowed``, also after they move its logits; else None."""
         known = self._judged.get(candidate.recipe)
         if known and not allowed(known[1]):
             return None
@@ -174,7 +174,7 @@ class _Gate:
         return _Accepted(candidate, made, tuning, evaluation, loss)
 
     def least_doubtful(self, candidates: Sequence[MeasuredRecipe]) -> _Accepted | None:
-        """Of the recipes of which chance may explain that they lost too much, the one that lost least; None without any."""
+        """Of the recipes whose excessive loss chance may explain, the one that lost least; None if there is none."""
         limit, worth = self._search.options.max_f1_drop, self._search.judges.worth
         others = len(self._reference.examples)
 
@@ -202,12 +202,12 @@ def _held_out(reference: Reference, recipe: str, model: bytes, session: Mapping[
 
 
 def find_recipes(name: str | None, reduce_range: bool) -> list[Recipe]:
-    """The recipe of this name, or all that ``reduce_range`` allows. Raises InputError if there is none."""
+    """The recipe of this name, or all that ``reduce_range`` allows. Raises InputError if the name fits none."""
     fitting = {each.name: each for each in RECIPES.values() if each.ranged or not reduce_range}
     if name is None:
         return list(fitting.values())
     if name in RECIPES and name not in fitting:
-        raise InputError(f"recipe {name} has 8-bit weights always: leave out --reduce-range, or choose another")
+        raise InputError(f"recipe {name} always has 8-bit weights: leave out --reduce-range, or choose another")
     if name not in RECIPES:
         raise InputError(f"recipe is {name!r}: choose one of {', '.join(fitting)} (qadeploy export --list-recipes)")
     return [RECIPES[name]]

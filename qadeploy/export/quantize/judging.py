@@ -1,11 +1,11 @@
 """The questions that choose between candidates, and what a candidate loses on them against the float model.
 
-A small dev set decides by single answers: of 86, one is 1.16 points of F1. So questions of the training part are added, and
-each is answered by the float model and by the candidate. The model knows those by heart: it is surer of its answers, which
-rounding then changes less often, and plain counts would understate the loss. So questions are weighted by class to match
-the dev set; the class is how sure the float model is of its answer (four classes of the dev set's scores;
-post-stratification, Holt & Smith 1979). If the training part has no unsure questions, those of the dev set stand alone for
-their class, and the interval shows what that is worth.
+With a small dev set single answers decide: one of 86 is 1.16 points of F1. So training questions are added, and each question
+is answered by the float model and by the candidate. The model knows training questions by heart: it is surer of its answers,
+rounding then changes them less often, and plain means would understate the loss. So questions are weighted by class to
+match the dev set; the class is how sure the float model is of its answer (quarters of the dev set's scores;
+post-stratification, Holt & Smith 1979). If the training part has no unsure questions, those of the dev set are alone in
+their class, and the interval becomes wider.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from qadeploy.records import Example, Float64Array
 from qadeploy.timing import spread
 from qadeploy.training.runs import known_examples
 
-ENOUGH = 500  # dev questions that need no others
+ENOUGH = 500  # a dev set of this size needs no training questions
 MOST = 400  # questions of the training part
 _CLASSES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a candidate changes, in points of F1: the weighted mean over all judging questions with its 95 % interval.
+    """A candidate's change of F1, in points: the weighted mean over all judging questions with its 95 % interval.
 
-    ``dev`` and ``training`` are the plain means over each part (None without training questions).
+    ``dev`` and ``training`` are the plain means over each part (``training`` is None without training questions).
     """
 
     f1: float
@@ -46,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Judges:
-    """The judging questions, of which the first ``dev`` are the dev set's; the float model's F1 on each, 0 to 1.
+    """The judging questions, of which the first ``dev`` are the dev set's, and the float model's F1 on each, 0 to 1.
 
     ``weights`` ``[questions]`` have a mean of 1.
     """
@@ -59,7 +59,7 @@ class Judges:
 
     @property
     def worth(self) -> float:
-        """The number of questions of equal weight that would tell as much (Kish's effective sample size)."""
+        """The number of equally weighted questions with the same information (Kish's effective sample size)."""
         return float(self.weights.sum() ** 2 / (self.weights**2).sum()) if len(self.weights) else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Judges:
         return {"dev": self.dev, "training": len(self.examples) - self.dev, "worth": round(self.worth, 1)}
 
     def change(self, candidate: Answerer) -> Change:
-        """What the candidate changes against the float model, question by question."""
+        """The change of F1 from the float model to the candidate, compared question by question."""
         found = evaluate(candidate, self.examples, allow_no_answer=self.allow_no_answer).scores.rows_f1
         difference = found - self.rows_f1
         weighed = self.weights * difference
@@ -102,9 +102,9 @@ def find_judges(reference: Reference, model: Answerer, seconds: float | None = N
 
 
 def fitting_questions(dev: int, further: int, each: float, seconds: float | None) -> int:
-    """How many questions of the training part judge besides ``dev`` ones, of ``further``, if each takes ``each`` seconds.
+    """How many of ``further`` training questions judge besides ``dev`` ones, if a question takes ``each`` seconds.
 
-    Halved until they fit, so that the next search on this machine takes as many and finds the kept measurements.
+    Halved until they fit, so that the next search on this machine uses the same number and finds the cached measurements.
     """
     count = max(0, min(MOST, ENOUGH - dev, further))
     while seconds is not None and count and (dev + count) * each > seconds:
@@ -123,11 +123,11 @@ def weights(dev: Float64Array, training: Float64Array) -> Float64Array:
     edges = np.quantile(dev, np.arange(1, _CLASSES) / _CLASSES)
     classes = np.searchsorted(edges, every, side="right")
     of_dev = np.bincount(classes[: len(dev)], minlength=_CLASSES) / len(dev)
-    # A class without dev questions (equal scores at an edge) has no weight, and neither have its training questions.
+    # A class without dev questions (equal scores at an edge) has weight 0, and so do its training questions.
     of_all = np.bincount(classes, minlength=_CLASSES) / len(every)
     return np.asarray((of_dev / np.maximum(of_all, 1e-12))[classes])
 
 
 def _training_part(reference: Reference, dev: Sequence[Example]) -> list[Example]:
-    asked = {e.context for e in (*dev, *reference.examples)}
-    return [e for e in known_examples(reference.run.checkpoint) if e.context not in asked]
+    taken = {e.context for e in (*dev, *reference.examples)}
+    return [e for e in known_examples(reference.run.checkpoint) if e.context not in taken]

@@ -17,7 +17,7 @@ def leaderboard(
     max_f1_drop: float,
     chosen: str | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each of the ``known`` recipes, measured or not; ``judged`` holds the F1 lost on held-out questions.
+    """A row for each of the ``known`` recipes, measured or not; ``judged`` maps recipes to F1 lost on held-out questions.
 
     ``verdict`` says why a recipe was not chosen.
     """

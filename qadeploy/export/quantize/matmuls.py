@@ -1,6 +1,6 @@
 """The matmuls of a graph with constant weights, Y = X W, and real values of X from windows of text.
 
-They decide on int8: how large the rounding error of a matmul would be, and what reduces it. A matmul whose result is added
+They show how large the rounding error of a matmul would be in int8, and what reduces it. A matmul whose result is added
 to the residual stream is judged by its effect on the sum: the same error matters less if the sum is large.
 """
 
@@ -38,7 +38,7 @@ class MatMul:
 
     @property
     def weight(self) -> FloatArray:
-        """W, ``[depth, columns]``: a copy, so one that is only held while it is needed."""
+        """W, ``[depth, columns]``: a new copy each time, so keep it only while it is needed."""
         return np.asarray(numpy_helper.to_array(self.tensor))
 
 
@@ -46,9 +46,9 @@ class MatMul:
 class Activations:
     """The inputs of matmuls on windows of text, from the float model: the ranges of every X, and some of its rows.
 
-    ``rows`` are tokens of each X by name, ``[rows, depth]``, the same tokens of each; ``windows`` ``[rows]`` is the window
-    of each; ``lows`` and ``highs`` are the least and largest of all its tokens, and zero, ``[windows, depth]``;
-    ``norms`` are those of the sums that matmuls join, by name, ``[rows]``.
+    ``rows`` maps each X to the same sample of tokens, ``[rows, depth]``; ``windows`` ``[rows]`` is the window of each row;
+    ``lows`` and ``highs`` are the least and largest values over all tokens of a window, and zero, ``[windows, depth]``;
+    ``norms`` maps the sums that matmuls join to the norms of their rows, ``[rows]``.
     """
 
     rows: Mapping[str, FloatArray]
@@ -64,7 +64,7 @@ class Activations:
     def error(
         self, matmuls: Sequence[MatMul], scales: FloatArray | None = None, float_rows: NDArray[np.int64] | None = None
     ) -> float:
-        """The ``rounding_error`` of matmuls that read one X, taken together; each window has ranges of its own."""
+        """The joint ``rounding_error`` of matmuls that read one X; each window has its own ranges."""
         source = matmuls[0].source
         weight = np.concatenate([p.weight for p in matmuls], axis=1)
         joins = matmuls[0].joins if len(matmuls) == 1 else None
@@ -156,8 +156,8 @@ def rounding_error(
 
     Int8 rounds X with one scale per tensor and W with one per column. Before that, ``scales`` ``[depth]`` divide X's columns
     and multiply W's rows; ``float_rows`` of W, and the same columns of X, are not rounded but added in float.
-    ``ranges`` are the least and largest value of each row's tensor, after scales and float rows, ``[rows]`` each;
-    without them the rows are the tensor.
+    ``ranges`` are the least and largest value of the tensor that each row belongs to, after scales and float rows, ``[rows]``
+    each; without them the rows together are one tensor.
     """
     exact = inputs @ weight
     rest_inputs, rest_weight, rounded = inputs, weight, np.zeros_like(exact)

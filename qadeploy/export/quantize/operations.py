@@ -1,6 +1,6 @@
-"""The arithmetic operations of a model on a window: those of its matmuls, counted by PyTorch.
+"""The arithmetic operations of a model's matmuls on a window, counted by PyTorch.
 
-They belong to the architecture, not to a file or a runtime: however a graph is rewritten or quantized, the useful work
+They depend on the architecture, not on a file or a runtime: however a graph is rewritten or quantized, the useful work
 is what the original model does on the window's own tokens, without padding.
 """
 
@@ -41,8 +41,8 @@ class Operations:
 def count_operations(checkpoint: Path, *, trust_remote_code: bool = False) -> Operations:
     """Counts the operations of a checkpoint's architecture on PyTorch's meta device: no weights are loaded.
 
-    ``trust_remote_code`` allows the checkpoint's own code. Raises FailureError if the operations cannot be counted, or are no
-    quadratic polynomial of the length (attention to a local neighbourhood only).
+    ``trust_remote_code`` allows the checkpoint's own code. Raises FailureError if the operations cannot be counted, or are
+    not a quadratic polynomial of the length (if attention is only local).
     """
     from transformers import AutoConfig, AutoModelForQuestionAnswering
 
@@ -58,7 +58,7 @@ def count_operations(checkpoint: Path, *, trust_remote_code: bool = False) -> Op
     fixed, linear, square = np.linalg.solve(np.vander(np.asarray(_LENGTHS, float), increasing=True), counts[:3])
     found = Operations(float(round(fixed)), float(round(linear)), float(round(square)))
     if abs(found.of([96]) - counts[3]) > 1e-6 * counts[3]:
-        raise FailureError(f"{checkpoint}: its operations are no quadratic polynomial of the window's length")
+        raise FailureError(f"{checkpoint}: its operations are not a quadratic polynomial of the window's length")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Ways to make a graph smaller: embedding tables, dynamic and static int8, weights alone. Model bytes to model bytes."""
+"""Ways to quantize a graph: embedding tables, dynamic and static int8, only weights. Model bytes to model bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qadeploy.inference.bundle import MODEL
 from qadeploy.records import Window
 
 LARGE_TABLE = 1000  # rows
-BLOCK = 128  # weights that share a scale if only weights are rounded
+BLOCK = 128  # weights that share a scale if only weights are quantized
 
 
 def quantize_embeddings(model: bytes) -> bytes:
@@ -59,9 +59,9 @@ def quantize_embeddings(model: bytes) -> bytes:
 
 
 def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = (), *, reduce_range: bool = False) -> bytes:
-    """The model with int8 weights, one scale per column, and activations rounded as they come.
+    """The model with int8 weights, one scale per column, and activations rounded by their ranges at run time.
 
-    Only matmuls with constant weights change: attention's own stay in float, and so do ``float_nodes`` (names). With
+    Only matmuls with constant weights change: attention's own matmuls stay in float, and so do ``float_nodes`` (names). With
     ``reduce_range`` weights have 7 bits, so that no matmul saturates on a CPU without VNNI.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -133,7 +133,7 @@ def quantize_weights_int8(model: bytes) -> bytes:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silences the quantizers, which warn through the root logger about shapes and report their steps."""
+    """Silences the quantizers, which log their steps, and warnings about shapes through the root logger."""
     loggers = [logging.getLogger(), logging.getLogger("onnxruntime.quantization")]
     loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("onnxruntime.")]
     levels = [logger.level for logger in loggers]
@@ -147,6 +147,6 @@ def _quietly() -> Iterator[None]:
 
 
 def _is_large(table: onnx.TensorProto) -> bool:
-    """True for a float table of many rows, each long enough that a scale of its own costs little."""
+    """Whether this is a float table of many rows, each long enough that a scale of its own costs little."""
     rows, columns = table.dims if len(table.dims) == 2 else (0, 0)
     return bool(table.data_type == onnx.TensorProto.FLOAT and rows >= LARGE_TABLE and columns >= 8)

@@ -33,9 +33,9 @@ _Model = TypeVar("_Model", Rewritten, SmoothedModel)
 
 @dataclass
 class Material:
-    """What recipes work on: the exported model, its heads, and windows of training or dev text.
+    """What recipes work on: the exported model, its number of heads, and windows of training or dev text.
 
-    Everything costly is made once, when it is first needed. Models wait in files, because each is as large as all weights.
+    Everything costly is made once, when it is first needed. Models are kept in files, because each has all the weights.
     """
 
     source: bytes | Path
@@ -56,17 +56,17 @@ class Material:
 
     @property
     def rewritten(self) -> Rewritten:
-        """The model with single-node attention if that keeps its logits on the windows; else as it was."""
+        """The model with single-node attention if that keeps its logits on the windows; otherwise the exported model."""
         return self._kept("rewritten", self._rewrite)
 
     def _rewrite(self) -> Rewritten:
-        found = fuse_attention(self.model, self.heads or 0)  # 0, if the model does not tell, is refused
+        found = fuse_attention(self.model, self.heads or 0)  # 0 (unknown) fuses nothing
         if found.fused and not self._logits_apart(found.model) <= REWRITING_TOLERANCE:
             return Rewritten(self.model, 0, found.attentions, takes_mask=True)
         return found
 
     def _kept(self, name: str, make: Callable[[], _Model]) -> _Model:
-        """What ``make`` makes, its model read from a file."""
+        """What ``make`` returned at the first call, with its model read from a file."""
         file = self._folder / f"{name}.onnx"
         if name not in self._made:
             made = make()
@@ -84,12 +84,12 @@ class Material:
 
     @property
     def smoothed(self) -> SmoothedModel:
-        """The fused model with its matmuls made ready for int8."""
+        """The fused model with its matmuls prepared for int8."""
         return self._kept("smoothed", lambda: smoothquant(self.rewritten.model, self.activations))
 
     @cached_property
     def sensitivities(self) -> list[Sensitivity]:
-        """The fused model's matmuls, the one with the largest error under int8 first."""
+        """The fused model's matmuls, the largest error under int8 first."""
         return rank_matmuls(self.rewritten.model, self.activations)
 
     def _logits_apart(self, other: bytes) -> float:
@@ -144,7 +144,7 @@ def _smoothquant(material: Material) -> QuantizedModel:
 
 
 def _smoothquant_mixed(material: Material) -> QuantizedModel:
-    """The eighth of the matmuls whose error is still the largest stays in float too."""
+    """Also keeps in float the eighth of the matmuls whose error is still the largest."""
     smoothings, apart = material.smoothed.smoothings, material.smoothed.float_nodes
     left = [Sensitivity(name, p.error) for p in smoothings for name in p.matmuls]
     return _dynamic(material, "smoothed", (*worst(sorted(left, key=lambda s: -s.error), 1 / 8), *apart))

@@ -1,7 +1,7 @@
 """The search over recipes: what each costs in F1 and gains in speed on this machine, and which is best.
 
-Measurements are kept by content hash, so an interrupted search resumes and a repeated one ends at once.
-Models are not kept: the chosen one is made again, byte for byte the same.
+Measurements are cached by content hash, so an interrupted search resumes and a repeated one ends at once.
+Models are not cached: the chosen one is made again, byte for byte the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TIMED = 12
 _LEAST_TIMED = 3
 _TIMING = 1 / 4  # the share of the budget that may go into timing
 _DUEL_TIMED = 16
-# Of a timed question: fp32 twice, int8 by session in half the time.
+# Runs of a timed question, in runs of fp32: fp32 twice, int8 with each session setting and once more, in half the time.
 _RUNS = (_ROUNDS + 1) * (2 + (len(SESSIONS) + 1) / 2)
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 # The modules that measurements depend on.
@@ -61,8 +61,8 @@ class MeasuredRecipe:
     """The figures of a recipe's model: points of F1 lost on the judging questions, speed as a multiple of the fp32 model's.
 
     ``f1_lost`` is the weighted mean, ``f1_change_interval`` the 95 % interval of the change (above 0: a gain).
-    ``latency`` is for one question at a time, ``throughput`` for many at once, with the least and the most of the rounds;
-    ``session`` are those of the known session settings that are better for the target. ``failed`` says why there is no model.
+    ``latency`` is for one question at a time, ``throughput`` for many at once, with minimum and maximum of the rounds;
+    ``session`` is the better of the known session settings for the target. ``failed`` says why there is no model.
     """
 
     recipe: str
@@ -80,7 +80,7 @@ class MeasuredRecipe:
     failed: str = ""
 
     def speed_range(self, target: str) -> tuple[float, float]:
-        """The least and the most of the speed that counts for the target."""
+        """Minimum and maximum of the speed that counts for the target."""
         return self.throughput_range if target == "throughput" else self.latency_range
 
 
@@ -92,7 +92,7 @@ class _Speed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Duel:
-    """The two best timed against each other once more: ``first``'s time over ``second``'s, with its range."""
+    """The two best recipes timed against each other: ``first``'s time over ``second``'s, with its range."""
 
     first: str
     second: str
@@ -109,8 +109,8 @@ class SearchOptions:
     Attributes:
         max_f1_drop: Points of F1 that a recipe may lose.
         target: One of ``TARGETS``.
-        budget: Seconds that the search may take, about, once a recipe passes; None for no limit.
-        cache: The folder of kept measurements; None keeps none.
+        budget: Approximate seconds that the search may take once a recipe passes; None for no limit.
+        cache: The folder of cached measurements; None caches none.
     """
 
     max_f1_drop: float
@@ -125,7 +125,7 @@ class SearchOptions:
 
 @dataclass
 class Search:
-    """A search over recipes for one model; ``source`` is its fp32 model, which runs with each of ``sessions`` to compare with."""
+    """A search over recipes for one model; its fp32 model ``source``, with each of ``sessions``, is the baseline of speeds."""
 
     reference: Reference
     source: bytes | Path
@@ -145,7 +145,7 @@ class Search:
         for number, recipe in enumerate(chosen, done + 1):
             if self._left() == 0 and rank(found, self.options):
                 self.say(
-                    f"  the budget of {self.options.budget:.0f} s is used up: {recipe.name} and what follows was not tried"
+                    f"  the budget of {self.options.budget:.0f} s is used up: {recipe.name} and later recipes were not tried"
                 )
                 break
             self._at = (number - 1, of)
@@ -223,10 +223,10 @@ class Search:
         return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
 
     def _speeds(self, recipe: Recipe, model: Path, sessions: Sequence[Mapping[str, Any]], *, one: bool) -> list[_Speed]:
-        """The model's speed with each of the settings, as a multiple of the fp32 model's with its better ones.
+        """The model's speed with each of the settings, as a multiple of the fp32 model's with its better settings.
 
-        The rounds are interleaved, the questions the dev questions. All answerers are made anew each time, because one that has
-        answered single questions and many keeps sessions for both.
+        The rounds are interleaved, on dev questions. All answerers are made anew each time, because one that has
+        answered single questions and many at once keeps ONNX Runtime sessions for both.
         """
         self.step(f"{recipe.name}: timing {'one question at a time' if one else 'many at once'}")
         return_freed_memory()
@@ -272,7 +272,7 @@ class Search:
 
     @cached_property
     def _ground(self) -> str:
-        """All that a measurement depends on besides the recipe: model, settings, questions, target, machine, code."""
+        """Everything that a measurement depends on besides the recipe: model, settings, questions, target, machine, code."""
         parts = (
             hash_file(self.source) if isinstance(self.source, Path) else hashlib.sha256(self.source).hexdigest(),
             self.reference.checkpoint.settings.to_dict(),
@@ -282,7 +282,7 @@ class Search:
             self.options.target,
             self.material.reduce_range,
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
-            # Not what was timed here: it varies with the load, and the next run would find nothing.
+            # Not the number of questions timed: it varies with the load, and the next run would find nothing.
             [_ROUNDS, _TIMED, SESSIONS],
             [inspect.getsource(module) for module in _CODE],
         )
@@ -314,13 +314,13 @@ class Search:
 
 
 def judged_questions(reference: Reference, each: float, budget: float) -> int:
-    """How many questions judge each recipe, about, if the float model takes ``each`` seconds for one."""
+    """About how many questions judge each recipe, if the float model takes ``each`` seconds per question."""
     dev = len(reference.choosing)
     return dev + fitting_questions(dev, ENOUGH if reference.dev else 0, each, _judging_seconds(budget))
 
 
 def timing_seconds(each: float, budget: float) -> float:
-    """What timing a recipe takes, about, if the float model takes ``each`` seconds per question."""
+    """About how many seconds timing a recipe takes, if the float model takes ``each`` seconds per question."""
     return _timed_questions(each, budget) * each * _RUNS
 
 

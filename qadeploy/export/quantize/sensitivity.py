@@ -1,4 +1,4 @@
-"""Which matmuls of a graph int8 would change most: its rounding simulated on real activations.
+"""Which matmuls of a graph int8 would change most, found by simulating its rounding on real activations.
 
 The relative error of a matmul (see ``rounding_error``) is computed in numpy on real inputs from one run of the float
 graph, so ranking all matmuls takes seconds instead of one quantized model per matmul.
@@ -16,7 +16,7 @@ from qadeploy.export.quantize.matmuls import Activations, find_matmuls
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """A matmul by name and the relative error that int8 would bring to it."""
+    """The name of a matmul and the relative error that int8 would cause in it."""
 
     name: str
     error: float

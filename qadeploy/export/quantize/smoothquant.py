@@ -1,4 +1,4 @@
-"""SmoothQuant and outlying channels: making matmuls ready for int8.
+"""SmoothQuant and outlying channels: prepares matmuls for int8.
 
 Int8 rounds X of Y = X W with one scale for all its channels, so one channel of large values leaves few steps for the
 others. Two methods help without changing Y:
@@ -6,10 +6,10 @@ others. Two methods help without changing Y:
 - smoothing (Xiao et al. 2023, "SmoothQuant", equation 4): X's channel j is divided by s_j and W's row j multiplied
   by it, s_j = max|X_j|^a / max|W_j|^(1 - a); here a is chosen for each X by its simulated error;
 - outlying channels (after Dettmers et al. 2022, "LLM.int8()"): the few channels with the largest values get a small
-  matmul of their own in float, and are zero in the other.
+  matmul of their own in float, and are zero in the int8 matmul.
 
-Both cost a multiplication of X by a vector, and the second also a small matmul. So the cheapest way is taken whose error,
-simulated on real activations, is as low as that of matmuls without outliers, or near the lowest of all ways.
+Both cost a multiplication of X by a vector, and the second also a small matmul. So the cheapest method is chosen whose error,
+simulated on real activations, is as low as that of matmuls without outliers, or near the lowest of all methods.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from qadeploy.records import FloatArray
 
 ALPHAS = (0.6, 0.7, 0.8, 0.9)
 CHANNELS = (1, 2, 4, 8)
-BEARABLE = 0.013  # the error of most matmuls without outliers, which no way reduces much
-NEAR = 1.25  # times the least error of all ways, if none is bearable
+BEARABLE = 0.013  # the error of most matmuls without outliers, which no method reduces much
+NEAR = 1.25  # times the least error of all methods, if none is bearable
 _NONE = np.zeros(0, dtype=np.int64)
 
 
@@ -55,7 +55,7 @@ class SmoothedModel:
 
 
 def smoothquant(model: bytes, activations: Activations) -> SmoothedModel:
-    """The model with its matmuls made ready for int8."""
+    """The model with its matmuls prepared for int8."""
     proto = onnx.load_model_from_string(model)
     del model  # as large as the weights; the caller has handed it over
     groups: dict[str, list[MatMul]] = defaultdict(list)
@@ -69,9 +69,9 @@ def smoothquant(model: bytes, activations: Activations) -> SmoothedModel:
 
 
 def choose(matmuls: Sequence[MatMul], activations: Activations) -> Smoothing:
-    """The cheapest sufficient way for the matmuls that read one X.
+    """The cheapest sufficient method for the matmuls that read one X.
 
-    In the order of cost: nothing, smoothing, a few channels apart, more of them, both.
+    In order of cost: nothing, smoothing, a few channels apart, more channels apart, both.
     """
     source, names = matmuls[0].source, tuple(m.name for m in matmuls)
     weight = np.concatenate([m.weight for m in matmuls], axis=1)
@@ -100,7 +100,7 @@ def choose(matmuls: Sequence[MatMul], activations: Activations) -> Smoothing:
 def _smoothed(
     matmuls: Sequence[MatMul], activations: Activations, weight: FloatArray, channels: NDArray[np.int64], before: float
 ) -> Smoothing:
-    """Smoothing by the alpha of the least error, of the channels that are not kept apart."""
+    """Smooths the channels that are not kept apart, with the alpha of the least error."""
     source = matmuls[0].source
     rest = activations.peaks(source)
     rest[channels] = 0

@@ -1,7 +1,7 @@
 """Bundles whose graph answers by itself, for callers without this package: ``NAME-spans`` and ``NAME-text``.
 
-Both are made from a bundle and hold one ``model.onnx`` beside tokenizer, card and manifest. They are only written if they
-agree with the Python decoder on real windows and questions.
+Both are made from a bundle and contain one ``model.onnx`` besides tokenizer, card and manifest. They are only written if
+they agree with the Python decoder on real windows and questions.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _NOTHING = Answer("", -1, -1, 0.0)
 class SpanProof:
     """The head compared with the decoder: ``spans`` on ``windows``, of which ``different`` had other spans or another order.
 
-    A window counts once alone and once in a padded batch, if the model takes one.
-    ``score_difference`` is the largest difference of any span's probability in its window, absolute.
+    A window counts once alone and, if the model can run padded batches, once in a batch.
+    ``score_difference`` is the largest absolute difference of any span's probability in its window.
     """
 
     windows: int
@@ -65,9 +65,9 @@ class Placed:
 
 
 def cut_windows(encoder: Encoder, settings: QaSettings, examples: Sequence[Example]) -> Iterator[Placed]:
-    """The windows of real questions by the settings, but every third context is cut into short ones.
+    """The windows of real questions, cut as the settings say, except that every third context is cut into short windows.
 
-    A question that leaves too little room for its context has no windows, because it has no answer.
+    A question that leaves too little room for its context has no windows, because it cannot be answered.
     """
     for i, example in enumerate(examples):
         question, context = encoder.encode(example.question), encoder.encode(example.context)
@@ -82,7 +82,7 @@ def cut_windows(encoder: Encoder, settings: QaSettings, examples: Sequence[Examp
 
 
 def compare_spans(model: GraphModel, head: SpanHead, cuts: Sequence[Placed], pad_token_id: int) -> SpanProof:
-    """Runs windows alone and, if the model takes a mask, in padded batches; the decoder gets the same run's logits."""
+    """Runs windows alone and, if the model takes a mask, in padded batches; decodes the logits of the same runs."""
     batches = [[cut] for cut in cuts]
     if "attention_mask" in model.inputs:
         batches += [list(cuts[i : i + _BATCH]) for i in range(0, len(cuts), _BATCH)]
@@ -132,8 +132,8 @@ def spans_in_graph(
 ) -> Bundle:
     """Writes ``out``, the bundle ``source`` with a span head, and returns it, verified.
 
-    Raises InputError on ``top_k`` below 1 or if no question can be asked, FailureError on a model that takes no head, GateError
-    if the head and the decoder differ on a window of ``examples``; ``out`` is then left as it was.
+    Raises InputError on ``top_k`` below 1 or if no question can be asked, FailureError on a model that cannot have a head,
+    GateError if the head and the decoder differ on a window of ``examples``; ``out`` is then left unchanged.
     """
     encoder = _encoder(source)
     head = SpanHead.of(encoder, source.settings, top_k)
@@ -156,7 +156,7 @@ def spans_in_graph(
 
 
 def span_line(bundle: Bundle) -> str:
-    """The proof of a bundle with a span head, in one line."""
+    """The result of ``compare_spans`` for a bundle, in one line."""
     proof = bundle.manifest["made"]["proof"]
     return (
         f"{bundle.manifest['in_graph']['k']} spans per window from the graph itself, equal to the decoder's on all {proof['windows']} "
@@ -171,8 +171,8 @@ def span_line(bundle: Bundle) -> str:
 class TextProof:
     """The text model compared with the Answerer: of ``questions``, how many best spans are ``equal`` (text and place).
 
-    ``skipped`` questions are not counted: a text of theirs contains the name of a special token, which the graph reads as
-    plain text. ``score_difference`` is the largest absolute difference of a score.
+    ``skipped`` questions are not counted: their question or context contains the name of a special token, which the graph
+    reads as plain text. ``score_difference`` is the largest absolute difference of a score.
     """
 
     questions: int
@@ -183,7 +183,7 @@ class TextProof:
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What a bundle holds besides model, tokenizer and card: files by name, lines of the card, entries of the manifest."""
+    """Further contents of a bundle: files by name, lines of the card, entries of the manifest."""
 
     files: Mapping[str, bytes]
     usage: Sequence[str]
@@ -191,7 +191,7 @@ class Beside:
 
 
 def ask(model: GraphModel, question: str, context: str) -> Answer:
-    """Asks a text model one question. Places are -1 if it found no answer."""
+    """Asks a text model one question. Start and end are -1 if it found no answer."""
     out = model.run({"question": [question], "context": [context]})
     answer, score, start, end = (out[name][0] for name in text_graph.OUTPUTS[:4])
     return Answer(str(answer), int(start), int(end), float(score))
@@ -200,7 +200,7 @@ def ask(model: GraphModel, question: str, context: str) -> Answer:
 def compare_answers(
     model: GraphModel, answerer: Answerer, examples: Sequence[Example], special: Sequence[str]
 ) -> TextProof:
-    """Asks both the same questions, except those with a ``special`` token in a text. An error of the Answerer is no answer."""
+    """Asks both the same questions, except those with a ``special`` token in a text. An InputError counts as no answer."""
     asked = [e for e in examples if not any(token in e.question + e.context for token in special)]
     equal, apart = 0, 0.0
     for example in asked:
@@ -217,10 +217,10 @@ def compare_answers(
 def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, beside: Beside | None = None) -> Bundle:
     """Writes ``out``, the bundle ``source`` as one text-in, answer-out model, and returns it, verified.
 
-    ``beside`` is what the bundle holds besides that.
+    ``beside`` holds further contents of the bundle.
 
     Raises InputError if its tokenizer is not BERT's WordPiece or no question can be asked, FailureError on a model that cannot
-    be built in, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left as it was.
+    be embedded, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left unchanged.
     """
     tokenizer, pieces = wordpiece_of(source)
     answerer = Answerer.load(source.folder, device="cpu", threads=1)
@@ -232,7 +232,7 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, 
     if proof.equal < proof.questions or not proof.score_difference <= _SCORE:
         raise GateError(
             f"{out}: {proof.questions - proof.equal} of {proof.questions} answers of the graph differ from the Answerer's, scores "
-            f"by up to {proof.score_difference:.1e}: it was not written; take --spans-in-graph"
+            f"by up to {proof.score_difference:.1e}: it was not written; use --spans-in-graph"
         )
     usage = [
         "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
@@ -242,13 +242,13 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, 
 
 
 def wordpiece_of(source: Bundle) -> tuple[Tokenizer, WordPiece]:
-    """A bundle's tokenizer, and what of it goes into a graph. Raises InputError if it is not BERT's WordPiece."""
+    """A bundle's tokenizer, and its tables for a graph. Raises InputError if it is not BERT's WordPiece."""
     tokenizer = Tokenizer.from_str(source.read(TOKENIZER).decode("utf-8"))
     return tokenizer, read_wordpiece(tokenizer)
 
 
 def text_line(bundle: Bundle) -> str:
-    """The proof of a text model, in one line."""
+    """The result of ``compare_answers`` for a bundle, in one line."""
     proof = bundle.manifest["made"]["proof"]
     return f"text in, answer out in one file; its answers to all {proof['questions']} questions equal the Answerer's"
 

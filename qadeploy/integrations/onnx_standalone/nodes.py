@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 
 
 class Nodes:
-    """Nodes and constants in the order of writing; all names begin with ``prefix``."""
+    """Nodes and constants in the order in which they are added; all names begin with ``prefix``."""
 
     def __init__(self, prefix: str) -> None:
         self.nodes: list[onnx.NodeProto] = []
@@ -34,7 +34,7 @@ class Nodes:
         return names
 
     def constant(self, value: ArrayLike, kind: type = np.int64) -> str:
-        """A constant of this kind (str for text); equal ones are stored once."""
+        """Adds a constant of this kind (str for text) and returns its name; equal constants are stored once."""
         array: NDArray[Any] = np.asarray(value, dtype=object if kind is str else kind)
         key = (kind.__name__, array.shape, repr(array.tolist()).encode() if kind is str else array.tobytes())
         if key not in self._known:

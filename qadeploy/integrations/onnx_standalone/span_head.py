@@ -9,7 +9,7 @@ or end, which is at each context token that is not blank (``core.windows.context
     log_sum      float32 [batch, 1]  log of the sum of exp(logit / temperature) over all valid spans, -inf if there are none
     null_scores  float32 [batch, 1]  start + end logit of the null position
 
-If the model's settings say ``relative_to_null``, every logit of these outputs is less that of the null token, so
+If the model's settings have ``relative_to_null``, the null token's logit is subtracted from every logit of these outputs, so
 ``null_scores`` are 0.
 
 Spans are ranked as ``core/decoding.py`` ranks them: by logit, ties by start, then by length (TopK takes the lower index first:
@@ -41,8 +41,8 @@ _OPSET = 15  # Shape takes a range, and ReduceSum and Unsqueeze (13) take their 
 class SpanHead:
     """``top_k`` spans per window, each of at most ``max_answer_len`` tokens; ``temperature`` is that of ``log_sum``.
 
-    ``null_index`` is the position of the null token, counted from the window's end if negative. With ``relative_to_null`` all
-    logits behind the head are those less the null token's, as in ``QaSettings``.
+    ``null_index`` is the position of the null token, counted from the window's end if negative. With ``relative_to_null`` the
+    null token's logit is subtracted from all others, as in ``QaSettings``.
     """
 
     top_k: int
@@ -57,8 +57,8 @@ class SpanHead:
         if top_k < 1:
             raise InputError(f"span-top-k {top_k} is below 1: it is the number of spans that a window returns")
         limit = encoder.config.position_limit
-        asked = encoder.encode("what")
-        short, longer = (encoder.windows(asked, encoder.encode(t), max_seq_len=limit)[0] for t in ("a", "a a a"))
+        question = encoder.encode("what")
+        short, longer = (encoder.windows(question, encoder.encode(t), max_seq_len=limit)[0] for t in ("a", "a a a"))
         from_start = short.null_index == longer.null_index
         null = short.null_index if from_start else short.null_index - len(short)
         return cls(top_k, settings.max_answer_len, settings.temperature, null, settings.relative_to_null)
@@ -74,9 +74,9 @@ class SpanHead:
 
 
 def add_span_head(model: bytes, head: SpanHead) -> bytes:
-    """The model with the head behind its logits, which stay its first two outputs.
+    """The model with the head after its logits, which stay its first two outputs.
 
-    Raises FailureError on a model whose operators are older than the head's, or that already has a head.
+    Raises FailureError on a model whose opset is older than the head's, or that already has a head.
     """
     proto = onnx.load_model_from_string(model)
     opset = default_opset(proto)
@@ -112,7 +112,7 @@ def _write(n: Nodes, head: SpanHead, attention_mask: str | None) -> None:
     allowed = n("Cast", CONTEXT_MASK, to=kind.BOOL)
     tokens = n("Gather", n("Shape", CONTEXT_MASK), one)  # [1]
     null = n.constant([head.null_index])
-    if head.null_index < 0:  # behind the context, so before the padding
+    if head.null_index < 0:  # after the context and before the padding
         size = n("ReduceSum", n("Cast", attention_mask, to=kind.INT64), one, keepdims=1) if attention_mask else tokens
         null = n("Add", size, null)
     index = n("Expand", null, n("Concat", n("Shape", CONTEXT_MASK, start=0, end=1), one, axis=0))
@@ -121,7 +121,7 @@ def _write(n: Nodes, head: SpanHead, attention_mask: str | None) -> None:
         logits = [n("Sub", name, n("GatherElements", name, index, axis=1)) for name in logits]
     n("Add", *(n("GatherElements", name, index, axis=1) for name in logits), out=OUTPUTS[4])
     starts, ends = (n("Where", allowed, name, nothing) for name in logits)
-    # A band of the square of all spans: ends i to i + length - 1 for start i, with nothing after the last token.
+    # A band of the square of all spans: ends i to i + length - 1 for start i; no span ends after the last token.
     positions = n("Range", n.constant(0), n("Squeeze", tokens), n.constant(1))
     band = n("Add", n("Unsqueeze", positions, one), n.constant([np.arange(length)]))
     beyond = n("Pad", ends, n.constant([0, 0, 0, length - 1]), nothing)

@@ -7,11 +7,11 @@ Inputs: ``question`` and ``context``, a string ``[1]`` each. Outputs, ``[1]`` ea
     start, end       int64    its place in the context in code points, the end exclusive; -1 if there is none
     null_difference  float32  the null logit minus the best span's: "no answer" if it exceeds the null threshold
 
-Without an answer (no token in the context, or a question that leaves it no room) the answer is empty and the score 0.
+Without an answer (no token in the context, or a question that leaves no room for it) the answer is empty and the score 0.
 The score is NaN if the model's logits are.
 
 Characters come from com.microsoft's ``Tokenizer``, symbols and tokens from look-ups in the tables of ``wordpiece``; the
-model is the body of a loop over the windows, each alone and unpadded like in the runtime, so the logits are equal.
+model is the body of a loop over the windows, each alone and unpadded as in the Answerer, so the logits are equal.
 onnxruntime-extensions is not used: its BertTokenizer (0.15.2) counts offsets in a different text than the given one,
 splits letters differently from BERT's own tokenizer, and cannot be loaded from JavaScript.
 """
@@ -36,7 +36,7 @@ from qadeploy.records import LOGIT_NAMES
 INPUTS = ("question", "context")
 OUTPUTS = ("answer", "score", "start", "end", "null_difference")
 _OPSET, _OLDEST = 20, 18  # StringConcat is new in 20
-# Operators whose newer versions, up to 20, take more types and options and mean the same
+# Operators whose newer versions, up to 20, accept more types and options but have the same meaning
 # (https://github.com/onnx/onnx/blob/main/docs/Changelog.md).
 _WIDENED = frozenset({
     "Cast", "CastLike", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Flatten", "Identity", "If", "IsInf",
@@ -57,7 +57,7 @@ def text_model(model: bytes, pieces: WordPiece, encoder: Encoder, settings: QaSe
     Raises FailureError on a model that cannot be the body of the loop, InputError if the context comes first.
     """
     if encoder.config.context_first:
-        raise InputError("strings-in-graph: this model takes the context before the question: take spans-in-graph")
+        raise InputError("strings-in-graph: this model takes the context before the question: use spans-in-graph")
     proto = onnx.load_model_from_string(model)
     _raise_opset(proto)
     n = Nodes("text/")
@@ -80,7 +80,7 @@ def text_model(model: bytes, pieces: WordPiece, encoder: Encoder, settings: QaSe
 
 
 def _raise_opset(proto: onnx.ModelProto) -> None:
-    """Requires opset 20 at least; FailureError if that would change the model's own nodes."""
+    """Raises the opset to at least 20. Raises FailureError if that would change the meaning of the model's own nodes."""
     opset = default_opset(proto)
     if opset < _OLDEST:
         raise FailureError(f"the model's operators are of opset {opset}, a text model needs {_OLDEST}: export it again")
@@ -90,7 +90,7 @@ def _raise_opset(proto: onnx.ModelProto) -> None:
             if len(versions) > 1:
                 raise FailureError(
                     f"the model's {node.op_type} has another meaning in opset {_OPSET}, which a text model needs: "
-                    "take spans-in-graph"
+                    "use spans-in-graph"
                 )
     for entry in proto.opset_import:
         if entry.domain in {"", "ai.onnx"}:
@@ -109,7 +109,7 @@ def _size(n: Nodes, value: str) -> str:
 
 
 def _tokenise(n: Nodes, pieces: WordPiece, question: str, context: str) -> tuple[tuple[str, str], str, str]:
-    """Token ids of both texts, and where the context's tokens begin and end in it, in code points."""
+    """Token ids of both texts, and where the context's tokens begin and end in the context, in code points."""
     zero, one = n.constant([0]), n.constant([1])
     gap = n.constant([" "], str)
     every = n("Concat", question, gap, context, gap, axis=0)
@@ -121,7 +121,7 @@ def _tokenise(n: Nodes, pieces: WordPiece, question: str, context: str) -> tuple
         values_int64s=list(pieces.characters.values()),
         default_int64=0,
     )
-    # Symbols: one character may be several, or none.
+    # Symbols: one character may become several, or none.
     wide = n("Gather", n.constant(pieces.rows), row, axis=0)
     count = _size(n, every)
     places = n("Range", n.constant(0), n("Squeeze", count), n.constant(1))
@@ -139,11 +139,11 @@ def _tokenise(n: Nodes, pieces: WordPiece, question: str, context: str) -> tuple
     begins = n("Or", alone, n("And", letter, n("Not", before)))
     number, length = _longest_pieces(n, pieces, symbol, begins, space, size)
 
-    # The places where pieces begin, walking from the start of each word by the longest piece; each round doubles the steps.
+    # The places where pieces begin, found by steps of the longest piece from each word's start; each round doubles the steps.
     position = n("Range", n.constant(0), n("Squeeze", size), n.constant(1))
     fails = n("Equal", length, n.constant(0))
     onward = n("Where", fails, size, n("Add", position, length))
-    onward = n("Concat", onward, size, axis=0)  # the last symbol leads nowhere
+    onward = n("Concat", onward, size, axis=0)  # there is no step from the end
     reached = n("Concat", n("Cast", begins, to=TensorProto.INT64), zero, axis=0)
     for _ in range(math.ceil(math.log2(pieces.longest_word + 1))):
         met = n("Where", n("Cast", reached, to=TensorProto.BOOL), onward, size)
@@ -152,7 +152,7 @@ def _tokenise(n: Nodes, pieces: WordPiece, question: str, context: str) -> tuple
     here = n("Cast", n("Slice", reached, zero, size), to=TensorProto.BOOL)
     here = n("And", here, n("Not", space))
 
-    # A word that fails somewhere, or is too long, is one unknown token.
+    # A word that has no piece at some place, or is too long, is one unknown token.
     counted = n("CumSum", n("Cast", begins, to=TensorProto.INT64), n.constant(0))
     words = n("ReduceSum", n("Cast", begins, to=TensorProto.INT64), keepdims=1)
     word = n("Where", space, words, n("Sub", counted, one))
@@ -170,18 +170,18 @@ def _tokenise(n: Nodes, pieces: WordPiece, question: str, context: str) -> tuple
     last = n("Gather", place, n("Sub", n("Add", chosen, spread), one))
 
     shift = n("Add", _size(n, question), one)
-    asked = n("ReduceSum", n("Cast", n("Less", first, shift), to=TensorProto.INT64), keepdims=1)
+    question_size = n("ReduceSum", n("Cast", n("Less", first, shift), to=TensorProto.INT64), keepdims=1)
     total = _size(n, ids)
-    own = n("Slice", ids, zero, asked)
-    read = n("Slice", ids, asked, total)
-    starts = n("Sub", n("Slice", first, asked, total), shift)
-    stops = n("Add", n("Sub", n("Slice", last, asked, total), shift), one)
+    own = n("Slice", ids, zero, question_size)
+    read = n("Slice", ids, question_size, total)
+    starts = n("Sub", n("Slice", first, question_size, total), shift)
+    stops = n("Add", n("Sub", n("Slice", last, question_size, total), shift), one)
     return (own, read), starts, stops
 
 
 def _longest_pieces(n: Nodes, pieces: WordPiece, symbol: str, begins: str, space: str, size: str) -> tuple[str, str]:
-    """``[symbols]``: id and length of the longest piece that begins at each; the length is 0 if there is none."""
-    # A piece ends with its word: the symbols after it become unknown letters, which no piece has.
+    """``[symbols]``: id and length of the longest piece that begins at each symbol; the length is 0 if there is none."""
+    # A piece ends with its word: the symbols after the word become unknown letters, which no piece contains.
     inner = n("Where", n("Or", begins, space), n.constant(0), symbol)
     ahead = n("Concat", inner, n.constant(np.zeros(pieces.longest)), axis=0)
     states = n.constant(pieces.ids)
@@ -233,8 +233,8 @@ def _read(
     """The span table ``[context tokens, max_answer_len]`` and the least null logit, over all windows."""
     one, zero = n.constant([1]), n.constant([0])
     length, frame = settings.max_answer_len, encoder.frame
-    total, asked = _size(n, context), _size(n, question)
-    room = n("Sub", n.constant([settings.max_seq_len - encoder.special_tokens]), asked)
+    total, question_size = _size(n, context), _size(n, question)
+    room = n("Sub", n.constant([settings.max_seq_len - encoder.special_tokens]), question_size)
     fits = n("LessOrEqual", total, room)
     longest = min(settings.long_seq_len or settings.max_seq_len, settings.max_seq_len)
     shorter = n("Sub", room, n.constant([settings.max_seq_len - longest]))
@@ -245,7 +245,7 @@ def _read(
     stride = n("Where", n("Less", stride, room), stride, n("Div", room, n.constant([2])))
     step = n("Max", n("Sub", room, stride), one)
     more = n("Div", n("Sub", n("Add", n("Sub", total, room), step), one), step)
-    # A doc_stride that no question allows is an error in Python.
+    # Python raises an error if no question allows doc_stride.
     several = n("Add", more, one) if settings.doc_stride < settings.max_seq_len else zero
     windows = n("Where", fits, n("Min", total, one), several)
     windows = n("Where", n("Less", room, one), zero, windows)
@@ -262,19 +262,19 @@ def _read(
     ids = b(
         "Concat", b.constant(frame.before), question, b.constant(frame.between), piece, b.constant(frame.after), axis=0
     )
-    parts = [b("Expand", b.constant(part), each) for part, each in zip(frame.parts, (asked, size), strict=True)]
+    parts = [b("Expand", b.constant(part), each) for part, each in zip(frame.parts, (question_size, size), strict=True)]
     special = [b.constant(each) for each in frame.types]
     types = b("Concat", special[0], parts[0], special[1], parts[1], special[2], axis=0)
     values = {"input_ids": ids, "token_type_ids": types, "attention_mask": b("Expand", b1, b("Shape", ids))}
     for each in model.input:
         if each.name not in values:
-            raise FailureError(f"the model takes {each.name}, which a text model does not know: take spans-in-graph")
+            raise FailureError(f"the model takes {each.name}, which a text model does not know: use spans-in-graph")
         kind = each.type.tensor_type.elem_type
         b("Cast", b("Unsqueeze", values[each.name], b0), to=kind, out=each.name)
     b.nodes.extend(model.node)
     b.constants.extend(model.initializer)
     # The rows of the table that this window covers: its spans, if they are better than those of earlier windows.
-    first = b("Add", b.constant([len(frame.before) + len(frame.between)]), asked)
+    first = b("Add", b.constant([len(frame.before) + len(frame.between)]), question_size)
     row = [b("Squeeze", b("Cast", name, to=TensorProto.FLOAT), b0) for name in LOGIT_NAMES]
     asked_at = encoder.windows(encoder.encode("what"), encoder.encode("a"), max_seq_len=encoder.config.position_limit)
     at = b.constant(asked_at[0].null_index)
@@ -303,9 +303,9 @@ def _read(
 def _shifts(
     n: Nodes, encoder: Encoder, settings: QaSettings, question: str, context: str, cut: tuple[str, str, str]
 ) -> str:
-    """``[windows]``, or ``[1]`` if there is none: what ``core.bm25.relevance`` adds to the start and to the end logits of each.
+    """What ``bm25_weight`` adds to the start and to the end logits of each window, ``[windows]``, or ``[1]`` if there is none.
 
-    ``cut`` are the number of windows, the tokens between their beginnings, and the tokens that one holds.
+    ``cut`` is the number of windows, the tokens between their beginnings, and the tokens that a window holds.
     """
     zero, one, double = n.constant([0]), n.constant([1]), TensorProto.DOUBLE
     windows, step, room = cut
@@ -337,7 +337,7 @@ def _answer(n: Nodes, settings: QaSettings, table: str, null: str, begins: str, 
     """The graph's outputs: the best cell of the table, its probability and its text."""
     zero, one, double = n.constant([0]), n.constant([1]), TensorProto.DOUBLE
     nothing, length = n.constant([-np.inf], np.float32), n.constant(settings.max_answer_len)
-    # One more cell, taken if no other is valid; it means the place -1.
+    # One more cell, chosen if no other is valid; its start and end are -1.
     flat = n("Concat", n("Reshape", table, n.constant([-1])), nothing, axis=0)
     best = n("ArgMax", flat, axis=0, keepdims=1)
     logit = n("Gather", flat, best)

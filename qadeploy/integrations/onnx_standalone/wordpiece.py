@@ -2,8 +2,8 @@
 
 The tables come from the tokenizer itself: it normalises and pre-tokenises each code point alone, which is enough because
 BERT's normaliser and pre-tokenizer look at one character at a time. (The only exception is the order of combining marks: two
-marks may swap if one is no accent.) The pieces of the vocabulary become a trie over symbols, in which the longest piece at a
-place is found by walking (Song et al. 2021, "Fast WordPiece Tokenization", without its failure links).
+marks may swap if one is not an accent.) The pieces of the vocabulary become a trie over symbols, in which a walk finds the
+longest piece at a place (Song et al. 2021, "Fast WordPiece Tokenization", without its failure links).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qadeploy.errors import InputError
 from qadeploy.records import IntArray
 
 # Symbols of normalised characters; those of the vocabulary follow.
-LETTER, ALONE, SPACE = 0, 1, 2  # unknown, in a word; unknown, a word by itself; white space
+LETTER, ALONE, SPACE = 0, 1, 2  # an unknown letter of a word; an unknown word of one character; white space
 _FIRST = 3
 # All code points except the surrogates and the empty planes 4 to 13.
 _CODES = (range(0xD800), range(0xE000, 0x40000), range(0xE0000, sys.maxunicode + 1))
@@ -32,10 +32,10 @@ _BAR = "|"
 class WordPiece:
     """``characters`` maps to rows of ``rows`` ``[rows, width]``: the symbols of a character, padded with -1.
 
-    All other characters are row 0. ``alone`` ``[symbols]`` says which symbols are words by themselves. The trie: ``steps`` is
-    state x symbols + symbol to the next state; states 0 (nothing), 1 (start of a word), 2 (inside a word); ``ids``
-    ``[states]`` is the token that a state completes, or -1. Words longer than ``longest_word`` symbols, and words that the
-    pieces cannot form, are ``unknown_id``. ``longest`` is the longest piece in symbols.
+    All other characters have row 0. ``alone`` ``[symbols]`` is 1 for symbols that are words by themselves. The trie: ``steps``
+    maps state x symbols + symbol to the next state; states are 0 (nothing), 1 (start of a word), 2 (inside a word), ...;
+    ``ids`` ``[states]`` is the token that a state completes, or -1. Words longer than ``longest_word`` symbols, and words that
+    the pieces cannot form, are ``unknown_id``. ``longest`` is the length of the longest piece in symbols.
     """
 
     characters: dict[str, int]
@@ -54,11 +54,11 @@ class WordPiece:
 
 
 def read_wordpiece(tokenizer: Tokenizer) -> WordPiece:
-    """The tables of a tokenizer. Raises InputError, which names its kind, if it is not BERT's WordPiece."""
+    """The tables of a tokenizer. Raises InputError, naming the tokenizer's kind, if it is not BERT's WordPiece."""
     return _read(tokenizer.to_str())
 
 
-@lru_cache(maxsize=1)  # it takes seconds, and an export asks for several bundles with one tokenizer
+@lru_cache(maxsize=1)  # it takes seconds, and an export makes several bundles with one tokenizer
 def _read(stored: str) -> WordPiece:
     tokenizer = Tokenizer.from_str(stored)
     model = check_wordpiece(tokenizer)
@@ -80,15 +80,15 @@ def _read(stored: str) -> WordPiece:
 
 
 def check_wordpiece(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The model of BERT's WordPiece tokenizer as stored in ``tokenizer.json``. Raises InputError, which names the kind."""
+    """The ``model`` entry of a ``tokenizer.json``. Raises InputError, naming the kind, if it is not BERT's WordPiece."""
     stored = json.loads(tokenizer.to_str())
     model = stored["model"]
     kinds = {part: (stored[part] or {}).get("type", "none") for part in ("model", "normalizer", "pre_tokenizer")}
     if kinds != {"model": "WordPiece", "normalizer": "BertNormalizer", "pre_tokenizer": "BertPreTokenizer"}:
         raise InputError(
             f"strings-in-graph: this model's tokenizer is {kinds['model']} with the normalizer {kinds['normalizer']} and the "
-            f"pre-tokenizer {kinds['pre_tokenizer']}; only WordPiece ones with BertNormalizer and BertPreTokenizer can be "
-            "written into a graph: take spans-in-graph, with the tokenizer of your language"
+            f"pre-tokenizer {kinds['pre_tokenizer']}; only WordPiece with BertNormalizer and BertPreTokenizer can be "
+            "written into a graph: use spans-in-graph, with a tokenizer library of your programming language"
         )
     return dict(model)
 
@@ -99,12 +99,12 @@ def _normalised(tokenizer: Tokenizer) -> dict[str, str]:
     letters = [chr(code) for codes in _CODES for code in codes if chr(code) != _BAR]
     texts = normalise(_BAR.join(letters)).split(_BAR)
     if len(texts) != len(letters):
-        texts = [normalise(letter) for letter in letters]  # this one changes bars
+        texts = [normalise(letter) for letter in letters]  # this normaliser changes bars
     return {_BAR: normalise(_BAR), **dict(zip(letters, texts, strict=True))}
 
 
 def _kinds(tokenizer: Tokenizer, letters: list[str]) -> dict[str, int]:
-    """Whether a character is part of a word (LETTER), a word (ALONE) or none (SPACE) to the pre-tokenizer."""
+    """Whether the pre-tokenizer takes a character as part of a word (LETTER), a word (ALONE) or neither (SPACE)."""
     line = "a" + "".join(letter + "a" for letter in letters)
     inside, alone = set[int](), set[int]()
     for _, (begin, end) in tokenizer.pre_tokenizer.pre_tokenize_str(line):
@@ -124,7 +124,7 @@ def _rows(normal: dict[str, str], symbol: dict[str, int]) -> tuple[dict[str, int
         if letter.isspace() and row and set(row) != {SPACE}:
             raise InputError(
                 f"strings-in-graph: this tokenizer makes a token of the blank character U+{ord(letter):04X}, "
-                "which no answer may begin with: take spans-in-graph"
+                "which no answer may begin with: use spans-in-graph"
             )
         place = rows.setdefault(row, len(rows))
         if place:
@@ -158,5 +158,5 @@ def _trie(pieces: dict[str, int], prefix: str, symbol: dict[str, int]) -> tuple[
 
 
 def special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """The tokens that a tokenizer finds in any text first, such as ``[SEP]``; a graph takes them for plain text."""
+    """The tokens that a tokenizer searches for in a text first, such as ``[SEP]``; a graph reads them as plain text."""
     return [token.content for token in tokenizer.get_added_tokens_decoder().values()]

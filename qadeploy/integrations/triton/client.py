@@ -1,6 +1,6 @@
-"""Answers from a model on a Triton server, or another that speaks the Open Inference Protocol v2 over HTTP.
+"""Answers from a model on a Triton server, or another server that speaks the Open Inference Protocol v2 over HTTP.
 
-Windows and spans are made here, by the same encoder and decoder as everywhere; only the logits come from the server:
+Windows and spans are made here, by the same encoder and decoder as everywhere else; only the logits come from the server:
 
     answerer = triton_answerer("http://localhost:8000", "repository/faq/1")
     answerer.answer("Who keeps the lamp?", "Mungo Strand keeps the lamp.")
@@ -35,11 +35,11 @@ from qadeploy.records import LOGIT_NAMES, FloatArray, Logits, Window
 
 _INTEGERS: dict[str, np.dtype[Any]] = {"INT64": np.dtype(np.int64), "INT32": np.dtype(np.int32)}
 _FLOATS = frozenset({"FP32", "FP16"})
-# Triton joins requests of one length only. On a GPU a longer window costs little, and lengths that are multiples of
-# this make few shapes; on a CPU every token of padding is computed.
+# Triton only batches requests of equal length. On a GPU a longer window costs little, and lengths that are multiples of
+# this make few shapes; on a CPU every token of padding costs time.
 _GPU_MULTIPLE = 64
 _CONNECTIONS = 4
-_HEADER_LENGTH = "Inference-Header-Content-Length"  # of Triton's binary tensors: the JSON's bytes, before the tensors'
+_HEADER_LENGTH = "Inference-Header-Content-Length"  # with Triton's binary tensors: the bytes of JSON before the tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,14 @@ class TritonOptions:
     """How a model on a server is called.
 
     Attributes:
-        version: Its version there; "" is the newest. If another is served later, ``run`` raises RemoteError, because a
-            tokenizer belongs to its version.
-        batch: Windows per request at most, padded to the longest of them. None: one at a time for a model on CPUs,
-            its ``max_batch_size`` for one on GPUs.
-        multiple: Pad further to a multiple of so many tokens. None: 1 for a model on CPUs, 64 for one on GPUs.
+        version: The model's version on the server; "" is the newest. If another is served later, ``run`` raises RemoteError,
+            because the tokenizer belongs to a version.
+        batch: Most windows per request, padded to the longest of them. None: 1 for a model on CPUs, its
+            ``max_batch_size`` for one on GPUs.
+        multiple: Pad further to a multiple of this many tokens. None: 1 for a model on CPUs, 64 for one on GPUs.
             Windows of a model without ``attention_mask`` are never padded.
-        connections: Requests at once. None: 2 for each of the model's instances, at least 4.
-        timeout: Seconds, for a connection and for an answer.
+        connections: Concurrent requests. None: 2 for each of the model's instances, at least 4.
+        timeout: Seconds to wait for a connection and for an answer.
         headers: HTTP headers of every request.
     """
 
@@ -76,7 +76,7 @@ class TritonOptions:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a server reports about a model; 1 or empty for what it does not report."""
+    """What a server reports about a model; fields that it does not report are 1 or empty."""
 
     version: str
     inputs: Mapping[str, np.dtype[Any]]
@@ -100,10 +100,10 @@ def triton_answerer(
     Raises what ``TritonModel`` raises, and InputError and BundleError for the folder.
 
     Args:
-        url: The server's (``http://`` or ``https://``, host, port, perhaps a path).
+        url: The server's URL (``http://`` or ``https://``, host, port, optionally a path).
         bundle: The folder of the bundle that the server runs, such as a version's in the model repository: it has the
-            tokenizer and the settings. Its spans must not be in its graph.
-        name: The model's on the server. Default: the folder's, or its model's in a repository.
+            tokenizer and the settings. Its graph must not return spans or text.
+        name: The model's name on the server. Default: the folder's or, in a model repository, its parent's.
         context_cache_bytes: As for ``Answerer.load``.
         options: The fields of ``TritonOptions``.
     """
@@ -120,7 +120,7 @@ class TritonModel:
     """A model on a server as a function from windows to logits. Thread-safe, and usable after a fork.
 
     Raises MissingExtraError (``triton``), RemoteError if the server cannot be reached, does not have the model, or has
-    another than the bundle's.
+    a model that is not the bundle's.
     """
 
     device = "server"
@@ -129,7 +129,7 @@ class TritonModel:
         options = options or TritonOptions()
         self.url = url
         self.name = name
-        self._asked_version = str(options.version)
+        self._requested_version = str(options.version)
         self._timeout = options.timeout
         self._headers = dict(options.headers or {})
         self._base = _base(url)
@@ -154,7 +154,7 @@ class TritonModel:
         return self.start(windows).result()
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """Sends the windows, with as many requests at once as there are connections, and returns."""
+        """Sends the windows, in as many concurrent requests as there are connections, and returns without waiting."""
         lengths = [self._padded(len(window)) for window in windows]
         requests = [
             rows[i : i + self._batch]
@@ -168,7 +168,7 @@ class TritonModel:
         return Pending(again, [pool.submit(each) for each in work], places=places)
 
     def _padded(self, tokens: int) -> int:
-        """The length to which a window is padded: at most what the model takes."""
+        """The length to which a window is padded: at most the model's limit."""
         up = -(-tokens // self._multiple) * self._multiple
         return max(tokens, min(up, self._longest)) if self._longest else up
 
@@ -186,7 +186,7 @@ class TritonModel:
         version = str(reply.get_response().get("model_version") or "")
         if version and served.version and version != served.version:
             raise RemoteError(
-                f"{self.url}: now answers with version {version} of {self.name}, this client was made for version "
+                f"{self.url}: now answers with version {version} of {self.name}, but this client was made for version "
                 f"{served.version}: make a new one with the bundle of that version"
             )
         return unpadded([self._logits(reply, name, (len(windows), tokens)) for name in LOGIT_NAMES], windows)
@@ -203,7 +203,7 @@ class TritonModel:
         return logits
 
     def _look(self, bundle: Bundle) -> ServedModel:
-        """What the server has, checked against the bundle."""
+        """What the server reports about the model, checked against the bundle."""
         extensions = self._json("GET", "").get("extensions") or []
         try:
             told = self._json("GET", self._path())
@@ -211,7 +211,7 @@ class TritonModel:
             raise RemoteError(f"{error}{self._others(extensions)}") from error
         inputs = self._check_inputs(told, bundle)
         versions = [str(each) for each in told.get("versions") or []]
-        version = self._asked_version or max(versions, key=lambda v: (len(v), v), default="")
+        version = self._requested_version or max(versions, key=lambda v: (len(v), v), default="")
         if self._send("GET", f"{self._path()}/ready").status != 200:
             raise RemoteError(f"{self.url}: model {self.name} is not ready: wait for it, or see the server's log")
         config: dict[str, Any] = {}
@@ -220,7 +220,7 @@ class TritonModel:
         stored = (config.get("parameters") or {}).get(f"{BUNDLE_PARAMETER}{version}", {}).get("string_value", "")
         if stored and stored != bundle.hash:
             raise RemoteError(
-                f"{self.url}: version {version} of {self.name} is the bundle {stored[:12]}, {bundle.folder} is "
+                f"{self.url}: version {version} of {self.name} is the bundle {stored[:12]}, but {bundle.folder} is "
                 f"{bundle.hash[:12]}: give the folder of the bundle that the server runs, or another version"
             )
         groups = config.get("instance_group") or []
@@ -257,7 +257,7 @@ class TritonModel:
 
     def _differs(self, found: str, needed: str) -> RemoteError:
         return RemoteError(
-            f"{self.url}: model {self.name} {found}, the bundle's needs {needed}: name the model that was made from this bundle"
+            f"{self.url}: model {self.name} {found}, but the bundle needs {needed}: name the model that was made from this bundle"
         )
 
     def _others(self, extensions: Sequence[str]) -> str:
@@ -269,7 +269,7 @@ class TritonModel:
         return f" (it has {_names(names)})" if names else " (it has no model)"
 
     def _path(self) -> str:
-        version = f"/versions/{quote(self._asked_version, safe='')}" if self._asked_version else ""
+        version = f"/versions/{quote(self._requested_version, safe='')}" if self._requested_version else ""
         return f"/models/{quote(self.name, safe='')}{version}"
 
     def _infer(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> Any:
@@ -311,7 +311,7 @@ class TritonModel:
             raise self._silent(error) from error
 
     def _refused(self, reply: Any) -> RemoteError:
-        """The error that a server sent."""
+        """The error for a reply that is not a success."""
         try:
             reason = str(reply.json()["error"])
         except (ValueError, LookupError, TypeError):
@@ -323,7 +323,7 @@ class TritonModel:
         return RemoteError(f"{self.url}: no inference server answers ({reason}): is it running?")
 
     def _connect(self, connections: int) -> None:
-        """Makes this process's connections, and the threads that wait for their replies."""
+        """Creates this process's connections, and the threads that wait for replies."""
         self._pid = os.getpid()
         self._connections = self._urllib3.PoolManager(
             maxsize=connections, timeout=self._urllib3.Timeout(self._timeout), retries=False
@@ -351,7 +351,7 @@ def _base(url: str) -> str:
 
 
 def _client_modules() -> tuple[Any, Any]:
-    """What writes and reads the protocol's messages, and what sends them."""
+    """The modules that write and read the protocol's messages, and that send them."""
     try:
         import tritonclient.http as protocol
         import urllib3

@@ -1,6 +1,6 @@
 """Triton's config.pbtxt for a model, written and read with Triton's own schema, and checked against the model.
 
-The schema is ``ModelConfig`` of model_config.proto, which the ``tritonclient`` package brings compiled. What the ONNX
+The schema is ``ModelConfig`` of model_config.proto, which the ``tritonclient`` package contains compiled. What the ONNX
 Runtime backend understands: https://github.com/triton-inference-server/onnxruntime_backend#other-optimization-options-with-onnx-runtime;
 the rest: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_configuration.md.
 """
@@ -20,7 +20,7 @@ from qadeploy.inference.session import onnxruntime, session_options
 
 CONFIG = "config.pbtxt"
 BACKEND = "onnxruntime"
-# One parameter per version tells a client which bundle answers. Triton returns parameters that it does not know.
+# One parameter per version tells a client which bundle answers. Triton also returns parameters that it does not know.
 BUNDLE_PARAMETER = "qadeploy_bundle_"
 # The columns "Model Config" and "ONNX Runtime" of the table of data types in model_configuration.md.
 _TYPES = {
@@ -32,7 +32,7 @@ _TYPES = {
     "tensor(double)": "TYPE_FP64",
     "tensor(string)": "TYPE_STRING",
 }
-_WARM_TOKENS = 32  # any run creates kernels and arenas; a short one costs least
+_WARM_TOKENS = 32  # any run creates kernels and arenas; a short run costs least
 _PROTO = "tritonclient.grpc.model_config_pb2"
 
 
@@ -60,8 +60,8 @@ class Tensors:
 class Running:
     """How Triton runs a model.
 
-    ``max_batch`` is the most windows per run, ``delay`` how long a request may wait for others to join it
-    (microseconds; None: none are joined). ``gpu`` puts an instance on every GPU, else there are ``instances``
+    ``max_batch`` is the most windows per run, ``delay`` how long a request may wait for others to be batched with it
+    (microseconds; None: no batching). ``gpu`` puts an instance on every GPU; otherwise there are ``instances``
     on the CPU, each with ``threads`` threads.
     """
 
@@ -89,7 +89,7 @@ def tensors_of(model: bytes) -> Tensors:
 
 def _tensor(node: Any) -> Tensor:
     if node.type not in _TYPES:
-        raise BundleError(f"model.onnx: {node.name} is {node.type}, which Triton does not take")
+        raise BundleError(f"model.onnx: {node.name} is {node.type}, which Triton does not support")
     if len(node.shape) < 2 or isinstance(node.shape[0], int):
         raise BundleError(f"model.onnx: {node.name} is {list(node.shape)}: Triton needs a leading batch of any size")
     return Tensor(node.name, _TYPES[node.type], tuple(d if isinstance(d, int) else -1 for d in node.shape[1:]))
@@ -133,7 +133,7 @@ def bundle_parameter(version: int, bundle_hash: str) -> str:
 def check_config(text: str, place: Path, tensors: Tensors) -> Any:
     """Reads a config.pbtxt by Triton's schema and checks it against a model; returns the ``ModelConfig`` message.
 
-    Raises InputError if it is no such file, or has another backend, no batch, or tensors whose names, data types or
+    Raises InputError if it is not such a file, or has another backend, no batch, or tensors whose names, data types or
     shapes are not the model's.
     """
     config = require_schema().ModelConfig()

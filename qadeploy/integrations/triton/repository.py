@@ -4,7 +4,7 @@
     REPOSITORY/NAME/1               the whole bundle: Triton uses its model.onnx, a client its tokenizer and manifest
     REPOSITORY/NAME/2               a bundle added later under the same name, which Triton then serves
 
-The layout and what else may lie in it: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_repository.md.
+The layout and other files that it may contain: https://github.com/triton-inference-server/server/blob/main/docs/user_guide/model_repository.md.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from qadeploy.integrations.triton.model_config import (
 from qadeploy.machine import usable_cpus
 from qadeploy.records import LOGIT_NAMES, Logits, Window
 
-# How far logits may move when windows run together. Sums in another order move fp32 by 1e-5; int8 with scales for the
+# How far logits may move when windows run together. Adding in another order moves fp32 by 1e-5; int8 with scales for the
 # whole batch moves by tenths and more. fp16 rounds at every step (export.parity.TOLERANCES).
 _APART = {"fp16": 0.1}
-_APART_ELSE = 1e-3
+_APART_OTHERWISE = 1e-3
 # On a CPU batches are slower than single windows (docs/triton.md).
 _GPU_BATCH, _CPU_BATCH = 32, 1
 _GPU_DELAY = 500  # microseconds: a fraction of what a batch takes
-_SAMPLE_TOKENS = 128  # the longest of the windows that are run alone and together
+_SAMPLE_TOKENS = 128  # the longest window that is run alone and together with others
 _INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", CONTEXT_MASK})
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What ``add_bundle`` did: ``folder`` is the version's, a bundle; it is not ``new`` if that bundle was already there."""
+    """The result of ``add_bundle``: ``folder`` is the version's, a bundle; ``new`` is False if it was already there."""
 
     name: str
     version: int
@@ -75,23 +75,23 @@ def check_repository(repository: Path) -> None:
 
 
 def takes(bundle: Bundle) -> bool:
-    """Whether a repository can hold the bundle: not if its text is in the graph."""
+    """Whether a repository can hold the bundle: it cannot if the graph takes text."""
     return bundle.in_graph in {"", "spans"}
 
 
 def add_bundle(bundle: Bundle, repository: Path, *, max_batch: int | None = None) -> Added:
     """Adds a verified bundle to a model repository, which is created if needed; other models are not touched.
 
-    ``max_batch`` is how many windows a run may have, of one request or of several that Triton joins (default: 32 for
-    fp16, which is for GPUs, else 1).
+    ``max_batch`` is the most windows per run, of one request or of several that Triton batches (default: 32 for fp16,
+    which is for GPUs, otherwise 1).
 
-    A model of the bundle's name gets a new version, which Triton serves by default; its config.pbtxt, edited by hand or not,
-    only gets one more parameter. A bundle that is already the newest version is not added again. No version is written
-    partly.
+    An existing model of the bundle's name gets a new version, which Triton serves by default; its config.pbtxt, edited by
+    hand or not, only gets one more parameter. A bundle that is already the newest version is not added again. A version is
+    written completely or not at all.
 
-    Raises InputError if ``repository`` cannot hold models, its config.pbtxt is not of such a model, the bundle has the text in
-    its graph, its windows may not run together as ``max_batch`` requires, or another command adds the same model; BundleError;
-    MissingExtraError (``triton``).
+    Raises InputError if ``repository`` cannot hold models, its config.pbtxt does not fit the model, the bundle's graph takes
+    text, its windows may not run together as ``max_batch`` requires, or another command is adding the same model;
+    BundleError; MissingExtraError (``triton``).
     """
     check_repository(repository)
     if not takes(bundle):
@@ -134,7 +134,7 @@ def _add_version(bundle: Bundle, model: Path, max_batch: int | None) -> Added:
     effects = measure_effects(bundle)
     _require_sound(effects, before.max_batch_size, f"{place}: max_batch_size")
     version = latest + 1
-    stale = f"{BUNDLE_PARAMETER}{version}"  # of a run that was interrupted before its version was complete
+    stale = f"{BUNDLE_PARAMETER}{version}"  # left by a run that was interrupted before its version was complete
     if stale in before.parameters:
         text = text.replace(bundle_parameter(version, before.parameters[stale].string_value), "")
     text = text.rstrip("\n") + "\n" + bundle_parameter(version, bundle.hash)
@@ -155,8 +155,8 @@ def _add_model(bundle: Bundle, model: Path, max_batch: int | None) -> Added:
     text += bundle_parameter(1, bundle.hash)
     check_config(text, model / CONFIG, tensors)
     model.parent.mkdir(parents=True, exist_ok=True)
-    # Triton takes every folder in the repository for a model, even a hidden one, and does not start if one is not: a
-    # partial model must not be there. Only a repository that is a mount has no other place on its file system.
+    # Triton takes every folder in the repository for a model, even a hidden one, and does not start if one is not. So a
+    # partial model is written beside the repository, unless that is a mount: then only it is on the same file system.
     above = model.parent.resolve().parent
     beside = above if above.stat().st_dev == model.parent.stat().st_dev else model.parent
     with holding(model), temporary_folder(beside / model.name) as work:
@@ -222,9 +222,9 @@ def _running(bundle: Bundle, effects: Effects, max_batch: int | None) -> tuple[R
 
 @dataclass(frozen=True, slots=True)
 class Effects:
-    """The most that logits move on a Triton server, compared with the bundle's own session, measured on a CPU.
+    """How far logits move at most on a Triton server, compared with the bundle's own session, measured on a CPU.
 
-    ``together``: if windows run as one batch instead of alone. ``settings``: without the session settings ``unset``, for
+    ``together``: if windows run as one batch instead of alone. ``settings``: without the session settings in ``unset``, for
     which Triton's backend has no parameter.
     """
 
@@ -247,25 +247,25 @@ class Effects:
 def measure_effects(bundle: Bundle) -> Effects:
     """Runs windows of the bundle's own card alone and together, with and without its session settings.
 
-    Two have the same length; a shorter one is padded if the model takes an ``attention_mask``.
+    Two windows have the same length; a shorter one is padded if the model takes an ``attention_mask``.
     """
     stored = bundle.checked.session
     unset = [f"disabled_optimizers {', '.join(stored.disabled_optimizers)}"] if stored.disabled_optimizers else []
     unset += [f"{key} {value}" for key, value in stored.config.items()]
     if bundle.precision == "fp16":
-        unset = []  # they only apply to a CPU
+        unset = []  # session settings only apply to a CPU
     windows, card = _sample(bundle)
     served = _model(bundle, None)
     single = [[i] for i in range(len(windows))]
     alone = _run(served, windows, card, single, bundle.encoder.pad_token_id)
-    # All as one batch; without a mask those of one length.
+    # All windows as one batch; without a mask, one batch per length.
     joined = batches([len(w) for w in windows], tokens=sys.maxsize, masked="attention_mask" in served.inputs)
     together = float(differences(alone, _run(served, windows, card, joined, bundle.encoder.pad_token_id)).max())
     settings = 0.0
     if unset:
         own = _model(bundle, stored)
         settings = float(differences(alone, _run(own, windows, card, single, bundle.encoder.pad_token_id)).max())
-    return Effects(together, settings, tuple(unset), together <= _APART.get(bundle.precision, _APART_ELSE))
+    return Effects(together, settings, tuple(unset), together <= _APART.get(bundle.precision, _APART_OTHERWISE))
 
 
 def _model(bundle: Bundle, settings: SessionSettings | None) -> GraphModel:

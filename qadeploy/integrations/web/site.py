@@ -1,4 +1,4 @@
-"""A static site: a text model with a page that runs it in the browser. The folder is a bundle whose files a web host serves as they are."""
+"""A static site: a text model with a page that runs it in the browser. The folder is a bundle; a web host serves its files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def write_site(
 
     Args:
         source: An fp32 or int8 bundle with a WordPiece tokenizer.
-        out: The folder. A site that is there is replaced as a whole.
-        examples: Questions on which its answers must equal the Answerer's.
+        out: The folder. An existing site is replaced as a whole.
+        examples: Questions on which the site's answers must equal the Answerer's.
         say: Receives lines of progress.
 
     Raises:
         InputError: The bundle or the place cannot be used.
-        FailureError: onnxruntime-web is not available, or the model cannot be built in.
-        GateError: An answer differs.
+        FailureError: onnxruntime-web is not available, or the model cannot be embedded.
+        GateError: An answer differs from the Answerer's.
     """
     check_site(out)
     if source.precision == "fp16":
@@ -48,7 +48,7 @@ def write_site(
 
 
 def check_site(out: Path) -> None:
-    """Raises InputError if ``out`` is something that a site must not replace: anything but a site or an empty folder."""
+    """Raises InputError if ``out`` exists and is neither a site nor an empty folder, so that no site can replace it."""
     check_place(out, "--web")
     if is_bundle(out) and not (out / _PAGE).exists():
         raise InputError(f"{out}: holds a bundle and no page, so it is not overwritten: give another --web")

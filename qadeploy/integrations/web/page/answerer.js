@@ -27,7 +27,7 @@ export class Answerer {
     return new Answerer(await ort.InferenceSession.create(model), manifest);
   }
 
-  /** Whether the model was trained to say that a text holds no answer. */
+  /** Whether the model was trained to say that a text has no answer. */
   get knowsNoAnswer() {
     return this.manifest.settings.null_threshold !== null;
   }
@@ -36,8 +36,8 @@ export class Answerer {
    * The best answer: { text, score, start, end, utf16: { start, end } }, as the Answerer in Python gives it.
    *
    * start and end count code points; utf16 has the same place for JavaScript: context.slice(utf16.start, utf16.end) is text.
-   * Without an answer in the context, text is empty and all places are 0, if allowNoAnswer is true (the default if
-   * knowsNoAnswer); score is then the probability of that.
+   * If allowNoAnswer is true (the default if knowsNoAnswer) and the context has no answer, text is empty, all places are 0,
+   * and score is the probability of no answer.
    */
   async answer(question, context, { allowNoAnswer = this.knowsNoAnswer } = {}) {
     const out = await this.#session.run({ question: tensor("question", question), context: tensor("context", context) });
@@ -63,6 +63,6 @@ async function get(name, options) {
 
 function tensor(name, text) {
   if (!text.trim()) throw new RangeError(`The ${name} is empty.`);
-  // The runtime takes neither half characters nor U+0000. The tokenizer skips the replacement, and all places stay.
+  // The runtime accepts neither lone surrogates nor U+0000. The tokenizer skips the replacement, and offsets stay the same.
   return new ort.Tensor("string", [text.toWellFormed().replaceAll("\0", "\ufffd")], [1]);
 }

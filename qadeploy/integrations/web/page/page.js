@@ -9,7 +9,7 @@ const page = Object.fromEntries(
 let answerer = null;
 let asked = 0; // the number of the last question; only its answer is shown
 
-/** Takes back the answer that is shown, and one that is on its way. */
+/** Removes the answer that is shown, and ignores one that is on its way. */
 function forget() {
   asked += 1;
   page.go.removeAttribute("aria-busy");
