@@ -209,6 +209,8 @@ def test_the_trace_shows_what_was_left_out(answerer):
     assert shown["prefilter"]["read"] == numbers
     assert shown["prefilter"]["scores"] == pytest.approx(reading.ranking.scores.tolist(), abs=1e-4)
     assert len(shown["windows"]) == 2
+    longest = max(len(window) for window in reading.windows)
+    assert f", 2 windows of at most {longest} tokens, overlap " in said
     assert trace_dict(answerer, answerer.read(QUESTION, LONG, Options()), Options())["prefilter"] is None
 
 

@@ -48,7 +48,8 @@ def load(name, *arguments, **options):
 """
 STEPS = """
 step("bundle", "push", bundle, "me/qa", "--private", "--json")
-step("again", "push", bundle, "hub:me/qa")
+step("again", "push", bundle, "hub:me/qa", "--revision", "v2")
+step("run again", "push", run, "me/run", "--revision", "v2")
 step("run", "push", run, "me/run", "--json")
 step("report", "push", run, "me/run", "--report", "--revision", "v2", "--json")
 step("rights", "push", bundle, "other/qa")
@@ -138,7 +139,8 @@ def test_a_bundle_is_pushed_whole_and_nothing_else(done, hub, bundle):
     assert sorted(json.loads(said)["files"]) == sorted(sent)
     assert hub.private == {"me/qa": True, "me/run": False}
     assert done["again"][0] == 0
-    assert "to use it: qadeploy ask hub:me/qa" in done["again"][1]
+    assert "to use it: qadeploy ask hub:me/qa@v2 ..." in done["again"][1]
+    assert "to use it: qadeploy train --base me/run --model-revision v2 ..." in done["run again"][1]
 
 
 def test_a_run_is_pushed_without_the_texts_of_its_users_unless_asked(done, hub, tiny):

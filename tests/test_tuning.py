@@ -295,7 +295,7 @@ def test_what_tune_cannot_use_is_named(fault, foreign, questions, tmp_path, monk
         arguments[2], said = write_jsonl(tmp_path / "empty.jsonl", []), "empty.jsonl"
     else:
         monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
-        said = "its folder is not writable: copy the bundle first, or give --dry-run"
+        said = "the folder that holds it is not writable: copy the bundle first, or give --dry-run"
     done = run(*arguments)
     assert done.exit_code == 2
     assert said in done.stderr

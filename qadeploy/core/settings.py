@@ -152,7 +152,8 @@ class QaSettings:
                 found[name] = float(value) if fits else value
             else:
                 whole = isinstance(value, int) and not isinstance(value, bool)
-                fits, needed = whole and value >= (name != "doc_stride"), "a positive whole number"
+                least = int(name != "doc_stride")
+                fits, needed = whole and value >= least, f"a whole number of at least {least}"
             if not fits:
                 raise InputError(f"{where}: {name} must be {needed}, not {value!r}")
         return cls(**found)

@@ -29,13 +29,14 @@ class PushOptions:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """An upload: the repository, the URL and hash of the commit, and the files."""
+    """An upload: the repository and branch, the URL and hash of the commit, and the files."""
 
     repo: str
     url: str
     commit: str
     files: list[str]
     is_bundle: bool
+    branch: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -43,7 +44,11 @@ class Pushed:
 
     def lines(self) -> list[str]:
         """The outcome as text."""
-        use = f"qadeploy ask {PREFIX}{self.repo}" if self.is_bundle else f"qadeploy train --base {self.repo}"
+        at, revision = (f"@{self.branch}", f" --model-revision {self.branch}") if self.branch else ("", "")
+        if self.is_bundle:
+            use = f"qadeploy ask {PREFIX}{self.repo}{at}"
+        else:
+            use = f"qadeploy train --base {self.repo}{revision}"
         return [*(f"  {name}" for name in self.files), f"{self.url}: {len(self.files)} files", f"to use it: {use} ..."]
 
 
@@ -82,7 +87,7 @@ def push(source: str, repo: str, chosen: PushOptions) -> Pushed:
             commit_message=f"Upload {Path(source).resolve().name} with qadeploy",
             revision=chosen.revision,
         )
-    return Pushed(repo, made.commit_url, made.oid, [*files], is_bundle(source))
+    return Pushed(repo, made.commit_url, made.oid, [*files], is_bundle(source), chosen.revision)
 
 
 def files_to_push(source: str, report: bool = False) -> dict[str, Path]:

@@ -237,17 +237,18 @@ class DeviceRunner:
         Raises DeviceError if not even the longest window alone fits into memory, or if a run fails.
         """
         while True:
+            tokens = self._tokens
             try:
                 lengths = [len(w) for w in windows]
-                return in_batches(windows, batches(lengths, tokens=self._tokens, masked=self.masked), self._run_batch)
+                return in_batches(windows, batches(lengths, tokens=tokens, masked=self.masked), self._run_batch)
             except _OutOfMemoryError as error:
                 longest = max(len(w) for w in windows)
-                if self._tokens <= longest:
+                if tokens <= longest:
                     raise DeviceError(
                         f"one window of {longest} tokens does not fit into the memory of the GPU: stop other programs that use "
                         f"the GPU, or give another --device ({error})"
                     ) from error
-                self._tokens //= 2
+                self._tokens = min(self._tokens, tokens // 2)  # other threads may have run out of memory too
 
     def _run_batch(self, windows: Sequence[Window]) -> list[Logits]:
         """The logits of one batch, longest window first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,9 @@ def _span(reading: DecodedPair, window: Window, start: int, end: int) -> tuple[i
 def _place(reading: DecodedPair, first: int, last: int) -> tuple[int | None, int, int]:
     """The passage of a span (None without passages), and its code points there."""
     joined = reading.passages
+    longest = max(map(len, reading.windows))
+    shared = [a.context_offset + a.context_length - b.context_offset for a, b in pairwise(reading.windows)]
+    overlap = max([0, *shared])
     if joined is None:
         return None, first, last
     part = joined.part_at(first)
@@ -110,6 +113,9 @@ def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:
 def _origin(reading: DecodedPair, window: Window) -> tuple[int, int, int | None]:
     """The first token and code point of a window's context or passage, and the passage's index (None for a context)."""
     joined = reading.passages
+    longest = max(map(len, reading.windows))
+    shared = [a.context_offset + a.context_length - b.context_offset for a, b in pairwise(reading.windows)]
+    overlap = max([0, *shared])
     if joined is None:
         return 0, 0, None
     part = joined.part_of(window)
@@ -119,14 +125,15 @@ def _origin(reading: DecodedPair, window: Window) -> tuple[int, int, int | None]
 def trace_lines(answerer: Answerer, reading: DecodedPair, options: Options) -> Iterator[str]:
     """The trace as lines of text."""
     encoder, settings = answerer.encoder, reading.settings
-    cut = encoder.cut(reading.question, reading.context, **settings.lengths)
     yield "1 INPUT ENCODING"
     joined = reading.passages
+    longest = max(map(len, reading.windows))
+    shared = [a.context_offset + a.context_length - b.context_offset for a, b in pairwise(reading.windows)]
+    overlap = max([0, *shared])
     passages = f"{len(joined.parts)} passages" if joined else "context"
     yield (
         f"  question {len(reading.question)} tokens, {passages} {len(reading.context)} tokens, "
-        f"{len(reading.windows)} window{'s' if len(reading.windows) > 1 else ''} of at most {settings.max_seq_len} tokens, "
-        f"overlap {cut.overlap}"
+        f"{len(reading.windows)} window{'s' if len(reading.windows) > 1 else ''} of at most {longest} tokens, overlap {overlap}"
     )
     if reading.ranking is not None:
         yield _prefilter_line(reading.ranking)

@@ -92,7 +92,7 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
         say: Called with each line of progress.
 
     Raises:
-        InputError: The bundle's folder is not writable, or the questions cannot be used or are too few.
+        InputError: The folder that holds the bundle is not writable, or the questions cannot be used or are too few.
         BundleError: The bundle is damaged.
         LoadTimeoutError: The bundle takes too long to load.
     """
@@ -106,7 +106,9 @@ def tune_bundle(folder: str, chosen: TuneOptions, say: Callable[[str], object] =
         loaded = Answerer.load(folder, device="cpu", threads=chosen.threads, load_timeout=chosen.load_timeout)
     bundle = loaded.bundle or open_bundle(folder)
     if not chosen.dry_run and not os.access(bundle.folder.resolve().parent, os.W_OK):
-        raise InputError(f"{folder}: its folder is not writable: copy the bundle first, or give --dry-run")
+        raise InputError(
+            f"{folder}: the folder that holds it is not writable: copy the bundle first, or give --dry-run"
+        )
     model = bundle.read(MODEL)
 
     def make(session: Mapping[str, Any]) -> Answerer:
