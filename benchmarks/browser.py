@@ -3,12 +3,12 @@ r"""The same bundle in Chromium, Node.js and Python: time to the first answer, a
     (cd docs/node && npm ci --ignore-scripts)
     qadeploy export models/minilm-l6-qa-int8 --web SITE
     python -m benchmarks.browser models/minilm-l6-qa-int8 SITE
-    python -m benchmarks.browser      # only writes the table of docs/browser.md again from the JSON
+    python -m benchmarks.browser      # only rewrites the table in docs/browser.md from the JSON
 
-Every one of them answers the handbook's held-out questions one by one, without "no answer", in interleaved rounds. The start is
-from a new process, or a new page with an empty cache in a running Chromium, to its first answer; the site comes from a server on this
-machine. Chromium runs the model on one thread. As root it also raises its own priority: on a machine that is shared, run this under
-``setpriv --bounding-set -sys_nice``. Writes ``results/browser.json`` and the table between the markers in docs/browser.md.
+Each of them answers the handbook's held-out questions one by one, without "no answer", in interleaved rounds. The start
+time is from a new process, or a new page with an empty cache in a running Chromium, to its first answer; the site comes
+from a local server. Chromium runs the model on one thread. As root it also raises its own priority: on a shared
+machine, run this under ``setpriv --bounding-set -sys_nice``. Writes ``results/browser.json`` and its table in the docs.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ for line in sys.stdin:
     found = answerer.answer(**json.loads(line), allow_no_answer=False)[0]
     print(json.dumps({"answer": found.text, "start": found.start, "end": found.end}), flush=True)
 """
-PAGE = """async (asked) => {
+PAGE = """async (items) => {
     window.answerer ??= await (await import("./answerer.js")).Answerer.load();
     const answers = [];
-    for (const { question, context } of asked) {
+    for (const { question, context } of items) {
         const { text, start, end } = await window.answerer.answer(question, context, { allowNoAnswer: false });
         answers.push({ answer: text, start, end });
     }
@@ -71,9 +71,9 @@ def child(*command: object) -> Iterator[Ask]:
         assert process.stdout is not None
         send, receive = process.stdin, process.stdout
 
-        def ask(asked: Sequence[Json]) -> list[Json]:
+        def ask(items: Sequence[Json]) -> list[Json]:
             found = []
-            for each in asked:
+            for each in items:
                 send.write(json.dumps(each) + "\n")
                 send.flush()
                 found.append({name: value for name, value in json.loads(receive.readline()).items() if name != "score"})
@@ -89,13 +89,13 @@ def page(browser: Browser, url: str) -> Iterator[Ask]:
     context = browser.new_context()
     opened = context.new_page()
     opened.goto(url)
-    yield lambda asked: opened.evaluate(PAGE, list(asked))
+    yield lambda items: opened.evaluate(PAGE, list(items))
     context.close()
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
-    """A web server of the site; its address."""
+    """Serves the site and yields its address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -108,7 +108,7 @@ def serving(folder: Path) -> Iterator[str]:
 
 
 def places(answer: Answer) -> tuple[str, int, int]:
-    """What is the same in the same answer."""
+    """The fields by which answers are compared."""
     return answer.text, answer.start, answer.end
 
 
@@ -121,7 +121,7 @@ def measure(bundle: Path, site: Path, questions: int, rounds: int) -> Json:
     if node is None or chromium is None:
         raise InputError("node and chromium are needed on the PATH")
     held_out = spread(read("handbook").part("validation"), questions)
-    asked = [{"question": e.question, "context": e.context} for e in held_out]
+    items = [{"question": e.question, "context": e.context} for e in held_out]
     answerer = Answerer.load(bundle, device="cpu")
     right = [answerer.answer(e.question, e.context, allow_no_answer=False)[0] for e in held_out]
     with ExitStack() as stack:
@@ -142,11 +142,11 @@ def measure(bundle: Path, site: Path, questions: int, rounds: int) -> Json:
             for name, make in makers.items():
                 began = time.perf_counter()
                 with make() as ask:
-                    ask(asked[:1])
+                    ask(items[:1])
                     starts[name].append(time.perf_counter() - began)
-                    ask(asked[1:4])  # warms up
+                    ask(items[1:4])  # warms up
                     began = time.perf_counter()
-                    found = ask(asked)
+                    found = ask(items)
                     seconds[name].append(time.perf_counter() - began)
                 answers[name] = [Answer(f["answer"], f["start"], f["end"], 0.0) for f in found]
         versions = {
@@ -162,7 +162,7 @@ def measure(bundle: Path, site: Path, questions: int, rounds: int) -> Json:
         {
             "name": name,
             "start_seconds": harness.spread(starts[name], 2),
-            "questions_per_second": harness.spread([len(asked) / s for s in seconds[name]], 1),
+            "questions_per_second": harness.spread([len(items) / s for s in seconds[name]], 1),
             "ratio": harness.spread([p / s for p, s in zip(seconds["python"], seconds[name], strict=True)], 2),
             "equal": sum(places(a) == places(b) for a, b in zip(answers[name], right, strict=True)),
             "f1": round(score(held_out, answers[name]).f1, 2),
@@ -170,7 +170,7 @@ def measure(bundle: Path, site: Path, questions: int, rounds: int) -> Json:
         for name in makers
     ]
     facts = bundle_facts(bundle)
-    return report(environment={"versions": versions}, bundle=facts, questions=len(asked), rounds=rounds, rows=rows)
+    return report(environment={"versions": versions}, bundle=facts, questions=len(items), rounds=rounds, rows=rows)
 
 
 def table(found: Json) -> list[str]:
@@ -202,7 +202,7 @@ def table(found: Json) -> list[str]:
 @click.argument("site", type=click.Path(path_type=Path, exists=True), required=False)
 @click.option("--questions", default=200, show_default=True, type=click.IntRange(min=5))
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
-@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+@click.option("--check", is_flag=True, help="Do not write the table; fail if it does not match the results.")
 def main(bundle: Path | None, site: Path | None, questions: int, rounds: int, check: bool) -> None:
     """Measures if a bundle and its site are given, and writes the table."""
     if bundle:

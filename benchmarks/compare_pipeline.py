@@ -1,15 +1,15 @@
 """transformers' question-answering pipeline and ``qadeploy.integrations.transformers_pipeline`` on one model: where answers differ, and why.
 
     python -m benchmarks.compare_pipeline bundles/handbook runs/handbook/checkpoint
-    python -m benchmarks.compare_pipeline      # only writes the table of docs/migrating.md again from the JSON
+    python -m benchmarks.compare_pipeline      # only rewrites the table in docs/migrating.md from the JSON
 
-Both answer the same questions with the pipeline's default options. Each answer of the pipeline that is not ours gets the
-first class that fits:
+Both answer the same questions with the pipeline's default options. Each answer of the pipeline that differs from ours
+gets the first class that fits:
 
 - same text: the same words at another place in the context;
-- added up: the pipeline's answer is ours if it does not add up the scores of equal texts (its ``get_answer`` finds none);
-- window by window: the pipeline also takes a softmax per window. By our own logits, the span of the highest such
-  probability is the pipeline's, and the span of the highest logits is ours;
+- added up: the answers agree if the pipeline does not add up the scores of equal texts (its ``get_answer`` finds none);
+- window by window: the pipeline also takes a softmax per window. In our own logits, the span with the highest such
+  probability is the pipeline's answer, and the span with the highest logits is ours;
 - other: anything else.
 
 Writes ``results/compare_pipeline.json`` and the table between the markers in docs/migrating.md.
@@ -50,7 +50,7 @@ from qadeploy.records import Answer, Example, FloatArray
 
 REPORT = "compare_pipeline.json"
 CLASSES = ("equal", "same text", "added up", "window by window", "other")
-# The pipeline's, for a model of 384 tokens or more.
+# The pipeline's defaults, for a model of 384 tokens or more.
 DEFAULTS = {"max_seq_len": 384, "doc_stride": 128, "max_answer_len": 15}
 Place = tuple[int, int]
 
@@ -61,7 +61,7 @@ def place(found: Json) -> Place:
 
 
 def without_adding(theirs: Any, items: Sequence[Json], **options: int) -> list[Json]:
-    """What transformers' pipeline answers if it does not add up the scores of equal texts."""
+    """The answers of transformers' pipeline if it does not add up the scores of equal texts."""
     theirs.get_answer = lambda answers, target: None
     try:
         with quiet():
@@ -90,7 +90,7 @@ def _log_sum(logits: FloatArray) -> float:
 
 
 def kind_of(theirs: Json, unadded: Json, ours: Json, reading: DecodedPair) -> str:
-    """The class of a question, by the answers of both and by the pipeline's without adding."""
+    """The class of a question, from both answers and from the pipeline's answer without adding."""
     if place(theirs) == place(ours):
         return "equal"
     if theirs["answer"].lower() == ours["answer"].lower():
@@ -234,7 +234,7 @@ def table(found: Json) -> list[str]:
 @click.option("--data", default="handbook", show_default=True)
 @click.option("--questions", default=1000, show_default=True, type=click.IntRange(min=1))
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1))
-@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+@click.option("--check", is_flag=True, help="Do not write the table; fail if it does not match the results.")
 def main(bundle: Path | None, checkpoint: Path | None, check: bool, **options: Any) -> None:
     """Compares, prints the table, and writes the JSON and the docs."""
     if bundle is not None:

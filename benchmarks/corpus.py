@@ -3,17 +3,17 @@ r"""Answers from a corpus: which library ranks the passages, how long a question
     python models/prepare_data.py ../shared/data DATA
     python -m benchmarks.corpus libraries ../shared/data --passages 100000 --passages 1000000
     python -m benchmarks.corpus questions ../shared/data DATA --bundle models/minilm-l6-qa-int8
-    python -m benchmarks.corpus      # only writes the tables of docs/corpus.md again from the JSON
+    python -m benchmarks.corpus      # only rewrites the tables in docs/corpus.md from the JSON
 
-``libraries`` makes passages of some 600 characters from the sentences of the data, drawn at random, so that the words and how often
-they occur are real. Each library indexes them in a process of its own, in the way its documentation shows (bm25s: ``tokenize`` and
-``index``, numpy; Tantivy: as qadeploy does). Then one process opens both and asks both each of 200 questions of the data in turns.
-CPU seconds are those of the process with all of its threads; unlike the time that passes, they hold on a machine that is shared.
+``libraries`` makes passages of some 600 characters from the sentences of the data, drawn at random, so that the words
+and their frequencies are real. Each library indexes them in its own process, as its documentation shows (bm25s:
+``tokenize`` and ``index``, numpy; Tantivy: as in qadeploy). Then one process sends each of 200 questions of the data to
+both in turns. CPU seconds count all threads of the process; unlike wall-clock time, they hold on a shared machine.
 
-``questions`` asks held-out questions of all paragraphs of the data, a row each, through ``Corpus``: whether the question's own
-paragraph is among the first passages by BM25, and EM and F1 (SQuAD's, with a 95 % bootstrap interval) of the best answer from the
-five passages that are read, and from the question's own paragraph alone. Then the time of a question among 100,000 passages, found and
-read.
+``questions`` answers held-out questions from all paragraphs of the data, a row each, through ``Corpus``. It measures
+whether the question's own paragraph is among the first passages by BM25, and EM and F1 (SQuAD's, with a 95 % bootstrap
+interval) of the best answer from the five passages that are read, and from the question's own paragraph alone. Then it
+times questions among 100,000 passages: the search, and the search with the reading.
 
 Writes ``results/corpus.json`` and the tables between the markers in docs/corpus.md.
 """
@@ -61,7 +61,7 @@ SEED = 7
 
 
 def paragraphs(data: Path) -> list[str]:
-    """Every paragraph of the data, once."""
+    """The distinct paragraphs of the data."""
     articles = [a for path in sorted(data.glob("*.json")) for a in json.loads(path.read_text(encoding="utf-8"))["data"]]
     return list(dict.fromkeys(p["context"] for article in articles for p in article["paragraphs"]))
 
@@ -88,7 +88,7 @@ def passages(data: Path, count: int) -> Iterator[str]:
 
 
 def index_tantivy(texts: Iterable[str], folder: Path) -> None:
-    """What ``corpus.building`` does with the terms of a passage."""
+    """Indexes the terms of each passage as ``corpus.building`` does."""
     folder.mkdir()
     index = tantivy.Index(schema(), path=str(folder))
     index.config_reader(reload_policy="manual")
@@ -104,7 +104,7 @@ def index_tantivy(texts: Iterable[str], folder: Path) -> None:
 
 
 def index_bm25s(texts: Iterable[str], folder: Path) -> None:
-    """As its documentation shows."""
+    """Indexes as the documentation of bm25s shows."""
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(texts), stopwords=None, show_progress=False), show_progress=False)
     index.save(folder)
@@ -155,7 +155,7 @@ def index_alone(library: str, texts: Path, folder: Path) -> Json:
 
 
 def search_in_turns(data: Path, folders: dict[str, Path]) -> Json:
-    """Asks each question of every library, and gives milliseconds of CPU time per library and round."""
+    """Searches for each question in every library, and returns CPU milliseconds per library."""
     search = {"tantivy": open_tantivy, "bm25s": open_bm25s}
     opened = {name: search[name](folder) for name, folder in folders.items()}
     questions = asked(data, ASKED)
@@ -180,7 +180,7 @@ def search_in_turns(data: Path, folders: dict[str, Path]) -> Json:
 
 
 def child(*args: object) -> Json:
-    """Runs a step of this module in a process of its own."""
+    """Runs a step of this module in a separate process."""
     command = [sys.executable, "-m", "benchmarks.corpus", "step", *map(str, args)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     found: Json = json.loads(done.stdout)
@@ -236,7 +236,7 @@ def measure_questions(data: Path, held: Path, bundle: Path, questions: int, coun
 
 
 def time_of_questions(data: Path, answerer: Answerer, count: int) -> Json:
-    """Milliseconds of finding and of reading, among ``count`` made passages."""
+    """Milliseconds of the search and of the whole answer, among ``count`` made passages."""
     with TemporaryDirectory() as folder:
         source, place = Path(folder) / "passages.jsonl", Path(folder) / "index"
         with source.open("w", encoding="utf-8") as stream:
@@ -332,13 +332,13 @@ def question_table(found: Json) -> list[str]:
 
 
 def save(**parts: Json) -> None:
-    """Writes parts of the report, and leaves the others as they are."""
+    """Writes parts of the report, and leaves the other parts unchanged."""
     before = read_report(REPORT) if (RESULTS / REPORT).exists() else {}
     write_report(RESULTS / REPORT, {**before, **parts})
 
 
 def tables(*, check: bool) -> None:
-    """Writes the tables of docs/corpus.md."""
+    """Writes the tables in docs/corpus.md."""
     found = read_report(REPORT)
     for name, table in (("libraries", library_table), ("questions", question_table)):
         if name in found:
@@ -346,10 +346,10 @@ def tables(*, check: bool) -> None:
 
 
 @click.group(help=__doc__, invoke_without_command=True)
-@click.option("--check", is_flag=True, help="Only fail if the tables are not those of the results.")
+@click.option("--check", is_flag=True, help="Do not write the tables; fail if they do not match the results.")
 @click.pass_context
 def main(ctx: click.Context, check: bool) -> None:
-    """Writes the tables, after a command has measured."""
+    """Writes the tables if no command is given."""
     if ctx.invoked_subcommand is None:
         tables(check=check)
 
@@ -360,7 +360,7 @@ def main(ctx: click.Context, check: bool) -> None:
     "--passages", "sizes", multiple=True, type=click.IntRange(min=100), default=(100_000, 1_000_000), show_default=True
 )
 def libraries(data: Path, sizes: Sequence[int]) -> None:
-    """Compares the libraries; of sizes that are not given, the figures of an earlier run stay."""
+    """Compares the libraries; sizes that are not given keep the figures of an earlier run."""
     before = read_report(REPORT)["libraries"]["sizes"] if (RESULTS / REPORT).exists() else []
     rows: list[Json] = [row for row in before if row["passages"] not in sizes]
     for count in sizes:
@@ -396,7 +396,7 @@ def questions(data: Path, held: Path, bundle: Path, number: int, count: int) -> 
 @click.option("--library", type=click.Choice(LIBRARIES))
 @click.option("--folder", type=click.Path(path_type=Path), required=True)
 def step(what: str, source: Path, library: str | None, folder: Path) -> None:
-    """Runs in a process of its own."""
+    """Runs a step in a separate process."""
     found: Any = (
         index_alone(library or "", source, folder)
         if what == "index"

@@ -4,18 +4,17 @@
     python -m benchmarks.gpu --device cpu dry-run.json      # each part once, with tiny models, to see that it runs
 
 Needs only the repository: the base model that ships, and models of BERT-base's and BERT-large's shape with random weights.
-The questions are the handbook's, so lengths are real.
+The questions come from the handbook, so their lengths are real.
 
-Each model has a process of its own, with a share of ``--minutes``. What it found is kept if its time is up or it dies, and
-the rest is reported as not measured. In it, each variant is loaded and asked the questions of the correctness check, which
-warms it up; then all are timed in turns, in an order that rotates with the rounds. A variant that fails is a row with its
-reason. torch.compile, which takes long, comes last, in turns with eager torch and our paths.
+Each model has its own process, with a share of ``--minutes``. If its time is up or it dies, the results so far are kept
+and the rest is reported as not measured. Each variant is loaded and answers the questions of the correctness check,
+which warms it up; then all are timed in turns, in an order that rotates with the rounds. A variant that fails gets a
+row with the reason. torch.compile, which is slow, comes last, in turns with eager torch and our paths.
 
-Model only: windows as token ids on the host in, logits on the host out. End to end: texts in, answers out. A round of
-something short is the mean of several runs, so that the clock can resolve it; something slow gets fewer rounds.
-``memory_mib`` is how much the device's used memory grew from before a variant was loaded until it had answered everything;
-``utilisation`` is nvidia-smi's, in percent, while the variant alone works on all windows for a second. Both are null
-without nvidia-smi.
+Model only: windows as token ids on the host in, logits on the host out. End to end: texts in, answers out. A round of a
+short task is the mean of several runs, so that the clock can resolve it; a slow task gets fewer rounds. ``memory_mib``
+is how much the device's used memory grew from before loading a variant until it had answered everything;
+``utilisation`` is nvidia-smi's, in percent, while the variant alone runs for a second. Without nvidia-smi both are null.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ WORKER = (sys.executable, "-m", "benchmarks.gpu_worker")
 
 
 def run_model(plan: ModelPlan) -> list[Json]:
-    """The lines of one model's process, run to its end or until its time is up; if it dies, again without that variant."""
+    """Runs one model's process until it ends or its time is up, and again without a variant that kills it."""
     rows = Path(plan.rows)
     skip: list[str] = []
     while True:
@@ -92,7 +91,7 @@ def run_model(plan: ModelPlan) -> list[Json]:
 
 
 def written(rows: Path) -> list[Json]:
-    """The lines of a model's process, without a last one that was cut off."""
+    """The lines of a model's process, without a last line that was cut off."""
     found = []
     for line in rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -101,7 +100,7 @@ def written(rows: Path) -> list[Json]:
 
 
 def ratios(lines: Sequence[Json]) -> list[Json]:
-    """The targets of the GPU path with what was found; null if a part is missing."""
+    """The targets of the GPU path with the measured values; null if a part is missing."""
 
     def median(model: str, scenario: str, *variants: str, phase: str = "main") -> float | None:
         found = [
@@ -163,11 +162,11 @@ def ratios(lines: Sequence[Json]) -> list[Json]:
                 most=False,
             ),
         ]
-    asked = [
+    single = [
         line for line in lines if line["kind"] == "row" and line["scenario"] == E2E_ONE and line["variant"] == LATENCY
     ]
     each = next(
-        (line["median_ms"] / line["items"] for line in asked if (line["model"], line["phase"]) == (BASE, "main")), None
+        (line["median_ms"] / line["items"] for line in single if (line["model"], line["phase"]) == (BASE, "main")), None
     )
     large = [line for line in lines if line["kind"] == "row" and line["scenario"] == MANY_384]
     large = [line for line in large if (line["model"], line["variant"]) == ("BERT-large shape", THROUGHPUT)]
@@ -236,17 +235,17 @@ def closing(found: Sequence[Json]) -> list[str]:
 @click.option(
     "--device", default="cuda", show_default=True, help="cuda, cuda:N, or cpu for a dry run with tiny models."
 )
-@click.option("--questions", type=click.IntRange(1), help="Of the handbook.  [default: 400, on the CPU 3]")
-@click.option("--rounds", type=click.IntRange(1), help="Of each variant.  [default: 9, on the CPU 2]")
-@click.option("--minutes", type=float, help="All models together.  [default: 3, on the CPU 1.8]")
+@click.option("--questions", type=click.IntRange(1), help="Questions of the handbook.  [default: 400, on the CPU 3]")
+@click.option("--rounds", type=click.IntRange(1), help="Rounds of each variant.  [default: 9, on the CPU 2]")
+@click.option("--minutes", type=float, help="Time for all models together.  [default: 3, on the CPU 1.8]")
 @click.option(
     "--exports",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keeps the exported models here, and takes them from here.",
+    help="Folder in which exported models are kept and reused.",
 )
-@click.option("--only-export", is_flag=True, help="Makes --exports, side by side, and measures nothing.")
+@click.option("--only-export", is_flag=True, help="Export the models into --exports, in parallel, and measure nothing.")
 @click.option(
-    "--model", "models", multiple=True, type=click.Choice(list(SHARES)), help="Only this one; may be repeated."
+    "--model", "models", multiple=True, type=click.Choice(list(SHARES)), help="Only this model; may be repeated."
 )
 def main(
     out: Path, device: str, exports: Path | None, only_export: bool, models: tuple[str, ...], **limits: Any
@@ -269,7 +268,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(chosen):
             rest = sum(shares[other] for other in chosen[number:])
-            until = time.time() + (end - time.time()) * shares[name] / rest  # the others share the time that one leaves
+            until = time.time() + (end - time.time()) * shares[name] / rest  # time left by one model goes to the others
             rows, place = Path(folder) / f"{number}.jsonl", exports or Path(folder) / "exports"
             plan = ModelPlan(name, device, dry, until=until, rows=str(rows), exports=str(place), **limits)
             click.echo(f"{name}: until {time.strftime('%H:%M:%S', time.localtime(until))}", err=True)

@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py share: names, the plan of a model's process, a variant, and the watched GPU."""
+"""Shared by the parts of benchmarks/gpu.py: names, the plan of a model's process, a variant, and the GPU's monitor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ E2E_ONE, E2E_ALL = "one question", "many questions"
 EVERY = frozenset({ONE_128, ONE_384, MANY_384, MIXED, E2E_ONE, E2E_ALL})
 MLPERF_INT8 = 9369  # BERT-large samples of 384 tokens per second, one H100, int8 (MLPerf Inference, offline)
 
-# hidden, layers, heads, intermediate (Devlin et al. 2019, section 3); a dry run uses dwarfs in their place.
+# hidden, layers, heads, intermediate (Devlin et al. 2019, section 3); a dry run uses tiny models instead.
 SHAPES = {"BERT-base shape": (768, 12, 12, 3072), "BERT-large shape": (1024, 24, 16, 4096)}
 DWARFS = {"BERT-base shape": (64, 2, 2, 128), "BERT-large shape": (64, 3, 2, 128)}
 BASE = "base model"
@@ -41,7 +41,7 @@ SHARES = {BASE: 0.34, "BERT-base shape": 0.23, "BERT-large shape": 0.43}  # of t
 class ModelPlan:
     """The task of one model's process.
 
-    ``until`` is when its time is up (``time.time``), ``rows`` the file that it writes, ``exports`` the folder of the models.
+    ``until`` is its deadline (``time.time``), ``rows`` the file that it writes, ``exports`` the folder of the models.
     """
 
     model: str
@@ -62,7 +62,7 @@ class ModelPlan:
 
 @dataclass
 class GpuVariant:
-    """Something to measure: ``run`` is the model alone, ``one`` and ``all`` are end to end; None if it cannot do that."""
+    """A variant to measure: ``run`` is the model alone, ``one`` and ``all`` are end to end; None if not supported."""
 
     name: str
     precision: str
@@ -113,11 +113,11 @@ class GpuWatch:
         """MiB in use now."""
         if self._process is None:
             return None
-        time.sleep(0.15)  # until samples later than the last step are there
+        time.sleep(0.15)  # waits for samples from after the last step
         return self._samples[-1][2] if self._samples else None
 
     def utilisation(self, work: Callable[[], object], seconds: float = 1.0) -> float | None:
-        """Percent while ``work`` is repeated for ``seconds``."""
+        """Utilisation in percent while ``work`` is repeated for ``seconds``."""
         if self._process is None:
             return None
         started = time.monotonic()
@@ -126,13 +126,13 @@ class GpuWatch:
         return self.since(started)
 
     def since(self, started: float) -> float | None:
-        """Percent in the second half of the time since ``started`` (``time.monotonic``)."""
-        middle = (started + time.monotonic()) / 2  # nvidia-smi looks back over up to a second
+        """Utilisation in percent in the second half of the time since ``started`` (``time.monotonic``)."""
+        middle = (started + time.monotonic()) / 2  # nvidia-smi averages over up to a second
         own = [percent for at, percent, _ in self._samples if at > middle]
         return float(np.mean(own)) if own else None
 
     def close(self) -> None:
-        """Ends the watching."""
+        """Stops nvidia-smi."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait()

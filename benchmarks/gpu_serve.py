@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_serve BUNDLE OUT.json --device cuda
 
 In this order: offline throughput; solo latency; 64 connections in a closed loop; arrivals at twice the closed loop's rate
-with a queue of 64 questions, which must end in 200 or 429; then a GPU whose memory is almost full.
+with a queue of 64 questions, each of which must get status 200 or 429; then a GPU whose memory is almost full.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qadeploy.data.loading import read
 from qadeploy.errors import QadeployError
 
 CONNECTIONS, QUEUE = 64, 64
-LEFT_MIB = 700  # of the GPU's memory, for the last part
+LEFT_MIB = 700  # the GPU memory that is left free for the last part
 
 
 def offline(bundle: str, device: str, pairs: Sequence[tuple[str, str]]) -> Json:
@@ -32,7 +32,7 @@ def offline(bundle: str, device: str, pairs: Sequence[tuple[str, str]]) -> Json:
     answerer = Answerer.load(bundle, device=device)
     answerer.answer_batch(pairs)
     for question, context in pairs:
-        answerer.answer(question, context)  # captures what the timed round will replay
+        answerer.answer(question, context)  # captures the CUDA graphs that the timed round replays
     rates, alone = [], []
     for _ in range(5):
         started = time.perf_counter()
@@ -52,7 +52,7 @@ def figures(outcomes: Sequence[Outcome], seconds: float) -> Json:
 
 
 def full_memory(bundle: str, device: str, pairs: Sequence[tuple[str, str]]) -> Json:
-    """What ``answer_batch`` does if other programs hold all but ``LEFT_MIB`` of the GPU's memory."""
+    """The result of ``answer_batch`` if other programs hold all but ``LEFT_MIB`` of the GPU's memory."""
     import torch
 
     free, _ = torch.cuda.mem_get_info()
@@ -73,7 +73,7 @@ def full_memory(bundle: str, device: str, pairs: Sequence[tuple[str, str]]) -> J
 @click.argument("bundle")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--device", default="cuda", show_default=True)
-@click.option("--seconds", default=6.0, show_default=True, help="Of each load.")
+@click.option("--seconds", default=6.0, show_default=True, help="Duration of each load.")
 def main(bundle: str, out: Path, device: str, seconds: float) -> None:
     """Measures and writes the JSON."""
     pairs = [(e.question, e.context) for e in read("handbook").part("validation")]

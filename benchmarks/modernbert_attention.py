@@ -1,12 +1,12 @@
 r"""ModernBERT's attention as single nodes: time and memory against the graph as exported, by the length of the window.
 
     python -m benchmarks.modernbert_attention WORK
-    python -m benchmarks.modernbert_attention          # only writes the table of docs/architectures.md again from the JSON
+    python -m benchmarks.modernbert_attention          # only rewrites the table in docs/architectures.md from the JSON
 
-The model has ModernBERT-base's size (22 layers of 768, two of three local with a window of 128 tokens) and random weights, which
-decide nothing about speed. Three graphs: as exported; ``NAME-fused``, which takes a mask; and single nodes without a mask, which int8
-recipes start from. One window at a time on all threads; each run is a process of its own, in interleaved rounds, and ratios are
-within a round. Peak memory is that of the process, its 0.6 GB of weights included.
+The model has ModernBERT-base's size (22 layers of 768, two of three local with a window of 128 tokens) and random
+weights, which do not affect speed. Three graphs: as exported; ``NAME-fused``, which accepts a mask; and single nodes
+without a mask, from which int8 recipes start. One window at a time runs on all threads; each run is a separate process,
+in interleaved rounds, and ratios are within a round. Peak memory is that of the process, including 0.6 GB of weights.
 
 Writes ``results/modernbert_attention.json`` and the table between the markers in docs/architectures.md.
 """
@@ -109,7 +109,7 @@ def measure(work: Path) -> Json:
     import numpy as np
 
     work.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # whose memory goes before the others start
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # frees its memory before the measurements
         model = pool.submit(make_graphs, work).result()
     threads = len(os.sched_getaffinity(0))
     lengths: Json = {}
@@ -181,7 +181,7 @@ def table(found: Json) -> list[str]:
 
 @click.command(help=__doc__)
 @click.argument("work", type=click.Path(path_type=Path), required=False)
-@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+@click.option("--check", is_flag=True, help="Do not write the table; fail if it does not match the results.")
 def main(work: Path | None, check: bool) -> None:
     """Measures, writes the JSON and the docs, and prints the table."""
     if work is not None:

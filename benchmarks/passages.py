@@ -2,18 +2,18 @@ r"""One question among many passages: whether the right one comes first, and whe
 
     python models/prepare_data.py ../shared/data DATA
     python -m benchmarks.passages models/minilm-l6-qa models/minilm-l6-qa-int8 --data DATA
-    python -m benchmarks.passages      # only writes the table of docs/passages.md again from the JSON
+    python -m benchmarks.passages      # only rewrites the table in docs/passages.md from the JSON
 
-Each held-out question is asked of its own paragraph among the 4 and the 19 other held-out paragraphs that BM25 ranks highest for it,
-in random order. Such a neighbour may hold the answer too; nothing is filtered out. The passages are read
+Each held-out question is asked of its own paragraph and the 4 or 19 other held-out paragraphs that BM25 ranks highest
+for it, in random order. Such a neighbour may contain the answer too; nothing is filtered out. The passages are read
 
 - together, as ``contexts``: one softmax over the spans of all passages;
-- alone: each passage as a ``context`` of its own, and the answer with the highest score is taken;
+- alone: each passage as a separate ``context``, and the answer with the highest score wins;
 
-and together again with "no answer" competing by the stored null threshold: on all passages, and on the neighbours without the right
-one, where "no answer" is right (unless a neighbour holds an answer). All of these come from one run of the model over the windows.
-EM and F1 are SQuAD's, with a 95 % bootstrap interval over questions. "right first": the first answer comes from the question's own
-paragraph.
+and together again with "no answer" competing by the stored null threshold: on all passages, and on the neighbours
+without the right one, where "no answer" is right (unless a neighbour contains an answer). All of these use one run of
+the model over the windows. EM and F1 are SQuAD's, with a 95 % bootstrap interval over questions. "right first": the
+first answer comes from the question's own paragraph.
 
 Writes ``results/passages.json`` and the table between the markers in docs/passages.md.
 """
@@ -51,14 +51,14 @@ ALWAYS, COMPETES = Options(allow_no_answer=False), Options(allow_no_answer=True)
 
 @dataclass(frozen=True, slots=True)
 class Among:
-    """A question, the passages from the highest to the lowest by BM25 (its own first), and the order in which they are given."""
+    """A question, its passages (its own, then the others, best first by BM25), and the order to give them in."""
 
     example: Example
     passages: tuple[str, ...]
     order: tuple[int, ...]
 
     def given(self, count: int, *, right: bool = True) -> list[int]:
-        """The numbers of the first ``count`` passages in the order in which they are given, with the right one or without it."""
+        """The indices of the first ``count`` passages, in the order to give them in, with or without the right one."""
         return [number for number in self.order if number < count and (right or number)]
 
 
@@ -83,8 +83,8 @@ def among(examples: Sequence[Example], texts: Sequence[str], generator: random.R
     most = max(COUNTS)
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)
-    asked = bm25s.tokenize([e.question for e in examples], stopwords="en", show_progress=False)
-    ranked, _ = index.retrieve(asked, k=most, show_progress=False)
+    queries = bm25s.tokenize([e.question for e in examples], stopwords="en", show_progress=False)
+    ranked, _ = index.retrieve(queries, k=most, show_progress=False)
     found = []
     for example, numbers in zip(examples, ranked, strict=True):
         others = [texts[int(i)] for i in numbers if texts[int(i)] != example.context][: most - 1]
@@ -96,7 +96,7 @@ def among(examples: Sequence[Example], texts: Sequence[str], generator: random.R
 
 @dataclass(slots=True)
 class Reading:
-    """The logits of every passage of a question, for decoding some of them together."""
+    """The logits of every passage of a question, from which any subset can be decoded together."""
 
     answerer: Answerer
     asked: Among
@@ -225,7 +225,7 @@ def table(found: Json) -> list[str]:
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="The folder that prepare_data.py wrote.")
 @click.option("--questions", default=300, show_default=True, type=click.IntRange(min=10))
 @click.option("--seed", default=7, show_default=True)
-@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+@click.option("--check", is_flag=True, help="Do not write the table; fail if it does not match the results.")
 def main(models: tuple[Path, ...], check: bool, data: Path | None, **options: Any) -> None:
     """Measures, writes the JSON and the docs, and prints the table."""
     if models:

@@ -1,10 +1,10 @@
 """Writes the README's tables from ``benchmarks/results``.
 
-    python -m benchmarks.readme_table                                    writes the tables again
+    python -m benchmarks.readme_table                                    rewrites the tables
     python -m benchmarks.readme_table runs/handbook bundles/handbook     first collects a run's figures into handbook_run.json
 
-The others, ``handbook_bench.json`` and ``wikipedia_bench.json`` (the base model on articles that its training left out, see
-``models/minilm-l6-qa/README.md``), are written by ``qadeploy bench --out``.
+The other results, ``handbook_bench.json`` and ``wikipedia_bench.json`` (the base model on articles that were held out
+from its training, see ``models/minilm-l6-qa/README.md``), are written by ``qadeploy bench --out``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BENCHES = {
 
 
 def collect(run: Path, bundle: Path) -> Json:
-    """What a run and its bundles measured, as the content of results/handbook_run.json."""
+    """The figures of a run and its bundles, as the content of results/handbook_run.json."""
     metrics = json.loads((run / "metrics.json").read_text())
     plain = json.loads((bundle / "manifest.json").read_text())
     weights = (run / "checkpoint" / "model.safetensors").stat().st_size
@@ -85,7 +85,7 @@ def bench_table(bench: Json, title: str) -> list[str]:
 
 @click.command(help=__doc__)
 @click.argument("folders", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--check", is_flag=True, help="Only fail if the README's tables are not those of the results.")
+@click.option("--check", is_flag=True, help="Do not write the tables; fail if they do not match the results.")
 def main(folders: tuple[Path, ...], check: bool) -> None:
     """Rewrites the README in place."""
     if folders:

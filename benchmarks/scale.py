@@ -1,15 +1,15 @@
-"""Batch answering, local and on Ray: equal answers, throughput, memory, and the cost of a killed actor.
+"""Batch answering, local and on Ray: whether answers are equal, throughput, memory, and the cost of a killed actor.
 
     python -m benchmarks.scale BUNDLE --work /tmp/scale --out benchmarks/results/scale.json --plot docs/scale.svg
 
-The questions are those of ``../shared/data``, repeated as needed. The first time, each comes with its own paragraph; after
-that, with a sentence of another paragraph of its article before or behind it, a new one each time, so that no text comes
-twice and lengths stay about the same. Ids end in the number of the copy.
+The questions come from ``../shared/data``, repeated as needed. The first time, each comes with its own paragraph; after
+that, a sentence of another paragraph of its article, a new one each time, is added before or after it, so that no text
+is repeated and lengths stay about the same. Ids end in the number of the copy.
 
-First the sizes of ``--sizes``: both engines in turns, ``--rounds`` times, each a whole command from start to end. Then
-``--whole`` questions with both, and one of Ray's actors is killed (SIGKILL) half-way. Memory is the sum of the resident
-sets of the command and all processes below it, once per second, so shared pages count more than once. The exit code is 1 if
-the answers differ, are not complete or come twice, or if throughput or memory miss their targets.
+First come the sizes of ``--sizes``: both engines in turns, ``--rounds`` times, each a whole command from start to end.
+Then both answer ``--whole`` questions, and one of Ray's actors is killed (SIGKILL) half-way. Memory is the sum of the
+resident sets of the command and all its descendants, once per second, so shared pages count more than once. The exit
+code is 1 if the answers differ, are incomplete or repeated, or if throughput or memory miss their targets.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from benchmarks.harness import Json, bundle_facts, report, run, spread, write_re
 from qadeploy.files import write_bytes
 from qadeploy.timing import turns
 
-FILES = 4  # of questions
+FILES = 4  # the files that the questions are written to
 ENGINES = ("local", "ray")
 TARGET = 0.85  # of the local engine's throughput
 GROWTH = 1.1  # of memory, from the largest of the sizes to the whole
@@ -50,7 +50,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What to run both engines on: the command line's values."""
+    """The values of the command line."""
 
     bundle: str
     work: Path
@@ -61,8 +61,8 @@ class Comparison:
     actors: int
 
     def questions(self, count: int) -> Path:
-        """A folder of so many questions."""
-        folder = self.work / f"asked-{count}"
+        """A folder with ``count`` questions."""
+        folder = self.work / f"questions-{count}"
         write_questions(self.data, folder, count)
         return folder
 
@@ -100,13 +100,13 @@ class ParagraphQuestion:
     own: int
 
     def context(self, copy: int) -> str:
-        """The paragraph; from the second copy on with the first sentence of another before or behind it."""
+        """The paragraph; from the second copy on with the first sentence of another before or after it."""
         context = self.paragraphs[self.own]
         if not copy:
             return context
         ahead, before = divmod(
             copy + 1, 2
-        )  # copies 1 and 2 borrow from the next paragraph, 3 and 4 from the one after it
+        )  # copies 1 and 2 borrow from the next paragraph, copies 3 and 4 from the one after that
         if ahead >= len(self.paragraphs):
             raise click.ClickException(f"{self.id}: its article is too short for copy {copy}: ask fewer questions")
         other = self.paragraphs[(self.own + ahead) % len(self.paragraphs)]
@@ -114,7 +114,7 @@ class ParagraphQuestion:
         return f"{context} {sentence}" if before else f"{sentence} {context}"
 
 
-def asked(data: Path) -> list[ParagraphQuestion]:
+def real_questions(data: Path) -> list[ParagraphQuestion]:
     """The real questions, in the order of their files."""
     found = []
     for path in sorted(data.glob("*.json")):
@@ -128,15 +128,15 @@ def asked(data: Path) -> list[ParagraphQuestion]:
 
 
 def questions(data: Path, count: int) -> Iterator[dict[str, str]]:
-    """``count`` rows of questions, none with the same id."""
-    real = asked(data)
+    """Yields ``count`` rows of questions with distinct ids."""
+    real = real_questions(data)
     for number in range(count):
         one, copy = real[number % len(real)], number // len(real)
         yield {"id": f"{one.id}-{copy}", "question": one.question, "context": one.context(copy)}
 
 
 def write_questions(data: Path, folder: Path, count: int) -> None:
-    """Writes ``FILES`` parquet files, unless they are there."""
+    """Writes ``FILES`` parquet files, unless they exist."""
     if folder.is_dir():
         return
     making = folder.with_name(f".{folder.name}.tmp")
@@ -151,7 +151,7 @@ def write_questions(data: Path, folder: Path, count: int) -> None:
 
 
 class Memory:
-    """Samples the resident sets of a process and all below it until ``stop``; ``peak`` is their largest sum in bytes."""
+    """Samples the memory of a process and its descendants until ``stop``; ``peak`` is their largest sum in bytes."""
 
     def __init__(self, process: psutil.Process) -> None:
         self.peak = 0
@@ -177,7 +177,7 @@ class Memory:
 
 
 def kill_one(output: Path, parts: int) -> Callable[[psutil.Process], Json | None]:
-    """Waits for so many parts, then kills one actor; its ``killed`` says which."""
+    """Returns a function that waits for ``parts`` parts, then kills one actor and records it in its ``killed``."""
 
     def during(process: psutil.Process) -> Json | None:
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -202,7 +202,7 @@ def is_actor(process: psutil.Process) -> bool:
 
 
 def compare(source: Path, one: Path, other: Path) -> Json:
-    """Whether two folders of answers are identical and hold every question once."""
+    """Whether two folders of answers are identical and contain every question once."""
     first, second = parquet.read_table(one), parquet.read_table(other)
     wanted = parquet.read_table(source, columns=["id"])["id"].to_pylist()
     ids = second["id"].to_pylist()
@@ -214,7 +214,7 @@ def compare(source: Path, one: Path, other: Path) -> Json:
 
 
 def line(points: Sequence[tuple[int, float]]) -> dict[str, float]:
-    """Least squares of the relative error: seconds = start + each * questions."""
+    """Fits seconds = start + each * questions by least squares of the relative error."""
     sizes, seconds = np.asarray(points, dtype=np.float64).T
     design = np.stack([np.ones_like(sizes), sizes], axis=1) / seconds[:, None]
     start, each = np.linalg.lstsq(design, np.ones_like(seconds), rcond=None)[0]
@@ -222,7 +222,7 @@ def line(points: Sequence[tuple[int, float]]) -> dict[str, float]:
 
 
 def points(found: Json, engine: str) -> list[tuple[int, float]]:
-    """Questions and median seconds of each size; of the whole only if nothing was killed."""
+    """Questions and median seconds of each size, and of ``--whole`` if nothing was killed."""
     sizes = [
         (int(size), statistics.median(r["seconds"] for r in runs[engine])) for size, runs in found["sizes"].items()
     ]
@@ -233,7 +233,7 @@ def points(found: Json, engine: str) -> list[tuple[int, float]]:
 
 
 def plot(found: Json, path: Path) -> None:
-    """Time against questions, both axes logarithmic, as SVG; equal figures give equal files."""
+    """Draws time against questions, both axes logarithmic, as SVG; equal figures give equal files."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -266,14 +266,14 @@ def plot(found: Json, path: Path) -> None:
 @click.command()
 @click.argument("bundle", type=click.Path(exists=True, file_okay=False))
 @click.option(
-    "--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Holds questions and answers."
+    "--work", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for questions and answers."
 )
 @click.option(
     "--data", default="../shared/data", show_default=True, type=click.Path(path_type=Path), help="SQuAD files."
 )
 @click.option("--out", type=click.Path(path_type=Path), default="benchmarks/results/scale.json", show_default=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="SVG of time against questions.")
-@click.option("--sizes", default="1000,10000", show_default=True, help="Questions, separated by commas.")
+@click.option("--sizes", default="1000,10000", show_default=True, help="Numbers of questions, separated by commas.")
 @click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1))
 @click.option("--whole", default=100_000, show_default=True, help="Questions of the run with a killed actor; 0: none.")
 @click.option("--actors", default=2, show_default=True, type=click.IntRange(min=1))
@@ -360,7 +360,7 @@ def _missed(what: str, same: Json) -> list[str]:
 
 
 def write_svg(found: Json, path: Path) -> None:
-    """Writes the plot, whole or not at all."""
+    """Writes the plot atomically."""
     making = path.with_name(f".{path.name}.tmp")
     plot(found, making)
     write_bytes(path, making.read_bytes())

@@ -4,9 +4,9 @@
 
 In this order: start; offline throughput of ``answer_batch`` on the server's core, before and after the closed loop;
 solo latency; open-loop Poisson arrivals at half the offline throughput; 64 connections in a closed loop; arrivals at
-three times the offline throughput and the recovery after them; a soak with contexts of 200 to 50,000 characters; SIGKILL
-and a restart; SIGTERM. The questions are the handbook's held-out ones, drawn at random in the open loops. Latencies of
-the open loops count from the time at which a request was due. The exit code is 1 if a target was missed.
+three times the offline throughput and the recovery after them; a soak with contexts of 200 to 50,000 characters;
+SIGKILL and a restart; SIGTERM. The questions are the handbook's held-out questions, drawn at random in the open loops.
+Latencies of the open loops count from the time at which a request was due. The exit code is 1 if a target was missed.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ print(json.dumps([len(pairs) / sorted(seconds)[len(seconds) // 2], busy]))
 CONNECTIONS = 64
 LONGEST, SHORTEST = 50_000, 200
 SOAK_CONNECTIONS = 4
-RETRY_SECONDS = 1.0  # the least that Retry-After says
-WARM_UP = 0.1  # of the soak's time, before it: memory grows by 64 MiB until the context cache is full
+RETRY_SECONDS = 1.0  # the minimum of Retry-After
+WARM_UP = 0.1  # a warm-up before the soak, as a share of its time: it fills the 64 MiB of the context cache
 SEED = 6
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How long each part takes, in seconds (the soak: in minutes), and what else the command line says."""
+    """The options of the command line: the duration of each part, and the others."""
 
     poisson_seconds: float
     closed_seconds: float
@@ -104,7 +104,7 @@ class Client:
         return Outcome(status, started, time.perf_counter() - started)
 
     def _kept(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
-        """A connection that the server has not closed (it closes those idle for longer than its --keep-alive)."""
+        """A kept connection that the server has not closed (it closes those idle for longer than its --keep-alive)."""
         while self.idle:
             reader, writer = self.idle.pop()
             if not reader.at_eof():
@@ -149,7 +149,7 @@ class Server:
     process: subprocess.Popen[str] | None = None
 
     def start(self) -> float:
-        """Starts it and waits until it is ready; seconds from the start of the process."""
+        """Starts the server and waits until it is ready; returns the seconds from the start of the process."""
         started = time.perf_counter()
         command = [sys.executable, "-m", "qadeploy", "serve", self.bundle, "--json", "--port", str(self.port)]
         command += ["--log-level", "warning", *self.flags]
@@ -165,11 +165,11 @@ class Server:
         return time.perf_counter() - started
 
     def client(self) -> Client:
-        """A client of it."""
+        """A client of this server."""
         return Client("127.0.0.1", self.port)
 
     def run(self, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
-        """What a coroutine returns, given a client whose connections belong to its loop."""
+        """Runs a coroutine with a client whose connections belong to its event loop, and returns its result."""
         client = self.client()
 
         async def inside() -> T:
@@ -202,7 +202,7 @@ class Server:
 
 @contextlib.contextmanager
 def sampling(server: Server, every: float = 1.0) -> Iterator[list[tuple[float, int]]]:
-    """Samples memory and descriptors while the body, which must be a coroutine's, runs."""
+    """Samples memory and descriptors while the body runs, which must be in a coroutine."""
     samples: list[tuple[float, int]] = []
 
     async def sample() -> None:
@@ -218,9 +218,9 @@ def sampling(server: Server, every: float = 1.0) -> Iterator[list[tuple[float, i
 
 
 async def open_loop(client: Client, bodies: Sequence[bytes], rate: float, seconds: float) -> list[Outcome]:
-    """Poisson arrivals at ``rate`` per second, each of a body drawn at random; waits for all of them.
+    """Sends Poisson arrivals at ``rate`` per second, each with a body drawn at random, and waits for all responses.
 
-    In the file's order the ten questions on one long paper would come in a row, unlike in a Poisson process.
+    In the file's order the ten questions on one long paper would follow each other, unlike in a Poisson process.
     """
     chance = random.Random(SEED)
     tasks: list[asyncio.Task[Outcome]] = []
@@ -235,7 +235,7 @@ async def open_loop(client: Client, bodies: Sequence[bytes], rate: float, second
 async def closed_loop(
     client: Client, body: Callable[[int], tuple[str, bytes]], connections: int, seconds: float
 ) -> tuple[list[Outcome], float]:
-    """``connections`` callers that ask again at once, and the seconds that it took."""
+    """Runs ``connections`` callers that each send the next request at once; returns the outcomes and the seconds."""
     count, outcomes, started = 0, [], time.perf_counter()
 
     async def caller() -> None:
@@ -253,7 +253,7 @@ async def closed_loop(
 
 
 async def ask_alone(client: Client, bodies: Sequence[bytes]) -> list[Outcome]:
-    """One request after another, after one to warm up."""
+    """Sends one request after another, after one to warm up."""
     await client.ask(bodies[0])
     return [await client.ask(body) for body in bodies]
 
@@ -276,7 +276,7 @@ async def recovery(client: Client, body: bytes, normal: float) -> float:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """Milliseconds: median, p95, p99 and the most."""
+    """Milliseconds: median, p95, p99 and the maximum."""
     found = np.percentile(np.asarray(seconds or [float("nan")]) * 1000, [50, 95, 99, 100])
     return {name: round(float(x), 2) for name, x in zip(("p50", "p95", "p99", "most"), found, strict=True)}
 
@@ -293,7 +293,7 @@ def quarters(values: Sequence[float]) -> tuple[float, float]:
 
 
 def soak_bodies(pairs: Sequence[tuple[str, str]]) -> Callable[[int], tuple[str, bytes]]:
-    """Requests of every form on contexts of 200 to 50,000 characters, whose lengths are even on a logarithmic scale."""
+    """Requests of every form on contexts of 200 to 50,000 characters, with log-uniform lengths."""
     everything = "\n".join(dict.fromkeys(context for _, context in pairs))
     everything *= 1 + 2 * LONGEST // len(everything)
     chance = random.Random(SEED)
@@ -320,13 +320,13 @@ def _dump(value: Any) -> bytes:
 
 @dataclass
 class Targets:
-    """The figures, and whether each target is met."""
+    """The figures, and the targets with whether each is met."""
 
     figures: dict[str, Any] = field(default_factory=dict)
     lines: list[tuple[str, str, str, bool]] = field(default_factory=list)
 
     def check(self, what: str, value: str, target: str, met: bool) -> None:
-        """A line of the table."""
+        """Adds a line to the table and prints it."""
         self.lines.append((what, value, target, met))
         click.echo(f"{'ok  ' if met else 'MISS'}  {what:<46} {value:<44} {target}")
 
@@ -338,13 +338,13 @@ class Targets:
     "--poisson-seconds",
     default=300.0,
     show_default=True,
-    help="The p99 of a queue settles slowly: after a minute it is off by a fifth either way.",
+    help="The p99 of a queue converges slowly: after a minute it is off by up to a fifth.",
 )
 @click.option("--closed-seconds", default=60.0, show_default=True)
 @click.option("--overload-seconds", default=60.0, show_default=True)
-@click.option("--soak-minutes", default=20.0, show_default=True, help="0 leaves the soak out.")
+@click.option("--soak-minutes", default=20.0, show_default=True, help="0 skips the soak.")
 @click.option("--offline-rounds", default=3, show_default=True)
-@click.option("--request-timeout", default=30.0, show_default=True, help="The server's.")
+@click.option("--request-timeout", default=30.0, show_default=True, help="The server's --request-timeout.")
 def main(bundle: str, out: Path | None, **options: Any) -> None:
     """Runs all parts."""
     cores = sorted(os.sched_getaffinity(0))
@@ -492,7 +492,7 @@ def _soak(report: Targets, server: Server, pairs: Sequence[tuple[str, str]], sec
 
 
 def _offline(server: Server, pairs: Sequence[tuple[str, str]], rounds: int) -> tuple[float, float]:
-    """Questions per second of ``answer_batch`` on the server's core, which must be idle, and CPU seconds per question."""
+    """Questions per second and CPU seconds per question of ``answer_batch`` on the server's core, which is idle."""
     command = [sys.executable, "-c", OFFLINE, server.bundle, str(server.core), str(rounds)]
     done = subprocess.run(command, input=json.dumps(pairs), capture_output=True, text=True, check=True)
     rate, busy = json.loads(done.stdout)

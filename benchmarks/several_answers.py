@@ -2,19 +2,19 @@ r"""Questions with several answers ("Which rivers meet there?"): how far ``disti
 
     python models/prepare_data.py ../shared/data DATA
     python -m benchmarks.several_answers models/minilm-l6-qa-int8 --data DATA
-    python -m benchmarks.several_answers --data DATA --candidates    # lists what several_answers.jsonl was chosen from
-    python -m benchmarks.several_answers      # only writes the table of docs/passages.md again from the JSON
+    python -m benchmarks.several_answers --data DATA --candidates    # lists the candidates for several_answers.jsonl
+    python -m benchmarks.several_answers      # only rewrites the table in docs/passages.md from the JSON
 
-The data have one span per annotator, so several answers are annotated as one list: "Texas, California and Florida". Candidates are
-the questions held out from the base model, and the handbook's, of whose annotators at least two (of one: that one) gave the same list
-by ``SEPARATOR``. ``several_answers.jsonl`` holds those whose items are answers by themselves, as judged by hand; a few items
-are corrected. All others have a "list" that is one answer: a date, a name ("Pratt & Whitney"), words with a shared head
-("western and southern Connecticut").
+The data have one span per annotator, so several answers are annotated as one list: "Texas, California and Florida".
+Candidates are questions of the base model's held-out sets for which at least two annotators gave the same list (split
+at ``SEPARATOR``), and questions of the handbook, where one annotator suffices. ``several_answers.jsonl`` holds those
+whose items are answers by themselves, as judged by hand; a few items are corrected. All others have a "list" that is
+one answer: a date, a name ("Pratt & Whitney"), words with a shared head ("western and southern Connecticut").
 
-A set of answers is judged against the set of items by F1, per question, in two ways: texts are equal after SQuAD's normalisation
-(``equal``), or have SQuAD's token F1 with the item that they are paired with, one to one (``partial``). A question outside that file has one
-item, that of the annotator whose answer fits best. A threshold is chosen on one half of the documents by ``equal`` over the
-questions with several answers, and used on the other half, and the reverse; the best answer is always kept.
+A set of answers is compared with the set of items by F1, per question, in two ways: texts are equal after SQuAD's
+normalisation (``equal``), or pairs of answer and item, one to one, have SQuAD's token F1 (``partial``). A question
+outside that file has one item: the annotator's answer that fits best. A threshold is chosen on either half of the
+documents by ``equal`` over the questions with several answers, and used on the other; the best answer is always kept.
 
 Writes ``results/several_answers.json`` and the table between the markers in docs/passages.md.
 """
@@ -47,9 +47,9 @@ REPORT = "several_answers.json"
 SEVERAL = ROOT / "benchmarks" / "several_answers.jsonl"
 SETS = ("wiki", "reddit", "amazon")
 SEPARATOR = re.compile(r"\s*[,;]\s+(?:and\s+|or\s+|&\s+)?|\s+(?:and|or|&)\s+")
-LONGEST_ITEM = 6  # words, of a candidate
-CANDIDATES = 150  # spans from which those without a separator are taken
-MOST = 20  # answers of a rule
+LONGEST_ITEM = 6  # the maximum words in an item of a candidate
+CANDIDATES = 150  # the spans among which those without a separator are looked for
+MOST = 20  # the maximum answers of a rule
 SEED = 11
 DISTINCT = Options(top_k=MOST, distinct=True, allow_no_answer=False)
 ALL = Options(top_k=CANDIDATES, allow_no_answer=False)
@@ -57,7 +57,7 @@ ALL = Options(top_k=CANDIDATES, allow_no_answer=False)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with the sets of answers that are right: its list of items, or one answer per annotator."""
+    """A question with the sets of right answers: its list of items, or one answer per annotator."""
 
     id: str
     document: str
@@ -87,12 +87,12 @@ def _rows(path: Path) -> Iterator[Json]:
 
 
 def split(text: str) -> list[str]:
-    """The items of a list; the text itself if it is none."""
+    """The items of a list; the text itself if it is not a list."""
     return [item for item in SEPARATOR.split(text.strip(" \n.,;")) if item.strip()]
 
 
 def candidates(data: Path) -> Iterator[Json]:
-    """The questions that ``several_answers.jsonl`` was chosen from, with the list that annotators agree on."""
+    """The candidates for ``several_answers.jsonl``, with the list that annotators agree on."""
     for source in [*(data / f"held_out_{name}.jsonl" for name in SETS), HANDBOOK]:
         for row in _rows(source):
             given = [row["answer"]] if "answer" in row else row["answers"]["text"]
@@ -112,13 +112,13 @@ def _short(items: frozenset[str]) -> bool:
 
 
 def equal(answers: Sequence[str], gold: Sequence[str]) -> float:
-    """F1 of two sets of texts that are equal or not."""
+    """F1 of two sets of texts, which are compared for equality."""
     found, wanted = set(map(normalize, answers)), set(map(normalize, gold))
     return 2 * len(found & wanted) / (len(found) + len(wanted))
 
 
 def partial(answers: Sequence[str], gold: Sequence[str]) -> float:
-    """F1 of two sets of texts by the token F1 of pairs; the best pairs first."""
+    """F1 of two sets of texts by the token F1 of pairs, which are formed greedily from the best."""
     pairs = sorted(((-f1(a, g), i, j) for i, a in enumerate(answers) for j, g in enumerate(gold)))
     left, right, total = set(range(len(answers))), set(range(len(gold))), 0.0
     for negative, i, j in pairs:
@@ -131,7 +131,7 @@ def partial(answers: Sequence[str], gold: Sequence[str]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A question with what the model found: spans that do not overlap, best first, of all spans and of those without a separator."""
+    """A question with the model's best spans without overlaps: of all spans, and of those without a separator."""
 
     question: Question
     distinct: tuple[Span, ...]
@@ -158,7 +158,7 @@ class Read:
 
 Keeps = Callable[
     [Read, Span, Span, float], bool
-]  # whether a span is an answer: of what was read, the best span, the span, a threshold
+]  # whether a span is an answer, given the reading, the best span, the span and a threshold
 THRESHOLDS: dict[str, tuple[Keeps, tuple[float, ...]]] = {
     "score": (lambda _, best, span, x: span.score >= x, (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5)),
     "share of the best score": (
@@ -178,7 +178,7 @@ def kept(read: Read, spans: Sequence[Span], keeps: Keeps, threshold: float) -> l
 
 
 def measured(reads: Sequence[Read], answers: Sequence[Sequence[str]], **more: Any) -> Json:
-    """Both F1 with their intervals over the questions with several answers, and what becomes of the others."""
+    """Both F1 with their intervals, over the questions with several answers and over the other questions."""
     scores = {
         judge.__name__: np.asarray(
             [max(judge(found, gold) for gold in r.question.golds) for r, found in zip(reads, answers, strict=True)]
@@ -201,7 +201,7 @@ def measured(reads: Sequence[Read], answers: Sequence[Sequence[str]], **more: An
 
 
 def chosen_on_the_other_half(reads: Sequence[Read], spans: str, kind: str) -> Json:
-    """``measured`` with the threshold that is best on the half of the documents to which a question does not belong."""
+    """``measured``, where each question uses the threshold that is best on the other half of the documents."""
     keeps, values = THRESHOLDS[kind]
     first = half_of([read.question.document for read in reads])
     found: list[list[str]] = [[] for _ in reads]
@@ -230,8 +230,8 @@ def half_of(documents: Sequence[str]) -> BoolArray:
 def measure(folder: Path, data: Path) -> Json:
     """The content of results/several_answers.json."""
     answerer: Answerer = load_predictor(str(folder), "cpu")
-    asked = list(questions(data))
-    with click.progressbar(asked, label=str(folder), file=sys.stderr) as bar:
+    held_out = list(questions(data))
+    with click.progressbar(held_out, label=str(folder), file=sys.stderr) as bar:
         reads = [Read.of(answerer, question) for question in bar]
     best = [read.texts(read.distinct[:1]) for read in reads]
     rules: Json = {"best": measured(reads, best)}
@@ -294,7 +294,7 @@ def table(found: Json) -> list[str]:
 @click.argument("model", type=click.Path(path_type=Path, exists=True), required=False)
 @click.option("--data", type=click.Path(path_type=Path, exists=True), help="The folder that prepare_data.py wrote.")
 @click.option("--candidates", "listed", is_flag=True, help="Only print the candidates, as JSON lines.")
-@click.option("--check", is_flag=True, help="Only fail if the table is not that of the results.")
+@click.option("--check", is_flag=True, help="Do not write the table; fail if it does not match the results.")
 def main(model: Path | None, data: Path | None, listed: bool, check: bool) -> None:
     """Measures, writes the JSON and the docs, and prints the table."""
     if (model or listed) and data is None:

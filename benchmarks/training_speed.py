@@ -3,16 +3,16 @@
     python -m benchmarks.training_speed SQUAD.json benchmarks/results/training_speed.json
 
 The recipe, written here from its documented behaviour: a fast tokenizer pads every window to 384 tokens
-(``padding="max_length"``, overlap 128), the first annotated answer is the target, the plain Trainer with
-``default_data_collator`` and the model's own loss. qadeploy: windows at their own length, batches of like
-length, loss over valid positions. Each runs in fp32, the recipe's default, and in bf16.
+(``padding="max_length"``, overlap 128), the first annotated answer is the target, and the plain Trainer runs
+with ``default_data_collator`` and the model's own loss. qadeploy: unpadded windows, batches of similar length,
+loss over valid positions. Each runs in fp32, the recipe's default, and in bf16.
 
-Alike in all: machine, base model, training questions (with their first annotation), windows (checked, token
-by token), batch size, epochs, learning rate and its schedule, weight decay, optimizer, seeds. Timed is the
-Trainer's loop from the first step to the last: no loading, no tokenising, no evaluation. Every model is then
-asked the same held-out questions through qadeploy's own decoder, so that F1 tells only of the training. The
-variants take turns within a seed, and the order turns with the seeds; ratios are taken within a seed. Seconds
-of the process's own CPU time stand beside those of the clock, for a machine that is not idle.
+The same for all: machine, base model, training questions (with their first annotation), windows (checked token
+by token), batch size, epochs, learning rate and its schedule, weight decay, optimizer, seeds. The Trainer's loop
+is timed from the first step to the last: no loading, no tokenising, no evaluation. Every model then answers the
+same held-out questions through qadeploy's decoder, so that F1 depends only on the training. The variants take
+turns within a seed, and the order rotates with the seeds; ratios are taken within a seed. The process's CPU time
+is given beside wall-clock time, for a machine that is not idle.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ PEER = "recipe fp32"
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """What all variants share."""
+    """The settings that all variants share."""
 
     base: str
     train: tuple[Example, ...]
@@ -86,7 +86,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers has no t
         self._started = time.perf_counter(), time.process_time()
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stops them, once the device is done."""
+        """Stops the clocks once the device is done."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds = time.perf_counter() - self._started[0]
@@ -97,7 +97,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]  # transformers has no t
 
 
 def parts(source: str, train_count: int, held_out_count: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Training questions (their first annotation) and held-out ones: by article in SQuAD files, else by the data's split."""
+    """Training questions (first annotation only) and held-out questions: by the data's split, otherwise by article."""
     data = read(source)
     held_out = data.part("validation")
     rest = tuple(e for e in data.examples if e.split != "validation")
@@ -113,7 +113,7 @@ def parts(source: str, train_count: int, held_out_count: int) -> tuple[tuple[Exa
 
 
 def _draw(generator: random.Random, examples: Sequence[Example], count: int) -> tuple[Example, ...]:
-    """That many, or all, in their order."""
+    """``count`` of the examples, or all, in their order."""
     return tuple(examples[i] for i in sorted(generator.sample(range(len(examples)), min(count, len(examples)))))
 
 
@@ -121,7 +121,7 @@ def _draw(generator: random.Random, examples: Sequence[Example], count: int) -> 
 
 
 def arguments(plan: TrainingPlan, seed: int, precision: str, folder: str, **more: Any) -> TrainingArguments:
-    """What both trainings are told alike; the schedule and the decay are qadeploy's defaults."""
+    """The arguments of both trainings; the schedule and the decay are qadeploy's defaults."""
     options = TrainOptions()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return training_arguments(
@@ -144,9 +144,9 @@ def arguments(plan: TrainingPlan, seed: int, precision: str, folder: str, **more
 
 
 def run_loop(trainer: Trainer, windows: int) -> Loop:
-    """Trains, timed, counting the tokens of the batches, padding too."""
+    """Trains and measures the time and the tokens of all batches, padding included."""
     if trainer.accelerator.mixed_precision != ("bf16" if trainer.args.bf16 else "no"):
-        raise SystemExit(f"the Trainer computes in {trainer.accelerator.mixed_precision}, which was not asked for")
+        raise SystemExit(f"the Trainer computes in {trainer.accelerator.mixed_precision}, which was not requested")
     watch, collate_batch, tokens = Stopwatch(), trainer.data_collator, 0
 
     def counted(rows: Any) -> Any:
@@ -175,7 +175,7 @@ def train_recipe(plan: TrainingPlan, checkpoint: Checkpoint, seed: int, precisio
 
 
 def recipe_features(examples: Sequence[Example], tokenizer: Any) -> list[dict[str, list[int] | int]]:
-    """Windows padded to ``LENGTH`` by the tokenizer itself, labelled with the first answer, or CLS if it is not inside."""
+    """Windows padded to ``LENGTH`` by the tokenizer, labelled with the first answer, or with CLS if it lies outside."""
     encoded = tokenizer(
         [e.question.lstrip() for e in examples],
         [e.context for e in examples],
@@ -291,7 +291,7 @@ def summary(name: str, runs: Sequence[TrainedRun], peers: Sequence[TrainedRun], 
         result[f"ratio_{unit}"] = _spread([own / rate(peer.loop) for own, peer in zip(rates, peers, strict=True)])
     result["real_tokens_share"] = real_tokens / statistics.mean(run.loop.tokens for run in runs)
     result["f1"] = _spread([run.scores.f1 for run in runs])
-    # Question by question, the mean over the seeds, resampled over the questions.
+    # The mean over the seeds for each question; the bootstrap resamples questions.
     rows = np.mean([r.scores.rows_f1 - p.scores.rows_f1 for r, p in zip(runs, peers, strict=True)], axis=0)
     result["f1_difference"] = {
         "mean": 100 * float(rows.mean()),

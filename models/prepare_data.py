@@ -1,19 +1,19 @@
-"""Splits the base model's data into what it is trained on and what is held out from it.
+"""Splits the base model's data into a training set and held-out sets.
 
     python models/prepare_data.py FOLDER OUT
 
-FOLDER holds the new-Wikipedia, Reddit and Amazon parts of SQuAD-shifts and QAMR in SQuAD's format. Held out, whole, drawn with seed
-13: 8 of the 48 Wikipedia articles, 10 % of the Reddit posts and of the Amazon reviews. Of QAMR's many questions on each sentence
-``QAMR_QUESTIONS`` are drawn.
+FOLDER holds the new-Wikipedia, Reddit and Amazon parts of SQuAD-shifts and QAMR in SQuAD's format. Held out whole,
+drawn with seed 13, are 8 of the 48 Wikipedia articles and 10 % of the Reddit posts and of the Amazon reviews. QAMR has
+many questions on each sentence, of which ``QAMR_QUESTIONS`` are drawn.
 
-Beside the plain questions the Wikipedia articles make three harder sets:
+The held-out Wikipedia articles also make three harder sets:
 
 - ``moved``: each question twice, on its paragraph and on another one of its article in which none of its answers occurs;
 - ``removed``: each question twice, on its paragraph and on that paragraph without the sentences of its answers;
 - ``articles``: each question on its whole article.
 
-``more`` holds the training questions that ``--max-train-samples 18000`` leaves over, for a second stage (docs/training.md). Those on
-Wikipedia have the end of the paragraph before and the beginning of the one after around their own, as a window cut from a whole article has.
+``more`` holds the training questions that ``--max-train-samples 18000`` leaves unused, for a second stage
+(docs/training.md). Its Wikipedia contexts include parts of their neighbours, like windows cut from a whole article.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def moved(articles: list[Any], generator: random.Random) -> Iterator[Row]:
 
 
 def removed(articles: list[Any]) -> Iterator[Row]:
-    """Each question on its paragraph and on what is left of that without its answer."""
+    """Each question on its paragraph and on that paragraph without the sentences of its answers."""
     for paragraph in (p for article in articles for p in article["paragraphs"]):
         for qa in paragraph["qas"]:
             one = example(paragraph, qa)
@@ -122,8 +122,8 @@ def main(source: Path, out: Path) -> None:
         parts[f"held_out_{name}"] = rows([p for i, p in enumerate(texts) if i in drawn])
     for article in read(source, "qamr_wiki"):
         for paragraph in article["paragraphs"]:
-            asked = paragraph["qas"]
-            chosen = generator.sample(asked, min(QAMR_QUESTIONS, len(asked)))
+            questions = paragraph["qas"]
+            chosen = generator.sample(questions, min(QAMR_QUESTIONS, len(questions)))
             parts["train"] += rows([{**paragraph, "qas": chosen}])
     random.Random(SEED).shuffle(parts["train"])
     wider = {row["id"]: row for row in between(trained, random.Random(SEED))}

@@ -8,12 +8,12 @@
 
     python models/publish.py --without-vnni FOLDER_OF_PREPARE_DATA models/minilm-l6-qa
 
-Run it in the root of the repository. The first writes the run OUT: the mean of a checkpoint's and a run's weights, with settings chosen
-anew on the run's dev set. The second publishes a run. The third, after a change of ``qadeploy.json`` beside the weights, makes the bundle
-by the same recipe and measures both again. The fourth, on a machine without VNNI, measures the bundle there and notes the figures in its
-manifest, if they are within ``LOSS`` of those in evaluation.json. The bundle is written beside the weights, as
-``models/minilm-l6-qa-int8``. What the card says of the second stage is read from the run; its figures are measured here, on the weights
-and the bundle as they ship.
+Run it in the root of the repository. The first command writes the run OUT: the mean of a checkpoint's and a run's
+weights, with settings chosen again on the run's dev set. The second publishes a run. The third, for use after a change
+of ``qadeploy.json`` beside the weights, makes the bundle again by the same recipe and measures weights and bundle
+again. The fourth, on a machine without VNNI, measures the bundle there and records the figures in its manifest, if F1
+is within ``LOSS`` of that in evaluation.json. The bundle is written beside the weights. The card's description of the
+second stage is read from the run; its figures are measured here, on the weights and the bundle as they ship.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ def mean(first: Path, second: Path, out: Path) -> None:
                 tensor.add_(other[name].to(tensor.dtype)).div_(2)
     run = find_run(second)
     assert run.record
-    asked = with_negatives(dev_set(run), min(run.record["options"]["negatives"], 1)).examples
-    features = make_features(asked, checkpoint.encoder, checkpoint.settings, "the dev set")
+    examples = with_negatives(dev_set(run), min(run.record["options"]["negatives"], 1)).examples
+    features = make_features(examples, checkpoint.encoder, checkpoint.settings, "the dev set")
     answerer = torch_answerer(checkpoint)
     logits: Any = tuple(zip(*answerer.model.run([f.window for f in features.features]), strict=True))
-    settings = choose_settings(features, logits, initial_settings(checkpoint.settings, asked))
+    settings = choose_settings(features, logits, initial_settings(checkpoint.settings, examples))
     save_checkpoint(checkpoint, settings, out / "checkpoint")
     metrics = json.loads((out / "metrics.json").read_text())
     (out / "metrics.json").write_text(json.dumps({**metrics, "settings": settings.to_dict()}, indent=2) + "\n")
@@ -104,7 +104,7 @@ def mean(first: Path, second: Path, out: Path) -> None:
 
 
 def again(data: Path, out: Path) -> None:
-    """Exports the weights in ``out`` again by the same recipe, with the settings that now lie beside them, and measures both."""
+    """Exports the weights in ``out`` again by the same recipe, with the current settings, and measures both again."""
     before = open_bundle(out.with_name(f"{out.name}-int8"))
     model, kept = before.read(MODEL), {"measured_without_vnni": before.manifest.get("measured_without_vnni")}
     bundle = _export(out, data, before.manifest["made"]["recipe"])
@@ -120,7 +120,7 @@ def again(data: Path, out: Path) -> None:
 
 
 def _unnamed(model: bytes) -> bytes:
-    """A model without the names of its nodes, which decide nothing."""
+    """A model without the names of its nodes, which do not affect its results."""
     proto = onnx.load_model_from_string(model)
     for node in proto.graph.node:
         node.name = ""
@@ -146,11 +146,11 @@ def _export(out: Path, data: Path, recipe: str | None = None) -> Path:
 
 
 def for_others(made: Bundle, out: Path) -> None:
-    """Writes the bundle ``made`` as ``out``, without what only holds or exists on this machine."""
+    """Writes the bundle ``made`` as ``out``, without the manifest entries that apply only to this machine."""
     manifest = {name: value for name, value in made.manifest.items() if name not in {"schema", "files", "tuning"}}
     manifest["measured"] = {**manifest["measured"], "data": Path(manifest["measured"]["data"]).name}
     card = bundle_card(out.name, manifest)
-    # Its settings are for any machine; whether 8-bit weights saturate elsewhere depends on where it was exported.
+    # The manifest is for any machine, but whether 8-bit weights saturate elsewhere depends on where it was exported.
     manifest["exported_on"] = manifest.pop("machine", manifest.get("exported_on"))
     with writing_bundle(out) as work:
         for name in made.manifest["files"]:
@@ -159,7 +159,7 @@ def for_others(made: Bundle, out: Path) -> None:
 
 
 def confirm_without_vnni(data: Path, out: Path) -> None:
-    """Measures ``out-int8`` on this machine and notes it in the manifest. Raises SystemExit if F1 falls by more than ``LOSS``."""
+    """Measures ``out-int8`` and records F1 in its manifest. Raises SystemExit if F1 falls by more than ``LOSS``."""
     if machine().has_vnni:
         raise SystemExit("this machine has VNNI: there is nothing to confirm")
     bundle = out.with_name(f"{out.name}-int8")
@@ -190,7 +190,7 @@ def _measure(out: Path, bundle: Path, data: Path) -> Iterator[tuple[str, Any]]:
             examples = draw(name, examples, LONG_QUESTIONS).examples
         for kind, predictor in predictors.items():
             if name == LONG and kind != "int8 bundle":
-                continue  # some 30 windows per question: for the runtime alone
+                continue  # some 30 windows per question, too slow in PyTorch
             scores = evaluate(predictor, examples).scores
             yield f"{name}, {kind}", {**scores.to_dict(), "f1_interval": bootstrap_interval(scores.rows_f1)}
             print(f"{name}, {kind}: {_figures(scores)}", flush=True)

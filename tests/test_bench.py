@@ -287,7 +287,7 @@ def test_limits_that_nothing_can_be_held_against_are_refused_at_once(tiny, tiny_
     command = ["bench", str(tiny.bundle("int8")), *given]
     result = run(*command, "--max-f1-drop", "0.5")
     assert result.exit_code == 2
-    assert "--max-f1-drop needs a float variant to lose from" in result.stderr
+    assert "--max-f1-drop needs a float variant to compare with" in result.stderr
     assert not (tmp_path / "o").exists()
     shutil.rmtree(tmp_path, ignore_errors=True)
 
@@ -297,7 +297,7 @@ def test_files_that_are_no_report_are_not_overwritten(name, bundle, tmp_path):
     (tmp_path / name).write_text('{"mine": true}')
     done = run("bench", bundle, "--out", tmp_path)
     assert done.exit_code == 2
-    assert f"{tmp_path}: {name} would be overwritten, and is no report of bench: give another --out" in done.stderr
+    assert f"{tmp_path}: {name} would be overwritten, but this is no report of bench: give another --out" in done.stderr
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, '{"mine": true}')]
 
 

@@ -317,7 +317,7 @@ def test_a_damaged_entry_is_noted_and_made_anew(tmp_path):
         assert_same(kept.sets, expected)
         assert len(notes) == 1, kind
         assert str(path) in notes[0]
-        assert "made anew" in notes[0]
+        assert "made again" in notes[0]
         assert keep(tmp_path, make=no_making).found, kind
 
 
@@ -383,7 +383,7 @@ def test_a_folder_that_cannot_be_written_is_a_note(place, tmp_path):
     assert_same(kept.sets, fresh(DATA, encoder("bert")))
     assert len(notes) == 1
     assert str(folder) in notes[0]
-    assert "not kept" in notes[0]
+    assert "not stored" in notes[0]
     assert (tmp_path / "file").read_text() == "mine"
 
 

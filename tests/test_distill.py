@@ -161,7 +161,7 @@ def test_a_damaged_part_is_asked_for_again(folders, tmp_path):
 
 def test_a_teacher_that_finds_nothing_is_refused_before_training(folders, tmp_path):
     features = features_of(folders["BERT"], triplets(96), tmp_path)
-    with pytest.raises(InputError, match=r"finds \d\.\d % of \d+ annotated answers exactly: it knows another task"):
+    with pytest.raises(InputError, match=r"finds \d\.\d % of \d+ annotated answers exactly: it was trained for"):
         taught(folders["RoBERTa"], features)  # random weights
 
 

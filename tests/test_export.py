@@ -300,7 +300,7 @@ def test_a_model_that_cannot_tell_padding_from_text_is_refused(tiny_checkpoint, 
     config = FNetConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
     FNetForQuestionAnswering(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="fnet models take no attention_mask"):
+    with pytest.raises(CheckpointError, match="fnet models accept no attention_mask"):
         load_checkpoint(tmp_path)
 
 

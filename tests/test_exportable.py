@@ -47,12 +47,12 @@ def test_the_kinds_called_tested_are_those_of_the_recorded_matrix():
         (
             LongformerConfig(),
             False,
-            "a longformer model exported by optimum takes global_attention_mask, which a bundle does not provide",
+            "a longformer model exported by optimum needs global_attention_mask, which a bundle does not provide",
         ),
         (
             LayoutLMv3Config(),
             False,
-            "a layoutlmv3 model exported by optimum takes bbox, pixel_values, which a bundle does not provide",
+            "a layoutlmv3 model exported by optimum needs bbox, pixel_values, which a bundle does not provide",
         ),
         (XLNetConfig(), None, "optimum has no configuration for xlnet models"),
         (SimpleNamespace(model_type="own-code"), None, "optimum has no configuration for own-code models"),
@@ -103,7 +103,7 @@ def longformer(tiny_checkpoint, tmp_path):
 def test_export_says_why_each_exporter_refused(longformer, tmp_path):
     checkpoint = load_checkpoint(longformer)
     refused = (
-        "" if "optimum" not in exporters() else "a longformer model exported by optimum takes global_attention_mask.*; "
+        "" if "optimum" not in exporters() else "a longformer model exported by optimum needs global_attention_mask.*; "
     )
     with pytest.raises(
         FailureError, match=f"^{refused}PyTorch cannot export a longformer model: Could not guard"
@@ -135,7 +135,7 @@ def test_train_refuses_a_model_that_cannot_be_exported_and_names_kinds_that_can(
     base = longformer
     data = write_jsonl(tmp_path / "few.jsonl", triplets(16))
     said: list[str] = []
-    message = "base: a longformer model exported by optimum takes global_attention_mask.*give a --base of another kind: albert, bert,"
+    message = "base: a longformer model exported by optimum needs global_attention_mask.*give a --base of another kind: albert, bert,"
     with pytest.raises(InputError, match=message):
         train(tiny_options(data, base, tmp_path / "run"), said.append, progress=False)
     assert not any(line.startswith(("3 features", "4 training")) for line in said)
@@ -151,6 +151,6 @@ def test_if_optimum_cannot_tell_train_warns_and_goes_on(tiny_checkpoint, tmp_pat
     warned: list[str] = []
     train(tiny_options(data, base, tmp_path / "run", epochs=1), print, warn=warned.append, progress=False)
     assert warned == [
-        f"{base}: whether qadeploy export can take it is not known, because PyTorch's exporter is not tested on deberta models: "
+        f"{base}: whether qadeploy export can export it is not known, because PyTorch's exporter is not tested on deberta models: "
         "train one epoch and export that first"
     ]

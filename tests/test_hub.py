@@ -135,7 +135,7 @@ def test_code_of_a_model_runs_only_when_asked_for(tiny_checkpoint, tmp_path, mon
 
     data = write_jsonl(tmp_path / "few.jsonl", triplets(16))
     options = tiny_options(data, base, tmp_path / "run", epochs=1)
-    with pytest.raises(CheckpointError, match=r"own: brings Python code of its own, .* give --trust-remote-code"):
+    with pytest.raises(CheckpointError, match=r"own: comes with its own Python code, .* give --trust-remote-code"):
         train(options, lambda line: None, progress=False)
     assert not ran.exists()
     trusted = tiny_options(data, base, tmp_path / "run", epochs=1, trust_remote_code=True)

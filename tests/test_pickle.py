@@ -22,7 +22,7 @@ from qadeploy.training.train import train
 from tests.cli_for_tests import run
 from tests.conftest import tiny_options, triplets, write_jsonl
 
-REFUSED = r"its weights are only there as a pickle \(pytorch_model\.bin.*\), which can run code when it is read\. .*--allow-pickle"
+REFUSED = r"its weights exist only as a pickle \(pytorch_model\.bin.*\), which can run code when it is read\. .*--allow-pickle"
 
 
 @pytest.fixture

@@ -359,8 +359,8 @@ def test_what_was_started_otherwise_is_not_resumed(options, base, fast, monkeypa
     for changes, message in (
         ({"epochs": 3, "learning_rate": 2e-3}, r"--epochs was 2, now 3\n  --learning-rate was 0.001, now 0.002\n"),
         ({"precision": "bf16"}, "--precision was fp32, now bf16"),
-        ({"data": str(other_data)}, rf"the data of \S+keepers.jsonl are not those of {other_data} now"),
-        ({"eval_data": str(other_data)}, f"the held-out data of none are not those of {other_data} now"),
+        ({"data": str(other_data)}, rf"the data changed: \S+keepers.jsonl then, {other_data} now"),
+        ({"eval_data": str(other_data)}, f"the held-out data changed: none then, {other_data} now"),
         ({"base": str(other_base)}, f"the base was {base}, now {other_base}"),
     ):
         with pytest.raises(InputError, match=message):
@@ -388,7 +388,7 @@ def test_data_and_base_that_only_moved_are_resumed_and_saves_may_change(whole, o
 def test_there_may_be_nothing_to_resume(whole, options, fast):
     said: list[str] = []
     train(options(fast / "run"), said.append, progress=False, resume=True)
-    assert f"{fast / 'run'}: holds no run to resume, so this one starts at its beginning" in said
+    assert f"{fast / 'run'}: holds no run to resume, so training starts from the beginning" in said
     assert_same(fast / "run", whole)
     train(options(fast / "run"), said.append, progress=False, resume=True)
     assert said[-1] == f"run folder: {fast / 'run'} was complete already"

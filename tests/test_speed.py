@@ -217,7 +217,7 @@ def test_a_run_by_tokens(tiny, tiny_checkpoint, tmp_path):
 
 def test_tokens_that_hold_no_window_are_refused_before_anything_is_written(tiny, tiny_checkpoint, tmp_path):
     options = tiny_options(tiny.data, tiny_checkpoint, tmp_path / "run", batch_tokens=5)
-    with pytest.raises(InputError, match="batch-tokens 5 does not hold even one window"):
+    with pytest.raises(InputError, match="batch-tokens 5 is too small for the longest window"):
         train(options, lambda line: None, progress=False)
     assert list(tmp_path.iterdir()) == []
 

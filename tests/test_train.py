@@ -196,7 +196,7 @@ def test_windows_with_the_answer_where_nobody_annotated_it_are_not_trained_on(ti
     windows = len(make_features(trained_on, encoder, QaSettings(48, 0, 30), "rows"))
     assert windows > 2 * 12  # of each passage's, the last one holds the name again
     assert metrics["masked_windows"] == 12
-    line = "12 train windows hold an answer's text where nobody annotated it: they are left out of training"
+    line = "12 train windows contain an answer's text that is not annotated: they are left out of training"
     assert line in [text.strip() for text in said]
     assert metrics["steps"] == math.ceil((windows - 12) / 8) < math.ceil(windows / 8)
     every = len(make_features(dev, encoder, QaSettings(48, 0, 30), "rows"))
@@ -397,7 +397,7 @@ def test_a_model_without_gradient_checkpointing_and_a_folder_with_a_revision_are
     FlaubertForQuestionAnsweringSimple(config).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(base)
     options = tiny_options(few, base, tmp_path / "run", gradient_checkpointing=True)
-    with pytest.raises(InputError, match="flaubert: this kind of model has no gradient checkpointing"):
+    with pytest.raises(InputError, match="flaubert: this kind of model does not support gradient checkpointing"):
         train(options, lambda line: None, progress=False)
     assert not (tmp_path / "run").exists()
 

@@ -194,7 +194,7 @@ def test_a_gap_that_opens_is_warned_of_once_with_what_to_do():
     warnings = [line for line in said if "WARNING" in line]
     assert len(warnings) == 1
     assert said.index(warnings[0]) == 3  # after the rows of epochs 0, 1 and 2
-    assert "overfitting from epoch 2 on: eval loss 2.250 rises away from train loss 1.000" in warnings[0]
+    assert "overfitting from epoch 2 on: eval loss 2.250 rises while train loss 1.000 falls" in warnings[0]
     assert "a lower --learning-rate" in warnings[0]
     assert table.gap_opened == 2
     assert [r["observation"].startswith("overfitting") for r in table.rows] == [False, False, True, True]
@@ -240,7 +240,7 @@ def test_precision(monkeypatch):
         resolve_precision("fp8", "cpu")
     # A GPU may be there: what is trained on the CPU goes by the CPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(InputError, match="fp16: needs a GPU, and this trains on the CPU: use --precision bf16 or fp32"):
+    with pytest.raises(InputError, match="needs a GPU, but this run trains on the CPU: use --precision bf16 or fp32"):
         resolve_precision("fp16", "cpu")
     for native in (True, False):
         monkeypatch.setattr(
@@ -250,5 +250,5 @@ def test_precision(monkeypatch):
         )
         assert resolve_precision("fp16", "cuda") == "fp16"
         assert resolve_precision("auto", "cuda") == ("bf16" if native else "fp32")
-    with pytest.raises(InputError, match="this GPU does not multiply bf16"):
+    with pytest.raises(InputError, match="this GPU does not support bf16"):
         resolve_precision("bf16", "cuda")

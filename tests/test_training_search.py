@@ -83,7 +83,7 @@ def test_the_run_has_the_settings_of_the_best_trial(searched):
 
 def test_the_report_and_the_card_tell_of_the_search(searched):
     out = searched[0]
-    sentence = "The settings are the best of 3 trials by F1 on the dev set, so the figures of the dev set flatter."
+    sentence = "The settings are the best of 3 trials by F1 on the dev set, so the figures of the dev set are too high."
     assert sentence in (out / "README.md").read_text()
     page = (out / "report.html").read_text()
     assert sentence in page
@@ -163,7 +163,7 @@ def test_a_killed_search_continues_with_the_trials_that_are_missing(searched, he
 
     fails(2, ["runs/few.search.json: holds an unfinished search", "--resume"], *here, "--search", 3)
     again = ("train", "--resume", "--out", "runs/few", "--no-progress")
-    assert "cannot be resumed, because it was started with something else:\n  --seed was 13, now 6" in refused(
+    assert "cannot be resumed, because it was started differently:\n  --seed was 13, now 6" in refused(
         *again, "--seed", 6
     )
     assert "--folds was None, now 2" in refused(*again, "--folds", 2)
@@ -266,7 +266,7 @@ def test_a_run_in_the_way_is_named(here):
     Path("runs/few").mkdir(parents=True)
     Path("runs/few/run.json").write_text(json.dumps({"status": "running", "options": {}}))
     fails(2, ["runs/few: holds an unfinished run"], *here, "--search", 2)
-    fails(2, ["runs/few: the unfinished run is not that of a search"], *here, "--search", 2, "--resume")
+    fails(2, ["runs/few: the unfinished run is not from a search"], *here, "--search", 2, "--resume")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"trials": 2, "record": {"options": {}}, "rows": []}'])

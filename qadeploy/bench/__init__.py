@@ -1,1 +1,1 @@
-"""Measuring bundles against the tools that a user might pick instead, on the same questions, with the answers scored."""
+"""Measures bundles against other tools that a user might choose, on the same questions, and scores the answers."""

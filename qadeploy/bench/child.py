@@ -1,7 +1,7 @@
-"""A variant in a process of its own: loads it, answers, and reports when, and how much memory that took.
+"""Loads a variant in its own process, answers, and reports the first answer and the peak memory.
 
 Run by ``qadeploy.bench.cold`` as ``python -m qadeploy.bench.child``, with the order as JSON on stdin. It imports nothing
-that the variant does not need, because imports count.
+that the variant does not need, because imports are part of the measured time and memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 
 def main() -> None:
-    """Loads the variant of ``{"loader", "arguments", "pairs"}``; writes a line after the first answer and one at the end."""
+    """Loads the variant of ``{"loader", "arguments", "pairs"}``; writes a line at the first answer and at the end."""
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout too
     order = json.load(sys.stdin)
@@ -29,7 +29,7 @@ def main() -> None:
 
     print(json.dumps({"peak_memory_bytes": peak_memory()}), file=report, flush=True)
     report.flush()
-    os._exit(0)  # some libraries take seconds to end, or hang
+    os._exit(0)  # some libraries take seconds to exit, or hang
 
 
 if __name__ == "__main__":

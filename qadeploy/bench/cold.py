@@ -22,7 +22,7 @@ TIMEOUT = 300.0  # seconds
 class Cold:
     """``seconds`` from starting Python to the first answer, per process; the largest resident set of the first process.
 
-    Figures that could not be measured are None, and ``note`` says why.
+    ``peak_memory_bytes`` is None if it could not be measured; ``note`` says why figures are missing.
     """
 
     seconds: tuple[float, ...] = ()
@@ -46,8 +46,8 @@ def cold(variant: Variant, pairs: Pairs, processes: int) -> Cold:
     seconds: list[float] = []
     memory: int | None = None
     for number in range(processes):
-        asked = pairs if number == 0 else pairs[:1]
-        order = {"loader": variant.loader, "arguments": variant.arguments, "pairs": asked}
+        given = pairs if number == 0 else pairs[:1]
+        order = {"loader": variant.loader, "arguments": variant.arguments, "pairs": given}
         lines, first, problem = _run(json.dumps(order))
         if problem:
             return Cold(tuple(seconds), memory, problem, questions=len(pairs))
@@ -78,7 +78,7 @@ def _run(order: str) -> tuple[Sequence[str], float, str]:
                 with process.stdin as stream:
                     stream.write(order)
             except BrokenPipeError:
-                pass  # it ended before it read: its last words follow
+                pass  # the child ended before it read the order; its last line on stderr is reported below
             first = process.stdout.readline()
             seconds = time.perf_counter() - started
             lines = [first, *process.stdout.readlines()]

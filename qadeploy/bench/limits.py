@@ -1,4 +1,4 @@
-"""Limits that a bench must keep to pass: least F1, most F1 lost, least speed-up."""
+"""Limits that the first bundle of a bench must keep: minimum F1, maximum loss of F1, minimum speed-up."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FLOAT = frozenset({"fp32", "bf16", "fp16"})
 class Limits:
     """The limits for the first bundle; None for no limit.
 
-    ``min_f1`` and ``max_f1_drop`` are percentage points: the drop is from the highest F1 of the other variants whose
-    matmuls are in float (``FLOAT``), on the same questions. ``min_speedup`` is the median ratio of questions per second
-    to the baseline: the pipeline, or the first peer if the pipeline does not run.
+    ``min_f1`` and ``max_f1_drop`` are percentage points; the drop is measured from the highest F1 of the other variants
+    whose matmuls are in float (``FLOAT``), on the same questions. ``min_speedup`` is the median ratio of questions per
+    second to the baseline: the pipeline, or the first peer if the pipeline does not run.
     """
 
     min_f1: float | None = option(None, "Exit with 1 if the first bundle's F1 is lower.", least=0, most=100)
@@ -37,20 +37,20 @@ class Limits:
     )
 
     def check(self, peers: Sequence[str], others: Sequence[str]) -> None:
-        """Raises InputError on limits that are out of range, or that nothing can be compared with.
+        """Raises InputError if a limit is out of range or has nothing to be compared with.
 
-        ``peers`` are those requested, ``others`` the precisions of the bundles after the first.
+        ``peers`` are the requested peers, ``others`` the precisions of the bundles after the first.
         """
         check_declared(self)
         if self.min_speedup is not None and not peers:
-            raise InputError("--min-speedup needs a peer to be faster than: give --against pipeline")
+            raise InputError("--min-speedup needs a peer to compare with: give --against pipeline")
         if self.max_f1_drop is not None and not peers and not FLOAT & set(others):
             raise InputError(
-                "--max-f1-drop needs a float variant to lose from: give --against torch, or an fp32 bundle after the first"
+                "--max-f1-drop needs a float variant to compare with: give --against torch, or an fp32 bundle after the first"
             )
 
     def judge(self, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Each limit with what was found, and whether it is ``held``; a limit that could not be measured is not."""
+        """Each limit with the measured value, and whether it is ``held``; a limit that was not measured is not held."""
         first = report["variants"][0]
         sound = first["status"] == "ok"
         drop = first["f1_drop"] if sound else None

@@ -1,4 +1,4 @@
-"""Running the variants of a bench in turns on the same questions, and the report on all of them."""
+"""Runs the variants of a bench in turns on the same questions, and reports on all of them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BenchRequest:
     """What to bench, and how: ``bundles`` (peers and limits refer to the first) against ``peers``.
 
     ``broken`` are bundles that could not be opened. ``known`` are examples that a peer may calibrate on, except those on
-    contexts of the workload. The data of ``options`` have become the workload, its peers and checkpoint the fields here.
+    contexts of the workload. ``workload``, ``peers`` and ``checkpoint`` come from the options of the same purpose.
     """
 
     bundles: Sequence[Bundle]
@@ -84,8 +84,8 @@ class _Measured:
 def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
     """Measures the bundles and the peers on one workload and returns everything as plain JSON values.
 
-    Each round asks every variant all questions at once, in turns; figures are medians over rounds. A variant that fails
-    is reported with its reason and does not stop the others.
+    In each round the variants take turns, and each gets all questions at once; figures are medians over rounds. A
+    variant that fails is reported with the reason and does not stop the others.
     """
     workload = request.workload
     null = any_unanswerable(workload.examples)
@@ -117,7 +117,7 @@ def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
                 measured.cold = cold(measured.variant, workload.pairs[:_COLD_QUESTIONS], _COLD_PROCESSES if mine else 1)
     for measured in found:
         if measured.ok and not measured.variant.peer:
-            say(f"splitting the time of {measured.variant.name}")
+            say(f"measuring the parts of the time of {measured.variant.name}")
             _guard(measured, lambda m: _split(m, workload, null))
     if peak:
         peak = peak.best(measure_peak(threads))
@@ -127,7 +127,7 @@ def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
 
 
 def _guard(measured: _Measured, act: Callable[[_Measured], object]) -> None:
-    """Does something with a variant that has not failed; an error becomes its status."""
+    """Calls ``act`` on a variant that has not failed; an error becomes its status."""
     if not measured.ok:
         return
     try:
@@ -162,8 +162,8 @@ def _prepared(name: str, setup: Setup) -> _Measured:
 def _ask(found: Sequence[_Measured], request: BenchRequest) -> None:
     """Warms up, asks all questions ``rounds`` times, then some of them one at a time; the variants take turns.
 
-    One at a time, questions are asked in rows of ``_ROW``, each after a question that is not timed: idle threads of the
-    previous variant spin for some milliseconds and would take a core from the one that is measured.
+    Single questions are asked in rows of ``_ROW``. Each row begins with a question that is not timed: idle threads of
+    the previous variant spin for some milliseconds and would take a core from the variant that is measured.
     """
     pairs = request.workload.pairs
     longest = sorted(pairs, key=lambda pair: -len(pair[1]))[:1]
@@ -294,14 +294,14 @@ def _bad_row(name: str, peer: str, status: str) -> dict[str, Any]:
 
 
 def _baseline(found: Sequence[_Measured]) -> _Measured | None:
-    """The pipeline; else the first peer that ran; else the first variant that ran."""
+    """The pipeline if it ran, otherwise the first peer that ran, otherwise the first variant that ran."""
     sound = [m for m in found if m.ok]
     ranked = sorted(sound, key=lambda m: (m.variant.peer != "pipeline", not m.variant.peer))
     return ranked[0] if ranked else None
 
 
 def _ratios(first: Sequence[float], these: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast: the median ratio of neighbouring measurements, with the least and the most."""
+    """How many times as fast: the median ratio of neighbouring measurements, with the lowest and the highest."""
     ratios = np.asarray(first) / np.asarray(these)
     return {"median": float(np.median(ratios)), "range": [float(ratios.min()), float(ratios.max())]}
 
@@ -331,7 +331,7 @@ class _Work:
 
 
 def _work(request: BenchRequest, found: Sequence[_Measured]) -> dict[str, _Work]:
-    """The work by name of our own variants; "" is the first bundle's, which counts for peers too."""
+    """The work of our own variants by name; "" stands for the first bundle, whose work counts for peers too."""
     work: dict[str, _Work] = {}
     for number, bundle in enumerate(request.bundles):
         measured = found[number]
@@ -369,9 +369,9 @@ def _operations(checkpoint: Path, trust_remote_code: bool) -> tuple[Operations |
 def _share(
     measured: _Measured, peak: Peak | None, work: _Work, questions: int, per_second: float
 ) -> dict[str, Any] | None:
-    """Useful operations per second as a share of the peak measured at that precision, 0 to 1.
+    """Useful operations per second as a share, 0 to 1, of the peak measured at that precision.
 
-    From text to answers and, for our own variants, of the model alone; None if either is not known.
+    It is measured from text to answers and, for our own variants, for the model alone; None if a figure is not known.
     """
     most = peak.of(measured.variant.precision) if peak else None
     if most is None or work.operations is None or work.counted is None:

@@ -1,4 +1,4 @@
-"""What a bench measures, and how."""
+"""The options of a bench."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from qadeploy.options import option
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions(DataOptions):
-    """Everything that a bench depends on besides its bundles and the limits. ``limits.Limits`` declares these."""
+    """Everything that a bench depends on, except the bundles and the limits (see ``limits.Limits``)."""
 
     data: str | None = option(None, "Annotated questions.", shown="those that the first bundle's run held out")
     against: str = option(
         "pipeline,optimum",
         "Peers, separated by commas: pipeline, torch, torch-bf16, optimum, optimum-direct, openvino; empty for none.",
     )
-    questions: int = option(200, "Questions at most, drawn evenly.", least=1)
+    questions: int = option(200, "Maximum number of questions, drawn evenly.", least=1)
     latency_questions: int = option(
         50, "How many of them are also asked one at a time, to measure p50, p95 and p99.", least=1
     )

@@ -15,7 +15,7 @@ from qadeploy.inference.bundle import Bundle, open_bundle
 def open_bundles(paths: Sequence[str | Path]) -> tuple[list[Bundle], dict[str, FailureError]]:
     """The bundles that can be opened, and the errors of the others by name.
 
-    Raises InputError on a folder that does not exist or is named twice, BundleError if the first bundle, to which peers
+    Raises InputError if a folder does not exist or is named twice, BundleError if the first bundle, to which peers
     and limits refer, cannot be opened.
     """
     folders = [Path(p) for p in paths]

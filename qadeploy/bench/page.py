@@ -29,7 +29,7 @@ def require_own(folder: Path) -> None:
         found = None
     if not (isinstance(found, dict) and {"variants", "workload", "environment"} <= found.keys()):
         raise InputError(
-            f"{folder}: {', '.join(there)} would be overwritten, and is no report of bench: give another --out"
+            f"{folder}: {', '.join(there)} would be overwritten, but this is no report of bench: give another --out"
         )
 
 
@@ -51,7 +51,7 @@ def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def bench_page(report: Mapping[str, Any]) -> str:
-    """The report as one self-contained page, without scripts or anything to load."""
+    """The report as one self-contained page, which has no scripts and loads nothing."""
     found = plot.dots(report)
     against = next((v["peer"] for v in report["variants"] if v["name"] == report["speedup_against"]), "")
     return render(
@@ -69,7 +69,7 @@ def bench_page(report: Mapping[str, Any]) -> str:
 
 
 def _configuration(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Tables of names and values: where it ran, what was benched, with what."""
+    """Tables of names and values: the machine, the versions, the workload and the bundles."""
     found = report["environment"]
     machine = {
         "CPU": found["cpu"]["model"],
@@ -87,7 +87,7 @@ def _configuration(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str,
         "Python": found["python"],
         **{name: found["packages"][name] for name in table.shown_packages(report)},
     }
-    asked = {
+    workload = {
         "questions": report["workload"]["questions"],
         "of": report["workload"]["source"],
         "windows": report["workload"]["windows"],
@@ -95,5 +95,5 @@ def _configuration(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str,
         "date": report["date"],
     }
     bundles = {b["name"]: f"{b['precision']}, SHA-256 {b['sha256']}" for b in report["bundles"]}
-    tables = {"Machine": machine, "Versions": versions, "Workload": asked, "Bundles": bundles}
+    tables = {"Machine": machine, "Versions": versions, "Workload": workload, "Bundles": bundles}
     return [(title, [(name, value(v)) for name, v in rows.items()]) for title, rows in tables.items()]

@@ -1,7 +1,7 @@
-"""The most that this machine's cores reach: matmuls with constant weights in ONNX Runtime, fp32 and int8.
+"""The peak speed of this machine's cores: matmuls with constant weights in ONNX Runtime, fp32 and int8.
 
 The int8 matmul is MatMulInteger of uint8 by int8 into int32, which a quantized model depends on (with VNNI if the CPU has
-it). One operation is a multiplication or an addition, so a matmul of [m, k] by [k, n] is 2 m k n.
+it). One operation is a multiplication or an addition, so a matmul of [m, k] by [k, n] has 2 m k n operations.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Peak:
 
 
 def measure_peak(threads: int) -> Peak:
-    """The best of many short bursts of matmuls, on all threads at once.
+    """Measures the best of many short bursts of matmuls, on all threads at once.
 
     Each thread is timed by its own CPU time, so that a busy machine does not look like a slow one.
     Raises MissingExtraError without the onnx package.
@@ -67,7 +67,7 @@ def _rate(kind: str, shape: tuple[int, int, int], threads: int, pool: ThreadPool
 
 
 def _best_seconds(run: Callable[[], object], meet: Barrier) -> float:
-    """The least CPU seconds of one ``run`` over the bursts; all threads begin together."""
+    """The lowest CPU seconds of one ``run`` over the bursts; all threads begin together."""
     run()
     started = time.thread_time()
     run()

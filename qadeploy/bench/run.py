@@ -30,20 +30,20 @@ def bench_bundles(
         bundles: Their folders; peers and limits refer to the first. Empty for the newest under ``bundles/``.
         options: What to measure, and how.
         limits: What the first bundle must reach.
-        say: Gets one line of progress at a time.
+        say: Called with one line of progress at a time.
 
     Returns:
         The report, and the files written to ``options.out``.
 
     Raises:
-        InputError: An option, the data or a bundle's folder that cannot be used.
+        InputError: An option, the data or a bundle's folder cannot be used.
         BundleError: The first bundle cannot be opened.
         MissingExtraError: ``options.out`` needs an optional package.
     """
     check(options)
     peers = parse_peers(options.against)
     if options.out:
-        from qadeploy.bench.page import require_own, write  # what it needs is missed now, not after the measurements
+        from qadeploy.bench.page import require_own, write  # a missing package fails here, not after the measurements
 
         require_own(Path(options.out))
     parse_device(options.device)

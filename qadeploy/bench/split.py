@@ -1,4 +1,4 @@
-"""Where the time of our answers goes: tokenising, running the model, decoding; and the whole compared with the model alone."""
+"""How our time divides into tokenising, running the model and decoding; and the whole compared with the model alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = ("tokenise", "run", "decode")
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Milliseconds per question, medians over rounds: each part by itself, one after the other, and the whole call.
+    """Milliseconds per question, medians over rounds: of each part, run one after the other, and of the whole call.
 
     The parts add up to ``apart``. The ``whole`` is answer_batch on the same questions in the same rounds, which may be
     less than ``apart`` (parts overlap) or more (there is work between them). ``windows`` are the lengths in tokens of the
@@ -39,7 +39,7 @@ class Split:
         return self.tokenise + self.run + self.decode
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values; ``shares`` are the parts of their sum, 0 to 1.
+        """The figures as plain JSON values; ``shares`` are the parts as shares of their sum, 0 to 1.
 
         ``text_to_answers_of_model_alone`` is the speed of the whole divided by that of the model alone, the median of
         the ratios within a round: 1 if host work costs nothing.

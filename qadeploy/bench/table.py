@@ -73,7 +73,7 @@ def shown_packages(report: Mapping[str, Any]) -> list[str]:
 
 
 def limit_lines(report: Mapping[str, Any]) -> list[str]:
-    """A line per limit: wanted, found, held or not."""
+    """A line per limit: the limit, the measured value, and whether it is held."""
     text = []
     for row in report["limits"]:
         found = "not measured" if row["found"] is None else f"{row['found']:.2f}"
@@ -103,5 +103,5 @@ def _split_line(v: Mapping[str, Any]) -> str:
     parts = ", ".join(f"{name} {ms[name]:.2f} ms ({shares[name]:.0%})" for name in shares)
     return (
         f"{v['name']}: a question's time is {parts}; text to answers runs at {split['text_to_answers_of_model_alone']:.2f} "
-        "of the model alone"
+        "of the speed of the model alone"
     )

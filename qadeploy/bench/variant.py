@@ -1,4 +1,4 @@
-"""A variant of a bench: something that answers questions, loaded here and again in its own processes."""
+"""A variant of a bench: something that answers questions, loaded in this process and again in separate ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Pairs = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """A loaded variant: the best answer to many (question, context) pairs at once, or to one.
+    """A loaded variant: gives the best answer to many (question, context) pairs at once, or to one.
 
-    ``answerer`` is set if our own encoder and decoder are around the model.
+    ``answerer`` is set if the variant uses our own encoder and decoder.
     """
 
     answer_all: Callable[[Pairs], list[Answer]]
@@ -31,8 +31,8 @@ class Asker:
 class Variant:
     """How to load something that answers: ``loader`` is ``module:function``, ``arguments`` are JSON values.
 
-    ``precision`` is that of its matmuls (fp32, bf16, fp16, int8), ``size`` its weights in bytes, ``peer`` its name in
-    ``--against`` ("" for one of our bundles).
+    ``precision`` is the precision of its matmuls (fp32, bf16, fp16, int8), ``size`` the size of its weights in bytes,
+    ``peer`` its name in ``--against`` ("" for one of our bundles).
     """
 
     name: str
@@ -44,7 +44,7 @@ class Variant:
     remark: str = ""
 
     def load(self) -> Asker:
-        """Loads it into this process; may raise anything that its library raises."""
+        """Loads the variant into this process; may raise anything that its library raises."""
         return load(self.loader, self.arguments)
 
 
@@ -69,9 +69,9 @@ def around(answerer: Answerer, allow_no_answer: bool) -> Asker:
 
 
 def host(bundle: str, model: Callable[[Encoder], LogitsModel]) -> Answerer:
-    """Another runtime's model behind the encoder, the settings and the decoder of a bundle.
+    """An answerer with another runtime's model, and the encoder, the settings and the decoder of a bundle.
 
-    Raises BundleError, InputError like ``open_bundle``.
+    Raises BundleError and InputError as ``open_bundle`` does.
     """
     found = open_bundle(bundle)
     encoder = found.load_encoder()

@@ -1,4 +1,4 @@
-"""The questions of a bench, drawn evenly from annotated examples, and others to calibrate a peer with."""
+"""The questions of a bench, drawn evenly from annotated examples, and other examples to calibrate a peer with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qadeploy.timing import spread
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Annotated questions and where they come from."""
+    """Annotated questions and the name of their source."""
 
     source: str
     examples: tuple[Example, ...]
@@ -26,16 +26,16 @@ class Workload:
 
 
 def draw(source: str, examples: Sequence[Example], questions: int) -> Workload:
-    """At most ``questions`` examples at even distances. Raises InputError on fewer than one."""
+    """At most ``questions`` examples, evenly spaced. Raises InputError if ``questions`` is below 1."""
     if questions < 1:
         raise InputError(f"questions {questions} is below 1")
     return Workload(source, tuple(spread(examples, questions)))
 
 
 def calibration(known: Sequence[Example], workload: Workload, count: int) -> tuple[Example, ...]:
-    """At most ``count`` of the ``known`` examples on contexts that are not in the workload, at even distances."""
-    asked = {e.context for e in workload.examples}
-    return tuple(spread([e for e in known if e.context not in asked], count))
+    """At most ``count`` of the ``known`` examples on contexts that are not in the workload, evenly spaced."""
+    used = {e.context for e in workload.examples}
+    return tuple(spread([e for e in known if e.context not in used], count))
 
 
 def windows_of(encoder: Encoder, settings: QaSettings, examples: Sequence[Example]) -> list[Window]:

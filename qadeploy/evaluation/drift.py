@@ -1,4 +1,4 @@
-"""The figures of held-out questions that a server compares with those of its own."""
+"""The figures of held-out questions, with which a server compares those of the questions that it answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SERVED = Options()
 
 
 class Watched:
-    """A predictor for ``evaluate`` that wraps an answerer and counts what a server would have counted by default.
+    """A predictor for ``evaluate`` that wraps an answerer and counts the figures that a server counts by default.
 
     Args:
-        answerer: What answers.
+        answerer: The answerer to wrap.
     """
 
     def __init__(self, answerer: Answerer) -> None:

@@ -58,7 +58,7 @@ def predict(
         answer: The answer that was given.
         scored: Its windows and logits, from ``settings.scored``.
         settings: The model's settings.
-        n_best_size: Most candidates to list. If the null answer competes it is always listed, in addition if need be.
+        n_best_size: Maximum candidates to list. If the null answer competes it is always listed, as an extra if needed.
         allow_no_answer: Whether the null answer competes. Without any span its null odds are the largest float.
     """
     (decoded,) = settings.decode([scored], top_k=n_best_size, allow_no_answer=allow_no_answer)
@@ -108,7 +108,7 @@ def _span_logits(span: Span, scored: WindowLogits) -> tuple[float, float]:
 
 @contextmanager
 def new_predictions(file: Path | None, folder: Path | None) -> Iterator[None]:
-    """Holds the places of ``--predictions`` and ``--predictions-dir``, which is created, so that no file is overwritten.
+    """Reserves the files of ``--predictions`` and ``--predictions-dir``, whose folder it creates; overwrites no file.
 
     Raises InputError if a file is there already, another command is writing it, or the folder of ``file`` does not exist.
     """
@@ -116,7 +116,7 @@ def new_predictions(file: Path | None, folder: Path | None) -> Iterator[None]:
     if folder:
         inside = {folder / name: "--predictions-dir" for name in (PREDICTIONS, N_BEST, NULL_ODDS)}
         for place in inside if folder.exists() else ():
-            require_new(place, "--predictions-dir")  # before anything is touched
+            require_new(place, "--predictions-dir")  # before anything is created
         places |= inside
     with ExitStack() as stack:
         for place, flag in places.items():

@@ -16,7 +16,7 @@ from qadeploy.records import NO_ANSWER, Answer, Example
 
 
 class Predictor(Protocol):
-    """Questions in, answers out."""
+    """Anything that answers questions."""
 
     settings: QaSettings
 
@@ -68,12 +68,12 @@ def evaluate(
     """Answers every example and scores the best answer.
 
     Args:
-        predictor: What answers.
+        predictor: The predictor to score.
         examples: The annotated questions.
         on_question: Called after each question.
-        allow_no_answer: Whether the null answer competes; None: if any example has no answer.
-        prefilter: Most windows of a context to read, as in ``Options``.
-        metric: How texts are compared; None: as the predictor's settings say.
+        allow_no_answer: Whether the null answer competes; with None it does if any example has no answer.
+        prefilter: The maximum windows of a context to read, as in ``Options``.
+        metric: How texts are compared; None uses the predictor's metric.
     """
     metric = metric or predictor.settings.metric
     if allow_no_answer is None:

@@ -14,7 +14,7 @@ from qadeploy.core.metrics import wilson_interval
 from qadeploy.reports.figures import COLOURS, legend_above, png, svg
 from qadeploy.reports.run_report import Calibration, Epoch, RunFacts, Search, read_epochs
 
-_OVER_THE_EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # half of a marker on the axis is outside of it
+_OVER_THE_EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # draws markers on an axis whole
 
 
 def facts_charts(facts: RunFacts) -> dict[str, Markup]:
@@ -66,7 +66,7 @@ def draw_reliability(figure: Figure, calibration: Calibration) -> None:
     bins = [b for b in calibration.bins if b.count]
     bounds = [wilson_interval(b.accuracy, b.count) for b in bins]
     places = [100 * b.confidence for b in bins]
-    upper.plot((0, 100), (0, 100), "--", color=COLOURS["muted"], linewidth=1.5, label="as often right as confident")
+    upper.plot((0, 100), (0, 100), "--", color=COLOURS["muted"], linewidth=1.5, label="perfect calibration")
     upper.vlines(places, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], "C0", alpha=0.75)
     upper.plot(
         places, [100 * b.accuracy for b in bins], "o", color="C0", label="answers, 95 % interval", **_OVER_THE_EDGE
@@ -100,7 +100,7 @@ def draw_search(figure: Figure, search: Search) -> None:
         axes.minorticks_off()
         axes.set_xticks(values, [f"{value:.2g}" for value in values])
         axes.set_xlabel(name.replace("_", " "))
-    for axes in panels:  # the place that is left over
+    for axes in panels:  # the unused panel, if any
         axes.set_axis_off()
     figure.supylabel("F1 (%)", fontsize="medium")
     legend_above(figure.axes[0], 2)

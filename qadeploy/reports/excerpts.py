@@ -18,7 +18,7 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a context: ``context[start:end] == text``; ``gap`` tells that text before it was left out."""
+    """A piece of a context: ``context[start:end] == text``; ``gap`` is true if text before it was left out."""
 
     text: str
     start: int
@@ -41,9 +41,9 @@ def excerpt(
         context: The context.
         golds: The annotated spans.
         answered: The spans that the model answered.
-        whole: A context of at most so many code points is shown whole.
-        around: Of a longer context, so many code points around the start and the end of each span are shown, cut at
-            white space if there is some nearby; without spans, its beginning.
+        whole: A context of at most this many code points is shown whole.
+        around: Of a longer context, this many code points around the start and the end of each span are shown, cut at
+            white space if there is some nearby; without spans, its beginning is shown.
     """
     spans = [*golds, *answered]
     shown = [(0, len(context))] if len(context) <= whole else _near(context, spans, whole, around)

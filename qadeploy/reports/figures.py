@@ -12,7 +12,7 @@ from markupsafe import Markup
 from matplotlib import style
 from matplotlib.figure import Figure
 
-# The light colours of report.css. In a page each becomes the variable of that name, which also knows the dark ones.
+# The light colours of report.css. In a page each becomes the CSS variable of that name, which dark mode redefines.
 COLOURS = {
     "text": "#1b1e23", "muted": "#565d67", "grid": "#e7e9ed", "card": "#ffffff",
     "a": "#1a5ca6", "b": "#b0420c", "c": "#0a6e5c", "bar": "#8fa9c9",
@@ -56,9 +56,9 @@ def svg(title: str, draw: Callable[[Figure], None], height: int) -> Markup:
     """Returns a figure as inline SVG that takes its font and colours from the page.
 
     Args:
-        title: What a screen reader says. The ids in a page are unique if the titles are.
+        title: The text for screen readers. The ids in a page are unique if the titles are.
         draw: Draws into the empty figure.
-        height: In units of which the figure is 440 wide.
+        height: The height, in units in which the figure is 440 wide.
     """
     stream = io.StringIO()
     # Room for the largest letters that report.css sets, on a narrow screen.
@@ -94,5 +94,5 @@ def png(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:
 
 
 def legend_above(axes: Any, columns: int) -> None:
-    """Puts the legend above the axes, and above what stands on their top edge."""
+    """Puts the legend above the axes and above the labels on their top edge."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.12), borderaxespad=0, ncols=columns, handlelength=2.2)

@@ -1,4 +1,4 @@
-"""The facts of a run in plain sentences: what to take away, and what each chart shows."""
+"""The facts of a run in plain sentences: the main findings, and the captions of the charts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GROUPED_BY = {
 
 
 def takeaways(facts: RunFacts) -> tuple[str, ...]:
-    """Returns what a reader of the run should know first, the most important first."""
+    """Returns the main findings, the most important first."""
     sure = facts.results.surely_wrong
     annotation = (
         f"{sure:,} {'answer is' if sure == 1 else 'answers are'} entirely wrong at a confidence of {_percent(SURE, 0)} or "
@@ -28,7 +28,7 @@ def takeaways(facts: RunFacts) -> tuple[str, ...]:
 
 
 def weaknesses(facts: RunFacts) -> tuple[str, ...]:
-    """Returns where the model was seen to be weak: the hardest groups, and a confidence that is off."""
+    """Returns the model's weaknesses: the hardest groups, and a confidence that is too high or too low."""
     calibration = facts.results.calibration
     off = abs(calibration.confidence - calibration.accuracy) > _HONEST
     found = (*hardest(facts), *([honesty(facts)] if off else []))
@@ -36,7 +36,7 @@ def weaknesses(facts: RunFacts) -> tuple[str, ...]:
 
 
 def gain(facts: RunFacts) -> str:
-    """Returns what fine-tuning did to F1, and how precise that is; "" if the base model was not measured."""
+    """Returns how fine-tuning changed F1, and how precise F1 is; "" if the base model was not measured."""
     after, before = facts.results.after, facts.results.before
     if before is None:
         return ""
@@ -48,7 +48,7 @@ def gain(facts: RunFacts) -> str:
 
 
 def course(facts: RunFacts) -> str:
-    """Returns which epoch was the best, and what came after it."""
+    """Returns which epoch was the best, and whether overfitting followed."""
     best, last = facts.training.best, facts.training.epochs[-1].number
     if best == last:
         return "The last epoch was the best by dev F1: more epochs may help." if last else ""
@@ -90,16 +90,14 @@ def judged(facts: RunFacts) -> str:
 
 
 def searched(facts: RunFacts) -> str:
-    """Returns how a search chose the settings, and which figures flatter for it; "" without one."""
+    """Returns how a search chose the settings, and which figures are therefore too high; "" if there was no search."""
     search = facts.search
     if search is None:
         return ""
     by = f"mean F1 of {search.folds} folds" if search.folds else "F1 on the dev set"
-    flattering = "the figures of the folds and of the dev set" if search.folds else "the figures of the dev set"
-    honest = "; those of the held-out set do not" if facts.results.held_out else ""
-    return (
-        f"The settings are the best of {plural(len(search.scored), 'trial')} by {by}, so {flattering} flatter{honest}."
-    )
+    too_high = "the figures of the folds and of the dev set" if search.folds else "the figures of the dev set"
+    honest = "; those of the held-out set are not" if facts.results.held_out else ""
+    return f"The settings are the best of {plural(len(search.scored), 'trial')} by {by}, so {too_high} are too high{honest}."
 
 
 def data_remarks(facts: RunFacts) -> tuple[str, ...]:
@@ -109,7 +107,7 @@ def data_remarks(facts: RunFacts) -> tuple[str, ...]:
         (data.skipped, f"{data.skipped:,} ambiguous rows were skipped."),
         (
             data.first_taken,
-            f"{data.first_taken:,} answers occur several times in their context; the first place was taken.",
+            f"{data.first_taken:,} answers occur several times in their context; the first occurrence was used.",
         ),
         (
             data.leaked,
@@ -144,7 +142,7 @@ def caption_scores(facts: RunFacts) -> str:
 
 
 def caption_groups(grouping: Grouping, overall: float) -> str:
-    """Returns what the scores by group show: the range, and which groups are weaker beyond doubt."""
+    """Returns what the scores by group show: the range, and which groups are clearly weaker."""
     sized = [g for g in grouping.groups if g.scores.total >= SMALLEST_GROUP]
     if len(sized) < 2:
         text = f"Fewer than two groups have {SMALLEST_GROUP} questions or more, so there is nothing to compare."

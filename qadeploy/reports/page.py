@@ -1,4 +1,4 @@
-"""Templates to self-contained pages: the engine, its filters, and the characters that no page may hold."""
+"""Renders templates as self-contained pages: the engine, its filters, and the characters that HTML forbids."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def render(template: Path, **values: Any) -> str:
 
 
 def value(found: Any) -> str:
-    """Returns a recorded value as people write it."""
+    """Formats a recorded value for people to read."""
     if found is None:
         return "–"
     if isinstance(found, bool):

@@ -62,13 +62,13 @@ def _cells(scores: ScoreFacts) -> str:
 
 
 def _code(text: str) -> str:
-    """Inline code, whatever backticks or line ends the text has."""
+    """The text as inline code, even if it contains backticks or line breaks."""
     flat = " ".join(text.split())
     ticks = "`" * (1 + max((len(run) for run in re.findall("`+", flat)), default=0))
     return f"{ticks}{flat}{ticks}" if ticks == "`" else f"{ticks} {flat} {ticks}"
 
 
 def _code_block(text: str, language: str) -> str:
-    """A fenced block of code, whatever backticks the text has."""
+    """The text as a fenced code block, even if it contains backticks."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"

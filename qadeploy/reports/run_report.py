@@ -1,6 +1,6 @@
 """What the report of a run shows: facts computed from its questions, answers, epochs and record.
 
-The facts are about the held-out set if the run has one, else about its dev set. No torch is needed.
+The facts are about the held-out set if the run has one, otherwise about its dev set. No torch is needed.
 ``findings`` puts them into sentences, ``report_page`` and ``run_card`` show them.
 """
 
@@ -38,7 +38,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of the data as a run used it: what for, its questions, and how many windows each became."""
+    """A part of the data of a run: its role, its questions, and the number of windows of each question."""
 
     name: str
     role: str
@@ -60,7 +60,7 @@ class RunRecord:
 
     @property
     def source(self) -> str:
-        """The data as the run was given them."""
+        """The name of the run's data."""
         return source_name(self.record["options"]["data"])
 
     @property
@@ -78,7 +78,7 @@ class RunRecord:
 class PartFacts:
     """The counts of a part: distinct contexts, and the questions in each of ``WINDOW_GROUPS``.
 
-    The pairs of words are median and maximum, of the distinct contexts and of the first answers.
+    ``context_words`` and ``answer_words`` are median and maximum, over the distinct contexts and the first answers.
     """
 
     name: str
@@ -107,8 +107,8 @@ class DataCheck:
 class DataFacts:
     """The data of a run: the train set, the dev set and, if there is one, the held-out set.
 
-    ``skipped`` counts the ambiguous rows that were skipped, ``first_taken`` the answers with several places that were
-    taken at the first, ``leaked`` the held-out contexts that are also in the training data.
+    ``skipped`` counts the ambiguous rows that were skipped, ``first_taken`` the answers that were located at the first
+    of several occurrences, ``leaked`` the held-out contexts that are also in the training data.
     """
 
     parts: tuple[PartFacts, ...]
@@ -122,7 +122,7 @@ class DataFacts:
 class Epoch:
     """A row of the table of epochs, with scores on the dev set in percent. Epoch 0 is the base model.
 
-    ``overfits`` tells whether the dev loss rose while the train loss fell. What was not measured is None.
+    ``overfits`` tells whether the dev loss rose while the train loss fell. Values that were not measured are None.
     """
 
     number: int
@@ -171,7 +171,7 @@ class GroupedBy(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The questions that have something in common, and their scores."""
+    """Questions with a common property, and their scores."""
 
     name: str
     scores: ScoreFacts
@@ -179,7 +179,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Grouping:
-    """All questions, each in exactly one group, without the empty groups."""
+    """All questions, each in exactly one group; there are no empty groups."""
 
     by: GroupedBy
     groups: tuple[Group, ...]
@@ -221,10 +221,10 @@ class Mistake:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """How the model did on the held-out set, or else on the dev set, which also chose the epoch.
+    """The model's results on the held-out set or, without one, on the dev set, which also chose the epoch.
 
-    ``before`` are the base model's scores, None if it was not measured. ``wrong`` counts the answers with an F1 below 1,
-    ``surely_wrong`` those with an F1 of 0 at a confidence of ``SURE`` or more.
+    ``before`` are the base model's scores, or None if it was not measured. ``wrong`` counts the answers with an F1
+    below 1, ``surely_wrong`` those with an F1 of 0 at a confidence of ``SURE`` or more.
     """
 
     held_out: bool
@@ -251,7 +251,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """The trials of a search, which of them gave the run its settings, and the folds that scored them; None is the dev set."""
+    """The trials of a search, the one whose settings the run has, and the folds that scored them; None: the dev set."""
 
     trials: tuple[Trial, ...]
     best: Trial
@@ -284,7 +284,7 @@ def make_facts(
         parts: The train set, the dev set and, if there is one, the held-out set.
         answers: The best answers to the last part, in order.
         skipped: Ambiguous rows that were skipped.
-        first_taken: Answers that were taken at the first of several places.
+        first_taken: Answers that were located at the first of several occurrences.
     """
     metrics = run.metrics
     *learned, judged = parts
@@ -308,7 +308,7 @@ def make_facts(
 
 
 def read_epochs(rows: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, Any]] = ()) -> tuple[Epoch, ...]:
-    """Reads the rows of the table of epochs from ``metrics.json``, and those of its speed."""
+    """Reads the rows of the table of epochs from ``metrics.json``, and the rows of ``speed``."""
     speeds = {row["epoch"]: row for row in speed}
     return tuple(
         Epoch(
@@ -357,11 +357,11 @@ def question_word(question: str) -> str:
 
 
 def train_command(options: Mapping[str, Any], shipped_base: str | None = None) -> str:
-    """Returns the ``qadeploy train`` command that sets every option as the run had it, one option per line.
+    """Returns the ``qadeploy train`` command that sets every option of a run, one option per line.
 
     Args:
         options: The options by name.
-        shipped_base: The base model that is used if none is given, so that it need not be named.
+        shipped_base: The base model that is used if none is given; the command does not name it.
     """
     flags = []
     for name, value in options.items():
@@ -491,7 +491,7 @@ def group_scores(examples: Sequence[Example], scores: Scores) -> tuple[Grouping,
 
 
 def _interval(rows: Float64Array) -> Interval | None:
-    """None for few rows. If all are 0 or all are 1 the bootstrap has no width, and Wilson's interval stands in."""
+    """None for few rows. If all are 0 or all are 1 the bootstrap has no width, and Wilson's interval is used."""
     if len(rows) < SMALLEST_GROUP:
         return None
     if rows.min() == rows.max() and rows[0] in {0.0, 1.0}:

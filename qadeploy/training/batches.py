@@ -1,4 +1,4 @@
-"""Which windows make a batch: a number of windows of similar length, or as many as a number of tokens holds."""
+"""How windows are grouped into batches: a fixed number of similar length, or as many as a token limit allows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qadeploy.records import IntArray
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Indices in an order in which neighbours have similar lengths, drawn anew each epoch from the seed.
+    """Yields window indices in a random order in which neighbours have similar lengths; each epoch has its own order.
 
     Windows are shuffled, cut into pools of 50 batches and sorted by length inside a pool, and the batches of the epoch are
-    shuffled again. The longest batch comes first, so that memory runs out early if it does.
+    shuffled again. The longest batch comes first, so that one too large for the memory fails at once.
     """
 
     POOL = 50
@@ -54,19 +54,19 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class UnitBatches(Sampler[list[int]]):
-    """Batches of whole units of similar length, drawn anew each epoch from the seed.
+    """Yields batches of whole units of similar length.
 
-    A unit is the windows that must share a batch: one, or those of a question and its negatives. Units are sorted by their
-    longest window, equal ones in an order drawn each epoch, and cut greedily. The batches come in an order drawn each epoch,
-    one with the longest windows first, so that memory runs out early if it does. The cuts depend on the lengths alone: every
-    epoch has the same number of batches, and each window is in one of them.
+    A unit is a set of windows that must share a batch: a single window, or those of a question and its negatives. Units
+    are sorted by their longest window, ties in random order, and cut greedily into batches. The batches are shuffled
+    each epoch, except that the longest windows come first, so that a batch too large for the memory fails at once. The
+    cuts depend on the lengths alone: every epoch has the same number of batches and contains each window once.
 
     Args:
-        units: Indices of windows, unit by unit.
+        units: The window indices of each unit.
         lengths: ``[windows]``, in tokens.
-        seed: That of the orders.
-        tokens: The most tokens in a batch, padding included; None for no bound.
-        most: The most windows in a batch; None for no bound. A larger unit gets a batch to itself.
+        seed: The seed of the random orders.
+        tokens: The maximum tokens in a batch, padding included; None for no limit.
+        most: The maximum windows in a batch; None for no limit. A larger unit gets a batch to itself.
 
     Raises:
         InputError: A single window has more tokens than a batch may hold.
@@ -84,7 +84,7 @@ class UnitBatches(Sampler[list[int]]):
         if tokens:
             check_tokens(tokens, lengths)
         self.units = [list(unit) for unit in units]
-        # Sorted by both, so that the cuts do not depend on the order of equal units.
+        # Sorting by both values makes the cuts independent of the order of ties.
         self.sizes = np.asarray([(max(lengths[i] for i in unit), len(unit)) for unit in self.units])
         self.seed = seed
         self.epoch = 0
@@ -106,16 +106,16 @@ class UnitBatches(Sampler[list[int]]):
 
 
 def check_tokens(tokens: int, lengths: Sequence[int]) -> None:
-    """Raises InputError if a batch of ``tokens`` tokens does not hold the longest window."""
+    """Raises InputError if the longest window has more than ``tokens`` tokens."""
     if max(lengths) > tokens:
         raise InputError(
-            f"batch-tokens {tokens} does not hold even one window: the longest has {max(lengths)} tokens. "
+            f"batch-tokens {tokens} is too small for the longest window, which has {max(lengths)} tokens. "
             f"Give --batch-tokens {max(lengths)} or more, or a lower --max-seq-len"
         )
 
 
 def _cuts(sizes: IntArray, tokens: int | None, most: int | None) -> list[int]:
-    """Where batches of units begin, and the end. ``sizes`` ``[units, 2]`` are lengths, falling, and windows."""
+    """The first unit of each batch, and the end. ``sizes``, ``[units, 2]``: lengths, descending, and window counts."""
     cuts, longest, windows = [0], 0, 0
     for number, (length, count) in enumerate(sizes.tolist()):
         full = most is not None and windows + count > most

@@ -1,4 +1,4 @@
-"""What training shows of its epochs: a progress bar, or lines in a log, and a table with one row per epoch and a remark on it."""
+"""The display of training progress: a progress bar or log lines, and a table with one row and a remark per epoch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class QuietProgress(ProgressCallback):
 
 
 class StepLines(TrainerCallback):
-    """Prints the step from time to time, for logs, where there is no progress bar."""
+    """Prints the current step at intervals, for logs without a progress bar."""
 
     def __init__(self, log: RunLog, seconds: float = 60.0) -> None:
         self._log, self._seconds = log, seconds
@@ -44,9 +44,9 @@ class EpochTable(TrainerCallback):
 
     Args:
         log: Where rows are printed.
-        rows: Those of the epochs before a run was resumed.
-        speed_of: Gives the row of ``Speed`` for an epoch. Its figures are printed but not kept: equal runs differ in them.
-        loss_of: Gives the mean training loss of the epoch.
+        rows: The rows of the epochs before the run was resumed.
+        speed_of: Returns the row of ``Speed`` for an epoch; printed but not kept, because equal runs differ in it.
+        loss_of: Returns the mean training loss of the epoch.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class EpochTable(TrainerCallback):
 
     @property
     def best(self) -> dict[str, Any]:
-        """The row of the best epoch by F1, the earliest of equals, as the Trainer does."""
+        """The row of the epoch with the best F1; on ties the earliest, as in the Trainer."""
         trained = [r for r in self.rows if r["epoch"]] or self.rows
         return max(trained, key=lambda r: (r["eval_f1"], -r["epoch"]))
 
     def header(self) -> None:
-        """Prints the head of the table and the rows of a resumed run."""
+        """Prints the table's header and the rows of a resumed run."""
         self.log.detail("epoch  train loss  eval loss  accuracy     EM     F1  windows/s  memory  observation")
         for row in self.rows:
             self._print(row)
@@ -121,11 +121,11 @@ def gap_opens(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> bool:
 
 
 def gap_warning(row: dict[str, Any]) -> str:
-    """What the open gap means and what to do about it."""
+    """The warning about the gap: what it means and what to do about it."""
     return (
-        f"overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises away from train loss "
-        f"{row['train_loss']:.3f}. The epoch with the best dev F1 is kept anyway. More questions help most; else try fewer "
-        "--epochs, a lower --learning-rate, or a higher --weight-decay"
+        f"overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises while train loss "
+        f"{row['train_loss']:.3f} falls. The epoch with the best dev F1 is kept anyway. More questions help most; otherwise try "
+        "fewer --epochs, a lower --learning-rate, or a higher --weight-decay"
     )
 
 

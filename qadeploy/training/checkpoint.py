@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint folder as a model: loading, the encoder it needs, its stored settings.
+"""Hugging Face checkpoint folders: loading and saving a model with its encoder and its stored settings.
 
 A checkpoint folder is what ``save_pretrained`` writes, with ``qadeploy.json`` (settings) if qadeploy trained it. Any other
 question-answering checkpoint loads with default settings.
@@ -54,10 +54,10 @@ class Hub:
     """How a model is fetched from the hub.
 
     Attributes:
-        revision: Its branch, tag or commit.
-        token: Without one, the library takes the environment variable HF_TOKEN, then a login.
-        trust_remote_code: Whether Python code that a model brings may run on this machine.
-        allow_pickle: Whether weights may be read from a pickle; torch then makes nothing but tensors of it.
+        revision: The model's branch, tag or commit.
+        token: An access token. If None, the library uses the environment variable HF_TOKEN, then a stored login.
+        trust_remote_code: Whether Python code that comes with a model may run on this machine.
+        allow_pickle: Whether weights may be read from a pickle; torch then loads nothing but tensors from it.
     """
 
     revision: str | None = None
@@ -72,11 +72,11 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
     Args:
         name: A folder, or a name on the hub.
         hub: How a model is fetched from the hub.
-        overrides: Changes of the model's configuration.
+        overrides: Values to change in the model's configuration.
 
     Raises:
-        CheckpointError: There is no such model, it has no fast tokenizer or takes no attention_mask, a file is damaged, or
-            the weights are a pickle, which ``hub`` does not allow.
+        CheckpointError: There is no such model, it has no fast tokenizer or accepts no attention_mask, a file is damaged,
+            or the weights are a pickle, which ``hub`` does not allow.
         InputError: The stored settings make no sense, a revision of a folder was requested, or the tokenizer leaves
             characters without a token.
     """
@@ -90,8 +90,8 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
         hint = f": give {inside}" if (inside / "config.json").is_file() else ""
         raise CheckpointError(f"{name}: no config.json in it: this is not a checkpoint folder{hint}")
     silence()
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # of itself it knows no quota
-    # False, not None, which would ask on the terminal.
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))  # torch ignores CPU quotas
+    # trust_remote_code must not be None: transformers would then ask on the terminal.
     access = {"revision": hub.revision or "main", "token": hub.token, "trust_remote_code": hub.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, **access)
@@ -120,7 +120,7 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
         raise CheckpointError(f"{name}: has no fast tokenizer (tokenizer.json), which offsets need")
     if "attention_mask" not in inspect.signature(model.forward).parameters:
         raise CheckpointError(
-            f"{name}: {config.model_type} models take no attention_mask, so they would read padding as text: choose another kind"
+            f"{name}: {config.model_type} models accept no attention_mask, so they would read padding as text: choose another kind"
         )
     broken = list(loading["missing_keys"])
     if broken and folder.is_dir() and not _is_bare(folder):
@@ -139,27 +139,27 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def refuse_pickle(name: str, hub: Hub | None = None) -> None:
-    """Refuses a checkpoint whose weights are only there as a pickle: to read one is to run what it says.
+    """Refuses a checkpoint whose weights exist only as a pickle, since reading a pickle can run code.
 
     Args:
         name: A folder, or a name on the hub.
         hub: How a model is fetched from the hub.
 
     Raises:
-        CheckpointError: It has no safetensors file, but a pickle.
-        OSError: The hub has no such model, or the token does not open it.
+        CheckpointError: The checkpoint has a pickle but no safetensors file.
+        OSError: The hub has no such model, or the token gives no access to it.
     """
     hub = hub or Hub()
-    # Else transformers asks a service of the hub to convert the model and to propose the result to its author.
+    # Otherwise transformers asks a service of the hub to convert the model and propose the result to its author.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     has = partial(has_file, name, revision=hub.revision or "main", token=hub.token)
     pickle = "" if any(map(has, _SAFE)) else next(filter(has, _PICKLES), "")
     if pickle:
         raise CheckpointError(
-            f"{name}: its weights are only there as a pickle ({pickle}), which can run code when it is read. Take a revision or a "
-            "copy with model.safetensors: https://huggingface.co/spaces/safetensors/convert makes one of a model on the hub, and "
-            "save_pretrained one of a folder. Or give --allow-pickle to train, evaluate, ask or export: torch then reads nothing "
-            "but tensors from it, and what train writes is model.safetensors"
+            f"{name}: its weights exist only as a pickle ({pickle}), which can run code when it is read. Use a revision or a "
+            "copy with model.safetensors: https://huggingface.co/spaces/safetensors/convert converts a model on the hub, and "
+            "save_pretrained a folder. Or give --allow-pickle to train, evaluate, ask or export: torch then reads nothing "
+            "but tensors from it, and train writes model.safetensors"
         )
 
 
@@ -170,9 +170,9 @@ def _is_bare(folder: Path) -> bool:
 
 def _explain(name: str, folder: Path, error: BaseException) -> str:
     reason = " ".join(str(error).split())[:300]
-    if "trust_remote_code" in str(error):  # transformers has no type for it, only its text
+    if "trust_remote_code" in str(error):  # transformers raises no specific type, only this text
         return (
-            f"{name}: brings Python code of its own, which does not run unless you allow it: read it, and if you trust it give "
+            f"{name}: comes with its own Python code, which does not run unless you allow it: read it, and if you trust it give "
             f"--trust-remote-code ({reason})"
         )
     if folder.is_dir():
@@ -184,15 +184,15 @@ def _explain(name: str, folder: Path, error: BaseException) -> str:
 
 
 def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
-    """What the encoder must know, from the model's forward, its configuration and its tokenizer."""
+    """Derives the encoder's configuration from the model's forward, its configuration and its tokenizer."""
     takes = "token_type_ids" in inspect.signature(model.forward).parameters
     default = 3 if model.config.model_type == "xlnet" else 2  # XLNet gives CLS a type of its own
     kinds = int(getattr(model.config, "type_vocab_size", default) or 0)
-    # The weights, not the tokenizer's advice, say how long an input may be.
+    # The weights, not the tokenizer's model_max_length, limit the length of an input.
     limit = int(tokenizer.model_max_length) if tokenizer.model_max_length < _UNLIMITED else _UNLIMITED
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
-        # RoBERTa and its kind count positions from pad_token_id + 1, so that many are not usable.
+        # RoBERTa and similar models count positions from pad_token_id + 1, so that many positions are unusable.
         limit = positions - ((model.config.pad_token_id or 0) + 1 if _offset_positions(model) else 0)
     return EncoderConfig(
         segments=kinds if takes and (kinds > 1 or not _offset_positions(model)) else 0,
@@ -234,7 +234,7 @@ def _settings(folder: Path, limit: int) -> QaSettings:
 def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) -> None:
     """Writes weights (safetensors), config, tokenizer and settings into ``folder``."""
     tokenizer = checkpoint.tokenizer
-    # Others load this file: it must not have the base model's truncation or padding.
+    # Other programs load tokenizer.json, so it must not contain the base model's truncation or padding.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.model_max_length = checkpoint.encoder.config.position_limit
@@ -246,7 +246,7 @@ def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) 
 class TorchModel:
     """A PyTorch model as a function from windows to logits, in padded batches of similar length.
 
-    It runs on the model's device, in float32 without ``bf16``: the reference that exports are compared with.
+    It runs on the model's device. In float32 (without ``bf16``) it is the reference that exports are compared with.
     """
 
     BATCH = 16
@@ -263,7 +263,7 @@ class TorchModel:
         return in_batches(windows, rows, self.run_batch)
 
     def start(self, windows: Sequence[Window]) -> Pending:
-        """Like ``run``, but computed when the result is asked for."""
+        """Like ``run``, but computed when the result is requested."""
         return Pending(partial(self.run, windows))
 
     def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
@@ -278,7 +278,7 @@ class TorchModel:
 
 
 def torch_answerer(checkpoint: Checkpoint, device: str = "cpu") -> Answerer:
-    """The checkpoint as an answerer: the same encoder and decoder, with PyTorch in between.
+    """Makes an answerer that computes logits with PyTorch; encoder and decoder are the same as for a bundle.
 
     Args:
         checkpoint: The checkpoint.

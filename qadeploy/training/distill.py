@@ -1,9 +1,9 @@
 """Distillation: a teacher's start and end logits for the windows that a student is trained on.
 
-The teacher reads the text of each of the student's windows with its own tokenizer. Its logits are kept by character, so that
-the two tokenizers may differ, and only the highest ``KEPT`` per window: the rest have hardly any probability. They are kept on
-disk by what they were computed from, in chunks, so that an interrupted pass continues where it was, and a second run computes
-only what is new.
+The teacher reads the text of each of the student's windows with its own tokenizer. Its logits are stored by character,
+so that the two tokenizers may differ, and only the highest ``KEPT`` of each window: the rest have hardly any
+probability. On disk they are keyed by teacher, question and text and written in chunks, so that an interrupted pass
+continues where it stopped, and a second run computes only new windows.
 
 The student's loss is the cross entropy with the teacher's distribution at temperature T (Hinton, Vinyals and Dean, "Distilling
 the Knowledge in a Neural Network", 2015, section 2), over the context and the null position.
@@ -39,9 +39,9 @@ from qadeploy.training.torch_device import resolve_precision
 from qadeploy.training.training_set import SoftLabels
 
 KEPT = 16
-_CHUNK = 4_096  # windows per file, and between two lines of the report
+_CHUNK = 4_096  # windows per file, and per line of progress
 _BATCH_TOKENS = 32_768
-_NULL, _NONE = -1, -2  # in place of a character: the null position, and nothing
+_NULL, _NONE = -1, -2  # instead of a character's index: the null position, and no position
 _LEAST_PROBABILITY = 1e-3
 _LEAST_AGREEMENT, _LOW_AGREEMENT = 0.05, 0.3  # of the teacher with the annotators
 _JUDGED = 200
@@ -54,10 +54,10 @@ class Teacher:
     """A trained model to learn from.
 
     Attributes:
-        name: As it was given.
+        name: Its name as the user gave it.
         digest: SHA-256 of its weights and of its encoder.
-        encoder: Its own.
-        longest: The most tokens of its windows.
+        encoder: The teacher's own encoder.
+        longest: The maximum tokens in one of its windows.
         logits: Computes the start and end logits of windows, float32 ``[tokens]`` each.
     """
 
@@ -73,13 +73,13 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_t
 
     Args:
         name: A bundle, a run, a checkpoint folder or a hub name.
-        device: Where it computes. A bundle on a CPU runs through ONNX Runtime.
+        device: Where the teacher computes. A bundle on a CPU runs through ONNX Runtime.
         hub: How a model is fetched from the hub.
         load_timeout: Seconds that a bundle may take to load; None sets no limit.
 
     Raises:
         LoadTimeoutError: The bundle took longer.
-        CheckpointError: It does not load, has no fast tokenizer, or no trained answer head.
+        CheckpointError: The checkpoint does not load, or has no fast tokenizer or no trained answer head.
         BundleError: The bundle is damaged.
     """
     if is_bundle(name):
@@ -118,7 +118,7 @@ def _digest(weights: str, encoder: Encoder) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Excerpt:
-    """What the teacher is asked for one of the student's windows.
+    """The question and text that the teacher reads for one of the student's windows.
 
     Attributes:
         question: The question.
@@ -126,7 +126,7 @@ class _Excerpt:
         start: Where the text begins in the context.
         feature: The window.
         context: Its context.
-        key: Under which the teacher's logits are kept.
+        key: The key of the teacher's logits in the store.
     """
 
     question: str
@@ -138,7 +138,7 @@ class _Excerpt:
 
     @classmethod
     def of(cls, question: str, context: EncodedText, feature: Feature) -> _Excerpt:
-        """That of a window."""
+        """Makes the excerpt of a window."""
         window, start, end = feature.window, 0, len(context.text)
         if window.context_length < len(context):
             last = window.context_offset + window.context_length - 1
@@ -157,11 +157,11 @@ def soft_labels(
         teacher: The teacher.
         features: The student's windows.
         temperature: T; above 1 it flattens the distributions.
-        folder: Where the teacher's logits are kept; None keeps nothing.
+        folder: Where the teacher's logits are stored; None stores nothing.
         log: Gets a line per chunk, and the teacher's agreement with the annotators.
 
     Returns:
-        ``[windows]``.
+        ``[windows]``, in the order of ``features``.
 
     Raises:
         InputError: The teacher finds hardly any of the annotated answers.
@@ -176,19 +176,19 @@ def soft_labels(
     for begin in range(0, len(missing), _CHUNK) or [0]:
         chunk = missing[begin : begin + _CHUNK]
         if chunk:
-            store.add([e.key for e in chunk], _ask(teacher, [(e.question, e.text) for e in chunk]))
+            store.add([e.key for e in chunk], _query(teacher, [(e.question, e.text) for e in chunk]))
             log.step("teacher", f"{begin + len(chunk)} of {len(missing)} windows")
         if begin == 0:
             _check_agreement(teacher, excerpts, store, log)
     return [_soft(store[e.key], e, temperature) for e in excerpts]
 
 
-def _ask(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> TopLogits:
-    """The highest logits of each question on each text, by character."""
+def _query(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> TopLogits:
+    """The teacher's highest logits for each (question, text) pair, by character."""
     encoder, longest = teacher.encoder, teacher.longest
-    asked = encoder.encode_pairs(pairs)
+    encoded = encoder.encode_pairs(pairs)
     cuts = []
-    for question, text in asked:
+    for question, text in encoded:
         stride = min(64, max(0, encoder.room(question, longest) // 2))
         cuts.append(encoder.windows(question, text, max_seq_len=longest, doc_stride=stride))
     rows: TopLogits = {
@@ -198,7 +198,7 @@ def _ask(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> TopLogits:
         "end_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
     }
     logits = iter(teacher.logits([window for cut in cuts for window in cut]))
-    for number, ((_, text), cut) in enumerate(zip(asked, cuts, strict=True)):
+    for number, ((_, text), cut) in enumerate(zip(encoded, cuts, strict=True)):
         own, places = list(islice(logits, len(cut))), _places(text)
         for side, name in enumerate(("start", "end")):
             where, values = _highest(cut, [pair[side] for pair in own], places[:, side])
@@ -219,7 +219,7 @@ def _places(text: EncodedText) -> IntArray:
 
 
 def _highest(windows: Sequence[Window], logits: Sequence[FloatArray], places: IntArray) -> tuple[IntArray, FloatArray]:
-    """The characters of the ``KEPT`` highest logits, and these logits.
+    """The ``KEPT`` highest logits, and the character of each.
 
     A token in several windows counts with its highest logit, the null position with its lowest.
     """
@@ -259,7 +259,7 @@ def _soft(row: TopLogits, excerpt: _Excerpt, temperature: float) -> SoftLabels:
 
 
 def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _LogitStore, log: RunLog) -> None:
-    """Reports how often the teacher's best start and end are an annotator's. Raises InputError if hardly ever."""
+    """Reports how often the teacher's best start and end are annotated. Raises InputError if they hardly ever are."""
     hits: list[bool] = []
     for excerpt in excerpts:
         feature = excerpt.feature
@@ -274,7 +274,7 @@ def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _Log
     agreement = float(np.mean(hits))
     line = f"the teacher {teacher.name} finds {100 * agreement:.1f} % of {len(hits)} annotated answers exactly"
     if agreement < _LEAST_AGREEMENT:
-        raise InputError(f"{line}: it knows another task or language, and would teach that: give another --teacher")
+        raise InputError(f"{line}: it was trained for another task or language: give another --teacher")
     if agreement < _LOW_AGREEMENT:
         log.warning(line)
     else:
@@ -286,7 +286,7 @@ def _best(positions: IntArray, probabilities: FloatArray) -> int:
 
 
 class _LogitStore:
-    """A teacher's logits by key, in memory and, with a folder, in files of ``_CHUNK`` rows, each written whole or not at all."""
+    """A teacher's logits by key, in memory and, with a folder, in files of ``_CHUNK`` rows, each written atomically."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -298,7 +298,7 @@ class _LogitStore:
                 with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
                     rows = {name: archive[name] for name in _FIELDS}
                     self._keep([key.tobytes() for key in archive["keys"]], rows)
-            except Exception:  # noqa: S112 - on a damaged file numpy and zipfile raise anything: its rows are computed again
+            except Exception:  # noqa: S112 - a damaged file can raise any error; its rows are computed again
                 continue
 
     def __contains__(self, key: bytes) -> bool:
@@ -309,7 +309,7 @@ class _LogitStore:
         return {name: values[number] for name, values in rows.items()}
 
     def add(self, keys: Sequence[bytes], rows: TopLogits) -> None:
-        """Keeps rows under their keys."""
+        """Stores rows under their keys."""
         self._keep(keys, rows)
         if self._folder is None:
             return
@@ -325,17 +325,17 @@ class _LogitStore:
 
 
 def keep_layers(model: Any, count: int) -> Any:
-    """The model with ``count`` of its layers, evenly chosen, the first and the last among them.
+    """Keeps ``count`` evenly spaced layers of a model, including the first and the last, and removes the others.
 
     Args:
-        model: A transformers model whose layers are one list, as BERT's are.
+        model: A transformers model whose layers are in one list, as in BERT.
         count: How many layers to keep.
 
     Returns:
         The same model, with its configuration changed.
 
     Raises:
-        InputError: It has fewer layers, or it is not clear which modules they are.
+        InputError: The model has fewer layers, or they are not in one list.
     """
     names = ("num_hidden_layers", "n_layers", "num_layers")
     name = next((n for n in names if isinstance(getattr(model.config, n, None), int)), None)

@@ -1,4 +1,4 @@
-"""Several processes of one run (``torchrun``): which one prints and writes, and one message for one error.
+"""Training in several processes (``torchrun``): which of them prints and writes, and a single message for an error.
 
 With a single process nothing here has an effect. Process 0 is the first: only it prints and writes, except for the random
 state that each process adds to a save.
@@ -31,12 +31,12 @@ def is_first() -> bool:
 
 
 def local_rank() -> int:
-    """The number of this process among those of its machine."""
+    """The index of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def windows_per_process(batch_size: int) -> int:
-    """The windows of a batch for each process. Raises InputError if ``batch_size`` cannot be shared evenly."""
+    """The windows of each process in a batch. Raises InputError if ``batch_size`` cannot be shared evenly."""
     if batch_size % count():
         low = batch_size // count() * count()
         choices = " or ".join(str(n) for n in (low, low + count()) if n)
@@ -50,11 +50,11 @@ def windows_per_process(batch_size: int) -> int:
 def together(on_cpu: bool = False) -> Iterator[None]:
     """Joins the processes during the block. If several fail, one raises and the others exit silently.
 
-    The first process to fail raises its error. The others, which failed in the same way or because a neighbour is gone, raise
-    SystemExit with the exit code of their error.
+    The first process to fail raises its error. The others, which failed in the same way or because another process
+    ended, raise SystemExit with the exit code of their error.
 
     Args:
-        on_cpu: Compute on the CPU even if there are GPUs; otherwise each process takes one.
+        on_cpu: Compute on the CPU even if there are GPUs; otherwise each process uses one GPU.
     """
     if count() == 1:
         yield
@@ -74,15 +74,15 @@ def together(on_cpu: bool = False) -> Iterator[None]:
 
 
 def _is_first_to_fail() -> bool:
-    """Each process that fails asks once. The store belongs to torchrun, so it outlives all of them."""
+    """Called once by each process that fails. The store belongs to torchrun, so it outlives all of them."""
     try:
         return bool(dist.distributed_c10d._get_default_store().add("qadeploy/errors", 1) == 1)
-    except (RuntimeError, ValueError):  # torchrun is gone, or nothing was joined yet
+    except (RuntimeError, ValueError):  # torchrun has ended, or the processes have not joined yet
         return is_first()
 
 
 def _is_lost_neighbour(error: Exception) -> bool:
-    # PyTorch has no type for it, only its text.
+    # PyTorch raises no specific type, only these texts.
     signs = ("connection closed by peer", "connection reset", "broken pipe", "nccl", "gloo")
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
 
@@ -98,6 +98,6 @@ def from_first(make: Callable[[], _Value]) -> _Value:
 
 
 def wait() -> None:
-    """Returns once every process has got here."""
+    """Waits until every process has called it."""
     if count() > 1:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Whether ``export`` can take a model: known from its kind, before it is trained for hours."""
+"""Whether ``export`` can export a model, known from its kind before hours of training."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}  # what a bundle giv
 
 @dataclass(frozen=True, slots=True)
 class Exportable:
-    """Whether ``export`` can take a kind of model.
+    """Whether ``export`` can export a kind of model.
 
     Attributes:
         possible: None if only ``export`` itself can find out.
-        why: Why not, or why that is not known.
+        why: Why it is not possible, or why that is not known.
     """
 
     possible: bool | None
@@ -35,10 +35,10 @@ def exporters(wanted: str = "auto") -> tuple[str, ...]:
     """The exporters to try, in order: optimum, torch, or both.
 
     Args:
-        wanted: The name of one, or auto: optimum if optimum-onnx is installed, then PyTorch's own for what optimum cannot take.
+        wanted: An exporter's name, or auto: optimum if optimum-onnx is installed, then PyTorch's own if optimum fails.
 
     Raises:
-        MissingExtraError: None is installed.
+        MissingExtraError: None of them is installed.
     """
     installed = tuple(name for name, module in _MODULES.items() if wanted in ("auto", name) and _has(module))
     if not installed and wanted == "optimum":
@@ -51,16 +51,16 @@ def exporters(wanted: str = "auto") -> tuple[str, ...]:
 def _has(module: str) -> bool:
     try:
         import_module(module)
-    except ImportError:  # also of another package in a release that it does not work with
+    except ImportError:  # also raised by a release that does not work with another package
         return False
     return True
 
 
 def exportable(config: Any) -> Exportable:
-    """Looks up whether ``export`` can take a kind of model, by the exporters that are installed.
+    """Looks up whether the installed exporters can export a kind of model.
 
     Args:
-        config: The model's configuration, as transformers has it.
+        config: The model's transformers configuration.
     """
     if config.model_type in TESTED:
         return Exportable(True)
@@ -76,17 +76,17 @@ def exportable(config: Any) -> Exportable:
 
 
 def exportable_by(exporter: str, config: Any) -> Exportable:
-    """Looks up whether an exporter, optimum or torch, can take a kind of model.
+    """Looks up whether an exporter, optimum or torch, can export a kind of model.
 
-    optimum is asked about kinds that are not tested. If it does not know a kind either, or PyTorch exports, the answer is open:
-    ``export`` then tries, and parity decides.
+    Kinds that are not tested are looked up in optimum. If optimum does not know the kind, or the exporter is torch, the
+    answer is open: ``export`` then tries, and the parity check decides.
     """
     kind = config.model_type
     if kind in TESTED:
         return Exportable(True)
     if exporter == "torch":
         return Exportable(None, f"PyTorch's exporter is not tested on {kind} models")
-    from optimum.exporters.onnx import model_configs  # noqa: F401 - makes them known
+    from optimum.exporters.onnx import model_configs  # noqa: F401 - registers the kinds
     from optimum.exporters.tasks import TasksManager
 
     try:
@@ -98,6 +98,6 @@ def exportable_by(exporter: str, config: Any) -> Exportable:
     more = sorted(set(tasks[TASK](config).inputs) - _INPUTS)
     if more:
         return Exportable(
-            False, f"a {kind} model exported by optimum takes {', '.join(more)}, which a bundle does not provide"
+            False, f"a {kind} model exported by optimum needs {', '.join(more)}, which a bundle does not provide"
         )
     return Exportable(True)

@@ -1,12 +1,12 @@
-"""Features kept on disk by what they were made from, so that a second run does not tokenise.
+"""A cache of features on disk, keyed by their inputs, so that a second run on the same data does not tokenise.
 
 An entry holds the windows and labels of a run's train, dev and held-out sets together, so that another split of the same
 questions, or another fold, finds it too. Its name is the SHA-256 of everything that determines its content: the questions,
 contexts and answers, the encoder's ``digest`` (tokenizer, configuration, version), ``max_seq_len``, ``doc_stride``, and the
 code that makes windows, labels and entries, so that changed code never finds an old entry.
 
-On disk it is a numpy archive of flat arrays, read without pickle; the archive's own checksums find damage. A cache is never
-needed: if anything goes wrong with one, a note says so, and the features are made without it.
+On disk it is a numpy archive of flat arrays, read without pickle; the archive's own checksums find damage. The cache is
+optional: if it cannot be read or written, a note says so, and the features are made without it.
 """
 
 from __future__ import annotations
@@ -75,16 +75,16 @@ def cached_features(
     make: MakeFeatures = make_features,
     limit: int = LIMIT_BYTES,
 ) -> CachedFeatures:
-    """The features of each data set, equal to ``make``'s, read from the cache if it has them, else made and kept.
+    """The features of each data set, read from the cache if it has them, otherwise made by ``make`` and stored.
 
     Args:
         data: The data sets.
         encoder: Cuts the windows.
-        settings: Their length and overlap.
-        folder: Where entries are kept; None keeps nothing.
-        note: Gets one line if the cache cannot be read or written.
-        make: Makes the features. What it raises is raised.
-        limit: Bytes that all entries may take; those used least recently are deleted.
+        settings: Gives the length and overlap of windows.
+        folder: Where entries are stored; None stores nothing.
+        note: Called with one line if the cache cannot be read or written.
+        make: Makes the features. Its errors are passed on.
+        limit: The maximum bytes of all entries; those used least recently are deleted.
     """
     if folder is None:
         return CachedFeatures(tuple(make(d.examples, encoder, settings, d.source) for d in data), found=False)
@@ -96,16 +96,16 @@ def cached_features(
     except (FileNotFoundError, NotADirectoryError):
         pass  # nothing kept yet
     except Exception as error:  # a damaged file makes the readers raise anything
-        note(f"feature cache: {path} cannot be used ({_reason(error)}): features are made anew")
+        note(f"feature cache: {path} cannot be used ({_reason(error)}): features are made again")
     else:
         with suppress(OSError):
-            os.utime(path)  # used last
+            os.utime(path)  # marks it as used last
         return CachedFeatures(tuple(sets), found=True)
     sets = [make(d.examples, encoder, settings, d.source) for d in data]
     try:
         _store(path, {"key": np.asarray(key), **_pack(sets, digests)}, limit)
     except OSError as error:
-        note(f"feature cache: {folder}: {_reason(error)}: features are not kept (--no-cache, or set QADEPLOY_CACHE)")
+        note(f"feature cache: {folder}: {_reason(error)}: features are not stored (--no-cache, or set QADEPLOY_CACHE)")
     return CachedFeatures(tuple(sets), found=False)
 
 
@@ -150,7 +150,7 @@ def _key(digests: dict[Content, bytes], encoder: Encoder, settings: QaSettings) 
 
 @cache
 def _code() -> tuple[str, ...]:
-    """SHA-256 of the modules that determine an entry; if they are not files, the version has to do."""
+    """SHA-256 of the modules that determine an entry; empty if they are not files, so that only the version counts."""
     try:
         return tuple(hash_file(Path(inspect.getfile(what))) for what in (_key, make_features, Encoder, Window))
     except OSError:
@@ -161,7 +161,7 @@ def _code() -> tuple[str, ...]:
 
 
 def _pack(sets: Sequence[FeatureSet], digests: dict[Content, bytes]) -> Arrays:
-    """Every distinct example once, in the order of their digests."""
+    """The arrays of an entry: every distinct example once, in the order of the digests."""
     places: dict[bytes, tuple[FeatureSet, int]] = {}
     for features in sets:
         for number, example in enumerate(features.examples):
@@ -224,7 +224,7 @@ def _unpack(
 
 def _load(path: Path, key: str) -> Arrays:
     """The arrays of an entry. Raises FileNotFoundError if there is none, other errors if it is damaged."""
-    # Member by member: reading one to its end checks its CRC, but numpy stops at the length in the header.
+    # Reading a whole member checks its CRC; numpy would stop at the length in the header and skip the check.
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     arrays = {
@@ -236,12 +236,12 @@ def _load(path: Path, key: str) -> Arrays:
 
 
 def _store(path: Path, arrays: Arrays, limit: int) -> None:
-    """Writes an entry so that nobody ever reads half of one, then deletes what exceeds ``limit``. Raises OSError."""
+    """Writes an entry atomically, then deletes the oldest beyond ``limit`` bytes. Raises OSError."""
     size = sum(array.nbytes for array in arrays.values())
     if size > limit:
         raise OSError(f"they take {size / 2**20:.0f} MiB, and the cache holds at most {limit / 2**20:.0f}")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Each writer has its own file, on whatever machine. It is not flushed to the disk: damage is found on reading.
+    # Each writer, on any machine, has its own file. It is not flushed to the disk: damage is found on reading.
     descriptor, temporary = tempfile.mkstemp(prefix=_PREFIX, suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as stream:
@@ -255,7 +255,7 @@ def _store(path: Path, arrays: Arrays, limit: int) -> None:
 
 
 def _drop_oldest(newest: Path, limit: int) -> None:
-    """Deletes what a killed writer left, and the entries used least recently until all are at most ``limit`` bytes."""
+    """Deletes files left by killed writers, and the least recently used entries beyond ``limit`` bytes in total."""
     entries = []
     for path in newest.parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another process may drop it first

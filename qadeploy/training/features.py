@@ -28,7 +28,7 @@ class Feature:
     Attributes:
         window: The window.
         positions: int64 ``[annotations, 2]``, inclusive token positions of each annotated span that lies whole in the
-            window. A window without one has the single row (null_index, null_index).
+            window. A window without such a span has the single row (null_index, null_index).
     """
 
     window: Window
@@ -71,7 +71,7 @@ def make_features(
     Args:
         examples: The questions.
         encoder: Cuts the windows.
-        settings: Their length and overlap.
+        settings: Gives the length and overlap of windows.
         source: Where the examples come from, for messages.
         before: How many examples of the source precede these.
 
@@ -98,7 +98,7 @@ def make_features(
 
 
 def label(window: Window, spans: Sequence[tuple[int, int]]) -> IntArray:
-    """The positions in the window, ``[spans inside, 2]``, of context token spans, or the null position alone."""
+    """The positions, ``[spans inside, 2]``, of context token spans inside the window, or the null position alone."""
     shift = window.context_begin - window.context_offset
     end = window.context_offset + window.context_length
     inside = [(a + shift, b + shift) for a, b in spans if a >= window.context_offset and b < end]
@@ -110,10 +110,10 @@ def collate_labels(features: Sequence[Feature], length: int) -> dict[str, NDArra
 
     Args:
         features: The windows.
-        length: To how many tokens they are padded.
+        length: The tokens that windows are padded to.
 
     Returns:
-        ``start_positions`` and ``end_positions``, ``[windows, annotations]``, filled up with -100, and ``answer_mask``,
+        ``start_positions`` and ``end_positions``, ``[windows, annotations]``, padded with -100, and ``answer_mask``,
         ``[windows, length]``, true on context tokens and the null position: where an answer may start or end.
     """
     most = max(len(f.positions) for f in features)
@@ -161,7 +161,7 @@ def unpack_features(arrays: Arrays) -> list[Feature]:
 
 
 def borders(items: Sequence[Any]) -> NDArray[Any]:
-    """Where each item begins among the rows of all, and where the last ends."""
+    """The row at which each item begins when all are concatenated, and the row at which the last ends."""
     return np.cumsum([0, *(len(item) for item in items)])
 
 

@@ -1,4 +1,4 @@
-"""K-fold cross-validation: what training reaches on little data, and how much of that is chance.
+"""K-fold cross-validation: the scores that training reaches on little data, and how much they vary by chance.
 
 Whole passages go into folds. K models are trained in turn with the same options, each on K - 1 folds and scored on the fold that
 it has not seen; the dev set that chooses the epoch is carved from the K - 1 folds, as in any run. The model that is kept is then
@@ -33,9 +33,9 @@ def train_with_folds(options: TrainOptions, folds: int, say: Say, *, progress: b
     """Cross-validates, then trains the run on everything.
 
     Args:
-        options: Those of the run.
-        folds: How many folds.
-        say: Gets one line of the report at a time.
+        options: The training options.
+        folds: The number of folds.
+        say: Called with one line of the report at a time.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -50,9 +50,9 @@ def cross_validate(options: TrainOptions, folds: int, say: Say, *, progress: boo
     """Trains and scores one model per fold; none of them is kept. Rows that the data mark as validation are in no fold.
 
     Args:
-        options: Those of the run.
-        folds: How many folds.
-        say: Gets a table with one line per fold, and the warnings of their training.
+        options: The training options.
+        folds: The number of folds.
+        say: Called with the lines of a table, one per fold, and with the warnings of their training.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -61,7 +61,7 @@ def cross_validate(options: TrainOptions, folds: int, say: Say, *, progress: boo
         standard deviation over folds.
 
     Raises:
-        InputError: ``folds`` is below 2, or there are too few passages. What ``train`` raises is raised too.
+        InputError: ``folds`` is below 2, or there are too few passages. Also what ``train`` raises.
     """
     check(options)
     data = read(options.data, options, token=options.token)

@@ -1,14 +1,14 @@
-"""Negatives: questions on texts that do not answer them, so that a model learns to say so.
+"""Negatives: questions on texts that do not answer them, so that a model learns to give no answer.
 
 They are made from the training data itself. Two kinds, both labelled "no answer":
 
-- the question on another passage in which none of its answers occurs: in turns the best by BM25 (Robertson and Zaragoza 2009)
-  and the nearest in the data, which is usually of the same document;
-- the question on its own passage without the sentences that hold its answer. There is none if the answer also occurs
-  elsewhere in the passage, or if too little is left.
+- the question on another passage that contains none of its answers: alternately the best by BM25 (Robertson and
+  Zaragoza 2009) and the nearest in the data, which is usually from the same document;
+- the question on its own passage without the sentences that contain its answer. None is made if the answer also occurs
+  elsewhere in the passage, or if too little text is left.
 
 Training normalises the windows of a question and of its negatives together (Clark and Gardner, "Simple and Effective
-Multi-Paragraph Reading Comprehension", ACL 2018), so ``groups`` says which belong together.
+Multi-Paragraph Reading Comprehension", ACL 2018), so ``groups`` records which examples belong together.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from qadeploy.records import Example
 
 LONGEST = 2_000  # code points of another passage; a longer one is cut
 _SHORTEST = 30  # code points that must be left of a passage without its answer
-_LOOKED_AT = 16  # candidates per negative that is wanted; many hold the answer too
-# A sentence ends at a full stop, question or exclamation mark, closing quotes and brackets included, that no small letter
-# follows, or at a line break.
+_CANDIDATES = 16  # per negative; many contain the answer too
+# A sentence ends at a full stop, question or exclamation mark, with any closing quotes and brackets, that no lower-case
+# letter follows, or at a line break.
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])[\"'”’)\]]*\s+(?![a-zß-ÿ])|(?<=[。！？])|\n+)")
 
 
@@ -35,9 +35,9 @@ class ExamplesWithNegatives:
 
     Attributes:
         examples: The questions as given, then the negatives.
-        groups: ``[examples]``, the number of the question that each belongs to; a question's own number is its index.
+        groups: ``[examples]``, the index of the question that each example belongs to; of a question, its own index.
         on_other_passages: How many negatives are on another passage.
-        answer_removed: How many are on their own passage without its answer.
+        answer_removed: How many negatives are on the question's own passage without the answer.
     """
 
     examples: tuple[Example, ...]
@@ -49,8 +49,8 @@ class ExamplesWithNegatives:
 def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[str] = ()) -> ExamplesWithNegatives:
     """Adds ``count`` negatives to each question that has an answer.
 
-    If ``count`` is 1, every second one is the question's own passage without its answer; if it is more, one per question.
-    The others are other passages, which also stand in for what cannot be made.
+    Every second question (with a ``count`` above 1, every question) gets its own passage without the answer as a
+    negative. The rest are on other passages, which also replace a negative that cannot be made.
 
     Args:
         examples: The questions. Those without an answer get no negatives.
@@ -72,7 +72,7 @@ def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[s
     texts = list(dict.fromkeys((*(e.context for e in examples), *passages)))
     place = {text: number for number, text in enumerate(texts)}
     known = {(e.question, e.context) for e in examples}
-    ranked = _ranked([examples[number].question for number in answered], texts, count * _LOOKED_AT)
+    ranked = _ranked([examples[number].question for number in answered], texts, count * _CANDIDATES)
     made: list[Example] = []
     groups = list(range(len(examples)))
     counts = {"elsewhere": 0, "removed": 0}
@@ -94,7 +94,7 @@ def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[s
 
 
 def without_answer(example: Example) -> str | None:
-    """The context without the sentences that an annotated answer touches; None if that is no negative."""
+    """The context without the sentences that overlap an annotated answer; None if the rest is no negative."""
     borders = [0, *(match.end() for match in _SENTENCE_END.finditer(example.context)), len(example.context)]
     sentences = list(pairwise(borders))
     kept = [(a, b) for a, b in sentences if not any(x.start < b and x.end > a for x in example.answers)]
@@ -103,23 +103,23 @@ def without_answer(example: Example) -> str | None:
 
 
 def holds_answer(example: Example, text: str) -> bool:
-    """Whether one of the answers occurs in ``text`` as whole words, in any case of letters."""
+    """Whether one of the answers occurs in ``text`` as whole words, ignoring case."""
     return any(re.search(rf"(?<!\w){re.escape(a.text)}(?!\w)", text, re.IGNORECASE) for a in example.answers)
 
 
 def _nearest(place: int, count: int) -> list[int]:
-    """The numbers around a passage's, nearest first."""
-    return [i for step in range(1, _LOOKED_AT) for i in (place + step, place - step) if 0 <= i < count]
+    """The indices around ``place``, nearest first."""
+    return [i for step in range(1, _CANDIDATES) for i in (place + step, place - step) if 0 <= i < count]
 
 
 def _in_turns(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """The items of both, one of each at a time, none twice."""
+    """The items of both sequences in turns, without repeats."""
     pairs = zip_longest(first, second)
     return list(dict.fromkeys(i for pair in pairs for i in pair if i is not None))
 
 
 def _elsewhere(example: Example, texts: Iterable[str], known: set[tuple[str, str]]) -> Iterator[str]:
-    """The passages, cut if they are long, that are negatives of a question."""
+    """Yields the passages, cut if they are long, that are negatives of a question."""
     for text in texts:
         if text != example.context and (example.question, text) not in known:
             excerpt = _excerpt(text, example)
@@ -128,7 +128,7 @@ def _elsewhere(example: Example, texts: Iterable[str], known: set[tuple[str, str
 
 
 def _excerpt(text: str, example: Example) -> str | None:
-    """The first excerpt of a passage, cut at white space, that is not too long and holds no answer."""
+    """The first excerpt of a passage, cut at white space, that is not too long and contains no answer."""
     for begin in range(0, len(text), LONGEST):
         excerpt = text[begin : begin + LONGEST]
         if begin + LONGEST < len(text):
@@ -140,15 +140,15 @@ def _excerpt(text: str, example: Example) -> str | None:
 
 
 def _ranked(questions: Sequence[str], texts: Sequence[str], most: int) -> list[list[int]]:
-    """For each question, the numbers of the texts that share a word with it, best first by BM25."""
+    """For each question, the indices of the texts that share a word with it, best first by BM25."""
     try:
         import bm25s
     except ImportError as error:
         raise MissingExtraError("training with negatives", "bm25s", "train") from error
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)
-    asked = bm25s.tokenize(list(questions), stopwords="en", show_progress=False)
-    numbers, scores = index.retrieve(asked, k=min(most, len(texts)), show_progress=False)
+    queries = bm25s.tokenize(list(questions), stopwords="en", show_progress=False)
+    numbers, scores = index.retrieve(queries, k=min(most, len(texts)), show_progress=False)
     return [
         [int(i) for i, s in zip(row, values, strict=True) if s > 0] for row, values in zip(numbers, scores, strict=True)
     ]

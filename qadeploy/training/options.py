@@ -19,10 +19,10 @@ class TrainOptions(DataOptions):
     """Everything that a run depends on. None means: chosen from the data, and recorded in ``run.json``.
 
     ``dev_data`` chooses the epoch and the settings instead of ``dev_fraction`` of the training questions.
-    ``max_train_samples`` and ``max_eval_samples`` keep the first questions, in file order, of the training set (after the dev
-    set was carved) and of the dev and held-out sets. ``batch_size`` counts the windows of all processes; a step has
-    ``gradient_accumulation_steps`` batches. ``max_answer_len`` and ``null_score_diff_threshold`` replace what would be chosen
-    on the dev set. ``token`` is recorded nowhere.
+    ``max_train_samples`` and ``max_eval_samples`` keep the first questions, in file order, of the training set (after
+    the dev set was carved) and of the dev and held-out sets. ``batch_size`` counts the windows of all processes; a step
+    has ``gradient_accumulation_steps`` batches. ``max_answer_len`` and ``null_score_diff_threshold`` replace the values
+    chosen on the dev set. ``token`` is recorded nowhere.
     """
 
     data: str | tuple[str, ...] = option(
@@ -40,7 +40,7 @@ class TrainOptions(DataOptions):
     out: str = option("runs/handbook", "Run folder.", shown="runs/NAME after the data", also=("--output-dir",))
     eval_data: str | None = option(
         None,
-        "Held-out data, only reported on.",
+        "Held-out data, used only to report scores.",
         shown="the data's own validation split",
         also=("--validation-file",),
     )
@@ -49,10 +49,10 @@ class TrainOptions(DataOptions):
     )
     dev_fraction: float = option(0.1, "Share of the training questions that chooses the epoch.")
     max_train_samples: int | None = option(
-        None, "Train on the first N questions of the training set only.", least=1, shown="all"
+        None, "Train only on the first N questions of the training set.", least=1, shown="all"
     )
     max_eval_samples: int | None = option(
-        None, "Score the first N questions of the dev and held-out sets only.", least=1, shown="all"
+        None, "Score only the first N questions of the dev and held-out sets.", least=1, shown="all"
     )
     epochs: int | None = option(None, "Epochs at most.", least=1, shown="3", also=("--num-train-epochs",))
     learning_rate: float | None = option(
@@ -67,11 +67,11 @@ class TrainOptions(DataOptions):
     )
     batch_tokens: int | None = option(
         None,
-        "Tokens per forward pass at most, padding included: many short windows or few long ones; --batch-size bounds them.",
+        "Maximum tokens per forward pass, padding included: many short windows or few long ones; --batch-size limits the windows.",
         least=1,
     )
     gradient_accumulation_steps: int = option(
-        1, "Batches per step: the effect of a batch that many times as large, in the memory of one.", least=1
+        1, "Batches per optimiser step: like one batch that is N times as large, in the memory of one.", least=1
     )
     gradient_checkpointing: bool = option(False, "Save memory: recompute activations in the backward pass.")
     weight_decay: float = option(0.01, "AdamW's weight decay.", least=0)
@@ -84,13 +84,13 @@ class TrainOptions(DataOptions):
     doc_stride: int | None = option(None, "Overlap of neighbouring windows in tokens.", least=0, shown="the base's")
     long_seq_len: int | None = option(
         None,
-        "Longest window, in tokens, of a context that does not fit in one of max_seq_len.",
+        "Longest window, in tokens, for a context that does not fit in one window of max_seq_len.",
         least=16,
         shown="the base's, or max_seq_len if that is given",
     )
     bm25_weight: float | None = option(
         None,
-        "How much it counts, where windows or passages compete, that a window shares words with the question.",
+        "Weight of a window's BM25 score (words shared with the question) when windows or passages compete.",
         least=0,
         shown="the base's",
     )
@@ -115,7 +115,7 @@ class TrainOptions(DataOptions):
     )
     negatives: int | None = option(
         None,
-        "Per question, this many texts that do not answer it, so that the model learns to say so.",
+        "Texts without the answer to add per question, so that the model learns to give no answer.",
         least=0,
         most=100,
         shown="1 below 5,000 questions that all have an answer, else 0",
@@ -132,14 +132,14 @@ class TrainOptions(DataOptions):
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto",
-        "Precision of the arithmetic; auto is bf16 if the hardware multiplies it natively, else fp32. fp16 needs a GPU.",
+        "Precision of the arithmetic; auto is bf16 if the hardware supports it natively, else fp32. fp16 needs a GPU.",
     )
-    torch_compile: bool = option(False, "Compile the model (torch.compile): the first steps take long.")
+    torch_compile: bool = option(False, "Compile the model (torch.compile): the first steps are slow.")
     device: str = options.device()
     report_to: Literal["none", "tensorboard", "mlflow", "wandb"] = option(
         "none",
-        "Also send the figures of each epoch to a tracker. tensorboard writes to the run folder; mlflow and wandb go by their "
-        "environment variables. Each is an extra.",
+        "Also send the figures of each epoch to a tracker. tensorboard writes to the run folder; mlflow and wandb read their "
+        "environment variables. Each needs its extra.",
     )
     save_steps: int | None = option(None, "Also save every N steps.", least=1, shown="each epoch only")
     cache: bool = options.keep("the windows for the next run on the same data")

@@ -1,4 +1,4 @@
-"""Where a run and a bundle come from: the base model and the versions of what made them."""
+"""The provenance of a run and a bundle: the base model and the versions of the software that made them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qadeploy.training.checkpoint import Checkpoint
 
 
 def versions_of(names: Iterable[str], *, missing: str) -> dict[str, str]:
-    """The versions of Python and of the packages; ``missing`` for one that is not installed as a package."""
+    """The versions of Python and of the packages; ``missing`` for a name that is not installed as a package."""
     found = {"python": platform.python_version()}
     for name in names:
         try:
@@ -30,7 +30,7 @@ def versions_of(names: Iterable[str], *, missing: str) -> dict[str, str]:
 def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The base's name, the SHA-256 of its weights, its commit on the hub and its licence; None if not known."""
     weights = Path(checkpoint.name) / "model.safetensors"
-    commit = getattr(checkpoint.model.config, "_commit_hash", None)  # whatever branch or tag was asked for
+    commit = getattr(checkpoint.model.config, "_commit_hash", None)  # whatever branch or tag was requested
     return {
         "name": base_name(checkpoint.name),
         "sha256": hash_file(weights) if weights.is_file() else None,

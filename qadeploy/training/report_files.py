@@ -53,7 +53,7 @@ def write_report_files(
     for name, write in files.items():
         try:
             write(folder / name)
-        except Exception as error:  # whatever it is: hours of training weigh more than a picture
+        except Exception as error:  # of any kind: hours of training must not be lost for a picture
             place = traceback.extract_tb(error.__traceback__)[-1]
             log.warning(
                 f"{name} cannot be made, the run is complete without it: {type(error).__name__}: {error} "
@@ -62,7 +62,7 @@ def write_report_files(
 
 
 def shipped_base() -> str | None:
-    """The name of the base model that ships, None if it is not there."""
+    """The name of the base model that ships with qadeploy, or None if it is not installed."""
     with suppress(CheckpointError):
         return base_model_path().name
     return None

@@ -1,7 +1,7 @@
-"""Interrupted runs: where an unfinished run is, and how it is resumed.
+"""Interrupted runs: how an unfinished run is found and resumed.
 
 An unfinished run is a folder whose ``run.json`` says ``"status": "running"``: the run folder itself, or ``NAME.unfinished``
-beside it if a finished run is there until the new one replaces it.
+beside it if the run folder still holds a finished run, which the new one will replace.
 
     run.json      the record: options, data hash, base; "complete" only when everything else is written
     checkpoints/  the saves (training/saves.py)
@@ -44,13 +44,13 @@ _MAY_DIFFER = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class OpenRun:
-    """A run folder that is held for a run.
+    """A run folder that is locked for a run.
 
     Attributes:
-        folder: Where it is written.
+        folder: Where the run is written.
         record: The content of its ``run.json``.
-        saved: The save to continue from; None starts at the beginning.
-        finished: Nothing is left to do.
+        saved: The save to continue from, or None to start at the beginning.
+        finished: Whether nothing is left to do.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class OpenRun:
 
 
 def find_unfinished(out: Path) -> Path | None:
-    """The folder of the unfinished run for ``out``, None if there is none."""
+    """The folder of the unfinished run for ``out``, or None if there is none."""
     if read_status(out) == "running":
         return out
     beside = out.with_name(out.name + UNFINISHED)
@@ -82,7 +82,7 @@ def recorded_options(out: Path) -> dict[str, Any]:
     try:
         options: dict[str, Any] = _read((find_unfinished(out) or out) / RUN_FILE)["options"]
     except (OSError, CheckpointError):
-        return {}  # opening the run says what is wrong
+        return {}  # open_run reports what is wrong
     options.pop("out", None)
     with suppress(CheckpointError):
         if options.get("base") == base_model_path().name and not Path(options["base"]).exists():
@@ -92,7 +92,7 @@ def recorded_options(out: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_run(out: Path, record: Mapping[str, Any], resume: bool, log: RunLog) -> Iterator[OpenRun]:
-    """Holds the run's folder during the block; the first process makes or finds it.
+    """Locks the run's folder during the block; the first process creates or finds it.
 
     After a failure the folder stays if there is a complete save to resume from; otherwise it is removed.
 
@@ -120,9 +120,9 @@ def open_run(out: Path, record: Mapping[str, Any], resume: bool, log: RunLog) ->
 
 
 def finish(opened: OpenRun, out: Path, checkpoint_files: list[str]) -> None:
-    """Marks a run complete and moves it to ``out``. A kill at any point loses nothing. ``checkpoint_files`` are those of the result.
+    """Marks a run complete, with the ``checkpoint_files`` of its result, and moves it to ``out``. A kill loses nothing.
 
-    Raises InputError if something that is no run was put into ``out`` since the beginning; the run then stays beside it.
+    Raises InputError if something other than a run was put into ``out`` since the start; the run then stays beside it.
     """
     sync_folder(opened.folder)
     record = {**opened.record, CHECKPOINT_FILES: checkpoint_files, "status": "complete"}
@@ -141,7 +141,7 @@ def _begin(out: Path, record: dict[str, Any], resume: bool, log: RunLog) -> tupl
         if read_status(out) == "complete":
             found = out
         else:
-            log.say(f"{out}: holds no run to resume, so this one starts at its beginning")
+            log.say(f"{out}: holds no run to resume, so training starts from the beginning")
     if found is None:
         folder = out if read_status(out) is None else out.with_name(out.name + UNFINISHED)
         _create(folder, record)
@@ -158,7 +158,7 @@ def _create(folder: Path, record: dict[str, Any]) -> None:
     try:
         with temporary_folder(folder) as fresh:
             write_json(fresh / RUN_FILE, record)
-            os.replace(fresh, folder)  # with its record in it, so that what a kill leaves can be recognised
+            os.replace(fresh, folder)  # record included, so that a killed run's folder can be recognised
     except OSError as error:
         if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
             raise InputError(f"{folder}: another command has just begun a run in it: give another --out") from error
@@ -170,9 +170,9 @@ def _resume(out: Path, folder: Path, record: dict[str, Any], log: RunLog) -> Ope
     differing = find_differences(old, record)
     if differing:
         raise InputError(
-            f"{folder}: the run cannot be resumed, because it was started with something else:\n  "
+            f"{folder}: the run cannot be resumed, because it was started differently:\n  "
             + "\n  ".join(differing)
-            + "\nGive what it was started with (--resume takes the options that you do not give from the run), "
+            + "\nGive the original values (--resume takes the options that you leave out from the run), "
             "or remove the folder to start over"
         )
     check_replaceable(folder)
@@ -183,7 +183,7 @@ def _resume(out: Path, folder: Path, record: dict[str, Any], log: RunLog) -> Ope
     changed = {n: (versions.get(n), v) for n, v in record["versions"].items() if versions.get(n) != v}
     if changed:
         named = ", ".join(f"{name} {a} is now {b}" for name, (a, b) in changed.items())
-        log.warning(f"{named}: the resumed run may differ in its last digits from one without a break")
+        log.warning(f"{named}: the resumed run may differ in its last digits from an uninterrupted one")
     was, now = (r.get("machine", {}).get("device") for r in (old, record))
     if was and was != now:
         log.warning(f"the run began on {was} and continues on {now}, so its last digits may differ")
@@ -217,7 +217,7 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
         ("held-out data", "eval_data_sha256", "eval_data"),
     ):
         if old.get(key) != new.get(key):
-            lines.append(f"the {what} of {_named(before.get(name))} are not those of {_named(after[name])} now")
+            lines.append(f"the {what} changed: {_named(before.get(name))} then, {_named(after[name])} now")
     base_before, base_after = old.get("base", {}), new["base"]
     same = "sha256" if base_before.get("sha256") and base_after["sha256"] else "name"
     if base_before.get(same) != base_after[same]:
@@ -241,7 +241,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _lock(folder: Path) -> int:
-    """Locks the folder until the descriptor is closed or the process ends. Raises InputError if another holds it."""
+    """Locks the folder until the descriptor is closed or the process ends. Raises InputError if it is locked."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         lock(descriptor)
@@ -258,19 +258,19 @@ def _publish(folder: Path, out: Path) -> None:
     remove_all(folder / SAVES)
     sweep(folder)
     if folder != out:
-        check_replaceable(out)  # whatever has been put there meanwhile
+        check_replaceable(out)  # something may have been put there meanwhile
         replace_folder(folder, out)
 
 
 def _leave(folder: Path, out: Path, log: RunLog) -> None:
-    """After a failure: keeps the run if it can be resumed, and says so; else removes it."""
+    """After a failure: keeps the run if it can be resumed, and says so; otherwise removes it."""
     if read_status(folder) != "running":
         return  # it is complete, whatever failed afterwards
     saved = newest_complete(folder / SAVES)
     if saved is None:
         remove_unfinished(folder)
         if folder.exists():
-            log.say(f"{folder}: files that are not of this run are kept")
+            log.say(f"{folder}: files that do not belong to this run are kept")
         return
     log.say(
         f"{folder}: the unfinished run is kept; its last complete checkpoint is {saved.folder.name}: "

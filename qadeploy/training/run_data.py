@@ -19,10 +19,10 @@ class RunData:
 
     Attributes:
         found: All questions of ``--data``.
-        check: What the check of their rows found; None if they were not checked.
+        check: The result of the row check, or None if the rows were not checked.
         train: The training set.
         dev: The dev set.
-        held_out: The held-out set, None without one.
+        held_out: The held-out set, or None if there is none.
     """
 
     found: DataSet
@@ -38,10 +38,10 @@ def split_data(
     """Splits the questions of ``--data``, and reads the data sets that other options name.
 
     Args:
-        options: Those of the run.
+        options: The training options.
         found: The questions of ``--data``.
-        check: What the check of their rows found.
-        held_out: The held-out set, instead of what the data and the options say.
+        check: The result of the row check.
+        held_out: The held-out set; replaces the one given by the data and the options.
 
     Raises:
         InputError: Nothing is left to train on, or all questions are on one passage.

@@ -1,6 +1,6 @@
-"""The log of a run: ``train`` passes values, and the lines of its steps are worded here.
+"""The log of a run: ``train`` passes values, and this module words the lines.
 
-Warnings have a call of their own, so that no code needs to search the lines for them.
+Warnings have their own method, so that no code needs to search the lines for them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class RunLog:
     """Where a run reports to.
 
     Attributes:
-        say: Gets one line at a time.
-        warn: Gets the text of each warning. By default ``say`` gets it, after "WARNING: ".
+        say: Called with one line at a time.
+        warn: Called with the text of each warning. By default it goes to ``say``, after "WARNING: ".
     """
 
     say: Say
@@ -53,7 +53,7 @@ class RunLog:
         self.say(f"{_INDENT}{text}")
 
     def warning(self, text: str) -> None:
-        """What the user should know, though the run continues."""
+        """A warning; the run continues."""
         if self.warn:
             self.warn(text)
         else:
@@ -78,7 +78,7 @@ class RunLog:
         self.detail(f"e.g. {_clip(example.question)} -> {_clip(_gold(example))}")
 
     def splits(self, data: RunData, options: TrainOptions) -> None:
-        """Step 2: which questions are for what."""
+        """Step 2: how the questions are split."""
         origin = f"of {options.dev_data}" if options.dev_data else "carved by passage"
         held_out = f", held out {len(data.held_out.examples)} (only reported)" if data.held_out else ""
         self.step(
@@ -91,7 +91,7 @@ class RunLog:
         self.detail(f"e.g. {where} of {len(example.context)}")
 
     def negatives(self, name: str, made: ExamplesWithNegatives) -> None:
-        """What was made for a set of questions, if anything."""
+        """How many negatives were made for a set of questions, if any."""
         if made.on_other_passages or made.answer_removed:
             self.detail(
                 f"{name} negatives: {made.on_other_passages} on other passages, {made.answer_removed} on their own "
@@ -99,13 +99,13 @@ class RunLog:
             )
 
     def leaks(self, data: RunData) -> None:
-        """Warns of passages that training has seen and scores are reported on."""
+        """Warns of dev and held-out passages that are also in the training data."""
         seen = {e.context for e in data.train.examples}
         for name, scored in (("dev", data.dev), ("held-out", data.held_out)):
             contexts = {e.context for e in scored.examples} if scored else set()
             if contexts & seen:
                 self.warning(
-                    f"{len(contexts & seen)} {name} passages are also in the training data: their scores flatter"
+                    f"{len(contexts & seen)} {name} passages are also in the training data, so their scores are too high"
                 )
             seen |= contexts
 
@@ -118,10 +118,10 @@ class RunLog:
         )
 
     def masked_windows(self, count: int, *, taught: bool) -> None:
-        """How many windows to train on have no usable label, if any."""
+        """How many training windows have no usable label, if any."""
         if count:
             what = "only the teacher labels them" if taught else "they are left out of training"
-            self.detail(f"{count} train windows hold an answer's text where nobody annotated it: {what}")
+            self.detail(f"{count} train windows contain an answer's text that is not annotated: {what}")
 
     def unknown_tokens(self, share: float) -> None:
         """Warns if the tokenizer does not know many of the tokens."""
@@ -158,7 +158,7 @@ class RunLog:
         )
         if questions < FEW_EXAMPLES:
             self.detail(
-                f"few examples ({questions}): a low learning rate unless you give one, and training stops after "
+                f"few examples ({questions}): the learning rate is low unless you set it, and training stops after "
                 f"{plural(options.patience, 'epoch')} without a better dev F1"
             )
         length = len(trainer.train_dataset[0].feature.window)
@@ -178,7 +178,7 @@ class RunLog:
         threshold_given: bool = False,
         tuned: bool = True,
     ) -> None:
-        """What the temperature and the null threshold bring on a set of questions."""
+        """The effect of the temperature and the null threshold on a set of questions."""
         calibration, no_answer = report.calibration, report.no_answer
         line = (
             f"{name}: temperature {settings.temperature:.3f}: calibration error (ECE) "

@@ -31,7 +31,7 @@ CHECKPOINT_FILES = "checkpoint_files"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A checkpoint folder, and the record of the run that made it; None for any other checkpoint."""
+    """A checkpoint folder, and the record of the run that made it (None if it is not from a run)."""
 
     name: str
     checkpoint: Path
@@ -42,13 +42,13 @@ def find_run(path: str | Path | None) -> Run:
     """Finds a run folder, a checkpoint folder, or with None the newest finished run under ``runs/``.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such folder or no finished run.
         CheckpointError: The run is not finished.
     """
     if path is None:
         runs = Path("runs")
         found = [p for p in runs.iterdir() if (p / RUN_FILE).is_file()] if runs.is_dir() else []
-        found = [p for p in found if not p.name.startswith(".")]  # what a killed command left
+        found = [p for p in found if not p.name.startswith(".")]  # left by a killed command
         unfinished = [p for p in found if read_status(p) == "running"]
         found = [p for p in found if p not in unfinished]
         if not found:
@@ -88,9 +88,9 @@ def read_status(folder: Path) -> str | None:
 
 
 def check_replaceable(out: Path) -> None:
-    """Raises InputError if ``out`` is anything but a free place, an empty folder, or a run and nothing else."""
+    """Raises InputError unless ``out`` does not exist, is an empty folder, or holds a run and nothing else."""
     if not out.name or out.is_symlink():
-        raise InputError(f"{out}: a run needs a folder of its own, not a link: give --out a name")
+        raise InputError(f"{out}: a run needs its own folder, not a link: give --out a name")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     ours = out.is_dir() and read_status(out) in {"complete", "running"}
@@ -104,7 +104,7 @@ def check_replaceable(out: Path) -> None:
 
 
 def foreign_in(folder: Path) -> list[str]:
-    """What lies in a run folder and is not of the run, by its path in it."""
+    """The files in a run folder that do not belong to the run, by their paths in it."""
     found = sorted(p.name for p in folder.iterdir() if p.name not in _PARTS and not is_temporary(p.name))
     own = _read_json(folder / RUN_FILE).get(CHECKPOINT_FILES)
     checkpoint = folder / "checkpoint"
@@ -152,7 +152,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """Questions to judge a run by: where they come from, and whether they are the dev set carved from that source."""
+    """Questions to evaluate a run on: their source, and whether they are the dev set carved from that source."""
 
     source: str
     examples: tuple[Example, ...]
@@ -160,15 +160,15 @@ class HeldOut:
 
     @property
     def name(self) -> str:
-        """The source as people read it."""
+        """The source, as it is shown to users."""
         return f"{self.source} (dev set)" if self.dev_set else self.source
 
 
 def held_out(run: Run, eval_data: str | None, reading: DataOptions | None = None) -> HeldOut:
-    """The examples to judge a run by, never those that it trained on.
+    """The examples to evaluate a run on, never those that it trained on.
 
-    They are ``eval_data`` if given, else the run's own evaluation data, the fixed validation split of its data, or its dev set,
-    carved again from the same data with the same seed.
+    They are the first of these that exists: ``eval_data``, the run's own evaluation data, the fixed validation split of
+    its data, or its dev set, carved again from the same data with the same seed.
 
     Args:
         run: The run.
@@ -194,7 +194,7 @@ def held_out(run: Run, eval_data: str | None, reading: DataOptions | None = None
         raise InputError(f"the run's data cannot be read: {error}\nGive --eval-data FILE") from error
     if given == options["data"] and hash_examples(data.examples) != run.record["data_sha256"]:
         raise InputError(
-            f"{source}: is not what the run was trained on (its content changed), so what it held out is "
+            f"{source}: is not what the run was trained on (its content changed), so its held-out questions are "
             "no longer known: give --eval-data FILE, or train again"
         )
     validation = data.part("validation")
@@ -208,7 +208,7 @@ def held_out(run: Run, eval_data: str | None, reading: DataOptions | None = None
 
 
 def known_examples(checkpoint: Path) -> tuple[Example, ...]:
-    """The run's data without a fixed validation split: what it learned from or chose by. Empty if not available."""
+    """The run's data without the fixed validation split: what it trained on or chose by. Empty if not available."""
     try:
         run = find_run(checkpoint)
         if run.record is None:
@@ -235,6 +235,6 @@ def dev_set(run: Run) -> tuple[Example, ...]:
         examples = data.examples[:most]
         return examples if hash_examples(examples) == run.record["dev_data_sha256"] else ()
     if hash_examples(data.examples) != run.record["data_sha256"]:
-        return ()  # carved anew, it would hold questions that the run trained on
+        return ()  # carved again, it would contain questions that the run trained on
     rest = tuple(e for e in data.examples if e.split != "validation")
     return carve_by_passage(rest, options["dev_fraction"], options["seed"])[1][:most]

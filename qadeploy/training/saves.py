@@ -1,7 +1,7 @@
 """The saves of a run, ``checkpoint-STEP`` as the Trainer writes them: which are complete, which may be removed.
 
-A save is complete once it has a ``complete.json``, which is written after all else is on the disk and holds the size of every
-file. So what a kill or a full disk leaves of a save is never taken for a whole one.
+A save is complete once it has a ``complete.json``, which is written after all other files are on the disk and holds
+their sizes. So a save that was cut short by a kill or a full disk is never taken for a complete one.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ SAVES = "checkpoints"
 MARKER = "complete.json"
 _PREFIX = "checkpoint-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# safetensors (by the names of Rust's io::ErrorKind) and torch.save say only in words what errno says in numbers.
+# safetensors (by the names of Rust's io::ErrorKind) and torch.save give the reason only as text, not as an errno.
 _FULL_SIGNS = ("StorageFull", "QuotaExceeded", "FileTooLarge", "No space left", "File too large")
-# What transformers writes into a save or a checkpoint, and TensorBoard into its folder, for those that do not list their files.
+# The files that transformers and TensorBoard write into their folders; used if a folder has no list of its files.
 _USUAL = re.compile(
     r"(model|pytorch_model|tokenizer|optimizer|scheduler|scaler|rng_state|training_args|spm|spiece|sentencepiece)[\w.-]*"
     r"\.(safetensors|bin|pt|pth|model|index\.json)"
     r"|(config|generation_config|qadeploy|special_tokens_map|added_tokens|tokenizer|tokenizer_config|vocab|trainer_state)\.json"
     r"|(vocab|merges)\.txt|[\w.-]+\.py|events\.out\.tfevents\.[\w.-]+"
 )
-_SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")  # which it renames at the end
+_SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")  # safetensors renames it at the end
 _TORCH_SAVE_SIGNS = ("PytorchStreamWriter", "unexpected pos")
 
 
@@ -59,7 +59,7 @@ def find_flaw(folder: Path) -> str | None:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes, _ = dict(marker["files"]), marker["progress"]["best_step"]
     except FileNotFoundError:
-        return f"it has no {MARKER}, so it was not written to its end"
+        return f"it has no {MARKER}, so it was not written completely"
     except (ValueError, KeyError, TypeError):
         return f"its {MARKER} is damaged"
     for name, size in sizes.items():
@@ -72,9 +72,9 @@ def find_flaw(folder: Path) -> str | None:
 
 
 def newest_complete(saves: Path, warn: Callable[[str], object] | None = None) -> Save | None:
-    """The complete save of the highest step, None if there is none. ``warn`` gets a line for each that is skipped.
+    """The complete save of the highest step, or None. ``warn`` is called with a line for each save that is skipped.
 
-    A save is useless without that of the best epoch before it, which may become the result.
+    A save is useless without the save of the best epoch before it, which may become the result.
     """
     steps = {_step(p): p for p in saves.glob(f"{_PREFIX}*") if _step(p) >= 0}
     for step in sorted(steps, reverse=True):
@@ -107,13 +107,13 @@ def prune(saves: Path, newest: int, best: int | None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes the files of a save, its marker first, so that what a kill leaves of it is not taken for a whole one.
+    """Removes the files of a save, its marker first, so that an interrupted removal leaves no save that looks complete.
 
-    Foreign files stay, and so does then their folder.
+    Foreign files stay, and then their folder stays too.
     """
     foreign = set(foreign_files(folder))
     (folder / MARKER).unlink(missing_ok=True)
-    for path in sorted(folder.rglob("*"), reverse=True):  # what a folder holds, and then itself
+    for path in sorted(folder.rglob("*"), reverse=True):  # a folder's contents before the folder
         with suppress(OSError):
             if path.is_dir() and not path.is_symlink():
                 path.rmdir()
@@ -124,7 +124,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_all(saves: Path) -> None:
-    """Removes all saves, and the folder that they are in if it then holds nothing."""
+    """Removes all saves, and their common folder if it is then empty."""
     remove_after(saves, -1)
     with suppress(OSError):
         saves.rmdir()
@@ -137,7 +137,7 @@ def files_in(folder: Path) -> list[str]:
 
 
 def foreign_files(folder: Path) -> list[str]:
-    """The files of a save or checkpoint that are not its own, by their paths in it."""
+    """The files in a save's or checkpoint's folder that do not belong to it, by their paths in it."""
     try:
         own = {MARKER, *json.loads((folder / MARKER).read_text(encoding="utf-8"))["files"]}
     except (OSError, ValueError, KeyError, TypeError):  # no marker, or a damaged one
@@ -152,7 +152,7 @@ def _is_left_behind(name: str) -> bool:
 
 
 def foreign_beside(saves: Path) -> list[str]:
-    """The files in the folder of the saves that belong to none, by their paths in it."""
+    """The files in the folder of all saves that belong to none of them, by their paths in it."""
     found = []
     for path in saves.iterdir() if saves.is_dir() else ():
         inside = path.is_dir() and not path.is_symlink()
@@ -171,13 +171,13 @@ def _step(folder: Path) -> int:
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Raises FailureError if writing fails in the block, and says whether the disk is full."""
-    from safetensors import SafetensorError  # commands that read runs do without it
+    from safetensors import SafetensorError  # not needed by commands that only read runs
 
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        by_torch = any(sign in text for sign in _TORCH_SAVE_SIGNS)  # it does not say why
+        by_torch = any(sign in text for sign in _TORCH_SAVE_SIGNS)  # torch.save does not say why
         if isinstance(error, RuntimeError) and not by_torch:
             raise  # writing did not fail
         full = getattr(error, "errno", None) in _FULL or any(sign in text for sign in _FULL_SIGNS)

@@ -1,8 +1,8 @@
-"""A search for settings: several trials with other settings each, and then the run with the best of them.
+"""A search for settings: several trials with different settings, and then the run with the best of them.
 
-Optuna draws the learning rate, the epochs, the batch size and the negatives, as far as they are not given. A trial is a run of its
-own in a temporary folder; of it stays a row in ``NAME.search.json`` beside the run folder, which lasts until the run is
-complete. A search that was interrupted continues from these rows: each draw depends only on them and on the seed.
+Optuna draws the learning rate, the epochs, the batch size and the negatives, unless they are given. Each trial is a run
+in a temporary folder, of which only a row is kept, in ``NAME.search.json`` beside the run folder, until the run is
+complete. An interrupted search continues from these rows: each draw depends only on them and on the seed.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class RecordedSearch:
     """An unfinished search.
 
     Attributes:
-        trials: How many were asked for.
-        record: What it was started with, as ``run.json`` has it.
-        rows: The trials that ended.
+        trials: How many trials were requested.
+        record: The options, data and base that it was started with, as in ``run.json``.
+        rows: The trials that have ended.
     """
 
     trials: int
@@ -59,7 +59,7 @@ class RecordedSearch:
 
 
 def recorded_search(out: Path) -> RecordedSearch | None:
-    """The unfinished search for the run ``out``, None if there is none. Raises InputError if its file holds something else."""
+    """The unfinished search for the run ``out``, or None. Raises InputError if its file is not that of a search."""
     path = _state(out)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -84,9 +84,9 @@ def train_with_search(
     """Searches for settings, then trains the run with the best.
 
     Args:
-        options: Those of the run. What is None of the learning rate, the epochs, the batch size and the negatives is searched for.
-        trials: How many trials.
-        say: Gets one line of the report at a time.
+        options: The training options. Of learning rate, epochs, batch size and negatives, those left None are varied.
+        trials: The number of trials.
+        say: Called with one line of the report at a time.
         folds: Compare the trials by the mean F1 of this many folds instead of the F1 on the dev set.
         progress: Whether to show a progress bar.
         resume: Continue the unfinished search for ``options.out``.
@@ -98,13 +98,13 @@ def train_with_search(
 
     Raises:
         InputError: Fewer than 2 trials, nothing to search for, an unfinished search in the way, or one that was started with
-            other options or data. What ``train`` raises is raised too.
-        FailureError: Every trial failed; the message is that of the last.
+            other options or data. Also what ``train`` raises.
+        FailureError: Every trial failed; the message quotes the last error.
         MissingExtraError: Optuna is not installed. Nothing was read.
     """
     out, path = Path(options.out), _state(Path(options.out))
     if resume and not path.exists() and read_status(out) == "complete":
-        return train(options, say, progress=progress, resume=True)  # which says so
+        return train(options, say, progress=progress, resume=True)  # reports that it is complete
     _check(options, trials, resume)
     data = load_data(options, RunLog(say))
     space = _space(options, data.train.examples)
@@ -144,7 +144,7 @@ def _state(out: Path) -> Path:
 
 
 def _check(options: TrainOptions, trials: int, resume: bool) -> None:
-    """Raises what can be known before the data are read."""
+    """Raises the errors that can be found before the data are read."""
     try:
         import optuna
     except ImportError as error:
@@ -165,7 +165,7 @@ def _check(options: TrainOptions, trials: int, resume: bool) -> None:
             "another --out, or remove the file to start over"
         )
     if unfinished and not begun:
-        raise InputError(f"{unfinished}: the unfinished run is not that of a search: leave out --search to continue it")
+        raise InputError(f"{unfinished}: the unfinished run is not from a search: leave out --search to continue it")
 
 
 def _refuse(given: Iterable[str]) -> NoReturn:
@@ -184,7 +184,7 @@ def _hint(path: Path, out: Path, say: Say) -> Iterator[None]:
 
 
 def _record(options: TrainOptions, folds: int | None, data: RunData) -> dict[str, Any]:
-    """What two searches must have in common, under the names of ``run.json``."""
+    """What must be the same to resume a search, under the names of ``run.json``."""
 
     def sha256(name: str | None, found: DataSet | None) -> str | None:
         return hash_examples(found.examples) if name and found else None
@@ -202,16 +202,16 @@ def _record(options: TrainOptions, folds: int | None, data: RunData) -> dict[str
 
 
 def _earlier(out: Path, record: Mapping[str, Any], say: Say) -> list[dict[str, Any]]:
-    """The rows of the search that is resumed. Raises InputError if it was started with something else."""
+    """The rows of the search that is resumed. Raises InputError if it was started differently."""
     begun = recorded_search(out)
     if begun is None:
-        say(f"{out}: holds no search to resume, so this one starts at its beginning")
+        say(f"{out}: holds no search to resume, so the search starts from the beginning")
         return []
     if differing := find_differences(begun.record, json.loads(json.dumps(record))):
         raise InputError(
-            f"{_state(out)}: the search cannot be resumed, because it was started with something else:\n  "
+            f"{_state(out)}: the search cannot be resumed, because it was started differently:\n  "
             + "\n  ".join(differing)
-            + "\nGive what it was started with, or remove the file to start over"
+            + "\nGive the original values, or remove the file to start over"
         )
     return begun.rows
 
@@ -221,16 +221,16 @@ def _earlier(out: Path, record: Mapping[str, Any], say: Say) -> list[dict[str, A
 
 @dataclass(frozen=True, slots=True)
 class _Varied:
-    """A setting that is searched for: its default, and what may be drawn."""
+    """A setting that is searched for: its default, and the distribution to draw from."""
 
     default: float
     distribution: BaseDistribution
 
 
 def _space(options: TrainOptions, questions: Sequence[Example]) -> dict[str, _Varied]:
-    """The settings that are searched for: what is not given, with a default that is not 0.
+    """The settings that are searched for: those that are not given and whose default is not 0.
 
-    If by default there are no negatives, they stay away: with them the dev set has other questions, and the trials could not be compared.
+    If the default is no negatives, they are not varied: they change the dev set, so trials would not be comparable.
     """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -264,7 +264,7 @@ def _draw(space: Mapping[str, _Varied], rows: Sequence[Mapping[str, Any]], seed:
 
 
 def _trial(options: TrainOptions, folds: int | None, data: RunData, progress: bool) -> dict[str, Any]:
-    """Trains once with the settings of ``options``. What failed has no F1, but an error."""
+    """Trains once with the settings of ``options``. A failed trial has an error instead of an F1."""
     started = time.monotonic()
     try:
         with temporary_folder(Path(options.out)) as work:
@@ -283,7 +283,7 @@ def _trial(options: TrainOptions, folds: int | None, data: RunData, progress: bo
 
 
 def _ignore(line: str) -> None:
-    """The report of a trial, of which only its row is shown."""
+    """Drops the report of a trial: only its row is shown."""
 
 
 def _line(row: Mapping[str, Any], by: str) -> str:
@@ -293,7 +293,7 @@ def _line(row: Mapping[str, Any], by: str) -> str:
 
 
 def _best(rows: Sequence[dict[str, Any]], path: Path) -> tuple[int, dict[str, Any]]:
-    """The number and the row of the best trial, the earliest of equals. Raises FailureError if all failed."""
+    """The number and the row of the best trial; on ties the earliest. Raises FailureError if all failed."""
     scored = [(number, row) for number, row in enumerate(rows, 1) if row["f1"] is not None]
     if not scored:
         path.unlink()

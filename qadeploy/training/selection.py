@@ -1,7 +1,7 @@
-"""From logits to answers and scores, and what a finished training chooses on its dev set.
+"""From logits to answers and scores, and the settings that are chosen on the dev set after training.
 
-It chooses ``max_answer_len``, the null threshold (if any training question has no answer) and the temperature; all three go
-into the settings that the checkpoint and its bundles keep.
+These are ``max_answer_len``, the null threshold (if any training question has no answer) and the temperature; all three
+go into the settings that the checkpoint and its bundles keep.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from qadeploy.records import NO_ANSWER, Answer, Example, Float64Array, FloatArra
 from qadeploy.training.features import FeatureSet
 
 ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
-TEMPERATURE_QUESTIONS = 2_000  # more of them hardly change one number
+TEMPERATURE_QUESTIONS = 2_000  # more hardly change the temperature
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceReport:
-    """What the chosen temperature and null threshold bring on a set of questions.
+    """The effect of the chosen temperature and null threshold on a set of questions.
 
     Attributes:
         calibration: What ``calibration_report`` returns.
@@ -45,10 +45,10 @@ class ChoiceReport:
 
 
 def initial_settings(settings: QaSettings, training_set: Sequence[Example]) -> QaSettings:
-    """The settings that epochs are judged with, before anything is chosen on the dev set.
+    """The settings that epochs are scored with, before anything is chosen on the dev set.
 
     Temperature 1. If any training question has no answer, a null threshold of 0 and ranking relative to the null logits;
-    else neither, whatever the base model had.
+    otherwise neither, whatever the base model's settings.
     """
     unanswerable = any(not e.answers for e in training_set)
     return replace(
@@ -74,7 +74,7 @@ def answers_of(features: FeatureSet, logits: Logits, settings: QaSettings) -> li
 def predictions_of(
     features: FeatureSet, logits: Logits, settings: QaSettings, n_best_size: int
 ) -> Iterator[Prediction]:
-    """The predictions files' entries of every example; their texts are those of ``answers_of``."""
+    """Every example's entries in the prediction files, with the texts of ``answers_of``."""
     allow = any_unanswerable(features.examples)
     for i, (example, answer) in enumerate(zip(features.examples, answers_of(features, logits, settings), strict=True)):
         scored = settings.window_logits(*_example(features, logits, i))
@@ -94,18 +94,18 @@ def choose_settings(
     max_answer_len: int | None = None,
     keep_threshold: bool = False,
 ) -> QaSettings:
-    """``settings`` with the ``max_answer_len``, the null threshold (if they have one) and the temperature of the dev set.
+    """Chooses ``max_answer_len``, the null threshold (if ``settings`` have one) and the temperature on the dev set.
 
-    Each length is judged at its own best threshold; ties go to the longer, which forbids less. The threshold kept is the
-    ``stable_null_threshold`` of that length. The temperature is fitted last, so that the answers given are right as often as
-    their scores say (see ``fit_temperature``).
+    Each length is scored at its own best threshold; ties go to the longer one, which forbids less. The chosen threshold
+    is the ``stable_null_threshold`` of the chosen length. The temperature is fitted last, so that the answers given are
+    right as often as their scores say (see ``fit_temperature``).
 
     Args:
         features: The dev set.
         logits: Start and end logits, ``[windows, longest]`` each.
-        settings: What is not chosen, and what epochs were judged with.
-        max_answer_len: Taken instead of the best one.
-        keep_threshold: Leaves the null threshold as it is. So does a dev set that lacks questions with an answer or
+        settings: The settings that epochs were scored with; all others are kept.
+        max_answer_len: Used instead of the best one.
+        keep_threshold: Keeps the null threshold. It is also kept if the dev set lacks questions with an answer or
             questions without one.
     """
     tried: list[tuple[float, int, QaSettings, _NullRows | None]] = []
@@ -156,7 +156,7 @@ def calibration_report(features: FeatureSet, logits: Logits, settings: QaSetting
 
 
 def report_choice(features: FeatureSet, logits: Logits, settings: QaSettings) -> ChoiceReport:
-    """Measures what the settings' temperature and null threshold bring."""
+    """Measures the effect of the settings' temperature and null threshold."""
     return ChoiceReport(
         calibration_report(features, logits, settings),
         None if settings.null_threshold is None else no_answer_report(features, logits, settings),

@@ -27,7 +27,7 @@ def has_tf32(device: torch.device) -> bool:
 def tf32_matmuls(device: torch.device) -> Iterator[None]:
     """Computes float32 matmuls in TF32 during the block if the device can: 10 bits of mantissa, not 23.
 
-    What computes in float32 afterwards, such as the reference for exports, has full precision again.
+    Float32 computations after the block, such as the reference for exports, have full precision again.
     """
     if not has_tf32(device):
         yield
@@ -40,10 +40,10 @@ def tf32_matmuls(device: torch.device) -> Iterator[None]:
 
 
 def _set_matmul_precision(wanted: str) -> str:
-    """Sets the precision of float32 matmuls and returns what it was.
+    """Sets the precision of float32 matmuls and returns the previous one.
 
-    It uses the calls that torch 2.9 warns of: torch.compile reads this setting itself and fails if it was set through the new
-    fp32_precision, because torch forbids mixing both (pytorch pull request 189955).
+    It uses the calls that torch 2.9 warns about: torch.compile reads this setting itself and fails if it was set
+    through the new fp32_precision, because torch forbids mixing both (pytorch pull request 189955).
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -58,8 +58,8 @@ def _set_matmul_precision(wanted: str) -> str:
 def float32_attention(device: torch.device) -> Iterator[None]:
     """Computes PyTorch's fused attention in float32 during the block if the device is a CPU, under autocast as well.
 
-    There its kernels are slower in bfloat16 than in float32: with them a training step took 1.1 to 1.4 times the CPU time (torch 2.13,
-    AMX, 96 to 384 tokens, 12 heads of 32).
+    On a CPU its kernels are slower in bfloat16 than in float32: with them a training step took 1.1 to 1.4 times the CPU
+    time (torch 2.13, AMX, 96 to 384 tokens, 12 heads of 32).
     """
     if device.type != "cpu":
         yield
@@ -107,14 +107,14 @@ def compiled(model: torch.nn.Module, wanted: bool, backend: Any = "inductor") ->
 class Speed(TrainerCallback):
     """Windows per second and peak memory of each epoch.
 
-    The time is that of training, with saves inside the epoch but without the evaluation after it; for a resumed epoch, that
-    of the rest. The memory is PyTorch's peak on a GPU, and the process's largest resident set so far on a CPU.
+    The time includes saves inside the epoch but not the evaluation after it; for a resumed epoch it is the time since
+    the resumption. The memory is PyTorch's peak on a GPU, and the process's largest resident set so far on a CPU.
 
     Args:
         device: Where the model is trained.
-        windows: Counts the windows that this process has trained on so far.
+        windows: Returns how many windows this process has trained on so far.
         processes: How many processes train.
-        rows: Those of the epochs before a run was resumed.
+        rows: The rows of the epochs before the run was resumed.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Speed(TrainerCallback):
         self._begun = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Resets the peak of the memory."""
+        """Resets the peak memory."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -160,7 +160,7 @@ class Speed(TrainerCallback):
         return next((row for row in self.rows if row["epoch"] == epoch), None)
 
     def summary(self) -> dict[str, Any]:
-        """The rows, and over all of them windows per second and the largest peak; None if nothing was trained."""
+        """The rows, the overall windows per second and the largest peak memory; these two are None without rows."""
         seconds = sum(row["seconds"] for row in self.rows)
         peaks = [row["peak_memory_bytes"] for row in self.rows if row["peak_memory_bytes"] is not None]
         return {

@@ -1,4 +1,4 @@
-"""The device that torch computes on, with the names and errors of the runtime, and its precision."""
+"""The device that torch computes on, with the same names and errors as for inference, and its precision."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from qadeploy.training import distributed
 def torch_device(name: str) -> torch.device:
     """The device of a name: auto, cpu, cuda or cuda:N. CUDA is returned only if a tensor could be made on it.
 
-    ``auto`` takes the CPU if CUDA does not work, and warns (DeviceWarning) if there is a driver.
+    ``auto`` chooses the CPU if CUDA does not work, and warns (DeviceWarning) if there is a driver.
 
     Raises:
         InputError: Any other name.
         DeviceError: CUDA was requested but is not available.
     """
-    asked = parse_device(name)
-    if asked.kind == "cpu":
+    wanted = parse_device(name)
+    if wanted.kind == "cpu":
         return torch.device("cpu")
-    why = _why_not(asked.index)
+    why = _why_not(wanted.index)
     if not why:
-        return torch.device("cuda", asked.index)
-    if asked.kind == "cuda":
-        raise DeviceError(f"{asked} was requested but is not available: {why}. Or give --device cpu")
+        return torch.device("cuda", wanted.index)
+    if wanted.kind == "cuda":
+        raise DeviceError(f"{wanted} was requested but is not available: {why}. Or give --device cpu")
     if has_driver():
-        warnings.warn(f"this runs on the CPU, though a GPU driver is there: {why}", DeviceWarning, stacklevel=2)
+        warnings.warn(f"this runs on the CPU, although a GPU driver is installed: {why}", DeviceWarning, stacklevel=2)
     return torch.device("cpu")
 
 
 def training_device(name: str) -> torch.device:
-    """The ``torch_device`` of this process; with several on a machine, each takes its own GPU.
+    """The ``torch_device`` of this process; each of several processes on a machine uses its own GPU.
 
     Raises:
-        InputError: Several processes would share the one GPU that was named. What ``torch_device`` raises is raised too.
+        InputError: Several processes would share the one GPU that was named. Also what ``torch_device`` raises.
     """
-    asked = parse_device(name)
+    wanted = parse_device(name)
     if distributed.count() == 1:
         return torch_device(name)
-    if asked.number is not None:
-        raise InputError(f"--device {asked}: {distributed.count()} processes take a GPU each: give --device cuda")
-    if asked.kind == "auto" and not torch.cuda.is_available():
+    if wanted.number is not None:
+        raise InputError(f"--device {wanted}: {distributed.count()} processes need a GPU each: give --device cuda")
+    if wanted.kind == "auto" and not torch.cuda.is_available():
         return torch_device("auto")
-    return torch_device("cpu" if asked.kind == "cpu" else f"cuda:{distributed.local_rank()}")
+    return torch_device("cpu" if wanted.kind == "cpu" else f"cuda:{distributed.local_rank()}")
 
 
 def device_name(device: torch.device) -> str:
@@ -58,15 +58,15 @@ def device_name(device: torch.device) -> str:
 
 
 def resolve_precision(wanted: str, device: str) -> str:
-    """``auto`` becomes bf16 if the ``device``, cpu or cuda, multiplies it natively, else fp32. Raises InputError."""
+    """The precision on a ``device``, cpu or cuda; ``auto``: bf16 if native there, otherwise fp32. Raises InputError."""
     if wanted not in {"auto", "fp32", "bf16", "fp16"}:
         raise InputError(f"precision is {wanted!r}: choose auto, fp32, bf16 or fp16")
     on_gpu = device == "cuda"
     if wanted == "fp16" and not on_gpu:
-        raise InputError("precision fp16: needs a GPU, and this trains on the CPU: use --precision bf16 or fp32")
+        raise InputError("precision fp16: needs a GPU, but this run trains on the CPU: use --precision bf16 or fp32")
     native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bf16" and on_gpu and not native:
-        raise InputError("precision bf16: this GPU does not multiply bf16: use --precision fp32")
+        raise InputError("precision bf16: this GPU does not support bf16 natively: use --precision fp32")
     if wanted != "auto":
         return wanted
     if on_gpu:
@@ -80,7 +80,7 @@ def memory_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # On a CPU PyTorch has no type for it, only its text.
+        # On a CPU PyTorch raises no specific type, only this text.
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise FailureError(
                 "training ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len"
@@ -96,7 +96,7 @@ def _why_not(number: int) -> str:
             return f"there is no cuda:{number}, " + ("only cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}")
         try:
             torch.zeros(1, device=torch.device("cuda", number))
-        except RuntimeError as error:  # another holds it, its memory is full, torch has no kernels for it
+        except RuntimeError as error:  # another process holds it, its memory is full, torch has no kernels for it
             return f"torch cannot use cuda:{number} ({' '.join(str(error).split())[:200]})"
         return ""
     found = []
@@ -109,7 +109,7 @@ def _why_not(number: int) -> str:
     elif built and driver.cuda and driver.cuda[0] < built[0]:
         older = f", or {torch_line(driver.cuda[0])}" if driver.cuda[0] == 12 else ""
         found.append(
-            f"torch {torch.__version__} wants CUDA {built[0]}, and the driver runs CUDA {driver.cuda[0]}.{driver.cuda[1]} "
+            f"torch {torch.__version__} needs CUDA {built[0]}, but the driver supports CUDA {driver.cuda[0]}.{driver.cuda[1]} "
             f"at most: update the driver{older}"
         )
     return ". ".join(found) or f"torch {torch.__version__} finds no GPU and does not say why: see qadeploy doctor"

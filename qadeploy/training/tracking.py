@@ -26,7 +26,7 @@ def check_tracker(name: str) -> None:
         name: A value of ``--report-to``.
 
     Raises:
-        MissingExtraError: Its package, or one that this needs, is not installed.
+        MissingExtraError: Its package, or one of that package's dependencies, is not installed.
         InputError: An environment variable turns it off.
         FailureError: MLflow's server cannot be reached.
     """
@@ -45,8 +45,8 @@ def check_tracker(name: str) -> None:
 
 
 def _check_server(uri: str) -> None:
-    """Raises FailureError if MLflow's server cannot be reached, which MLflow itself would try for minutes."""
-    import requests  # MLflow brings it
+    """Raises FailureError if MLflow's server cannot be reached; MLflow itself would retry for minutes."""
+    import requests  # a dependency of MLflow
 
     if uri.startswith(("http://", "https://")):
         try:
@@ -59,7 +59,7 @@ def _check_server(uri: str) -> None:
 
 
 def tracker(name: str, folder: Path) -> list[TrainerCallback]:
-    """The callback of a tracker, if there is one. TensorBoard writes to ``folder``; the others go by their environment variables."""
+    """The callback of a tracker, if any. TensorBoard writes to ``folder``; the others read environment variables."""
     if name == NONE or not distributed.is_first():
         return []
     if name != TENSORBOARD:

@@ -1,12 +1,11 @@
 """Fine-tuning: examples to a run folder, with the Hugging Face Trainer.
 
-Reads top to bottom: data, models, windows, training, evaluation, the run folder. What is printed meanwhile is worded in
-``run_log``.
+Reads top to bottom: data, models, windows, training, evaluation, the run folder. ``run_log`` words the printed lines.
 
 A run folder holds ``run.json`` (resolved options, seed, versions, data hash; its ``"status": "complete"`` is written last and
 marks a finished run), ``metrics.json``, ``checkpoint/`` (the best epoch by dev F1), the predictions (see
 ``qadeploy/evaluation/predictions.py``) on the held-out set, or on the dev set if nothing was held out, and the files for people
-to read (``report_files``): ``curves.png``, ``report.html`` and ``README.md``. ``resume`` says what an unfinished one holds.
+to read (``report_files``): ``curves.png``, ``report.html`` and ``README.md``. ``resume`` describes unfinished runs.
 """
 
 from __future__ import annotations
@@ -102,11 +101,11 @@ def train(
 
     Args:
         options: What the run depends on.
-        say: Gets one line of the report at a time.
-        warn: Gets the text of each warning. By default ``say`` gets it, after "WARNING: ".
+        say: Called with one line of the report at a time.
+        warn: Called with the text of each warning. By default it goes to ``say``, after "WARNING: ".
         progress: Whether to show a progress bar.
         resume: Continues the unfinished run in ``options.out`` after its newest complete checkpoint.
-        data: The questions, if they are read and split already.
+        data: The questions, if they have already been read and split.
         more_metrics: Added to ``metrics.json``.
 
     Returns:
@@ -160,16 +159,16 @@ def train(
 
 
 def _ignore(line: str) -> None:
-    """The report of every process but the first."""
+    """Drops the report of every process but the first."""
 
 
 def check(options: TrainOptions, resume: bool = False) -> None:
-    """Raises InputError on an option that is out of range, and on a run folder that is taken; MissingExtraError without the tracker."""
+    """Raises InputError if an option is out of range or the folder is taken, MissingExtraError without the tracker."""
     check_declared(options)
     parse_device(options.device)
     check_tracker(options.report_to)
     if options.batch_tokens and distributed.count() > 1:
-        raise InputError("--batch-tokens trains in one process: leave it out, or torchrun")
+        raise InputError("--batch-tokens trains in one process: leave it out, or run it without torchrun")
     out = Path(options.out)
     check_replaceable(out)
     check_unfinished(out, resume)
@@ -182,8 +181,8 @@ def load_data(options: TrainOptions, log: RunLog) -> RunData:
     """Reads, checks and splits the questions.
 
     Args:
-        options: Those of the run.
-        log: Gets what the check of the rows found.
+        options: The training options.
+        log: Gets the result of the row check.
 
     Raises:
         InputError: The data cannot be read or split; a DataError names unusable rows.
@@ -197,10 +196,10 @@ def load_data(options: TrainOptions, log: RunLog) -> RunData:
 
 
 def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions:
-    """The options with what follows from the training questions.
+    """Fills in the options whose defaults depend on the training questions.
 
     Args:
-        options: Those of the run.
+        options: The training options.
         questions: The training questions.
     """
     few = len(questions) < FEW_EXAMPLES
@@ -230,15 +229,15 @@ class _Models:
 
 
 def _load_models(options: TrainOptions, device: torch.device, metric: Metric) -> _Models:
-    """Loads the base model and the teacher. The metric is the run's, whatever the base was chosen by."""
+    """Loads the base model and the teacher. The base's settings get the run's metric."""
     precision = resolve_precision(options.precision, device.type)
-    set_seed(options.seed)  # a new answer head is drawn by it
+    set_seed(options.seed)  # determines the weights of a new answer head
     hub = Hub(options.model_revision, options.token, options.trust_remote_code, options.allow_pickle)
     names = ("attention_probs_dropout_prob", "attention_dropout")  # as BERT and DistilBERT call it
     dropout = dict.fromkeys(names, options.attention_dropout)
     checkpoint = load_checkpoint(str(options.base), hub, **dropout)
     if options.gradient_checkpointing and not checkpoint.model.supports_gradient_checkpointing:
-        raise InputError(f"{options.base}: this kind of model has no gradient checkpointing: leave it out")
+        raise InputError(f"{options.base}: this kind of model does not support gradient checkpointing: leave it out")
     settings = checkpoint.settings.changed(max_seq_len=options.max_seq_len, doc_stride=options.doc_stride)
     weight = settings.bm25_weight if options.bm25_weight is None else options.bm25_weight
     longest = settings.long_seq_len if options.long_seq_len is None else options.long_seq_len
@@ -250,23 +249,23 @@ def _load_models(options: TrainOptions, device: torch.device, metric: Metric) ->
 
 
 def _check_export(checkpoint: Checkpoint, log: RunLog) -> None:
-    """Raises InputError if ``export`` cannot take the model; warns if it may fail."""
+    """Raises InputError if ``export`` cannot export the model; warns if it may fail."""
     found = exportable(checkpoint.model.config)
     if found.possible is False:
         raise InputError(
-            f"{checkpoint.name}: {found.why}, so that qadeploy export could not take the trained model: give a --base of "
+            f"{checkpoint.name}: {found.why}, so qadeploy export could not export the trained model: give a --base of "
             f"another kind: {', '.join(TESTED)}"
         )
     if found.possible is None:
         log.warning(
-            f"{checkpoint.name}: whether qadeploy export can take it is not known, because {found.why}: train one epoch and "
+            f"{checkpoint.name}: whether qadeploy export can export it is not known, because {found.why}: train one epoch and "
             "export that first"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """The windows to train on, to choose the epoch by, and only to report on, and the share of unknown tokens in all."""
+    """The windows of the train, dev and held-out sets, and the share of unknown tokens in all of them."""
 
     train: TrainingSet
     dev: FeatureSet
@@ -275,7 +274,7 @@ class _Windows:
 
     @property
     def sets(self) -> list[FeatureSet]:
-        """All of them that there are."""
+        """The train set, the dev set and, if there is one, the held-out set."""
         return [self.train.features, self.dev, *([self.held_out] if self.held_out else [])]
 
 
@@ -288,12 +287,12 @@ def _make_windows(options: TrainOptions, data: RunData, models: _Models, log: Ru
     log.negatives("dev", dev)
     log.leaks(data)
 
-    asked = [replace(data.train, examples=(*train.examples, *unlabelled)), replace(data.dev, examples=dev.examples)]
-    asked += [data.held_out] if data.held_out else []
+    wanted = [replace(data.train, examples=(*train.examples, *unlabelled)), replace(data.dev, examples=dev.examples)]
+    wanted += [data.held_out] if data.held_out else []
     encoder, settings = models.checkpoint.encoder, models.settings
     cache = cache_folder() if options.cache else None
     make = partial(make_features_in, options.preprocessing_num_workers)
-    made = cached_features(asked, encoder, settings, cache, log.detail, make=make)
+    made = cached_features(wanted, encoder, settings, cache, log.detail, make=make)
     train_set, dev_set, *held_out = made.sets
     log.features(train_set, dev_set, settings, made.found)
     masked = masked_windows(train_set)
@@ -406,7 +405,7 @@ def _make_loop(run: _TrainingRun) -> _Loop:
 def _arguments(run: _TrainingRun) -> SpanArguments:
     """Our options in the Trainer's names."""
     options, device, precision = run.options, run.models.device, run.models.precision
-    # With batch_tokens, an evaluation batch has as many of the longest windows as they hold.
+    # With batch_tokens, an evaluation batch has as many windows of the maximum length as fit.
     batch_size = options.batch_size or max(1, (options.batch_tokens or 1) // run.models.settings.max_seq_len)
     per_process = distributed.windows_per_process(batch_size)
     return training_arguments(
@@ -443,7 +442,7 @@ def _arguments(run: _TrainingRun) -> SpanArguments:
 
 
 def _epoch_settings(run: _TrainingRun) -> QaSettings:
-    """The settings that epochs are judged with."""
+    """The settings that epochs are scored with."""
     settings = initial_settings(run.models.settings, run.windows.train.features.examples)
     threshold = run.options.null_score_diff_threshold
     return settings if threshold is None else replace(settings, null_threshold=threshold)
@@ -467,7 +466,7 @@ def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
     if not loop.table.rows:
         loop.trainer.evaluate()  # row 0: the base model
     with warnings.catch_warnings(), compiled(run.models.checkpoint.model, run.options.torch_compile):
-        # To the Trainer, epochs of less than a second look like a broken clock; it then goes by the step numbers.
+        # After epochs of less than a second the Trainer distrusts file times and sorts saves by step number.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
         loop.trainer.fit(run.opened.saved)
     return base
@@ -476,7 +475,7 @@ def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
 def _predict(trainer: SpanTrainer, features: FeatureSet) -> Logits:
     """Start and end logits ``[windows, longest]`` in the order of the windows."""
     loader = trainer.get_eval_dataloader(features)
-    compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # they are for the dev set
+    compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # it scores only the dev set
     try:
         predictions = trainer.evaluation_loop(loader, "prediction", prediction_loss_only=False).predictions
     finally:
@@ -489,7 +488,7 @@ def _predict(trainer: SpanTrainer, features: FeatureSet) -> Logits:
 
 @dataclass(frozen=True, slots=True)
 class _SetResult:
-    """The trained model's answers to a set of questions, and what they are worth."""
+    """The trained model's answers to a set of questions, and their scores."""
 
     features: FeatureSet
     logits: Logits
@@ -579,11 +578,11 @@ def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, 
 
 
 def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> list[str]:
-    """Writes all of the run folder but its status. Gives the files of its checkpoint."""
+    """Writes everything in the run folder but its status. Returns the files of its checkpoint."""
     folder, settings, last = run.opened.folder, reached.settings, [*reached.results.values()][-1]
     with writing(folder):
         write_predictions(folder, predictions_of(last.features, last.logits, settings, run.options.n_best_size))
-        remove(folder / "checkpoint")  # begun by a process that was interrupted
+        remove(folder / "checkpoint")  # left by a process that was interrupted
         foreign = files_in(folder / "checkpoint")
         save_checkpoint(run.models.checkpoint, settings, folder / "checkpoint")
         own = sorted({*files_in(folder / "checkpoint")} - {*foreign})

@@ -1,4 +1,4 @@
-"""The Trainer as training uses it: length-grouped batches, a loss over valid positions only, complete checkpoints."""
+"""The Trainer for span prediction: length-grouped batches, a loss over valid positions only, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _MASKED = -1e9  # a logit whose probability is 0
 
 
 class SpanArguments(TrainingArguments):
-    """TrainingArguments with one device per process. With several GPUs the Trainer's would train on all by threads."""
+    """TrainingArguments with one device per process. With several GPUs the original trains on all by threads."""
 
     gpu = 0  # for a single process; several have one each
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes. With several processes accelerate says cpu:0, which torch.load refuses."""
+        """Where this process computes. With several processes accelerate returns cpu:0, which torch.load refuses."""
         device: torch.device = super().device
         if device.type == "cuda" and self.world_size == 1:
             return torch.device("cuda", self.gpu)
@@ -47,7 +47,7 @@ class SpanArguments(TrainingArguments):
         return min(int(super().n_gpu), 1)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """How many steps the learning rate rises. It is 0 in the first of them, so a single one would only be a step lost."""
+        """The number of warm-up steps. The learning rate is 0 in the first, so a single one would be a wasted step."""
         steps = int(super().get_warmup_steps(num_training_steps))
         return 0 if steps == 1 else steps
 
@@ -55,7 +55,7 @@ class SpanArguments(TrainingArguments):
 def training_arguments(device: torch.device, **options: Any) -> SpanArguments:
     """Arguments for ``device`` in the precision of ``options``, whatever was trained in this process before.
 
-    ``options`` have the names of transformers 4.57, whatever release is installed.
+    ``options`` use the names of transformers 4.57, whatever release is installed.
 
     The Trainer obeys the environment variable ACCELERATE_MIXED_PRECISION. TrainingArguments sets it for bf16 and fp16 and
     otherwise keeps what it finds, so that a run in fp32 after one in bf16 would be in bf16 too.
@@ -64,18 +64,18 @@ def training_arguments(device: torch.device, **options: Any) -> SpanArguments:
     arguments = SpanArguments(use_cpu=device.type == "cpu", **trainer_options(options))
     if device.type == "cuda" and arguments.world_size == 1:
         arguments.gpu = device.index or 0
-        torch.cuda.set_device(arguments.device)  # what accelerate goes by
+        torch.cuda.set_device(arguments.device)  # accelerate uses the current device
     return arguments
 
 
 class SaveEverySteps(TrainerCallback):
-    """Saves a checkpoint every ``steps`` steps inside an epoch; the Trainer saves one at its end."""
+    """Saves a checkpoint every ``steps`` steps inside an epoch; the Trainer itself saves one at the epoch's end."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Asks for a checkpoint."""
+        """Requests a checkpoint if it is due."""
         if state.global_step % self.steps == 0 and state.epoch != int(state.epoch):
             control.should_save = True
 
@@ -99,11 +99,11 @@ class SpanTrainer(Trainer):
     A checkpoint is marked complete once all of it is on the disk; only then are older ones removed.
 
     Args:
-        run_state: Gives what the marker of a checkpoint stores about the run.
-        batch_tokens: The most tokens in a batch, padding included; None for batches of equal size.
-        most_windows: The most windows in a batch of units.
+        run_state: Returns the state of the run, which is stored in the marker of a checkpoint.
+        batch_tokens: The maximum tokens in a batch, padding included; None for batches of equal size.
+        most_windows: The maximum windows in a batch of units.
         distill_weight: The teacher's share of the loss.
-        temperature: That of the teacher's distributions.
+        temperature: The temperature of the teacher's distributions.
 
     Attributes:
         windows_seen: How many windows this process has trained on.
@@ -133,7 +133,7 @@ class SpanTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.run_state = run_state
         self._distill_weight, self._temperature = distill_weight, temperature
-        self._loss_sum: Any = 0.0  # of the annotated labels alone, so that it compares with the eval loss
+        self._loss_sum: Any = 0.0  # of the annotated labels alone, so that it is comparable with the eval loss
         self._loss_windows: Any = 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -142,7 +142,7 @@ class SpanTrainer(Trainer):
         return LengthGroupedSampler(self.train_dataset.lengths, together, self.args.seed)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The Trainer's own, or one of batches of units."""
+        """The Trainer's own data loader, or one of batches of units."""
         loader: DataLoader[Any]
         if self.batches is None:
             loader = super().get_train_dataloader()
@@ -158,7 +158,7 @@ class SpanTrainer(Trainer):
 
     def fit(self, saved: Save | None) -> None:
         """Trains from the beginning, or from ``saved`` on, and loads the best epoch's weights."""
-        # accelerate would leave a model that it prepared for an evaluation as it is: without DistributedDataParallel.
+        # accelerate does not prepare a model again after an evaluation, so it would lack DistributedDataParallel.
         model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         model._is_accelerate_prepared = False
         if self.args.world_size > 1:
@@ -190,7 +190,7 @@ class SpanTrainer(Trainer):
         return Path(self.args.output_dir) / f"checkpoint-{step}"
 
     def _losses(self) -> list[float]:
-        """The sum of the losses on annotated labels since the last ``epoch_loss``, and how many windows, over all processes."""
+        """Sum of the losses on annotated labels since the last ``epoch_loss``, and their windows, of all processes."""
         own = torch.tensor(
             [float(self._loss_sum), float(self._loss_windows)], dtype=torch.float64, device=self.args.device
         )
@@ -200,7 +200,7 @@ class SpanTrainer(Trainer):
         """The mean loss on annotated labels since the last call; None if nothing was trained."""
         total, windows = self._losses()
         self._loss_sum, self._loss_windows = 0.0, 0
-        return round(total / windows, 6) if windows else None  # so that a resumed run has the same
+        return round(total / windows, 6) if windows else None  # rounded, so that a resumed run has the same
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         step, best = self.state.global_step, self.state.best_global_step
@@ -219,7 +219,7 @@ class SpanTrainer(Trainer):
                     mark_complete(folder, run_state)
         except FailureError:
             if distributed.is_first():
-                remove(folder)  # half a save only fills the disk
+                remove(folder)  # an incomplete save only fills the disk
             raise
         if distributed.is_first():
             prune(folder.parent, step, best)
@@ -262,15 +262,15 @@ class SpanTrainer(Trainer):
         return total / len(mask)
 
     def _own_rows(self, rows: int) -> int:
-        """How many windows of an evaluation batch count: the last batch is filled up, so that all processes have equally many.
+        """How many windows of an evaluation batch count: accelerate fills up the last to share it evenly by processes.
 
-        accelerate cuts what it gathers, but the loss is averaged before it is gathered.
+        It cuts the extra windows from gathered outputs, but the loss is averaged before it is gathered.
         """
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return rows
         own = state.remainder - self.args.process_index * rows
-        return min(own, rows) if own > 0 else rows  # accelerate drops a process that has none of its own
+        return min(own, rows) if own > 0 else rows  # accelerate ignores a process without windows of its own
 
 
 def span_loss(logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -278,8 +278,8 @@ def span_loss(logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor)
 
     Args:
         logits: ``[windows, tokens]``.
-        positions: ``[windows, annotations]``, filled up with -100.
-        mask: ``[windows, tokens]``, true if the position is possible.
+        positions: ``[windows, annotations]``, padded with -100.
+        mask: ``[windows, tokens]``, true where a span may start or end.
 
     Returns:
         ``[windows]``.
@@ -298,7 +298,7 @@ def distillation_loss(
     Args:
         logits: The student's, ``[windows, tokens]``.
         probabilities: The teacher's at this temperature, ``[windows, tokens]``.
-        mask: ``[windows, tokens]``, true if the position is possible.
+        mask: ``[windows, tokens]``, true where a span may start or end.
         temperature: T.
 
     Returns:
@@ -317,10 +317,10 @@ def shared_loss(
 
     Args:
         logits: ``[windows, tokens]``.
-        positions: ``[windows, annotations]``, filled up with -100; the null position in windows without an answer.
+        positions: ``[windows, annotations]``, padded with -100; the null position in windows without an answer.
         mask: ``[windows, tokens]``, true on context tokens and the null position.
-        groups: ``[windows]``, the question of each.
-        nulls: ``[windows]``, the null position of each.
+        groups: ``[windows]``, the question of each window.
+        nulls: ``[windows]``, the null position of each window.
 
     Returns:
         ``[questions with an answer and more than one window]``.

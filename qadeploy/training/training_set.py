@@ -1,4 +1,4 @@
-"""What the Trainer is fed: windows with their labels, their questions, and a teacher's labels."""
+"""The Trainer's input: windows with their labels, their questions, and a teacher's labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qadeploy.training.features import Feature, FeatureSet, collate_labels
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SoftLabels:
-    """A teacher's distributions over the start and the end positions of one window, without what is negligible.
+    """A teacher's distributions over the start and the end positions of one window, without negligible ones.
 
     Attributes:
         starts: ``[k]`` token positions in the window.
@@ -40,8 +40,8 @@ class TrainingWindow:
     Attributes:
         feature: The window and its labels.
         group: The number of the question that it belongs to.
-        labelled: Whether the labels are an annotator's; if not, only the teacher's are learned from.
-        soft: The teacher's labels, None without a teacher.
+        labelled: Whether the labels come from an annotator; if not, only the teacher's are used.
+        soft: The teacher's labels, or None without a teacher.
     """
 
     feature: Feature
@@ -56,10 +56,10 @@ class TrainingSet:
 
     Attributes:
         features: Windows and labels.
-        groups: ``[examples]``, the number of each one's question; ``()`` if every example is a question of its own.
+        groups: ``[examples]``, the index of each example's question; ``()`` if every example is a question of its own.
         unlabelled: How many of the last examples have no annotated labels.
         soft: ``[windows]``, the teacher's labels, ``()`` without a teacher.
-        masked: Numbers of windows whose labels may be wrong: only a teacher labels them; without one they are left out.
+        masked: Indices of windows whose labels may be wrong: only a teacher labels them; without one they are left out.
     """
 
     features: FeatureSet
@@ -88,7 +88,7 @@ class TrainingSet:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each window."""
+        """The number of tokens of each window."""
         return [len(item.feature.window) for item in self._items]
 
     @property
@@ -103,14 +103,14 @@ class TrainingSet:
 def masked_windows(features: FeatureSet) -> frozenset[int]:
     """Finds the windows whose label "no answer" may be wrong.
 
-    Such a window holds no annotated span, but an answer's text where nobody has annotated it: as whole words, in the same
+    Such a window contains no annotated span, but an answer's text that is not annotated: as whole words, in the same
     letter case, overlapping no annotation.
 
     Args:
         features: Windows and labels.
 
     Returns:
-        Their numbers in ``features``.
+        The indices of these windows in ``features``.
     """
     found: list[int] = []
     for number, (example, context) in enumerate(zip(features.examples, features.contexts, strict=True)):
@@ -122,7 +122,7 @@ def masked_windows(features: FeatureSet) -> frozenset[int]:
 
 
 def _unannotated(example: Example) -> IntArray:
-    """Starts and ends, ``[places, 2]``, of the answers' texts as whole words that overlap no annotation."""
+    """Starts and ends, ``[places, 2]``, of whole-word occurrences of the answers that overlap no annotation."""
     context, texts = example.context, {a.text.strip() for a in example.answers}
     places = [Slice(at, at + len(text)) for text in texts for at in occurrences(text, context)]
     free = [p for p in places if all(p.end <= a.start or a.end <= p.start for a in example.answers)]
@@ -142,7 +142,7 @@ def collate(items: Sequence[Feature | TrainingWindow], pad_token_id: int) -> dic
 
     Args:
         items: Windows to evaluate (``Feature``) or to train on (``TrainingWindow``).
-        pad_token_id: Fills up ``input_ids``.
+        pad_token_id: Pads ``input_ids``.
 
     Returns:
         The model's inputs and the arrays of ``collate_labels``. For windows to train on also ``null_positions``, ``groups`` and

@@ -1,7 +1,7 @@
-"""What differs between the releases of transformers that qadeploy works with, in one place.
+"""The differences between the releases of transformers that qadeploy supports, in one place.
 
-4.57 is the last release that optimum-onnx 0.1.0 admits; the 5.x line has other argument names and more progress bars, and no
-question-answering pipeline.
+4.57 is the last release that optimum-onnx 0.1.0 allows; the 5.x line has other argument names and more progress bars,
+and no question-answering pipeline.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 
 from qadeploy.errors import FailureError
 
-OLDEST, TOO_NEW = (4, 53), (6,)  # as pyproject.toml admits
+OLDEST, TOO_NEW = (4, 53), (6,)  # as in pyproject.toml
 
 
 def release(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (5, 0) of 5.0.0rc1, as far as a comparison needs them."""
+    """The first two numbers of a version, such as (5, 0) for 5.0.0rc1."""
     return tuple(int(part) for part in text.split(".")[:2])
 
 
 def require_supported(found: str) -> None:
-    """Raises FailureError if ``found``, a release of transformers, is none that qadeploy works with."""
+    """Raises FailureError if qadeploy does not support the release ``found`` of transformers."""
     if not OLDEST <= release(found) < TOO_NEW:
         low, high = (".".join(map(str, numbers)) for numbers in (OLDEST, TOO_NEW))
         raise FailureError(
@@ -34,7 +34,7 @@ def require_supported(found: str) -> None:
         )
 
 
-require_supported(version("transformers"))  # before anything is imported from it that another release may lack
+require_supported(version("transformers"))  # before imports that an unsupported release may lack
 
 from transformers import TrainingArguments  # noqa: E402
 from transformers.utils import logging  # noqa: E402
@@ -47,17 +47,17 @@ _RENAMED = {
 
 
 def silence() -> None:
-    """Silences warnings, and the progress bars of loading and saving that 5 has for every model."""
+    """Silences warnings, and the progress bars that release 5 shows whenever it loads or saves a model."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def trainer_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of TrainingArguments, given by their names in 4.57, as the installed release takes them."""
+    """Renames options of TrainingArguments from their names in 4.57 to those of the installed release."""
     known = {field.name for field in fields(TrainingArguments)}
     found = {_RENAMED[name] if _RENAMED.get(name) in known else name: value for name, value in options.items()}
     if "warmup_ratio" in found and "warmup_ratio" not in known:
-        found["warmup_steps"] = min(found.pop("warmup_ratio"), math.nextafter(1.0, 0.0))  # from 1 on it counts steps
+        found["warmup_steps"] = min(found.pop("warmup_ratio"), math.nextafter(1.0, 0.0))  # values from 1 on count steps
     return found
 
 
@@ -65,8 +65,8 @@ def trainer_options(options: Mapping[str, Any]) -> dict[str, Any]:
 def eager_attention(model: Any) -> Iterator[Any]:
     """The model with attention computed by plain matmuls and softmax, during the block.
 
-    PyTorch's exporter gives fused attention nodes that guard against rows of padding alone. Before 5, many models choose how
-    they compute attention when they are made, so there it is another one with the same weights.
+    PyTorch's exporter adds nodes to fused attention that guard against rows of padding alone. Before release 5, many
+    models choose their kind of attention when they are created, so the block gets a second model with the same weights.
     """
     before = getattr(model.config, "_attn_implementation", "eager")
     if before == "eager":

@@ -1,4 +1,4 @@
-"""How much of the data is unknown to the tokenizer, counted on windows that are made already."""
+"""The share of the data that is unknown to the tokenizer, counted on existing windows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from qadeploy.training.features import FeatureSet
 
 
 def unknown_tokens(sets: Sequence[FeatureSet], encoder: Encoder) -> float:
-    """Counts the unknown tokens of the contexts, of which answers are parts, and of the questions, each text once.
+    """Counts the unknown tokens of the contexts, which include the answers, and of the questions, each text once.
 
     Args:
         sets: Windows and labels.
-        encoder: What cut the windows.
+        encoder: The encoder that cut the windows.
 
     Returns:
         Their share of all tokens, from 0 to 1.

@@ -1,4 +1,4 @@
-"""Windows made in several processes (``--preprocessing-num-workers``): the same features, chunk by chunk.
+"""Makes windows in several processes (``--preprocessing-num-workers``), chunk by chunk, with the same result as in one.
 
 The tokenizer already uses every core, and the rest takes a fraction of a millisecond per window in Python. So one process is
 the default; more pay off on large data and many cores.
@@ -33,10 +33,10 @@ _CHUNKS_PER_WORKER = 4  # so that no worker is left alone with the long passages
 def make_features_in(
     workers: int, examples: Sequence[Example], encoder: Encoder, settings: QaSettings, source: str
 ) -> FeatureSet:
-    """What ``make_features`` returns, made in ``workers`` processes; with 1, in this one.
+    """Like ``make_features``, but in ``workers`` processes; with 1, in this process.
 
     Raises:
-        DataError: As ``make_features`` does.
+        DataError: As in ``make_features``.
         FailureError: A worker was killed or cannot start.
     """
     if workers == 1 or len(examples) < 2:
@@ -49,7 +49,7 @@ def make_features_in(
             packed = [chunk.result() for chunk in chunks]
     except BrokenProcessPool as error:
         raise FailureError(
-            "a process that makes windows ended by itself (out of memory, or the program that called train has no "
+            "a process that makes windows ended unexpectedly (out of memory, or the program that called train has no "
             'if __name__ == "__main__"): lower --preprocessing-num-workers'
         ) from error
     finally:
@@ -70,7 +70,7 @@ def make_features_in(
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """The features of a run of examples as ``pack_features`` packs them, their contexts, or why there are none."""
+    """The features of consecutive examples, packed by ``pack_features``, and their contexts, or why there are none."""
 
     arrays: Arrays
     contexts: tuple[EncodedText, ...] = ()
@@ -82,7 +82,7 @@ _given: dict[str, Any] = {}
 
 
 def _start(encoder: Encoder, settings: QaSettings, source: str) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already run in parallel
     _given.update(encoder=encoder, settings=settings, source=source)
 
 

@@ -58,7 +58,7 @@ def test_the_reliability_diagram_shows_the_bins_that_have_answers():
     draw_reliability(figure, Calibration(bins, 0.0, 0.55, 0.75))
     upper, lower = figure.axes
     assert lines(upper)["answers, 95 % interval"] == [(pytest.approx(55), pytest.approx(75))]
-    assert lines(upper)["as often right as confident"] == [(0, 0), (100, 100)]
+    assert lines(upper)["perfect calibration"] == [(0, 0), (100, 100)]
     assert [(bar.get_x(), bar.get_height()) for bar in lower.patches] == [(50, 8)]
 
 

@@ -1,7 +1,7 @@
-"""The tools and runtimes that people would use in qadeploy's place, one per file.
+"""The tools and runtimes that people would use instead of qadeploy, one per file.
 
-Each module has functions that prepare a peer from a ``Setup`` (export, quantize) and say how to load it, and functions
-that load it, which run again in processes of their own. Each imports its libraries inside its functions and uses
+Each module has functions that prepare a peer from a ``Setup`` (export, quantize) and return how to load it, and
+functions that load it, which also run in separate processes. Each imports its libraries inside its functions and uses
 them as their documentation says.
 """
 
@@ -26,7 +26,7 @@ PEERS: dict[str, Callable[[Setup], Variant]] = {
 
 
 def parse_peers(names: str) -> list[str]:
-    """The peers of a comma-separated list, each once. Raises InputError on an unknown one."""
+    """The peers of a comma-separated list, each once. Raises InputError if one is unknown."""
     found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in found if name not in PEERS]
     if unknown:

@@ -1,4 +1,4 @@
-"""PyTorch with our windows and spans around it, in padded batches of similar length: float32 and bfloat16."""
+"""PyTorch with our encoder and decoder, in padded batches of similar length: float32 and bfloat16."""
 
 from __future__ import annotations
 

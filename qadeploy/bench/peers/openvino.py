@@ -1,4 +1,4 @@
-"""OpenVINO: optimum's ONNX export quantized by NNCF (static int8, calibrated), run with our windows and spans around it.
+"""OpenVINO: optimum's ONNX export quantized by NNCF (static int8, calibrated), run with our encoder and decoder.
 
 Matmuls that stay in float are computed in bfloat16 if the CPU has it. Many windows go through asynchronous requests on a
 model compiled for throughput, one window through a model compiled for latency, as OpenVINO's performance hints say (https://docs.openvino.ai, "High-level Performance Hints").
@@ -25,13 +25,13 @@ _CALIBRATION_WINDOWS = 128
 
 
 def prepare(setup: Setup) -> Variant:
-    """Quantizes by NNCF and saves OpenVINO's format. Raises FailureError, MissingExtraError, and what the two raise."""
+    """Quantizes by NNCF and saves in OpenVINO's format. Raises FailureError, MissingExtraError, and what both raise."""
     openvino, nncf = _library("openvino"), _library("nncf")
     if setup.device != "cpu":
         raise FailureError(f"only runs on the CPU here, and this bench runs on {setup.device}")
     if not setup.calibration:
         raise FailureError(
-            "there are no other questions than those of the bench to calibrate int8 with: "
+            "there are no questions to calibrate int8 with, other than those of the bench: "
             "lower --questions, or bench a bundle whose run still exists"
         )
     source = exported(setup)
@@ -67,7 +67,7 @@ def prepare(setup: Setup) -> Variant:
 
 
 def load(model: str, bundle: str, arithmetic: str, threads: int, allow_no_answer: bool) -> Asker:
-    """The quantized model behind the bundle's encoder and our decoder."""
+    """The quantized model with the bundle's encoder and our decoder."""
     return around(host(bundle, lambda encoder: OpenVinoModel(Path(model), arithmetic, threads)), allow_no_answer)
 
 
@@ -106,7 +106,7 @@ class OpenVinoModel(LogitsModel):
 
 
 def inputs(window: Window, names: Iterable[str]) -> dict[str, Any]:
-    """One window as the inputs of these names, int64 ``[1, tokens]`` each."""
+    """One window as the inputs in ``names``, int64 ``[1, tokens]`` each."""
     values = {
         "input_ids": window.input_ids[None],
         "attention_mask": np.ones((1, len(window)), dtype=np.int64),

@@ -1,7 +1,7 @@
-"""Optimum's ONNX model, for an int8 bundle with its own int8 preset: in the pipeline, and called directly.
+"""Optimum's ONNX model, quantized with optimum's preset if the bundle is int8: in the pipeline, and called directly.
 
-Directly means ``ORTModelForQuestionAnswering`` on one unpadded window per call, with our windows and spans around it:
-optimum's model without the pipeline's own work.
+Directly means ``ORTModelForQuestionAnswering`` on one unpadded window per call, with our encoder and decoder: optimum's
+model without the pipeline's own work.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def prepare(setup: Setup) -> Variant:
 
 
 def prepare_direct(setup: Setup) -> Variant:
-    """The same model without the pipeline. Raises like ``prepare``."""
+    """The same model without the pipeline. Raises what ``prepare`` raises."""
     path, what, precision = _model(setup)
     return Variant(
         f"optimum ONNX {what} called directly",

@@ -28,16 +28,16 @@ def prepare(setup: Setup) -> Variant:
 
 
 def require_pipeline() -> None:
-    """Raises FailureError if the installed transformers has no question-answering pipeline, as from 5.0 on."""
+    """Raises FailureError if the installed transformers has no question-answering pipeline (5.0 and newer)."""
     if import_extra("qadeploy.training.transformers_versions", "the peer pipeline", "train", "transformers").IS_5:
         raise FailureError(
-            f"transformers {version('transformers')} has no question-answering pipeline, which 4.57 was the last to have: to "
+            f"transformers {version('transformers')} has no question-answering pipeline (4.57 was the last with one): to "
             "bench against it, pip install 'transformers<5' in another environment"
         )
 
 
 def options(setup: Setup) -> dict[str, Any]:
-    """The bundle's settings as the pipeline names them."""
+    """The bundle's settings under the pipeline's names."""
     settings = setup.bundle.settings
     return {
         "max_seq_len": settings.max_seq_len,
@@ -63,7 +63,7 @@ def load(checkpoint: str, device: str, threads: int, options: dict[str, Any], tr
 def in_pipeline(
     model: Any, checkpoint: str, device: str, options: dict[str, Any], trust_remote_code: bool = False
 ) -> Asker:
-    """Any model that the pipeline takes, inside it."""
+    """The pipeline around any model that it accepts."""
     from transformers import AutoTokenizer
     from transformers import pipeline as make
 

@@ -1,4 +1,4 @@
-"""What every peer gets: the checkpoint, the bundle that it is compared with, and a folder to write to."""
+"""The input of every peer: the checkpoint, the bundle that it is compared with, and a folder to write to."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from qadeploy.records import Example
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a peer is prepared from.
+    """The input from which a peer is prepared.
 
-    ``checkpoint`` is the PyTorch checkpoint folder; ``bundle`` gives its settings and, to peers that are only a runtime,
-    its tokenizer; ``calibration`` are examples that the bench does not ask; ``folder`` is for temporary files;
-    ``trust_remote_code`` allows the checkpoint's own code.
+    ``checkpoint`` is the PyTorch checkpoint folder; ``bundle`` provides its settings and, to peers that are only a
+    runtime, its tokenizer; ``calibration`` are examples that are not in the workload; ``folder`` is for temporary
+    files; ``trust_remote_code`` allows the checkpoint's own code.
     """
 
     checkpoint: Path
@@ -59,7 +59,7 @@ def quiet() -> Iterator[None]:
 
 
 def exported(setup: Setup) -> Path:
-    """A folder with the checkpoint as optimum's fp32 ``model.onnx``, made once for all peers of a bench.
+    """A folder with the checkpoint as fp32 ``model.onnx``, exported by optimum once for all peers of a bench.
 
     Raises FailureError (no checkpoint), MissingExtraError, and what optimum raises.
     """
