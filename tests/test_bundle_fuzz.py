@@ -75,7 +75,7 @@ def outcome(folder: Path) -> int:
     if not child:
         status = 2
         with contextlib.suppress(BaseException), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # made on another machine, as these bundles are
+            warnings.simplefilter("ignore")  # some warn of another machine, as they should
             try:
                 loaded = Answerer.load(folder, device="cpu", threads=1)
                 sound = all(LONG[a.start : a.end] == a.text for a in loaded.answer(PAIRS[0][0], LONG, top_k=3))

@@ -153,7 +153,7 @@ def test_int8_is_smaller_and_keeps_attention_matmuls_in_float(tiny, tiny_export,
     assert [row["recipe"] for row in made["leaderboard"]] == list(RECIPES)
     chosen = next(row for row in made["leaderboard"] if row["recipe"] == made["recipe"])
     assert chosen["f1_lost"] <= 0.5 >= chosen["f1_lost_held_out"]
-    # The second measurement began with the fp32 settings, and the bundle runs with the settings that it chose.
+    # The final measurement began with the recipe's settings from the search, and the bundle runs with its result.
     session, trials = small.manifest["session"], small.manifest["tuning"]["trials"]
     graphs = {False: "all of the runtime's", True: "without SkipLayerNormFusion"}
     assert trials[0]["settings"] == graphs["disabled_optimizers" in chosen["session"]]

@@ -208,7 +208,7 @@ def test_each_answer_is_highlighted_where_it_stands_in_any_script(browser, url):
 @needs_chromium
 def test_the_highlight_comes_into_view_in_a_long_text(browser, url):
     with opened(browser, url) as desk:
-        deep = "\n" * 200  # no tokens: the model's limit is shown below
+        deep = "\n" * 200  # no tokens, so the answer is this far down whatever the model's limit
         best = desk.ask("Who keeps the piano?", f"{deep}Dora keeps the piano.{deep}")[0]
         assert desk.highlighted()[1] == best["text"] != ""
         expect(desk.page.locator("mark")).to_be_in_viewport()

@@ -141,7 +141,7 @@ def test_a_run_killed_at_random_moments_and_resumed_is_the_run_without_a_break(k
     begun = time.perf_counter()
     assert run(options(fast / "again")) == 0
     seconds = time.perf_counter() - begun
-    assert_same(fast / "again", whole)  # otherwise there would be nothing to compare after resuming
+    assert_same(fast / "again", whole)  # otherwise a resumed run could not be the same either
 
     draw = random.Random(7)
     reached = set()
