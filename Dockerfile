@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
-# qadeploy serve, without torch. Targets: cpu (the default), gpu, and baked, which is either of them with a bundle inside.
-# docs/container.md shows how they are built and run; tests/container_steps.py runs the steps of the cpu target.
-# A tag may be moved: pin what you deploy, PYTHON_IMAGE=python:3.12-slim@sha256:...
+# qadeploy serve, without torch. Targets: cpu (the default), gpu, and baked, which is one of these with a bundle inside.
+# docs/container.md shows how to build and run them; tests/container_steps.py runs the steps of the cpu target.
+# A tag may be moved, so pin the image that you deploy: PYTHON_IMAGE=python:3.12-slim@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim
 ARG TARGET=cpu
 
@@ -10,9 +10,9 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY requirements ./requirements
 COPY qadeploy ./qadeploy
-# The models that ship are not served from here: empty folders stand in their place, so that the wheel is small.
+# The container does not serve the models that ship: empty folders replace them to keep the wheel small.
 RUN mkdir -p models/minilm-l6-qa models/minilm-l6-qa-int8
-# Every package by its hash, none built from source but this one, whose build tools stay here.
+# Every package is checked by its hash. Only qadeploy is built from source; its build tools stay in this stage.
 RUN python -m venv /src/tools && /src/tools/bin/pip install --no-cache-dir --require-hashes --only-binary=:all: -r requirements/build.txt
 RUN /src/tools/bin/pip wheel --no-deps --no-build-isolation --no-index --wheel-dir /src/wheels .
 RUN python -m venv /opt/venv
@@ -32,7 +32,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     QADEPLOY_CACHE=/tmp/qadeploy \
     QADEPLOY_HOST=0.0.0.0 \
     QADEPLOY_PORT=8000
-# A number, so that Kubernetes' runAsNonRoot can tell; nothing but /tmp is written.
+# Kubernetes' runAsNonRoot needs a numeric user. Only /tmp is written.
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM

@@ -1,15 +1,15 @@
 # make        lint and tests
 # make demo   train, export, quantize, bench and answer on what the repository ships
 # make test   all tests
-# make slow   the tests that fuzz, flood, install or kill many times, and all of those for transformers 5
-# make quick  the tests that need neither torch nor a trained model nor other processes, in under a minute
-# make coverage   all tests, and the share of the lines that they run, by room
+# make slow   the tests that fuzz, flood, install or kill many times, and all tests that run on transformers 5
+# make quick  the tests that need no torch, trained model or other processes, in under a minute
+# make coverage   all tests, and the share of lines that they run in each folder of qadeploy/
 # make test-next  the tests of training, export and answers on transformers 5 without optimum (constraints-next.txt)
-# make docs   the documentation as a website, in site/
-# make requirements   the hashes of the packages in a container, in requirements/, after a change of constraints.txt
-# make node-check   the answers of Node.js and of a browser from bundles that answer by themselves (needs node 20 or newer)
-# make inference-servers   an environment with Triton and MLServer, without which the tests that need them are skipped
-# Each sets up .venv by itself; on a machine with an NVIDIA driver with the GPU build of ONNX Runtime.
+# make docs   the documentation site, in site/
+# make requirements   writes the hashes of the container's packages to requirements/, after a change of constraints.txt
+# make node-check   tests bundles with the whole answer in the graph in Node.js and in a browser (needs node 20 or newer)
+# make inference-servers   an environment with Triton and MLServer; without it, the tests that need them are skipped
+# Each target sets up .venv first, with the GPU build of ONNX Runtime if the machine has an NVIDIA driver.
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,16 +21,16 @@ RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 NEXT := .venv-next
 NEXT_READY := $(NEXT)/.ready
 BUNDLE := bundles/handbook-int8
-# The road on transformers 5; and what else works on graphs, which there PyTorch's own exporter writes.
+# The tests of make test-next; then the other tests of graphs, which PyTorch's own exporter writes on transformers 5.
 NEXT_TESTS := $(addprefix tests/test_,$(addsuffix .py,architectures trainer export exportable transformers_versions))
 NEXT_MORE := $(addprefix tests/test_,$(addsuffix .py,exporters fp16 session_answerer answerer_refused answerer_sharing cli_training \
 	cli_answers recipes attention span_head text_graph))
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--constraint constraints.txt --custom-compile-command 'make requirements'
-# More than cores, because many tests wait for other processes; a worker takes 1 to 2 GB.
+# More workers than cores, because many tests wait for other processes; a worker needs 1 to 2 GB.
 WORKERS := $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 3 ? 6 : n + n / 2)))
 
-# Else each worker and each process that a test starts compiles everything anew.
+# If it is set, each worker and each process that a test starts compiles everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: all setup lint format quick test slow test-next coverage requirements docs demo inference-servers node-check clean
@@ -81,7 +81,7 @@ coverage: $(READY)
 		printf '%-24s %s %%\n' $$room "$$($(BIN)/coverage report --include="$$room*" --format=total 2>/dev/null)"; \
 	done
 
-# One list for every Python and machine that there are wheels for.
+# One list for all Python versions and machines that have wheels.
 requirements: $(READY)
 	$(BIN)/python -m pip install --quiet uv==0.13.9
 	$(COMPILE) --extra cpu --extra serve --extra corpus --output-file requirements/cpu.txt pyproject.toml
@@ -92,7 +92,7 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# onnxruntime-node holds its CPU library; its install script would download the one for CUDA.
+# onnxruntime-node includes its CPU library; its install script would download the CUDA library.
 node-check: $(READY)
 	cd docs/node && npm ci --ignore-scripts
 	$(BIN)/python -m pytest -s tests/test_node.py tests/test_web.py

@@ -1,4 +1,4 @@
-"""Answerers that some rows are poison to, for the engines' workers, which import this module."""
+"""Answerers that fail on certain rows, for the engines' workers, which import this module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXIT, SEGFAULT, RAISE, BREAK, NAN = "Who exits?", "Who faults?", "Who raises?", 
 
 
 class Poisoned(Answerer):
-    """Ends its process on ``EXIT`` and ``SEGFAULT``, raises on ``RAISE``, and after ``BREAK`` answers nothing any more."""
+    """Ends its process on ``EXIT`` and ``SEGFAULT``, raises on ``RAISE``, and answers nothing after ``BREAK``."""
 
     broken = False
     seconds = 0.0
@@ -25,7 +25,7 @@ class Poisoned(Answerer):
         if question == EXIT:
             os._exit(3)
         if question == SEGFAULT:
-            ctypes.string_at(0)  # a signal that is only sent, Ray's handlers survive
+            ctypes.string_at(0)  # Ray's handlers survive a signal that is only sent
         if question == RAISE:
             raise RuntimeError("no kernel\nfor this")
         self.broken |= question == BREAK
@@ -36,7 +36,7 @@ class Poisoned(Answerer):
 
 @dataclass(frozen=True)
 class PoisonedLoad:
-    """Loads a bundle as ``Poisoned``, on one thread; each row takes ``seconds`` more. Notes each load's pid in ``pids``."""
+    """Loads a bundle as ``Poisoned``, on one thread; each row takes ``seconds`` longer. Records each load's pid in ``pids``."""
 
     path: str
     pids: str = ""

@@ -53,7 +53,7 @@ DOCS = ROOT / "docs" / "architectures.md"
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
 INT8_MATMULS = ("MatMulInteger", "DynamicQuantizeMatMul", "QGemm", "QLinearMatMul", "MatMulNBits")
 QUESTIONS = 24
-ANY_LOSS = 100.0  # points of F1: they say nothing about a model that has learned little, so logits are compared instead
+ANY_LOSS = 100.0  # points of F1: meaningless for a model that has learned little, so logits are compared instead
 
 
 def run_architecture(architecture: Architecture, folder: Path) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def run_architecture(architecture: Architecture, folder: Path) -> dict[str, Any]
 
 
 def _train(base: Path, folder: Path, learning_rate: float) -> tuple[Reference, dict[str, Any]]:
-    """Four epochs on questions that a tiny model can learn; the held-out questions judge, one of them on all the text."""
+    """Trains four epochs on questions that a tiny model can learn; one held-out question has all the text as context."""
     data = write_jsonl(folder / "keepers.jsonl", triplets(QUESTIONS))
     options = TrainOptions(
         data=str(data),
@@ -123,7 +123,7 @@ def _train(base: Path, folder: Path, learning_rate: float) -> tuple[Reference, d
     losses = [epoch["train_loss"] for epoch in result.metrics["epochs"] if epoch["train_loss"] is not None]
     # Second, because parity cuts the first, fourth, ... question into short windows.
     reference = make_reference(run, HeldOut("keepers", (dev[0], long, *dev[1:])))
-    return replace(reference, timed=reference.timed[:1]), {"loss": losses}  # the speed of a tiny model says nothing
+    return replace(reference, timed=reference.timed[:1]), {"loss": losses}  # the speed of a tiny model means nothing
 
 
 def _describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -207,13 +207,13 @@ def _logits(answerer: Answerer, reference: Reference) -> FloatArray:
 
 
 def recorded(exporter: str) -> dict[str, Any]:
-    """What was recorded with an exporter."""
+    """The recorded results of an exporter."""
     found: dict[str, Any] = json.loads(RESULTS[exporter].read_text(encoding="utf-8"))
     return found
 
 
 def matrix(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table of what each step found."""
+    """The table of the steps' results."""
     notes: list[str] = []
     lines = [
         "| architecture | export: largest difference to PyTorch | fused attention | other fused nodes | int8: single-node attention | int8 matmuls | int8 logits' correlation |",
@@ -234,7 +234,7 @@ def matrix(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def description(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The table of what each model is like."""
+    """The table of the models' properties."""
     lines = [
         "| architecture | as | pieces | window | token types | longest input | attention |",
         "|---|---|---|---|---|---|---|",
@@ -254,7 +254,7 @@ def description(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def environment(results: dict[str, Any]) -> str:
-    """What was compared, and with which packages."""
+    """The models compared, and the package versions."""
     rows = results["rows"]
     exported = [row["fp32"] for row in rows if row["fp32"]["status"] == "ok"]
     lengths = [f["parity"][end] for f in exported for end in ("shortest", "longest")]
@@ -274,7 +274,7 @@ def _other_nodes(found: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], step: str, show: Callable[[dict[str, Any]], str], notes: list[str]) -> str:
-    """What a step found, or "no" and the number of the note that says why."""
+    """A step's result, or "no" and the number of the note with the reason."""
     found = row[step]
     if found["status"] == "ok":
         return show(found)
@@ -303,7 +303,7 @@ def written(docs: str) -> str:
 
 def run_matrix(architectures: Sequence[Architecture]) -> dict[str, Any]:
     """The content of results/architectures.json."""
-    torch.set_num_threads(1)  # tiny models gain nothing from threads but waiting
+    torch.set_num_threads(1)  # threads only make tiny models wait
     rows = []
     for architecture in architectures:
         started = time.perf_counter()

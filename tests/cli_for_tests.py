@@ -1,4 +1,4 @@
-"""Commands of the command line, run in this process."""
+"""Runs commands of the command line in this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transformers' pipeline beside ours, and the questions that both are asked."""
+"""Transformers' pipeline and ours, and the questions that both answer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Both:
 
 
 def shape(value: Any) -> Any:
-    """The answer without its score: what must be the same."""
+    """The answer without its score, which may differ."""
     if isinstance(value, list):
         return [shape(one) for one in value]
     assert list(value) == ["score", "start", "end", "answer"]

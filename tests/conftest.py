@@ -26,10 +26,10 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is ins
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads but waiting
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only make tiny models wait
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # else no child would see Ctrl-C, as after nohup
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # otherwise children ignore Ctrl-C, as after nohup
 
 NAMES = ("Ada", "Bela", "Cora", "Dora", "Elin", "Fay", "Gail", "Hilde", "Ines", "Judith", "Kaya", "Lena")
 THINGS = ("lamp", "boat", "ladder", "kettle", "piano", "bell", "rope", "clock")
@@ -48,7 +48,7 @@ def triplets(count: int = 96) -> list[dict[str, object]]:
 
 
 def unanswerable(count: int = 96) -> list[dict[str, object]]:
-    """The triplets, every third asking for a thing that its context does not hold; a few are annotated wrongly."""
+    """The triplets; every third asks for a thing that its context does not mention, and a few are annotated wrongly."""
     rows = triplets(count)
     for i, row in enumerate(rows):
         if i % 3 == 2:
@@ -105,7 +105,7 @@ def make_tiny_checkpoint(folder: Path) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unit tests stand where the second and the third worker begin: they need not wait while the first makes what all share."""
+    """Places unit tests where workers 2 and 3 begin, so that they need not wait for the first to make the fixtures."""
     unit = [item for item in items if "unit" in item.path.parts]
     others = [item for item in items if "unit" not in item.path.parts]
     third = len(items) // 3
@@ -114,14 +114,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_garbage_collection() -> None:
-    """Spares the collector what is imported by now: training and export run it often, and each time would take 0.3 s."""
+    """Freezes imported objects: training and export collect garbage often, and going through them takes 0.3 s each time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
-    """PyTorch has its threads of before after a test that changed them, as ``bench`` does: another number rounds differently."""
+    """Restores PyTorch's thread count, which ``bench`` changes: with another number, results round differently."""
     yield
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -139,7 +139,7 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(shared_folder: Path) -> Iterator[Path]:
-    """A cache of the tests' own, so that nothing is read from or left in the user's."""
+    """A separate cache for the tests, so that they neither read nor change the user's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QADEPLOY_CACHE", str(shared_folder / "cache"))
         yield shared_folder / "cache"
@@ -150,9 +150,9 @@ Once = Callable[[str, Callable[[Path], Made]], Made]
 
 @pytest.fixture(scope="session")
 def once(shared_folder: Path) -> Once[Any]:
-    """Builds a thing in a folder of its own, under a name, once for all workers; what ``build`` returns must be picklable.
+    """Calls ``build`` once for all workers, in a folder with this name; its result must be picklable.
 
-    The other workers wait, and use the same folder: it must be left as it is.
+    The other workers wait and use the same folder, so tests must not change it.
     """
 
     def get(name: str, build: Callable[[Path], Made]) -> Made:
@@ -160,7 +160,7 @@ def once(shared_folder: Path) -> Once[Any]:
         with (shared_folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not returned.exists():
-                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                shutil.rmtree(folder, ignore_errors=True)  # left by a worker that failed
                 folder.mkdir()
                 value = pickle.dumps(build(folder))
                 returned.write_bytes(value)
@@ -172,7 +172,7 @@ def once(shared_folder: Path) -> Once[Any]:
 
 @pytest.fixture(scope="session")
 def brief() -> Iterator[None]:
-    """Exports measure speeds with few questions: those of a tiny model say nothing."""
+    """Exports measure speeds with few questions, because a tiny model's speed means nothing."""
     from qadeploy.export import reference
     from qadeploy.export.quantize import search
 
@@ -191,7 +191,7 @@ def tiny_checkpoint(once: Once[Path]) -> Path:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny model's way from data to bundles. Everything lies in ``root`` and must be left as it is."""
+    """A tiny model's data, run and bundles. All files are in ``root``; tests must not change them."""
 
     root: Path
     data: Path
@@ -200,7 +200,7 @@ class Tiny:
     said: list[str]
 
     def bundle(self, kind: str = "") -> Path:
-        """The bundle of a kind: plain fp32, "fused" or "int8" (there once ``tiny_export`` ran)."""
+        """The bundle of a kind: plain fp32, "fused" or "int8" (these two exist after ``tiny_export``)."""
         return self.root / "bundles" / (f"keepers-{kind}" if kind else "keepers")
 
 
@@ -238,7 +238,7 @@ def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
 
 
 def tiny_arguments(data: Path, base: Path, out: Path, *more: str) -> list[str]:
-    """``qadeploy train`` on the command line, with the options of ``tiny_options`` but for two epochs."""
+    """``qadeploy train`` on the command line, with the options of ``tiny_options``, but two epochs."""
     return [
         *("train", "--data", str(data), "--base", str(base), "--out", str(out)),
         *("--epochs", "2", "--batch-size", "8", "--learning-rate", "0.003", "--precision", "fp32"),
@@ -248,7 +248,7 @@ def tiny_arguments(data: Path, base: Path, out: Path, *more: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Folded:
-    """A run with folds on data of which a third has no answer. It must be left as it is."""
+    """A run with folds on data of which a third has no answer. Tests must not change it."""
 
     data: Path
     run: Path
@@ -287,7 +287,7 @@ def folded(once: Once[Folded], tiny_checkpoint: Path, brief: None) -> Folded:
 
 @pytest.fixture(scope="session")
 def tiny_export(once: Once[Said], tiny: Tiny) -> Said:
-    """What ``qadeploy export --quantize`` said of the tiny run; its bundles lie under ``root``."""
+    """The output of ``qadeploy export --quantize`` for the tiny run; its bundles are under ``root``."""
 
     def build(_: Path) -> Said:
         shutil.rmtree(tiny.root / "bundles", ignore_errors=True)
@@ -322,7 +322,7 @@ def server(answerer: Any) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def plain_int8(once: Once[Path], tiny: Tiny) -> Path:
-    """The tiny model in plain int8, ``keepers-int8``; which recipe ``tiny_export`` chose is the machine's to say."""
+    """The tiny model in plain int8, ``keepers-int8``; the recipe that ``tiny_export`` chooses depends on the machine."""
 
     def build(root: Path) -> Path:
         recipe = ("--quantize", "--recipe", "int8", "--max-f1-drop", 100)
@@ -355,14 +355,14 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test in an empty working directory of its own."""
+    """Runs the test in an empty working directory."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
 
 @pytest.fixture
 def sessions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """ONNX Runtime's sessions that are created in a test."""
+    """The ONNX Runtime sessions that a test creates."""
     from tests.sessions_for_tests import Sessions
 
     watched = Sessions(monkeypatch)

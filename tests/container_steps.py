@@ -1,8 +1,8 @@
-"""The steps of the Dockerfile without a container engine: its own RUN, COPY, ENV, HEALTHCHECK and ENTRYPOINT, in a temporary folder.
+"""Runs the Dockerfile's RUN, COPY, ENV, HEALTHCHECK and ENTRYPOINT in a temporary folder, without a container engine.
 
     python -m tests.container_steps BUNDLE [--python python3.12] [--out benchmarks/results/container.json]
 
-Nothing is stated twice: the Dockerfile and .dockerignore are parsed. Differences from an image: the stages share one folder as
+The steps come from the parsed Dockerfile and .dockerignore. Differences from an image: the stages share one folder as
 their file system, into which every absolute path of the file is moved, and a copy of this machine's Python replaces the
 base image's. As root, the server runs as the file's USER.
 """
@@ -36,7 +36,7 @@ from qadeploy.inference.doctor import diagnose
 ROOT = Path(__file__).resolve().parents[1]
 QUESTION = {"question": "Who keeps the lamp?", "context": "Ada keeps the lamp in room 7."}
 HEALTHY_SECONDS = 30.0
-# What the file may contain; the parser stops at anything else, because a skipped step would prove nothing.
+# The known instructions; the parser raises on others, because a skipped step would make the check worthless.
 KNOWN = frozenset(
     ["ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD"]
 )
@@ -100,7 +100,7 @@ def order(stages: Mapping[str, Stage], target: str) -> list[Stage]:
 def ignored(path: str, rules: Sequence[str]) -> bool:
     """Whether .dockerignore keeps a path out of the build's context; the last rule that matches decides.
 
-    ``*`` matches within a folder, ``**/NAME`` at any depth, ``!`` takes back; a rule for a folder holds inside it.
+    ``*`` matches within a folder, ``**/NAME`` at any depth, ``!`` includes again; a rule for a folder applies to its content.
     """
     found = False
     parts = path.split("/")
@@ -117,7 +117,7 @@ def ignored(path: str, rules: Sequence[str]) -> bool:
 
 
 class Container:
-    """A folder in place of the file system of all stages, and the settings that the steps make."""
+    """A folder that replaces the file system of all stages, and the settings that the steps make."""
 
     def __init__(self, root: Path, stages: Sequence[Stage]) -> None:
         self.root = root
@@ -141,7 +141,7 @@ class Container:
         return self._paths.sub(lambda found: f"{self.root}{found[1]}", text)
 
     def variables(self) -> dict[str, str]:
-        """The environment of a step: the base image's, then the file's; nothing of the caller's but the package index."""
+        """The environment of a step: the base image's, then the file's; from the caller only the package index."""
         base = {
             "PATH": f"{self.root}/python/bin:/usr/local/bin:/usr/bin:/bin",
             "LD_LIBRARY_PATH": f"{self.root}/python/lib",  # the copied interpreter's libpython
@@ -152,7 +152,7 @@ class Container:
         return {**kept, **base, **self.environment}
 
     def take(self, name: str, rest: str) -> None:
-        """Does one step. Raises FailureError if a command fails, InputError if a source is missing."""
+        """Runs one step. Raises FailureError if a command fails, InputError if a source is missing."""
         started = time.perf_counter()
         if name == "WORKDIR":
             self.work = rest
@@ -194,7 +194,7 @@ class Container:
 
     def _copy(self, *parts: str) -> None:
         sources, target = parts[:-1], parts[-1]
-        if sources[0].startswith("--from="):  # from a stage, whose files lie in the same folder
+        if sources[0].startswith("--from="):  # from another stage, whose files are in the same folder
             if list(sources[1:]) != [target]:
                 raise InputError(
                     f"Dockerfile: COPY {' '.join(parts)}: between stages only a path of the same name is known"
@@ -225,12 +225,12 @@ def _expand(text: str, values: Mapping[str, str]) -> str:
 
 
 def serve(machine: Container, bundle: Path) -> dict[str, Any]:
-    """Starts the entry point with the bundle in place; waits until healthy, asks, stops. Raises FailureError."""
+    """Starts the entry point with the bundle, waits until healthy, asks a question, stops it. Raises FailureError."""
     shutil.copytree(bundle, machine.inside("/bundle"), dirs_exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variables = {**machine.variables(), "QADEPLOY_PORT": str(port), "QADEPLOY_HOST": "127.0.0.1"}  # as docker run -e
+    variables = {**machine.variables(), "QADEPLOY_PORT": str(port), "QADEPLOY_HOST": "127.0.0.1"}  # like docker run -e
     user = {"user": int(machine.user.split(":")[0]), "group": int(machine.user.split(":")[1]), "extra_groups": []}
     identity: dict[str, Any] = user if os.geteuid() == 0 else {}
     place = machine.inside(machine.work)
@@ -289,7 +289,7 @@ def _megabytes(folder: Path) -> float:
 
 
 def steps(target: str, bundle: Path, python: str = sys.executable) -> dict[str, Any]:
-    """Runs the steps of a target and its server, with a copy of the interpreter ``python``; returns what was found."""
+    """Runs the steps of a target and its server, with a copy of the interpreter ``python``; returns the results."""
     stages = order(parse((ROOT / "Dockerfile").read_text(), {}), target)
     ask = "import sys; print(sys.base_prefix, *sys.version_info[:3])"
     prefix, *version = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
@@ -328,7 +328,7 @@ def steps(target: str, bundle: Path, python: str = sys.executable) -> dict[str, 
 @click.option("--python", default=sys.executable, help="The interpreter to use in place of the base image's.")
 @click.option("--out", type=click.Path(path_type=Path))
 def main(bundle: Path, target: str, python: str, out: Path | None) -> None:
-    """Runs the steps, prints what was found, and writes it as JSON."""
+    """Runs the steps, prints the results, and writes them as JSON."""
     found = steps(target, bundle, python)
     served = {key: found[key] for key in ("healthy_after_seconds", "answer", "user", "exit_code_after_stop_signal")}
     click.echo(json.dumps({"venv_megabytes": found["venv_megabytes"], **served}, indent=2, ensure_ascii=False))

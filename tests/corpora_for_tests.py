@@ -65,5 +65,5 @@ def pdf(*pages: str, trailer: str = "") -> bytes:
     return out + end.encode("ascii")
 
 
-# Neither entry fits the empty password.
+# Neither entry matches the empty password.
 ENCRYPTED = f"/Encrypt << /Filter /Standard /V 1 /R 2 /P -4 /O <{'11' * 32}> /U <{'22' * 32}> >> /ID [<{'33' * 16}> <{'33' * 16}>]"

@@ -1,4 +1,4 @@
-"""Small files of questions, and what ``read`` and ``check`` make of them."""
+"""Small files of questions, and the results of ``read`` and ``check`` on them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def put(folder: Path, name: str, content: Any) -> str:
 
 
 def found(source: str, options: DataOptions | None = None) -> list[tuple[str, str, str, list[tuple[str, int]]]]:
-    """What ``read`` gets: id, context, question, and the texts and offsets of the answers."""
+    """What ``read`` returns: id, context, question, and the texts and offsets of the answers."""
     examples = read(source, options).examples
     return [(e.id, e.context, e.question, [(a.text, a.start) for a in e.answers]) for e in examples]
 
@@ -43,7 +43,7 @@ def answers(source: str, options: DataOptions | None = None) -> list[list[tuple[
 
 
 def classes(source: str, options: DataOptions | None = None) -> dict[str, int]:
-    """The classes that ``check`` counts, without those of no row."""
+    """The classes that ``check`` counts, without empty ones."""
     counts = check_rows(source, load_rows(source), options or DataOptions()).to_dict()["classes"]
     return {name: n for name, n in counts.items() if n}
 

@@ -1,4 +1,4 @@
-"""A hub on this machine: repositories in memory, behind as much of the protocol as huggingface_hub needs to push and download."""
+"""A hub on this machine: repositories in memory, and the part of the protocol that huggingface_hub uses to push and download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-TOKEN = "hf_right"  # any other may do nothing
+TOKEN = "hf_right"  # any other token may do nothing
 
 
 @dataclass
@@ -26,7 +26,7 @@ class StubHub:
     private: dict[str, bool] = field(default_factory=dict)
 
     def add(self, repo: str, branch: str, files: dict[str, bytes]) -> str:
-        """Adds a commit, and gives its hash."""
+        """Adds a commit and returns its hash."""
         before = self.files.get((repo, self.branches.get((repo, branch), "")), {})
         commit = hashlib.sha1(json.dumps([repo, branch, len(self.files)]).encode()).hexdigest()
         self.files[repo, commit] = {**before, **files}
@@ -51,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _refused(self, repo: str, revision: str | None = None) -> str | None:
-        """The commit of a revision; None if the request was refused."""
+        """The commit of a revision, or None if the request was refused."""
         if repo == "me/gated":
             self._send(403, X_Error_Code="GatedRepo")
         elif repo not in {name for name, _ in self.hub.branches}:
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving_hub() -> Iterator[StubHub]:
-    """A hub during the block."""
+    """Runs a hub during the block."""
     hub = StubHub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"

@@ -1,6 +1,6 @@
-"""Servers of the Open Inference Protocol v2 that others wrote, each in a process of its own: Triton and MLServer.
+"""Third-party servers of the Open Inference Protocol v2, each in its own process: Triton and MLServer.
 
-They live in an environment of their own (``make inference-servers``), since they want other versions of what qadeploy
+They have a separate environment (``make inference-servers``), since they need other versions of the packages that qadeploy
 uses. Triton is the server of the nvidia-pytriton package, whose only backend is Python's: see backends/onnxruntime.
 """
 
@@ -32,13 +32,13 @@ needs_servers = pytest.mark.skipif(
     not (ENVIRONMENT / "bin/python").exists(), reason=f"{ENVIRONMENT} is not there: make inference-servers"
 )
 _SECONDS = 60
-_FIRST = 10_000 + os.getpid() * 97 % 4_000  # each process of a test run begins elsewhere
+_FIRST = 10_000 + os.getpid() * 97 % 4_000  # each process of a test run starts at another port
 _ports = iter(range(_FIRST, 16_000))
 
 
 @dataclass
 class Server:
-    """A running server; ``stop`` it with another signal than SIGTERM to see what a client says then."""
+    """A running server; ``stop`` can use a signal other than SIGTERM, to see how a client reacts."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -156,7 +156,7 @@ def _packages() -> Path:
 
 
 def free_port() -> int:
-    """A port that nobody listens on, given out once. It lies below those that a kernel hands to outgoing connections."""
+    """A port that nobody listens on, returned only once. It is below the kernel's range for outgoing connections."""
     for port in _ports:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))

@@ -1,6 +1,6 @@
-"""Tiny question-answering models with random weights, one an architecture, each with a tokenizer of its true kind.
+"""Tiny question-answering models with random weights, one per architecture, each with the right kind of tokenizer.
 
-What is peculiar to the published checkpoints is kept: how token types are taken, where positions start, which
+They keep the peculiarities of the published checkpoints: whether token types are used, where positions start, which
 attention is relative, local, bottlenecked or shared between layers, a vocabulary larger than the tokenizer's,
 a padding token whose embedding is not zero. The weights are so large that attention is sharp: with
 transformers' own 0.02 it is nearly even, and a lost mask would hide within the tolerance of parity.
@@ -34,7 +34,7 @@ class Architecture:
 
     ``like`` is a published checkpoint of the kind; ``tokenizer`` a family of ``tokenizers_for_tests``, wrapped in
     transformers' class ``wrapper`` or ``{prefix}TokenizerFast``; ``values`` is the configuration. ``segments`` and
-    ``limit`` are what the encoder must find: the token types that the model takes (0 where it takes none) and
+    ``limit`` are what the encoder must find: the number of token types that the model accepts (0 if none) and
     its longest input in tokens.
     """
 
@@ -46,7 +46,7 @@ class Architecture:
     segments: int
     limit: int = LONGEST
     wrapper: str = ""
-    learning_rate: float = 1e-2  # at which it learns something of 21 questions
+    learning_rate: float = 1e-2  # at which it learns something from 21 questions
 
     def model(self, seed: int = 3) -> Any:
         """The model; the same random weights for the same seed."""
@@ -87,7 +87,7 @@ _DISTILBERT: dict[str, Any] = {
     "max_position_embeddings": LONGEST,
     "initializer_range": 0.3,
 }
-_ONE_TYPE = {**_SIZES, "type_vocab_size": 1}  # which RoBERTa's kind has, but nobody passes
+_ONE_TYPE = {**_SIZES, "type_vocab_size": 1}  # which RoBERTa and its relatives have, but nobody passes
 _SMALL_EMBEDDING = {**_SIZES, "embedding_size": 16}
 # The first differs in form, the others share its weights.
 _ALBERT = {**_SMALL_EMBEDDING, "num_hidden_layers": 4, "initializer_range": 0.2}
@@ -138,7 +138,7 @@ BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """An ONNX model without a bundle, and what reads texts for it."""
+    """An ONNX model without a bundle, and its encoder."""
 
     model: bytes
     encoder: Encoder

@@ -1,4 +1,4 @@
-"""An invented run for the tests of its report: awkward texts in several scripts, and what training would record."""
+"""An invented run for report tests: awkward texts in several scripts, and the facts that training would record."""
 
 from __future__ import annotations
 

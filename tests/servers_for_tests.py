@@ -1,4 +1,4 @@
-"""Servers for tests: an application called in this process, and a real one in a process of its own."""
+"""Servers for tests: an application called in this process, and a real one in its own process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JSON = {"content-type": "application/json"}
 
 
 class Gate(LogitsModel):
-    """A model whose runs wait: each takes ``seconds``, or until ``open`` is set. Keeps the windows in the order of their runs."""
+    """A model whose runs last ``seconds``, or until ``open`` is set. Keeps the windows in the order of their runs."""
 
     device = "cpu"
     inputs = ("input_ids", "attention_mask")
@@ -55,7 +55,7 @@ class Gate(LogitsModel):
 
 
 class Fixed:
-    """A model that gives the same logit everywhere."""
+    """A model that returns the same logit everywhere."""
 
     device = "cpu"
     inputs = ("input_ids",)
@@ -130,7 +130,7 @@ class Local:
 
 @dataclass
 class Remote:
-    """A server in a process of its own."""
+    """A server in its own process."""
 
     process: subprocess.Popen[str]
     url: str
@@ -150,7 +150,7 @@ class Remote:
 def started(
     folder: Path, bundle: Path, *flags: str, command: Sequence[str] = (), **environment: str
 ) -> Iterator[Remote]:
-    """``qadeploy serve`` on a free port; killed at the end where it still runs."""
+    """``qadeploy serve`` on a free port; killed at the end if it still runs."""
     log = folder / "log.jsonl"
     start = command or (sys.executable, "-m", "qadeploy", "serve", str(bundle))
     arguments = [*start, "--port", "0", "--threads", "1", "--json", *flags]

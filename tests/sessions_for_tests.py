@@ -1,4 +1,4 @@
-"""ONNX Runtime's sessions as a test watches them: every run noted, and held or broken if the test says so."""
+"""ONNX Runtime sessions that a test watches: every run is recorded, and held or broken if the test says so."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class Sessions:
         monkeypatch.setattr(onnxruntime, "InferenceSession", Watched)
 
     def hold(self) -> None:
-        """Runs that begin from now on wait for ``release``; ``begun`` starts anew."""
+        """Runs that begin from now on wait for ``release``; ``begun`` is emptied."""
         self.begun.clear()
         self._gate.clear()
 
     def release(self) -> None:
-        """Lets the runs go on."""
+        """Lets the held runs continue."""
         self._gate.set()
 
     def shrink_after(self, call: Callable[[], object]) -> bool:

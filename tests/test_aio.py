@@ -1,4 +1,4 @@
-"""The asyncio face: equal to serial calls, bounded, never in the event loop's way, cancelled in time."""
+"""The asyncio interface: equal to serial calls, bounded, never blocking the event loop, cancelled in time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def answerer(bundle: Path, watched: Sessions) -> Answerer:
 
 @pytest.fixture
 def sessions(watched: Sessions) -> Iterator[Sessions]:
-    """The sessions of all answerers here, whole again after the test."""
+    """The sessions of all answerers here, repaired after the test."""
     yield watched
     watched.broken = False
     watched.release()
@@ -90,7 +90,7 @@ def test_what_is_awaited_is_worked_on_by_a_bounded_number_of_threads(answerer, s
         return found, await asyncio.gather(*calls)
 
     waited, found = asyncio.run(ask())
-    assert waited == (4, 2)  # two threads of the model, twice as many work for coroutines
+    assert waited == (4, 2)  # the model has two threads, so four calls of coroutines are in progress
     assert [answers[0].text for answers in found] == GOLD * 10
 
 
@@ -103,7 +103,7 @@ def test_the_event_loop_goes_on_while_a_document_is_tokenised_and_read(answerer,
 
     async def ask():
         call = asyncio.ensure_future(own.aanswer("Who keeps the kettle?", document))
-        for _ in range(20):  # the loop turns while the tokeniser waits,
+        for _ in range(20):  # the loop runs while the tokeniser waits,
             await asyncio.sleep(0.001)
         assert not sessions.begun
         gate.set()

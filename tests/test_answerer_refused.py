@@ -1,4 +1,4 @@
-"""What an answerer refuses: texts, options, devices, graphs, and logits that are no numbers."""
+"""What an answerer refuses: texts, options, devices, graphs, and logits that are not numbers."""
 
 from __future__ import annotations
 

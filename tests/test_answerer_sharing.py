@@ -35,7 +35,7 @@ def test_twenty_questions_on_one_document_tokenise_it_once(bundle, monkeypatch):
     without = Answerer.load(bundle, device="cpu", threads=2, context_cache_bytes=0)
     assert same([without.answer(*pair) for pair in asked[:2]], alone[:2])
     assert (without.stats().misses, without.stats().entries) == (2, 0)
-    assert same(without.answer_batch(asked[:2]), alone[:2])  # one call tokenises it once all the same
+    assert same(without.answer_batch(asked[:2]), alone[:2])  # one call still tokenises it only once
     assert (without.stats().misses, without.stats().hits) == (3, 1)
 
 

@@ -1,4 +1,4 @@
-"""Families of encoders: each goes the whole road with its logits kept, as docs/architectures.md says."""
+"""Families of encoders: each goes from training to int8 answers with its logits kept, as docs/architectures.md says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def results() -> dict[str, Any]:
 
 
 def windows_of(checkpoint: Checkpoint, *repeats: int) -> list[Window]:
-    """One window a number: the question beside so many sentences, cut at the model's limit."""
+    """One window per number: the question with that many sentences, cut at the model's limit."""
     encoder = checkpoint.encoder
     question, limit = encoder.encode("Who keeps the lamp?"), encoder.config.position_limit
     contexts = [encoder.encode("Ada keeps the lamp, and Bela the boat. " * n) for n in repeats]
@@ -40,7 +40,7 @@ def windows_of(checkpoint: Checkpoint, *repeats: int) -> list[Window]:
 
 
 def settled(row: dict[str, Any]) -> dict[str, Any]:
-    """What of a row does not depend on machine, rounding or the recipe that int8 settled for."""
+    """The parts of a row that do not depend on the machine, on rounding or on the int8 recipe that was chosen."""
     kept = {
         "fp32": ("inputs", "questions"),
         "fused": ("attention", "layers", "nodes"),
@@ -64,7 +64,7 @@ EACH = [pytest.param(a, id=a.name, marks=[] if a.name in QUICK else [pytest.mark
 def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results: dict[str, Any], architecture: Architecture, brief: None
 ) -> None:
-    monkeypatch.setattr("qadeploy.inference.session.usable_cpus", lambda: 1)  # tiny models gain nothing from threads
+    monkeypatch.setattr("qadeploy.inference.session.usable_cpus", lambda: 1)  # threads only make tiny models wait
     row = run_architecture(architecture, tmp_path)
     assert settled(row) in [settled(each) for each in results["rows"]]
 
@@ -79,7 +79,7 @@ def test_an_architecture_is_trained_exported_fused_quantized_and_asked_as_record
     if row["fused"]["status"] == "ok":
         assert row["fused"]["max_abs_diff"] <= FP32_TOLERANCE
     int8 = row["int8"]
-    assert int8["products"] / 2 <= int8["int8_products"] <= int8["products"]  # as many as the recipe takes
+    assert int8["products"] / 2 <= int8["int8_products"] <= int8["products"]  # as many as the recipe uses
     assert int8["int8_embeddings"] >= 1
     assert int8["correlation"] > 0.95
     assert int8["answered"] == int8["questions"] == 4
@@ -141,7 +141,7 @@ def test_padding_does_not_reach_mobileberts_last_token(tmp_path: Path) -> None:
     pad = checkpoint.encoder.config.pad_token_id
 
     def moved(model: Any) -> float:
-        """By how much padding moves the logits of the short window."""
+        """How far padding moves the logits of the short window."""
         model = TorchModel(model, pad)
         alone, padded = model.run_batch([short])[0], model.run_batch([short, long])[0]
         return float(np.abs(np.subtract(alone, padded)).max())
@@ -150,7 +150,7 @@ def test_padding_does_not_reach_mobileberts_last_token(tmp_path: Path) -> None:
     published = type(checkpoint.model).from_pretrained(folder).eval()
     assert moved(published) > 0.01
     batch = {name: torch.from_numpy(values) for name, values in pad_batch([short], pad).items()}
-    with torch.inference_mode():  # the window alone is read as published
+    with torch.inference_mode():  # the unpadded window has the published model's logits
         torch.testing.assert_close(checkpoint.model(**batch).start_logits, published(**batch).start_logits)
 
 

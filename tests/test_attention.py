@@ -81,7 +81,7 @@ def test_windows_are_shorter_and_longer_than_what_a_local_layer_sees(exported):
     lengths = [len(window) for window in exported.windows]
     assert min(lengths) < 3 * RADIUS < LONGEST - 2 <= max(lengths)
     assert len({length % RADIUS for length in lengths}) > 1  # so that the last block is full and not full
-    assert len(exported.windows) > 4  # the last context has several
+    assert len(exported.windows) > 4  # the last context has several windows
 
 
 def test_each_attention_is_one_node_and_padding_moves_nothing(exported):

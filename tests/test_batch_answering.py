@@ -1,4 +1,4 @@
-"""Rows of a shard to answers and rejections, against the answerer itself."""
+"""The answers and rejections of a shard's rows, compared with the answerer itself."""
 
 from __future__ import annotations
 

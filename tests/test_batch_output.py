@@ -1,4 +1,4 @@
-"""The folder of answers: whole at any time, read by others as it is, and nobody else's."""
+"""The folder of answers: complete at any time, readable by other tools, and never a foreign folder."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_damaged_and_half_written_parts_are_not_done(folder, plan):
     half.write_bytes(data[:9])
     assert list(folder.done(plan)) == [1]
     assert not half.exists()
-    folder.write(0, GOOD, "abc")  # fewer rows than its shard: of another plan
+    folder.write(0, GOOD, "abc")  # fewer rows than its shard, so from another plan
     assert list(folder.done(plan)) == [1]
 
 

@@ -28,7 +28,7 @@ TWO = Cluster(actors=2, cpus_per_actor=1)
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    """A local Ray, which the engine finds running and leaves running."""
+    """A local Ray, which already runs when the engine starts and keeps running."""
     import ray
 
     with contextlib.ExitStack() as stack:

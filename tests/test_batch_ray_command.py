@@ -1,4 +1,4 @@
-"""``qadeploy answer --engine ray`` as a command with a Ray of its own: what dies, what is heard, what is left."""
+"""``qadeploy answer --engine ray`` with its own Ray: processes that die, its output, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ray_processes(session: int) -> list[str]:
-    """The processes of a session of the system, but for the command's own."""
+    """The processes of an operating system session, without the command itself."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -43,7 +43,7 @@ def ray_processes(session: int) -> list[str]:
 
 @contextlib.contextmanager
 def command(bundle: Path, source: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """``qadeploy answer --engine ray`` in a session of its own."""
+    """``qadeploy answer --engine ray`` in its own operating system session."""
     line = [sys.executable, "-m", "qadeploy", "answer", str(bundle), "--input", str(source), "--output", "out"]
     line += ["--engine", "ray", "--actors", "2", *more]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
@@ -81,7 +81,7 @@ def actors(session: int) -> list[int]:
 
 @pytest.mark.slow
 def test_the_command_is_quiet_whatever_dies_and_leaves_no_process(bundle, folder):
-    """Ray keeps remarks that repeat themselves back until it ends: those of later deaths must not reach stdout."""
+    """Ray holds back repeated messages until it ends; those about later deaths must not reach stdout."""
     rows = LONG[:240]
     source = write_jsonl(folder / "many.jsonl", rows)
     killed: set[int] = set()
@@ -154,11 +154,11 @@ def test_a_local_ray_that_is_killed_is_named(bundle, folder):
 
 @contextlib.contextmanager
 def own_cluster(patch: pytest.MonkeyPatch) -> Iterator[tuple[str, Callable[[str], None]]]:
-    """A cluster that ``ray start`` makes on 127.0.0.1: its address, and what kills its processes of a name."""
+    """A cluster that ``ray start`` makes on 127.0.0.1: its address, and a function that kills its processes by name."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    # For whoever joins it, too. The second makes it listen on 127.0.0.1 only.
+    # These also apply to those who join it. The second makes it listen on 127.0.0.1 only.
     for name, value in {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

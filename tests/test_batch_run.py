@@ -1,4 +1,4 @@
-"""``answer_files`` on the local engine: whole, restartable, and refused where it should be."""
+"""``answer_files`` on the local engine: complete, restartable, and refused where it should be."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_a_file_that_goes_meanwhile_says_where_it_must_lie(bundle, asked):
 
 
 def test_a_full_disk_is_named_and_leaves_what_stands(bundle, asked, monkeypatch):
-    """A limit on the size of files, which the system enforces like a full disk's."""
+    """The system enforces a limit on the size of files like that of a full disk."""
     answer_files(request(bundle, asked, output="whole"))
 
     def limit(rows: int) -> None:
@@ -342,7 +342,7 @@ def test_a_bundle_that_does_not_load_in_time_ends_the_run(output, bundle, asked)
 
 
 def test_the_next_shard_begins_only_after_the_one_before_stands(bundle, asked):
-    """The local engine's order, which the progress and the restart rest on."""
+    """The progress and the restart rely on this order of the local engine."""
     seen: list[int] = []
 
     class Fake:

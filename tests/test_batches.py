@@ -1,4 +1,4 @@
-"""Batches of units: what they hold, and that an epoch is one."""
+"""Batches of units: their content, and that an epoch has each unit once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qadeploy.training.batches import UnitBatches
 
 
 def singles(lengths: list[int], tokens: int, seed: int, most: int | None = None) -> UnitBatches:
-    """Batches of windows that need no company."""
+    """Batches of windows that need not be in a batch with others."""
     return UnitBatches([[i] for i in range(len(lengths))], lengths, seed, tokens=tokens, most=most)
 
 
@@ -34,7 +34,7 @@ def test_an_epoch_holds_each_window_once_in_batches_that_fit(lengths, room, most
     tokens = max(lengths) + room
     batches = singles(lengths, tokens, seed, most)
     for found in epochs(batches):
-        assert len(found) == len(batches)  # of every epoch, or the Trainer's count of steps would be wrong
+        assert len(found) == len(batches)  # the same in every epoch, or the Trainer's count of steps would be wrong
         assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
         for batch in found:
             assert 1 <= len(batch) <= (most or len(lengths))
@@ -72,7 +72,7 @@ def test_no_batch_could_take_the_next_window():
     for batch in found[:-1]:
         assert (len(batch) + 1) * batch[0] > 4096
     computed = sum(len(batch) * batch[0] for batch in found)
-    assert lengths.sum() / computed > 0.98  # hardly a token is padding
+    assert lengths.sum() / computed > 0.98  # hardly any token is padding
 
 
 def test_windows_of_one_length_and_the_batches_change_places_each_epoch():

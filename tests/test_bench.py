@@ -1,4 +1,4 @@
-"""``qadeploy bench`` as a whole, on the tiny model: one real run, what it prints, writes and exits with."""
+"""``qadeploy bench`` as a whole, on the tiny model: one real run, its output, files and exit code."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_split_adds_up(tiny, tiny_export):
     assert sum(value["shares"].values()) == pytest.approx(1.0)
     assert all(value["ms_per_question"][name] > 0 for name in PARTS)
     assert split.apart == pytest.approx(sum(value["ms_per_question"][name] for name in PARTS))
-    # The parts are those of the whole: what they take one after the other is about what the call takes.
+    # The times of the parts, one after the other, add up to about the time of the whole call.
     assert 0.5 < split.apart / split.whole < 1.5
     assert 0 < split.whole_of_model < 1.2
     assert len(split.windows) == len(examples)
@@ -172,7 +172,7 @@ def test_the_split_adds_up(tiny, tiny_export):
 
 
 def failing(after: int):
-    """A peer that answers rightly so many times, then raises."""
+    """A peer that answers correctly a number of times, then raises."""
 
     def load() -> Asker:
         calls = 0

@@ -45,8 +45,8 @@ def test_the_peak_is_plausible_and_int8_is_faster_where_the_cpu_has_vnni():
 @pytest.mark.skipif(usable_cpus() < 2, reason="one CPU has no second thread")
 def test_threads_are_added_up():
     one, two = measure_peak(1), measure_peak(2)
-    for _ in range(4):  # the best of several: other work on the machine only ever lowers a figure
-        if 0.8 * one.int8 < two.int8 < 3 * one.int8:  # two threads of one core share its units
+    for _ in range(4):  # the best of several, because other work on the machine only lowers a figure
+        if 0.8 * one.int8 < two.int8 < 3 * one.int8:  # two threads of one core share its execution units
             break
         one, two = one.best(measure_peak(1)), two.best(measure_peak(2))
     assert 0.8 * one.int8 < two.int8 < 3 * one.int8

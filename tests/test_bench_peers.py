@@ -1,4 +1,4 @@
-"""The peers, each loaded and asked for real on the tiny model; packages that are missing; a bundle that is broken."""
+"""The peers, each loaded and run on the tiny model; missing packages; a broken bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BM25 over windows: equal to a library's and to the formula, and what is answered from the windows that it leaves."""
+"""BM25 over windows: equal to a library's and to the formula, and the answers from the windows that it keeps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.cli_for_tests import run, value, well
 from tests.conftest import NAMES, THINGS, write_jsonl
 from tests.tokenizers_for_tests import thorough
 
-# Which thing a sentence is about stands only there, so that a lexical score can find it.
+# Each sentence names its thing, and no other sentence does, so that a lexical score can find it.
 ROOMS = [f"{NAMES[i % 12]} keeps the {thing} in room {i}." for i, thing in enumerate(THINGS)]
 FILL = " The hall is quiet." * 30
 LONG = FILL.join(ROOMS) + FILL
@@ -48,7 +48,7 @@ def test_the_scores_are_those_of_bm25s():
 
 
 def by_formula(question: list[int], windows: list[list[int]]) -> list[float]:
-    """Robertson and Zaragoza's formula as it is written, a window and a token at a time."""
+    """Robertson and Zaragoza's formula as published, one window and one token at a time."""
     counts = [Counter(window) for window in windows]
     mean = sum(map(len, windows)) / len(windows)
     scores = []
@@ -109,7 +109,7 @@ def test_the_weight_moves_the_spans_of_each_window_by_its_score(answerer):
             moved[window.context_begin : window.context_begin + window.context_length] = 0.3 * (score - max(scores))
             np.testing.assert_allclose(after[: len(window)] - before[: len(window)], moved, atol=1e-5)
     assert weighed.null_logit == plain.null_logit
-    # One window competes with none.
+    # A single window competes with no other.
     np.testing.assert_array_equal(scored(0.6, 1).start_logits[0], plain.start_logits[0])
 
 
@@ -134,7 +134,7 @@ def test_the_answers_are_those_of_the_best_windows_alone(answerer):
     chosen = part.ranking.chosen
     assert len(part.ranking.scores) == len(whole.windows)
     assert [w.context_offset for w in part.windows] == [whole.windows[i].context_offset for i in chosen]
-    first = LONG.index(THINGS[4])  # the one place where the question's thing stands, in one window or in two
+    first = LONG.index(THINGS[4])  # the only place that names the question's thing, in one window or in two
     held = [i for i, w in enumerate(whole.windows) if _holds(whole, w, first)]
     assert set(held) <= set(chosen.tolist())
 

@@ -1,4 +1,4 @@
-"""The bundle folder: written whole or not at all, and refused where anything in it is not as sealed."""
+"""The bundle folder: written completely or not at all, and refused if anything in it differs from its manifest."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def put_manifest(folder: Path, value: object) -> None:
 
 @pytest.fixture(autouse=True)
 def flushed(monkeypatch) -> list[str]:
-    """The names of the files flushed, in order. They are not: a disk can take a second for it."""
+    """The names of the files to flush, in order. Flushing itself is skipped, because a disk can take a second for it."""
     names: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: names.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name))
     return names

@@ -1,4 +1,4 @@
-"""Mutated bundles whose hashes fit, for minutes (pytest -m slow): each is answered, or refused with one error."""
+"""Mutated bundles with matching hashes, for minutes (pytest -m slow): each answers or is refused with one error."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def mutate_model(chosen: random.Random, path: Path) -> None:
 
 
 def outcome(folder: Path) -> int:
-    """What becomes of a bundle in a child process: answered, refused or raw; or minus a signal, or -100 for one that hangs."""
+    """The result of a bundle in a child process: answered, refused or raw; or minus a signal, or -100 if it hangs."""
     child = os.fork()
     if not child:
         status = 2
         with contextlib.suppress(BaseException), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of another machine, which is what they are for
+            warnings.simplefilter("ignore")  # some warn of another machine, as they should
             try:
                 loaded = Answerer.load(folder, device="cpu", threads=1)
                 sound = all(LONG[a.start : a.end] == a.text for a in loaded.answer(PAIRS[0][0], LONG, top_k=3))
@@ -97,7 +97,7 @@ def outcome(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded, use of fork:DeprecationWarning")  # Python 3.12
 def test_mutated_bundles_end_in_an_answer_or_one_error(bundle, tmp_path, capsys):
-    """Hashes fit all of them, with and without the probe."""
+    """The hashes of all of them match, with and without the probe."""
     chosen = random.Random(16)
     counts: collections.Counter[str] = collections.Counter()
     bad: list[str] = []

@@ -1,4 +1,4 @@
-"""The cache of features: equal to fresh ones, found by content alone, and never in the way."""
+"""The cache of features: equal to fresh ones, found by content alone, and never an obstacle."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def saved(name: str, folder: Path) -> tuple[str, str]:
-    """What makes an encoder in another process: a tokenizer file and the configuration as JSON."""
+    """Saves what another process needs to make the encoder: a tokenizer file and the configuration as JSON."""
     path = folder / "tokenizer.json"
     family(name).tokenizer.save(str(path))
     return str(path), json.dumps(family(name).config.to_dict())
@@ -130,7 +130,7 @@ def test_a_second_run_does_not_tokenise(tmp_path):
     tokenizer = family("bert").tokenizer.from_str(family("bert").tokenizer.to_str())
     tokenizer.normalizer = normalizers.Replace("e", " ")
     other = Encoder(tokenizer, family("bert").config)
-    other.digest = encoder("bert").digest  # whatever it tokenises comes out differently
+    other.digest = encoder("bert").digest  # it tokenises everything differently
     assert all(len(other.encode(e.context)) != len(encoder("bert").encode(e.context)) for e in EXAMPLES if e.context)
     kept = keep(tmp_path, enc=other, make=no_making)
     expected = fresh(DATA, encoder("bert"))
@@ -139,7 +139,7 @@ def test_a_second_run_does_not_tokenise(tmp_path):
             f.window.input_ids.tolist() for f in other.features
         ]
         for mine, yours in zip(one.contexts, other.contexts, strict=True):
-            # all that labels and the decoder ask of a context
+            # everything that labels and the decoder read of a context
             same_array(mine.offsets, yours.offsets)
             same_array(mine.blank, yours.blank)
             assert mine.tokens_of(3, 12) == yours.tokens_of(3, 12)
@@ -419,9 +419,9 @@ def test_entries_used_least_recently_go_first(tmp_path):
     for other in others:
         other.write_text("not of the cache")
         os.utime(other, (1, 1))
-    assert one(0)  # used last, though kept first
+    assert one(0)  # used most recently, though stored first
     size = sum(path.stat().st_size for path in paths.values())
-    assert not one(4, limit=size)  # a fourth: the one used least recently goes
+    assert not one(4, limit=size)  # with a fourth, the least recently used one is deleted
     assert not paths[3].exists()
     assert paths[0].exists()
     assert paths[1].exists()

@@ -1,4 +1,4 @@
-"""The command line, clear about every mistake that a new user makes."""
+"""The command line gives a clear message for every mistake that a new user makes."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_train(tiny_checkpoint):
 
 
 def test_a_command_line_of_run_qa_moves_over_with_few_edits(tiny_checkpoint):
-    """As in the README of transformers' question-answering examples, less --do_train --do_eval."""
+    """As in the README of transformers' question-answering examples, without --do_train --do_eval."""
     write_jsonl(Path("train.jsonl"), triplets(24))
     write_jsonl(Path("dev.jsonl"), triplets(40)[24:])
     line = f"""

@@ -22,7 +22,7 @@ from tests.compat_for_tests import BOAT, CONTEXT, LAMP, ONE, TWO, Loud, shape, t
 from tests.processes_for_tests import succeeded
 
 Form = Callable[[Any], Any]
-# transformers hands torch's tensors to numpy 2 as they are.
+# transformers passes torch's tensors to numpy 2 without conversion.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.pipelines")
 
 

@@ -1,4 +1,4 @@
-"""Where the pipeline on a bundle answers as transformers' pipeline does, and every difference that docs/migrating.md names."""
+"""Where the pipeline on a bundle answers like transformers' pipeline, and every difference in docs/migrating.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.models_for_tests import BY_NAME
 
 LONG = [" ".join(str(row["context"]) for row in ROWS[i : i + 6]) for i in range(90)]
 DOCS = Path(__file__).parents[1] / "docs" / "migrating.md"
-# transformers hands torch's tensors to numpy 2 as they are.
+# transformers passes torch's tensors to numpy 2 without conversion.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:transformers.pipelines")
 
 
@@ -51,7 +51,7 @@ def test_three_hundred_questions_on_one_window_have_the_same_answers(options, th
 
 
 def best_by_window(found: DecodedPair) -> tuple[int, int]:
-    """The place of the word-aligned span with the highest probability in a window of its own softmax."""
+    """The place of the word-aligned span with the highest probability by a softmax per window."""
     best: tuple[float, tuple[int, int]] = (-np.inf, (0, 0))
     for window, (starts, ends) in zip(found.windows, found.logits, strict=True):
         table = span_table([WindowLogits([window], [starts], [ends], found.context)], found.settings.max_answer_len)
@@ -67,7 +67,7 @@ def best_by_window(found: DecodedPair) -> tuple[int, int]:
 def test_on_several_windows_answers_differ_only_where_the_pipeline_adds_up_or_goes_window_by_window(
     theirs, ours, monkeypatch
 ):
-    """Ninety questions, windows so short that each context is cut into many: every difference has its reason."""
+    """Ninety questions, and windows so short that each context is cut into many: every difference is explained."""
     options = {"max_seq_len": 40, "doc_stride": 12, "max_answer_len": 15}
     items = [{"question": str(row["question"]), "context": c} for row, c in zip(ROWS, LONG, strict=False)]
     added = theirs(list(items), **options)
@@ -87,7 +87,7 @@ def test_on_several_windows_answers_differ_only_where_the_pipeline_adds_up_or_go
 
 
 def test_added_scores_go_above_one_and_choose_another_answer(base):
-    """The keeper stands in one window, another name in two: its scores are added up and overtake."""
+    """The keeper is in one window, another name in two: the other name's added scores overtake."""
     context = "Mungo Strand keeps the lamp at Hedda Point. Ada Lind carries the lamp oil. The hall is quiet."
     call = {"question": LAMP, "context": context, "max_seq_len": 20}
     added, found = base.theirs(**call), base.ours(**call)
@@ -119,7 +119,7 @@ def test_texts_that_differ_in_case_are_one_answer_of_several_in_both(base):
 
 
 def test_tokens_of_the_question_are_no_answers(base):
-    """Where the tokenizer pads on the left the context comes first, and the pipeline masks nothing at all."""
+    """If the tokenizer pads on the left, the context comes first, and the pipeline masks nothing."""
     left = Both.around(base_model_path(), "left")
     context = "It."
     call = {"question": "The lamp is kept by Ada Lind at Hedda Point, is it?", "context": context, "top_k": 3}
@@ -164,7 +164,7 @@ def test_a_list_of_questions_on_a_text_in_a_dict_is_not_a_question_a_letter(thei
 
 
 def test_answers_have_no_white_space_at_their_borders(tmp_path):
-    both = Both.around(BY_NAME["XLM-R"].save(tmp_path))  # whose tokens hold the space before a word
+    both = Both.around(BY_NAME["XLM-R"].save(tmp_path))  # whose tokens include the space before a word
     call = {"question": LAMP, "context": "Ada keeps the lamp in room 3.  Bela keeps the boat outside.", "top_k": 5}
     theirs, ours = ([answer["answer"] for answer in qa(**call)] for qa in (both.theirs, both.ours))
     assert any(text != text.strip() for text in theirs)

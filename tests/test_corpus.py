@@ -1,4 +1,4 @@
-"""A corpus on the command line, PDF files in a process of their own, and builders that are killed."""
+"""A corpus on the command line, PDF files read in a separate process, and index builders that are killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.corpora_for_tests import pdf as make_pdf
 
 @pytest.fixture(scope="module")
 def keepers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of what the tiny model knows, and a file that nobody can read."""
+    """A folder of texts that the tiny model knows, and an unreadable file."""
     folder = tmp_path_factory.mktemp("keepers")
     for number, row in enumerate(triplets(16)):
         (folder / f"{number}.md").write_text(f"# Room {number}\n\n{row['context']}\n", encoding="utf-8")
@@ -193,7 +193,7 @@ def test_bad_calls_are_one_clear_error(args, message, bundle, tmp_path, monkeypa
 
 
 def test_a_lock_file_that_appears_while_an_index_is_opened_is_removed_too(keepers, tmp_path, monkeypatch):
-    """A thread of Tantivy's makes one whenever it looks for changes, also when the folder of links is being removed."""
+    """A thread of Tantivy creates one whenever it looks for changes, even while the folder of links is being removed."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     built = build(keepers, tmp_path / "index")
     real, left = os.rmdir, ["one", "two"]

@@ -1,4 +1,4 @@
-"""Windows on a device: shapes, buffers, and what is given up. On the CPU provider, through the same code."""
+"""Windows on a device: shapes, buffers, and fallbacks. On the CPU provider, through the same code."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def assert_logits(found, wanted, tolerance=1e-4):
 
 
 def alone(model: bytes, windows: list[Window]) -> list[tuple[Any, Any]]:
-    """Logits by the plainest way there is: one unpadded window a run."""
+    """Logits computed in the simplest way: one unpadded window per run."""
     session = session_of(model)
     names = {i.name for i in session.get_inputs()}
     found = []
@@ -119,7 +119,7 @@ def test_few_windows_share_few_shapes(lengths, wanted):
 
 def test_a_shape_never_exceeds_what_the_model_takes():
     assert graph_shape([150], longest=LIMIT) == Shape(1, LIMIT)
-    assert graph_shape([505], longest=510) == Shape(1, 510)  # RoBERTa's kind ends at 510 or 512 less 2
+    assert graph_shape([505], longest=510) == Shape(1, 510)  # RoBERTa and its relatives end at 510, 512 less 2
     assert (round_up(9, 8), round_up(16, 8), round_up(17, 8, 20), round_up(30, 8, 20)) == (16, 16, 20, 30)
 
 
@@ -160,7 +160,7 @@ def test_many_windows_have_the_logits_of_windows_alone_in_their_order(model, win
 
 
 class Noted:
-    """The session with a note of each run by a binding: the graph's number, and name, address and shape of each buffer."""
+    """The session, recording each run with a binding: the graph's number, and name, address and shape of each buffer."""
 
     def __init__(self, model: bytes) -> None:
         self.real = session_of(model)
@@ -233,9 +233,9 @@ def test_threads_share_the_buffers_safely(model, windows):
 
 
 class Capturing:
-    """The session with what ONNX Runtime's CUDA provider has beside it: graphs that belong to the thread that captured them.
+    """The session with a trait of ONNX Runtime's CUDA provider: graphs belong to the thread that captured them.
 
-    ``captures`` are the threads of all captures of all sessions, ``touched`` those of everything else.
+    ``captures`` are the threads of all captures of all sessions, ``touched`` the threads of all other calls.
     """
 
     captures: ClassVar[list[tuple[int, str]]] = []
@@ -331,7 +331,7 @@ def test_a_session_that_cannot_capture_is_made_again_without(model, windows):
 
 def test_a_capture_that_fails_is_given_up_and_the_windows_answered(model, windows):
     class Failing:
-        """The session, whose capturing breaks off as CUDA's may."""
+        """A session whose capture fails, as CUDA's may."""
 
         def __init__(self) -> None:
             self.real = session_of(model)
@@ -364,7 +364,7 @@ def test_a_capture_that_fails_is_given_up_and_the_windows_answered(model, window
 
 def test_a_graph_that_replays_something_else_is_given_up(model, windows):
     class Stale:
-        """The session, whose replays repeat the captured run's logits."""
+        """A session whose replays repeat the captured run's logits."""
 
         def __init__(self) -> None:
             self.right, self.wrong = session_of(model), session_of(shifted(model))
@@ -400,7 +400,7 @@ def test_a_graph_that_replays_something_else_is_given_up(model, windows):
 
 def test_batches_shrink_when_memory_runs_out_and_every_window_is_answered(model, windows):
     class Small:
-        """The session on a device whose memory holds 200 tokens."""
+        """A session on a device whose memory holds 200 tokens."""
 
         def __init__(self) -> None:
             self.real = session_of(model)
@@ -461,7 +461,7 @@ def test_a_model_without_a_mask_runs_unpadded(model, windows):
 
 @pytest.fixture
 def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime says that it runs on CUDA, and runs on the CPU."""
+    """ONNX Runtime reports that it runs on CUDA, but runs on the CPU."""
 
     class Session(ort.InferenceSession):
         def __init__(self, *given: Any, providers: list[Any], **more: Any) -> None:

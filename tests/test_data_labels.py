@@ -1,4 +1,4 @@
-"""Offsets, flags and empty answers, read as their author meant them; what is not certain is rejected."""
+"""Offsets, flags and empty answers, read as their author meant them; uncertain ones are rejected."""
 
 from __future__ import annotations
 

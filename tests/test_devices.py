@@ -1,6 +1,6 @@
-"""What CUDA lacks, told by child processes on machines that are made up: drivers and libraries compiled on the spot.
+"""Missing parts of CUDA, as child processes report them on simulated machines, whose drivers and libraries are stubs.
 
-What is real there: onnxruntime (a CPU build, told to say that it is another), its preload_dlls, its session that falls
+Real parts: onnxruntime (a CPU build that reports being another), its preload_dlls, its session that falls
 back to the CPU, the dynamic loader, pip's metadata.
 """
 
@@ -123,7 +123,7 @@ def ask(call: Callable[..., subprocess.CompletedProcess[str]], bundle: Path, dev
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """The one message of a command that failed, and nothing else on stdout."""
+    """The only message of a command that failed with empty stdout."""
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -177,7 +177,7 @@ class TestSimulated:
     pytestmark = simulated
 
     def test_libraries_that_the_provider_does_without_are_no_obstacle(self, tmp_path):
-        """A provider in parts, as ONNX Runtime's is, that needs cuBLAS and not cuDNN; once cuBLAS is not there."""
+        """A provider in parts, like ONNX Runtime's, that needs cuBLAS but not cuDNN; in one case cuBLAS is missing."""
         compiled(tmp_path, "int Provider_GetHost = 1;", "libonnxruntime_providers_shared.so")
         compiled(tmp_path, "int cublas = 1;", "libcublas_made_up.so.13")
         source = tmp_path / "provider.c"
@@ -350,7 +350,7 @@ def test_a_lone_cpu_build_and_a_lone_gpu_build():
     other = Build("onnxruntime-openvino", "1.24.1", {"onnxruntime-openvino": "1.24.1"}, None, has_cuda=False)
     assert "is the build onnxruntime-openvino, without CUDA" in obstacles(other, GOOD)[0]
     silent = Build("onnxruntime-gpu", "1.20.2", {"onnxruntime-gpu": "1.20.2"}, None, has_cuda=True)
-    assert obstacles(silent, GOOD) == []  # it does not say what it was built for, so nothing can be held against it
+    assert obstacles(silent, GOOD) == []  # it does not say which version it was built for, so nothing is reported
     assert obstacles(silent, GOOD, 1) == ["there is no cuda:1, only cuda:0"]
     assert str(GOOD) == "580.65.06 for CUDA 13.0: One, 80.0 GiB"
     assert str(Driver(problem="gone")) == ""

@@ -1,4 +1,4 @@
-"""What a teacher says reaches the student's tokens, whatever the two tokenizers are, and is asked once."""
+"""A teacher's distributions reach the student's tokens, whatever the two tokenizers are, and are computed once."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def test_a_teacher_with_the_students_tokenizer_teaches_its_own_distribution(fold
         for soft, feature, (starts, ends) in zip(found, features.features, logits, strict=True):
             window = feature.window
             if window.context_length < len(contexts[id(feature)]):
-                continue  # where a window ends inside a word, the teacher reads another one
+                continue  # where a window ends inside a word, the teacher reads another word
             held = np.r_[window.null_index, window.context_begin : window.context_begin + window.context_length]
             for positions, shares, own in (
                 (soft.starts, soft.start_probabilities, starts),
                 (soft.ends, soft.end_probabilities, ends),
             ):
                 exact = np.zeros(len(own))
-                best = held[1:][np.argsort(-own[held[1:]])]  # of these the highest are kept, and null
+                best = held[1:][np.argsort(-own[held[1:]])]  # of these the highest are kept, and the null position
                 kept = np.append(best[: distill.KEPT - 1], window.null_index)
                 exact[kept] = np.exp((own[kept] - own[kept].max()) / temperature)
                 exact /= exact.sum()
@@ -87,7 +87,7 @@ def test_a_teacher_with_the_students_tokenizer_teaches_its_own_distribution(fold
 
 @pytest.mark.parametrize("teacher", ["RoBERTa", "XLM-R"])
 def test_between_tokenizers_a_place_stays_the_same_character(folders, teacher, tmp_path):
-    """The student's token of every taught place holds the character that the teacher's token begins or ends with."""
+    """The student's token at each taught place has the character with which the teacher's token begins or ends."""
     rows = [{**row, "context": f"  {row['context']}\u00a0 Zoë’s naïve café — 東京 — ends it."} for row in triplets(4)]
     features = features_of(folders["BERT"], rows, tmp_path)
     found, _ = taught(folders[teacher], features, tmp_path / "kept")
@@ -114,7 +114,7 @@ def test_between_tokenizers_a_place_stays_the_same_character(folders, teacher, t
 def test_the_logits_are_asked_once_and_an_interrupted_pass_goes_on(folders, tmp_path):
     rows = [
         {"context": f"Ada keeps lamp {n}.", "question": "Who?", "answer": None, "is_impossible": True}
-        for n in range(4100)  # more than a file of kept logits holds
+        for n in range(4100)  # more than one file of the cached logits holds
     ]
     features = features_of(folders["BERT"], rows, tmp_path)
     asked: list[int] = []
@@ -207,7 +207,7 @@ def test_layers_that_are_not_there_are_refused(folders):
 
 
 def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkpoint, tmp_path):
-    """Half of the rows have no answer given: the teacher labels them. Negatives and fewer layers besides."""
+    """Half of the rows have no annotated answer, so the teacher labels them; with negatives and fewer layers."""
     rows = triplets(96)
     data = write_jsonl(tmp_path / "few.jsonl", rows[:40])
     rest = [{"context": r["context"], "question": r["question"]} for r in rows[40:]]

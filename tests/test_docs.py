@@ -17,7 +17,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 LAMP, BOAT = "Who keeps the lamp?", "Who keeps the boat?"
 CONTEXT = "Ada keeps the lamp in room 3. Bela keeps the boat outside."
-# Files with a name, which tests/test_embedding.py runs, are no examples here.
+# Named files are left out: tests/test_embedding.py runs them.
 EXAMPLES = [(page, text) for page in TEXTS for text in re.findall(r"^```python\n(.*?)^```", TEXTS[page], re.S | re.M)]
 
 
@@ -28,7 +28,7 @@ def test_python_examples_run(page, text, bundle, tmp_path, monkeypatch):
         (tmp_path / "bundles" / name).symlink_to(bundle)
     monkeypatch.chdir(tmp_path)
     names = {"context": CONTEXT, "questions": [LAMP, BOAT]}
-    if "http://localhost" in text:  # tests of the server and of Triton make these calls; here the imports must do
+    if "http://localhost" in text:  # the tests of the server and of Triton make these calls; here only the imports run
         tree = ast.parse(text)
         tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         exec(compile(tree, page, "exec"), names)

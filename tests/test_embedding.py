@@ -1,4 +1,4 @@
-"""The examples of docs/embedding.md, read out of the page and run as they stand, on the tests' bundle."""
+"""The examples of docs/embedding.md, read from the page and run unchanged, on the tests' bundle."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def ask_both_ways(port: str) -> None:
 def test_fastapi_under_uvicorn(place):
     with started(place, "uvicorn app:app --port 0", r"running on http://127\.0\.0\.1:(\d+)") as (process, found):
         ask_both_ways(found[1])
-        assert stop(process) in {0, -signal.SIGTERM}  # uvicorn sends itself the signal again, once it has shut down
+        assert stop(process) in {0, -signal.SIGTERM}  # once it has shut down, uvicorn sends itself the signal again
 
 
 def test_gunicorn_with_preload(place):
@@ -142,7 +142,7 @@ print(json.dumps([one.get(timeout=20, interval=0.02)["text"] for one in sent]))
 
 def test_celery_with_its_prefork_pool(place):
     quick = "--without-mingle --without-gossip --without-heartbeat"  # which a folder as the broker makes slow
-    # Killed at the end: its own way out takes 6 s.
+    # Killed at the end, because its own shutdown takes 6 s.
     with started(place, f"{BLOCKS['celery'].strip()} {quick}", r"celery@"):
         done = succeeded([sys.executable, "-c", ENQUEUE], cwd=place, env=environment())
         assert json.loads(done.stdout) == ["Ada", "Bela", "Cora"]

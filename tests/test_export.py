@@ -1,4 +1,4 @@
-"""Export, optimisation and quantization: proven equal or not written; and finding what to export."""
+"""Export, optimisation and quantization: proven equal or not written; and how the run to export is found."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_int8_is_smaller_and_keeps_attention_matmuls_in_float(tiny, tiny_export,
     assert small.model_bytes < 0.8 * plain.model_bytes
     counts = Counter(n.op_type for n in onnx.load_model_from_string(small.read(MODEL)).graph.node)
     made = small.manifest["made"]
-    # Which recipe was chosen is the machine's to say, and some keep matmuls in float: these are named.
+    # The chosen recipe depends on the machine, and some recipes keep matmuls in float: these are named.
     every = quantized(open_bundle(plain_int8).read(MODEL))
     assert every >= 6
     assert quantized(small.read(MODEL)) >= every - len(made["float_nodes"])
@@ -153,7 +153,7 @@ def test_int8_is_smaller_and_keeps_attention_matmuls_in_float(tiny, tiny_export,
     assert [row["recipe"] for row in made["leaderboard"]] == list(RECIPES)
     chosen = next(row for row in made["leaderboard"] if row["recipe"] == made["recipe"])
     assert chosen["f1_lost"] <= 0.5 >= chosen["f1_lost_held_out"]
-    # Its settings are where measuring once more began, and what that took is what the bundle runs with.
+    # The final measurement began with the recipe's settings from the search, and the bundle runs with its result.
     session, trials = small.manifest["session"], small.manifest["tuning"]["trials"]
     graphs = {False: "all of the runtime's", True: "without SkipLayerNormFusion"}
     assert trials[0]["settings"] == graphs["disabled_optimizers" in chosen["session"]]
@@ -247,7 +247,7 @@ def test_rounding_is_no_wrong_export(theirs, own, usual, passes):
 
 
 def test_logits_so_large_that_float32_rounds_them_are_compared_in_float64(tiny, tmp_path):
-    """The head's weights are large, so that rounding alone moves logits by more than the tolerance."""
+    """The head's weights are so large that rounding alone moves logits by more than the tolerance."""
     checkpoint, examples = load_checkpoint(tiny.run / "checkpoint"), read(str(tiny.data)).examples[:6]
     with torch.no_grad():
         checkpoint.model.qa_outputs.weight *= 3_000
@@ -403,7 +403,7 @@ def test_data_that_changed_since_the_run_is_refused(tiny, tmp_path):
     write_jsonl(data, triplets()[:-1])
     with pytest.raises(InputError, match=r"mine.jsonl: is not what the run was trained on.*--eval-data"):
         held_out(run, None)
-    assert dev_set(run) == ()  # carved from other rows it would hold questions that were trained on
+    assert dev_set(run) == ()  # split from other rows, it would contain training questions
     data.unlink()
     with pytest.raises(InputError, match="no such file") as caught:
         held_out(run, None)

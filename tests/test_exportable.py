@@ -1,4 +1,4 @@
-"""A model that export cannot take is refused before it is trained."""
+"""A model that cannot be exported is refused before it is trained."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ SIZES = {
 
 @pytest.fixture
 def longformer(tiny_checkpoint, tmp_path):
-    """A checkpoint that neither exporter takes."""
+    """A checkpoint that neither exporter supports."""
     base = tmp_path / "base"
     LongformerForQuestionAnswering(LongformerConfig(**SIZES, attention_window=[8])).save_pretrained(base)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(base)

@@ -27,7 +27,7 @@ from qadeploy.training.exportable import exporters
 from tests.models_for_tests import ARCHITECTURES
 
 FEEDS = {"attention_mask": np.array([[1, 1, 1, 0], [1, 0, 1, 1]]), "input_ids": np.array([[1, 5, 2, 9], [4, 3, 8, 6]])}
-QUICK = ("RoBERTa", "ALBERT", "ModernBERT")  # of each form of attention one; the others take a minute together
+QUICK = ("RoBERTa", "ALBERT", "ModernBERT")  # one for each form of attention; the others together take a minute
 EACH = [pytest.param(a, id=a.name, marks=[] if a.name in QUICK else [pytest.mark.slow]) for a in ARCHITECTURES]
 
 
@@ -61,7 +61,7 @@ def test_both_exporters_give_the_same_model(architecture, tmp_path):
     config = checkpoint.model.config
     sizes = {"heads": config.num_attention_heads, "hidden": config.hidden_size}
     nodes = [Counter(n.op_type for n in fuse(model, sizes).model.graph.node) for model in (theirs, ours)]
-    for count in nodes:  # the embeddings' normalisation is one of both kinds of node, by exporter
+    for count in nodes:  # the embeddings' normalisation is either kind of node, depending on the exporter
         count["SkipLayerNormalization"] += count.pop("EmbedLayerNormalization", 0)
     for kind in ("Attention", "BiasGelu", "FastGelu", "SkipLayerNormalization"):
         assert nodes[1][kind] >= nodes[0][kind], kind  # optimum's ALBERT keeps the nodes of its embeddings
@@ -158,7 +158,7 @@ def test_a_model_that_pytorch_cannot_export_is_named(tiny, tmp_path):
 
 
 def masked(*, near: int | None = None) -> onnx.ModelProto:
-    """softmax of scores and a roundabout mask: of padding, and of tokens further away than ``near`` if it is given."""
+    """Softmax of scores and an indirect mask of padding, and of tokens further away than ``near`` if it is given."""
     make, number, info = helper.make_node, numpy_helper.from_array, helper.make_tensor_value_info
     constants = {"axes": np.array([1, 2]), "zero": np.float32(0), "low": np.float32(-1e9), "scale": np.float32(0.25)}
     nodes = [

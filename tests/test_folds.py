@@ -26,7 +26,7 @@ from tests.conftest import tiny_arguments, tiny_options, triplets, unanswerable,
 
 
 def examples(sizes: list[int]) -> list[Example]:
-    """Passages with so many questions each, their questions apart from each other in the list."""
+    """Passages with the given numbers of questions, which do not follow each other in the list."""
     rounds = max(sizes)
     return [
         Example(f"{p}-{r}", f"{r}?", f"passage {p}", (Annotation("p", 0),))
@@ -91,7 +91,7 @@ def test_a_fold_is_what_training_without_it_scores_on_it(folded, tiny_checkpoint
     left_out = {e.context for e in parts[1]}
     rows = unanswerable(72)
     data = write_jsonl(tmp_path / "rest.jsonl", [row for row in rows if row["context"] not in left_out])
-    # Held-out data draw on the seed (their loader does), so the same run has them too.
+    # The loader of held-out data uses the seed, so the compared run has such data too.
     other = write_jsonl(tmp_path / "left_out.jsonl", [row for row in rows if row["context"] in left_out])
     options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=2, eval_data=str(other))
     train(options, lambda line: None, progress=False)

@@ -92,7 +92,7 @@ def test_weights_are_fp16_and_logits_fp32(made, name):
 
 @pytest.mark.parametrize("name", [*FUSED, *PLAIN])
 def test_logits_stay_pytorchs_within_what_fp16_rounds(made, name):
-    """MPNet's were 0.4 off while its buckets of distances were computed in fp16."""
+    """MPNet's were off by 0.4 when its distance buckets were computed in fp16."""
     own = made(name)
     model = OnnxModel(
         lambda: own.fp16.model, device="cpu", threads=1, pad_token_id=own.checkpoint.encoder.config.pad_token_id
@@ -194,7 +194,7 @@ def test_the_bundle_answers_like_fp32(written, tiny, reference):
 
 
 def test_answers_that_got_worse_are_not_written(reference, tiny, tiny_export, tmp_path, monkeypatch):
-    """A conversion that breaks the answer head: the best logits become the worst."""
+    """The conversion breaks the answer head: the best logits become the worst."""
     real = to_fp16
 
     def broken(model, architecture):
@@ -228,5 +228,5 @@ def test_export_for_cuda_without_one_says_so_and_measures_on_the_cpu(tiny, tmp_p
     assert "so the fp16 bundle is judged on the CPU" in done.output
     made = open_bundle(tmp_path / "keepers-fp16").manifest["made"]
     assert (made["from"], made["measured_on"]) == ("keepers", "cpu")
-    assert newest_bundle(tmp_path).name == "keepers"  # one for GPUs must be asked for
+    assert newest_bundle(tmp_path).name == "keepers"  # a bundle for GPUs is chosen only by name
     assert "keepers-fp16" in done.output

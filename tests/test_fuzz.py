@@ -1,4 +1,4 @@
-"""Any JSON value in any place of what users give: data in every known shape, files of every kind, config files.
+"""Any JSON value in any place of the user's input: data in every known shape, files of every kind, config files.
 
 Whatever a file holds, it is read or refused by one of qadeploy's own errors. The long tests are marked slow: pytest -m slow.
 """
@@ -68,7 +68,7 @@ OPTIONS = (
     DataOptions(columns="answers=answer", no_answer_token="", on_ambiguous="first", empty_answers="reject"),
 )  # fmt: skip
 
-# Values that readers stumble on, among values of any kind.
+# Values that readers often mishandle, among values of any kind.
 ODD = st.sampled_from(
     [
         *(None, True, "", " ", "-1", "1e400", "\0", "\ud800", "[{'a': 1}]", "(1, 2)", "array([1])", "'a' 'b'", "'\\d'", "1if 2else 3"),
@@ -116,7 +116,7 @@ def mutated(draw: st.DrawFn) -> Any:
 
 
 def use(source: Path, options: DataOptions) -> None:
-    """Reads a file as ``train`` does, and checks and repairs it as ``check --fix`` does. Lets pass only what may be raised."""
+    """Reads a file like ``train``, and checks and repairs it like ``check --fix``. Passes on no error but the expected ones."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)
         try:
@@ -136,7 +136,7 @@ def use(source: Path, options: DataOptions) -> None:
 
 
 def said(what: object) -> None:
-    """A message can be printed, and says something."""
+    """A message can be printed and is not empty."""
     assert str(what).encode("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""A graph run as it is: what it takes and gives, and what is no graph of a bundle."""
+"""A graph run directly: its inputs and outputs, and graphs that a bundle cannot have."""
 
 from __future__ import annotations
 

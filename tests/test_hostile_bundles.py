@@ -1,4 +1,4 @@
-"""Bundles whose hashes fit and whose content does not: refused with one error, or harmless."""
+"""Bundles with matching hashes and bad content: refused with one error, or harmless."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_pipe_is_no_file_of_a_bundle(copy):
 def test_only_the_bundle_that_is_meant_is_loaded(bundle, tmp_path):
     meant = open_bundle(bundle).hash
     assert Answerer.load(bundle, device="cpu", sha256=meant).answer(*PAIRS[0])
-    other = sealed_copy(bundle, tmp_path / "other", name="other")  # sound, and its hashes fit
+    other = sealed_copy(bundle, tmp_path / "other", name="other")  # intact, and its hashes match
     assert Answerer.load(other, device="cpu").answer(*PAIRS[0])
     with pytest.raises(BundleError, match=f"not {meant}: this is not the expected bundle"):
         Answerer.load(other, device="cpu", sha256=meant)
@@ -333,7 +333,7 @@ def looping() -> list[onnx.NodeProto]:
 
 
 def nested() -> list[onnx.FunctionProto]:
-    """Thirty functions, each calling the one before twice: 2^30 nodes."""
+    """Thirty functions, each calling the previous one twice: 2^30 nodes."""
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("", 17)]
     calls = [("Neg", ""), *((f"f{i}", "own") for i in range(29))]
     return [
@@ -457,7 +457,7 @@ def test_a_tokenizer_that_is_not_the_one_of_the_export(bundle, tmp_path, change)
 
 @pytest.fixture
 def replaced(bundle: Path, tmp_path: Path) -> tuple[Answerer, Answerer]:
-    """An answerer whose bundle was replaced by another and deleted before its second session was made, and one of the same bundle."""
+    """An answerer whose bundle was replaced and deleted before its second session was made, and one of the same bundle."""
     folder = shutil.copytree(bundle, tmp_path / "copy")
     loaded = Answerer.load(folder, device="cpu", threads=2)
     replace_folder(sealed_copy(bundle, tmp_path / "other", crafted(3.0)), folder)
@@ -491,7 +491,7 @@ def test_a_forked_child_too(replaced):
 
 
 def test_a_bundle_replaced_again_and_again_always_opens(bundle, tmp_path):
-    """Every load sees one of them whole."""
+    """Every load sees a complete bundle."""
     place = shutil.copytree(bundle, tmp_path / "place")
     others = [sealed_copy(bundle, tmp_path / f"other{i}", name=f"other{i}") for i in range(2)]
     done = threading.Event()
@@ -554,14 +554,14 @@ done = True
 
 
 def owner(array: np.ndarray) -> Any:
-    """What the memory of an array belongs to."""
+    """The object that owns the memory of an array."""
     while isinstance(array, np.ndarray) and array.base is not None:
         array = array.base
     return array
 
 
 def test_no_logits_belong_to_onnx_runtime(bundle):
-    """The memory of its arrays is freed under a lock that another thread may have held at a fork."""
+    """ONNX Runtime frees its arrays under a lock that another thread may have held at a fork."""
     loaded = Answerer.load(bundle, device="cpu", threads=2)
     windows = loaded.read("Who keeps the lamp?", LONG, Options()).windows
     runs = [loaded.model.run(windows), loaded.model.run_batch(windows), loaded.model.start(windows).result()]

@@ -1,4 +1,4 @@
-"""Models of the hub: revision, token and commit against a server that speaks its protocol, and code of their own."""
+"""Models of the hub: revision, token and commit against a server that speaks its protocol, and remote code."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tiny_checkpoint: Path) -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
-    """The address of a hub with the private model me/tiny at revision v2, and the (path, authorization) it was asked."""
+    """The address of a hub with the private model me/tiny at revision v2, and the requests' (path, authorization)."""
     asked: list[tuple[str, str | None]] = []
 
     class Handler(BaseHTTPRequestHandler):

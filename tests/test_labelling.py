@@ -1,4 +1,4 @@
-"""``qadeploy label``: its file at any moment, its queue, its estimate, and its server."""
+"""``qadeploy label``: its file at any time, its queue, its estimate, and its server."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 class Scores:
-    """A model of which the certainty is known: it answers with the first word, surer the longer the question."""
+    """A model of known certainty: it answers with the first word, and is surer the longer the question."""
 
     bundle = SimpleNamespace(hash="hash")
 
@@ -366,7 +366,7 @@ def test_annotators_see_their_own_rows_only(tmp_path):
             desk.decide(desk.show("a").item.key, (0, 3))
     with desk_of(tmp_path / "rows.jsonl", items) as desk:
         assert desk.counts == (2, 2)
-        assert desk.undo("a").undone["answer_start"] == 0  # of an earlier session
+        assert desk.undo("a").undone["answer_start"] == 0  # from an earlier start of label
         assert desk.counts == (1, 3)
     with desk_of(tmp_path / "rows.jsonl", items, "bela") as desk:
         assert desk.counts == (0, 4)
@@ -493,7 +493,7 @@ def test_over_http_from_the_first_row_to_training_data(tmp_path):
             assert call("decide", key=second, question="", **body).status_code == 422
         assert call("decide", key="nothing", question="", start=None, end=None).status_code == 422
         assert call("decide", key=second, question="", start=None, end=None).json()["left"] == 2
-        # Other websites, with or without the token, and under a name of theirs.
+        # Other websites, with or without the token, and under their own host name.
         for headers in ({"authorization": ""}, {"authorization": "Bearer x"}):
             assert client.post("v1/label/undo", json={"tab": "t"}, headers=headers).status_code == 401
         assert client.post("v1/label/undo", json={"tab": "t"}, headers={"host": "evil.example"}).status_code == 400

@@ -30,7 +30,7 @@ from tests.test_page import PAGE
 pytestmark = needs_chromium
 
 LAMP = {"context": "Ada keeps the lamp in room 7. Fay keeps the boat outside.", "question": "Who keeps the lamp?"}
-# Each with a span, which is the words from its first to its last: beyond 16 bits, right to left, with marks, without spaces.
+# Each has a span, from its first word to its last: beyond 16 bits, right to left, with marks, without spaces.
 SCRIPTS = {
     "\U0001f514\U0001f469\u200d\U0001f680 Ada \U0001f981 keeps\r\n\tthe bell \U0001f514 in room 3.": ("Ada", "bell"),
     "\U0001f3ee \u0627\u0644\u0645\u064a\u0646\u0627\u0621 \u0635\u063a\u064a\u0631 \u062c\u062f\u0627 \u0647\u0646\u0627 \U0001f3ee.": ("\u0635\u063a\u064a\u0631", "\u062c\u062f\u0627"),
@@ -208,7 +208,7 @@ def test_questions_are_typed_on_passages(browser, tmp_path):
         (tmp_path / "docs" / f"{name}.txt").write_text(f"{LAMP['context']} {name}")
     with labelling(browser, tmp_path / "docs") as desk:
         page = desk.page
-        page.keyboard.type("Who keeps the lamp? s")  # a letter that is no command here
+        page.keyboard.type("Who keeps the lamp? s")  # a letter that is not a command here
         desk.act("Enter", "ask")
         assert desk.marked
         desk.act("Enter", "decide")
@@ -246,7 +246,7 @@ def test_two_tabs_do_not_decide_one_row_twice(browser, tmp_path):
     with labelling(browser, write_jsonl(tmp_path / "q.jsonl", [LAMP])) as desk:
         other = desk.page.context.new_page()
         other.goto(desk.page.url)
-        expect(other.locator("#counter")).to_have_text("0 done, 1 row left")  # the only one, so both have it
+        expect(other.locator("#counter")).to_have_text("0 done, 1 row left")  # the only row, so both show it
         desk.act("Enter", "decide")
         other.keyboard.press("Enter")
         expect(other.locator("#problem")).to_contain_text("decided in another tab, so this decision was not saved")

@@ -24,7 +24,7 @@ LINES = [
 
 
 def parts(line: str) -> tuple[str, list[str], list[str]]:
-    """The launcher of a line, its arguments, and those of ``train``, with a number or word for what the shell would put in."""
+    """The launcher of a line, its arguments, and those of ``train``, with a number or word for each shell variable."""
     words = shlex.split(re.sub(r"\$head", "node", re.sub(r"\$SLURM_\w+", "2", line)))
     launcher = next(i for i, word in enumerate(words) if word in ("torchrun", "accelerate"))
     module = words.index("-m")

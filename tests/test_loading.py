@@ -1,4 +1,4 @@
-"""Every format and shape that can be loaded, and every complaint."""
+"""Every format and shape that can be loaded, and every error."""
 
 from __future__ import annotations
 
@@ -306,7 +306,7 @@ def test_the_hash_of_examples_follows_their_content_alone(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for the datasets library: notes the calls, serves two splits or the one asked for."""
+    """A stand-in for the datasets library: notes the calls, serves two splits or the requested one."""
     calls = []
     parts = {"train": [FLAT, OTHER], "validation": [{**FLAT, "id": "q3"}], "extra": [{**SEED, "question": "And?"}]}
 

@@ -1,4 +1,4 @@
-"""What cannot be loaded: files, and rows of files, each named with what to do."""
+"""What cannot be loaded: files, and rows of files, each named with a remedy."""
 
 from __future__ import annotations
 

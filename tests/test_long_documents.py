@@ -1,4 +1,4 @@
-"""Contexts of any length: the decoder in blocks equal to a double loop, memory bounded, and somebody told how far it is."""
+"""Contexts of any length: the decoder in blocks equals a double loop, memory is bounded, and progress is reported."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.unit.test_spans import brute_force, random_logits, rows
 BASE = Path(__file__).parent.parent / "models" / "minilm-l6-qa"
 QUESTION = "Who keeps the bell?"
 LONG = " ".join(str(row["context"]) for row in triplets(96)) * 2
-# What docs/scale.md promises of a context, in bytes a character: all in all, and beside its tokens.
+# The bounds in docs/scale.md, in bytes per character of a context: in total, and without its tokens.
 ALL_IN_ALL, BESIDE_ITS_TOKENS = 200, 40
 MILLION = """
 import sys
@@ -114,7 +114,7 @@ def test_a_logit_that_is_not_finite_is_an_error_in_any_block(bad):
 
 
 class Tireless(LogitsModel):
-    """A model that gives random logits at once: what an answerer takes with it, it takes beside the model."""
+    """A model that returns random logits at once, so that only the cost of the code around the model is measured."""
 
     threads, device = 1, "cpu"
 
@@ -124,7 +124,7 @@ class Tireless(LogitsModel):
 
 
 def tireless() -> Answerer:
-    """The shipped model's tokenizer before a model that costs nothing."""
+    """The shipped model's tokenizer with a model that costs nothing."""
     encoder = Encoder.from_file(BASE / "tokenizer.json", EncoderConfig(2, False, 101, 0, 512))
     return Answerer(encoder, QaSettings(), Tireless())
 
@@ -145,7 +145,7 @@ def test_a_million_characters_take_no_more_memory_than_promised():
 
 def test_windows_logits_and_spans_take_little_beside_the_tokens():
     text, answerer = million_characters(), tireless()
-    answerer.encode(QUESTION, text, Options())  # from here on the tokens are at hand
+    answerer.encode(QUESTION, text, Options())  # from here on the tokens are cached
     tracemalloc.start()
     answerer.answer(QUESTION, text, top_k=3)
     peak = tracemalloc.get_traced_memory()[1]

@@ -1,4 +1,4 @@
-"""The machine: what /proc/cpuinfo tells, what differs from a manifest's, and the warning at load."""
+"""The machine: the content of /proc/cpuinfo, the differences from a manifest's machine, and the warning at load."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_all_cores_have_is_read_by_the_kernel_s_names():
     arm = parse_cpuinfo(GRAVITON)
     assert arm.instruction_sets == ("asimddp", "asimdhp", "i8mm", "bf16", "sve")
     assert arm.has_vnni
-    assert arm.cpu  # such a kernel gives no name: the platform's
+    assert arm.cpu  # such a kernel gives no name, so the platform's is used
     assert not parse_cpuinfo("flags : avx2 avx512f").has_vnni
     assert parse_cpuinfo("").instruction_sets == ()
 
@@ -65,7 +65,7 @@ def test_this_machine_is_that_of_the_kernel_s_list():
         ({"instruction_sets": ["avx2", "avx512f", "avx512_vnni", "amx_int8", "avx_vnni"]}, "lacks avx_vnni"),
         ({"instruction_sets": ["asimddp"]}, "lacks asimddp and has avx2, avx512f, avx512_vnni, amx_int8 besides"),
         ({"instruction_sets": ["avx2", "avx512f", "avx512_vnni", "amx_int8", "of a later version", 7]}, ""),
-        ({"instruction_sets": []}, ""),  # a system that does not tell
+        ({"instruction_sets": []}, ""),  # a system that does not report them
         ({"instruction_sets": "avx2"}, ""),
         ({}, ""),
         (None, ""),
@@ -165,7 +165,7 @@ V1 = "5:memory:/other\n4:cpu,cpuacct:/docker/ab12/inner\n1:name=systemd:/\n0::/i
 @pytest.mark.parametrize(
     ("own", "files", "cpus"),
     [
-        # The group itself, one that it lies in, and the smallest of several.
+        # The limit of the group itself, of a parent group, and the smallest of several.
         ("0::/a/b\n", {"a/b/cpu.max": "300000 100000", "a/cpu.max": "max 100000"}, 3),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
         ("0::/a/b\n", {"a/b/cpu.max": "700000 100000", "a/cpu.max": "250000 100000", "cpu.max": "400000 100000"}, 3),
@@ -182,7 +182,7 @@ V1 = "5:memory:/other\n4:cpu,cpuacct:/docker/ab12/inner\n1:name=systemd:/\n0::/i
         ("3:cpuacct,cpu:/x\n", {"cpuacct,cpu/x/cpu.cfs_quota_us": "100000", "cpuacct,cpu/x/cpu.cfs_period_us": "100000"}, 1),
         # Both versions side by side.
         ("2:cpu:/x\n0::/y\n", {"cpu/x/cpu.cfs_quota_us": "500000", "cpu/x/cpu.cfs_period_us": "100000", "unified/y/cpu.max": "300000 100000"}, 3),
-        # What cannot be read is no limit.
+        # An unreadable limit is ignored.
         ("nonsense\n\n0:\n", {"cpu.max": "600000 100000"}, 6),
         ("0::/a\n", {"a/cpu.max": "0 100000", "cpu.max": "-5 100000"}, 8),
         ("0::/a\n", {"a/cpu.max": "100000"}, 8),

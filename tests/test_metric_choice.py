@@ -1,4 +1,4 @@
-"""The metric of EM and F1 is chosen once, from the training data, and goes with the model."""
+"""The metric of EM and F1 is chosen once, from the training data, and stored with the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.pbtxt: written and read by Triton's own schema, and held against the model that lies beside it."""
+"""config.pbtxt: written and read by Triton's own schema, and compared with the model beside it."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_what_is_not_the_models_is_named(what):
 
 
 def test_a_handwritten_configuration_is_read_too():
-    """As Triton's documentation writes them: lists in brackets, commas, comments, the older platform for the backend."""
+    """Written as in Triton's documentation: lists in brackets, commas, comments, the older platform for the backend."""
     tensors = Tensors((Tensor("ids", "TYPE_INT64", ANY),), (Tensor("logits", "TYPE_FP32", (-1, 2)),))
     text = """
       # ours

@@ -1,4 +1,4 @@
-"""The bundles that answer by themselves, asked from Node.js: no Python on the way from text to answer.
+"""The bundles with the whole answer in the graph, run from Node.js without Python.
 
 Needs node and the packages of docs/node, which ``make node-check`` installs; without them these tests skip.
 """

@@ -143,7 +143,7 @@ def test_a_model_nested_without_end_is_refused():
 
 
 def read_by_onnx(model: bytes) -> bool | None:
-    """Whether onnx finds external data; None where it cannot read the bytes."""
+    """Whether onnx finds external data, or None if it cannot read the bytes."""
     try:
         return by_onnx(onnx.load_model_from_string(model))
     except Exception:  # protobuf's own DecodeError, which onnx does not name

@@ -1,4 +1,4 @@
-"""What runs around the server: the alert rule and the Kubernetes objects of the documentation."""
+"""The alert rule and the Kubernetes objects of the documentation."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_figures_are_documented():
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (Debian: prometheus)")
 def test_the_alert_fires_for_the_figure_that_drifts(alert, tmp_path):
-    """Of two replicas half of the questions have no answer, which a tenth of the held-out ones had; lengths are the same."""
+    """Half of two replicas' questions have no answer, but a tenth of the held-out ones; lengths are the same."""
     (tmp_path / "rules.yml").write_text(alert)
 
     def series(replica: str, figure: str, le: str, per_minute: int) -> dict[str, str]:
@@ -124,7 +124,7 @@ def image() -> dict[str, str]:
 
 
 def settings() -> dict[str, Any]:
-    """The settings that the pod runs with: the defaults, since it sets no times."""
+    """The settings that the pod runs with: the defaults, because it sets no times."""
     return {row.env: row.default for row in declared(Settings).values()}
 
 
@@ -183,7 +183,7 @@ def test_the_pod_has_no_rights():
     assert f"{pod['runAsUser']}:{pod['runAsGroup']}" == image()["USER"]
     assert own["allowPrivilegeEscalation"] is POD["spec"]["automountServiceAccountToken"] is False
     assert own["capabilities"] == {"drop": ["ALL"]}
-    # Else the address of the Service would stand in a variable that the server reads.
+    # Otherwise the address of the Service would be in a variable that the server reads.
     service = OBJECTS["Service"]["metadata"]["name"].upper()
     assert f"{service}_PORT" in settings()
     assert POD["spec"]["enableServiceLinks"] is False

@@ -74,7 +74,7 @@ def serving(bundle: Path, **settings: Any) -> Iterator[str]:
 
 @dataclass
 class Desk:
-    """A page that is open, what its console said, and what it asked for elsewhere."""
+    """An open page, its console messages, and its requests to other hosts."""
 
     url: str
     page: Page
@@ -88,7 +88,7 @@ class Desk:
         self.page.get_by_label("Question", exact=True).fill(question)
 
     def ask(self, question: str, context: str) -> list[dict[str, Any]]:
-        """Asks on the page; returns what the API says to the same."""
+        """Asks on the page; returns the API's response to the same question."""
         self.type(question, context)
         context = self.page.locator("#context").input_value()  # a browser writes every line end as \n
         with self.page.expect_response("**/v1/answer") as response:
@@ -208,7 +208,7 @@ def test_each_answer_is_highlighted_where_it_stands_in_any_script(browser, url):
 @needs_chromium
 def test_the_highlight_comes_into_view_in_a_long_text(browser, url):
     with opened(browser, url) as desk:
-        deep = "\n" * 200  # no tokens: whatever the model takes stands below
+        deep = "\n" * 200  # no tokens, so the answer is this far down whatever the model's limit
         best = desk.ask("Who keeps the piano?", f"{deep}Dora keeps the piano.{deep}")[0]
         assert desk.highlighted()[1] == best["text"] != ""
         expect(desk.page.locator("mark")).to_be_in_viewport()
@@ -350,12 +350,12 @@ def test_all_of_it_works_by_keyboard(browser, url):
         page.locator("#edit").focus()
         page.keyboard.press("Enter")
         assert page.evaluate(name) == "context"
-        page.keyboard.press("Control+Enter")  # from the text: the focus stays with it
+        page.keyboard.press("Control+Enter")  # chosen from the text, which keeps the focus
         expect(page.locator("mark")).to_have_text("Ada")
         assert page.evaluate(name) == "reading"
 
 
-# Text on its background: every element with text of its own; colours are read back from a canvas, as the screen has them.
+# The colours of every element with its own text and of its background, read back from a canvas as displayed.
 CONTRAST = """() => {
   const brush = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   const paint = (colours) => { brush.clearRect(0, 0, 1, 1);

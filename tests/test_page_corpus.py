@@ -1,4 +1,4 @@
-"""The page of ``qadeploy serve --corpus`` in a real browser: answers from documents, which nobody has checked."""
+"""The page of ``qadeploy serve --corpus`` in a real browser: answers from untrusted documents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def told(url: str, question: str) -> list[dict[str, Any]]:
 
 
 def asked(desk: Desk, question: str) -> list[dict[str, Any]]:
-    """Asks the documents by keyboard; returns what the API says to the same."""
+    """Asks a question by keyboard; returns the API's response to the same question."""
     desk.page.get_by_label("Question", exact=True).fill(question)
     with desk.page.expect_response("**/v1/answer") as response:
         desk.page.keyboard.press("Enter")
@@ -76,7 +76,7 @@ def test_an_answer_is_shown_with_its_document_its_place_and_its_passage(browser,
         expect(page.locator(".tokens")).to_be_visible()
         page.locator("#edit").click()
         expect(page.locator("#source")).to_be_hidden()
-        desk.ask("Who keeps the lamp?", "Ada keeps the lamp in room 7.")  # a text of one's own goes first
+        desk.ask("Who keeps the lamp?", "Ada keeps the lamp in room 7.")  # a typed text takes precedence
         expect(page.locator("#source")).to_be_hidden()
         assert desk.highlighted()[1] == "Ada"
 

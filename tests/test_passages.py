@@ -1,4 +1,4 @@
-"""One question on many passages, and answers for people: the same meaning in the library, over HTTP, in ``answer`` and in ``ask``."""
+"""One question on many passages, and display options: the same in the library, over HTTP, in ``answer`` and in ``ask``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def asked(count: int) -> list[tuple[str, list[str]]]:
 
 
 def same(found: list[Answer], expected: list[Answer]) -> None:
-    """Equal but for the last bits of a score, whose sum may go in another order."""
+    """Equal except for the last bits of a score, which depend on the order of summation."""
     assert [(a.text, a.start, a.end, a.passage, a.snippet) for a in found] == [
         (a.text, a.start, a.end, a.passage, a.snippet) for a in expected
     ]
@@ -85,7 +85,7 @@ def test_the_scores_are_one_softmax_over_all_passages(answerer):
     for answer in every:
         if answer.text:
             assert passages[answer.passage][answer.start : answer.end] == answer.text
-    # By hand: the weights of all spans of each passage alone, and the least null logit.
+    # By hand: the weights of all spans of each passage alone, and the lowest null logit.
     chosen = Options(allow_no_answer=True)
     alone = [answerer.read(LAMP, passage, chosen) for passage in passages]
     logits = [span_table([pair.scored], pair.settings.max_answer_len) for pair in alone]
@@ -229,7 +229,7 @@ def test_too_many_passages_are_refused_with_the_flag(server, count):
 
 
 def test_the_largest_batch_with_the_most_passages_and_every_option_is_read(server):
-    """It is refused for its windows, not for the size of its JSON."""
+    """It is refused for the number of its windows, not for the size of its JSON."""
     options = {"top_k": 3, "max_answer_len": 128, "max_seq_len": 40, "doc_stride": 10, "align_to_words": False}
     options |= {"allow_no_answer": False, "prefilter": 256, "overlap_threshold": 0.25, "min_score": 0.0125, **OPTIONS}
     body = [{"question": LAMP, "contexts": ["a"] * 100, **options}] * 64

@@ -1,4 +1,4 @@
-"""Checkpoints whose weights are a pickle: refused unless asked for by name, and then nothing in them runs."""
+"""Checkpoints whose weights are a pickle: refused unless allowed explicitly, and then no code in them runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pickled(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 
 class Touch:
-    """Makes a file when it is unpickled, as a stranger's pickle may do anything."""
+    """Creates a file when it is unpickled; an untrusted pickle may do anything."""
 
     def __init__(self, place: Path) -> None:
         self.place = place

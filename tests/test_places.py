@@ -1,4 +1,4 @@
-"""Places that one writer has at a time: nothing is lost to a second one or to a kill, and nothing is left of the dead."""
+"""One writer per place at a time: a second one or a kill loses nothing, and leftovers of dead writers are deleted."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
 
 
 def test_two_containers_with_one_process_id_do_not_meet(tmp_path, monkeypatch):
-    """Their temporaries have different names, so neither writes into, or publishes, the other's."""
+    """Their temporary files have different names, so neither writes or publishes the other's."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     with writing(tmp_path / "a") as one:
         with writing(tmp_path / "a") as two:

@@ -1,6 +1,6 @@
-"""Other systems, simulated in a process of its own: what Windows and macOS lack is taken away before qadeploy is imported.
+"""Other systems, simulated in a separate process: features that Windows and macOS lack are removed before the import.
 
-Not simulated: file names, line ends of the console, and the libraries, whose wheels for those systems are their makers'.
+Not simulated: file names, line ends of the console, and the libraries' wheels for those systems.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module", params=["win32", "darwin"])
 def found(request, tmp_path_factory) -> dict[str, Any]:
-    """What qadeploy did there."""
+    """The results of qadeploy on the simulated system."""
     folder = tmp_path_factory.mktemp(request.param)
     write_jsonl(folder / "rows.jsonl", triplets(3))
     command = [sys.executable, "-c", SIMULATION, str(folder), request.param, json.dumps(PAIRS)]

@@ -1,4 +1,4 @@
-"""The three predictions files against the published algorithm of run_qa.py, written here as a plain loop."""
+"""The three predictions files, compared with the published algorithm of run_qa.py as a plain loop."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def reference(
 
 
 def case(seed: int, room: int) -> tuple[WindowLogits, list[dict[str, Any]]]:
-    """Windows over CONTEXT with random logits, and the same as run_qa.py has them."""
+    """Windows over CONTEXT with random logits, and the same in run_qa.py's form."""
     tool = encoder("bert")
     question, context = tool.encode(QUESTION), tool.encode(CONTEXT)
     windows = tool.windows(
@@ -84,7 +84,7 @@ def case(seed: int, room: int) -> tuple[WindowLogits, list[dict[str, Any]]]:
         offsets[window.context_begin : window.context_begin + window.context_length] = [
             tuple(int(n) for n in context.offsets[i]) for i in inside
         ]
-        assert window.null_index == 0  # as run_qa.py takes for granted
+        assert window.null_index == 0  # as run_qa.py assumes
         features.append({"offset_mapping": offsets, "start_logits": s, "end_logits": e})
     return WindowLogits(windows, starts, ends, context), features
 

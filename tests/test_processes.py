@@ -1,4 +1,4 @@
-"""Several processes: the run of one, one report, one message for one error, no process left over."""
+"""Several processes: the same run as with one, one report, one message per error, no process left over."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def arguments(options: TrainOptions) -> list[str]:
 
 
 def assert_near(run: Path, alone: Path) -> None:
-    """The scores of every epoch the same, the losses and weights within the noise of another order of summation."""
+    """The scores of every epoch are the same, the losses and weights within the noise of another order of summation."""
     ours, theirs = (json.loads((r / "metrics.json").read_text()) for r in (run, alone))
     assert ours["steps"] == theirs["steps"]
     assert ours["dev"] == theirs["dev"]
@@ -70,13 +70,13 @@ def assert_near(run: Path, alone: Path) -> None:
         assert mine["train_loss"] == (his["train_loss"] and pytest.approx(his["train_loss"], rel=1e-4))
     state, other = (load_file(r / "checkpoint" / "model.safetensors") for r in (run, alone))
     for name, value in state.items():
-        # A softmax does not see what is added to all its inputs: these get no gradient but noise, which Adam enlarges.
+        # A constant added to all inputs of a softmax has no effect: its gradient is only noise, which Adam enlarges.
         if not name.endswith(("key.bias", "qa_outputs.bias")):
             np.testing.assert_allclose(value, other[name], atol=1e-3, err_msg=name)
 
 
 TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2"]
-# The flags of docs/scale.md. On CPUs too: with --cpu accelerate starts one process, however many are asked for.
+# The flags of docs/scale.md, also on CPUs: with --cpu accelerate starts one process, whatever the number given.
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
 ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
@@ -103,7 +103,7 @@ def test_launchers_train_the_run_of_one_process(launcher, options, alone, tmp_pa
 
 
 def rank_child(rank: int, port: int, arguments: Sequence[str], log: Path, before: Callable[[], None] | None) -> None:
-    """One process as torchrun starts it, where the store lies with torchrun (here: with the test)."""
+    """One process as torchrun starts it, with the store in torchrun (here: in the test)."""
     gc.freeze()
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)

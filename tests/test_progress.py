@@ -1,4 +1,4 @@
-"""The line that is rewritten on a terminal, and what is left of it elsewhere."""
+"""The line that is rewritten on a terminal, and its form elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 
 def shown(text: str) -> str:
-    """What the rewritten line of a terminal says at the end."""
+    """The final text of a terminal's rewritten line."""
     return text.rpartition("\r\x1b[K")[2]
 
 

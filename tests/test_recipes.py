@@ -66,7 +66,7 @@ def matmul_model(weight: np.ndarray, bias: np.ndarray | None = None) -> bytes:
 
 
 def activations(inputs: np.ndarray) -> Activations:
-    """As if all of X had been seen in one window."""
+    """Activations as if all of X had been seen in one window."""
     low, high = np.minimum(inputs.min(axis=0), 0)[None], np.maximum(inputs.max(axis=0), 0)[None]
     return Activations({"x": inputs}, np.zeros(len(inputs), dtype=np.int64), {"x": low}, {"x": high}, {})
 
@@ -89,7 +89,7 @@ def test_attention_of_another_shape_is_left_alone(fault, material):
     proto = onnx.load_model_from_string(material.model)
     softmax = next(n for n in proto.graph.node if n.op_type == "Softmax")
     add = next(n for n in proto.graph.node if softmax.input[0] in n.output)
-    if fault == "another reader":  # the weights are an output besides
+    if fault == "another reader":  # the weights are also an output
         proto.graph.output.append(helper.make_tensor_value_info(softmax.output[0], TensorProto.FLOAT, None))
         proto.graph.node.append(helper.make_node("Identity", [softmax.output[0]], ["weights"]))
         values = next(n for n in proto.graph.node if n.op_type == "MatMul" and softmax.output[0] in n.input)
@@ -306,7 +306,7 @@ def test_every_recipe_makes_a_smaller_model_that_answers_alike(name, material):
 
 def test_embeddings_in_int8_have_one_scale_a_row():
     rows = np.random.default_rng(3).normal(size=(1500, 8)).astype(np.float32)
-    rows[7] *= 1000  # would take the scale of the whole table
+    rows[7] *= 1000  # would set the scale of the whole table
     rows[9] = 0.0
     gather = helper.make_node("Gather", ["table", "ids"], ["y"], "gather")
     graph = helper.make_graph(

@@ -1,4 +1,4 @@
-"""The report files of a run: all are there, and a failure costs one of them, with a warning, and nothing else."""
+"""The report files of a run: all are written, and a failure costs only one of them, with a warning."""
 
 from __future__ import annotations
 

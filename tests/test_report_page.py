@@ -1,4 +1,4 @@
-"""The page of a run's report: whole and harmless HTML, nothing to load, readable colours, and no complaint by a browser."""
+"""A run's report page: complete and harmless HTML, nothing to load, readable colours, no errors in a browser."""
 
 from __future__ import annotations
 

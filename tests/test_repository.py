@@ -1,4 +1,4 @@
-"""A model repository: what stands in it, what is left alone, and nothing of a model that could not be added."""
+"""A model repository: its content, what stays untouched, and no trace of a model that could not be added."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.models_for_tests import bare_model
 
 
 def names(folder: Path) -> list[str]:
-    """Everything below, hidden files too."""
+    """The names of all files below a folder, hidden ones included."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 

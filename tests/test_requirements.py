@@ -1,4 +1,4 @@
-"""The lists of hashes that a container is installed from: whole, of the tested versions, and what pip takes."""
+"""The lists of hashes that a container is installed from: complete, with the tested versions, accepted by pip."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_list_has_what_the_project_asks_for(name):
 
 
 def test_another_file_of_the_same_version_is_refused(tmp_path):
-    """What a hash is for, with pip itself and no network: a wheel is changed after its hash was taken."""
+    """The purpose of a hash, with pip itself and no network: a wheel is changed after its hash was computed."""
     wheels = tmp_path / "wheels"
     wheels.mkdir()
     build = ROOT / "requirements" / "build.txt"

@@ -46,7 +46,7 @@ from qadeploy.training.saves import (
 from qadeploy.training.train import train
 from tests.conftest import make_tiny_checkpoint, tiny_options, triplets, write_jsonl
 
-FORKS = multiprocessing.get_context("forkserver")  # torch is imported once, then each process is there at once
+FORKS = multiprocessing.get_context("forkserver")  # torch is imported once, then each process starts at once
 FORKS.set_forkserver_preload(["tests.test_resume", "matplotlib.figure", "matplotlib.backends.backend_agg"])
 
 STEPS = 10  # 2 epochs of 5
@@ -118,7 +118,7 @@ def run(
 
 @pytest.fixture
 def fast() -> Iterator[Path]:
-    """A folder in memory, where there is one: what a kill leaves does not depend on the disk, but the time does."""
+    """A folder in memory, if possible: what a kill leaves does not depend on the disk, but the time does."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)
@@ -126,7 +126,7 @@ def fast() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def whole(options: Callable[..., TrainOptions], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a break."""
+    """An uninterrupted run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     assert run(options(out)) == 0
     assert json.loads((out / "metrics.json").read_text())["steps"] == STEPS
@@ -141,7 +141,7 @@ def test_a_run_killed_at_random_moments_and_resumed_is_the_run_without_a_break(k
     begun = time.perf_counter()
     assert run(options(fast / "again")) == 0
     seconds = time.perf_counter() - begun
-    assert_same(fast / "again", whole)  # else nothing could be asked of a resumed run
+    assert_same(fast / "again", whole)  # otherwise a resumed run could not be the same either
 
     draw = random.Random(7)
     reached = set()
@@ -150,10 +150,10 @@ def test_a_run_killed_at_random_moments_and_resumed_is_the_run_without_a_break(k
             break
         out = fast / f"run{number}"
         delay = (number % kills + draw.random()) / kills * seconds
-        while run(options(out), delay=delay) != -signal.SIGKILL:  # over already: this machine is faster now
+        while run(options(out), delay=delay) != -signal.SIGKILL:  # already finished: the machine is faster now
             shutil.rmtree(out)
             delay *= 0.7
-        if read_status(out) != "complete":  # else it was killed after its last line
+        if read_status(out) != "complete":  # otherwise it was killed after its last line
             with pytest.raises((CheckpointError, InputError), match=r"is not finished|no such folder"):
                 find_run(out)
         saved = newest_complete(out / "checkpoints")
@@ -211,7 +211,7 @@ def test_a_run_by_tokens_goes_on_inside_an_epoch_to_the_same_weights(options, fa
 
     assert run(make("whole")) == 0
     steps = json.loads((fast / "whole" / "metrics.json").read_text())["steps"]
-    assert steps >= 8  # else no save lies inside the second epoch
+    assert steps >= 8  # otherwise no save falls into the second epoch
     saves = sorted({*range(2, steps + 1, 2), steps // 2, steps})
     step = next(s for s in saves if s > steps // 2 and s % 2 == 0 and s != steps)  # in the second epoch, not at its end
     out = fast / "killed"
@@ -334,7 +334,7 @@ def test_what_is_no_failure_to_write_is_not_called_one(error, tmp_path):
 
 
 def interrupt(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Presses Ctrl-C after the first save; what was said."""
+    """Presses Ctrl-C after the first save; returns the output."""
     said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr("qadeploy.training.trainer.prune", lambda *_: signal.raise_signal(signal.SIGINT))
@@ -564,7 +564,7 @@ def test_foreign_files_in_an_unfinished_run_are_named_and_kept(whole, options, f
     (unfinished / "checkpoints" / "mine").rmdir()
 
     def say(line: str) -> None:
-        if "resumes after step" in line:  # and so it has looked
+        if "resumes after step" in line:  # so it has checked
             for name in foreign[:2]:
                 (unfinished / name).parent.mkdir(exist_ok=True)
                 (unfinished / name).write_text("keep me")

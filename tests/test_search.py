@@ -1,4 +1,4 @@
-"""The search over recipes: who judges and by what weight, what is said, kept and chosen."""
+"""The search over recipes: the deciding questions and their weights, and what is printed, kept and chosen."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_each_class_of_certainty_weighs_as_in_the_dev_set():
     for low, high in zip([-1, *edges], [*edges, 2], strict=True):
         share = found[(every >= low) & (every < high)].sum() / len(every)
         assert share == pytest.approx(0.25)  # a quarter of the dev set each
-    assert np.average(every, weights=found) < training.mean() - 0.1  # no longer as sure as what is known by heart
+    assert np.average(every, weights=found) < training.mean() - 0.1  # no longer as sure as on memorised questions
 
 
 @pytest.mark.parametrize(("dev", "training"), [([0.5, 0.7], []), ([], [0.5])])

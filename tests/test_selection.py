@@ -64,7 +64,7 @@ def logits_of(features: FeatureSet, seed: int = 0, help_gold: float = 3.0, null:
 
 
 def spans(features: FeatureSet, logits: Logits, index: int, longest: int) -> tuple[dict[tuple[int, int], float], float]:
-    """By plain loops: code point span to its best logit over windows, and the least null logit over windows."""
+    """By plain loops: code point span to its best logit over windows, and the lowest null logit over windows."""
     context, best, null = features.contexts[index], {}, math.inf
     for row in range(features.first[index], features.first[index + 1]):
         w, starts, ends = features.features[row].window, logits[0][row], logits[1][row]
@@ -79,7 +79,7 @@ def spans(features: FeatureSet, logits: Logits, index: int, longest: int) -> tup
 
 
 def brute_best(features: FeatureSet, logits: Logits, longest: int) -> list[tuple[str, float]]:
-    """A row a question: the best span's text, and the null logit minus its logit."""
+    """One row per question: the best span's text, and the null logit minus its logit."""
     rows = []
     for i, example in enumerate(features.examples):
         table, null = spans(features, logits, i, longest)
@@ -149,7 +149,7 @@ def test_length_and_threshold_are_the_best_of_all(features, seed, null):
 
 
 def given(features: FeatureSet, logits: Logits, settings: QaSettings, temperature: float) -> list[tuple[float, float]]:
-    """By plain loops, a row a question: the score of the answer given, and whether it matches exactly."""
+    """By plain loops, one row per question: the score of the answer given, and whether it matches exactly."""
     rows = []
     for i, example in enumerate(features.examples):
         table, null = spans(features, logits, i, settings.max_answer_len)

@@ -1,4 +1,4 @@
-"""The API in this process: its forms, its errors, its limits, and what it tells about itself."""
+"""The API in this process: its forms, its errors, its limits, and its description of itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies that are made to hold up the server: no step of the event loop takes long, and the counts come first."""
+"""Bodies made to block the server: no step of the event loop takes long, and items are counted first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def objects(size: int) -> bytes:
 
 
 def text(piece: str, size: int = MOST) -> bytes:
-    """One question whose context is a piece, again and again."""
+    """One question whose context repeats a piece."""
     head = b'{"question": "Who?", "context": "'
     return head + piece.encode() * ((size - len(head) - 2) // len(piece.encode())) + b'"}'
 
@@ -195,7 +195,7 @@ def test_a_hostile_body_costs_little_memory_and_no_silence(bundle, tmp_path):
         assert httpx.post(f"{remote.url}/v1/answer", json=PAIR).status_code == 200
         before = resident(remote.process.pid)
         silences = [longest_silence(remote.url)]
-        # Other work on this machine silences a server too, but not every time.
+        # Other work on this machine can delay a server too, but not every time.
         while min(silences) >= 1 and len(silences) < 4:
             silences.append(longest_silence(remote.url))
         assert resident(remote.process.pid, "VmHWM") - before < 100  # it was 3,700

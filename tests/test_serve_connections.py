@@ -36,7 +36,7 @@ def connected(url: str):
 
 
 def rest(connection: socket.socket) -> bytes:
-    """What arrives until the server closes the connection."""
+    """The bytes that arrive until the server closes the connection."""
     found = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
@@ -45,7 +45,7 @@ def rest(connection: socket.socket) -> bytes:
 
 
 def until(connection: socket.socket, end: bytes) -> bytes:
-    """What arrives up to an end."""
+    """The bytes that arrive up to an end marker."""
     found = b""
     while not found.endswith(end):
         piece = connection.recv(65536)
@@ -311,7 +311,7 @@ def test_it_also_gets_an_answer_that_takes_long_and_several(bundle, tmp_path):
         response = rest(connection)
         assert response.count(b"HTTP/1.1 200 OK") == response.count(b'"text":"Ada"') == 2
         assert answer_in(response) == "Ada"
-        # What comes before are interim responses, which every client of HTTP/1.1 reads over: httpx, for one.
+        # Before it there are interim responses, which every HTTP/1.1 client skips, httpx included.
         assert response.replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"").startswith(b"HTTP/1.1 200 OK")
 
 

@@ -119,7 +119,7 @@ print(json.dumps([json.loads(invoked["Body"].data), *asyncio.run(infer())]))
 
 @pytest.mark.slow
 def test_the_sdks_of_sagemaker_and_kserve(bundle, answerer, tmp_path):
-    """Half a gigabyte of packages in an environment of its own."""
+    """Installs half a gigabyte of packages in a separate environment."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-compile", *SDKS], check=True)

@@ -1,4 +1,4 @@
-"""The API's document: what it allows is answered as it says, and what it forbids is refused as it says."""
+"""The OpenAPI document: allowed requests are answered as it says, and forbidden ones are refused as it says."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def sent(document, route: str, mode: GenerationMode, *, derandomize: bool = True
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def hold(case):
-        if case.path_parameters and len(statuses) % 2 == 0:  # at random it would never be the model's name
+        if case.path_parameters and len(statuses) % 2 == 0:  # a random name would never be the model's
             case.path_parameters["model"] = "keepers"
-        # A body that the document allows may still ask for a stride or a length that does not fit its texts.
+        # An allowed body may still have a stride or a length that does not fit its texts.
         statuses.add(case.call_and_validate(excluded_checks=[positive_data_acceptance]).status_code)
 
     hold()

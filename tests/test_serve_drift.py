@@ -1,4 +1,4 @@
-"""Drift in /metrics: the figures of the questions that a server answers, beside those of the held-out data."""
+"""Drift in /metrics: the figures of the questions that a server answers, and those of the held-out data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verdicts on answers: what is on the disk, what is refused, and that the rows are what check and train read."""
+"""Verdicts on answers: the file on the disk, refusals, and that check and train read the rows."""
 
 from __future__ import annotations
 

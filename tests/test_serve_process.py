@@ -1,4 +1,4 @@
-"""A real server in a process of its own: signals, restarts, the real Hugging Face client, and what it must not load."""
+"""A real server in its own process: signals, restarts, the real Hugging Face client, and modules it must not load."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_sigterm_turns_ready_off_then_closes_the_listener_then_finishes_and_ends
         wait_for(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
         assert time.monotonic() - begun < 1
         assert httpx.get(f"{server.url}/health/live").status_code == 200
-        threads.append(ask_in_background(server.url, running, json=BODY))  # requests are still taken
+        threads.append(ask_in_background(server.url, running, json=BODY))  # requests are still accepted
         wait_for(lambda: not listens(server.url))
         assert 0.9 <= time.monotonic() - begun < 2.5
         for thread in threads:
@@ -174,7 +174,7 @@ def test_killed_and_started_again_it_is_ready_within_3_seconds(bundle, tmp_path)
         seconds = time.monotonic() - begun
         assert httpx.post(f"{server.url}/v1/answer", json=BODY).json()["answers"][0]["text"] == "Ada"
     print(f"ready again after {seconds:.2f} s")
-    if os.getloadavg()[0] < 0.5 * (os.cpu_count() or 1):  # beside others' work it would be their time
+    if os.getloadavg()[0] < 0.5 * (os.cpu_count() or 1):  # otherwise other work on the machine would be measured too
         assert seconds < 3
 
 

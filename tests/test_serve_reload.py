@@ -1,4 +1,4 @@
-"""Another bundle under load: no request is lost, those that run are answered by the bundle before, a bad one changes nothing."""
+"""Reloading under load: no request is lost, running ones are answered by the old bundle, a bad bundle changes nothing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_sighup_changes_the_bundle_without_losing_a_request(folder, bundle, othe
             server.process.send_signal(signal.SIGHUP)
             until(lambda before=reloads: len(server.events("reloaded")) > before)
             wanted = [open_bundle(target).hash]
-            until(lambda expected=wanted: hashes(server.url) == expected)  # the one before is forgotten
+            until(lambda expected=wanted: hashes(server.url) == expected)  # the previous one is forgotten
         seen = len(found)
         until(lambda: len(found) > seen + 2 * len(PAIRS))
         stop.set()

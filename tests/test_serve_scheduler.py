@@ -141,7 +141,7 @@ def test_beyond_their_first_four_windows_long_documents_get_one_turn_in_four_the
     beyond = line[4 : last + 1]
     assert line[:4] == "AAAA", line
     assert line.count("s") == 12, line
-    # Until the last short question ran, one turn in four was a document's beyond its first four windows.
+    # Until the last short question ran, a document had one turn in four beyond its first four windows.
     share = (beyond.count("A") + max(0, beyond.count("B") - 4)) / len(beyond)
     assert 0.2 <= share <= 0.3, line
     assert [i for i, who in enumerate(line) if who == "B"][4] > line.rindex("A"), line

@@ -25,7 +25,7 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "serving.md"
 
 @pytest.fixture(autouse=True)
 def loggers():
-    """The server's process owns its logs; this one gets them back."""
+    """Restores this process's loggers, which the server takes over."""
     owned = [logging.getLogger(name) for name in ("qadeploy", "uvicorn", "asyncio")]
     before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in owned]
     yield
@@ -116,7 +116,7 @@ def test_every_limit_is_a_setting():
 
 
 class Machine:
-    """A machine on which ``side_by_side`` runs at a time are worth it: more wait for each other."""
+    """A machine on which up to ``side_by_side`` runs at a time pay off; more wait for each other."""
 
     def __init__(self, side_by_side: int) -> None:
         self.places = threading.Semaphore(side_by_side)

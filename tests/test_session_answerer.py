@@ -26,7 +26,7 @@ from tests.processes_for_tests import succeeded
 
 PAIRS = [(str(row["question"]), str(row["context"])) for row in triplets(24)]
 GOLD = [str(row["answer"]) for row in triplets(24)]
-LONG = " ".join(context for _, context in PAIRS)  # several windows of any size this model takes
+LONG = " ".join(context for _, context in PAIRS)  # several windows at any size that this model accepts
 MIXED = [*PAIRS, ("Who keeps the kettle?", LONG), ("Who keeps the rope?", LONG)]
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467"
 SCRIPTS = [

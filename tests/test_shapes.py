@@ -1,4 +1,4 @@
-"""Every shape and kind of file that public data sets use, read at once."""
+"""Every shape and kind of file that public data sets use, read without conversion."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tests.servers_for_tests import JSON, started
 
 SECONDS = float(os.environ.get("QADEPLOY_SOAK_SECONDS", "1200"))
 HONEST, SILENT = 4, 1_100
-AT_ONCE = 2.0  # seconds within which a refusal has to come, on a machine that is busy with the clients too
+AT_ONCE = 2.0  # seconds within which a refusal must come, on a machine that also runs the clients
 DOCUMENT = "\u827e\u8fbe\u5728\u6e2f\u53e3\u70b9\u706f\u3002" * 1_725  # 13,800 characters
 BODIES = [
     b"[" + b",".join([b"{}"] * 1_000_000) + b"]",
@@ -32,7 +32,7 @@ BODIES = [
 
 
 class Crowd:
-    """Threads that do their work again and again until the end."""
+    """Threads that repeat their work until the end."""
 
     def __init__(self, url: str) -> None:
         self.url = url

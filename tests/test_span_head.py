@@ -121,7 +121,7 @@ def test_the_mask_is_where_a_span_may_begin(name, text):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_null_position_is_the_decoders(name):
-    """XLNet's CLS stands last, so it is counted from the window's end."""
+    """XLNet's CLS is last, so its position is counted from the window's end."""
     kind = encoder(name)
     head = SpanHead.of(kind, QaSettings())
     windows = kind.windows(kind.encode("Who?"), kind.encode("Ada keeps it."), max_seq_len=64, doc_stride=0)

@@ -1,4 +1,4 @@
-"""How fast training was, TF32 and compilation: what is asked of PyTorch, and that the numbers stay."""
+"""Training speed, TF32 and compilation: what PyTorch is told, and that the numbers stay the same."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_tf32_is_for_ampere_and_later_and_for_the_time_of_training(capability, e
 
 
 def test_tf32_is_chosen_without_a_word_from_torch(monkeypatch):
-    """The warning is that of torch 2.9, by its real text; a CPU build has none of it."""
+    """The warning has the text of torch 2.9's; a CPU build does not emit it."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     real = torch.get_float32_matmul_precision
 
@@ -119,7 +119,7 @@ def test_tf32_is_chosen_without_a_word_from_torch(monkeypatch):
 
 
 class Clock:
-    """Seconds that pass when the test says so, and what was asked of the GPU."""
+    """Seconds that pass when the test says so, and the calls to the GPU."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0

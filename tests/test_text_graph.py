@@ -97,7 +97,7 @@ def pointer(normaliser: str) -> GraphModel:
 
 
 def same_tokens(normaliser: str, question: str, context: str) -> None:
-    """All ids are those of tokenizers, and the offsets of all tokens of the context, or of fifty of them."""
+    """All ids equal those of tokenizers, and so do the offsets of all tokens of the context, or of fifty of them."""
     model, pair = pointer(normaliser), bert(normaliser).encode(question, context)
     offsets = bert(normaliser).encode(context, add_special_tokens=False).offsets
     found = model.run({"question": [question], "context": [context]})
@@ -151,7 +151,7 @@ def test_tokens_of_odd_texts(normaliser, text):
 
 
 def test_each_code_point_is_tokenised_as_tokenizers_does():
-    """A sample of all of them: every tenth letter that is there, those without a meaning, and the planes that hold nothing."""
+    """A sample of all code points, assigned or not: every tenth in the first planes, fewer in the others."""
     codes = [*range(1, 0xD800, 10), *range(0xE000, 0x30000, 10), *range(0x30000, 0x110000, 997)]
     assert len(codes) > 20_000
     for begin in range(0, len(codes), 4000):
@@ -178,7 +178,7 @@ def test_a_tokenizer_that_keeps_blank_characters_is_named():
 
 @pytest.fixture(scope="module")
 def text_of(tiny, tiny_export):
-    """The text model of a tiny bundle, with other settings where asked, and an Answerer that has them."""
+    """The text model of a tiny bundle, with other settings if given, and an Answerer with the same settings."""
     pieces = read_wordpiece(Tokenizer.from_file(str(tiny.bundle() / TOKENIZER)))
 
     def make(kind: str = "", **settings: object) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""64 threads on one Answerer get what serial calls get, with mixed texts, options and call forms, to the last bit."""
+"""64 threads on one Answerer get the serial calls' results to the last bit, with mixed texts, options and call forms."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def queries() -> list[Query]:
 
 
 def differences(answerer: Answerer, queries: Sequence[Query], serial: Sequence[Any], threads: int, each: int) -> int:
-    """How many calls of so many threads give another result than their serial call."""
+    """The number of calls from that many threads whose result differs from the serial call."""
     ready = Barrier(threads)
 
     def work(seed: int) -> int:

@@ -21,7 +21,7 @@ from tests.conftest import tiny_options, triplets, write_jsonl
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> RunResult:
-    """A run of two epochs that TensorBoard was told of."""
+    """A run of two epochs reported to TensorBoard."""
     folder = tmp_path_factory.mktemp("tracked")
     data = write_jsonl(folder / "few.jsonl", triplets(24))
     options = tiny_options(data, tiny_checkpoint, folder / "run", epochs=2, report_to="tensorboard")

@@ -194,7 +194,7 @@ def test_windows_with_the_answer_where_nobody_annotated_it_are_not_trained_on(ti
     trained_on, dev = carve_by_passage(read(str(data)).examples, 0.2, 13)
     encoder = load_checkpoint(tiny_checkpoint).encoder
     windows = len(make_features(trained_on, encoder, QaSettings(48, 0, 30), "rows"))
-    assert windows > 2 * 12  # of each passage's, the last one holds the name again
+    assert windows > 2 * 12  # the last question of each passage has the name again
     assert metrics["masked_windows"] == 12
     line = "12 train windows contain an answer's text that is not annotated: they are left out of training"
     assert line in [text.strip() for text in said]
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_changes_no_figure(tiny, tiny_checkpoint, tmp_pat
 
 
 def no_answer_rows(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Every third question without an answer, as SQuAD v2 says it."""
+    """Every third question has no answer, in SQuAD v2's form."""
     return [
         {"id": f"q{i}", "context": row["context"], "question": "Who keeps the moon?", "is_impossible": True}
         if i % 3 == 2

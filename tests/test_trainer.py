@@ -1,4 +1,4 @@
-"""The trainer inside the real loop: which windows it sees in which order, and how little of a batch is padding."""
+"""The trainer in the real loop: the order of its windows, and how little of a batch is padding."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_annotators_of_one_question_add_their_shares():
 
 
 def test_the_parts_of_the_loss_are_weighed_as_they_were_asked(features, tmp_path):
-    """Of a labelled and an unlabelled window with a teacher: (1 - w) x hard + w x taught, and w x taught alone."""
+    """With a teacher, a labelled window has (1 - w) x hard + w x taught, an unlabelled one only w x taught."""
     soft = [
         SoftLabels(
             np.asarray([f.window.context_begin]), np.ones(1, np.float32), np.asarray([0]), np.ones(1, np.float32)
@@ -259,7 +259,7 @@ def test_a_batch_of_masked_windows_alone_costs_nothing(features, tmp_path):
 def test_one_device_a_process(tmp_path, monkeypatch):
     arguments = training_arguments(CPU, output_dir=str(tmp_path), report_to=[])
     assert (arguments.use_cpu, arguments.device, arguments.n_gpu) == (True, CPU, 0)
-    # Four GPUs at hand, as the Trainer sees them: one is asked for, and one is taken.
+    # The Trainer sees four GPUs; one is requested, and one is used.
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
 
@@ -305,4 +305,4 @@ def test_hardly_a_token_of_a_batch_is_padding(batch):
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
     assert min(padded(lengths, order, batch) for order in orders) > 0.96
-    assert padded(lengths, list(range(len(lengths))), batch) < 0.7  # the same windows as they come
+    assert padded(lengths, list(range(len(lengths))), batch) < 0.7  # the same windows in file order

@@ -1,4 +1,4 @@
-"""The parts of training: the loss, the order of windows, their labels, what is said of epochs, the precision."""
+"""The parts of training: the loss, the order of windows, their labels, the table of epochs, the precision."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ def test_precision(monkeypatch):
     assert resolve_precision("auto", "cpu") in {"fp32", "bf16"}
     with pytest.raises(InputError, match="choose auto, fp32, bf16 or fp16"):
         resolve_precision("fp8", "cpu")
-    # A GPU may be there: what is trained on the CPU goes by the CPU.
+    # Even with a GPU present, the precision of training on the CPU depends on the CPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match="needs a GPU, but this run trains on the CPU: use --precision bf16 or fp32"):
         resolve_precision("fp16", "cpu")

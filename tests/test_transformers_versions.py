@@ -1,4 +1,4 @@
-"""The releases of transformers that training and export admit, and what differs between them."""
+"""The releases of transformers that training and export support, and the differences between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client of a Triton server: against Triton and MLServer where they are installed, else against what a socket can do."""
+"""The client of a Triton server: against Triton and MLServer if they are installed, and against sockets that misbehave."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ PAIRS = [
 
 
 def as_served(bundle: Path) -> Answerer:
-    """The bundle's answerer with the session that a server makes: without the settings that it cannot make."""
+    """The bundle's answerer with a session like the server's, without the settings that the server does not support."""
     own = Answerer.load(bundle)
     opened = open_bundle(bundle)
     model = OnnxModel(lambda: opened.read(MODEL), device="cpu", threads=1, pad_token_id=opened.encoder.pad_token_id)
@@ -154,7 +154,7 @@ def test_batches_of_the_client_are_cut_and_padded(multiple, server, repository):
 
 
 def infer(client: Any, name: str, windows: list[Window], contexts: list[EncodedText], pad: int) -> dict[str, Any]:
-    """What a caller without qadeploy does: all tensors in, all out."""
+    """Calls the server as a client without qadeploy does: all tensors in, all out."""
     told = client.get_model_metadata(name)
     feeds = {**pad_batch(windows, pad), CONTEXT_MASK: pad_context_masks(windows, contexts)}
     inputs = []
@@ -277,7 +277,7 @@ def test_a_server_that_is_killed_and_comes_back(repository, tmp_path):
 @needs_servers
 @pytest.mark.parametrize("kind", ["", "int8"])
 def test_mlserver_answers_as_the_local_model(kind, tiny, tiny_export, tmp_path):
-    """It knows the protocol, and neither Triton's configuration nor its index."""
+    """MLServer supports the protocol, but neither Triton's configuration nor its index."""
     with mlserver(tiny.bundle(kind), "keepers", tmp_path) as running:
         answerer = triton_answerer(running.url, tiny.bundle(kind), name="keepers")
         same(answerer, tiny.bundle(kind))
@@ -296,7 +296,7 @@ def _runs(server: Server, name: str) -> dict[int, int]:
 
 
 class Odd:
-    """What a server says, to be changed. It answers each window with logits that are its length."""
+    """A server's responses, which tests change. Its logits for a window are the window's length."""
 
     def __init__(self) -> None:
         names = ("input_ids", "attention_mask", "token_type_ids")

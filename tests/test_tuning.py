@@ -1,4 +1,4 @@
-"""Session settings measured again: what is clearly faster is taken, what moves the logits is not, nothing half written."""
+"""Session settings measured again: clearly faster ones are used, those that move logits are not, writes are complete."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def timing(*seconds: float) -> Timing:
         ([0.9] * 9, True, False),
         ([0.9] * 8 + [1.5], True, False),  # one round was disturbed
         ([0.9] * 7 + [1.5] * 2, False, False),
-        ([0.99] * 9, False, False),  # always, but by less than pays
+        ([0.99] * 9, False, False),  # always faster, but by too little
         ([1.0] * 9, False, False),
         ([1.1] * 9, False, True),
         ([0.9] * 4 + [1.1], False, False),  # of five rounds, all
@@ -139,7 +139,7 @@ def test_a_layout_of_other_threads_does_not_count_and_the_rule_can_come_back(loa
     found = tuned(loaded, slow_by(rule=0.006, wide=0.006), other)
     assert found.session["layout"] == {"one": "narrow", "threads": 2}
     rows = [t for t in found.trials if t.step.startswith("layout")]
-    assert rows[0].settings == "wide"  # what runs with these threads comes first
+    assert rows[0].settings == "wide"  # the entry for these threads comes first
 
 
 def test_settings_that_move_the_logits_too_far_are_left_out(loaded):
@@ -221,7 +221,7 @@ def questions(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def foreign(tiny, tiny_export, tmp_path) -> Path:
-    """The int8 bundle as from another machine."""
+    """The int8 bundle as if from another machine."""
     entry = {"cpu": "another", "instruction_sets": list(INSTRUCTION_SETS), "threads": 64, "onnxruntime": "1.20"}
     return sealed_copy(tiny.bundle("int8"), tmp_path / "bundles" / "mine", machine=entry)
 

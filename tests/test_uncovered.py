@@ -1,4 +1,4 @@
-"""A checkpoint whose tokenizer drops characters is refused by train and export; a bundle of it still answers."""
+"""Train and export refuse a checkpoint whose tokenizer drops characters; a bundle of it still answers."""
 
 from __future__ import annotations
 

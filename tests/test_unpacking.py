@@ -1,4 +1,4 @@
-"""Packed files: decompression bombs end in a message, and dates that Python cannot hold do not keep other columns from being read."""
+"""Packed files: decompression bombs end in a message, and dates beyond Python's range do not block other columns."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_limit_that_is_no_number_is_named(value, monkeypatch):
 
 
 def long_text(rows: int = 2000, size: int = 10**6) -> Any:
-    """Texts of 2 GB in all, as one text and numbers that stand for it."""
+    """Texts of 2 GB in all, stored as one text and references to it."""
     column = arrow.DictionaryArray.from_arrays(arrow.array([0] * rows, arrow.int32()), ["x" * size])
     return arrow.table({"context": column})
 
@@ -101,7 +101,7 @@ def nested_text() -> Any:
 
 
 def many_numbers() -> Any:
-    """One row with a list of 40 million zeros, which a run of them stands for."""
+    """One row with a list of 40 million zeros, run-length encoded."""
     zeros = arrow.array(np.zeros(4 * 10**7, np.int8))
     return arrow.table({"answers": arrow.ListArray.from_arrays([0, len(zeros)], zeros)})
 
@@ -134,7 +134,7 @@ def test_a_bomb_is_refused_with_the_limit_and_the_way_out(tmp_path, name):
         load_rows(source)
 
 
-SMALL = 10**7  # a limit that small bombs are above
+SMALL = 10**7  # a limit that small bombs exceed
 ASKED = {"context": ["x"], "question": ["?"]}
 INPUTS: dict[str, Callable[[], Any]] = {
     "plain": lambda: arrow.table({**ASKED, "context": ["x" * 2 * SMALL]}),
@@ -157,7 +157,7 @@ def test_a_bomb_is_no_input_of_a_batch(tmp_path, monkeypatch, name):
 
 
 def test_a_bomb_in_an_object_store_is_met_before_its_pages_are_unpacked(tmp_path, monkeypatch):
-    """Only in the columns that are read: each header there is a request."""
+    """Only in the columns that are read, because each header is a request."""
     monkeypatch.setenv(LIMIT, str(SMALL))
     for name, wide in (("plain", "context"), ("other", "answers"), ("a.b", "a.b")):
         table = arrow.table({**ASKED, wide: ["x" * 2 * SMALL]})
@@ -184,7 +184,7 @@ def test_a_damaged_page_in_an_object_store_is_its_rows_problem(tmp_path):
 
 
 def test_rows_that_a_batch_holds_at_a_time_are_no_bomb(tmp_path, monkeypatch):
-    """200 rows of 100 kB, as one text and a run of numbers: pages do not show it."""
+    """200 rows of 100 kB, stored as one text and a run of numbers, which page sizes do not show."""
     monkeypatch.setenv(LIMIT, str(SMALL))
     table = long_text(200, SMALL // 100).append_column("question", [["?"] * 200])
     source = source_at(put(tmp_path, "a.parquet", as_parquet(table)))
@@ -230,7 +230,7 @@ def test_rows_of_a_file_that_a_folder_lists_many_times_are_counted(tmp_path, mon
 
 
 def test_a_bomb_takes_no_more_memory_than_allowed(tmp_path):
-    """Texts of 200 GB: were they made, even in part, the machine would be full before they were counted."""
+    """Texts of 200 GB: if they were unpacked, even in part, memory would run out before they were counted."""
     source = put(tmp_path, "texts.parquet", as_parquet(long_text(200_000)))
     before = arrow.total_allocated_bytes()
     with pytest.raises(InputError, match="unpack to more than"):

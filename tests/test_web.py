@@ -154,7 +154,7 @@ def test_without_npm_the_fix_is_named(tmp_path, monkeypatch):
 
 
 def test_without_a_home_the_cache_is_asked_for(monkeypatch):
-    # As for a user without a home folder.
+    # As if the user had no home folder.
     monkeypatch.setattr("qadeploy.integrations.web.npm.cache_folder", lambda: None)
     with pytest.raises(FailureError, match="no home folder: set QADEPLOY_CACHE"):
         onnxruntime_web()
@@ -202,7 +202,7 @@ def test_another_package_of_that_name_is_refused(tmp_path, monkeypatch):
 
 @dataclass
 class Opened:
-    """A site in the browser, what its console said, and what was requested from elsewhere."""
+    """A site in the browser, its console messages, and its requests to other hosts."""
 
     page: Page
     console: list[str] = field(default_factory=list)
@@ -240,7 +240,7 @@ def opened(browser: Browser, url: str, script: str = "") -> Iterator[Opened]:
 
 
 def same_answers(opens: Opened, answerer: Answerer, asked: list[tuple[str, str]], tolerance: float) -> None:
-    """The browser's answers are the Answerer's, with and without "no answer", and their places are right for JavaScript."""
+    """The browser's answers equal the Answerer's, with and without "no answer", and their places fit JavaScript strings."""
     for question, context in asked:
         for allowed in (None, False, True) if len(context) < 200 else (None,):  # a long one takes seconds
             (theirs,) = answerer.answer(question, context, allow_no_answer=allowed)
@@ -260,7 +260,7 @@ def test_answers_are_the_answerers(isolated, browser, site):
     assert {bool(answerer.answer(*pair)[0].text) for pair in asked} == {True, False}
     headers = {"Cross_Origin_Opener_Policy": "same-origin", "Cross_Origin_Embedder_Policy": "require-corp"}
     more_processors = (
-        "Object.defineProperty(navigator, 'hardwareConcurrency', { value: 4 })"  # the runtime takes half of them
+        "Object.defineProperty(navigator, 'hardwareConcurrency', { value: 4 })"  # the runtime uses half of them
     )
     with (
         hosting(site.parents[1], **(headers if isolated else {})) as url,

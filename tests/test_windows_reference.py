@@ -21,7 +21,7 @@ def test_windows_equal_those_of_transformers(name, question, context, data):
     ours = kind.encoder.windows(asked, read, max_seq_len=max_seq_len, doc_stride=stride)
 
     first = kind.config.context_first
-    theirs = kind.reference(  # lists, because transformers drops an empty second text given alone
+    theirs = kind.reference(  # lists, because transformers drops an empty second text that is not in a list
         [context if first else question],
         [question if first else context],
         truncation="only_first" if first else "only_second",

@@ -1,4 +1,4 @@
-"""A clock that goes by what models say they took, so that what is faster does not depend on what else the machine does."""
+"""A clock driven by the durations that models declare, so that other work on the machine does not affect speeds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qadeploy.inference.session import OnnxModel
 
 
 class Clock:
-    """Seconds that go on only when told."""
+    """Seconds that advance only when told."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
@@ -26,7 +26,7 @@ class Clock:
 
 
 class Slowed(OnnxModel):
-    """A real model whose calls take as long by the clock as ``slow`` says, and whose start logits are moved."""
+    """A real model whose calls advance the clock by ``slow``, and whose start logits are moved."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""Small tokenizers of nine families, trained when first asked for, and the texts to try them on.
+"""Small tokenizers of nine families, trained on first use, and texts to try them on.
 
-They are the same in every run, so that a failure can be repeated. What the trainers of ``tokenizers`` make is not:
+They are the same in every run, so that a failure can be repeated. The trainers of ``tokenizers`` are not deterministic:
 WordPiece's breaks ties at random, Unigram's gives its pieces random numbers and slightly different scores.
 """
 
@@ -132,7 +132,7 @@ def _bert() -> Tokenizer:
 
 
 def _mpnet() -> Tokenizer:
-    """BERT's pieces in RoBERTa's frame; the template counts token types that the model does not take."""
+    """BERT's pieces in RoBERTa's template, which has token types that the model does not accept."""
     template = _template("<s> $A </s>", "<s> $A </s> </s> $B:1 </s>:1", "<s>", "</s>")
     return _wordpiece(["<s>", "<pad>", "</s>", "[UNK]", "<mask>"], "[UNK]", template)
 
@@ -166,7 +166,7 @@ def _roberta() -> Tokenizer:
 
 
 def _modernbert() -> Tokenizer:
-    """Bytes as RoBERTa's, but in BERT's frame, whose offsets nobody trims: a token holds the space before it."""
+    """Bytes like RoBERTa's, but in BERT's template and with untrimmed offsets: a token includes the space before it."""
     tokenizer = _byte_level(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], _BRACKETS)
     tokenizer.normalizer = normalizers.NFC()
     return tokenizer
@@ -202,7 +202,7 @@ def _camembert() -> Tokenizer:
 
 
 def _deberta_v2() -> Tokenizer:
-    """Sentencepiece in BERT's frame, white space at the borders stripped."""
+    """Sentencepiece in BERT's template, white space at the borders stripped."""
     plain = normalizers.Sequence([normalizers.Strip(), normalizers.NFKC()])
     return _unigram(plain, ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"], _BRACKETS, "[UNK]")
 

@@ -83,9 +83,6 @@ def _span(reading: DecodedPair, window: Window, start: int, end: int) -> tuple[i
 def _place(reading: DecodedPair, first: int, last: int) -> tuple[int | None, int, int]:
     """The passage of a span (None without passages), and its code points there."""
     joined = reading.passages
-    longest = max(map(len, reading.windows))
-    shared = [a.context_offset + a.context_length - b.context_offset for a, b in pairwise(reading.windows)]
-    overlap = max([0, *shared])
     if joined is None:
         return None, first, last
     part = joined.part_at(first)
@@ -113,9 +110,6 @@ def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:
 def _origin(reading: DecodedPair, window: Window) -> tuple[int, int, int | None]:
     """The first token and code point of a window's context or passage, and the passage's index (None for a context)."""
     joined = reading.passages
-    longest = max(map(len, reading.windows))
-    shared = [a.context_offset + a.context_length - b.context_offset for a, b in pairwise(reading.windows)]
-    overlap = max([0, *shared])
     if joined is None:
         return 0, 0, None
     part = joined.part_of(window)

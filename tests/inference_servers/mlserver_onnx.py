@@ -1,4 +1,4 @@
-"""An ONNX model behind MLServer: its protocol, its server; only what runs the session is written here."""
+"""An ONNX model behind MLServer, which provides the protocol and the server; this runtime only runs the session."""
 
 from pathlib import Path
 

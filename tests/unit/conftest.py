@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fails a test that starts a process or imports torch: it belongs into ``tests/``."""
+    """Fails a test that starts a process or imports torch, because it belongs in ``tests/``."""
 
     def refuse(*args: Any, **options: Any) -> NoReturn:
         raise AssertionError("a test in tests/unit starts no process")

@@ -1,4 +1,4 @@
-"""The journal of a shard: deaths are counted, and blamed on a row only where it was the one that was asked."""
+"""The journal of a shard: deaths are counted, and blamed on a row only if it was being answered alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def begun(path: Path, run: str = "a", *, loaded: bool = True) -> Journal:
-    """A worker that takes the shard up; what died before it is counted."""
+    """A worker that begins the shard; deaths before it are counted."""
     journal = Journal(path, run)
     journal.begin()
     if loaded:
@@ -89,7 +89,7 @@ def test_a_later_run_goes_on_however_many_workers_died_in_those_before(path, loa
     for number in range(12):
         begun(path, str(number), loaded=loaded)
     journal = begun(path, "last", loaded=loaded)
-    assert journal.careful == loaded  # who dies while loading has not asked a row
+    assert journal.careful == loaded  # a worker that dies while loading has not reached a row
 
 
 def test_a_row_that_was_asked_between_shows_that_it_goes_on(path):

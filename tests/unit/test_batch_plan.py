@@ -1,4 +1,4 @@
-"""The plan: the same rows in the same parts, and refused where another run would make other answers."""
+"""The plan: the same rows in the same parts, and a refusal if another run would give other answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranges of files against the readers that hold files whole, and pyarrow's."""
+"""Ranges of files, compared with readers of whole files and with pyarrow's."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_reader_keeps_its_place_and_finds_any_other(tmp_path, monkeypatch):
         found = [row.number for row in reader.rows(source, parts[at])]
         assert found == list(range(100 * at + 1, 100 * at + 101))
         assert len(opened) == opens
-    next(reader.rows(source, parts[5]))  # left half read
+    next(reader.rows(source, parts[5]))  # abandoned half-way
     assert [row.number for row in reader.rows(source, parts[6])] == list(range(601, 701))
     assert len(opened) == 3
 

@@ -44,7 +44,7 @@ def uris(root: Path, *patterns: str) -> list[str]:
     ],
 )
 def test_patterns_name_the_same_files_here_and_through_pyarrow(patterns, found, tree):
-    """A glob that says so takes files that begin with an underscore; a folder does not."""
+    """A glob that names an underscore finds files that begin with one; a folder leaves them out."""
     found = ["a/10.jsonl", "a/2.jsonl", "a/_skip.jsonl"] if found is None else found
     assert paths(*patterns) == found
     there = uris(tree, *patterns)

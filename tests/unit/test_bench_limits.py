@@ -1,4 +1,4 @@
-"""The limits of a bench: which hold, what is said of those that do not, and what cannot be asked."""
+"""The limits of a bench: which are met, the messages on those that are not, and limits that cannot be checked."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ DIFFERENCES = st.one_of(st.floats(-30, 30), st.sampled_from([-1.0, 0.0, 0.5, 0.5
 
 
 def earned(threshold: float, rows: list[tuple[float, float, float]]) -> float:
-    """What SQuAD v2's rule gives: null where the difference exceeds the threshold, and where there is no span."""
+    """The score by SQuAD v2's rule: null if the difference exceeds the threshold, or if there is no span."""
     return math.fsum(null if d > threshold or d == math.inf else span for d, span, null in rows)
 
 
@@ -73,7 +73,7 @@ def test_the_best_f1_is_that_of_the_official_script(seed):
 @pytest.mark.parametrize(
     ("differences", "span", "null", "expected"),
     [
-        ([-3.0, 1.0], [1, 0], [0, 1], -1.0),  # half-way between the two that it parts
+        ([-3.0, 1.0], [1, 0], [0, 1], -1.0),  # half-way between the two that it separates
         ([4.0, 5.0], [1, 1], [0, 0], 6.0),  # answers everywhere: 1 beyond the last
         ([-5.0, -4.0], [0, 0], [1, 1], -6.0),  # null everywhere
         ([-5.0, 7.0], [0.5, 0.5], [0.5, 0.5], 1.0),  # all the same: of the possible, the one nearest 0

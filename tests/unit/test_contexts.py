@@ -32,7 +32,7 @@ def test_a_context_is_tokenised_once_and_given_again():
 @given(st.lists(st.sampled_from(CORPUS[:8]), max_size=40), st.integers(0, sum(SIZES.values()) // 4))
 def test_what_was_asked_for_last_stays_within_the_bound(asked, limit):
     cache = ContextCache(ENCODER.encode, limit)
-    kept: list[str] = []  # a plain model of the rule, the newest last
+    kept: list[str] = []  # a simple model of the rule, the newest last
     hits = 0
     for number, text in enumerate(asked, 1):
         assert cache.get(text).text == text
@@ -149,7 +149,7 @@ def test_many_new_contexts_are_tokenised_together_and_kept():
         return ENCODER.encode_many(texts)
 
     near = cache.ahead([CORPUS[0], CORPUS[1], CORPUS[2], CORPUS[1]], together)
-    assert asked == [[CORPUS[1], CORPUS[2]]]  # neither what is kept nor one twice
+    assert asked == [[CORPUS[1], CORPUS[2]]]  # neither cached contexts nor any twice
     assert list(near) == [CORPUS[1], CORPUS[2]]
     assert near[CORPUS[1]].ids.tolist() == ENCODER.encode(CORPUS[1]).ids.tolist()
     assert cache.get(CORPUS[1], near) is near[CORPUS[1]]

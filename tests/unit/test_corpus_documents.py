@@ -1,4 +1,4 @@
-"""Files to documents and documents to passages: places count in the text, and nothing of it is lost."""
+"""Files to documents and documents to passages: offsets count in the text, and no text is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index of a corpus: what is found in it, what is left out, how it is updated, and that nothing damaged is read."""
+"""The index of a corpus: what is found, what is skipped, how it is updated, and that damaged data is never read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.corpora_for_tests import write_documents
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The index of the documents. It must be left as it is."""
+    """The index of the documents. Tests must not change it."""
     root = tmp_path_factory.mktemp("corpus")
     return build(write_documents(root / "documents"), root / "index").folder
 
@@ -365,7 +365,7 @@ def test_documents_are_opened_through_the_cache(documents, monkeypatch, tmp_path
 
 
 def test_a_foreign_index_with_fitting_hashes_ends_in_an_error(index, tmp_path):
-    """Its author writes the hashes too, so what lies in the files is not trusted either."""
+    """Its author writes the hashes too, so the content of the files is not trusted either."""
     copy = tmp_path / "copy"
     shutil.copytree(index, copy)
     values = json.loads((copy / "files.json").read_text())
@@ -387,7 +387,7 @@ def test_a_foreign_index_with_fitting_hashes_ends_in_an_error(index, tmp_path):
 
 
 def reseal(folder: Path) -> None:
-    """Writes the hashes of what lies in an index into its manifest."""
+    """Writes the hashes of an index's files into its manifest."""
     from qadeploy.inference.bundle import seal
 
     values = json.loads((folder / MANIFEST).read_text())

@@ -1,4 +1,4 @@
-"""What a request is estimated to cost before it is tokenised, and the speed that is measured."""
+"""The estimated cost of a request before it is tokenised, and the measured speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers that leave visible characters without a token: whose they are, and which tokenizers cannot be trained."""
+"""Visible characters without a token: the token that they are assigned to, and which tokenizers are refused."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def owners(found: list[tuple[int, int]], place: int) -> list[int]:
 
 
 def check(text: str, raw: list[tuple[int, int]], found: list[tuple[int, int]]) -> None:
-    """Every visible character has the tokens that it had, or else the one behind it."""
+    """Every visible character has the tokens that it had, otherwise the following one."""
     assert [b for _, b in found] == [b for _, b in raw]
     starts = [a for a, b in found if text[a:b].strip()]
     assert starts == sorted(starts)

@@ -1,4 +1,4 @@
-"""The exception tree as drawn, and what a caller sees of each error."""
+"""The exception tree as drawn in the docstring, and what a caller sees of each error."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def test_a_folder_is_flushed_with_all_that_is_in_it(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands still but for what is added to its one cell."""
+    """A clock that advances only when a test adds to its cell."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now

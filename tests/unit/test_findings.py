@@ -1,4 +1,4 @@
-"""The sentences of a report, each for facts of which it is true and of which it is not."""
+"""The sentences of a report, each with facts for which it is true and facts for which it is not."""
 
 from __future__ import annotations
 

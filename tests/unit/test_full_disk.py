@@ -1,4 +1,4 @@
-"""A disk that is full while several files are written: the error names the one that could not be."""
+"""A disk that fills up while several files are written: the error names the file that failed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding an answer that is not letter by letter in its context, against brute force over every slice."""
+"""Finding an answer that does not occur exactly in its context, compared with brute force over every slice."""
 
 import unicodedata
 

@@ -45,13 +45,13 @@ def plain_f1(prediction: str, gold: str) -> float:
 
 
 def official_v1(prediction: str, golds: list[str]) -> tuple[float, float]:
-    """v1.1: the best over the golds; nothing shared is 0, even where both are empty."""
+    """v1.1: the best over the gold answers; nothing shared is 0, even if both are empty."""
     same = any(plain_tokens(prediction) == plain_tokens(gold) for gold in golds)
     return float(same), max(plain_f1(prediction, gold) for gold in golds)
 
 
 def official_v2(prediction: str, golds: list[str]) -> tuple[float, float]:
-    """v2.0: golds without a token are dropped; none left means no answer, which only no answer matches."""
+    """v2.0: gold answers without a token are dropped; if none is left, only "no answer" matches."""
     golds = [gold for gold in golds if plain_tokens(gold)]
     if not golds or not plain_tokens(prediction):
         both = float(not golds and not plain_tokens(prediction))
@@ -168,7 +168,7 @@ def test_f1_is_symmetric_and_one_for_an_exact_match(metric, a, b):
         ("दिल्ली।", "दिल्ली", 1, 1),
         ("«¿Qué?»", "qué", 1, 1),
         ("“el Rey”, dijo", "el rey", 0, 4 / 5),
-        ("el rey", "rey", 0, 2 / 3),  # which language it is is not known, so only English articles go
+        ("el rey", "rey", 0, 2 / 3),  # the language is not known, so only English articles are dropped
         ("The cat’s “hat”…", "cats hat", 1, 1),
         ("the Beatles", "Beatles", 1, 1),
         ("the 台北", "台北", 0, 4 / 5),  # not Latin alone, so the article stays

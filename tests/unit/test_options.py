@@ -1,4 +1,4 @@
-"""What the commands, the config file, HTTP, the library and the documents say of an option is what is declared."""
+"""The commands, the config file, HTTP, the library and the documentation describe options as declared."""
 
 from __future__ import annotations
 

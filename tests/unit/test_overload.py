@@ -109,7 +109,7 @@ class Simulation:
         return job
 
     def fill(self, timeout: float = 30) -> list[Job]:
-        """Asks until a document is refused."""
+        """Sends documents until one is refused."""
         jobs = []
         while len(jobs) < 100:
             try:
@@ -119,7 +119,7 @@ class Simulation:
         return jobs
 
     def ask(self, context: str, then: Callable[[str, float], None]) -> None:
-        """Asks; ``then`` is called with the outcome and the seconds after which to come again."""
+        """Sends a question; ``then`` is called with the outcome and the seconds until a retry."""
 
         def told(error: BaseException | None) -> None:
             assert error is None or isinstance(error, RefusedError)
@@ -154,7 +154,7 @@ class Simulation:
 
     @property
     def share(self) -> float:
-        """The share of the windows of long documents that ran for an answer."""
+        """The share of the windows of long documents that contributed to an answer."""
         long = {job: windows for job, windows in self.ran.items() if job.windows > 4}
         return sum(windows for job, windows in long.items() if job.done) / sum(long.values())
 
@@ -165,7 +165,7 @@ class Simulation:
         raise NothingWaitsError
 
     def _settle(self) -> None:
-        """Tokenises what was asked, and gives the free workers what waits."""
+        """Tokenises the waiting questions, and gives waiting windows to the free workers."""
         while self._texts:
             encode, *arguments = self._texts.pop(0)
             encode(*arguments)
@@ -266,7 +266,7 @@ def test_who_would_make_an_accepted_document_late_is_refused(monkeypatch):
     accepted = [simulation.submit(CHINESE, timeout=2) for _ in range(2)]  # 0.55 seconds each
     accepted += simulation.fill(timeout=1.9)
     simulation.run(2)
-    assert len(accepted) == 3  # a fourth would have been in time, but not the second beside it
+    assert len(accepted) == 3  # a fourth would have been in time, but not the second as well
     assert all(job.done for job in accepted)
 
 

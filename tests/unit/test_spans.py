@@ -1,4 +1,4 @@
-"""The decoder against a plain double loop, and its own promises."""
+"""The decoder, compared with a plain double loop, and its documented properties."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_decode_equals_brute_force(name, align_to_words, text, data):
     assert sum(s.score for s in found.spans) + found.null_score <= 1 + 1e-6
     for span in found.spans:
         assert text[span.start : span.end] == text[span.start : span.end].strip() != ""
-    # The scores are those of the whole list, however few are asked for.
+    # The scores are those of the whole list, however small top_k is.
     assert rows(decode(windows, starts, ends, context, top_k=1, **options)) == rows(found)[:1]
 
 
@@ -174,7 +174,7 @@ SPACED_OR_NOT = [
 @pytest.mark.parametrize(("text", "answer", "aligned"), SPACED_OR_NOT)
 def test_words_are_whole_in_scripts_with_spaces_and_answers_stay_short_in_others(text, answer, aligned):
     offsets = np.asarray([(i, i + 1) for i in range(len(text))])
-    # What a SentencePiece tokenizer takes for words: all between two spaces.
+    # The words of a SentencePiece tokenizer: everything between two spaces.
     borders = [0, *(i + 1 for i, c in enumerate(text) if c == " "), len(text) + 1]
     words = np.asarray([next((a, b - 1) for a, b in pairwise(borders) if i < b) for i in range(len(text))])
     found = within_script(text, offsets, words)

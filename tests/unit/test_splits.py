@@ -1,4 +1,4 @@
-"""Carving a held-out set by passage."""
+"""Splitting off a held-out set by passage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which windows train on which labels: those with an answer's text at a place that nobody annotated have none."""
+"""Which windows train on which labels: windows with an answer's text at an unannotated place have none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder: what it promises of its windows."""
+"""The encoder: the documented properties of its windows."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Stands in for Triton's ONNX Runtime backend, which is a C++ library that no package index has.
 
 Triton loads it as a Python-based backend of the same name, for models whose config.pbtxt says ``backend: "onnxruntime"``
-(https://github.com/triton-inference-server/backend/blob/main/docs/python_based_backends.md). What the server's core does,
-it does here as ever: reading config.pbtxt, checking requests, forming batches, warming up. Like the real backend,
-it gives all requests of a batch to the model at once, concatenated.
+(https://github.com/triton-inference-server/backend/blob/main/docs/python_based_backends.md). The server's core does
+its usual work: reading config.pbtxt, checking requests, forming batches, warming up. Like the real backend,
+this one passes all requests of a batch to the model at once, concatenated.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import triton_python_backend_utils as pb_utils  # the server brings it
+import triton_python_backend_utils as pb_utils  # the server provides it
 
 
 class TritonPythonModel:
