@@ -65,9 +65,9 @@ def test_a_card_without_held_out_questions_says_that_the_scores_are_too_high():
 @pytest.mark.parametrize(
     ("folds", "held_out", "sentence"),
     [
-        (None, True, "best of 2 trials by F1 on the dev set, so the figures of the dev set are too high; those of the held-out set are not."),
-        (None, False, "best of 2 trials by F1 on the dev set, so the figures of the dev set are too high."),
-        (5, True, "by mean F1 of 5 folds, so the figures of the folds and of the dev set are too high; those of the held-out set are not."),
+        (None, True, "best of 2 trials by F1 on the dev set, so the figures of the dev set are optimistic; those of the held-out set are not."),
+        (None, False, "best of 2 trials by F1 on the dev set, so the figures of the dev set are optimistic."),
+        (5, True, "by mean F1 of 5 folds, so the figures of the folds and of the dev set are optimistic; those of the held-out set are not."),
     ],
 )  # fmt: skip
 def test_a_card_says_which_figures_a_search_makes_too_high(folds, held_out, sentence):

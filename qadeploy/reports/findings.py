@@ -97,7 +97,7 @@ def searched(facts: RunFacts) -> str:
     by = f"mean F1 of {search.folds} folds" if search.folds else "F1 on the dev set"
     too_high = "the figures of the folds and of the dev set" if search.folds else "the figures of the dev set"
     honest = "; those of the held-out set are not" if facts.results.held_out else ""
-    return f"The settings are the best of {plural(len(search.scored), 'trial')} by {by}, so {too_high} are too high{honest}."
+    return f"The settings are the best of {plural(len(search.scored), 'trial')} by {by}, so {too_high} are optimistic{honest}."
 
 
 def data_remarks(facts: RunFacts) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ def data_remarks(facts: RunFacts) -> tuple[str, ...]:
         (
             data.leaked,
             f"{plural(data.leaked, 'held-out context')} {'is' if data.leaked == 1 else 'are'} also in the training data: the scores "
-            "are too high.",
+            "are optimistic.",
         ),
     )
     return tuple(text for number, text in remarks if number)
