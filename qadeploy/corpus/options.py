@@ -18,7 +18,7 @@ class CorpusOptions:
 
     passages: int = option(
         READ,
-        "Of a corpus, how many passages the model reads, those that share most with the question (BM25).",
+        "How many passages of a corpus the model reads, those that share most with the question (BM25).",
         least=1,
         most=MOST_READ,
     )
