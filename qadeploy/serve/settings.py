@@ -24,7 +24,7 @@ class Settings:
     """
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.")
-    port: int = option(8000, "Port to listen on; 0 takes a free one, which is printed.", least=0)
+    port: int = option(8000, "Port to listen on; 0 picks a free one, which is printed.", least=0)
     token: str | None = option(
         None,
         "Bearer token that clients must send. In the environment variable it is hidden from ps.",

@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason(documents, tmp_path):
         "outside.txt": "a link, which is not followed",
         "pipe.txt": "not a plain file",
         "bad.jsonl:1": "not valid JSON",
-        "bad.jsonl": "no row of it can be read",
+        "bad.jsonl": "none of its rows can be read",
         "some.jsonl:2": "must be an object with a field text, not a list",
         "some.jsonl:3": "has no field text (or context",
         "some.jsonl:4": "lone surrogate",
