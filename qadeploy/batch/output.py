@@ -172,9 +172,7 @@ class OneFile:
         with (
             writing(self.path, new=True) as good,
             suppress(_NoneRejectedError),
-            writing(
-                self.rejected, new=True
-            ) as bad,  # appears first, so that the result is complete once the answers appear
+            writing(self.rejected, new=True) as bad,  # appears first, so that the answers appear last
         ):
 
             def add(results: Sequence[Result]) -> Counts:

@@ -21,13 +21,7 @@ from qadeploy.errors import InputError
 from qadeploy.options import check, flag_of
 
 SCHEMA = 2
-CALL_OPTIONS = (
-    "allow_no_answer",
-    "prefilter",
-    "min_score",
-    "snippet",
-    "offsets",
-)  # the ``Options`` that a batch accepts
+CALL_OPTIONS = ("allow_no_answer", "prefilter", "min_score", "snippet", "offsets")  # ``Options`` of a batch
 _PARTS, _MOST_ROWS = 200, 8000  # beyond _PARTS parts, the rows of a part are doubled, up to _MOST_ROWS
 _CHECKED_ROWS = 100  # one of the first rows of a file must be usable
 

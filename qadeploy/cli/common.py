@@ -79,9 +79,7 @@ class _Command(click.Command):
         try:
             return super().make_context(*args, **kwargs)
         except click.UsageError as error:
-            if (
-                os.environ.get("RANK", "0") != "0"
-            ):  # torchrun starts the same command several times: only one reports it
+            if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, only the first reports it
                 sys.exit(error.exit_code)
             raise
 
@@ -102,9 +100,7 @@ class _Command(click.Command):
                 raise
             fail(str(MissingExtraError(f"qadeploy {ctx.info_name}", package, _EXTRAS[package])), 1)
         except OSError as error:
-            if (
-                debug or error.errno == errno.EPIPE
-            ):  # the reader of stdout, such as head, has exited: click ends quietly
+            if debug or error.errno == errno.EPIPE:  # the reader of stdout has exited, as head does: click ends quietly
                 raise
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}", 1)
@@ -116,7 +112,7 @@ class _Command(click.Command):
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Prints each of our own warnings once, as a line on stderr, whatever Python's filters are; ignores other warnings."""
+    """Prints each of our own warnings once, as a line on stderr, whatever Python's filters are; leaves others alone."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 

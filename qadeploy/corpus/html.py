@@ -86,9 +86,7 @@ def _walked(etree: Any, root: Any) -> tuple[str, tuple[Heading, ...]]:
     headings: list[Heading] = []
     walker = etree.iterwalk(root, events=("start", "end"))
     verbatim = 0  # how many <pre> are open
-    begun: tuple[Any, int, int] | None = (
-        None  # the open heading, its offset in the text, and its index in ``writer.parts``
-    )
+    begun: tuple[Any, int, int] | None = None  # the open heading, its offset, and its index in ``writer.parts``
     for event, element in walker:
         tag = element.tag
         strength = 0 if tag in _INLINE else 3 if tag in _LINES else 2 if tag in {"td", "th"} else 4

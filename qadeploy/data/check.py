@@ -236,7 +236,6 @@ def _parsed(row: RawRow, options: DataOptions) -> tuple[ParsedRow | None, Proble
 
 
 def _check_row(row: RawRow, parsed: ParsedRow | None, problem: Problem | None, options: DataOptions) -> CheckedRow:
-    """Classifies one row by itself."""
     if parsed is None:
         return CheckedRow(row, RowClass.EMPTY, None, problem=problem)
     if not parsed.answers:

@@ -22,9 +22,7 @@ from qadeploy.shipped import base_model_path
 class CheckOptions(DataOptions):
     """The options for checking a file and writing the result."""
 
-    fix: str | None = option(
-        None, "Write usable and repaired rows to this JSONL file, the others to NAME.rejected.jsonl beside it."
-    )
+    fix: str | None = option(None, "Write usable and repaired rows to this JSONL file, rejected rows beside it.")
     max_bad: float | None = option(
         None, "Exit with 1 if a larger share of the rows cannot be used without a repair.", least=0, most=1
     )

@@ -1,8 +1,7 @@
 """Connections: uvicorn's HTTP protocol, with limits on the size of heads, on slow clients, and on the number of connections.
 
 At any time a connection waits either for the server to answer a complete request, or for its client: to send a head or the rest
-of a body, or to read a response. Waiting for a client has a time limit; if there are too many connections, the one that has
-waited longest for its client is closed.
+of a body, or to read a response. Waiting for a client has a time limit; beyond the limit of connections, the longest is ended.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Estimates of the cost of a request, in tokens of its windows before it is tokenised, and of how fast tokens run.
 
 The number of characters per token depends on the script: four in English, one in Chinese, a third if a tokenizer decomposes
-Hangul. So the characters of each script are counted (of a long text, in a sample), and weighted by a ratio per script, which is
-learned from the texts that were tokenised.
+Hangul. So the characters of each script are counted, in a sample of a long text, and weighted by a ratio learned per script.
 """
 
 from __future__ import annotations

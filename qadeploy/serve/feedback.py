@@ -1,8 +1,7 @@
 """Verdicts of clients on answers, stored as rows that ``qadeploy label`` and ``qadeploy check`` read.
 
 The server remembers the questions that it answered recently, so a client sends only the id of its request and a verdict. The row
-is on the disk before the client gets a response. The size of the file is limited: a full file is renamed to ``FILE.1``, which
-replaces the previous ``FILE.1``.
+is on the disk before the client gets a response. A full file is renamed to ``FILE.1``, which it replaces.
 """
 
 from __future__ import annotations

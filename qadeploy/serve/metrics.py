@@ -103,9 +103,7 @@ class Metrics:
             "deadline",
             "disconnect",
         )
-        about = (
-            "Connections that the server cut, by reason: limit (too many), or a body or response that took too long."
-        )
+        about = "Connections that the server cut, by reason: limit (there were too many), or what took too long."
         self._cut = self._counter("connections_cut", about, "reason", "limit", "body", "response")
         self._bad_logits = Counter(
             "qadeploy_bad_logits", "Requests whose logits were NaN or infinite: the model is broken.", registry=registry

@@ -59,8 +59,7 @@ _LEARN = 0.1  # the weight of a new question's passages in that average
 class Ask:
     """One question on one context, or on passages, with its options.
 
-    If it has a ``search``, an encoder thread calls it once and continues with the Ask that it returns, whose ``context`` and
-    ``found`` are the passages.
+    An encoder thread calls ``search``, if there is one, and replaces this Ask by the result, with passages in ``found``.
     """
 
     question: str

@@ -239,9 +239,7 @@ class TraceWindow(BaseModel):
     """One model input; all lists have one entry per token."""
 
     tokens: int
-    passage: Annotated[
-        int | None, Field(description="The index of the window's passage; absent for a single context.")
-    ] = None
+    passage: Annotated[int | None, Field(description="The index of its passage; absent for a single context.")] = None
     context_begin: Annotated[int, Field(description="Position of the first context token in this window.")]
     context_offset: Annotated[int, Field(description="Index of that token in the whole context or passage.")]
     context_length: Annotated[int, Field(description="Number of context tokens in this window.")]
@@ -299,8 +297,7 @@ class AnswersOut(BaseModel):
     passages: Annotated[
         list[PassageOut] | None,
         Field(
-            description="Only from the corpus: the passages that were read, best first; empty if no word of the question "
-            "occurs in it."
+            description="Only from the corpus: the passages read, best first; empty if no word of the question occurs there."
         ),
     ] = None
     trace: TraceOut | None = None

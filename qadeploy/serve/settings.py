@@ -26,9 +26,7 @@ class Settings:
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.")
     port: int = option(8000, "Port to listen on; 0 picks a free one, which is printed.", least=0)
     token: str | None = option(
-        None,
-        "Bearer token that clients must send. In the environment variable it is hidden from ps.",
-        shown="none needed",
+        None, "Bearer token that clients must send. Set in the environment, it is hidden from ps.", shown="none needed"
     )
     protect_metrics: bool = option(False, "Require the token for /metrics too.")
     cors_origins: tuple[str, ...] = option((), "Origin whose pages may call the API; may be given several times.")
@@ -56,10 +54,7 @@ class Settings:
     load_timeout: float = options.load_timeout()
     device: str = options.device()
     threads: int | None = option(
-        None,
-        "Windows that run at the same time on the CPU, one thread each.",
-        least=1,
-        shown="measured once, then cached",
+        None, "Windows that run in parallel on the CPU, one thread each.", least=1, shown="measured once, then cached"
     )
     context_cache_bytes: int = option(DEFAULT_CACHE_BYTES, "Memory for tokenised contexts; 0 keeps none.", least=0)
     max_queue: int = option(512, "Questions that may wait or run; more are refused (429).", least=1)
