@@ -156,7 +156,7 @@ ANSWERS = "must be a list of answers or {'text': [...], 'answer_start': [...]}, 
         ),
         ({**SEED, "id": "\udfff"}, "field id: holds a lone surrogate at code point 0: not valid Unicode"),
         ({**SEED, "id": ["x"]}, "field id: must be text, not a list"),
-        ({**SEED, "answer": "Blue"}, 'field answer: "Blue" does not occur in the context: it must be copied from it'),
+        ({**SEED, "answer": "Blue"}, 'field answer: "Blue" does not occur in the context: it must be an exact copy'),
         ({**SEED, "answer": "a\nb\u2028"}, r'field answer: "a\nb\u2028" does not occur in the context'),
         ({**SEED, "answer": "x" * 99}, f'field answer: "{"x" * 57}..." does not occur'),
         (

@@ -131,7 +131,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason(documents, tmp_path):
         "blank.md": "holds no text",
         "binary.txt": "not UTF-8 text",
         "old.txt": "not UTF-8 text (byte 4), probably Windows-1252",
-        "unmarked.txt": "UTF-16 without its mark",
+        "unmarked.txt": "UTF-16 without a byte order mark",
         "letter.docx": "ending '.docx'; read are .txt",
         "LICENSE": "no ending",
         ".git/": "hidden",
