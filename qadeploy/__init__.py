@@ -1,4 +1,4 @@
-"""qadeploy: extractive question answering, from triplets to a service."""
+"""qadeploy: extractive question answering, from training data to a service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Imports ``Corpus`` when it is asked for: few services need its readers."""
+    """Imports ``Corpus`` on first access: few services need its document readers."""
     if name == "Corpus":
         from qadeploy.corpus.corpus import Corpus
 

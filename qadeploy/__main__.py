@@ -1,4 +1,4 @@
-"""``python -m qadeploy`` is the command ``qadeploy``."""
+"""``python -m qadeploy`` runs the command ``qadeploy``."""
 
 from __future__ import annotations
 

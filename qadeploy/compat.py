@@ -1,4 +1,4 @@
-"""The calls of transformers' question-answering pipeline, at a short address: ``from qadeploy.compat import pipeline``."""
+"""A drop-in for transformers' question-answering pipeline: ``from qadeploy.compat import pipeline``."""
 
 from qadeploy.integrations.transformers_pipeline import QuestionAnsweringPipeline, SquadExample, pipeline
 

@@ -2,25 +2,25 @@
 
 QadeployError
 ├── InputError                the input cannot be used                  (exit code 2)
-│   ├── CallError             a wrong call of compat's pipeline; also a ValueError
+│   ├── CallError             compat's pipeline was called wrongly; also a ValueError
 │   │   └── CallKeyError      a field or task is unknown; also a KeyError
-│   ├── DataError             rows of a data file; names file, row and field
+│   ├── DataError             rows of a data file are faulty; names file, row and field
 │   ├── QuestionTooLongError  the question leaves no room for the context
 │   ├── StrideError           doc_stride is not below max_seq_len
 │   └── TooManyWindowsError   a context needs more windows than allowed
 └── FailureError              the input was fine, but the work failed   (exit code 1)
     ├── BundleError           a bundle is incomplete, damaged or unsafe
     ├── CheckpointError       a run or checkpoint folder cannot be loaded
-    ├── CorpusError           an index of a corpus is damaged, unsafe or of another version
+    ├── CorpusError           a corpus index is damaged, unsafe or of another version
     ├── DeviceError           the requested device is not available
     ├── GateError             an exported model lost more than allowed
-    ├── HubError              the hub is unreachable, lacks a repository or refuses it
+    ├── HubError              the hub is unreachable, lacks a repository or refuses access
     ├── LoadTimeoutError      a bundle takes too long to load
     ├── LogitsError           a model returned NaN or infinite logits
     ├── MissingExtraError     an optional package is not installed
-    └── RemoteError           an inference server is unreachable or does not fit
+    └── RemoteError           an inference server is unreachable or unsuitable
 
-DataWarning                   data were read in a way that may not be meant (a UserWarning)
+DataWarning                   data were read in a way that may not be intended (a UserWarning)
 DeviceWarning                 auto chose the CPU although there is a GPU (a UserWarning)
 MachineWarning                session settings come from another kind of machine (a UserWarning)
 """
@@ -31,19 +31,19 @@ from collections.abc import Sequence
 
 
 class QadeployError(Exception):
-    """Base class: ``str(error)`` is one message that a user can act on."""
+    """Base class: ``str(error)`` is a message that a user can act on."""
 
     exit_code = 1
 
 
 class InputError(QadeployError):
-    """The input cannot be used: a path, an option, a text."""
+    """An input, such as a path, an option or a text, cannot be used."""
 
     exit_code = 2
 
 
 class CallError(InputError, ValueError):
-    """A wrong call of ``compat``'s pipeline; also a ValueError, which transformers' pipeline raises."""
+    """``compat``'s pipeline was called wrongly; also a ValueError, which transformers' pipeline raises."""
 
 
 class CallKeyError(CallError, KeyError):
@@ -77,7 +77,7 @@ class QuestionTooLongError(InputError):
 
 
 class StrideError(InputError):
-    """``doc_stride`` is not below ``max_seq_len``: more overlap than any window holds."""
+    """``doc_stride`` is not below ``max_seq_len``: the overlap would exceed the window."""
 
 
 class TooManyWindowsError(InputError):
@@ -97,7 +97,7 @@ class CheckpointError(FailureError):
 
 
 class CorpusError(FailureError):
-    """An index of a corpus is incomplete, damaged, of another version, or unsafe to load."""
+    """A corpus index is incomplete, damaged, of another version, or unsafe to load."""
 
 
 class DeviceError(FailureError):
@@ -113,7 +113,7 @@ class HubError(FailureError):
 
 
 class LoadTimeoutError(FailureError):
-    """A bundle was not loaded in time. Its thread goes on, and may crash a process that ends in the usual way: use ``os._exit``."""
+    """A bundle was not loaded in time. Its thread keeps running and may crash a normal exit: use ``os._exit``."""
 
 
 class LogitsError(FailureError):
@@ -121,7 +121,7 @@ class LogitsError(FailureError):
 
 
 class MissingExtraError(FailureError):
-    """An optional package is not installed; the message ends with the pip line, ``fix`` is that line alone."""
+    """An optional package is not installed; the message ends with the pip command, which is also in ``fix``."""
 
     def __init__(self, purpose: str, package: str, extra: str) -> None:
         self.package = package
@@ -134,7 +134,7 @@ class RemoteError(FailureError):
 
 
 class DataWarning(UserWarning):
-    """Data were read in a way that may not be what their author meant; the message says how to say what is meant."""
+    """Data were read in a way that their author may not have intended; the message says how to choose another."""
 
 
 class DeviceWarning(UserWarning):

@@ -1,4 +1,4 @@
-"""Packages that only some users need: they are imported when they are needed."""
+"""Imports of optional packages, which only some users install."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ def import_extra(module: str, purpose: str, extra: str, package: str = "") -> An
     """Imports a module of an optional package.
 
     Args:
-        module: Its name, with dots.
-        purpose: What needs it, for the message.
-        extra: The extra of qadeploy that brings it.
+        module: The dotted name of the module.
+        purpose: What needs the module, for the message.
+        extra: The extra of qadeploy that installs the package.
         package: The name of the package, if it is not the first part of ``module``.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: The package is not installed.
     """
     top = module.partition(".")[0]
     try:
-        import_module(top)  # a module of it may have been imported before it was blocked
+        import_module(top)  # fails if ``top`` is blocked, even if the submodule was imported earlier
         return import_module(module)
     except ImportError as error:
         raise MissingExtraError(purpose, package or top, extra) from error

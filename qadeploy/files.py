@@ -1,9 +1,9 @@
-"""Files on disk: hashing, writing so that nobody reads half a file, and places that one writer has at a time.
+"""Files on disk: hashing, atomic writes, and locks that allow one writer per path.
 
-What is written goes to a temporary beside its place, ``.NAME.qadeploy-RANDOM.tmp``, and is renamed into place. Its writer holds a
-lock on the temporary as a sign of life, which ends with the process, in any container of the host: so the next writer can
-delete what a killed one left, and nothing of one that is still at work. On Windows there are no such locks: nothing that was left is
-deleted, and two writers of one place are not kept apart.
+A file or folder is written to a temporary beside its final path, ``.NAME.qadeploy-RANDOM.tmp``, and then renamed. The writer
+holds a lock on the temporary, which the system releases when the process ends, in any container of the host. So the next writer
+can delete what a killed writer left behind, and never touches the temporary of a running one. Windows has no such locks: there
+leftovers are not deleted, and two writers of one path are not kept apart.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ if sys.platform != "win32":
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.qadeploy-[0-9a-f]{16}\.(?P<kind>tmp|old)", re.DOTALL)
 _LOCK = "qadeploy lock: "
-# Windows renames no open file, opens no folder, and translates line ends unless a file is opened as binary.
+# Windows cannot rename an open file or open a folder, and translates line ends unless a file is opened as binary.
 _WINDOWS = sys.platform == "win32"
 BINARY = getattr(os, "O_BINARY", 0)
-# To read what is no link: on a link, opening fails; on a pipe, it does not wait.
+# Opening with these flags fails on a symbolic link, and does not wait on a pipe.
 NO_LINK = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | BINARY
 _PART = 2**26  # bytes per read
 _TRIES = 3
 _T = TypeVar("_T")
 _position = threading.Lock()
 _NO_REPLACE, _EXCHANGE, _HERE = 1, 2, -100  # RENAME_NOREPLACE, RENAME_EXCHANGE, AT_FDCWD of Linux
-# A kernel, a file system or a container's filter that does not know the flags of renameat2.
+# Errors of a kernel, a file system or a container's seccomp filter without support for renameat2 or its flags.
 _CANNOT = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
 def cache_folder() -> Path | None:
-    """Returns ``$QADEPLOY_CACHE``, or ``qadeploy`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; None without a home."""
+    """Returns ``$QADEPLOY_CACHE``, or ``qadeploy`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; None without a home folder."""
     own, shared = os.environ.get("QADEPLOY_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     if own:
         return Path(own)
@@ -69,7 +69,7 @@ def hash_file(path: Path) -> str:
 
 
 def read_at(descriptor: int, size: int, offset: int) -> bytes:
-    """``os.pread``, for Windows too. Safe under threads."""
+    """Does what ``os.pread`` does, also on Windows. Thread-safe."""
     if hasattr(os, "pread"):
         return os.pread(descriptor, size, offset)
     with _position:
@@ -78,13 +78,13 @@ def read_at(descriptor: int, size: int, offset: int) -> bytes:
 
 
 class OpenFile:
-    """A plain file, held open as long as there is a reference: it can be read as it was even if another takes its place.
+    """A regular file, held open as long as this object lives: it stays readable even if another file replaces it.
 
     Args:
         path: The file.
 
     Raises:
-        OSError: It is not there, or is a link or no plain file.
+        OSError: The file does not exist, or is a symbolic link or not a regular file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,23 +95,23 @@ class OpenFile:
 
     @property
     def size(self) -> int:
-        """Its size in bytes."""
+        """The size of the file in bytes."""
         return os.fstat(self.descriptor).st_size
 
     def parts(self, begin: int, length: int) -> Iterator[bytes]:
-        """Yields the bytes of a part of it, fewer if it ends before."""
+        """Yields ``length`` bytes from ``begin`` in chunks; fewer bytes if the file ends before."""
         end = begin + length
         while begin < end and (part := read_at(self.descriptor, min(_PART, end - begin), begin)):
             yield part
             begin += len(part)
 
     def read(self, begin: int, length: int) -> bytes:
-        """The bytes of a part of it, fewer if it ends before."""
+        """Returns ``length`` bytes from ``begin``, or fewer if the file ends before."""
         return b"".join(self.parts(begin, length))
 
 
 def opened(folder: Path, open_: Callable[[], _T]) -> _T:
-    """What ``open_`` returns. If it fails while another folder takes the place of ``folder``, it is called again."""
+    """Returns what ``open_`` returns, and calls it again if it failed because ``folder`` was replaced meanwhile."""
     for _ in range(_TRIES):
         found = folder.stat().st_ino if folder.is_dir() else None
         try:
@@ -126,22 +126,22 @@ def opened(folder: Path, open_: Callable[[], _T]) -> _T:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes text as UTF-8, the way ``write_bytes`` does."""
+    """Writes text as UTF-8, atomically as ``write_bytes`` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, the way ``write_text`` does."""
+    """Writes a value as indented JSON, atomically as ``write_bytes`` does."""
     write_text(path, json_text(value) + "\n")
 
 
 def json_text(value: Any) -> str:
-    """A value as indented JSON. A path whose bytes are no UTF-8 is kept as escapes."""
+    """Returns a value as indented JSON. Bytes of a path that are not UTF-8 become escapes."""
     return json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes bytes beside ``path``, flushes them to the disk, and renames them into place."""
+    """Writes bytes to a temporary beside ``path``, flushes it to the disk, and renames it to ``path``."""
     with writing(path) as stream:
         stream.write(data)
 
@@ -151,10 +151,10 @@ def append_line(descriptor: int, line: bytes) -> None:
 
     Args:
         descriptor: The file, open for writing.
-        line: The line with its end.
+        line: The line, including its line break.
 
     Raises:
-        OSError: It could not be written; then nothing of it is in the file.
+        OSError: The line could not be written; then no part of it is in the file.
     """
     size = os.lseek(descriptor, 0, os.SEEK_END)
     try:
@@ -168,14 +168,14 @@ def append_line(descriptor: int, line: bytes) -> None:
 
 
 class _Named(io.FileIO):
-    """A stream whose errors name the file: of several that are written together, a full disk does not say which."""
+    """A stream whose errors name its file: the error for a full disk does not say which file was being written."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         super().__init__(descriptor, "wb")
         self._path = path
 
     def write(self, data: Any, /) -> int:
-        """Writes bytes. Raises OSError with the name of the file."""
+        """Writes bytes. Raises OSError with the path of the file."""
         try:
             return super().write(data)
         except OSError as error:
@@ -185,9 +185,9 @@ class _Named(io.FileIO):
 
 @contextmanager
 def writing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
-    """Opens a stream beside ``path``; at the end its bytes are flushed to the disk and renamed into place, unless there was an error.
+    """Opens a temporary beside ``path`` for writing; on exit without an error it is flushed to the disk and renamed to ``path``.
 
-    With ``new`` it raises FileExistsError if there is something at ``path`` by then.
+    With ``new``, it raises FileExistsError if ``path`` exists by then.
     """
     try:
         temporary, descriptor = _begin(path, lambda at: os.open(at, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666))
@@ -203,15 +203,15 @@ def writing(path: Path, *, new: bool = False) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         if error.filename is None or _TEMPORARY.fullmatch(Path(os.fsdecode(error.filename)).name):
-            error.filename = str(path)  # a full disk does not name the file
+            error.filename = str(path)  # the error for a full disk names no file
         raise
 
 
 @contextmanager
 def temporary_folder(place: Path) -> Iterator[Path]:
-    """A new folder beside ``place``, to be renamed to it; at the end it is deleted if it still has its name.
+    """Yields a new folder beside ``place``, which the caller may rename to ``place``; otherwise it is deleted on exit.
 
-    Folders above it are made. Those that killed writers of ``place`` left are deleted first.
+    Missing parent folders are created. Temporaries that killed writers of ``place`` left behind are deleted first.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     sweep(place.parent, place.name)
@@ -224,9 +224,9 @@ def temporary_folder(place: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str | None = None) -> None:
-    """Deletes the temporaries in ``folder`` whose writers are gone: those of the file or folder ``name``, or all."""
+    """Deletes the temporaries in ``folder`` whose writers are gone: those for ``name``, or all."""
     for path in _temporaries(folder, name, "tmp"):
-        with suppress(OSError):  # another sweeps too
+        with suppress(OSError):  # another process may be sweeping too
             descriptor = os.open(path, NO_LINK)
             try:
                 if lock(descriptor):
@@ -236,7 +236,7 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 def _begin(place: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
-    """A new temporary and a descriptor of it, which is locked. ``make`` makes and opens it."""
+    """Returns the path of a new temporary and its locked descriptor. ``make`` creates and opens the temporary."""
     while True:
         path = _beside(place, "tmp")
         try:
@@ -244,8 +244,8 @@ def _begin(place: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
         except FileNotFoundError:
             if not place.parent.is_dir():
                 raise
-            continue  # swept before it was opened
-        with suppress(BlockingIOError, FileNotFoundError):  # being swept, or swept, before it was locked
+            continue  # another process swept it before it was opened
+        with suppress(BlockingIOError, FileNotFoundError):  # another process sweeps or swept it before it was locked
             if not lock(descriptor) or os.path.samestat(os.fstat(descriptor), path.lstat()):
                 return path, descriptor
         os.close(descriptor)
@@ -261,7 +261,7 @@ def _beside(place: Path, kind: str) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file's name is that of a temporary or a lock of this module."""
+    """Returns whether a file name is that of a temporary or a lock of this module."""
     return bool(_TEMPORARY.fullmatch(name)) or (name.startswith(".") and name.endswith(".qadeploy-lock"))
 
 
@@ -284,9 +284,9 @@ def _delete(path: Path) -> None:
 
 
 def lock(descriptor: int) -> bool:
-    """Locks an open file or folder until it is closed. False if its file system, or Windows, has no locks.
+    """Locks an open file or folder until it is closed. Returns False on Windows or a file system without locks.
 
-    Raises BlockingIOError if another holds it.
+    Raises BlockingIOError if another process or thread holds the lock.
     """
     if sys.platform == "win32":
         return False
@@ -301,17 +301,18 @@ def lock(descriptor: int) -> bool:
 
 @contextmanager
 def holding(place: Path, shown: Path | None = None) -> Iterator[None]:
-    """Holds a place for one writer, and cleans up after those that were killed.
+    """Reserves a path for one writer, and cleans up after killed writers.
 
-    Their temporaries go, and what one of them had moved away in order to replace it comes back. The lock is on ``.NAME.qadeploy-lock`` beside the place, which is removed at the end, and which the system releases if its
-    holder dies. It holds across containers that share the folder, and across hosts if their file system has locks.
+    Their temporaries are deleted, and a folder that one of them had moved away to replace it is moved back. The lock is on the
+    file ``.NAME.qadeploy-lock`` beside the path, which is removed on exit; the system releases the lock if its holder dies.
+    It works across containers that share the folder, and across hosts if their file system has locks.
 
     Args:
-        place: A file or folder, which need not be there.
+        place: A file or folder, which need not exist.
         shown: What messages call it.
 
     Raises:
-        InputError: Another process, or thread, holds the place; the message says which, if that is known.
+        InputError: Another process, or thread, holds the lock; the message says which, if that is known.
     """
     if sys.platform == "win32":
         yield
@@ -330,7 +331,7 @@ def holding(place: Path, shown: Path | None = None) -> Iterator[None]:
     finally:
         if locked:
             path.unlink(missing_ok=True)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also for children that were forked meanwhile
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would not unlock it in children forked meanwhile
         os.close(descriptor)
 
 
@@ -365,14 +366,14 @@ def _acquire(path: Path, place: Path) -> tuple[int, bool]:
 
 @contextmanager
 def new_file(place: Path, flag: str) -> Iterator[Path]:
-    """Holds the place of a file that is yet to be written, so that none is overwritten.
+    """Reserves the path of a file that is yet to be written, so that no file is overwritten.
 
     Args:
         place: The file.
         flag: The option that names it, for messages.
 
     Raises:
-        InputError: There is something already, another command is writing it, or its folder does not exist.
+        InputError: The path exists, another command is writing it, or its folder does not exist.
     """
     require_new(place, flag)
     with holding(place):
@@ -381,7 +382,7 @@ def new_file(place: Path, flag: str) -> Iterator[Path]:
 
 
 def require_new(place: Path, flag: str) -> None:
-    """Raises InputError if there is something at ``place``, or its folder does not exist; ``flag`` is the option that names it."""
+    """Raises InputError if ``place`` exists, or its folder does not; ``flag`` is the option that names it."""
     if not place.absolute().parent.is_dir():
         raise InputError(f"{flag} {place}: its folder does not exist")
     if os.path.lexists(place):
@@ -392,7 +393,7 @@ def require_new(place: Path, flag: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file's bytes, or a folder's entries, to the disk. Windows flushes files alone, and only those open for writing."""
+    """Flushes a file's bytes, or a folder's entries, to the disk. Windows can flush only files that are open for writing."""
     if _WINDOWS and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
@@ -409,10 +410,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Renames the folder ``new`` to ``place``, which is exchanged for a folder that is there; that one is then deleted.
+    """Renames the folder ``new`` to ``place``. If ``place`` exists, the two are exchanged and the old folder is deleted.
 
-    A kill at any moment leaves the old or the new one. Where the system cannot exchange, the old one is moved away and comes
-    back on failure, or, after a kill in between, when the place is held the next time.
+    A kill at any moment leaves the old or the new folder. Where the system cannot exchange folders, the old one is moved away,
+    and moved back on failure or, after a kill in between, by the next ``holding(place)``.
     """
     if not os.path.lexists(place):
         os.replace(new, place)
@@ -431,7 +432,7 @@ def replace_folder(new: Path, place: Path) -> None:
 
 
 def _rename_new(source: Path, place: Path) -> None:
-    """Renames, and raises FileExistsError if there is something at ``place``."""
+    """Renames a file, or raises FileExistsError if ``place`` exists."""
     if _rename(source, place, _NO_REPLACE):
         return
     if os.path.lexists(place):
@@ -440,7 +441,7 @@ def _rename_new(source: Path, place: Path) -> None:
 
 
 def _rename(source: Path, place: Path, flags: int) -> bool:
-    """Whether the rename was done; False if the system or the file system cannot do it with these flags. Raises OSError."""
+    """Renames with the flags of renameat2. Returns False if the system or file system lacks them. Raises OSError."""
     function = _renameat2()
     if function is None:
         return False

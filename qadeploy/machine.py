@@ -1,7 +1,7 @@
 """The machine that this process runs on: its CPU and the instruction sets that decide which settings are fast.
 
-They are read from ``/proc/cpuinfo`` on Linux, from ``sysctl`` on macOS, and from ``IsProcessorFeaturePresent`` on Windows, which does
-not know VNNI: there no instruction set of an x86 CPU is known.
+They are read from ``/proc/cpuinfo`` on Linux, from ``sysctl`` on macOS, and from ``IsProcessorFeaturePresent`` on Windows. The
+latter does not report VNNI, so on Windows the instruction sets of x86 CPUs are unknown.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# As the kernel names them (arch/x86/include/asm/cpufeatures.h, Documentation/arch/arm64/elf_hwcaps.rst): those with
-# matmul kernels of their own in ONNX Runtime (MLAS), and those that torch needs for training in bf16.
+# As the kernel names them (arch/x86/include/asm/cpufeatures.h, Documentation/arch/arm64/elf_hwcaps.rst): those that have
+# their own matmul kernels in ONNX Runtime (MLAS), and those that torch needs for training in bf16.
 INSTRUCTION_SETS = (
     *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"),
     *("asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
 _VNNI = frozenset({"avx512_vnni", "avx_vnni", "asimddp"})
 _CPUINFO = Path("/proc/cpuinfo")
-# Where macOS tells of them: a number of its own (Arm), or a word of machdep.cpu.leaf7_features (Intel).
+# How macOS reports them: as the value hw.optional.arm.NAME (Arm), or as a word in machdep.cpu.leaf7_features (Intel).
 _SYSCTL = {
     "asimddp": "FEAT_DotProd",
     "asimdhp": "FEAT_FP16",
@@ -49,7 +49,7 @@ class Machine:
 
     @property
     def has_vnni(self) -> bool:
-        """Whether the CPU accumulates int8 matmuls in 32 bits; without it 8-bit weights can saturate."""
+        """Whether the CPU accumulates int8 matmuls in 32 bits; without VNNI, 8-bit weights can saturate."""
         return not _VNNI.isdisjoint(self.instruction_sets)
 
     @property
@@ -58,7 +58,7 @@ class Machine:
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(self.instruction_sets)
 
     def to_dict(self, *, threads: int, onnxruntime: str) -> dict[str, Any]:
-        """Returns a manifest's ``machine`` entry: this machine, and the threads and runtime of the measurements."""
+        """Returns the ``machine`` entry of a manifest: this machine, and the thread count and ONNX Runtime version used."""
         return {
             "cpu": self.cpu,
             "instruction_sets": list(self.instruction_sets),
@@ -67,14 +67,14 @@ class Machine:
         }
 
     def unlike(self, entry: object) -> str:
-        """Says which instruction sets this machine lacks, and has besides, compared with a ``machine`` entry.
+        """Describes which instruction sets this machine lacks or has in addition, compared with a ``machine`` entry.
 
-        Returns "" if there is no difference, the entry is unreadable, or this system names no instruction sets.
+        Returns "" if there is no difference, the entry is unreadable, or this system does not report instruction sets.
         """
         stored = entry.get("instruction_sets") if isinstance(entry, Mapping) else None
         if not isinstance(stored, list) or not stored or not self.instruction_sets:
             return ""
-        # A later version may have written names that this one does not know, so it cannot say whether they are here.
+        # A later version may have written names that this one does not know, and so cannot look for on this machine.
         lacks = [name for name in INSTRUCTION_SETS if name in stored and name not in self.instruction_sets]
         more = [name for name in self.instruction_sets if name not in stored]
         parts = [f"lacks {', '.join(lacks)}"] if lacks else []
@@ -91,11 +91,11 @@ def entry_has_vnni(entry: object) -> bool:
 def saturation_warning(manifest: Mapping[str, Any]) -> str:
     """Says what to do if int8 matmuls of a bundle may saturate on this machine; "" if they cannot, or do no harm.
 
-    They cannot with weights of 7 bits, which an export on a machine without VNNI, or with ``--reduce-range``, makes.
+    Weights of 7 bits, which an export on a machine without VNNI or with ``--reduce-range`` makes, cannot saturate.
 
     Args:
-        manifest: The bundle's: its ``precision``, ``made``, the machine that exported it, and whether its accuracy was
-            ``measured_without_vnni`` too and is the same.
+        manifest: The manifest of the bundle. Its ``precision``, ``made`` and exporting machine are read, and
+            ``measured_without_vnni``: whether its accuracy without VNNI was measured and is the same.
     """
     here = machine()
     if manifest.get("precision") != "int8" or here.has_vnni or not here.instruction_sets:
@@ -112,7 +112,7 @@ def saturation_warning(manifest: Mapping[str, Any]) -> str:
 
 @cache
 def machine() -> Machine:
-    """Returns the machine of this process, read once."""
+    """Returns the machine of this process; the result is cached."""
     if sys.platform == "win32":
         return on_windows(ctypes.windll.kernel32.IsProcessorFeaturePresent)
     try:
@@ -153,12 +153,12 @@ def parse_sysctl(text: str) -> Machine:
 
 
 def on_windows(present: Callable[[int], int]) -> Machine:
-    """Asks Windows for the instruction sets of an Arm CPU; ``present`` is ``IsProcessorFeaturePresent``."""
+    """Queries Windows for the instruction sets of an Arm CPU; ``present`` is ``IsProcessorFeaturePresent``."""
     return _machine("", [name for name, feature in _WINDOWS.items() if present(feature)])
 
 
 def memory_bytes() -> int:
-    """Returns the size of this machine's memory."""
+    """Returns the size of this machine's memory in bytes."""
     if sys.platform == "win32":
         status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX: its own size, then the memory
         ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
@@ -167,10 +167,10 @@ def memory_bytes() -> int:
 
 
 def peak_memory() -> int | None:
-    """Returns the peak resident set size of this process in bytes, None if the system does not report it.
+    """Returns the peak resident set size of this process in bytes, or None if the system does not report it.
 
-    It is VmHWM (proc_pid_status(5)), because getrusage's ru_maxrss survives execve: the child of a large process
-    would report its parent's size.
+    It is VmHWM (proc_pid_status(5)). getrusage's ru_maxrss survives execve, so the child of a large process would
+    report its parent's size.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as stream:
@@ -181,7 +181,7 @@ def peak_memory() -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Gives the memory of what was freed back to the system if the C library is glibc, which else keeps gigabytes of it."""
+    """Returns freed memory to the system if the C library is glibc, which would otherwise keep gigabytes of it."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -195,11 +195,11 @@ _OWN_GROUPS = Path("/proc/self/cgroup")
 def usable_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_GROUPS) -> int:
     """Returns how many CPUs this process may use: its affinity, limited by the quotas of its control groups, rounded up.
 
-    A group cannot use more than the groups that it lies in, so the smallest quota on the way up counts.
+    A group cannot use more than its parent groups, so the smallest quota of them all counts.
 
     Args:
         cgroups: Where control groups of version 1 or 2 are mounted.
-        own: Names the groups of this process (cgroups(7), ``/proc/PID/cgroup``).
+        own: The file that names the groups of this process (cgroups(7), ``/proc/PID/cgroup``).
     """
     cpus: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for folder in _groups(cgroups, own) if (quota := _quota(folder))]
@@ -207,10 +207,10 @@ def usable_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_GROUPS) -> int:
 
 
 def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
-    """The folders of the groups that may bound the CPUs, each with those that it lies in.
+    """Yields the folders of the groups that may limit the CPUs, each followed by its parents.
 
-    In a container the path may be the host's, of which the mount shows the end alone: then a part of the way is not there, but the
-    mount's root is the container's own group.
+    In a container the path may be the host's, while the mount shows only the container's part of it: then some of the folders
+    do not exist, but the root of the mount is the container's own group.
     """
     try:
         lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
@@ -223,16 +223,16 @@ def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
     for mount, names in mounts.items():
         group = PurePosixPath(paths.get(names, "/").lstrip("/"))
         for part in (group, *group.parents):
-            if ".." not in part.parts:  # a group outside of this namespace
+            if ".." not in part.parts:  # ".." is a group outside of this namespace
                 yield mount / part
 
 
 def _quota(folder: Path) -> float | None:
-    """Returns the CPUs that a control group allows, None if it sets no limit or cannot be read."""
+    """Returns the CPUs that a control group allows, or None if it sets no limit or cannot be read."""
     for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = (int(text) for text in " ".join((folder / name).read_text() for name in names).split())
-        except (OSError, ValueError):  # "max" is no limit
+        except (OSError, ValueError):  # "max" means no limit
             continue
         if quota > 0 and period > 0:
             return quota / period

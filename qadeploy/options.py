@@ -1,7 +1,7 @@
 """Every option is declared once, as a field of a dataclass: its type, default, range, help and names.
 
-The flags of the command line, the checks of a config file, the environment variables, the validation of what a library call
-gives and the tables in the documentation are all made from these declarations::
+The command-line flags, the checks of a config file, the environment variables, the validation of the arguments of library calls
+and the tables in the documentation are all made from these declarations::
 
     @dataclass(frozen=True)
     class Options:
@@ -32,17 +32,17 @@ class Option:
 
     Attributes:
         name: The field's name.
-        kind: ``bool``, ``int``, ``float`` or ``str``, of each item where ``many``.
+        kind: ``bool``, ``int``, ``float`` or ``str``; with ``many``, the type of each item.
         default: The default; None if it is chosen later.
-        help: What it does, a sentence or two.
+        help: What the option does, in a sentence or two.
         least: The smallest value allowed.
         most: The largest value allowed.
-        choices: The values allowed, () for any; of a number, words allowed instead.
+        choices: The values allowed, () for any; for a number, words allowed besides numbers.
         also: Further flags with the same meaning.
-        off: The flag that says False, for a bool that is True or None by default.
-        shown: How the default is described where it is not the value itself.
-        many: Whether it may be given several times.
-        named: The flag, where it is not the field's name.
+        off: The flag that means False, for a bool that is True or None by default.
+        shown: A description of the default, if the value itself is not shown.
+        many: Whether the option may be given several times.
+        named: The flag, if it does not follow from the field's name.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as people read it."""
+        """The default as help texts show it."""
         if self.shown:
             return self.shown
         if self.default is None or self.default == ():
@@ -78,7 +78,7 @@ class Option:
         return ("on" if self.default else "off") if self.kind is bool else str(self.default)
 
     def problem(self, value: Any) -> str:
-        """What is wrong with a value, "" if nothing is."""
+        """Describes what is wrong with a value; "" if nothing is."""
         if value is None:
             return "" if self.default is None else "is missing"
         if self.many and not isinstance(value, str):
@@ -109,7 +109,7 @@ class Option:
 
     @property
     def range_text(self) -> str:
-        """The numbers allowed, as text."""
+        """The allowed numbers, as text."""
         text = "".join(f"{word} or " for word in self.choices)
         text += "a whole number" if self.kind is int else "a number"
         if self.least is not None and self.most is not None:
@@ -144,7 +144,7 @@ def option(
 def declared(cls: Any) -> dict[str, Option]:
     """The options that a dataclass declares, by field name, in order."""
     hints = get_type_hints(cls)
-    own = get_annotations(cls)  # its own options go before those that it shares
+    own = get_annotations(cls)  # its own options go before the inherited ones
     ordered = sorted(fields(cls), key=lambda each: each.name not in own)
     return {each.name: _of(each, hints[each.name]) for each in ordered if _KEY in each.metadata}
 
@@ -166,7 +166,7 @@ def check(options: Any) -> None:
     """Checks the values of a dataclass against its declarations.
 
     Raises:
-        InputError: Names the first option whose value is of the wrong type, out of range or no choice.
+        InputError: A value has the wrong type, is out of range or is not among the choices; the message names the option.
     """
     cls: Any = type(options)
     for name, each in declared(cls).items():
@@ -176,12 +176,12 @@ def check(options: Any) -> None:
 
 
 def flag_of(name: str) -> str:
-    """The flag of a name: ``--max-queue`` for ``max_queue``."""
+    """The flag of a field: ``--max-queue`` for ``max_queue``."""
     return f"--{name.replace('_', '-')}"
 
 
 def table(cls: type, *, env: bool = False) -> str:
-    """The options of a dataclass as a table in Markdown, with their environment variables if they have some."""
+    """The options of a dataclass as a table in Markdown, with their environment variables if ``env``."""
     head = ["flag", "environment", "default", "what"] if env else ["flag", "default", "what"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for each in declared(cls).values():
@@ -192,18 +192,18 @@ def table(cls: type, *, env: bool = False) -> str:
 
 # ---------------------------------------------------------------- options that several commands share
 
-# Each makes the field of its name.
+# Each declares the field of the same name.
 bundle_sha256 = partial(
-    option, None, "SHA-256 of the bundle's manifest.json (sha256sum); any other is refused.", shown="any bundle"
+    option, None, "SHA-256 of the bundle's manifest.json (sha256sum); any other bundle is refused.", shown="any bundle"
 )
 load_timeout = partial(option, 300.0, "Seconds that loading the bundle may take.", least=0.001)
 device = partial(option, "auto", "auto, cpu, cuda or cuda:N.")
 threads = partial(option, None, "CPU threads.", least=1, shown="all")
-trust_remote_code = partial(option, False, "Run the Python code that a model brings along. Read it first.")
+trust_remote_code = partial(option, False, "Run the Python code that comes with a model. Read it first.")
 allow_pickle = partial(
-    option, False, "Read weights that are only there as a pickle (pytorch_model.bin); torch makes only tensors of it."
+    option, False, "Read weights that exist only as a pickle (pytorch_model.bin); torch loads only tensors from it."
 )
-hub_token = partial(  # of the field ``token``
+hub_token = partial(  # for the field ``token``
     option,
     None,
     "Token for the hub, for private models and data sets.",
@@ -213,7 +213,7 @@ hub_token = partial(  # of the field ``token``
     also=("--token",),
 )
 columns = partial(
-    option, None, "Which column holds which of our fields, e.g. context=review,answer=ans,span=indices.", shown="ours"
+    option, None, "Which column holds which field, e.g. context=review,answer=ans,span=indices.", shown="usual names"
 )
 no_answer_token = partial(
     option, None, "An answer that means 'none in this context', e.g. ANSWERNOTFOUND; '' for a blank one."
@@ -230,13 +230,13 @@ label = partial(
 empty_answers = partial(
     option,
     None,
-    "What an empty list of answers means if nothing else says that there is none; reject: the labels are withheld.",
+    "What an empty list of answers means if no other field says that there is no answer; reject: the labels are withheld.",
     shown="no-answer, with a warning",
 )
 prefilter = partial(
     option,
     None,
-    "Of a long context, read only this many windows, those that share most with the question (BM25).",
+    "Read only this many windows of a long context, those that share most with the question (BM25).",
     least=1,
     shown="all",
 )
@@ -244,7 +244,7 @@ min_score = partial(option, 0.0, "Leave out answers with a lower score, 'no answ
 snippet = partial(
     option,
     None,
-    "Also return the sentence around each answer, or whole words of so many characters on each side.",
+    "Also return the sentence around each answer, or whole words within this many characters on each side.",
     least=1,
     most=5_000,
     shown="nothing",
@@ -257,5 +257,5 @@ offsets = partial(
 
 
 def keep(what: str) -> Any:
-    """``cache``: whether ``what`` is kept for the next run."""
+    """Declares the field ``cache``: whether ``what`` is kept for the next run."""
     return option(True, f"Keep {what} in $QADEPLOY_CACHE (~/.cache/qadeploy).", off="--no-cache")

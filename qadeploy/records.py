@@ -56,11 +56,11 @@ class Window:
 
     Attributes:
         input_ids: Int64 ``[tokens]``.
-        token_type_ids: Int64 ``[tokens]``, None if the model takes none.
+        token_type_ids: Int64 ``[tokens]``, or None if the model has no such input.
         context_begin: Position of the first context token in the window.
         context_length: Number of context tokens.
         context_offset: Index of the first context token in the whole context.
-        null_index: Position that stands for "no answer in this window".
+        null_index: Position whose logits mean "no answer in this window".
     """
 
     input_ids: IntArray
@@ -79,10 +79,10 @@ class Span:
     """A candidate answer inside a context.
 
     Attributes:
-        start: Its first code point.
+        start: Index of its first code point.
         end: One past its last code point.
-        start_token: Its first token in the whole context.
-        end_token: Its last token, inclusive.
+        start_token: Index of its first token in the whole context.
+        end_token: Index of its last token, inclusive.
         logit: Sum of its start and end logits in its best window.
         score: Its probability: one softmax over all valid spans of all windows, at the model's temperature.
     """
@@ -115,8 +115,8 @@ class Answer:
         start: Where it starts in its context or passage.
         end: Where it ends there, exclusive.
         score: A probability.
-        passage: The index of its passage among the ``contexts`` of the question, from 0; None if the question had one context, and
-            for the null answer, which is that of all passages.
+        passage: The index of its passage among the ``contexts`` of the question, from 0; None if the question had a single
+            context, and for the null answer, which applies to all passages.
         snippet: The text around it, if that was requested; None for the null answer.
     """
 
@@ -133,4 +133,4 @@ class Answer:
         return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
 
 
-NO_ANSWER = Answer("", 0, 0, 0.0)  # if no span of the context can be an answer
+NO_ANSWER = Answer("", 0, 0, 0.0)  # returned if no span of the context can be an answer

@@ -1,4 +1,4 @@
-"""Where the models, the data set and the pages that qadeploy ships lie. Imports nothing heavy."""
+"""The paths of the models, the data set and the pages that qadeploy ships. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PAGE = Path(__file__).parent / "serve" / "page"
 
 
 def base_model_path() -> Path:
-    """The folder of the base model that qadeploy ships, in the installed package or the checkout.
+    """Returns the folder of the base model that qadeploy ships, in the installed package or the checkout.
 
     Raises:
-        CheckpointError: Neither has it.
+        CheckpointError: Neither the installed package nor the checkout has it.
     """
     found = _folder(BASE_MODEL, "model.safetensors")
     if found is None:
@@ -25,7 +25,7 @@ def base_model_path() -> Path:
 
 
 def base_bundle_path() -> Path:
-    """The bundle of the base model that qadeploy ships: int8, for a CPU.
+    """Returns the folder of the bundle of the base model that qadeploy ships: int8, for a CPU.
 
     Raises:
         BundleError: Neither the installed package nor the checkout has it.

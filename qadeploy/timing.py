@@ -1,4 +1,4 @@
-"""Timing variants against each other: interleaved rounds, medians, ranges, ratios within a round."""
+"""Times variants against each other: interleaved rounds, medians, ranges, ratios within a round."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qadeploy.errors import InputError
 
 _T = TypeVar("_T")
 WORTH = 1.02  # a smaller gain is not worth a change
-_CONTRARY = 1 / 9  # the share of rounds that may go the other way
+_CONTRARY = 1 / 9  # the share of rounds that the slower variant may win
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,12 @@ class Timing:
     """The timing of one variant.
 
     Attributes:
-        seconds: Seconds of each round.
+        seconds: Seconds per round.
         median: Median seconds.
         least: Seconds of the fastest round.
         most: Seconds of the slowest round.
-        speedup: Median over rounds of (first variant's seconds / this one's); above 1 is faster.
-        speedup_range: The least and the largest of these ratios.
+        speedup: Median over rounds of (first variant's seconds / this variant's); above 1 is faster.
+        speedup_range: The smallest and the largest of these ratios.
     """
 
     seconds: tuple[float, ...]
@@ -45,7 +45,7 @@ class Timing:
         return _beats(first.seconds, self.seconds)
 
     def clearly_slower(self, first: Timing) -> bool:
-        """Returns whether ``first`` beat this variant in the same way."""
+        """Returns whether ``first`` beat this variant by the same criteria."""
         return _beats(self.seconds, first.seconds)
 
 
@@ -53,9 +53,9 @@ def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, war
     """Times variants against each other.
 
     Args:
-        variants: Name to function; ratios are to the first.
+        variants: Name to function; speed-ups are relative to the first.
         rounds: How often each is timed, in the order of ``turns``.
-        warm_up: Whether to run each once before, uncounted.
+        warm_up: Whether to run each once beforehand, untimed.
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -107,7 +107,7 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
 
 
 def spread(rows: Sequence[_T], count: int) -> list[_T]:
-    """Returns at most ``count`` rows at even distances."""
+    """Returns at most ``count`` evenly spaced rows."""
     step = max(1.0, len(rows) / count)
     return [rows[int(i * step)] for i in range(min(count, len(rows)))]
 

@@ -202,7 +202,7 @@ def test_a_checkpoint_is_not_the_bundle_that_is_meant(tiny):
     done = CliRunner().invoke(
         main, ["ask", str(tiny.run), "--question", "Who?", "--context", "Ada.", "--bundle-sha256", "0" * 64]
     )
-    assert (done.exit_code, "is not a bundle, which --bundle-sha256 asks for" in done.stderr) == (2, True)
+    assert (done.exit_code, "is not a bundle, which --bundle-sha256 requires" in done.stderr) == (2, True)
 
 
 # ---------------------------------------------------------------- the time for loading

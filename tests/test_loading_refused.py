@@ -40,7 +40,7 @@ from tests.test_loading import FLAT, NESTED, SEED, csv_text, jsonl, problem, pro
         (
             "utf16.json",
             json.dumps(["é" * 9]).encode("utf-16-le") + b"\xff\xdf",
-            "looks like UTF-16, cut short or without its mark",
+            "looks like UTF-16, truncated or without a byte order mark",
         ),
         ("wrong.xlsx", b"PK\x03\x04 but no sheet", "not a readable Excel file"),
         ("wrong.arrow", b"ARROW1 but no table", "not a readable arrow file"),
@@ -156,7 +156,7 @@ ANSWERS = "must be a list of answers or {'text': [...], 'answer_start': [...]}, 
         ),
         ({**SEED, "id": "\udfff"}, "field id: holds a lone surrogate at code point 0: not valid Unicode"),
         ({**SEED, "id": ["x"]}, "field id: must be text, not a list"),
-        ({**SEED, "answer": "Blue"}, 'field answer: "Blue" does not occur in the context: it must be copied from it'),
+        ({**SEED, "answer": "Blue"}, 'field answer: "Blue" does not occur in the context: it must be an exact copy'),
         ({**SEED, "answer": "a\nb\u2028"}, r'field answer: "a\nb\u2028" does not occur in the context'),
         ({**SEED, "answer": "x" * 99}, f'field answer: "{"x" * 57}..." does not occur'),
         (
@@ -244,7 +244,7 @@ def test_rows_that_are_no_objects_stand_beside_the_other_problems(tmp_path):
     needed = "must be an object with context, question and answer, not"
     expected = [
         f"row 2: {needed} a number",
-        'row 3, field answer: "red" does not occur in the context: it must be copied from it letter by letter',
+        'row 3, field answer: "red" does not occur in the context: it must be an exact copy of a part of the context',
         f"row 4: {needed} null",
         f"row 5: {needed} a list",
         f"row 6: {needed} text",

@@ -404,7 +404,7 @@ def test_rows_with_bad_passages_are_set_aside_with_file_row_and_field(bundle, tm
         (str(source), 3, "contexts", "holds no passage with text"),
         (str(source), 4, "contexts[1]", "must be text, not a number"),
         (str(source), 5, "contexts", "must be a list of texts, not text"),
-        (str(source), 6, "contexts", "is given beside context: leave one of them out"),
+        (str(source), 6, "contexts", "is given together with context: leave one of them out"),
         (str(source), 7, "question", "is empty"),
     ]
 

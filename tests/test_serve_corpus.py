@@ -207,7 +207,7 @@ def test_a_deadline_holds_and_the_metrics_count_the_search(answerer, index):
         ({"question": "Who?", "context": "Ada", "contexts": ["Ada"]}, "or neither for the corpus"),
         ([{"question": "Who?"}, {"question": "Who?", "context": ""}], "1.context: String should have at least 1"),
         ({"question": "Who?", "corpus": "x"}, "corpus: Extra inputs"),
-        ("text", "with a context if the corpus is not meant"),
+        ("text", "with context unless the corpus is meant"),
     ],
 )
 def test_bodies_of_another_form_are_named(server, body, message):

@@ -98,11 +98,11 @@ def test_a_verdict_that_is_sent_again_is_one_row_and_another_one_is_refused(answ
 @pytest.mark.parametrize(
     ("verdict", "answer", "message"),
     [
-        ("wrong", {"text": "nowhere"}, "does not stand in the context"),
+        ("wrong", {"text": "nowhere"}, "does not occur in the context"),
         ("wrong", {"text": "e"}, "times: give answer.start"),
-        ("wrong", {"text": "lamp", "start": 1}, "does not stand in the context at answer.start"),
+        ("wrong", {"text": "lamp", "start": 1}, "does not occur in the context at answer.start"),
         ("wrong", {"text": "lamp", "start": -1}, "answer.start"),
-        ("right", {"text": "lamp"}, "answer is for the verdict wrong"),
+        ("right", {"text": "lamp"}, "answer is only for the verdict wrong"),
         ("perhaps", None, "verdict"),
     ],
 )

@@ -181,7 +181,7 @@ def test_mrqa_without_detected_answers(tmp_path):
     [
         (
             {"Context": SKY, "CONTEXT": SEA, "question": "?", "answer": "blue"},
-            "stands in two columns, Context and CONTEXT",
+            "is in two columns, Context and CONTEXT",
         ),
         (
             {"context": SKY, "question": "?", "answer": "sky", "span": [4, 7], "answer_start": 9},

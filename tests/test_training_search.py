@@ -83,7 +83,9 @@ def test_the_run_has_the_settings_of_the_best_trial(searched):
 
 def test_the_report_and_the_card_tell_of_the_search(searched):
     out = searched[0]
-    sentence = "The settings are the best of 3 trials by F1 on the dev set, so the figures of the dev set are optimistic."
+    sentence = (
+        "The settings are the best of 3 trials by F1 on the dev set, so the figures of the dev set are optimistic."
+    )
     assert sentence in (out / "README.md").read_text()
     page = (out / "report.html").read_text()
     assert sentence in page

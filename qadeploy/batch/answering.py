@@ -1,4 +1,4 @@
-"""Rows to answers. A row that cannot be answered is rejected with the reason, and the others go on."""
+"""Rows to answers. A row that cannot be answered is rejected with the reason; the other rows are still answered."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from qadeploy.records import NO_ANSWER
 COLUMNS = ("id", "answer", "score", "start", "end", "bundle")
 PASSAGE_COLUMNS = ("passage", "skipped")  # if the input has passages
 SNIPPET_COLUMNS = ("snippet", "snippet_start", "snippet_end")  # if snippets are requested
-_PROBE = ("what", "warms up")  # a question that a working model answers
-# Decimals of a score. Logits are float32. Further digits depend on which questions were decoded together, since the terms of a
-# sum are added in another order, and would differ between a first and a second run.
+_PROBE = ("what", "warms up")  # a question and context that any working model answers
+# Decimals of a score. Logits are float32. Further digits depend on which questions were decoded together, because sums are
+# then added in another order, so they could differ between two runs.
 _DECIMALS = 7
 
 
 class BrokenModelError(FailureError):
-    """The model has stopped answering after a row, so that its process must be replaced."""
+    """The model has stopped answering after a row, so its process must be replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Answered:
         end: Where it ends, exclusive.
         passage: The index of its passage in ``contexts``; None for a row with a context, and for the null answer.
         skipped: The indices of empty passages.
-        snippet: The text around it, if the batch has snippets.
-        snippet_start: Where that starts.
-        snippet_end: Where it ends.
+        snippet: The text around the answer, if the batch has snippets.
+        snippet_start: Where the snippet starts.
+        snippet_end: Where the snippet ends, exclusive.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row without an answer: its file, its number there (from 1), the field with the problem ("" for the row), and why."""
+    """A row without an answer: its file, its number there (from 1), the faulty field ("" for the whole row), and why."""
 
     file: str
     row: int
@@ -77,12 +77,12 @@ Result = Answered | Rejected
 
 
 def to_dict(result: Result) -> dict[str, Any]:
-    """A result as plain JSON values, without what it does not have."""
+    """A result as plain JSON values, without empty fields."""
     return {name: value for name, value in asdict(result).items() if value is not None and value != ()}
 
 
 def of_dict(value: Mapping[str, Any]) -> Result:
-    """The result that ``to_dict`` was given."""
+    """The result from the output of ``to_dict``."""
     if "reason" in value:
         return Rejected(**value)
     return Answered(**{**value, "skipped": tuple(value.get("skipped", ()))})
@@ -90,7 +90,7 @@ def of_dict(value: Mapping[str, Any]) -> Result:
 
 @dataclass(slots=True)
 class _Row:
-    """A usable row: its index among the results, and what to ask."""
+    """A usable row: its index among the results, its number, its id, and its question with the context."""
 
     place: int
     row: int
@@ -101,7 +101,7 @@ class _Row:
 class ShardAnswering:
     """Answers the rows of one shard in order.
 
-    ``stream`` answers many at a time, ``alone`` one after the other. On a CPU every window runs alone on one thread, so
+    ``stream`` answers many rows at a time, ``alone`` one after the other. On a CPU every window runs alone on one thread, so
     both give the same answers, with any number of threads.
     """
 
@@ -123,8 +123,8 @@ class ShardAnswering:
 
         def pairs() -> Iterator[Asked]:
             nonlocal ended
-            # If the first question of a stream is a chunk by itself, it runs on all threads, which may change the last
-            # bit of its score. The probe before it prevents that.
+            # If the first question of a stream formed a chunk of its own, it would run on all threads, which may change the
+            # last bit of its score. The probe before it prevents that.
             waiting.append(None)
             yield _PROBE
             while True:
@@ -144,7 +144,7 @@ class ShardAnswering:
                 for pair in self._answerer.read_stream(pairs(), self._options):
                     if asked := waiting.popleft():
                         results[asked.place] = _answered(asked, pair, self._options)
-            except Exception:  # one of the waiting rows caused it: asking each alone shows which
+            except Exception:  # one of the waiting rows caused it: answering each alone shows which
                 suspects = [asked for asked in waiting if asked]
                 waiting.clear()
                 for asked in suspects:
@@ -161,8 +161,8 @@ class ShardAnswering:
         """Like ``stream``, but one row at a time.
 
         Args:
-            known: Results by row number, which are used as they are.
-            trying: Called as ``trying(number)`` before a row is asked and as ``trying(number, result)`` after it.
+            known: Known results by row number; these rows are not answered again.
+            trying: Called as ``trying(number)`` before a row is answered and as ``trying(number, result)`` afterwards.
         """
         results: list[Result | None] = []
         for asked in self._asked(results):
@@ -175,12 +175,12 @@ class ShardAnswering:
         return [result for result in results if result is not None]
 
     def killer(self, row: int, times: int) -> Rejected:
-        """The rejection of a row that ended its worker process ``times`` times."""
+        """The rejection of a row that killed its worker process ``times`` times."""
         reason = f"its worker process ended {times} times while it answered this row alone (out of memory, or a crash)"
         return Rejected(self._shard.source.path, row, "", "", reason)
 
     def _asked(self, results: list[Result | None]) -> Iterator[_Row]:
-        """The usable rows. Each row of the shard gets an entry in ``results``: its rejection, or None for now."""
+        """Yields the usable rows. Appends an entry to ``results`` for each row: its rejection, or None for now."""
         for row in self._rows:
             results.append(None)
             try:
@@ -208,7 +208,7 @@ class ShardAnswering:
             return _answered(asked, self._answerer.decode(pair, logits, self._options), self._options)
         except QadeployError as error:
             return Rejected(source, asked.row, "", asked.id, one_line(error))
-        except Exception as error:  # onnxruntime raises many types, and a large row MemoryError
+        except Exception as error:  # onnxruntime raises many types, and a large row may raise MemoryError
             reason = f"{type(error).__name__}: {one_line(error)}"
             self._check(f"{source}: row {asked.row}, or one asked with it: {reason}")
             return Rejected(source, asked.row, "", asked.id, reason)

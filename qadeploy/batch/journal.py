@@ -1,11 +1,10 @@
-"""The journal of a shard: a file next to the answers, one line per event, that outlives a worker that dies.
+"""The journal of a shard: a file beside the answers, with one line per event, that survives the death of a worker.
 
 A worker notes when it begins a shard, when its bundle is loaded, and when it leaves the shard because of an error or an
-interruption. A killed worker cannot, so the next one counts the deaths. One before the bundle was loaded is no row's fault: it
-only counts in its own run, so that Ray does not replace workers for ever. After ``DEATHS`` deaths of loaded workers the next
-one goes row by row and notes each row before it asks it: a row
-that was the last one noted at ``DEATHS`` deaths is the cause, and is rejected. The journal is removed when the answers
-of the shard are complete.
+interruption. A killed worker notes no leaving, so the next worker can count the deaths. No row can cause a death before the
+bundle is loaded: such deaths only count within a run, so that Ray does not replace workers for ever. After ``DEATHS`` deaths
+of loaded workers, the next worker goes row by row and notes each row before it answers it. A row that was the last one noted
+at ``DEATHS`` deaths is the cause, and is rejected. The journal is removed when the answers of the shard are complete.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from qadeploy.batch.answering import Result, of_dict, to_dict
 from qadeploy.errors import FailureError
 
 DEATHS = 2
-_FUTILE = 5  # after so many deaths in one run without a row noted in between, the rows are not the cause
+_FUTILE = 5  # after this many deaths in one run without a noted row in between, the rows are not the cause
 
 
 class Journal:
     """The journal of one shard. Rows are numbered as in their file, from 1.
 
-    ``careful`` tells whether to go row by row, ``known`` holds the results of rows that earlier workers answered, and
-    ``killers`` the rows that ended ``DEATHS`` workers. ``run`` identifies the command that the worker belongs to.
+    ``careful`` says whether to go row by row, ``known`` holds the results of rows that earlier workers answered, and
+    ``killers`` the rows that killed ``DEATHS`` workers. ``run`` identifies the command that the worker belongs to.
     """
 
     def __init__(self, path: Path, run: str = "") -> None:
@@ -44,13 +43,13 @@ class Journal:
 
     def _replay(self, text: str) -> None:
         begun, loaded, trying, run = False, False, 0, None
-        # As if another worker began: a worker that has not left has died.
+        # The added event stands for this worker: a previous worker that has not left has died.
         for line in [*text.split("\n"), '{"event": "begin"}']:
             try:
                 value = json.loads(line)
                 event = value["event"]
             except (ValueError, KeyError, TypeError):
-                continue  # an unfinished line
+                continue  # the line is incomplete
             if event == "begin":
                 self._deaths += begun and loaded
                 self._futile += begun and run == self._run
@@ -69,16 +68,16 @@ class Journal:
 
     @property
     def careful(self) -> bool:
-        """Whether so many workers died on this shard that its rows must be asked one by one."""
+        """Whether so many workers died on this shard that its rows must be answered one by one."""
         return self._deaths >= DEATHS
 
     @property
     def killers(self) -> dict[int, int]:
-        """The rows that ended workers while they were asked alone, and how many workers."""
+        """The rows that killed workers while they were answered alone, and the number of workers."""
         return {row: times for row, times in self._ends.items() if times >= DEATHS}
 
     def begin(self) -> None:
-        """A worker begins the shard. Raises FailureError if several in a row died before they asked anything."""
+        """Notes that a worker begins the shard. Raises FailureError if several in a row died before their first row."""
         if self._futile >= _FUTILE:
             raise FailureError(
                 f"{self._futile} worker processes ended one after the other before they answered a row of this part: "
@@ -87,11 +86,11 @@ class Journal:
         self._write(event="begin", run=self._run, process=os.getpid())
 
     def loaded(self) -> None:
-        """Notes that the worker is ready to answer: what ends it from now on may be a row."""
+        """Notes that the worker is ready to answer: from now on, a row may kill it."""
         self._write(event="loaded")
 
     def trying(self, row: int, result: Result | None = None) -> None:
-        """Notes that a row is asked alone, or its result."""
+        """Notes that a row is being answered alone, or its result."""
         if result is None:
             self._write(event="try", row=row)
         else:
@@ -106,8 +105,8 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
     def _write(self, **value: object) -> None:
-        # Opened each time, so that nothing is buffered when the process dies. What a dead process has written is with the
-        # system, so nothing needs to be flushed to disk.
+        # Opened each time, so that nothing is buffered when the process dies. The system keeps what a dead process has
+        # written, so fsync is not needed.
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(("\n" if self._torn else "") + json.dumps(value) + "\n")
         self._torn = False

@@ -1,4 +1,4 @@
-"""The engine of one process: one shard after the other, each on all threads."""
+"""The local engine: one process answers one shard after the other, each on all threads."""
 
 from __future__ import annotations
 

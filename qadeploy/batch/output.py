@@ -1,12 +1,12 @@
 """The folder of answers, in which every file is complete at any time, and the single file for small inputs.
 
-    _plan.json                      what is answered, with which settings, and in which parts
+    _plan.json                      the inputs, the settings, and the division into parts
     part-00000.parquet              the answers of shard 0, in the order of its rows
     rejected/_part-00000.jsonl      its rows without an answer, if there are any
     .shard-00000.journal            while the shard is being answered
 
-A part appears by a rename, after its rejected rows; its metadata count both. Readers of parquet folders
-ignore names that begin with ``_`` or ``.``, so they can read the folder as it is.
+A part is renamed into place after its rejected rows are written; its metadata count both. Readers of parquet folders
+ignore names that begin with ``_`` or ``.``, so they can read the folder directly.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Folder:
 
     @property
     def begun(self) -> bool:
-        """Whether it holds a plan. Raises InputError if it is neither a folder of answers nor can become one."""
+        """Whether the folder holds a plan. Raises InputError if it holds other files or cannot be created."""
         if (self.path / PLAN).is_file():
             return True
         if self.path.is_dir():
@@ -77,7 +77,7 @@ class Folder:
         write_text(self.path / PLAN, plan.to_json())
 
     def plan(self) -> BatchPlan:
-        """The plan that it holds. Raises InputError."""
+        """The plan in the folder. Raises InputError if it cannot be read."""
         path = self.path / PLAN
         try:
             return BatchPlan.of(path.read_text(encoding="utf-8"), str(path))
@@ -85,7 +85,7 @@ class Folder:
             raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
     def plan_for(self, settings: BatchSettings, sources: Sequence[Source], step: int | None) -> BatchPlan:
-        """The plan that it holds, for a run that continues it. Raises InputError, which names what differs."""
+        """The plan in the folder, for a run that continues it. Raises InputError, which names the differences."""
         plan = self.plan()
         different = plan.differences(settings, sources, step)
         if different:
@@ -109,7 +109,7 @@ class Folder:
                 try:
                     metadata = parquet.read_metadata(path)
                     counts = Counts(metadata.num_rows, int(metadata.metadata[_COUNT]))
-                except (OSError, ValueError, KeyError, TypeError):  # damaged since: it is written again
+                except (OSError, ValueError, KeyError, TypeError):  # a damaged part is written again
                     continue
                 if counts.rows + counts.rejected == shard.range.rows:
                     found[shard.number] = counts
@@ -128,15 +128,15 @@ class Folder:
         return Journal(self.path / f".shard-{number:05d}.journal", run)
 
     def leave(self) -> None:
-        """Notes in every journal that its worker was interrupted: all ended with the run, no row is to blame."""
+        """Notes in every journal that its worker was interrupted with the run, so that no row is blamed for its end."""
         for path in self.path.glob(".shard-*.journal"):
-            with suppress(OSError):  # the journal is only kept out of trouble
+            with suppress(OSError):  # the original error matters more
                 Journal(path).left()
 
     def write(
         self, number: int, results: Sequence[Result], bundle: str, *, passages: bool = False, snippets: bool = False
     ) -> Counts:
-        """Writes the results of a shard: rejected rows first, so that an existing part is complete."""
+        """Writes the results of a shard: the rejected rows first, so that a part that exists is complete."""
         answered, rejected = split(results)
         where = self.rejected(number)
         if rejected:
@@ -149,7 +149,7 @@ class Folder:
 
 
 class OneFile:
-    """Answers as one JSONL file, which appears when it is complete, with rejected rows in a second file. It cannot be continued."""
+    """Answers in one JSONL file, and rejected rows in a second one. Both appear when complete, and cannot be continued."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -159,7 +159,7 @@ class OneFile:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Locks the places of both files. Raises InputError if one is there, or another run holds it."""
+        """Locks the paths of both files. Raises InputError if one exists, or another run holds its lock."""
         with ExitStack() as stack:
             for place in (self.path, self.rejected):
                 stack.enter_context(new_file(place, "--output"))
@@ -167,12 +167,12 @@ class OneFile:
 
     @contextmanager
     def writing(self, bundle: str) -> Iterator[Any]:
-        """Gives a function that adds the results of the next shard. The files appear at the end."""
+        """Yields a function that adds the results of the next shard. The files appear on exit."""
         total = Counts()
         with (
             writing(self.path, new=True) as good,
             suppress(_NoneRejectedError),
-            writing(self.rejected, new=True) as bad,  # appears first, so that the answers are complete when they do
+            writing(self.rejected, new=True) as bad,  # appears first, so that the answers appear last
         ):
 
             def add(results: Sequence[Result]) -> Counts:
@@ -191,7 +191,7 @@ class OneFile:
 
 
 class _NoneRejectedError(Exception):
-    """Keeps an empty file of rejected rows from appearing."""
+    """Prevents an empty file of rejected rows."""
 
 
 def split(results: Sequence[Result]) -> tuple[list[Answered], list[Rejected]]:
@@ -205,7 +205,7 @@ def rejected_line(row: Rejected) -> str:
 
 
 def _parquet(rows: Sequence[Answered], bundle: str, rejected: int, *, passages: bool, snippets: bool) -> bytes:
-    """The bytes of a part; its metadata hold the number of rejected rows of the shard."""
+    """The bytes of a part, with the number of rejected rows of the shard in its metadata."""
     parquet = import_parquet("writing parquet (or name the output .jsonl)")
     import pyarrow
 
@@ -222,7 +222,7 @@ def _parquet(rows: Sequence[Answered], bundle: str, rejected: int, *, passages: 
 
 
 def explain(error: OSError, place: str, done: int, of: int) -> FailureError:
-    """An error of the system as one that says where it occurred and that finished parts are kept."""
+    """Turns an OSError into an error that says where it occurred and that finished parts are kept."""
     where = f"{error.filename or place}: "
     return FailureError(
         f"{where}{error.strerror or one_line(error)}. {done} of {of} parts are finished and kept: fix this and run the "

@@ -1,4 +1,4 @@
-"""The plan of a batch: which rows of which files make which part of the output. It is fixed before the first answer.
+"""The plan of a batch: which rows of which files go into which part of the output. It is fixed before the first answer.
 
 The plan is stored in the output folder as ``_plan.json``. A run that continues an earlier one follows that plan, and is
 refused if its answers would differ.
@@ -21,14 +21,14 @@ from qadeploy.errors import InputError
 from qadeploy.options import check, flag_of
 
 SCHEMA = 2
-CALL_OPTIONS = ("allow_no_answer", "prefilter", "min_score", "snippet", "offsets")  # of ``Options``, that a batch takes
-_PARTS, _MOST_ROWS = 200, 8000  # with more than _PARTS parts, a part has more than FINEST rows, up to _MOST_ROWS
+CALL_OPTIONS = ("allow_no_answer", "prefilter", "min_score", "snippet", "offsets")  # ``Options`` of a batch
+_PARTS, _MOST_ROWS = 200, 8000  # beyond _PARTS parts, the rows of a part are doubled, up to _MOST_ROWS
 _CHECKED_ROWS = 100  # one of the first rows of a file must be usable
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """What decides the answers.
+    """The settings that determine the answers.
 
     Attributes:
         bundle: The hash of the bundle.
@@ -36,8 +36,8 @@ class BatchSettings:
         allow_no_answer: Whether "no answer" competes.
         prefilter: The largest number of windows to read per question, None for all.
         min_score: The lowest score of an answer.
-        snippet: What is returned around an answer.
-        offsets: What offsets count.
+        snippet: How much text is returned around an answer.
+        offsets: The unit of offsets.
     """
 
     bundle: str
@@ -55,7 +55,7 @@ class BatchSettings:
 
     @property
     def data_options(self) -> DataOptions:
-        """How rows are read."""
+        """The options for reading rows."""
         return DataOptions(columns=_written(self.columns))
 
 
@@ -106,7 +106,7 @@ class BatchPlan:
 
     @classmethod
     def of(cls, text: str, name: str) -> BatchPlan:
-        """Reads the text of ``to_json``. Raises InputError, which calls it ``name``, if the text is not a plan."""
+        """Reads the text of ``to_json``. Raises InputError, which names ``name``, if the text is not a plan."""
         try:
             value = json.loads(text)
             if value["schema"] != SCHEMA:
@@ -129,7 +129,7 @@ class BatchPlan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def differences(self, settings: BatchSettings, sources: Sequence[Source], step: int | None) -> list[str]:
-        """Why a run with these values cannot continue this plan, one line per reason; empty if it can."""
+        """The reasons why a run with these values cannot continue this plan, one line each; empty if it can."""
         found = []
         if settings.bundle != self.settings.bundle:
             found.append(f"the bundle was {self.settings.bundle[:12]}, now it is {settings.bundle[:12]}")
@@ -165,7 +165,7 @@ def _changed(old: Sequence[Source], new: Sequence[Source]) -> list[str]:
 
 
 def _written(columns: Mapping[str, str]) -> str:
-    """A mapping as ``--columns`` takes it."""
+    """A mapping in the form that ``--columns`` accepts."""
     return ",".join(f"{ours}={theirs}" for ours, theirs in columns.items())
 
 
@@ -173,9 +173,9 @@ def make_plan(settings: BatchSettings, patterns: Sequence[str], step: int | None
     """Scans the input files and divides their rows into shards. JSONL files are read once.
 
     Args:
-        settings: What decides the answers.
-        patterns: The input, see ``sources.expand``.
-        step: Rows per shard; None takes 250, or up to 8,000 if there are many rows.
+        settings: The settings that determine the answers.
+        patterns: The input files, see ``sources.expand``.
+        step: Rows per shard; None means 250, or up to 8,000 if there are many rows.
 
     Raises:
         InputError: A file does not exist, cannot be read, or none of its first hundred rows can be used.
@@ -197,7 +197,7 @@ def make_plan(settings: BatchSettings, patterns: Sequence[str], step: int | None
 
 
 def _check_first_rows(source: Source, part: Range, data_options: DataOptions) -> None:
-    """Raises InputError if none of the first rows of a file can be used: it is the wrong file, or has other columns."""
+    """Raises InputError if none of the first rows of a file can be used: the file is wrong, or has other columns."""
     first: str | None = None
     checked = 0
     rows = Reader(data_options).rows(source, part)

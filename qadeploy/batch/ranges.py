@@ -1,7 +1,7 @@
-"""Row ranges of files, so that many workers can read one file and none needs to hold it.
+"""Row ranges of files, so that many workers can read one file and none needs to hold all of it.
 
-JSONL is cut at byte offsets, found by reading the file once; parquet at row numbers, from its footer. JSON,
-CSV and hub data sets can only be read whole, so each worker holds the one that it reads.
+JSONL is cut at byte offsets, which are found by reading the file once; parquet at row numbers, from its footer. JSON,
+CSV and hub data sets can only be read whole, so each worker holds the file that it reads.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from qadeploy.errors import FailureError, InputError
 from qadeploy.extras import import_extra
 
 FINEST = 250  # rows of the smallest range by default
-_MARKS = 4096  # with more ranges per file, they are joined in pairs, so that a plan stays small
-_BATCH = 256  # rows of parquet held at a time
+_MARKS = 4096  # with more ranges per file, neighbours are joined in pairs, so that a plan stays small
+_BATCH = 256  # rows of parquet in memory at a time
 _FIELDS = ("context", "contexts", "question", "id")
 _BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """A range of ``rows`` rows that follow the first ``first`` rows; in JSONL they are the bytes ``begin:end``."""
+    """A range of ``rows`` rows, which follow the first ``first`` rows; in JSONL they are the bytes ``begin:end``."""
 
     first: int
     rows: int
@@ -69,7 +69,7 @@ def _joined(parts: tuple[Range, ...]) -> Range:
 
 
 def scan(source: Source, step: int | None, data_options: DataOptions) -> Scan:
-    """Divides the rows of a file into ranges of ``step`` rows; None takes ``FINEST``, doubled as often as needed.
+    """Divides the rows of a file into ranges of ``step`` rows; None means ``FINEST``, doubled as often as needed.
 
     Raises:
         InputError: The file cannot be read, holds no rows, or is parquet without the columns.
@@ -164,7 +164,7 @@ def _parquet_file(stream: Any, **options: Any) -> Any:
 class Reader:
     """Reads ranges of input files. A parquet file stays open at its current row for the next range.
 
-    Not safe under threads: each worker has its own.
+    Not thread-safe: each worker has its own reader.
     """
 
     def __init__(self, data_options: DataOptions) -> None:
@@ -183,7 +183,7 @@ class Reader:
         return iter(_whole(source)[part.first : part.first + part.rows])
 
     def _parquet_rows(self, source: Source, part: Range) -> Iterator[RawRow]:
-        at, self._at = self._at, None  # if this range is not read to its end, no position is kept
+        at, self._at = self._at, None  # the position is kept only if this range is read to its end
         if at and at[0] == source and at[1] <= part.first:
             rows = at[2]
         else:
@@ -216,7 +216,7 @@ def _line_row(number: int, line: bytes) -> RawRow:
         return RawRow(number, {}, problem=f"not UTF-8 text (byte {error.start} of its line)")
     except json.JSONDecodeError as error:
         return RawRow(number, {}, problem=f"not valid JSON: {error.msg} (column {error.colno} of its line)")
-    except (ValueError, RecursionError) as error:  # a number is too long, or values are nested too deeply
+    except (ValueError, RecursionError) as error:  # too long a number, or too deep nesting
         return RawRow(number, {}, problem=f"not valid JSON: {one_line(error)}")
     if not isinstance(value, dict):
         return RawRow(number, {}, problem=f"must be an object with context and question, not {kind_of(value)}")
@@ -253,7 +253,7 @@ def _all_parquet_rows(source: Source, data_options: DataOptions, first: int) -> 
 
 
 def _leads_to(path: str, columns: list[str]) -> bool:
-    """Whether a column of parquet holds a part of one of the columns; names may have dots."""
+    """Whether a parquet leaf column is one of the columns, or a part of one; names may have dots."""
     return any(path == name or path.startswith(f"{name}.") for name in columns)
 
 
@@ -271,12 +271,12 @@ def _group_rows(
     try:
         check()
         for batch in file.iter_batches(_BATCH, row_groups=[group], columns=columns):
-            take_batch(batch, Budget(source.path, source.size))  # what is held at a time
+            take_batch(batch, Budget(source.path, source.size))  # limits the memory of a batch
             skip = min(max(part[0] - done, 0), len(batch))
             yield from _batch_rows(batch.slice(skip), before + done + skip)
             done += len(batch)
     except InputError as error:
-        raise FailureError(str(error)) from error  # not a row's, nor the storage's
+        raise FailureError(str(error)) from error  # neither a row nor the storage is at fault
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow raises these for damaged files
         if getattr(error, "errno", None) or (source.remote and isinstance(error, OSError)):  # the storage fails
             raise

@@ -1,10 +1,10 @@
 """The engine on Ray: a pool of actors, on this machine or a cluster, each of which loads the bundle once.
 
-Only the numbers of shards and their counts go through Ray Data: an actor reads the rows of its shard from the input and writes
-their part to the folder by itself. So memory does not grow with the input, a finished part is safe whatever happens to
+Only the numbers of shards and their counts go through Ray Data: an actor itself reads the rows of its shard from the input and
+writes their part to the folder. So memory does not grow with the input, a finished part is safe whatever happens to
 the cluster, and the answers are those of the local engine, which uses the same worker.
 Ray Data restarts an actor that died and gives its shard to another (its actor pools set no limit on ``max_restarts`` and
-``max_task_retries``); the journal of the shard shows if a row is the cause.
+``max_task_retries``); the journal of the shard shows whether a row is the cause.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from qadeploy.options import option
 
 _MOST_ACTORS = 8  # by default on one machine: each needs the memory of a bundle
 _STORE = 100 * 2**20  # bytes of the object store of a local Ray, which only holds numbers
-_SECONDS = 10  # to reach the head of a cluster
-# With at least so many shards per actor, each actor has a second shard queued, so that it does not wait for Ray between two. With
-# fewer, that shard would wait while another actor is idle.
+_SECONDS = 10  # seconds to reach the head of a cluster
+# With at least this many shards per actor, each actor has a second shard queued, so that it does not wait for Ray between two.
+# With fewer, the queued shard might wait while another actor is idle.
 _MANY = 4
-# The environment while a local Ray starts: it asks for a token, whatever the environment says, and listens on 127.0.0.1 only, as it does
-# by default on other systems than Linux.
+# The environment while a local Ray starts: it makes Ray require a token, and listen on 127.0.0.1 only, as Ray does by default
+# on systems other than Linux.
 _ALONE = {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 _LOOPBACK = "127.0.0.1"
 _BROKEN = 70  # exit code of an actor whose model stopped answering (EX_SOFTWARE of sysexits.h)
@@ -50,7 +50,7 @@ _BROKEN = 70  # exit code of an actor whose model stopped answering (EX_SOFTWARE
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Where actors run, and what each may use. None shares out evenly what is there.
+    """Where actors run, and the resources of each. With None, the available CPUs are divided evenly.
 
     ``address`` joins a running cluster (``auto``, ``HOST:PORT``); without it, Ray is started on this machine and stopped
     at the end.
@@ -61,10 +61,10 @@ class Cluster:
         None, "Ray: actors, which are processes.", least=1, shown="one per core, at most 8; on a cluster as many as fit"
     )
     cpus_per_actor: int | None = option(
-        None, "Ray: cores, and threads, per actor.", least=1, shown="shared out; on a cluster 1"
+        None, "Ray: cores, and threads, per actor.", least=1, shown="an even share; on a cluster 1"
     )
     gpus_per_actor: float = option(
-        0.0, "Ray: GPUs per actor; 0.5 puts two actors on a GPU, 0 answers on CPUs.", least=0
+        0.0, "Ray: GPUs per actor; 0.5 puts two actors on each GPU, 0 uses CPUs only.", least=0
     )
     verbose: bool = option(False, "Show the messages of Ray.")
 
@@ -80,7 +80,7 @@ class Pool:
 
 
 def share_out(cluster: Cluster, cpus: float, gpus: float) -> Pool:
-    """The pool for a Ray with so many CPUs and GPUs. Raises InputError if it has too few for what was requested."""
+    """The pool for a Ray with the given CPUs and GPUs. Raises InputError if they are too few for the request."""
     if cluster.gpus_per_actor > gpus or (
         cluster.gpus_per_actor and cluster.gpus_per_actor * (cluster.actors or 1) > gpus
     ):
@@ -102,7 +102,7 @@ def share_out(cluster: Cluster, cpus: float, gpus: float) -> Pool:
         each = int(cpus) // actors
     if cluster.cpus_per_actor and cluster.cpus_per_actor * actors > cpus:
         raise InputError(f"{actors} actors of {cluster.cpus_per_actor} CPUs each: Ray has {cpus:g} CPUs")
-    # Ray reserves whole CPUs, or ten-thousandths of one.
+    # Ray reserves whole CPUs, or multiples of 1/10,000 of one.
     reserved = float(each) if each else int(10_000 * cpus / actors) / 10_000
     if reserved * actors > cpus:
         raise InputError(f"{actors} actors of {reserved:g} CPUs each: Ray has {cpus:g} CPUs: give fewer --actors")
@@ -121,7 +121,7 @@ class _Actor:
         try:
             counts = self._worker.finish(number)
         except BrokenModelError:
-            os._exit(_BROKEN)  # so that Ray starts another process, which will find the row
+            os._exit(_BROKEN)  # Ray then starts another process, which will find the faulty row
         except QadeployError as failure:
             error = str(failure)
         except OSError as failure:
@@ -134,7 +134,7 @@ class _Actor:
 
 @contextmanager
 def running(cluster: Cluster) -> Iterator[Pool]:
-    """Joins Ray at ``address``, or starts and stops it here. Gives the pool that fits it.
+    """Joins Ray at ``address``, or starts and stops it on this machine. Yields a pool that fits it.
 
     If this process uses Ray already, that Ray is used and left running.
 
@@ -142,7 +142,7 @@ def running(cluster: Cluster) -> Iterator[Pool]:
         MissingExtraError: Ray is not installed.
         InputError: There is no cluster at the address, or it has too few CPUs or GPUs.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read while Ray starts
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts
     try:
         import ray
         import ray.data
@@ -169,7 +169,7 @@ def _start(ray: Any, cluster: Cluster) -> None:
     if cluster.address:
         _check_address(cluster.address)
         common["address"] = cluster.address
-    else:  # "local": one of its own, wherever RAY_ADDRESS points
+    else:  # "local" starts a new Ray, wherever RAY_ADDRESS points
         common.update(address="local", num_cpus=usable_cpus(), include_dashboard=False, object_store_memory=_STORE)
     try:
         with (
@@ -190,7 +190,7 @@ def _start(ray: Any, cluster: Cluster) -> None:
 
 @contextmanager
 def _alone(ray: Any) -> Iterator[None]:
-    """Makes a Ray that starts meanwhile listen on 127.0.0.1 only, and require a token that only its processes have.
+    """Makes a Ray that is started in the block listen on 127.0.0.1 only, and require a token that only its processes have.
 
     Raises RuntimeError if it listens elsewhere.
     """
@@ -200,7 +200,7 @@ def _alone(ray: Any) -> Iterator[None]:
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         with _environment({**_ALONE, "RAY_AUTH_TOKEN": secrets.token_hex(32)}):
-            # Ray has read the environment when it was imported, perhaps by others, and a token if it was started before.
+            # Ray read the environment when it was imported, and perhaps a token when it was started before.
             ray._raylet.Config.initialize("")
             ray._raylet.AuthenticationTokenLoader.instance().reset_cache()
             yield
@@ -227,7 +227,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _same_handlers() -> Iterator[None]:
-    """Keeps the handler of SIGTERM, which Ray replaces by one that ends the process with a trace."""
+    """Restores the handler of SIGTERM, which Ray replaces by one that ends the process with a traceback."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -235,7 +235,7 @@ def _same_handlers() -> Iterator[None]:
 
 
 def _check_address(address: str) -> None:
-    """Raises InputError if nothing listens at HOST:PORT. Ray itself would wait for minutes."""
+    """Raises InputError if nothing listens at HOST:PORT; Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     if address == "auto":
         return
@@ -250,7 +250,7 @@ def _check_address(address: str) -> None:
 
 
 class _Apart(io.TextIOBase):
-    """Stdout for the thread that made this. What other threads write are Ray's messages about dead workers: for stderr, or dropped.
+    """Stdout for the thread that created it. Other threads write Ray's messages about dead workers: to stderr, or nowhere.
 
     The same holds for everything written after ``ending`` is set: Ray then prints the repeated messages that it held back.
     """
@@ -276,7 +276,7 @@ class _Apart(io.TextIOBase):
 def _silent_library() -> Iterator[None]:
     """Makes Ray's C++ library in this process log fatal errors only.
 
-    It reads the level once and reports that on stderr without Python, so stderr is closed meanwhile.
+    The library reads the level once and reports it on file descriptor 2, which is redirected to /dev/null meanwhile.
     """
     level = os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal")
     sys.stderr.flush()

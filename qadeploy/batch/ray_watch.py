@@ -1,4 +1,4 @@
-"""Notices that Ray has ended. It ends the process of the driver by itself, some 15 seconds later and without a word."""
+"""Detects that Ray has ended. Ray would kill the driver process some 15 seconds later, without a message."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 
 from qadeploy.errors import FailureError
 
-_LOOK = 0.5  # seconds between two looks whether Ray still runs
-_PATIENCE = 8  # seconds for Ray to end by itself once one of its processes has gone
-_UNHEARD = 30  # seconds without a GCS, which a cluster may start again
+_LOOK = 0.5  # seconds between checks whether Ray still runs
+_PATIENCE = 8  # seconds for the block to end once one of Ray's processes has ended
+_UNHEARD = 30  # seconds without a connection to the GCS, which a cluster may restart
 _RAY_ENDED = (
     "Ray has ended: its process {} was killed or crashed (is there enough memory?); finished parts are kept, and the same "
     "command continues from there"
@@ -26,10 +26,10 @@ _RAY_ENDED = (
 
 @contextmanager
 def watched(ray: Any) -> Iterator[None]:
-    """Ends Ray in the block, and raises FailureError, if a process that Ray needs ends meanwhile.
+    """Shuts Ray down, and raises FailureError, if a process that Ray needs ends during the block.
 
-    Ray itself would wait in vain and end this process after some 15 seconds, without a word. If the block does not end before
-    that, this says why and ends the process.
+    Ray itself would wait in vain and kill this process after some 15 seconds, without a message. If the block does not end
+    before that, this function reports why and ends the process.
     """
     from ray._private import auto_init_hook
 
@@ -40,9 +40,9 @@ def watched(ray: Any) -> Iterator[None]:
         while not over.wait(_LOOK):
             if lost := health.ended():
                 last.start()
-                auto_init_hook.enable_auto_connect = False  # else Ray Data would start another Ray, open to the network
+                auto_init_hook.enable_auto_connect = False  # or Ray Data would start another Ray, open to the network
                 logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
-                ray.shutdown()  # what waits for Ray in the block now fails
+                ray.shutdown()  # calls in the block that wait for Ray now fail
                 return
 
     def give_up() -> None:
@@ -70,9 +70,9 @@ def watched(ray: Any) -> Iterator[None]:
 
 
 class _Health:
-    """Whether the processes still run without which Ray cannot go on here: its raylet on this machine, and the GCS.
+    """Checks the processes that Ray cannot work without: its raylet on this machine, and the GCS.
 
-    Those of a local Ray are children of this process. Those of a cluster that was joined are not, but they listen.
+    In a local Ray they are children of this process. In a cluster that was joined they are not, but they accept connections.
     """
 
     def __init__(self, ray: Any) -> None:
@@ -86,7 +86,7 @@ class _Health:
             self._raylet = _connected(node.raylet_socket_name)
 
     def ended(self) -> str:
-        """The name of a process that has ended, empty if none has."""
+        """The name of a process that has ended; empty if none has."""
         for name in ("raylet", "gcs_server"):
             if any(each.process.poll() is not None for each in self._own.get(name, ())):
                 return name
@@ -97,7 +97,7 @@ class _Health:
         return ""
 
     def close(self) -> None:
-        """Ends the connection to the raylet."""
+        """Closes the connection to the raylet."""
         if self._raylet:
             self._raylet.close()
 
@@ -121,7 +121,7 @@ def _connected(path: str) -> socket.socket | None:
 
 
 def _is_cut(connection: socket.socket) -> bool:
-    """Whether the other end of a connection has closed it, as the system does for a process that ends."""
+    """Whether the other end has closed the connection, as the system does when a process ends."""
     try:
         return not connection.recv(1)
     except BlockingIOError:

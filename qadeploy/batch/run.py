@@ -33,13 +33,13 @@ class BatchRequest:
         bundle: The bundle folder.
         inputs: Patterns, see ``sources.expand``.
         output: A folder of parquet files, or with the local engine one file that ends in .jsonl.
-        data_options: How rows are read.
+        data_options: The options for reading rows.
         allow_no_answer: Whether "no answer" competes; None: if the model was trained for it.
         prefilter: The largest number of windows to read per question, None for all.
-        min_score: The lowest score of an answer; a row without one has the empty answer.
-        snippet: What is returned around an answer.
-        offsets: What offsets count.
-        bundle_sha256: The SHA-256 of the manifest of the bundle that is meant, None for any.
+        min_score: The lowest score of an answer; a row without such an answer gets the empty answer.
+        snippet: How much text is returned around an answer.
+        offsets: The unit of offsets.
+        bundle_sha256: The SHA-256 of the manifest that the bundle must have, None for any.
         load_timeout: The seconds that each process may take to load the bundle.
         device: auto, cpu, cuda or cuda:N.
         threads: CPU threads of the local engine.
@@ -75,9 +75,9 @@ class Summary:
 
     Attributes:
         counts: The rows of the whole output.
-        rows: The rows of the input.
-        before: The rows that earlier runs had done.
-        rejected_in: Where the rejected rows are.
+        rows: The number of rows of the input.
+        before: The number of rows that earlier runs had done.
+        rejected_in: The file or folder with the rejected rows.
     """
 
     counts: Counts
@@ -88,14 +88,14 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class BatchProgress:
-    """Callbacks for a progress display: ``begin(rows, done)`` with those of the plan, ``advance(rows)`` after each shard."""
+    """Callbacks for a progress display: ``begin(rows, done)`` with the rows of the plan, ``advance(rows)`` after each shard."""
 
     begin: Callable[[int, int], object] = lambda rows, done: None
     advance: Callable[[int], object] = lambda rows: None
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, which end a batch as Ctrl-C does. ``number`` is that of the signal."""
+    """SIGTERM or SIGHUP, which end a batch as Ctrl-C does. ``number`` is the number of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Terminated(KeyboardInterrupt):
 def _in_order() -> Iterator[None]:
     """Makes SIGTERM and SIGHUP raise Terminated, so that workers can note that they were interrupted and did not crash.
 
-    Only in the main thread, and where the program has no handler of its own. A second signal does not cut the end short.
+    This applies only in the main thread, and if the program has no handler of its own. Further signals are ignored.
     """
     main = threading.current_thread() is threading.main_thread()
     known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
@@ -129,7 +129,7 @@ def _in_order() -> Iterator[None]:
 def answer_files(request: BatchRequest, progress: BatchProgress | None = None, load: Load | None = None) -> Summary:
     """Answers every row of the inputs, or continues an earlier run with the same output folder.
 
-    After a KeyboardInterrupt the finished parts are kept. In the main thread SIGTERM and SIGHUP raise Terminated, which is one.
+    After a KeyboardInterrupt the finished parts are kept. In the main thread, SIGTERM and SIGHUP raise its subclass Terminated.
 
     Args:
         request: What to answer.
@@ -166,7 +166,7 @@ def _check(request: BatchRequest) -> None:
         return
     if Path(request.output).suffix.lower() in LINES:
         raise InputError(
-            f"--output {request.output}: --engine ray writes a folder of parquet: give a name without .jsonl"
+            f"--output {request.output}: --engine ray writes a folder of parquet files: give a name without .jsonl"
         )
     if request.threads is not None:
         raise InputError("--threads is for the local engine: with --engine ray give --actors and --cpus-per-actor")
@@ -195,7 +195,7 @@ def _to_folder(
     else:
         plan = make_plan(settings, request.inputs, request.shard_rows)
     with folder.held():
-        if not begun and folder.begun:  # by a run that has ended meanwhile
+        if not begun and folder.begun:  # another run has made the folder and ended meanwhile
             plan = folder.plan_for(settings, plan.sources, request.shard_rows)
         elif not begun:
             folder.make(plan)

@@ -1,7 +1,7 @@
 """The files that ``--input`` names: paths, folders and globs, on this machine or in an object store.
 
-A name with ``://`` is opened by the file systems of pyarrow (s3, gs, hdfs, abfs, file; their options, such as ``region``,
-follow a ``?``), any other by the system.
+A name with ``://`` is opened by a file system of pyarrow (s3, gs, hdfs, abfs, file; its options, such as ``region``,
+follow a ``?``), any other name by the operating system.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Source:
     """One input file.
 
     Attributes:
-        path: Opens it on any machine that sees it.
-        name: Distinguishes it from the others in ids and messages.
-        size: Its size in bytes at the time of the plan; 0 for ``hub:NAME``.
+        path: The path or URI, which opens the file on any machine that can reach it.
+        name: The name that distinguishes it from the other files in ids and messages.
+        size: Its size in bytes when the plan was made; 0 for ``hub:NAME``.
         modified: Its modification time then, in ns since 1970; 0 for ``hub:NAME``.
     """
 
@@ -57,7 +57,7 @@ class Source:
         return "://" in self.path
 
     def stat(self) -> Source:
-        """The same file as it is now. Raises InputError if it is gone."""
+        """The file with its current size and time. Raises InputError if it is gone."""
         return replace(source_at(self.path), name=self.name) if self.kind else self
 
     def open(self) -> BinaryIO:
@@ -69,7 +69,7 @@ class Source:
 
 
 def source_at(path: str) -> Source:
-    """The source at a path as it is now, named by its path. Raises InputError if there is none."""
+    """The source at a path, with its current size and time, named by its path. Raises InputError if there is none."""
     if path.startswith("hub:"):
         return Source(path, path, 0, 0)
     if "://" in path:
@@ -89,7 +89,7 @@ def expand(patterns: Sequence[str]) -> list[Source]:
     """The files that patterns name, each once, in the order of the patterns and by name within a pattern.
 
     A pattern is a path, a folder (its files with a known suffix, except those that begin with ``.`` or ``_``), a glob
-    (``**`` for folders at any depth), ``handbook`` or ``hub:NAME``; with ``://`` it is in an object store.
+    (``**`` for folders at any depth), ``handbook``, ``hub:NAME``, or a URI with ``://`` in an object store.
     Local paths become absolute. Raises InputError if a pattern names no file, or a file of another kind.
     """
     paths = dict.fromkeys(path for pattern in patterns for path in _expanded(pattern))
@@ -105,7 +105,7 @@ def expand(patterns: Sequence[str]) -> list[Source]:
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """Names that distinguish the sources: their paths below the deepest folder that holds them all."""
+    """Names that distinguish the sources: their paths relative to the deepest folder that contains all of them."""
     paths = [PurePosixPath(source.path.partition("?")[0]) for source in sources]
     parents = [path.parent.parts for path in paths]
     shared = 0
@@ -149,7 +149,7 @@ def _usable(folder: str, paths: Iterable[str]) -> list[str]:
 
 def _remote(pattern: str) -> list[str]:
     """The URIs that a URI names: itself, the files of a folder, or the matches of a glob."""
-    bare, mark, query = pattern.partition("?")  # so ? is not a wildcard here
+    bare, mark, query = pattern.partition("?")  # options follow ?, so it is not a wildcard here
     scheme, _, rest = bare.partition("://")
     wild = _WILD.search(rest)
     base = rest[: rest.rfind("/", 0, wild.start()) + 1] if wild else rest
@@ -191,7 +191,7 @@ def _system(uri: str) -> tuple[Any, str]:
     fs = import_extra("pyarrow.fs", f"reading {uri}", "parquet")
     bare, mark, query = uri.partition("?")
     scheme, _, rest = bare.partition("://")
-    try:  # names are written as in the store; pyarrow expects them quoted as in a URI
+    try:  # users write names unquoted; pyarrow expects them quoted as in a URI
         system, path = fs.FileSystem.from_uri(f"{scheme}://{quote(rest, safe='/:@')}{mark}{query}")
     except (OSError, ValueError, TypeError, ImportError) as error:  # ArrowInvalid is a ValueError
         raise InputError(f"{uri}: the file system cannot be opened: {one_line(error)}") from error

@@ -1,4 +1,4 @@
-"""What a worker does, in either engine: one shard after the other, from rows of the input to a complete part."""
+"""The worker of both engines: answers one shard after the other, from rows of the input to a complete part."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHARED = "with several machines, each must see the bundle, the input and --outp
 
 @dataclass(frozen=True, slots=True)
 class BundleLoad:
-    """Loads a bundle when called. Workers get this, because an answerer cannot be pickled."""
+    """Loads a bundle when called. Workers get this object, because an answerer cannot be pickled."""
 
     path: str
     sha256: str | None = None
@@ -34,7 +34,7 @@ class BundleLoad:
     timeout: float | None = None
 
     def __call__(self) -> Answerer:
-        """The answerer. Raises what ``Answerer.load`` raises."""
+        """Returns the answerer. Raises what ``Answerer.load`` raises."""
         return Answerer.load(
             self.path,
             device=self.device,
@@ -58,7 +58,7 @@ class Worker:
         self._folder = Folder(folder)
         self._digest = digest
         self._load = load
-        self._run = secrets.token_hex(4)  # one for all actors, which get copies of this worker
+        self._run = secrets.token_hex(4)  # the same for all actors, which get copies of this worker
         self._open: tuple[BatchPlan, Answerer, Reader] | None = None
 
     def finish(self, number: int) -> Counts:
@@ -66,7 +66,7 @@ class Worker:
 
         Raises:
             FailureError: The message says where the problem is and what to do.
-            BrokenModelError: The model has stopped answering.
+            BrokenModelError: The model no longer answers.
             OSError: The part cannot be written.
         """
         plan = self._plan()
@@ -85,7 +85,7 @@ class Worker:
                 snippets=plan.settings.snippet is not None,
             )
         except BrokenModelError:
-            raise  # counts as a death: another process will find the row
+            raise  # counts as a death: another process will find the faulty row
         except BaseException:
             journal.left()
             raise

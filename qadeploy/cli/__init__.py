@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print. Heavy imports happen inside the commands."""
 
-# Each adds its commands.
+# Each module adds its commands to ``main``.
 from qadeploy.cli import answering, benching, exporting, indexing, labelling, pushing, serving, training, tuning
 from qadeploy.cli.common import main
 

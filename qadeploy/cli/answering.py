@@ -55,13 +55,13 @@ class EvaluateOptions:
     )
     n_best_size: int = option(N_BEST, "Candidates per question in nbest_predictions.json.", least=1)
     metric: MetricChoice | None = option(  # noqa: RUF009 - a Literal
-        None, "How EM and F1 compare texts, as in train; auto looks at this data.", shown="the model's"
+        None, "How EM and F1 compare texts, as in train; auto chooses by this data.", shown="the model's"
     )
     allow_no_answer: bool | None = option(
         None,
         "Whether 'no answer' competes.",
         off="--always-answer",
-        shown="if the data holds questions without an answer",
+        shown="if the data has questions without an answer",
     )
     prefilter: int | None = options.prefilter()
     device: str = options.device()
@@ -146,7 +146,7 @@ def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
 
 
 def _null_rule(allowed: bool, threshold: float | None, by_rule: bool) -> str:
-    """One line: whether "no answer" competed, by what threshold, and why."""
+    """One line: whether "no answer" competed, by which threshold, and why."""
     if not allowed:
         return f"every question is answered ({'all of the data has an answer' if by_rule else 'as asked'})"
     how = "by probability, the model has no threshold" if threshold is None else f"null threshold {threshold:+.3f}"
@@ -169,14 +169,14 @@ qadeploy ask --question "Who runs the Galley?" --corpus manuals
     "--context",
     "contexts",
     multiple=True,
-    help="The text to find the answer in, or @FILE: a UTF-8 file, read as it is but for a byte order mark, which is skipped "
-    "and not counted in places. @@TEXT is a text that begins with @. Given several times, the texts are passages that are read "
-    "together.",
+    help="The text to find the answer in, or @FILE: a UTF-8 file, read unchanged except for a byte order mark, which is skipped "
+    "and not counted in offsets. @@TEXT is a text that begins with @. If given several times, the texts are passages that are "
+    "read together.",
 )
 @click.option(
     "--corpus",
     "corpus_place",
-    help="Documents to find the answer in, instead of --context: a folder, a file, or an index that qadeploy index made. The "
+    help="Documents to find the answer in, instead of --context: a folder, a file, or an index made by qadeploy index. The "
     "index of documents is kept in $QADEPLOY_CACHE (~/.cache/qadeploy).",
 )
 @options_of(CorpusOptions)
@@ -195,7 +195,7 @@ def ask(
 ) -> None:
     """Answer one question from one context, several passages or a corpus, with BUNDLE (a run or checkpoint folder works too).
 
-    Without BUNDLE the newest under bundles/ is taken, else the one that ships.
+    Without BUNDLE, the newest under bundles/ is used, or the shipped bundle if there is none.
     """
     from qadeploy.inference.pairs import to_answers
     from qadeploy.inference.texts import skipped_passages
@@ -262,7 +262,7 @@ _NONE = "no answer: the context has no token that could be an answer"
 
 
 def _context(value: str) -> str:
-    """The text itself, or that of a file as it is: line ends are not translated, so that places count in the file."""
+    """The text itself, or that of a file. Line ends are not translated, so that offsets count in the file."""
     if not value.startswith("@") or value.startswith("@@"):
         return value.removeprefix("@")
     path = Path(value[1:])
@@ -290,8 +290,8 @@ qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answer
     "sources",
     required=True,
     multiple=True,
-    help="Rows with question and context, or contexts (a list of passages): a file, folder or glob of parquet or JSONL, local or on s3://..., or any format "
-    "that train reads. May be given several times.",
+    help="Rows with question and context, or contexts (a list of passages): a file, folder or glob of parquet or JSONL, local or "
+    "on s3://..., or any format that train reads. May be given several times.",
 )
 @click.option(
     "--output",
@@ -320,9 +320,9 @@ qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answer
 def answer(
     as_json: bool, bundle: str, sources: tuple[str, ...], output: str, engine: str, max_rejected: float, **given: Any
 ) -> None:
-    """Answer every row of files with BUNDLE, one question per row, in order; set aside rows that cannot be answered, with the reason.
+    """Answer every row of files with BUNDLE, one question per row, in order. Rows that cannot be answered are listed with the reason.
 
-    Without BUNDLE the newest under bundles/ is taken, else the one that ships.
+    Without BUNDLE, the newest under bundles/ is used, or the shipped bundle if there is none.
     """
     cluster = _cluster(engine, {name: given.pop(name) for name in declared(Cluster)})
     request = BatchRequest(bundle, sources, output, take_data_options(given), **given, cluster=cluster)
@@ -356,7 +356,7 @@ def answer(
 
 
 def _cluster(engine: str, given: dict[str, Any]) -> Cluster | None:
-    """The cluster of ``--engine ray``. Raises InputError if the local engine was given options of Ray's."""
+    """The cluster of ``--engine ray``. Raises InputError if options of Ray were given with the local engine."""
     if engine == "ray":
         return Cluster(**given)
     flags = [each.flag for name, each in declared(Cluster).items() if given[name] not in {each.default, None}]

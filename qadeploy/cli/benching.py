@@ -27,7 +27,7 @@ qadeploy bench bundles/faq-int8 --against pipeline,torch --max-f1-drop 0.5 --min
 def bench(as_json: bool, bundles: tuple[str, ...], **given: Any) -> None:
     """Measure BUNDLEs (default: the newest) against other tools on the same questions, and score the answers.
 
-    Peers and limits refer to the first BUNDLE; the others are shown beside it.
+    Peers and limits refer to the first BUNDLE; further ones are shown for comparison.
     """
     from qadeploy.bench import table
     from qadeploy.bench.run import bench_bundles

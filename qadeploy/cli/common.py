@@ -1,6 +1,6 @@
 """What the commands share: the group, the command class, options, printing, and loading models and data.
 
-Results go to stdout, remarks and progress to stderr; with ``--json`` stdout is one JSON object.
+Results go to stdout, remarks and progress to stderr; with ``--json``, stdout is one JSON object.
 Exit codes: 0 success, 1 the work failed, 2 the input or the options are invalid.
 """
 
@@ -32,7 +32,7 @@ _EXTRAS = {
     **dict.fromkeys(("markupsafe", "matplotlib"), "train"),
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), "serve"),
 }
-# Options that a reader of train --data may expect to take several times.
+# Options that a user may expect to be repeatable, as train --data is.
 _ONLY_ONCE = {"--columns", "--config", "--corpus", "--data", "--dev-data", "--eval-data", "--label", "--unlabelled"}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -68,7 +68,7 @@ class _Command(click.Command):
             raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
 
     def _check_repeated(self, ctx: click.Context, args: list[str]) -> None:
-        """Raises UsageError if a second value of an option may be meant as one more: click would take the last in silence."""
+        """Raises UsageError if an option is given twice, possibly to add a value: click would silently use the last."""
         order = self.make_parser(ctx).parse_args(list(args))[2]
         given = [each.opts[0] for each in order if not getattr(each, "multiple", False)]
         again = next((flag for flag in given if flag in _ONLY_ONCE and given.count(flag) > 1), None)
@@ -79,7 +79,7 @@ class _Command(click.Command):
         try:
             return super().make_context(*args, **kwargs)
         except click.UsageError as error:
-            if os.environ.get("RANK", "0") != "0":  # torchrun starts the same command several times: one says it
+            if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, only the first reports it
                 sys.exit(error.exit_code)
             raise
 
@@ -100,7 +100,7 @@ class _Command(click.Command):
                 raise
             fail(str(MissingExtraError(f"qadeploy {ctx.info_name}", package, _EXTRAS[package])), 1)
         except OSError as error:
-            if debug or error.errno == errno.EPIPE:  # whoever read stdout has gone, as head does: click ends quietly
+            if debug or error.errno == errno.EPIPE:  # the reader of stdout has exited, as head does: click ends quietly
                 raise
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}", 1)
@@ -112,7 +112,7 @@ class _Command(click.Command):
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Prints our own warnings once each, as a line on stderr, whatever Python's filters say; leaves other warnings alone."""
+    """Prints each of our own warnings once, as a line on stderr, whatever Python's filters are; leaves others alone."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -153,7 +153,7 @@ def command(group: click.Group, *, example: str) -> Callable[[Callable[..., Any]
 
 
 class _Group(click.Group):
-    """A group whose process ends also while a thread is inside ONNX Runtime."""
+    """A group whose process can exit even while a thread is still inside ONNX Runtime."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -180,12 +180,12 @@ def main() -> None:
 
 
 def note(message: str) -> None:
-    """A remark, on stderr."""
+    """Prints a remark on stderr."""
     click.echo(message, err=True)
 
 
 def print_result(as_json: bool, value: dict[str, Any], text: Sequence[str]) -> None:
-    """The result on stdout: ``value`` as JSON, or the lines of ``text``."""
+    """Prints the result on stdout: ``value`` as JSON, or the lines of ``text``."""
     if as_json:
         click.echo(json.dumps(value, ensure_ascii=False))
     else:
@@ -202,12 +202,12 @@ data_options = options_of(DataOptions)
 
 
 def take_data_options(options: dict[str, Any]) -> DataOptions:
-    """Takes the options of ``data_options`` out of ``options``; options that a command lacks keep their defaults."""
+    """Removes the options of ``data_options`` from ``options``; options that a command lacks keep their defaults."""
     return DataOptions(**{name: options.pop(name) for name in declared(DataOptions) if name in options})
 
 
 def bundle_argument(function: _Function) -> _Function:
-    """``BUNDLE``, which may be left out: then the newest under ``bundles/`` is taken, else the one that ships."""
+    """Adds the argument ``BUNDLE``; without it, the newest under ``bundles/`` is used, or else the shipped bundle."""
 
     def fill(ctx: click.Context, param: click.Parameter, value: str | None) -> str:
         if value is not None:
@@ -242,7 +242,7 @@ def load_predictor(
 
         return Answerer.load(path, device=device, threads=threads, sha256=bundle_sha256, load_timeout=load_timeout)
     if bundle_sha256 is not None:
-        raise InputError(f"{path}: is not a bundle, which --bundle-sha256 asks for")
+        raise InputError(f"{path}: is not a bundle, which --bundle-sha256 requires")
     from qadeploy.training.runs import find_run
 
     if not Path(path).is_dir():

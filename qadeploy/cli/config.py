@@ -1,8 +1,8 @@
-"""Option values that do not come from their own flag: from a file (``--config run.yaml``) or from a second flag with the same meaning.
+"""Option values that do not come from their own flag, but from a file (``--config run.yaml``) or from a synonymous flag.
 
 The command line wins over the file, and the file over the defaults. Keys of the file are option names without the leading
-dashes, with dashes or underscores, or the name in run_qa.py if the option has one. The file becomes
-click's ``default_map``, so every value is checked as a flag is.
+dashes, with dashes or underscores; names from run_qa.py work too. The file becomes click's ``default_map``, so every value is
+checked as a flag is.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from qadeploy.errors import InputError
 from qadeploy.extras import import_extra
 
 _MOST = 2**16  # bytes of a file; PyYAML takes seconds for more
-_DEEPEST = 20  # lists and groups inside each other; no option takes even one
-_BITS = 512  # of a whole number: no option takes more, and thousands of digits cannot be printed
+_DEEPEST = 20  # levels of nested lists and groups; no option needs even one
+_BITS = 512  # bits of a whole number: no option accepts more, and Python refuses to print thousands of digits
 
 # Options of run_qa.py (transformers 4.57, examples/pytorch/question-answering) that are not needed here.
 _NOT_NEEDED = {
@@ -59,8 +59,8 @@ _NOT_NEEDED = {
 def read_config(path: Path, command: click.Command, context: click.Context) -> dict[str, Any]:
     """The file's values by parameter name of ``command``, for ``Context.default_map``. Nulls are left out.
 
-    A file named *.json is read as JSON, any other as YAML, without aliases. Raises InputError naming the file and every key that
-    is unknown, given twice, of the wrong type or out of range; MissingExtraError if YAML cannot be read.
+    A file named *.json is read as JSON, any other as YAML, without aliases. Raises InputError, which names the file and every
+    key that is unknown, given twice, of the wrong type or out of range, and MissingExtraError if PyYAML is not installed.
     """
     values = _read(path)
     known = _names(command)
@@ -107,8 +107,8 @@ def unknown_hint(command: click.Command, name: str) -> str:
 def fold(context: click.Context, target: str, others: Mapping[str, Any]) -> Any:
     """The value of option ``target``, which other options can also set.
 
-    ``others`` maps their parameter names to the value each stands for, None if it is not given. The
-    command line wins over a config file. Raises InputError if either of them contradicts itself.
+    ``others`` maps the parameter names of these options to the values that they imply, None if an option is not given. The
+    command line wins over a config file. Raises InputError if either of the two contradicts itself.
     """
     meant = {target: context.params[target], **others}
     for source in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP):
@@ -140,7 +140,7 @@ def _names(command: click.Command) -> dict[str, click.Parameter]:
 
 
 def _checked(value: Any, param: click.Parameter, context: click.Context) -> Any:
-    """The value as the option's type makes it; unlike a flag's text it must be of that type already."""
+    """The value, converted by the option's type. Unlike a flag's text, it must have the right type already."""
     if isinstance(param, click.Option) and param.is_flag:
         wanted, fits = "true or false", isinstance(value, bool)
     elif isinstance(param.type, click.types.IntParamType):
@@ -162,7 +162,7 @@ def _checked(value: Any, param: click.Parameter, context: click.Context) -> Any:
 
 
 def _shown(key: Any) -> str:
-    """A key as text that can be printed; a number of thousands of digits has none."""
+    """A key as printable text. Python refuses to print a number of thousands of digits."""
     if isinstance(key, int) and key.bit_length() > _BITS:
         return "a number too long"
     return printable(str(key))
@@ -224,7 +224,7 @@ def _read_yaml(path: Path, text: str) -> Any:
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # ten lines of aliases can stand for billions of values
+            if self.check_event(yaml.AliasEvent):  # ten lines of aliases can expand to billions of values
                 line = self.peek_event().start_mark.line + 1
                 raise InputError(f"{path}: line {line}: an alias (*name) is not read: write the value out")
             self.depth += 1
@@ -242,7 +242,7 @@ def _read_yaml(path: Path, text: str) -> Any:
                 raise InputError(f"{path}: line {node.start_mark.line + 1}: a key is a list or a group") from None
             return dict(super().construct_mapping(node, deep))
 
-    # YAML 1.1 takes 1e-4 for text, as its floats need a point; YAML 1.2 and everybody who writes a learning rate do not.
+    # In YAML 1.1, 1e-4 is text, because floats need a point; in YAML 1.2, and for users who write a learning rate, it is a number.
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
     )

@@ -31,9 +31,9 @@ qadeploy export bundles/faq-int8 --triton repository
 @options_of(ExportOptions)
 @click.option("--list-recipes", is_flag=True, help="Explain the int8 recipes and stop.")
 def export(as_json: bool, run: str | None, list_recipes: bool, **given: Any) -> None:
-    """Export RUN (a run or checkpoint folder; default: the newest run) to ONNX bundles and prove what they keep.
+    """Export RUN (a run or checkpoint folder; default: the newest run) to ONNX bundles and verify their logits and F1.
 
-    With --quantize every int8 recipe is measured on this machine, and the best one that keeps its F1 is written.
+    With --quantize, every int8 recipe is measured on this machine, and the best one that keeps its F1 is written.
     RUN may also be a bundle, from which --spans-in-graph and --text-in-graph make further bundles, and --web a static site.
     """
     if list_recipes:

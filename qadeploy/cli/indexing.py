@@ -27,12 +27,12 @@ qadeploy index articles.jsonl --out indexes/articles --json
 """,
 )
 @click.argument("source")
-@click.option("--out", required=True, help="The folder of the index; an index that is there is brought up to date.")
+@click.option("--out", required=True, help="The folder of the index; an existing index is updated.")
 def index(as_json: bool, source: str, out: str) -> None:
     """Make an index of SOURCE, a folder of documents or a file, from which ask and serve answer.
 
-    Text, Markdown, HTML and PDF files, and JSONL with a document per row (fields text, id, title). If --out is an index
-    already, only files that changed are read. What is not in the index is listed, with its reason.
+    Documents are text, Markdown, HTML and PDF files, and JSONL with a document per row (fields text, id, title). If --out is
+    already an index, only changed files are read. Files that are not in the index are listed, with the reason.
     """
     from qadeploy.corpus.building import build
 
@@ -53,7 +53,7 @@ def index(as_json: bool, source: str, out: str) -> None:
 
 
 def open_corpus(place: str, progress: Progress) -> Corpus:
-    """Opens an index or documents; says what is not in it."""
+    """Opens an index, or builds one from documents, and notes which files are not in it."""
     from qadeploy.corpus.corpus import Corpus
 
     corpus = Corpus.open(place, lambda number, name: progress.show(f"{number} files: {name}"))
@@ -69,7 +69,7 @@ def open_corpus(place: str, progress: Progress) -> Corpus:
 def place_answers(
     corpus: Corpus, answers: Sequence[Answer], passages: Sequence[Passage], options: Options
 ) -> tuple[list[CorpusAnswer], dict[str, Any]]:
-    """The answers with their documents and places, and what is said of them as JSON."""
+    """The answers with their documents and places, and the values for the JSON output."""
     placed = corpus.placed(answers, passages, options.offsets)
     read = [passage.about() for passage in passages]
     skipped = [{"path": each.path, "reason": each.reason} for each in corpus.skipped]

@@ -26,15 +26,15 @@ qadeploy label questions.jsonl --predictions answers.jsonl --out rows.jsonl --an
 )
 @click.argument("source")
 @click.option(
-    "--out", required=True, help="The .jsonl file of decisions, which train reads; one that is there is continued."
+    "--out", required=True, help="The .jsonl file of decisions, which train reads; an existing file is continued."
 )
 @options_of(LabelOptions)
 def label(as_json: bool, source: str, out: str, **given: Any) -> None:
     """Label SOURCE in a browser on this machine: a model proposes answers, you accept or correct them.
 
-    SOURCE is data with questions and contexts, in any format that train reads; answers in it are not looked at. Or it is a
-    folder of documents (text, Markdown, HTML, PDF), or one of them: then you type questions on its passages.
-    Each decision is on the disk before the next row is shown. Rows that the annotator has decided are not shown again.
+    SOURCE is data with questions and contexts, in any format that train reads; answers in it are ignored. Or it is a folder
+    of documents (text, Markdown, HTML, PDF), or a single document: then you type questions on its passages.
+    Each decision is saved to the disk before the next row is shown. Rows that the annotator has decided are not shown again.
     """
     from qadeploy.inference.answerer import Answerer
     from qadeploy.labelling.desk import Desk
@@ -85,5 +85,5 @@ def _say(as_json: bool, url: str, desk: Any, out: str) -> None:
     else:
         what = "passages to ask questions on" if desk.documents else "rows to decide"
         click.echo(
-            f"{url}\nOpen this address: {left:,} {what}, for {desk.annotator}. Ctrl+C ends; every decision is in {out}."
+            f"{url}\nOpen this address: {left:,} {what}, for {desk.annotator}. Ctrl+C stops; every decision is in {out}."
         )

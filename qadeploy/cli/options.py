@@ -15,13 +15,13 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 def options_of(
     cls: type, *names: str, without: tuple[str, ...] = (), env: bool = False
 ) -> Callable[[_Function], _Function]:
-    """Adds the options that a dataclass declares to a command, in their order.
+    """Adds the options that a dataclass declares to a command, in the order of their declaration.
 
     Args:
         cls: The dataclass.
-        names: The options to add, all of them if none is named.
+        names: The options to add; all of them if none is named.
         without: Options to leave out.
-        env: Whether each is an environment variable too.
+        env: Whether environment variables set the options too.
     """
 
     def add(function: _Function) -> _Function:
@@ -36,7 +36,7 @@ def options_of(
 
 
 class NumberOrWord(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on
-    """A whole number, or one of some words."""
+    """A whole number, or one of the words among the option's choices."""
 
     name = "number or word"
 
@@ -45,7 +45,7 @@ class NumberOrWord(click.ParamType):  # type: ignore[type-arg]  # generic from c
         self.choices = each.choices
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number or the word."""
+        """Returns the number or the word."""
         found = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 10 else value
         if problem := self._option.problem(found):
             self.fail(problem, param, ctx)
@@ -53,7 +53,7 @@ class NumberOrWord(click.ParamType):  # type: ignore[type-arg]  # generic from c
 
 
 def click_option(each: Option, *, env: bool = False) -> Callable[[_Function], _Function]:
-    """The click option of a declared one."""
+    """The click option for a declared option."""
     flags = [each.flag, *each.also]
     if each.off:
         flags[-1] += f"/{each.off}"

@@ -1,4 +1,4 @@
-"""A progress line that is rewritten on a terminal, between lines that stay. Without a terminal only those are printed."""
+"""A progress line that is rewritten in place on a terminal, below permanent lines. Without a terminal only those are printed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Progress:
         self._draw()
 
     def say(self, message: str) -> None:
-        """A line that stays, above the one that is rewritten."""
+        """Prints a permanent line above the progress line."""
         text, self._text = self._text, ""
         self._draw()
         click.echo(message, err=self._as_json)
@@ -48,7 +48,7 @@ class Progress:
         self.count(step.done, step.of, f"{left}  {step.doing}")
 
     def show(self, text: str) -> None:
-        """Shows a text."""
+        """Shows a text as the progress line."""
         self._text = text
         self._draw()
 

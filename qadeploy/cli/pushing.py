@@ -25,7 +25,7 @@ qadeploy push runs/faq my-org/faq --revision v2
 def push(as_json: bool, source: str, repo: str, **given: Any) -> None:
     """Upload RUN (its best checkpoint and its card) or BUNDLE to the repository REPO (ORG/NAME) on the Hugging Face hub.
 
-    Data, predictions and logs stay here. The token is that of HF_TOKEN or of hf auth login. The uploaded files are listed.
+    Data, predictions and logs are not uploaded. The token comes from HF_TOKEN or hf auth login. The uploaded files are listed.
     """
     made = upload(source, repo, PushOptions(**given))
     print_result(as_json, made.to_dict(), made.lines())

@@ -27,14 +27,14 @@ QADEPLOY_TOKEN=secret qadeploy serve bundles/faq-int8 --protect-metrics
 def serve(as_json: bool, bundle: str, **options: Any) -> None:
     """Answer questions over HTTP with BUNDLE: JSON at /v1/answer, a page at /, the API at /docs.
 
-    Without BUNDLE the newest under bundles/ is taken, else the one that ships. Each option is an environment variable
-    too: --max-queue is QADEPLOY_MAX_QUEUE; BUNDLE is QADEPLOY_BUNDLE.
-    SIGTERM drains: not ready at once, --drain-delay later no new connections, running requests are answered, exit 0.
+    Without BUNDLE, the newest under bundles/ is used, or the shipped bundle if there is none. Environment variables set
+    the options too: QADEPLOY_MAX_QUEUE sets --max-queue, and QADEPLOY_BUNDLE sets BUNDLE.
+    On SIGTERM the server is not ready at once, closes the listener after --drain-delay, answers running requests and exits 0.
     """
     from qadeploy.serve.run import serve as run
 
-    if options["token"] is None and "QADEPLOY_TOKEN" in os.environ:  # click takes an empty variable for none
-        raise InputError("QADEPLOY_TOKEN is empty, so anyone could ask: give it a token, or unset it")
+    if options["token"] is None and "QADEPLOY_TOKEN" in os.environ:  # click treats an empty variable as unset
+        raise InputError("QADEPLOY_TOKEN is empty, so anyone could send requests: give it a token, or unset it")
     run(bundle, Settings(**options), lambda url, service: _say(as_json, url, service))
 
 

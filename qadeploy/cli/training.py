@@ -36,7 +36,8 @@ qadeploy check covid-qa.json --max-bad 0.01 --json
 def check(as_json: bool, file: str, **given: Any) -> None:
     """Classify every row of FILE (anything that train reads, and Label Studio's exports), and repair what can be repaired.
 
-    Each row gets the first class that fits; the table says what each means. An answer without an offset that occurs several times is rejected by --fix, unless --on-ambiguous first.
+    Each row gets the first class that fits; the table explains the classes. --fix rejects an answer without an offset that occurs
+    several times, unless --on-ambiguous first is given.
     """
     from qadeploy.data.table import check_lines
 
@@ -80,12 +81,13 @@ qadeploy train --resume --out runs/squad
 @click.option(
     "--folds",
     type=int,
-    help="Cross-validate first, with this many models, each scored on passages it was not trained on. Useful on small data.",
+    help="Cross-validate first, with this many models, each scored on passages it was not trained on. Useful with little data.",
 )
 @click.option(
     "--search",
     type=int,
-    help="First search for settings: train N times, varying those of learning rate, epochs, batch size and negatives that are not given. The best by dev F1, or by the mean F1 of the --folds, are used.",
+    help="Search for settings first: train N times, varying learning rate, epochs, batch size and negatives unless they are given. "
+    "The best settings by dev F1, or by the mean F1 of the --folds, are used.",
     metavar="N",
 )
 @click.option("--resume", is_flag=True, help="Resume the unfinished run or search in --out with its recorded options.")

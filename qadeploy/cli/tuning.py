@@ -25,7 +25,7 @@ def tune(as_json: bool, bundle: str, **given: Any) -> None:
     """Measure BUNDLE's session settings on this machine and store the best ones in it.
 
     Measured in interleaved rounds: which graph optimizers of ONNX Runtime to disable, whether idle threads spin or sleep, and
-    how the windows of a question are spread over threads. Settings change only if others are clearly faster and the logits stay.
+    how the windows of a question are spread over threads. Only clearly faster settings with the same logits are stored.
     """
     tuned = tune_bundle(bundle, TuneOptions(**given), sayer(as_json))
     print_result(as_json, tuned.to_dict(), tuned.lines())

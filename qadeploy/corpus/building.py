@@ -1,4 +1,4 @@
-"""Builds an index, or brings one up to date: only files that changed are read again."""
+"""Builds or updates an index; an update reads only changed files."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ from qadeploy.machine import usable_cpus
 
 _HEAP = 2**26  # bytes of terms that each of Tantivy's threads collects before it writes them
 _MOST_THREADS = 4
-# A file that changed so shortly before it was read may change again without another time: nanoseconds.
+# Nanoseconds. A file that changed less than this before it was read may have changed again with the same timestamp.
 _TICK = 2_000_000_000
 _COPIED = 2**22
-_ENDING = 5.0  # seconds that Tantivy's threads get to end after an error
+_ENDING = 5.0  # seconds that Tantivy's threads have to end after an error
 OnFile = Callable[[int, str], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What building an index did.
+    """The result of building an index.
 
     Attributes:
         folder: The index.
-        files: How many files it holds.
-        documents: How many documents.
-        passages: How many passages.
-        added: Files that are new in it.
-        changed: Files that were read again.
-        removed: Files that are no longer there, or can no longer be read.
-        skipped: What is not in it, and why.
+        files: The number of files in the index.
+        documents: The number of documents in the index.
+        passages: The number of passages in the index.
+        added: The number of files that are new in the index.
+        changed: The number of files that were read again.
+        removed: The number of files that no longer exist, or can no longer be read.
+        skipped: The files, folders and rows that are not in the index, each with the reason.
     """
 
     folder: Path
@@ -74,24 +74,24 @@ class Built:
 
     @property
     def up_to_date(self) -> bool:
-        """Whether nothing had changed, so that nothing was written."""
+        """Whether no file had changed, so that nothing was written."""
         return not (self.added or self.changed or self.removed)
 
 
 def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_damaged: bool = False) -> Built:
-    """Makes the index of a corpus, or brings an older one up to date.
+    """Builds the index of a corpus, or updates an existing one.
 
     An interruption at any time leaves the old index, or none.
 
     Args:
         source: A folder of documents, or a file.
-        folder: The index.
-        on_file: Called with the number and the name of each file that is read.
-        replace_damaged: Whether an index that cannot be opened is made anew; else that is an error.
+        folder: The folder of the index.
+        on_file: Called with the number and the name of each file.
+        replace_damaged: Whether an index that cannot be opened is rebuilt instead of raising an error.
 
     Raises:
         InputError: No file of the source can be read, ``folder`` holds something else, or another command is writing it.
-        CorpusError: The older index is damaged or of another version.
+        CorpusError: The existing index is damaged or of another version.
         MissingExtraError: Tantivy is not installed.
     """
     require_tantivy()
@@ -105,7 +105,7 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
         try:
             return _Building(source, folder, old, on_file).run()
         except OSError as error:
-            error.filename = error.filename or str(folder)  # a full disk does not name the file
+            error.filename = error.filename or str(folder)  # the error for a full disk names no file
             raise
 
 
@@ -121,7 +121,7 @@ def _check_place(folder: Path) -> None:
 
 
 def _refuse_inside(source: Path, folder: Path) -> None:
-    """Raises InputError if the index would be a part of the corpus; a hidden folder, such as a cache, is none."""
+    """Raises InputError if the index would be a part of the corpus. Hidden folders, such as a cache, are not."""
     inner, outer = folder.resolve(), source.resolve()
     if (
         source.is_dir()
@@ -195,24 +195,24 @@ class _Building:
         return built
 
     def _opened(self, work: Path) -> _Writer:
-        """The writer, which is opened when the first file turns out to have changed."""
+        """The writer, which is created once a file turns out to have changed."""
         self.writer = self.writer or _Writer(work, self.folder, self.old)
         return self.writer
 
     def _unchanged(self, found: Found, known: Source) -> Source | None:
-        """The entry of a file whose bytes are still the same: by its times, else by its hash."""
+        """The entry of a file if its bytes are unchanged, judging by its timestamps or else by its hash; None if not."""
         if found.size != known.size:
             return None
         if found.changed == known.changed and max(found.changed) < known.checked - _TICK:
             return known
-        with suppress(OSError):  # whoever reads it says what is wrong
+        with suppress(OSError):  # ``_read`` reports the error
             same = hashlib.file_digest(found.stream, "sha256").hexdigest() == known.sha256
             found.stream.seek(0)
             return known if same else None
         return None
 
     def _read(self, found: Found, reader: Reader, work: Path) -> Source | None:
-        """Reads a file into the index; None if it cannot be read, with the reason among what was skipped."""
+        """Reads a file into the index. If it cannot be read, adds the reason to ``skipped`` and returns None."""
         problems: list[Skipped] = []
         writer: _Writer | None = None
         begin, documents, passages, id_ = 0, 0, 0, self.next_id
@@ -224,7 +224,7 @@ class _Building:
                 sha256 = hashlib.file_digest(found.stream, "sha256").hexdigest()
                 found.stream.seek(0)
             for document in documents_of(found, reader, problems.append):
-                if writer is None:  # not before: to open it copies the old index
+                if writer is None:  # as late as possible, because creating it copies the old index
                     writer = self._opened(work)
                     begin = writer.size
                 passages += writer.add(document, id_, begin)
@@ -264,12 +264,12 @@ class _Building:
         facts = {"files_read": built.files, "documents": built.documents, "passages": built.passages}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         seal(work, {"schema": SCHEMA, "kind": KIND, "created": created, "qadeploy": __version__, **facts})
-        _check_place(self.folder)  # whatever has been put there meanwhile
+        _check_place(self.folder)  # something may have been put there meanwhile
         replace_folder(work, self.folder)
 
 
 class _Writer:
-    """Adds documents to the files of an index in a temporary folder, which begins with those of the old one."""
+    """Adds documents to an index in a temporary folder, which starts with the files of the old index."""
 
     def __init__(self, work: Path, folder: Path, old: IndexFolder | None) -> None:
         tantivy = require_tantivy()
@@ -283,17 +283,17 @@ class _Writer:
         threads = min(usable_cpus(), _MOST_THREADS)
         with _writing(folder):
             index = tantivy.Index(self._schema, path=str(work))
-            index.config_reader(reload_policy="manual")  # else a thread watches the folder, and makes files in it
+            index.config_reader(reload_policy="manual")  # or a thread would watch the folder, and make files in it
             index.register_tokenizer(ANALYZER, analyzer())
             self._writer = index.writer(heap_size=threads * _HEAP, num_threads=threads)
         self._texts: BinaryIO = (work / f"{TEXTS}.new").open("wb")
         self.size = 0
 
     def add(self, document: Document, file: int, begin: int) -> int:
-        """Adds the passages of a document of a file whose texts begin at ``begin``. Returns their number."""
+        """Adds the passages of a document from ``file``, whose texts begin at ``begin``. Returns their number."""
         data = document.text.encode()
         first, at, done, count = self.size - begin, 0, 0, 0
-        for count, piece in enumerate(cut(document), 1):  # noqa: B007 - the count is used behind the loop
+        for count, piece in enumerate(cut(document), 1):  # noqa: B007 - the count is used after the loop
             at += len(document.text[done : piece.start].encode())
             text = document.text[piece.start : piece.end]
             bytes_ = text.encode()
@@ -315,7 +315,7 @@ class _Writer:
         return count
 
     def close(self) -> None:
-        """Closes the file of texts, whatever became of it."""
+        """Closes the file of texts, also after an error."""
         with suppress(OSError):
             self._texts.close()
 
@@ -327,23 +327,23 @@ class _Writer:
             time.sleep(0.01)
 
     def take_back(self, file: int, begin: int) -> None:
-        """Takes a file out again that turned out to be unreadable in its midst."""
+        """Removes a file that turned out to be unreadable halfway."""
         self._delete(file)
         self._texts.truncate(begin)
         self._texts.seek(begin)
         self.size = begin
 
     def remove(self, gone: Iterable[Source]) -> None:
-        """Takes files of the old index out."""
+        """Removes files of the old index."""
         for each in gone:
             self._delete(each.id)
 
     def _delete(self, file: int) -> None:
-        # By a query, whose schema says that the number is unsigned; by its term, nothing would be deleted.
+        # By a query, which knows from the schema that the number is unsigned; deleting by term would delete nothing.
         self._writer.delete_documents_by_query(self._tantivy.Query.term_query(self._schema, "file", file))
 
     def finish(self, sources: list[Source], old_ids: set[int]) -> list[Source]:
-        """Writes everything: the texts that stayed, then the new ones. Returns the files with the places of their texts."""
+        """Writes the texts that stay, then the new ones. Returns the files with the places of their texts."""
         with _writing(self._folder):
             self._writer.commit()
             self._writer.wait_merging_threads()
@@ -364,10 +364,10 @@ class _Writer:
             if path.name.startswith(".tantivy-"):
                 path.unlink()  # a lock
             else:
-                shutil.copymode(self._work / TEXTS, path)  # Tantivy makes some for their owner alone
+                shutil.copymode(self._work / TEXTS, path)  # Tantivy makes some files readable by their owner only
         return [placed.get(each.id) or replace(each, begin=each.begin + at) for each in sources]
 
 
 def _writing(folder: Path) -> AbstractContextManager[None]:
-    """Makes an error of Tantivy one of the index: it raises a ValueError if its disk is full."""
+    """Turns errors of Tantivy, such as its ValueError for a full disk, into a CorpusError."""
     return rust_errors(lambda error: CorpusError(f"{folder}: the index cannot be written: {one_line(error)}"))

@@ -24,17 +24,17 @@ from qadeploy.inference.texts import check_text
 from qadeploy.records import Answer
 
 _CACHED = "corpora"
-_TIED = 20  # passages beyond those that are wanted, among which equal scores are put in order
+_TIED = 20  # passages fetched beyond the limit, so that equal scores at the limit can be ordered
 
 
 class Corpus:
-    """Documents that questions are answered from: BM25 finds passages, and the model reads the best. Threads may share it.
+    """Documents that questions are answered from: BM25 finds passages, and the model reads the best. Thread-safe.
 
-    It is opened with ``build``, ``load`` or ``open``.
+    Open it with ``build``, ``load`` or ``open``.
 
     Args:
         index: A verified index.
-        skipped: What is not in it, and why, if that is known better than the index says.
+        skipped: What is not in the corpus, and why; None to take it from the index.
 
     Attributes:
         skipped: The files, folders and rows that are not in the corpus, each with its reason.
@@ -56,7 +56,7 @@ class Corpus:
 
     @classmethod
     def build(cls, source: str | Path, folder: str | Path, on_file: OnFile | None = None) -> Corpus:
-        """Makes an index, or brings an older one up to date, and opens it.
+        """Builds or updates an index, and opens it.
 
         Args:
             source: A folder of documents, or a file: text, Markdown, HTML, PDF, or JSONL with a document per row.
@@ -64,8 +64,8 @@ class Corpus:
             on_file: Called with the number and the name of each file.
 
         Raises:
-            InputError: No file of the source can be read, ``folder`` holds something else, or another is writing it.
-            CorpusError: The older index is damaged or of another version.
+            InputError: No file of the source can be read, ``folder`` holds something else, or another command is writing it.
+            CorpusError: The existing index is damaged or of another version.
             MissingExtraError: Tantivy is not installed.
         """
         built = build(Path(source), Path(folder), on_file)
@@ -76,7 +76,7 @@ class Corpus:
         """Opens an index and verifies all of its files.
 
         Args:
-            folder: What ``build`` or ``qadeploy index`` made.
+            folder: A folder made by ``build`` or ``qadeploy index``.
 
         Raises:
             InputError: There is no such folder.
@@ -110,12 +110,12 @@ class Corpus:
 
     @property
     def folder(self) -> Path:
-        """Where the index lies."""
+        """The folder of the index."""
         return self._index.folder
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the index's manifest, which identifies it."""
+        """SHA-256 of the index's manifest, which identifies the index."""
         return self._index.hash
 
     @property
@@ -125,7 +125,7 @@ class Corpus:
 
     @property
     def documents(self) -> int:
-        """The number of documents: of files, or of rows in files of rows."""
+        """The number of documents: each file is one, or each row of a JSONL file."""
         return sum(source.documents for source in self._index.sources)
 
     @property
@@ -134,7 +134,7 @@ class Corpus:
         return self._passages
 
     def search(self, question: str, limit: int = 20) -> list[Passage]:
-        """Finds the passages that fit a question best by BM25, over their words and those of their headings.
+        """Finds the passages that match a question best by BM25, over their words and the words of their headings.
 
         Args:
             question: The question.
@@ -155,13 +155,13 @@ class Corpus:
         if not terms:
             return []
         wanted = query.boolean_query([(self._tantivy.Occur.Should, term) for term in terms])
-        # Of equal scores Tantivy takes what it indexed first, which threads and updates decide.
+        # Tantivy orders equal scores by indexing order, which depends on threads and updates.
         found = self._found(wanted, min(limit + _TIED, self.passages))
         found.sort(key=lambda each: (-each[0], each[2].document, each[2].start))
         return [self._passage(place, source, score) for score, source, place in found[:limit]]
 
     def text(self, document: str) -> str:
-        """The text of a document, in which the offsets of its passages and answers count.
+        """The text of a document, to which the offsets of its passages and answers refer.
 
         Raises:
             InputError: There is no document of this name.
@@ -176,7 +176,7 @@ class Corpus:
     def answer(
         self, answerer: Answerer, question: str, *, passages: int = READ, **options: Unpack[AnswerOptions]
     ) -> list[CorpusAnswer]:
-        """Answers a question from the passages that fit it best, which the model reads together.
+        """Answers a question from the passages that match it best, which the model reads together.
 
         Args:
             answerer: The model.
@@ -201,15 +201,15 @@ class Corpus:
     def placed(
         self, answers: Sequence[Answer], passages: Sequence[Passage], offsets: Offsets = "codepoints"
     ) -> list[CorpusAnswer]:
-        """Answers that were read from passages, with their documents and places: the last step of ``answer``.
+        """Adds documents and places to answers that were read from passages: the last step of ``answer``.
 
         Args:
-            answers: What an answerer returned for the texts of ``passages`` as ``contexts``, with offsets in code points.
-            passages: What ``search`` found.
+            answers: The answers to the texts of ``passages`` as ``contexts``, with offsets in code points.
+            passages: The passages that ``search`` found.
             offsets: The unit of the offsets in the documents.
         """
         found = []
-        begins: dict[int, int] = {}  # of passages, in other units than code points: a document may be long
+        begins: dict[int, int] = {}  # cached starts of passages in other units: converting a long document takes time
         for answer in answers:
             number = answer.passage
             if number is None:
@@ -250,7 +250,7 @@ class Corpus:
 
 
 def build_cached(source: Path, on_file: OnFile | None = None) -> Built:
-    """``build`` of an index in the cache, found again by the place of the source; a damaged one is made anew.
+    """Runs ``build`` with an index in the cache, which is named by the path of the source; rebuilds a damaged one.
 
     Raises:
         InputError, MissingExtraError: As ``build`` does.

@@ -1,4 +1,4 @@
-"""Documents to passages: cut at headings and pages, then at blank lines, and only where a paragraph is too long inside it."""
+"""Documents to passages: cut at headings and pages, then at blank lines, and inside paragraphs only if they are too long."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from qadeploy.core.encoded_text import trimmed
 from qadeploy.corpus.records import Cut, Document, Heading
 
-# Code points of a passage: a window of 384 tokens and a question hold so much of most languages, so that a passage is one window.
+# Code points of a passage: in most languages, this much text and a question fit into one window of 384 tokens.
 LONGEST = 800
-BETWEEN = " > "  # the headings of a place
+BETWEEN = " > "  # separates the headings of a place
 _BLANK = re.compile(r"\n[^\S\n]*\n|\u2029|\f")
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?=\s)|[。！？]|\n")
 _MOST_TITLE = 120  # code points of a heading in a place
 
 
 def cut(document: Document) -> Iterator[Cut]:
-    """Cuts a document into passages, in order: every code point but white space around paragraphs is in one of them.
+    """Cuts a document into passages, in order. They cover every code point except white space around paragraphs.
 
-    A passage never crosses a heading or a page. Short paragraphs of a section are put together, up to ``LONGEST`` code points.
+    A passage never crosses a heading or a page. Short paragraphs of a section are joined, up to ``LONGEST`` code points.
     """
     line, counted = 1, 0
     for number, (start, end, headings) in enumerate(_sections(document), 1):
@@ -33,7 +33,7 @@ def cut(document: Document) -> Iterator[Cut]:
 
 
 def _sections(document: Document) -> Iterator[tuple[int, int, str]]:
-    """The parts of a document between which no passage reaches, with the headings above each, or the title."""
+    """The parts of a document that no passage crosses, each with the headings above it, or the title."""
     end = len(document.text)
     if document.pages:
         borders = [*document.pages[1:], end]
@@ -43,7 +43,7 @@ def _sections(document: Document) -> Iterator[tuple[int, int, str]]:
     path: list[Heading] = []
     begin = 0
     for heading in document.headings:
-        # A heading right below another one begins no section of its own: its section is that of both.
+        # A heading right below another one starts no new section: both share one.
         if document.text[path[-1].end if path else 0 : heading.start].strip():
             yield begin, heading.start, _headings(document, path)
             begin = heading.start
@@ -57,7 +57,7 @@ def _headings(document: Document, path: list[Heading]) -> str:
 
 
 def _packed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Neighbouring paragraphs put together, as long as they are no longer than ``LONGEST``."""
+    """Joins neighbouring paragraphs, up to ``LONGEST`` code points."""
     held: tuple[int, int] | None = None
     for first, last in _pieces(text, start, end):
         if held and last - held[0] <= LONGEST:
@@ -71,7 +71,7 @@ def _packed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The paragraphs between two places, without white space around them; of a long one its parts."""
+    """The paragraphs between two offsets, without surrounding white space; a long paragraph in parts."""
     borders = [(found.start(), found.end()) for found in _BLANK.finditer(text, start, end)]
     for first, last in zip([start, *(b for _, b in borders)], [*(a for a, _ in borders), end], strict=True):
         first, last = trimmed(text, first, last)
@@ -86,7 +86,7 @@ def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def _part(text: str, first: int) -> int:
-    """Where to cut a paragraph that is too long: behind a sentence, else a word, of the second half of what fits."""
+    """Where to cut a paragraph that is too long: after the last sentence, or else word, in the second half of what fits."""
     half, most = first + LONGEST // 2, first + LONGEST
     ends = [found.end() for found in _SENTENCE_END.finditer(text, half, most)]
     if ends:

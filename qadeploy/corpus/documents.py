@@ -1,4 +1,4 @@
-"""Files to documents. ``READERS`` lists the kinds of files; what none of them reads is named with its reason."""
+"""Files to documents. ``READERS`` lists the supported kinds of files; all others are reported with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qadeploy.corpus.scanning import Found, OnSkipped, reading
 from qadeploy.data.formats import decode
 from qadeploy.errors import InputError
 
-MOST_BYTES = 2**28  # of a file that is one document
+MOST_BYTES = 2**28  # the largest size of a file that is one document
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class Reader:
     """A kind of file.
 
     Attributes:
-        suffixes: Its endings.
-        name: What people call it.
-        read: Makes the document of its bytes and its name; None for files of rows.
+        suffixes: The suffixes of file names.
+        name: The name of the kind, for people.
+        read: Makes a document from the bytes and the name of a file; None for files with a document per row.
     """
 
     suffixes: tuple[str, ...]
@@ -48,18 +48,18 @@ READERS = (
 
 
 def reader_of(name: str) -> Reader | None:
-    """The reader of a file by its ending; None if there is none."""
+    """The reader of a file, chosen by its suffix; None if there is none."""
     suffix = PurePosixPath(name).suffix.lower()
     return next((reader for reader in READERS if suffix in reader.suffixes), None)
 
 
 def endings() -> str:
-    """The endings that are read."""
+    """The supported suffixes, as text."""
     return ", ".join(suffix for reader in READERS for suffix in reader.suffixes)
 
 
 def unread(name: str) -> Skipped:
-    """What to say of a file that no reader reads."""
+    """The entry for a file that no reader reads."""
     suffix = PurePosixPath(name).suffix
     return Skipped(name, f"{f'ending {suffix!r}' if suffix else 'no ending'}; read are {endings()}")
 
@@ -76,7 +76,7 @@ def documents_of(found: Found, reader: Reader, skip: OnSkipped) -> Iterator[Docu
     Args:
         found: The file, at its beginning.
         reader: Its reader.
-        skip: Told of rows that cannot be read.
+        skip: Called with each row that cannot be read.
 
     Raises:
         InputError: The file cannot be read; the message begins with its name.

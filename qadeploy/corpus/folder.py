@@ -1,11 +1,11 @@
 """The folder of an index, verified when it is opened.
 
     manifest.json    schema, counts, size and SHA-256 of every other file, and its own SHA-256
-    files.json       the files that it was made from, each with its hash and where its text lies, and what was passed over
+    files.json       the indexed files, each with its hash and the position of its text, and the files that were skipped
     texts.bin        the texts of all documents, as UTF-8, one after the other
-    *                the rest are Tantivy's: the terms of every passage, and what ``Place`` holds
+    *                Tantivy's files: the terms of every passage, and its ``Place``
 
-It is written like a bundle: to a hidden folder beside its place, the manifest last, then flushed and renamed.
+It is written like a bundle: to a hidden folder beside its path, the manifest last, then flushed and renamed.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from qadeploy.inference.manifest import parse_json
 SCHEMA = 1
 KIND = "qadeploy corpus index"
 FILES, TEXTS = "files.json", "texts.bin"
-# Tantivy's own: its lists of files, and segments, which are named by a UUID.
+# The files of Tantivy: its lists of files, and segments, which are named by a UUID.
 SEARCH_FILE = re.compile(r"meta\.json|\.managed\.json|[0-9a-f]{32}\.[\w.]{1,40}")
 _MOST_MANIFEST = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that the index was made from.
+    """A file in the index.
 
     Attributes:
-        path: Its path below the corpus folder; bytes that are no UTF-8 as lone surrogates.
+        path: Its path below the corpus folder; bytes that are not UTF-8 as lone surrogates.
         id: Its number in the index; a changed file gets a new one.
         size: Its size in bytes.
-        changed: Nanoseconds of its last changes when it was read.
-        checked: Nanoseconds of when that was.
-        sha256: Of its bytes.
+        changed: The times of its last changes when it was read, in nanoseconds.
+        checked: The time at which it was read, in nanoseconds.
+        sha256: The SHA-256 of its bytes.
         begin: Where its texts begin in ``texts.bin``, in bytes.
-        length: Their length there.
-        documents: How many it holds.
-        passages: How many it holds.
-        skipped: What of it could not be read.
+        length: The length of its texts, in bytes.
+        documents: The number of its documents.
+        passages: The number of its passages.
+        skipped: The rows that could not be read.
     """
 
     path: str
@@ -71,12 +71,12 @@ class Source:
     skipped: tuple[Skipped, ...] = ()
 
     def to_json(self) -> list[Any]:
-        """The values as a list, without the names, of which there may be a million."""
+        """The values as a list, without names, because there may be a million files."""
         return list(astuple(self))
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Source:
-        """Reads what ``to_json`` made. Raises ValueError or TypeError on anything else."""
+        """Reads the output of ``to_json``. Raises ValueError or TypeError on anything else."""
         path, id_, size, changed, checked, sha256, begin, length, documents, passages, skipped = values
         numbers = (id_, size, checked, begin, length, documents, passages)
         if not (isinstance(path, str) and isinstance(sha256, str) and len(changed) == 2):
@@ -91,18 +91,18 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What is stored with a passage: where it lies. Bytes count from where the texts of its file begin.
+    """The position of a passage, which is stored with it. Byte offsets count from the beginning of the texts of its file.
 
     Attributes:
         document: The document's name.
-        place: The headings above it, its page, or its line.
+        place: The headings above the passage, its page, or its line.
         start: Its first code point in the document.
-        end: One past its last.
-        begin: Its first byte.
-        length: Its bytes.
-        document_begin: The document's first byte.
-        document_length: The document's bytes.
-        checksum: CRC-32 of its bytes, which may be changed while the index is in use.
+        end: One past its last code point.
+        begin: The offset of its first byte.
+        length: Its number of bytes.
+        document_begin: The offset of the document's first byte.
+        document_length: The document's number of bytes.
+        checksum: CRC-32 of its bytes; detects a change of the file while the index is in use.
     """
 
     document: str
@@ -121,7 +121,7 @@ class Place:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Place:
-        """Reads what ``to_bytes`` made. Raises ValueError or TypeError on anything else."""
+        """Reads the output of ``to_bytes``. Raises ValueError or TypeError on anything else."""
         values = json.loads(data)
         found = cls(*values)
         if not isinstance(found.document, str) or not isinstance(found.place, str):
@@ -144,13 +144,13 @@ def schema() -> Any:
 
 @dataclass(frozen=True, slots=True)
 class IndexFolder:
-    """A verified index. Its files stay open, so that it can be read while another takes its place.
+    """A verified index. Its files stay open, so that it remains readable while another index replaces it.
 
     Attributes:
-        folder: Where it lies.
-        manifest: What the manifest says.
-        sources: The files that it was made from.
-        skipped: What was passed over, and why.
+        folder: The folder of the index.
+        manifest: The contents of the manifest.
+        sources: The indexed files.
+        skipped: The files that were skipped, and why.
         hash: SHA-256 of the manifest, which holds the hashes of all files, so it identifies the index.
     """
 
@@ -162,7 +162,7 @@ class IndexFolder:
     files: Mapping[str, OpenFile] = field(repr=False, compare=False)
 
     def bytes_of(self, source: Source, begin: int, length: int) -> bytes:
-        """Bytes of the texts of a file. Raises CorpusError if there are not so many."""
+        """Bytes of the texts of a file. Raises CorpusError if there are fewer."""
         if begin + length > source.length:
             raise _damaged(self.folder / TEXTS)
         data = self.files[TEXTS].read(source.begin + begin, length)
@@ -171,17 +171,17 @@ class IndexFolder:
         return data
 
     def text_of(self, source: Source, place: Place) -> str:
-        """The text of a passage. Raises CorpusError if it is not the one that was indexed."""
+        """The text of a passage. Raises CorpusError if it is not the text that was indexed."""
         data = self.bytes_of(source, place.begin, place.length)
         if zlib.crc32(data) != place.checksum:
             raise _damaged(self.folder / TEXTS)
         return data.decode("utf-8", "replace")
 
     def open_search(self) -> Any:
-        """Opens Tantivy's index, which needs no file any more once it is open. Raises CorpusError if it cannot be read."""
+        """Opens Tantivy's index, which then no longer needs its files. Raises CorpusError if it cannot be read."""
         tantivy = require_tantivy()
-        # Tantivy makes a lock file in the folder that it reads, which may be read-only. Links to the open files, or copies where
-        # the system has no such links, are what was verified, whatever lies in the folder by now.
+        # Tantivy makes a lock file in the folder that it reads, but the index may be read-only. So it reads a temporary folder of
+        # links to the open files (or copies, without /proc), which are the verified ones even if the index has been replaced.
         with _vanishing_folder() as view:
             for name, file in self.files.items():
                 if SEARCH_FILE.fullmatch(name):
@@ -195,7 +195,7 @@ class IndexFolder:
 
 
 def _show(descriptor: int, place: str) -> None:
-    """Makes an open file readable under a name."""
+    """Makes an open file readable under a path."""
     if _LINUX:
         os.symlink(f"/proc/self/fd/{descriptor}", place)
         return
@@ -206,7 +206,7 @@ def _show(descriptor: int, place: str) -> None:
 
 @contextmanager
 def _vanishing_folder() -> Iterator[str]:
-    """A temporary folder that is removed although a thread of Tantivy's may make its lock file there meanwhile."""
+    """A temporary folder that is removed even if a thread of Tantivy makes its lock file there meanwhile."""
     folder = tempfile.mkdtemp(prefix="qadeploy-")
     try:
         yield folder
@@ -228,7 +228,7 @@ def _damaged(path: Path) -> CorpusError:
 
 
 def is_index(folder: Path) -> bool:
-    """Whether a folder holds an index, of whatever version; ``open_index`` verifies it."""
+    """Whether a folder holds an index of any version. It is not verified."""
     path = folder / MANIFEST
     if not path.is_file():
         return False
@@ -244,7 +244,7 @@ def open_index(folder: Path) -> IndexFolder:
 
     Raises:
         InputError: There is no such folder.
-        CorpusError: It is no index, of another version, incomplete, damaged, or unsafe.
+        CorpusError: The folder is not an index, or one of another version, incomplete, damaged, or unsafe.
     """
     return opened(folder, lambda: _open(folder))
 
@@ -300,7 +300,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _verified(path: Path, about: Mapping[str, Any]) -> OpenFile:
-    """Opens a file whose size and SHA-256 are those of the manifest. Raises CorpusError if they are not."""
+    """Opens a file. Raises CorpusError if its size or SHA-256 is not that of the manifest."""
     try:
         file = OpenFile(path)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""HTML to text with headings. Scripts, styles and the like are left out; blocks are lines, paragraphs are apart by a blank line."""
+"""HTML to text with headings. Scripts and styles are left out; list items become lines, and a blank line separates blocks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _INLINE = frozenset({
     "img", "input", "ins", "kbd", "label", "mark", "nobr", "q", "rp", "rt", "ruby", "s", "samp", "small", "span", "strike",
     "strong", "sub", "sup", "time", "tt", "u", "var", "wbr",
 })  # fmt: skip
-_GAPS = ("", " ", "\t", "\n", "\n\n")  # what stands between two texts, from the weakest to the strongest
+_GAPS = ("", " ", "\t", "\n", "\n\n")  # the gaps between two texts, from the weakest to the strongest
 _SPACE = re.compile(r"[ \t\n\r\f\v]+")
 
 
 class _Writer:
-    """Puts texts together with the strongest gap that was asked for in between."""
+    """Joins texts with the strongest gap that was requested between them."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -62,7 +62,7 @@ def html_document(text: str, name: str) -> Document:
         name: The document's name.
 
     Raises:
-        InputError: The parser cannot read it.
+        InputError: The parser cannot read the text.
         MissingExtraError: lxml is not installed.
     """
     etree = import_extra("lxml.etree", "reading HTML", "corpus")
@@ -86,7 +86,7 @@ def _walked(etree: Any, root: Any) -> tuple[str, tuple[Heading, ...]]:
     headings: list[Heading] = []
     walker = etree.iterwalk(root, events=("start", "end"))
     verbatim = 0  # how many <pre> are open
-    begun: tuple[Any, int, int] | None = None  # the heading that is open, where it begins, and its part of the text
+    begun: tuple[Any, int, int] | None = None  # the open heading, its offset, and its index in ``writer.parts``
     for event, element in walker:
         tag = element.tag
         strength = 0 if tag in _INLINE else 3 if tag in _LINES else 2 if tag in {"td", "th"} else 4

@@ -1,4 +1,4 @@
-"""Markdown: the text stays as it is, so that places count in the file; only the headings are looked for."""
+"""Markdown: the text stays unchanged, so that offsets count in the file; only the headings are parsed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from qadeploy.extras import import_extra
 
 
 def markdown_headings(text: str) -> tuple[Heading, ...]:
-    """The headings of a Markdown text, those with ``#`` and those that are underlined, and not what only looks like one.
+    """The headings of a Markdown text, with ``#`` or underlined, but not what only looks like one, for example in code.
 
     Raises:
         MissingExtraError: markdown-it-py is not installed.
     """
     parser = import_extra("markdown_it", "reading Markdown", "corpus", "markdown-it-py").MarkdownIt("commonmark")
-    parser.disable(["inline", "text_join"])  # what a paragraph holds does not matter here
-    # Its lines end at \n, \r\n or \r; each of them becomes one character below, so that lines are counted the same way.
+    parser.disable(["inline", "text_join"])  # the contents of paragraphs do not matter here
+    # The parser's lines end at \n, \r\n or \r; splitlines() knows more line ends, which are ignored here.
     begins = [0]
     at = 0
     for line in text.splitlines(keepends=True):

@@ -14,16 +14,16 @@ SNIPPET = 200  # code points on each side of an answer
 
 @dataclass(frozen=True, slots=True)
 class CorpusOptions:
-    """How a corpus is read."""
+    """The options for reading a corpus."""
 
     passages: int = option(
         READ,
-        "Of a corpus, how many passages the model reads, those that share most with the question (BM25).",
+        "How many passages of a corpus the model reads, those that share most with the question (BM25).",
         least=1,
         most=MOST_READ,
     )
 
 
 def for_corpus(options: Options) -> Options:
-    """The options with which passages of a corpus are read: answers have a snippet, and offsets are converted later."""
+    """The options for reading passages of a corpus: answers have a snippet, and offsets are converted later."""
     return replace(options, snippet=SNIPPET if options.snippet is None else options.snippet, offsets="codepoints")

@@ -1,4 +1,4 @@
-"""PDF files to text, page by page, in a process of its own: a file may make its reader crash, hang or eat all memory."""
+"""PDF files to text, page by page, in a separate process: a file may make the reader crash, hang or use all memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pdf_document(content: bytes, name: str) -> Document:
         name: The document's name.
 
     Raises:
-        InputError: It is damaged, encrypted, too large, or takes longer than ``MOST_SECONDS``.
+        InputError: The file is damaged, encrypted or too large, or reading it takes longer than ``MOST_SECONDS``.
         MissingExtraError: pypdfium2 is not installed.
     """
     if find_spec("pypdfium2") is None:

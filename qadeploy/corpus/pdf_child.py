@@ -1,4 +1,4 @@
-"""The process that reads a PDF file for ``pdf``: bytes on stdin, JSON on stdout. It imports nothing of qadeploy, to start fast."""
+"""The process that reads a PDF file for ``pdf``: bytes on stdin, JSON on stdout. To start fast, it imports nothing from qadeploy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import sys
 if sys.platform != "win32":
     import resource
 
-_MEMORY = 2**31  # bytes that the process may take besides the file itself
+_MEMORY = 2**31  # bytes that the process may use besides the file itself
 _PAGES = 20_000
 
 
 def read(content: bytes, most: int) -> dict[str, object]:
-    """The text of each page, or what is wrong; ``most``: the most bytes of text."""
+    """The text of each page, or an error; ``most`` is the largest number of characters of text."""
     import pypdfium2
     from pypdfium2 import PdfiumError
     from pypdfium2.raw import FPDF_ERR_PASSWORD, FPDF_GetLastError
@@ -34,7 +34,7 @@ def read(content: bytes, most: int) -> dict[str, object]:
             page.close()
         except PdfiumError:
             return {"error": f"page {number + 1} cannot be read: it is damaged"}
-        # How PDFium marks a hyphen at a line end.
+        # PDFium marks a hyphen at a line end with \x02 or \ufffe.
         text = text.replace("\x02", "").replace("\ufffe", "").replace("\0", "")
         left -= len(text)
         if left < 0:
@@ -44,7 +44,7 @@ def read(content: bytes, most: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Reads stdin under limits of memory, and prints the result."""
+    """Reads stdin with limited memory, and prints the result."""
     content = sys.stdin.buffer.read()
     limit = _MEMORY + 4 * len(content)
     if sys.platform != "win32":

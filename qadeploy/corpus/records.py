@@ -16,7 +16,7 @@ class Heading:
         start: Its first code point.
         end: One past its last code point.
         level: 1 for the title, 2 for a section, and so on.
-        title: What it says.
+        title: Its text, without markup.
     """
 
     start: int
@@ -30,13 +30,13 @@ class Document:
     """The text of a file, or of a row of a file.
 
     Attributes:
-        name: The path below the corpus folder; of a row with ``#`` and its id, or ``:`` and its line.
-        text: The text that offsets count in.
+        name: The path below the corpus folder; for a row, followed by ``#`` and its id, or ``:`` and its line.
+        text: The text to which offsets refer.
         headings: Its headings, in order.
-        pages: Where each page begins; () without pages.
-        title: What it is called, if it is not called so in a heading.
-        place: Where it is, if it has neither title, headings nor pages.
-        has_lines: Whether its lines are those of the file, so that a line is a place.
+        pages: The offset at which each page begins; () without pages.
+        title: Its title from outside the text, such as the title of an HTML page or the field of a row.
+        place: The place of its passages, if it has neither title, headings nor pages.
+        has_lines: Whether its lines are the lines of the file, so that a line can name a place.
     """
 
     name: str
@@ -50,13 +50,13 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where a passage is cut from a document.
+    """The position of a passage in a document.
 
     Attributes:
         start: Its first code point.
-        end: One past its last.
+        end: One past its last code point.
         place: The headings above it, its page, or its line.
-        headings: The headings above it or the title, in which words are looked for too; "" without.
+        headings: The headings above it or the title, whose words are searched too; "" if there are none.
     """
 
     start: int
@@ -89,9 +89,9 @@ class Passage:
         document: The document's name.
         place: The headings above it, its page, or its line.
         start: Its first code point in the document.
-        end: One past its last.
+        end: One past its last code point.
         text: The passage.
-        score: How well it fits the question by BM25, from 0; comparable among the passages of one question only.
+        score: How well it matches the question by BM25, from 0; comparable among the passages of one question only.
     """
 
     document: str
@@ -106,7 +106,7 @@ class Passage:
         return asdict(self)
 
     def about(self) -> dict[str, Any]:
-        """Returns what is said of it beside answers: where it lies and how well it fits."""
+        """Returns what results say about the passages that were read: document, place and score."""
         return {"document": self.document, "place": self.place, "score": self.score}
 
 
@@ -119,7 +119,7 @@ class CorpusAnswer:
     Attributes:
         text: The answer.
         score: A probability, among all spans of the passages that were read.
-        document: The name of the document that holds it.
+        document: The name of its document.
         place: The headings above it, its page, or its line.
         start: Where it starts in the document.
         end: Where it ends there, exclusive.

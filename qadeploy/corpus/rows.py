@@ -15,15 +15,15 @@ from qadeploy.errors import InputError
 
 TEXT_FIELDS = ("text", "context", "passage", "content", "contents", "body", "document")
 _MOST_LINE = 2**24  # characters
-_MOST_NAMED = 20  # rows of a file that are named, each with its reason; the rest are counted
+_MOST_NAMED = 20  # faulty rows of a file that are named, each with its reason; the rest are counted
 _MOST_NAME = 200
 
 
 def row_documents(found: Found, skip: OnSkipped) -> Iterator[Document]:
-    """Reads the rows of a file. A text that an earlier row holds is no second document: data sets repeat a context per question.
+    """Reads the rows of a file. Rows that repeat the text of an earlier row are skipped: data sets repeat it per question.
 
     Raises:
-        InputError: It is not UTF-8, or UTF-16 with its mark, or no row of it can be read.
+        InputError: The file is neither UTF-8 nor UTF-16 with a byte order mark, or none of its rows can be read.
     """
     problems = _Problems(found.name, skip)
     seen: set[bytes] = set()
@@ -48,11 +48,11 @@ def row_documents(found: Found, skip: OnSkipped) -> Iterator[Document]:
     if repeated:
         skip(Skipped(found.name, f"{plural(repeated, 'row')} with the text of an earlier row"))
     if not count:
-        raise InputError(f"{found.name}: no row of it can be read")
+        raise InputError(f"{found.name}: none of its rows can be read")
 
 
 class _Problems:
-    """Names the first rows that cannot be read, and counts the others."""
+    """Reports the first rows that cannot be read, and counts the others."""
 
     def __init__(self, name: str, skip: OnSkipped) -> None:
         self._name, self._skip, self._count = name, skip, 0
@@ -84,7 +84,7 @@ def _lines(found: Found) -> Iterator[tuple[int, str]]:
             if line.strip():
                 yield number, line
     except UnicodeDecodeError as error:
-        raise InputError(f"{found.name}: not UTF-8 text behind line {number}: save it as UTF-8") from error
+        raise InputError(f"{found.name}: not UTF-8 text after line {number}: save it as UTF-8") from error
     finally:
         stream.detach()
 

@@ -1,4 +1,4 @@
-"""The files below a corpus folder. Links are not followed, so nothing outside the folder is read, whatever its author put in it."""
+"""The files below a corpus folder. Links are not followed, so nothing outside the folder is read, even if it is untrusted."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ OnSkipped = Callable[[Skipped], object]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A plain file of a corpus.
+    """A regular file of a corpus.
 
     Attributes:
-        path: Its path below the folder, with ``/``; bytes that are no UTF-8 are lone surrogates, as ``os`` has it.
-        name: The path as people and JSON have it.
+        path: Its path below the folder, with ``/``; bytes that are not UTF-8 are lone surrogates, as in ``os``.
+        name: The path as printable text, for messages and JSON.
         stream: Its bytes, open as long as the file is the current one of ``scan``.
         size: Its size in bytes.
-        changed: Nanoseconds of its last changes (content, then content or entry).
+        changed: The times of its last changes in nanoseconds (mtime, ctime).
     """
 
     path: str
@@ -42,14 +42,14 @@ def scan(source: Path, skip: OnSkipped) -> Iterator[Found]:
 
     Args:
         source: The folder, or a single file.
-        skip: Told of what is passed over: links, pipes, hidden files, what may not be read.
+        skip: Called with everything that is skipped: links, pipes, hidden files, files without read permission.
 
     Raises:
         InputError: There is no such file or folder.
     """
     if not source.exists():
         raise InputError(f"{source}: no such file or folder: give a folder of documents, or a file")
-    source = source.resolve()  # the one link that is followed: the caller named it
+    source = source.resolve()  # only this link is followed, because the caller named it
     if not source.is_dir():
         yield from _opened(_Folder(str(source.parent)), source.name, "", skip)
         return
@@ -78,7 +78,7 @@ def scan(source: Path, skip: OnSkipped) -> Iterator[Found]:
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A folder by its path, or by what holds it open, so that nothing that replaces it is read. Windows has only paths."""
+    """A folder, named by its path or, except on Windows, by a descriptor, which stays valid if the folder is replaced."""
 
     path: str
     descriptor: int | None = None
@@ -100,7 +100,7 @@ def _walk(source: Path, refused: Callable[[OSError], object]) -> Iterator[tuple[
 
 
 def shown(path: str) -> str:
-    """A path with the bytes that are no UTF-8, and what is not printable, as escapes."""
+    """A path with escapes for bytes that are not UTF-8, and for characters that are not printable."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -125,7 +125,7 @@ def _opened(folder: _Folder, name: str, below: str, skip: OnSkipped) -> Iterator
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Makes an error of the system while a file is read an InputError that names it."""
+    """Turns an OSError while a file is read into an InputError that names the file."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Texts to the terms that BM25 compares: words without case and accents, and of scripts without spaces each pair of characters."""
+"""Texts to the terms that BM25 compares: words without case and accents, or pairs of characters in scripts without spaces."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from qadeploy.core.scripts import UNSPACED
 from qadeploy.extras import import_extra
 
-ANALYZER = "qadeploy"  # its name in the index
-MOST_TERMS = 256  # of a question; one with more words has no room in a window
-_LONGEST_TERM = 100  # bytes; what is longer is no word
+ANALYZER = "qadeploy"  # the name of the analyzer in the index
+MOST_TERMS = 256  # terms of a question; a question with more words does not fit into a window
+_LONGEST_TERM = 100  # bytes; longer terms are not words
 _WORD = r"[\p{Alphabetic}\p{M}\p{Nd}]+"
-# Korean has spaces, but particles are written to its words.
+# Korean has spaces, but particles are attached to its words.
 _RUN = re.compile(rf"[{UNSPACED}\u1100-\u11ff\uac00-\ud7ff]+")
 
 
@@ -25,7 +25,7 @@ def require_tantivy() -> Any:
 
 @cache
 def analyzer() -> Any:
-    """What cuts a prepared text into terms, for passages and for questions."""
+    """The analyzer that cuts a prepared text into terms, for passages and for questions."""
     tantivy = require_tantivy()
     found = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.regex(_WORD))
     filters = tantivy.Filter
@@ -35,7 +35,7 @@ def analyzer() -> Any:
 
 
 def prepared(text: str) -> str:
-    """A text as the analyzer takes it: compatible characters as one, and pairs of characters in place of unspaced runs."""
+    """Prepares a text for the analyzer: NFKC, with unspaced runs replaced by their pairs of characters."""
     return text if text.isascii() else _RUN.sub(_pairs, unicodedata.normalize("NFKC", text))
 
 

@@ -1,7 +1,7 @@
 """Exports of annotation tools: Label Studio, Prodigy and doccano, one row per task.
 
-A region is ``{"text", "start", "end", "label"}``; its text may be left out. Label Studio counts UTF-16 units. A task's text is its
-context unless it has one of that name.
+A region is ``{"text", "start", "end", "label"}``; its text may be left out. Label Studio counts UTF-16 units. The field ``text`` of
+a task is its context, unless it has a field ``context``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def is_export_row(value: Mapping[str, Any]) -> bool:
     """Whether an object is a row of Label Studio's JSON-MIN or CSV export."""
     if "annotation_id" not in value or _EXPORTED.isdisjoint(value):
         return False
-    return {"answer", "answers"}.isdisjoint(map(plain, value))  # else a written answer, which is no region
+    return {"answer", "answers"}.isdisjoint(map(plain, value))  # such fields hold written answers, not regions
 
 
 def row_of_export(value: Mapping[str, Any]) -> RawRow:
@@ -54,7 +54,7 @@ def row_of_export(value: Mapping[str, Any]) -> RawRow:
 
 
 def _results(results: Iterable[Mapping[str, Any]]) -> Iterator[Region]:
-    """Regions with a place; choices, ratings and an annotator's comments have none."""
+    """Yields the regions; choices, ratings and comments have no position and are left out."""
     for result in results:
         value = result.get("value")
         if not isinstance(value, dict) or "start" not in value:
@@ -155,7 +155,7 @@ def labels_of(region: Mapping[str, Any]) -> list[str]:
 
 
 def _objects(values: Any) -> Iterator[dict[str, Any]]:
-    """The objects in a list; nothing of anything else."""
+    """Yields the objects in a list; nothing if the value is no list."""
     yield from (x for x in values if isinstance(x, dict)) if isinstance(values, list) else ()
 
 
@@ -171,7 +171,7 @@ def _on_question(region: Region, name: str, question: Any, context: Any) -> bool
 
 
 def visible_text(html: str) -> str:
-    """The text of an HTML page without its tags, as Label Studio's global offsets count it."""
+    """The text of an HTML page without tags, in which Label Studio's global offsets count."""
     found = _Text()
     found.feed(html)
     found.close()

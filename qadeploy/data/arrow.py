@@ -1,7 +1,7 @@
-"""Parquet and arrow files as Python rows, within a budget: what they would unpack to is counted before it is unpacked.
+"""Parquet and arrow files as Python rows, within a budget: the unpacked size is counted before anything is unpacked.
 
-An index of a few bytes can stand for a long text, a run of one value for any number of rows. So texts stay dictionaries until
-their lengths are added up.
+An index of a few bytes can stand for a long text, and a run of one value for any number of rows. So texts stay dictionaries
+until their lengths are added up.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from qadeploy.errors import InputError
 from qadeploy.extras import import_extra
 from qadeploy.machine import usable_cpus
 
-_ROWS = 1024  # of parquet unpacked at a time
-_ROW, _CELL = 200, 8  # bytes that Python takes at least
+_ROWS = 1024  # rows of parquet that are unpacked at a time
+_ROW, _CELL = 200, 8  # the least bytes that Python needs per row and per cell
 _ENCODINGS = ("run_end_encoded", "list_view", "large_list_view")
 
 
 def read_table(content: bytes, name: str, kind: str) -> list[dict[str, Any]]:
-    """Reads the rows of a parquet file, or of an arrow file: in the stream format that ``datasets`` writes, or the file format.
+    """Reads the rows of a parquet file, or of an arrow file in the stream format (which ``datasets`` writes) or file format.
 
     Args:
-        content: Its bytes.
-        name: The file, for errors.
+        content: The bytes of the file.
+        name: The name of the file, for errors.
         kind: ``parquet`` or ``arrow``.
 
     Raises:
-        InputError: It cannot be read, names a column twice, or unpacks to more than a ``Budget`` allows.
+        InputError: The file cannot be read, names a column twice, or unpacks to more than a ``Budget`` allows.
         MissingExtraError: pyarrow is not installed.
     """
     import_extra("pyarrow.parquet", f"reading {kind}", "parquet")
     import pyarrow as arrow
 
-    arrow.set_cpu_count(min(arrow.cpu_count(), usable_cpus()))  # of itself it knows no quota
+    arrow.set_cpu_count(min(arrow.cpu_count(), usable_cpus()))  # pyarrow ignores CPU quotas
     budget = Budget(name, len(content))
     batches = _parquet_batches if kind == "parquet" else _arrow_batches
     rows: list[dict[str, Any]] = []
@@ -56,26 +56,26 @@ def read_table(content: bytes, name: str, kind: str) -> list[dict[str, Any]]:
 
 
 def take_batch(batch: Any, budget: Budget) -> None:
-    """Counts what the rows of a record batch take, before they are made.
+    """Counts the bytes that the rows of a record batch need, before they are made.
 
     Args:
         batch: A record batch of pyarrow. Its texts may be dictionaries.
-        budget: What they may take.
+        budget: The bytes that they may need.
 
     Raises:
-        InputError: It is more, or a column has a type that is not read.
+        InputError: They need more, or a column has an unsupported type.
     """
     take_rows(len(batch), budget)
     budget.take(sum(_size(column, budget.name) for column in batch.columns))
 
 
 def take_rows(count: int, budget: Budget) -> None:
-    """Counts what ``count`` rows take, whatever they hold. Raises InputError."""
+    """Counts the bytes that ``count`` rows need besides their values. Raises InputError."""
     budget.take(_ROW * count)
 
 
 def texts_of_parquet(file: Any) -> list[str]:
-    """The columns of a ``ParquetFile`` that hold texts, to be read as dictionaries."""
+    """The text columns of a ``ParquetFile``, which are to be read as dictionaries."""
     columns = [file.schema.column(i) for i in range(len(file.schema))]
     return [c.path for c in columns if c.physical_type == "BYTE_ARRAY" and c.logical_type.type != "DECIMAL"]
 
@@ -89,20 +89,20 @@ def _parquet_batches(arrow: Any, content: bytes, budget: Budget) -> Iterator[Any
             claimed.take(size)
         texts = texts_of_parquet(file)
     with arrow.parquet.ParquetFile(source, read_dictionary=texts) as file:
-        refuse_twice(file.schema_arrow.names, budget.name)  # also of a file without rows
+        refuse_twice(file.schema_arrow.names, budget.name)  # a file without rows has no batch to check
         yield from file.iter_batches(_ROWS)
 
 
 def check_arrow(path: Path, name: str) -> None:
-    """Counts what an arrow file unpacks to, for a library that is to read it.
+    """Counts the unpacked size of an arrow file before another library reads it.
 
     Args:
         path: The file.
         name: Its name in errors.
 
     Raises:
-        InputError: It cannot be read, or unpacks to more than a ``Budget`` allows.
-        OSError: It cannot be read.
+        InputError: The file is damaged, or unpacks to more than a ``Budget`` allows.
+        OSError: The file cannot be read.
     """
     import pyarrow as arrow
 
@@ -116,8 +116,8 @@ def check_arrow(path: Path, name: str) -> None:
 
 
 def _arrow_batches(arrow: Any, content: Any, budget: Budget) -> Iterator[Any]:
-    """The record batches in the bytes or the buffer of pyarrow."""
-    framed = bytes(content[:6]) == b"ARROW1"  # the file format is a stream with a frame
+    """Yields the record batches in bytes or a pyarrow buffer."""
+    framed = bytes(content[:6]) == b"ARROW1"  # the file format is the stream format inside a frame
     stream = content[8:] if framed else content
     claimed = Budget(budget.name, budget.packed)
     for message in arrow.ipc.MessageReader.open_stream(stream):
@@ -125,7 +125,7 @@ def _arrow_batches(arrow: Any, content: Any, budget: Budget) -> Iterator[Any]:
     with arrow.ipc.open_stream(stream) as reader:
         refuse_twice(reader.schema.names, budget.name)
         for batch in reader:
-            batch.validate(full=True)  # else damaged offsets read other memory
+            batch.validate(full=True)  # or damaged offsets would read other memory
             yield batch
 
 
@@ -139,7 +139,7 @@ def _unpacked(message: Any) -> int:
         return int(struct.unpack_from(f"<{code}", data, at)[0])
 
     def member(table: int, index: int) -> int | None:
-        """The place of a member of a flatbuffers table, None if it is left out."""
+        """The position of a member of a flatbuffers table; None if it is left out."""
         members = table - number("i", table)
         offset = number("H", members + 4 + 2 * index) if 4 + 2 * index < number("H", members) else 0
         return table + offset if offset else None
@@ -159,7 +159,7 @@ def _unpacked(message: Any) -> int:
 
 
 def _size(column: Any, name: str) -> int:
-    """The bytes that an array's values take at least, without making them."""
+    """The least bytes that an array's values need, counted without making them."""
     import pyarrow as arrow
     from pyarrow import compute
 
@@ -182,7 +182,7 @@ def _size(column: Any, name: str) -> int:
 
 
 def _lengths(values: Any, name: str) -> Any:
-    """The lengths of texts or of bytes as an arrow array, None of anything else."""
+    """The lengths of texts or of bytes as an arrow array; None for other types."""
     import pyarrow as arrow
     from pyarrow import compute
 
@@ -196,10 +196,9 @@ def _lengths(values: Any, name: str) -> Any:
 
 
 def to_rows(batch: Any) -> list[dict[str, Any]]:
-    """Makes Python objects of a record batch.
+    """Converts a record batch to Python objects.
 
-    A date, a time or a duration that Python cannot hold is the number that the file has for it: it is no text in any case, and
-    other columns can be used.
+    A date, time or duration that Python cannot represent becomes the number in the file, so that other columns can be used.
 
     Args:
         batch: A record batch of pyarrow.
@@ -220,7 +219,7 @@ def _values(column: Any) -> list[Any]:
         return list(column.to_pylist())
     except UnicodeDecodeError:
         raise
-    except (ValueError, OverflowError, KeyError, ImportError):  # KeyError: a time zone that is not known
+    except (ValueError, OverflowError, KeyError, ImportError):  # KeyError: an unknown time zone
         return list(column.cast(_counted(column.type)).to_pylist())
 
 

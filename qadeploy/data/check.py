@@ -1,9 +1,9 @@
-"""The data check: classify every row and say how it can be repaired.
+"""The data check: classifies every row and says how it can be repaired.
 
 A row has the first class of ``RowClass`` that fits; with several answers, the class of the worst. An offset is
-"shifted" if the answer's own text stands elsewhere, but "utf16" or "utf8" if the text stands exactly there once the offset is
-read in UTF-16 units or UTF-8 bytes: then characters that take several explain the shift. ``repeated`` (an answer that occurs several times
-in its context) and ``duplicate`` (an earlier row has the same question and context) are flags, counted separately.
+"shifted" if the answer's exact text is elsewhere, but "utf16" or "utf8" if the text is exactly there once the offset is
+read in UTF-16 units or UTF-8 bytes. ``repeated`` (an answer that occurs several times in its context) and ``duplicate``
+(an earlier row has the same question and context) are flags, counted separately.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ _PRINTED = (
 
 @dataclass(frozen=True, slots=True)
 class CheckedAnswer:
-    """What was found about one answer.
+    """The result of checking one answer.
 
     Attributes:
         kind: Its class.
-        given: The answer as the data has it.
-        fixed: The context's own slice, None if it is not certain.
+        given: The answer as given in the data.
+        fixed: The slice of the context that is the answer; None if it is uncertain.
         repeated: Whether the answer occurs several times in the context.
         problem: Why there is no ``fixed``.
         shift: The given offset minus the true one, in code points.
@@ -85,7 +85,7 @@ class CheckedAnswer:
 
 @dataclass(frozen=True, slots=True)
 class CheckedRow:
-    """What was found about one row.
+    """The result of checking one row.
 
     Attributes:
         raw: The row as it was read.
@@ -129,37 +129,37 @@ class CheckedData:
 
     @property
     def repaired(self) -> int:
-        """Rows that can be used only after a repair."""
+        """The number of rows that can be used only after a repair."""
         return sum(row.repaired for row in self.rows)
 
     @property
     def rejected(self) -> int:
-        """Rows that cannot be used."""
+        """The number of rows that cannot be used."""
         return sum(row.problem is not None for row in self.rows)
 
     @property
     def bad_share(self) -> float:
-        """Share of the rows that cannot be used as they are, 0 to 1."""
+        """The share of rows that cannot be used without a repair, 0 to 1."""
         return (self.repaired + self.rejected) / len(self.rows)
 
     @property
     def same_ids(self) -> int:
-        """Rows whose id an earlier row has."""
+        """The number of rows with the id of an earlier row."""
         ids = [row.parsed.id for row in self.rows if row.parsed and row.parsed.id is not None]
         return len(ids) - len(set(ids))
 
     @property
     def withheld(self) -> int:
-        """Rows with an empty list of answers that nothing explains."""
+        """The number of rows with an empty list of answers, but no flag such as ``is_impossible``."""
         return sum(row.parsed is not None and row.parsed.withheld for row in self.rows)
 
     @property
     def overruled(self) -> int:
-        """Rows with an answer that their context holds, which say that there is none."""
+        """The number of rows that give an answer in their context, but also say that there is none."""
         return sum(row.parsed is not None and row.parsed.overruled for row in self.rows)
 
     def rejecting(self, numbers: Collection[int], problem: Problem) -> CheckedData:
-        """Returns the same rows, those with these numbers rejected."""
+        """Returns the same rows, but rejects those with the given numbers."""
         rows = tuple(replace(r, problem=problem) if r.raw.number in numbers and not r.problem else r for r in self.rows)
         return replace(self, rows=rows)
 
@@ -188,19 +188,19 @@ class CheckedData:
         }
 
 
-_DRIFT = 3  # certain answers that must be off by the same amount
+_DRIFT = 3  # the least number of certain answers that must be off by the same amount
 
 
 def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> CheckedData:
     """Classifies every row of a source.
 
     Args:
-        source: Its name, for messages.
-        rows: Its rows.
-        options: How to read them.
+        source: The name of the source, for messages.
+        rows: The rows.
+        options: The options for reading them.
 
     Raises:
-        InputError: The source has no rows, a column is missing from all of them, or the label of the answers is not chosen.
+        InputError: The source has no rows, a column is missing from all of them, or ``label`` must be chosen.
     """
     raw = list(rows)
     if not raw:
@@ -214,7 +214,7 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
         problems.append(problem)
     first = problems[0]
     if first and first.reason is Reason.MISSING and all(problem == first for problem in problems):
-        raise InputError(f"{source}: in every row the field {first}")  # then the mapping is wrong, not the rows
+        raise InputError(f"{source}: in every row the field {first}")  # the mapping is wrong, not the rows
     check_withheld(source, parsed, options)
     checked = [
         _check_row(row, found, problem, options)
@@ -224,7 +224,7 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
 
 
 def check_row(row: RawRow, options: DataOptions) -> CheckedRow:
-    """Classifies one row by itself, without what other rows say about it."""
+    """Classifies one row by itself, without comparing it to other rows."""
     return _check_row(row, *_parsed(row, options), options)
 
 
@@ -236,7 +236,6 @@ def _parsed(row: RawRow, options: DataOptions) -> tuple[ParsedRow | None, Proble
 
 
 def _check_row(row: RawRow, parsed: ParsedRow | None, problem: Problem | None, options: DataOptions) -> CheckedRow:
-    """Classifies one row by itself."""
     if parsed is None:
         return CheckedRow(row, RowClass.EMPTY, None, problem=problem)
     if not parsed.answers:
@@ -251,7 +250,7 @@ def _with_answers(row: CheckedRow, answers: tuple[CheckedAnswer, ...]) -> Checke
 
 
 def _explained(rows: list[CheckedRow]) -> list[CheckedRow]:
-    """Moves answers with several places by the drift of those with one, if most of these are off by the same amount."""
+    """Resolves repeated answers by the drift of the unique ones, if most of those are off by the same amount."""
     certain = Counter(a.shift for row in rows for a in row.answers if a.fixed and a.shift and not a.repeated)
     drift, count = certain.most_common(1)[0] if certain else (0, 0)
     if count < _DRIFT or 2 * count < certain.total():
@@ -281,7 +280,7 @@ def _drifted(row: CheckedRow, drift: int) -> CheckedRow:
 
 
 def _compared(rows: list[CheckedRow]) -> list[CheckedRow]:
-    """Marks rows that ask what an earlier row asks, and rejects those that contradict each other."""
+    """Marks rows with the question and context of an earlier row, and rejects rows that contradict each other."""
     asked: dict[tuple[str, str], int] = {}
     found = list(rows)
     for i, row in enumerate(rows):
@@ -304,7 +303,7 @@ def _compared(rows: list[CheckedRow]) -> list[CheckedRow]:
 
 
 def _check_answer(given: RawAnswer, context: str, options: DataOptions, utf16: bool) -> CheckedAnswer:
-    """Classifies one answer; ``utf16``: its offset is known to count UTF-16 units."""
+    """Classifies one answer; ``utf16`` means that its offset is known to count UTF-16 units."""
     text, offset = given.text, given.start
     places = [Slice(at, at + len(text)) for at in occurrences(text, context)]
     repeated = len(places) > 1
@@ -336,7 +335,7 @@ def _check_answer(given: RawAnswer, context: str, options: DataOptions, utf16: b
 
 
 def _nearest(kind: RowClass, given: RawAnswer, found: list[Slice], context: str, options: DataOptions) -> CheckedAnswer:
-    """Takes the slice nearest to the offset, or none if it is not certain which is meant."""
+    """Chooses the slice nearest to the offset, or none if it is uncertain which slice is meant."""
     whole, offset = whole_words(found, context), given.start
     place: Slice | None
     if offset is None:
@@ -356,12 +355,12 @@ def _nearest(kind: RowClass, given: RawAnswer, found: list[Slice], context: str,
 
 
 def _could_be_another(offset: int, nearest: int, next_nearest: int) -> bool:
-    """Whether an offset misses the nearest place by more than half of what lies between it, or this place, and another."""
+    """Whether an offset misses the nearest place by more than half of its, or this place's, distance to the next nearest."""
     return 2 * abs(offset - nearest) > min(abs(offset - next_nearest), abs(nearest - next_nearest))
 
 
 def _only(places: list[Slice], given: RawAnswer, options: DataOptions) -> tuple[Slice | None, Problem | None]:
-    """Returns the only place, or the first if the options ask for it, else None and why."""
+    """Returns the only place, or the first if the options allow it; otherwise None and the reason."""
     if len(places) == 1 or options.on_ambiguous == "first":
         return places[0], None
     choice = "take the first with --on-ambiguous first"

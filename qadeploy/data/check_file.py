@@ -1,4 +1,4 @@
-"""``qadeploy check``: its options, and from a file to what was found and written."""
+"""``qadeploy check`` as a function, and its options."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from qadeploy.shipped import base_model_path
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions(DataOptions):
-    """How a file is checked, and what is written of it."""
+    """The options for checking a file and writing the result."""
 
-    fix: str | None = option(None, "Write usable and repaired rows to this JSONL file, the rest beside it.")
+    fix: str | None = option(None, "Write usable and repaired rows to this JSONL file, rejected rows beside it.")
     max_bad: float | None = option(
-        None, "Exit with 1 if a larger share of the rows is unusable as it is.", least=0, most=1
+        None, "Exit with 1 if a larger share of the rows cannot be used without a repair.", least=0, most=1
     )
     show: int = option(3, "Rows to show per class.", least=0)
     base: str | None = option(
-        None, "Checkpoint or hub name whose tokenizer counts the tokens.", shown="the base that ships"
+        None, "Checkpoint or hub name whose tokenizer counts the tokens.", shown="the shipped base model"
     )
     max_seq_len: int | None = option(None, "Longest window in tokens.", least=16, shown="384")
     doc_stride: int | None = option(None, "Overlap of windows in tokens.", least=0, shown="128")
@@ -42,15 +42,15 @@ def check_file(
 
     Args:
         source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``.
-        chosen: How it is checked.
-        lengths: Whether to count tokens and windows too, which finds questions that leave no room for a context; ``fix`` does
-            so in any case.
+        chosen: The options of the check.
+        lengths: Whether to count tokens and windows too, which finds questions that leave no room for a context; with
+            ``fix`` they are always counted.
 
     Returns:
         The rows, their lengths if they were counted, and the files that were written if ``chosen.fix`` names one.
 
     Raises:
-        InputError: The source, an option or the place of ``fix`` cannot be used.
+        InputError: The source, an option or the path of ``fix`` cannot be used.
         MissingExtraError: The format needs an optional package.
     """
     check_declared(chosen)
@@ -58,7 +58,7 @@ def check_file(
         check_places(source, Path(chosen.fix))
     checked = check_rows(source, load_rows(source, chosen.token), chosen)
     measured = None
-    if lengths or chosen.fix:  # --fix sets questions aside that leave no room
+    if lengths or chosen.fix:  # --fix rejects questions that leave no room
         settings = QaSettings().changed(max_seq_len=chosen.max_seq_len, doc_stride=chosen.doc_stride)
         measured = measure_lengths(checked, load_encoder(chosen.base or str(base_model_path())), settings)
         too_long = Problem(Reason.TOO_LONG, "question", (settings.max_seq_len,))

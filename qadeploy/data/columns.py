@@ -1,4 +1,4 @@
-"""Column names: the user's mapping onto ours, and a guess at it when a column is missing."""
+"""Column names: the user's mapping of columns to our fields, and a suggested mapping when a column is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qadeploy.errors import InputError
 FIELDS = (
     "context", "contexts", "question", "answer", "answers", "answer_start", "answer_end", "span", "id", "split", "is_impossible", "answerable",
 )  # fmt: skip
-# Names seen in public data sets and exports, most telling first.
+# Names seen in public data sets and exports, the most specific first.
 _ALSO = {
     "context": (
         "passage", "paragraph", "document", "document_text", "document_plaintext", "review", "article", "text", "body", "content",
@@ -27,15 +27,15 @@ _ALSO = {
         "human_ans_indices", "answer_indices", "indices", "offsets", "char_span", "start", "offset", "answer_offset",
     ),
 }  # fmt: skip
-# Ends of other columns.
+# Endings of columns that describe a field but are not one.
 _DESCRIBES = ("id", "type", "lang", "language", "index", "length", "url", "source", "title", "score")
-_OPPOSITE = frozenset({"answerable", "isanswerable", "hasanswer"})  # of is_impossible
+_OPPOSITE = frozenset({"answerable", "isanswerable", "hasanswer"})  # the opposites of is_impossible
 _BY_PLAIN = {plain(name): name for name in FIELDS}
 
 
 @lru_cache(maxsize=256)
 def _aliases(found: tuple[Any, ...]) -> dict[str, Any]:
-    """Our names for columns that are spelled in another case or with spaces; a column of our exact name goes first."""
+    """Our names for columns that are spelled in another case or with spaces; a column with our exact name takes precedence."""
     aliases: dict[str, Any] = {}
     for name in found:
         ours = _BY_PLAIN.get(plain(name))
@@ -68,7 +68,7 @@ def parse_columns(text: str | None) -> Mapping[str, str]:
 
 
 def columns_of(fields: Iterable[Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """Returns {ours: theirs} for the columns that are mapped, or spelled in another way than ours."""
+    """Returns {ours: theirs} for the columns that are mapped, or spelled differently from our names."""
     given = tuple(fields)
     if not mapping:
         return _aliases(given)
@@ -77,10 +77,10 @@ def columns_of(fields: Iterable[Any], mapping: Mapping[str, str]) -> dict[str, A
 
 
 def rename(fields: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the fields under our names, a span split into ``answer_start`` and ``answer_end``.
+    """Returns the fields under our names, with a span split into ``answer_start`` and ``answer_end``.
 
-    If a mapped column is absent, a field of our own name counts, so that one mapping serves data in both forms. Our own names
-    are understood in any case and with spaces.
+    If a mapped column is absent, a field with our own name is used, so that one mapping works for data in both forms. Our
+    own names may be written in any case and with spaces.
     """
     found = columns_of(fields, mapping)
     if not found and "span" not in fields:
@@ -109,7 +109,7 @@ def _differ(one: Any, other: Any) -> bool:
 def parse_span(value: Any) -> tuple[Any, Any]:
     """Parses a span, "(3, 9)", [3, 9], {"start": 3, "end": 9}, "3" or 3, into (start, end or None).
 
-    Anything else is returned as the start, for the caller to refuse by name.
+    Anything else is returned as the start, for the caller to reject.
     """
     if isinstance(value, str):
         value = literal(value)
@@ -121,9 +121,9 @@ def parse_span(value: Any) -> tuple[Any, Any]:
 
 
 def guess(found: Mapping[str, Any]) -> str:
-    """Suggests a ``--columns`` option for a row with these fields, "" if nothing fits.
+    """Suggests a ``--columns`` option for a row with these fields; "" if no column fits.
 
-    Only columns that can work are suggested: texts for the context, the question and the answer, each for one field.
+    Only usable columns are suggested: texts for the context, the question and the answer, each for one field.
     """
     taken = {_BY_PLAIN[each] for each in map(plain, found) if each in _BY_PLAIN}
     free = [name for name in found if plain(name) not in _BY_PLAIN]
@@ -147,5 +147,5 @@ def guess(found: Mapping[str, Any]) -> str:
 
 
 def _is_variant(name: str, ours: str) -> bool:
-    """Whether a plain name is one of ours with something before or behind it, and not what describes the field."""
+    """Whether a plain name is one of ours with a prefix or suffix, and not a description of the field."""
     return (name.startswith(ours) or name.endswith(ours)) and not name.endswith(_DESCRIBES)

@@ -1,7 +1,7 @@
 """From a raw row to its fields: context, question, id, split, and the answers as the annotators gave them.
 
-What is read here is well formed, but not yet verified: ``loading`` refuses an answer that does not stand where its
-offset says, ``check`` classifies it.
+The fields are well formed, but not yet verified: ``loading`` refuses an answer that is not at its offset, ``check``
+classifies it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _NOT_GIVEN = frozenset({"NOT_GIVEN", "NO_ANSWER"})  # Haystack's categories of a
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataOptions:
-    """How the rows of a source are to be read, as people write it. Raises InputError on a value that makes no sense.
+    """The options for reading the rows of a source. Raises InputError on an invalid value.
 
     An answer without an offset that occurs several times in its context (as a substring) is ambiguous: "error" reports and
-    counts such rows, "first" takes the first place, "skip" skips and counts the row. An empty list of answers means "no answer"
-    with a warning, unless all rows are so, if ``empty_answers`` is None.
+    counts such rows, "first" takes the first place, "skip" skips and counts the row. If ``empty_answers`` is None, an empty
+    list of answers means "no answer" with a warning; if all rows have one, that is an error.
     """
 
     columns: str | None = options.columns()
@@ -56,12 +56,12 @@ class DataOptions:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> DataOptions:
-        """Those of ``run.json``, among others; what is missing takes its default."""
+        """The options among ``values``, for example those of ``run.json``; missing ones take their defaults."""
         return cls(**{name: values[name] for name in declared(DataOptions) if name in values})
 
     @property
     def mapping(self) -> Mapping[str, str]:
-        """Our field names to the data's, for those that were given."""
+        """The mapping of our field names to the data's column names, as given."""
         return parse_columns(self.columns)
 
     def column(self, name: str) -> str:
@@ -78,14 +78,14 @@ class DataOptions:
 
 @dataclass(frozen=True, slots=True)
 class RawAnswer:
-    """An answer as it was given.
+    """An answer as given in the data.
 
     Attributes:
         text: Its text, not blank.
         start: Its offset, in the units of the data; None if there is none.
         end: The end of its span (exclusive), if the data gives spans.
         field: The field that held the offset.
-        cut: Whether its text was not given but cut from the context by its offsets.
+        cut: Whether its text was cut from the context by its offsets, because the data gives no text.
     """
 
     text: str
@@ -99,9 +99,9 @@ class RawAnswer:
 class ParsedRow:
     """The fields of a row.
 
-    ``answers`` is empty if the row says that its context holds none; it is ``withheld`` if the list of answers is empty and
-    nothing else says so, and ``overruled`` if the row gives an answer that its context holds, yet says that there is none. A row
-    that is not annotated may have passages, ``contexts``, of which some may be blank; ``context`` is then empty.
+    ``answers`` is empty if the row says that there is no answer. The row is ``withheld`` if its list of answers is empty but no
+    other field says that there is none, and ``overruled`` if it gives an answer in its context, but also says that there is none.
+    If answers are not read, the row may have passages, ``contexts``, of which some may be blank; ``context`` is then empty.
     """
 
     context: str
@@ -123,7 +123,7 @@ def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> P
         annotated: Whether to read the answers too.
 
     Raises:
-        RowError: On the first field that is missing or malformed, by our name for it.
+        RowError: A field is missing or malformed; names the first such field by our name for it.
     """
     if row.problem:
         raise RowError(Problem(Reason.UNREADABLE, "", (row.problem,)))
@@ -159,16 +159,16 @@ def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> P
 
 
 def check_labels(source: str, rows: Iterable[RawRow], options: DataOptions) -> None:
-    """Raises InputError if regions have several labels and none is chosen, or the chosen one occurs nowhere."""
+    """Raises InputError if regions have several labels and none is chosen, or the chosen label does not occur."""
     found = list(dict.fromkeys(label for row in rows for label in row.labels))
     if options.label is None and len(found) > 1:
-        raise InputError(f"{source}: its regions have the labels {names(found)}: name that of the answers with --label")
+        raise InputError(f"{source}: its regions have the labels {names(found)}: name the one of answers with --label")
     if options.label is not None and found and options.label not in found:
         raise InputError(f"{source}: no region has the label {options.label!r}; the labels found are {names(found)}")
 
 
 def check_withheld(source: str, parsed: Sequence[ParsedRow | None], options: DataOptions) -> int:
-    """Returns how many rows have an empty list of answers that nothing explains. Raises InputError if all have."""
+    """Returns the number of rows that are ``withheld``. Raises InputError if all are and no option explains it."""
     withheld = sum(row is not None and row.withheld for row in parsed)
     if withheld == len(parsed) and options.empty_answers is None:
         raise InputError(
@@ -179,7 +179,7 @@ def check_withheld(source: str, parsed: Sequence[ParsedRow | None], options: Dat
 
 
 def without_placeholders(parsed: Sequence[ParsedRow | None]) -> list[ParsedRow | None]:
-    """Drops offsets that are 0 in every answer of several rows although not every answer stands there: placeholders."""
+    """Drops placeholder offsets: all offsets are 0, in several rows, but not every answer is at the start of its context."""
     given = [(row, a) for row in parsed if row for a in row.answers if a.start is not None]
     rows = [row for row in parsed if row and row.answers]
     if len(rows) < 2 or not given or any(a.start or a.end or a.cut for _, a in given):
@@ -190,7 +190,7 @@ def without_placeholders(parsed: Sequence[ParsedRow | None]) -> list[ParsedRow |
 
 
 def _impossible(fields: Mapping[str, Any]) -> bool | None:
-    """Whether the row says that its context holds no answer; None if it says nothing."""
+    """Whether the row is flagged as having no answer in its context; None without a flag."""
     said = {}
     for name, means in (("is_impossible", True), ("answerable", False)):
         try:
@@ -205,7 +205,7 @@ def _impossible(fields: Mapping[str, Any]) -> bool | None:
 
 
 def _gives_answer(fields: Mapping[str, Any], context: str, row: RawRow, options: DataOptions) -> bool:
-    """Whether the row gives an answer that its context holds, whatever else it says."""
+    """Whether the row gives an answer that occurs in its context, whatever its flags are."""
     with suppress(RowError):  # a negative offset, for one, agrees with "no answer"
         return any(answer.text in context for answer in _answers(fields, context, row, options, said=False)[0])
     return False
@@ -214,7 +214,7 @@ def _gives_answer(fields: Mapping[str, Any], context: str, row: RawRow, options:
 def _answers(
     fields: Mapping[str, Any], context: str, row: RawRow, options: DataOptions, *, said: bool
 ) -> tuple[tuple[RawAnswer, ...], bool]:
-    """The answers, and whether they are withheld; ``said``: the row says that there is one."""
+    """The answers, and whether they are withheld; ``said`` means that the row is flagged as having an answer."""
     if "answers" not in fields:
         entry = {"text": fields.get("answer"), **{name: fields.get(name) for name in ("answer_start", "answer_end")}}
         if _is_none(entry, options):
@@ -248,11 +248,11 @@ def _entry(entry: Mapping[str, Any], name: str, place: str, context: str, row: R
 
 
 def _is_none(entry: Mapping[str, Any], options: DataOptions) -> bool:
-    """Whether an entry says that there is no answer: by the token, by its category, or with a blank text at a negative offset."""
+    """Whether an entry means that there is no answer: by the token, its category, or a blank text at a negative offset."""
     text, category = entry.get("text"), entry.get("answer_category")
     if options.is_none(text) or (isinstance(category, str) and category in _NOT_GIVEN):
         return True
-    with suppress(ValueError):  # which is named when the entry is read
+    with suppress(ValueError):  # reported when the entry is read
         return is_missing(text) and (offset_of(_first(entry, _STARTS)) or 0) < 0
     return False
 
@@ -266,7 +266,7 @@ def _offset(entry: Mapping[str, Any], names: Sequence[str], place: str) -> int |
 
 
 def _first(entry: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first of some values that is there."""
+    """The first of the named values that is not None."""
     return next((entry[name] for name in names if entry.get(name) is not None), None)
 
 
@@ -283,7 +283,7 @@ def _text(fields: Mapping[str, Any], name: str, row: RawRow) -> str:
 
 
 def _passages(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The passages of a row: a list of texts, or a cell that holds one as Python or JSON writes it."""
+    """The passages of a row: a list of texts, or a cell with such a list in Python or JSON syntax."""
     value = fields["contexts"]
     if not is_missing(fields.get("context")):
         raise RowError(Problem(Reason.BOTH, "contexts", ("context",)))
@@ -303,7 +303,7 @@ def _passages(fields: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _visible(value: Any, field: str) -> str:
-    """The value, if it is valid text and not blank."""
+    """Returns the value if it is valid text and not blank."""
     if not isinstance(value, str):
         raise _wrong(field, kind_of(value), "text")
     if not value.strip():
@@ -320,7 +320,7 @@ def _refuse_surrogates(text: str, field: str) -> None:
 
 
 def _listed(value: Any) -> list[dict[str, Any]]:
-    """The entries of ``answers``, whatever its shape, each with ``text`` and perhaps its offsets."""
+    """The entries of ``answers`` in any shape, each with ``text`` and possibly offsets."""
     if isinstance(value, str):
         value = literal(value) if value.strip() else None
     if isinstance(value, dict):

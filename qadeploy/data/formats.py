@@ -1,6 +1,6 @@
 """Formats: files, folders and hub data sets to raw rows. ``READERS`` lists the kinds of files.
 
-What a format holds is nested in one of the ``shapes``; the content of fields is examined in ``fields``, ``loading`` and ``check``.
+The values in a file have one of the ``shapes``; ``fields``, ``loading`` and ``check`` examine the content of the fields.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from qadeploy.extras import import_extra
 from qadeploy.shipped import HANDBOOK
 
 _DELIMITERS = (",", ";", "\t", "|")
-_HEAD = 2**20  # characters in which the header ends
+_HEAD = 2**20  # characters within which the header must end
 _EXCEL_ROWS = 2**20
 _MAGIC = {
     b"\x1f\x8b": "gzip: name it .gz",
@@ -41,7 +41,7 @@ _MAGIC = {
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A kind of file: its endings, what people call it, and what reads its bytes."""
+    """A kind of file: its suffixes, its name for people, and the function that reads its bytes."""
 
     suffixes: tuple[str, ...]
     name: str
@@ -52,7 +52,7 @@ def load_rows(source: str, token: str | None = None) -> Iterable[RawRow]:
     """Reads the rows of a source.
 
     Args:
-        source: ``handbook``, a file, a folder that ``datasets`` saved, or ``hub:NAME[@CONFIG][:SPLIT]``.
+        source: ``handbook``, a file, a folder saved by ``datasets``, or ``hub:NAME[@CONFIG][:SPLIT]``.
         token: An access token for the hub.
 
     Raises:
@@ -64,7 +64,7 @@ def load_rows(source: str, token: str | None = None) -> Iterable[RawRow]:
     if source.startswith("hub:"):
         return _hub_rows(source, token)
     path = HANDBOOK if source == "handbook" else Path(source)
-    if not os.path.exists(path):  # false for a name too long, where Path.exists raises
+    if not os.path.exists(path):  # for too long a name it returns False, while Path.exists raises
         raise InputError(f"{source}: no such file. Give a file ({_endings()}), 'handbook' or 'hub:NAME'")
     if path.is_dir():
         return _saved_rows(path, source)
@@ -99,17 +99,17 @@ def _file_rows(path: Path, name: str) -> list[RawRow]:
 
 
 def decode(content: bytes, name: str, *, windows: bool = False) -> str:
-    """The text of a file: UTF-8, or UTF-16 with its mark.
+    """The text of a file in UTF-8, or UTF-16 with a byte order mark.
 
-    Bytes are decoded as they are: universal newlines would shorten the line ends inside a quoted field and move the offsets.
+    Line ends are not translated: inside a quoted field, that would shift the offsets.
 
     Args:
-        content: The file.
-        name: What errors call it.
-        windows: Whether it may be Windows-1252, which Excel saves, with a warning.
+        content: The bytes of the file.
+        name: The name of the file, for errors.
+        windows: Whether it may be Windows-1252, in which Excel saves; this emits a warning.
 
     Raises:
-        InputError: It is no text in these encodings.
+        InputError: The file is not text in these encodings.
     """
     marked = content[:2] in {b"\xff\xfe", b"\xfe\xff"}
     try:
@@ -117,7 +117,7 @@ def decode(content: bytes, name: str, *, windows: bool = False) -> str:
     except UnicodeDecodeError as error:
         text = _decode_windows(content, f"{name}: not UTF-8 text (byte {error.start})", _hint(content, marked), windows)
     if text.count("\0") > len(text) // 4:
-        raise InputError(f"{name}: holds NUL characters, as UTF-16 without its mark does: save it as UTF-8")
+        raise InputError(f"{name}: holds NUL characters, as UTF-16 without a byte order mark does: save it as UTF-8")
     return text
 
 
@@ -129,12 +129,12 @@ def _decode(content: bytes, name: str, *, windows: bool = False) -> str:
 
 
 def _hint(content: bytes, marked: bool) -> str:
-    """What else bytes that are no text may be, "" if they may be in an older encoding; ``marked`` as UTF-16."""
+    """What bytes that are not text may be; "" if they may be in a legacy encoding. ``marked``: with a UTF-16 mark."""
     known = next((what for mark, what in _MAGIC.items() if content.startswith(mark)), "")
     if known:
         return f", but {known}"
     if marked or content.count(0) > len(content) // 4:
-        return ", but looks like UTF-16, cut short or without its mark: save it as UTF-8"
+        return ", but looks like UTF-16, truncated or without a byte order mark: save it as UTF-8"
     if not content.decode("utf-8", errors="ignore").isascii():
         return ", but UTF-8 elsewhere: it is damaged there"
     return ""
@@ -172,10 +172,10 @@ def _json_rows(content: bytes, name: str) -> list[RawRow]:
 
 
 def _json_problem(error: ValueError | RecursionError, before: int = 0) -> str:
-    """Says where and why a text is not JSON; ``before``: how many lines of the file precede it."""
+    """Says where and why a text is not JSON; ``before`` is the number of lines of the file that precede it."""
     if isinstance(error, json.JSONDecodeError):
         return f"line {before + error.lineno}, column {error.colno}: not valid JSON: {error.msg}"
-    return f"from line {before + 1}: not valid JSON: {one_line(error)}"  # too deep, or a number too long
+    return f"from line {before + 1}: not valid JSON: {one_line(error)}"  # nested too deeply, or too long a number
 
 
 def _lines(text: str) -> list[RawRow]:
@@ -203,7 +203,7 @@ def _csv_rows(content: bytes, name: str, delimiter: str = "") -> list[RawRow]:
         return _separated(text, name, delimiter)
     first, _, rest = text.partition("\n")
     first = first.rstrip("\r ")
-    if first[:4].lower() == "sep=" and first[4:] in _DELIMITERS:  # Excel's own line
+    if first[:4].lower() == "sep=" and first[4:] in _DELIMITERS:  # a line that names the delimiter for Excel
         return _separated(rest, name, first[4:])
     return _separated(text, name, _delimiter(text))
 
@@ -214,7 +214,7 @@ def _reader(text: str, delimiter: str, **options: Any) -> Any:
 
 
 def _delimiter(text: str) -> str:
-    """The delimiter that splits the header into most fields; a comma if several do."""
+    """The delimiter that splits the header into the most fields; a comma if several do."""
     head = text[:_HEAD].lstrip("\r\n")
     return max(_DELIMITERS, key=lambda each: len(next(_reader(head, each), [])))
 
@@ -246,10 +246,10 @@ def _table_rows(kind: str) -> Callable[[bytes, str], list[RawRow]]:
 def _excel_rows(content: bytes, name: str) -> list[RawRow]:
     openpyxl = import_extra("openpyxl", "reading Excel files", "excel")
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # which unpacks no more of a part than its entry says
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:  # zipfile unpacks no more of a part than its entry says
             Budget(name, len(content)).take(sum(part.file_size for part in archive.infolist()))
         sheet = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True).worksheets[0]
-        sheet.reset_dimensions()  # which some programs write wrongly
+        sheet.reset_dimensions()  # some programs write wrong dimensions
         values = _filled(sheet.iter_rows(values_only=True), name, len(content))
     except InputError:
         raise
@@ -269,11 +269,11 @@ def _excel_rows(content: bytes, name: str) -> list[RawRow]:
 
 
 def _filled(rows: Iterable[tuple[Any, ...]], name: str, packed: int) -> list[tuple[Any, ...]]:
-    """The rows of a sheet that hold anything. Raises InputError if it is larger than Excel writes, or than a ``Budget`` allows."""
+    """The nonempty rows of a sheet. Raises InputError if it has more rows than Excel or a ``Budget`` allows."""
     budget = Budget(name, packed)
     found: list[tuple[Any, ...]] = []
     for number, row in enumerate(rows, 1):
-        if number > _EXCEL_ROWS:  # one cell may name any row, and all before it are made up
+        if number > _EXCEL_ROWS:  # a single cell may name any row, and openpyxl then yields all rows before it
             raise InputError(f"{name}: its first sheet has more than the {_EXCEL_ROWS:,} rows that Excel allows")
         if any(cell is not None for cell in row):
             budget.take(8 * len(row))
@@ -293,7 +293,7 @@ READERS = (
 
 
 def table() -> str:
-    """The shapes and the kinds of files that are read, as two tables in Markdown."""
+    """The supported shapes and kinds of files, as two tables in Markdown."""
     shapes = ["| shape | looks like |", "|---|---|", *(f"| {shape.name} | {shape.looks} |" for shape in SHAPES)]
     files = ["| ending | kind |", "|---|---|"]
     files += [f"| {', '.join(f'`{suffix}`' for suffix in reader.suffixes)} | {reader.name} |" for reader in READERS]
@@ -304,7 +304,7 @@ def table() -> str:
 
 
 def _saved_rows(path: Path, name: str) -> list[RawRow]:
-    """Reads a folder that ``save_to_disk`` wrote."""
+    """Reads a folder written by ``save_to_disk``."""
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         raise InputError(f"{name}: this is a folder, and not one that datasets saved: give a file ({_endings()})")
     datasets = import_extra("datasets", "reading a folder that datasets saved", "train")
@@ -314,7 +314,7 @@ def _saved_rows(path: Path, name: str) -> list[RawRow]:
             check_arrow(file, str(file))
         found = datasets.load_from_disk(str(path))
         size = sum(file.stat().st_size for file in files)
-        budget = Budget(name, size)  # of rows, since a file may be listed many times
+        budget = Budget(name, size)  # for the rows, because a file may be listed many times
         return _split_rows(found if isinstance(found, dict) else {"": found}, name, budget)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name}: not a readable folder of datasets: {one_line(error)}") from error
@@ -339,7 +339,7 @@ def _hub_rows(source: str, token: str | None) -> list[RawRow]:
         ) from error
     parts = {"": found} if wanted else dict(found)
     if len({"test", "validation"} & parts.keys()) == 2:
-        del parts["test"]  # hub test splits are for submissions, often without answers: name one to read it
+        del parts["test"]  # test splits on the hub often have no answers: they are read only if named
     return _split_rows(parts, source)
 
 

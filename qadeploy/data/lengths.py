@@ -1,4 +1,4 @@
-"""Lengths in tokens of answers and contexts, windows per question, and the answers that window borders cut.
+"""Lengths of answers and contexts in tokens, windows per question, and the answers that window borders cut.
 
 They are counted with the model's tokenizer and encoder, without the model.
 """
@@ -37,13 +37,13 @@ class Lengths:
     """Lengths over the rows that can be used or repaired.
 
     Attributes:
-        settings: The settings that the windows were cut with.
+        settings: The settings by which the windows were cut.
         context_tokens: Tokens of each context, ``[contexts]``.
         answer_tokens: Tokens of each answer, ``[answers]``.
         windows: Windows of each question, ``[questions]``.
-        cut: Answers that the border of some window cuts.
-        lost: Answers that are whole in no window.
-        lowered: Questions that leave so little room that ``doc_stride`` was lowered for them.
+        cut: Number of answers that the border of some window cuts.
+        lost: Number of answers that are whole in no window.
+        lowered: Number of questions that leave so little room that ``doc_stride`` was lowered for them.
         too_long_rows: Numbers of the rows whose question leaves no room for context; they are not counted elsewhere.
         unknown: Share of all tokens that the tokenizer does not know, 0 to 1.
     """
@@ -121,11 +121,11 @@ def measure_lengths(check: CheckedData, encoder: Encoder, settings: QaSettings) 
     Args:
         check: The checked rows.
         encoder: The model's encoder.
-        settings: The sizes of windows.
+        settings: The settings that determine the sizes of windows.
 
     Raises:
         StrideError: ``doc_stride`` is at least ``max_seq_len``, and a context needs several windows.
-        InputError: The sizes make no sense.
+        InputError: The sizes are invalid.
     """
     groups: dict[str, list[tuple[CheckedRow, ParsedRow]]] = {}
     for row, parsed in check.usable():
@@ -165,7 +165,7 @@ def measure_lengths(check: CheckedData, encoder: Encoder, settings: QaSettings) 
 
 @dataclass(slots=True)
 class _Counts:
-    """What ``Lengths`` is made from."""
+    """The counts for ``Lengths``."""
 
     contexts: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
@@ -178,7 +178,7 @@ class _Counts:
     unknown: int = 0
 
     def add_answers(self, spans: Sequence[tuple[int, int]], cut: Cut) -> None:
-        """Adds the answers of one question, by their first and last token."""
+        """Adds the answers of one question, given by their first and last tokens."""
         for first, last in spans:
             size = last - first + 1
             parts = [min(last + 1, begin + cut.room) - max(first, begin) for begin in cut.begins]
@@ -188,7 +188,7 @@ class _Counts:
 
 
 def _chunks(contexts: Iterable[str]) -> Iterator[list[str]]:
-    """Contexts in turn, so many at a time that their tokens take little memory."""
+    """Yields lists of contexts that are small enough for their tokens to need little memory."""
     chunk: list[str] = []
     characters = 0
     for context in contexts:

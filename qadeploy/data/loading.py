@@ -1,7 +1,7 @@
-"""Loading data: files and hub data sets in, validated ``Example`` lists out.
+"""Loading data: from files and hub data sets to validated ``Example`` lists.
 
-``read`` returns every row or raises one DataError that lists every bad row. It drops nothing unless
-``on_ambiguous="skip"`` asks for it, and then counts the rows skipped.
+``read`` returns every row or raises one DataError that lists every bad row. It drops rows only with
+``on_ambiguous="skip"``, and counts them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from qadeploy.records import Annotation, Example
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """Examples in file order, their source, and how many rows were skipped or took the first of several places."""
+    """Examples in file order, their source, and the numbers of rows skipped, or read with the first of several places."""
 
     source: str
     examples: tuple[Example, ...]
@@ -59,16 +59,16 @@ def read(
     their answers. In SQuAD's own nesting every id stays an example, because every id is scored.
 
     Args:
-        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``; or several, which are joined as ``joined`` does. One that is
-            named twice is read once.
-        options: How to read the rows; None for the defaults.
+        source: ``handbook``, a file, or ``hub:NAME[:SPLIT]``; or several, which ``joined`` joins. A source that is named
+            twice is read once.
+        options: The options for reading rows; None for the defaults.
         token: An access token for the hub.
-        annotated: False to ignore answers (questions to be answered, not to learn from).
-        rows: The rows of the one source, if they are already loaded.
+        annotated: False to ignore answers (for questions to answer, not to train on).
+        rows: The rows of a single source, if they are already loaded.
 
     Raises:
-        DataError: Rows that cannot be used, all those of a source listed.
-        InputError: A source, column or option that cannot be used, or a source without rows.
+        DataError: Rows cannot be used; all such rows of a source are listed.
+        InputError: A source, column or option cannot be used, or a source has no rows.
         MissingExtraError: The format needs an optional package.
     """
     if not isinstance(source, str):
@@ -83,14 +83,14 @@ def read_split(
     """Reads the examples of one split.
 
     Args:
-        source: What ``read`` takes.
-        split: ``train`` or ``validation``; ``all`` for every example; ``auto`` for the validation split if there is one, else all.
-        options: How to read the rows.
-        say: Gets a remark on rows that were skipped or guessed, or belong to another split.
-        annotated: What ``read`` takes.
+        source: As for ``read``.
+        split: ``train`` or ``validation``; ``all`` for every example; ``auto`` for the validation split, or all without one.
+        options: The options for reading rows.
+        say: Called with remarks on rows that were skipped or guessed, or belong to another split.
+        annotated: As for ``read``.
 
     Raises:
-        InputError: No row has the split. What ``read`` raises is raised too.
+        InputError: No row has the split. Also raises what ``read`` raises.
     """
     data = read(source, options, annotated=annotated)
     for count, what in (
@@ -105,7 +105,7 @@ def read_split(
     if split == "auto":
         if part and len(part) < len(data.examples):
             say(
-                f"{source}: scoring the {len(part)} questions of its validation split (--split all scores the others too)"
+                f"{source}: scoring the {len(part)} questions of its validation split (--split all scores all questions)"
             )
         return part or data.examples
     if not part:
@@ -114,16 +114,16 @@ def read_split(
 
 
 def joined(sets: Sequence[DataSet]) -> DataSet:
-    """Joins data sets to one.
+    """Joins data sets into one.
 
-    A question that several of them ask about the same context becomes one example with all their answers. Ids need to differ
-    within each of them only: "-2" is appended to one that an earlier set gave to another question.
+    A question on the same context in several sets becomes one example with all their answers. Ids need to be unique
+    within each set only: "-2" is appended to an id that an earlier set uses for another question.
 
     Args:
         sets: The data sets, at least one.
 
     Raises:
-        DataError: One has an answer where another has "no answer"; all such questions are listed.
+        DataError: A question has an answer in one set and "no answer" in another; all such questions are listed.
     """
     examples: dict[str, Example] = {}
     asked: dict[tuple[str, str, str], str] = {}
@@ -160,7 +160,7 @@ def joined(sets: Sequence[DataSet]) -> DataSet:
 
 
 def _free(identity: str, taken: set[str]) -> str:
-    """The id, with "-2" appended while it is taken; it is then taken too."""
+    """Returns the id, with "-2" appended as long as it is taken, and adds it to ``taken``."""
     while identity in taken:
         identity += "-2"
     taken.add(identity)
@@ -168,10 +168,10 @@ def _free(identity: str, taken: set[str]) -> str:
 
 
 def sources(source: str | Sequence[str]) -> tuple[str, ...]:
-    """One source or several as a tuple, each once.
+    """One or several sources as a tuple, without duplicates.
 
     Raises:
-        InputError: There is none.
+        InputError: No source is given.
     """
     found = (source,) if isinstance(source, str) else tuple(dict.fromkeys(source))
     if not found:
@@ -180,7 +180,7 @@ def sources(source: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def source_name(source: str | Sequence[str]) -> str:
-    """What messages call one source or several."""
+    """The name of one or several sources in messages."""
     return ", ".join(sources(source))
 
 
@@ -194,7 +194,7 @@ def hash_examples(examples: Iterable[Example]) -> str:
 
 # ---------------------------------------------------------------- rows to examples
 
-# What ``qadeploy check --fix`` may be able to repair.
+# Problems that ``qadeploy check --fix`` may be able to repair.
 _REPAIRABLE = {Reason.ABSENT, Reason.AMBIGUOUS, Reason.WRONG_OFFSET, Reason.SAME_ID}
 
 
@@ -254,7 +254,7 @@ def _line(number: int, problem: Problem, options: DataOptions) -> str:
 def _parsed(
     source: str, rows: list[RawRow], options: DataOptions, annotated: bool, problems: list[tuple[int, Problem]]
 ) -> list[ParsedRow | None]:
-    """The fields of each row, None for those whose problem was added to ``problems``. Warns of labels that may be withheld."""
+    """The fields of each row; None for rows whose problem was added to ``problems``. Warns if labels may be withheld."""
     parsed: list[ParsedRow | None] = []
     for row in rows:
         try:
@@ -272,7 +272,7 @@ def _parsed(
 
 
 def _merged(first: Example, again: Example, number: int) -> Example:
-    """One example of two annotators of a question; ``number`` is the first's row."""
+    """Merges the examples of two annotators of a question; ``number`` is the row of the first."""
     if bool(first.answers) != bool(again.answers):
         text = (first.answers or again.answers)[0].text
         raise RowError(Problem(Reason.CONTRADICTS, "", (number, quote(text))))
@@ -291,13 +291,13 @@ def _example(row: RawRow, parsed: ParsedRow, options: DataOptions) -> tuple[Exam
 
 
 def _annotation(given: RawAnswer, context: str, options: DataOptions, utf16: bool) -> tuple[Annotation, bool]:
-    """Returns the answer at its offset or where it was found, and whether the first of several places was taken."""
+    """Returns the answer at its offset or at the place found, and whether that is the first of several places."""
     text, start = given.text, given.start
     if start is None:
         places = occurrences(text, context)
         field = "answers.text" if given.field == "answers.answer_start" else "answer"
         if not places:
-            hint = ": it must be copied from it letter by letter"
+            hint = ": it must be an exact copy of a part of the context"
             raise RowError(Problem(Reason.ABSENT, field, (quote(text), hint)))
         if len(places) > 1 and options.on_ambiguous != "first":
             choice = "choose with --on-ambiguous first|skip"

@@ -1,7 +1,7 @@
-"""Finding an answer that its context does not hold letter by letter.
+"""Finds an answer that does not occur exactly in its context.
 
-A view of a text keeps some of its code points, folded, and remembers where each came from. If the answer's view
-occurs in the context's view, the answer stands at the slice that this occurrence came from.
+A view of a text keeps some of its code points, folded, and remembers the position of each. If the answer's view
+occurs in the context's view, the answer is the slice of the context that this occurrence came from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """The code points kept, and for each the index of the one it came from."""
+    """The code points kept, and for each the index of its source."""
 
     text: str
     source: array[int]
@@ -104,7 +104,7 @@ def find_spelled(answer: str, context: str, given: Slice | None = None) -> list[
     Args:
         answer: The answer's text.
         context: The context.
-        given: The slice that the data names; if its letters and digits are the answer's, it alone is returned.
+        given: The slice that the data names; if its letters and digits are those of the answer, only it is returned.
     """
     wanted = _spelled(answer).text
     if not wanted:
@@ -127,12 +127,12 @@ _NUMBER = re.compile(r"(?<!\w)[-+\u2212]?(?:[.,](?=\d))?\d+(?:\s*[^\w\s]\s*\d+|\
 
 
 def _numbers(text: str) -> list[str]:
-    """The numbers of a text with their signs and what separates their digits: "15" is neither "1.5" nor "1 5" nor "-15"."""
+    """The numbers of a text with signs and separators of digits: "15" is neither "1.5" nor "1 5" nor "-15"."""
     return [re.sub(r"\s*([^\w\s])\s*", r"\1", re.sub(r"\s+", " ", number)) for number in _NUMBER.findall(text)]
 
 
 def _before_sign(context: str, start: int) -> int:
-    """The place of the sign of a number that begins at ``start``, if it has one there."""
+    """The position of the sign of a number that begins at ``start``; ``start`` itself without a sign."""
     signed = start > 0 and context[start - 1] in "+-\u2212." and context[start].isdigit()
     return start - 1 if signed and not (start > 1 and context[start - 2].isalnum()) else start
 
@@ -144,7 +144,7 @@ def _ends(answer: str) -> tuple[str, str]:
 
 
 def _stretch(context: str, border: int, signs: str, step: int) -> int:
-    """Moves the border outwards over ``signs`` as far as the context has them, white space between them allowed."""
+    """Moves the border outwards over ``signs`` as far as the context has them, allowing white space between them."""
     at = border
     for sign in signs:
         while 0 <= (i := at if step > 0 else at - 1) < len(context) and context[i].isspace():

@@ -1,8 +1,8 @@
-"""What the pages of a parquet file unpack to, read from their headers, which also decide how much memory pyarrow takes for them.
+"""The unpacked sizes of the pages of a parquet file, read from the page headers, by which pyarrow allocates memory.
 
-The sizes in the file's footer decide nothing, so a bomb may state any. pyarrow shows no page headers, and ends the process on some
-damaged footers when it is asked for a column's size. So both are read here: they are structs in Thrift's compact protocol
-(parquet-format, ``parquet.thrift``).
+pyarrow does not rely on the sizes in the file's footer, so a decompression bomb may state any. It exposes no page headers, and
+crashes on some damaged footers when it is queried for a column's size. So this module reads both: they are structs in Thrift's
+compact protocol (parquet-format, ``parquet.thrift``).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, BinaryIO
 
 from qadeploy.data.unpacking import Budget
 
-_LEVELS = 8  # bytes per value for its levels and its place, at least
+_LEVELS = 8  # the least bytes per value for its levels and its position
 _FOOTER = struct.Struct("<I4s")
-# Of parquet.thrift, by their numbers.
+# Field numbers in parquet.thrift.
 _ROW_GROUPS, _COLUMNS, _COLUMN = 4, 1, 3
 _NUM_VALUES, _COMPRESSED, _DATA_PAGE, _DICTIONARY_PAGE = 5, 7, 9, 11
 _PAGE_UNPACKED, _PAGE_PACKED, _PAGE_KINDS = 2, 3, (5, 7, 8)
-_BLOCK = 4096  # bytes of a file that are read at a time: headers are short, and pages lie between them
+_BLOCK = 4096  # bytes of a file that are read at a time: headers are short, with pages between them
 
 
 class _Blocks:
-    """A file as a sequence of bytes."""
+    """A file as a sequence of bytes, read in blocks."""
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream, self._size = stream, size
@@ -62,12 +62,12 @@ class Pages:
         """Counts the pages of a row group without reading them.
 
         Args:
-            group: Its index.
-            budget: What the file may unpack to. Each page alone may unpack to what a file may that is held as a whole.
+            group: The index of the row group.
+            budget: The bytes that the file may unpack to. A single page may unpack to as much as an unstreamed file may.
             columns: The indices of the columns that are read, None for all.
 
         Raises:
-            InputError: They unpack to more.
+            InputError: The pages unpack to more.
             ValueError: The header of a page cannot be read.
             OSError: The file cannot be read.
         """
@@ -89,7 +89,7 @@ def _damage() -> Iterator[None]:
 
 
 def unpacked(content: bytes) -> Iterator[int]:
-    """Yields the bytes that each page takes at least.
+    """Yields the least number of bytes that each page needs.
 
     Args:
         content: A parquet file.
@@ -118,7 +118,7 @@ def _pages(data: memoryview | _Blocks, chunk: dict[int, Any]) -> Iterator[int]:
         header, at = _Thrift(data, at).fields()
         kind = next((number for number in _PAGE_KINDS if number in header), None)
         count = header[kind][1] if kind else 0
-        values += 0 if kind == _PAGE_KINDS[1] else count  # a dictionary's are no values of the column
+        values += 0 if kind == _PAGE_KINDS[1] else count  # the values of a dictionary do not count for the column
         if min(header[_PAGE_UNPACKED], header[_PAGE_PACKED], count) < 0:
             raise LookupError
         yield header[_PAGE_UNPACKED] + _LEVELS * count
@@ -126,7 +126,7 @@ def _pages(data: memoryview | _Blocks, chunk: dict[int, Any]) -> Iterator[int]:
 
 
 class _Thrift:
-    """Reads structs from a place on; a struct is its fields by number."""
+    """Reads structs from a position on; a struct is a dictionary of its fields by number."""
 
     def __init__(self, data: memoryview | _Blocks, at: int) -> None:
         if at < 0:
@@ -134,7 +134,7 @@ class _Thrift:
         self._data, self._at = data, at
 
     def fields(self) -> tuple[dict[int, Any], int]:
-        """The fields of the struct here, and where it ends."""
+        """The fields of the struct at the current position, and where it ends."""
         found: dict[int, Any] = {}
         number = 0
         while head := self._byte():
@@ -168,7 +168,7 @@ class _Thrift:
             return self._byte()
         if kind in {4, 5, 6}:
             return self._number()
-        if kind in {7, 8}:  # a double, a text: no size
+        if kind in {7, 8}:  # a double or a text: skipped
             length = 8 if kind == 7 else self._varint()
             self._at += length
             return None
@@ -179,4 +179,4 @@ class _Thrift:
             return [self._byte() if of in {1, 2} else self._value(of) for _ in range(count)]
         if kind == 12:
             return self.fields()[0]
-        raise LookupError  # maps and others: parquet has none
+        raise LookupError  # parquet does not use maps or other types

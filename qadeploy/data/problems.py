@@ -1,4 +1,4 @@
-"""Why a row of a data file cannot be used: values to decide by, and the one place that puts them into words."""
+"""Why a row of a data file cannot be used: the reasons as values, and their wording."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from enum import Enum
 
 
 class Reason(Enum):
-    """Why a row, or one of its answers, cannot be used. Each value is its sentence, with places for the details."""
+    """Why a row, or one of its answers, cannot be used. Each value is a sentence with placeholders for the details."""
 
-    UNREADABLE = "{}"  # what the file's format says
+    UNREADABLE = "{}"  # the reason from the file format
     MISSING = "is missing; the fields found are {}{}"
     EMPTY = "is empty"
     ALL_EMPTY = "holds no passage with text"
     EMPTY_LIST = "is an empty list: give at least one passage"
-    BOTH = "is given beside {}: leave one of them out"
+    BOTH = "is given together with {}: leave one of them out"
     WRONG_VALUE = "must be {1}, not {0}"
     NOT_WHOLE = "must be a whole number, not {}"
-    SPELLED_TWICE = "stands in two columns, {} and {}: say which is meant with --columns"
+    SPELLED_TWICE = "is in two columns, {} and {}: choose one with --columns"
     SPAN_DISAGREES = "begins at {}, answer_start is {}: leave one of them out"
     OUTSIDE = "gives no text: {} to {} is not a span of the context, which has {} code points"
     NEGATIVE = "is {}, which means 'none here', but the row gives the answer {}: set is_impossible, or give its place"
@@ -32,14 +32,14 @@ class Reason(Enum):
     ABSENT = "{} does not occur in the context{}"
     AMBIGUOUS = "{} occurs {} times in the context and no offset says which is meant: add answer_start, or {}"
     WRONG_OFFSET = "{} does not match: the context has {} there, the answer is {}"
-    FAR = "{} does not stand at its offset {}, and which of its {} places is meant is not certain"
+    FAR = "{} is not at its offset {}, and it is uncertain which of its {} occurrences is meant"
     CONTRADICTS = "the row and row {} ask the same: one says that there is no answer, the other gives {}"
     INSIDE_WORD = "{} occurs only inside a longer word"
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One reason, the field at fault ("" for the whole row or an answer), and what the sentence is filled with."""
+    """One reason, the faulty field ("" for the whole row or an answer), and the details that fill the sentence."""
 
     reason: Reason
     field: str = ""
@@ -55,7 +55,7 @@ class Problem:
 
 
 class RowError(Exception):
-    """A row that cannot be used. ``str(error)`` is the sentence; ``problem`` also names the field, in the data's words."""
+    """A row that cannot be used. ``str(error)`` is the sentence; ``problem`` also names the field."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.sentence)

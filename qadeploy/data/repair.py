@@ -18,7 +18,7 @@ _MUCH = 2**22  # characters of repeated contexts
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Two JSONL files that together hold every row of the source; ``renamed`` counts the rows that had another's id."""
+    """Two JSONL files that together hold every row of the source; ``renamed`` counts the rows that had another row's id."""
 
     clean: Path
     clean_rows: int
@@ -28,7 +28,7 @@ class Written:
 
 
 def check_places(source: str, out: Path) -> Path:
-    """Returns the file for the rejected rows, beside ``out``. Raises InputError if one of the two is there or cannot be written."""
+    """Returns the path for the rejected rows, beside ``out``. Raises InputError if either file exists or cannot be written."""
     if out.suffix.lower() != ".jsonl":
         raise InputError(f"--fix {out}: the repaired rows are written as JSONL: give a name that ends in .jsonl")
     rejected = out.with_suffix(".rejected.jsonl")
@@ -45,9 +45,9 @@ def write_fixed(check: CheckedData, out: Path) -> Written:
     """Writes every checked row once, to ``out`` or to the file for rejected rows beside it.
 
     A row of ``out`` is {id, context, question, answers: {text, answer_start}}, with ``is_impossible`` if it has no answer and its
-    split if it has one. Where many questions share long contexts, a line is {context, qas: [...]} instead, as in SQuAD's
-    paragraphs, so that each context is written once. The texts are slices of the context, the offsets code points. A row without
-    an id gets ``row-N``; a repeated id gets a number appended. A rejected row keeps its fields as they were.
+    split if it has one. If many questions share long contexts, a line is {context, qas: [...]} instead, as in SQuAD's
+    paragraphs, so that each context is written once. Texts are slices of the context, and offsets count code points. A row
+    without an id gets ``row-N``; a repeated id gets a number appended. A rejected row keeps its original fields.
 
     Args:
         check: The checked rows.
@@ -90,7 +90,7 @@ def _write_usable(
 
 
 def _identities(check: CheckedData) -> tuple[dict[int, str], int]:
-    """The ids of the usable rows by row number, and how many rows had another's."""
+    """The ids of the usable rows by row number, and how many rows had another row's id."""
     given = {row.parsed.id for row in check.rows if row.parsed and row.parsed.id is not None}
     found: dict[int, str] = {}
     taken: set[str] = set()
@@ -107,9 +107,9 @@ def _identities(check: CheckedData) -> tuple[dict[int, str], int]:
 
 
 def _shares_contexts(check: CheckedData) -> bool:
-    """Whether contexts are written once each: they are long, or rows of SQuAD's nesting ask the same.
+    """Whether to write each context once: contexts are long, or nested SQuAD rows repeat a question.
 
-    ``read`` merges flat rows that ask the same, and does not merge those of SQuAD's nesting: each keeps its way.
+    ``read`` merges flat rows with the same question, but not rows nested as in SQuAD, so both keep their form.
     """
     again = [row.raw.nested for row in check.rows if row.duplicate_of is not None]
     if again:
@@ -139,5 +139,5 @@ def _clean(row: CheckedRow, parsed: ParsedRow, identity: str) -> dict[str, Any]:
 def _line(value: dict[str, Any]) -> bytes:
     try:
         return json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate, which only an escape can hold
+    except UnicodeEncodeError:  # a lone surrogate, which must be escaped
         return json.dumps(value, default=str).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Raw rows: what every format and shape is read into, and what ``fields``, ``loading`` and ``check`` examine."""
+"""Raw rows, which all formats and shapes are read into, and which ``fields``, ``loading`` and ``check`` examine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ SPLITS = {"train": "train", **dict.fromkeys(("validation", "valid", "val", "dev"
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as it was read.
+    """A row as read from the source.
 
     Attributes:
-        number: Counts from 1.
+        number: Its number, from 1.
         fields: Its fields, under the data's names.
-        split: "train" or "validation" if the source itself says so.
-        problem: Why the fields cannot be read, "" if they can.
-        nested: Whether it comes from SQuAD's nesting or one like it, with one row per id.
+        split: "train" or "validation" if the source itself has splits.
+        problem: Why the fields cannot be read; "" if they can.
+        nested: Whether it comes from nested data such as SQuAD's, with one row per id.
         utf16: Whether its offsets count UTF-16 units, as Label Studio's do.
         labels: The labels of its regions, if it comes from an annotation tool.
     """

@@ -1,7 +1,7 @@
-"""Shapes: how the values in a file are nested, and from these values to raw rows.
+"""Shapes: how the values in a file are nested, and how they are read into raw rows.
 
-A value is a whole JSON document, or one line of JSONL. ``SHAPES`` lists what is understood; the first shape that fits an object
-reads it. Elements of a list may have different shapes. Nothing is decided here about the content of a field.
+A value is a whole JSON document, or one line of JSONL. ``SHAPES`` lists the supported shapes; the first one that fits an object
+reads it. Elements of a list may have different shapes. This module does not examine the content of fields.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Shape:
     """One shape.
 
     Attributes:
-        name: What people call it.
-        looks: What it looks like.
-        fits: Whether an object has it.
-        rows: Reads its rows, not numbered yet, from an object and its place in the file, which errors name.
+        name: The name of the shape, for people.
+        looks: An example of the shape.
+        fits: Returns whether an object has the shape.
+        rows: Reads the rows, not numbered yet, from an object and its place in the file, which errors name.
     """
 
     name: str
@@ -51,11 +51,11 @@ def rows_of(value: Any, name: str) -> list[RawRow]:
     """Reads a whole JSON document.
 
     Args:
-        value: Its value.
-        name: The file, for errors.
+        value: The value of the document.
+        name: The name of the file, for errors.
 
     Raises:
-        InputError: It holds no rows in any shape, or a list or object that a shape needs is missing; names the place.
+        InputError: The document has no supported shape, or a list or object that a shape needs is missing; names the place.
     """
     if not isinstance(value, dict | list):
         raise InputError(f"{name}: must be a list of rows or an object with 'data', not {kind_of(value)}")
@@ -71,7 +71,7 @@ def rows_of_line(value: Any, place: str) -> Iterator[RawRow]:
 
 
 def is_header(value: Any) -> bool:
-    """Whether a value is MRQA's first line, which holds no row."""
+    """Whether a value is MRQA's first line, which is not a row."""
     return isinstance(value, dict) and set(value) == {"header"}
 
 
@@ -101,7 +101,7 @@ _MARKS = frozenset({"annotations", "annotation_id", "spans", "_task_hash", "labe
 
 
 def _is_plain(value: Object) -> bool:
-    """Whether an object is a row by itself, whatever else it holds: it has a question, and no annotation tool wrote it."""
+    """Whether an object is itself a row, whatever else it holds: it has a question, and no annotation tool wrote it."""
     if isinstance(value.get("question"), str) and _MARKS.isdisjoint(value):
         return True
     asks = any(plain(key) == "question" and not isinstance(x, list | dict) for key, x in value.items())
@@ -149,12 +149,12 @@ def _paragraph(paragraph: Object, place: str) -> Iterator[RawRow]:
 
 
 def _detected(found: Any) -> Iterator[Any]:
-    """MRQA's answers, whose spans include their last character."""
+    """Yields MRQA's answers, whose spans include their last character."""
     for answer in (x for x in found if isinstance(x, dict)) if isinstance(found, list) else ():
         spans = answer.get("char_spans")
         for span in spans if isinstance(spans, list) else ():
             first, last = span if isinstance(span, list) and len(span) == 2 else (span, None)
-            with suppress(ValueError):  # which is named when the answer is read
+            with suppress(ValueError):  # reported when the answer is read
                 last = None if (end := offset_of(last)) is None else end + 1
             yield {"text": answer.get("text"), "start": first, "end": last}
 

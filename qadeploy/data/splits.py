@@ -13,7 +13,7 @@ from qadeploy.records import Example
 def carve_by_passage(
     examples: Sequence[Example], fraction: float, seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Draws whole passages at random until they hold a fraction of the questions.
+    """Draws whole passages at random until they hold a given fraction of the questions.
 
     Args:
         examples: The questions.
@@ -46,8 +46,8 @@ def carve_by_passage(
 def folds_by_passage(examples: Sequence[Example], folds: int, seed: int) -> tuple[tuple[Example, ...], ...]:
     """Splits into folds of whole passages with about the same number of questions each.
 
-    The passages with the most questions are dealt first, each to the smallest fold so far, as scikit-learn's
-    GroupKFold does.
+    As in scikit-learn's GroupKFold, the passages with the most questions are assigned first, each to the smallest
+    fold so far.
 
     Args:
         examples: The questions.
@@ -66,7 +66,7 @@ def folds_by_passage(examples: Sequence[Example], folds: int, seed: int) -> tupl
     if len(passages) < folds:
         raise InputError(
             f"{len(passages)} passages cannot be split into {folds} folds, since questions on one passage stay together: "
-            "ask for fewer folds, or add questions on other passages"
+            "choose fewer folds, or add questions on other passages"
         )
     order = list(passages)
     random.Random(seed).shuffle(order)  # noqa: S311 - a split, not a secret

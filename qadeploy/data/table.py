@@ -10,14 +10,14 @@ from qadeploy.data.wording import OVERRULED, WITHHELD, plural, quote
 MEANING = {
     RowClass.NO_ANSWER: "the row says that its context has no answer",
     RowClass.EMPTY: "a field is missing, blank or unreadable",
-    RowClass.EXACT: "the answer stands where its offset says, or once",
-    RowClass.SHIFTED: "the answer does not stand where its offset says",
+    RowClass.EXACT: "the answer is at its offset, or occurs once",
+    RowClass.SHIFTED: "the answer is not at its offset",
     RowClass.UTF16: "the offset counts UTF-16 units",
     RowClass.UTF8: "the offset counts UTF-8 bytes",
     RowClass.WHITESPACE: "white space differs",
     RowClass.CASE: "letter case differs",
     RowClass.DETOKENISED: "punctuation or spacing differs",
-    RowClass.ABSENT: "the context does not hold the answer",
+    RowClass.ABSENT: "the answer is not in the context",
 }
 _SHIFTS = 6
 
@@ -38,7 +38,7 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
         text.append(f"  {kind:<12} {len(rows):>6}  {len(rows) / len(check.rows):>6.1%}  {done or '-':<28} {meaning}")
     text += [
         f"  also: {plural(counts['repeated'], 'row')} whose answer occurs several times in its context (repeated), "
-        f"{counts['duplicate']} whose question and context an earlier row has (duplicate)"
+        f"{counts['duplicate']} with the question and context of an earlier row (duplicate)"
     ]
     if check.same_ids:
         text.append(f"  {check.same_ids} rows have the id of an earlier row: train refuses them, --fix numbers them")
@@ -55,12 +55,12 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
     repeated = [row for row in check.rows if row.repeated and not row.problem]
     text += _section("repeated", [(row.name, _repeated(row)) for row in repeated], show)
     again = [row for row in check.rows if row.duplicate_of is not None]
-    text += _section("duplicate", [(row.name, f"asks what row {row.duplicate_of} asks") for row in again], show)
+    text += _section("duplicate", [(row.name, f"repeats row {row.duplicate_of}") for row in again], show)
     return text
 
 
 def check_summary(check: CheckedData) -> str:
-    """Returns the counts above 0 on one line."""
+    """Returns the nonzero counts on one line."""
     counts = check.to_dict()["classes"]
     return f"{plural(len(check.rows), 'row')}: " + ", ".join(f"{n} {name}" for name, n in counts.items() if n)
 

@@ -1,4 +1,4 @@
-"""How much a packed file may unpack to: a megabyte of gzip can hold a gigabyte, one of parquet far more."""
+"""How much a compressed file may unpack to: a megabyte of gzip can hold a gigabyte, a megabyte of parquet far more."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from qadeploy.errors import InputError
 
 LIMIT = "QADEPLOY_MAX_UNPACKED_BYTES"
-RATIO = 200  # four published sets as JSON pack to a tenth to a quarter; rows that repeat long contexts to less
-FREE = 2**28  # of any ratio
-MOST = 2**32
+RATIO = 200  # four published data sets as JSON compress to 10 to 25 %; rows that repeat long contexts to less
+FREE = 2**28  # bytes that are allowed at any ratio
+MOST = 2**32  # bytes
 _CHUNK = 2**20
 
 
 @dataclass(slots=True)
 class Budget:
-    """The bytes that a file may still unpack to.
+    """The bytes that a file may unpack to.
 
     Attributes:
-        name: The file, for errors.
+        name: The name of the file, for errors.
         packed: Its size in bytes.
-        taken: What was unpacked so far.
-        streamed: Whether no more than a part of it is held at a time, so that ``MOST`` does not bound the whole.
+        taken: The bytes unpacked so far.
+        streamed: Whether only a part of it is in memory at a time, so that ``MOST`` does not limit the whole.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Budget:
 
     @property
     def limit(self) -> int:
-        """``$QADEPLOY_MAX_UNPACKED_BYTES``, else ``RATIO`` times the packed size, at least ``FREE``, and at most ``MOST`` unless streamed."""
+        """``$QADEPLOY_MAX_UNPACKED_BYTES``, or ``RATIO`` times the packed size, from ``FREE`` to (unless streamed) ``MOST``."""
         given = os.environ.get(LIMIT)
         if given is None:
             limit = max(RATIO * self.packed, FREE)
@@ -47,10 +47,10 @@ class Budget:
         """Counts unpacked bytes.
 
         Args:
-            count: How many more.
+            count: The number of further bytes.
 
         Raises:
-            InputError: They are more than ``limit``.
+            InputError: The total exceeds ``limit``.
         """
         self.taken += count
         if self.taken > self.limit:
@@ -65,11 +65,11 @@ def gunzip(content: bytes, name: str) -> bytes:
 
     Args:
         content: The packed bytes.
-        name: The file, for errors.
+        name: The name of the file, for errors.
 
     Raises:
-        InputError: It unpacks to more than a ``Budget`` allows.
-        EOFError: It is cut short. Damage elsewhere raises zlib.error or gzip.BadGzipFile.
+        InputError: The content unpacks to more than a ``Budget`` allows.
+        EOFError: The content is truncated. Other damage raises zlib.error or gzip.BadGzipFile.
     """
     budget = Budget(name, len(content))
     parts: list[bytes] = []

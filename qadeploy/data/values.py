@@ -1,4 +1,4 @@
-"""Single values as data files hold them: offsets, flags, and cells that hold a Python or JSON value."""
+"""Single values in data files: offsets, flags, and cells that hold a Python or JSON value."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NUMPY = frozenset({"array", "int32", "int64", "float32", "float64", "str_"})
 
 
 def plain(name: object) -> str:
-    """A name without case, spaces and signs: "Answer Start" is "answer_start" is "answerstart"."""
+    """A name without case, spaces and punctuation: "Answer Start" and "answer_start" become "answerstart"."""
     return "".join(c for c in str(name).lower() if c.isalnum())
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value says nothing: null, a blank text, or the NaN that data frames hold for "none"."""
+    """Whether a value is missing: null, a blank text, or NaN, which data frames use for missing values."""
     return (
         value is None
         or (isinstance(value, float) and math.isnan(value))
@@ -37,13 +37,13 @@ def offset_of(value: Any) -> int | None:
     """Reads an offset.
 
     Args:
-        value: What the file holds: 255, 255.0 or the text of either.
+        value: The value in the file: 255, 255.0 or the text of either.
 
     Returns:
         The offset; None if the value is missing.
 
     Raises:
-        ValueError: It is anything else.
+        ValueError: The value is anything else.
     """
     if is_missing(value):
         return None
@@ -64,7 +64,7 @@ def flag_of(value: Any) -> bool | None:
         The flag; None if the value is missing.
 
     Raises:
-        ValueError: It is anything else.
+        ValueError: The value is anything else.
     """
     if is_missing(value):
         return None
@@ -75,10 +75,10 @@ def flag_of(value: Any) -> bool | None:
 
 
 def literal(text: str) -> Any:
-    """Reads a cell that holds JSON or a Python literal, also as numpy prints it: ``array([...])``, ``['a' 'b']``.
+    """Reads a cell that holds JSON or a Python literal, including numpy's notation: ``array([...])``, ``['a' 'b']``.
 
     Returns:
-        The value; any other text as it is.
+        The value; any other text is returned unchanged.
     """
     try:
         return json.loads(text)
@@ -86,14 +86,14 @@ def literal(text: str) -> Any:
         pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the parser, on what is no literal: '\\d', 1if
+            warnings.simplefilter("ignore")  # the parser warns of some texts that are not literals: '\\d', 1if
             return ast.literal_eval(_Arrays().visit(ast.parse(_with_commas(text.strip()), mode="eval")))
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         return text
 
 
 def _with_commas(text: str) -> str:
-    """Puts the commas between values that numpy leaves out; Python would join ``'New' 'York'`` to one text."""
+    """Inserts the commas that numpy leaves out between values; Python would join ``'New' 'York'`` into one text."""
     parts: list[str] = []
     before = None
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -107,7 +107,7 @@ def _with_commas(text: str) -> str:
 
 
 class _Arrays(ast.NodeTransformer):
-    """Replaces numpy's arrays and numbers by what is in them."""
+    """Replaces numpy's arrays and numbers by their contents."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         name = getattr(node.func, "id", None) or getattr(node.func, "attr", "")  # array(...), np.int64(...)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 WITHHELD = (
-    "an empty list of answers and no is_impossible: read as 'no answer in this context'; --empty-answers no-answer says that this "
-    "is meant, --empty-answers reject that labels are withheld"
+    "an empty list of answers and no is_impossible: read as 'no answer in this context'; confirm this with --empty-answers "
+    "no-answer, or give --empty-answers reject if labels are withheld"
 )
 
 OVERRULED = (
@@ -18,12 +18,12 @@ OVERRULED = (
 
 
 def quote(text: str) -> str:
-    """Quotes a text on one line, cut at 60 code points."""
+    """Quotes a text on one line, shortened to 60 code points."""
     return printable(json.dumps(text if len(text) <= 60 else text[:57] + "...", ensure_ascii=False))
 
 
 def shown(value: Any) -> str:
-    """A value on one line, cut at 60 code points; a list or an object by its kind."""
+    """A value on one line, shortened to 60 code points; for a list or an object, its kind."""
     return kind_of(value) if isinstance(value, dict | list) else quote(value) if isinstance(value, str) else str(value)
 
 

@@ -1,1 +1,1 @@
-"""Labelling: rows or documents in, decisions of people out, as rows that ``train`` reads. HTTP and the page are in ``serve``."""
+"""Labelling: rows or documents to people's decisions, as rows that ``train`` reads. HTTP and the page are in ``serve``."""

@@ -1,7 +1,7 @@
-"""The desk: hands rows to tabs, has the model propose answers, and takes decisions. Safe under threads.
+"""The desk: assigns rows to browser tabs, lets the model propose answers, and stores decisions. Thread-safe.
 
-Of the rows, every fifth that is shown is the next of a random sample; the others come least certain first, as far as the model
-has been asked: a thread asks it about all rows, one after the other.
+Every fifth row that is shown is the next of a random sample. The others are shown least certain first, among those that the
+model has answered so far: a thread has it answer all rows, one after the other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qadeploy.labelling.items import Item, Proposal, key_of
 from qadeploy.labelling.store import Row, Store
 from qadeploy.records import NO_ANSWER, Answer, Example
 
-_UNKNOWN = Proposal(NO_ANSWER, "")  # the model could not be asked; as uncertain as can be
+_UNKNOWN = Proposal(NO_ANSWER, "")  # the model failed to answer; its score of 0 makes the row the least certain
 
 
 class DecidedError(InputError):
@@ -29,7 +29,7 @@ class DecidedError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a tab shows: a row, the model's proposal if it was asked, and a decision that was just taken back."""
+    """What a tab shows: a row, the model's proposal if there is one, and the decision that was just undone, if any."""
 
     item: Item
     proposal: Answer | None
@@ -37,14 +37,14 @@ class Shown:
 
 
 class Desk:
-    """The rows to label and what was decided. Close it at the end.
+    """The rows to label and the decisions on them. Close it at the end.
 
     Args:
-        items: What is labelled.
-        store: Where decisions go.
-        annotator: Whose they are.
+        items: The rows or passages to label.
+        store: The store of decisions.
+        annotator: The name of the annotator.
         answerer: The model that proposes answers.
-        predictions: Proposals that are there already, by key.
+        predictions: Existing proposals, by key.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Desk:
         self._decided = {key_of(row["question"], row["context"]) for row in store.rows}
         own = {key_of("", row["context"]) for row in store.rows} if self.documents else self._decided
         self._closed = own & self._items.keys()
-        self._skipped: dict[str, None] = {}  # the longest ago first
-        self._holders: dict[str, str] = {}  # of each tab, the key of its row
+        self._skipped: dict[str, None] = {}  # keys of skipped rows, the oldest skip first
+        self._holders: dict[str, str] = {}  # the key of each tab's row, by tab
         self._turn = 0
         self._lock = threading.RLock()
         self._ending = threading.Event()
@@ -77,7 +77,7 @@ class Desk:
             self._asking.start()
 
     def close(self) -> None:
-        """Stops asking the model."""
+        """Stops querying the model."""
         self._ending.set()
         if self._asking.is_alive():
             self._asking.join()
@@ -86,7 +86,7 @@ class Desk:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many rows the annotator has decided, or questions asked; and how many rows, or passages, are left."""
+        """The number of rows that the annotator has decided (or questions typed), and of rows (or passages) left."""
         with self._lock:
             closed = len(self._closed)
             return len(self._store.rows) if self.documents else closed, len(self._items) - closed
@@ -111,7 +111,7 @@ class Desk:
         return self._shown(item, self._proposal(item) if item.question else None)
 
     def skip(self, tab: str, key: str) -> None:
-        """Puts a row off; a passage with a question of this annotator is finished."""
+        """Postpones a row. A passage on which the annotator has typed a question is finished instead."""
         with self._lock:
             self._item(key)
             if self.documents and any(key_of("", row["context"]) == key for row in self._store.rows):
@@ -134,16 +134,16 @@ class Desk:
             return free[0]
         sampled, others = ([key for key in free if is_sampled(key) is wanted] for wanted in (True, False))
         if sampled and (self._turn % EVERY == 0 or not others):
-            return min(sampled)  # a key says nothing about its text: their order is random
+            return min(sampled)  # keys are hashes, so their order is random
         asked = [key for key in others if key in self._proposals]
         return min(asked, key=lambda key: self._proposals[key].answer.score) if asked else others[0]
 
     # ------------------------------------------------------------ the model
 
     def ask(self, key: str, question: str) -> Answer:
-        """The best span for a question that was typed, also if the model says "no answer", which is what counts as its answer.
+        """The best span for a typed question, even if the model prefers "no answer", which is then stored as its answer.
 
-        Whoever types a question on a text mostly sees the answer there. Raises what ``Answerer.answer`` raises.
+        People who type a question on a text usually see the answer there. Raises what ``Answerer.answer`` raises.
         """
         item = self._item(key)
         found = self._answerer.answer(question.strip(), item.context, top_k=2)
@@ -179,13 +179,13 @@ class Desk:
         Args:
             key: The row.
             span: First code point, and one past the last.
-            question: What was asked, on a passage.
+            question: The typed question, on a passage.
 
         Raises:
             DecidedError: The annotator has decided this row already.
             InputError: There is no such row, or the span or the question cannot be used.
             OSError: The disk is full or cannot be written; nothing was saved.
-            FailureError: The file is no longer as it was left; nothing was saved.
+            FailureError: Another program has changed the file; nothing was saved.
         """
         with self._lock:
             item = self._item(key)
@@ -208,11 +208,11 @@ class Desk:
                 self._closed.add(key)
 
     def undo(self, tab: str) -> Shown:
-        """Takes back the annotator's last decision and gives its row to the tab.
+        """Undoes the annotator's last decision and assigns its row to the tab.
 
         Raises:
-            InputError: It was on a row that is not in this input.
-            FailureError: There is none, or another annotator's follows in the file.
+            InputError: The decision was on a row that is not in this input.
+            FailureError: There is no decision, or another annotator's follows in the file.
             OSError: The file cannot be written.
         """
         with self._lock:
@@ -244,7 +244,7 @@ class Desk:
         row: Row = {
             "annotator": self.annotator,
             "time": now,
-            "id": f"{item.id}-{key_of(key, self.annotator)[:12]}",  # of each annotator and of each file another
+            "id": f"{item.id}-{key_of(key, self.annotator)[:12]}",  # unique per annotator, also across files
             "context": item.context,
             "question": question,
             "answer": answer,

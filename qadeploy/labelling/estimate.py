@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from qadeploy.core.metrics import Metric, exact_match, wilson_interval
 from qadeploy.labelling.store import Row
 
-EVERY = 5  # one row of so many is shown at random, and counts
+EVERY = 5  # one in this many rows is shown at random, and counts for the estimate
 
 
 def is_sampled(key: str) -> bool:
-    """Whether a row is among those that count. It depends on its text alone: not on the model, the order or the session."""
+    """Whether a row belongs to the random sample. It depends on its text alone, not on the model, the order or the run."""
     return int(key[:8], 16) % EVERY == 0
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Exact match of the model's answers, percent, with a 95 % interval, on ``total`` rows. None without a row."""
+    """Exact match of the model's answers, in percent, with a 95 % interval, on ``total`` rows; None without rows."""
 
     total: int
     exact_match: float | None

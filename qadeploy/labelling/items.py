@@ -1,4 +1,4 @@
-"""What is labelled: questions on contexts, or passages of documents on which questions are yet to be asked."""
+"""The items to label: questions on contexts, or passages of documents on which questions are still to be typed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from qadeploy.records import Answer
 
 Say = Callable[[str], object]
 _DOCUMENTS = frozenset(suffix for reader in READERS if reader.read for suffix in reader.suffixes)
-_SAVED = ("state.json", "dataset_dict.json")  # a folder that the datasets library saved holds one of them
+_SAVED = ("state.json", "dataset_dict.json")  # a folder saved by the datasets library contains one of these files
 _PREDICTED = {"id", "answer", "score", "start", "end"}
 _MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """The answer of a model; ``model`` says of which."""
+    """The answer of a model, and the hash or name of that model."""
 
     answer: Answer
     model: str
@@ -39,12 +39,12 @@ class Item:
     """A question on a context; or a passage of a document, if ``question`` is "".
 
     Attributes:
-        key: Stands for question and context, in any file.
+        key: Identifies the question and context, in any file.
         id: Its id in its source.
         context: The text in which answers are marked.
         question: The question.
-        document: The document that a passage is from.
-        place: Where it is in its document.
+        document: The document of a passage.
+        place: The place of the passage in its document.
     """
 
     key: str
@@ -56,17 +56,17 @@ class Item:
 
 
 def key_of(question: str, context: str) -> str:
-    """Stands for a question on a context; evenly distributed over all hexadecimal texts of its length."""
+    """Identifies a question on a context: a hash as hexadecimal text."""
     return blake2b(json.dumps([question, context]).encode(), digest_size=10).hexdigest()
 
 
 def load_items(source: str, options: DataOptions, say: Say) -> list[Item]:
-    """Reads what is to be labelled, each question on a context and each passage once.
+    """Reads the items to label, each question on a context and each passage once.
 
     Args:
-        source: A folder of documents, a document, or any data that ``train`` reads; answers in it are not looked at.
-        options: How rows are read.
-        say: Told in a sentence of what is left out.
+        source: A folder of documents, a document, or any data that ``train`` reads; answers in it are ignored.
+        options: The options for reading rows.
+        say: Called with a sentence that lists what is left out.
 
     Raises:
         InputError: Nothing can be read, or rows cannot be used; the message names file, row and field.
@@ -75,7 +75,7 @@ def load_items(source: str, options: DataOptions, say: Say) -> list[Item]:
     path = Path(source)
     folder = path.is_dir() and not any((path / name).is_file() for name in _SAVED)
     found = _passages(path, say) if folder or path.suffix.lower() in _DOCUMENTS else _questions(source, options)
-    items = {item.key: item for item in reversed(list(found))}  # of equal ones the first
+    items = {item.key: item for item in reversed(list(found))}  # keeps the first of equal items
     return list(reversed(items.values()))
 
 
@@ -123,10 +123,10 @@ def _passages(source: Path, say: Say) -> Iterator[Item]:
 
 
 def load_predictions(source: str, items: list[Item]) -> dict[str, Proposal]:
-    """Reads the answers of a run of ``qadeploy answer``: the proposal for each item with the id of an answer.
+    """Reads the answers of a run of ``qadeploy answer`` as proposals for the items with the same ids.
 
     Raises:
-        InputError: It holds something else, no id is one of the items', or an answer is not where it says in its context.
+        InputError: The source holds something else, no id is that of an item, or an answer is not at its place in the context.
     """
     path = Path(source)
     files = sorted(map(str, path.glob("part-*.parquet"))) if path.is_dir() else [source]

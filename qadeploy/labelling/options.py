@@ -1,4 +1,4 @@
-"""How a labelling session is started."""
+"""The options of ``qadeploy label``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from qadeploy.options import check, option
 
 @dataclass(frozen=True, slots=True)
 class LabelOptions:
-    """What is labelled by whom, and which model proposes the answers.
+    """The annotator, the model that proposes answers, and the server.
 
     Raises:
         InputError: A value is out of range, or the annotator's name is blank or not printable.
     """
 
     bundle: str | None = option(
-        None, "Bundle whose model proposes answers.", shown="the newest under bundles/, else the one that ships"
+        None, "Bundle whose model proposes answers.", shown="the newest under bundles/, or the shipped one"
     )
     predictions: str | None = option(
-        None, "Answers that qadeploy answer wrote for the same rows: a file, or a folder. They are the proposals then."
+        None, "Answers that qadeploy answer wrote for the same rows, as proposals: a file, or a folder."
     )
     annotator: str | None = option(None, "Name that is written into each row.", shown="your login name")
-    port: int = option(8001, "Port to listen on, on 127.0.0.1 only; 0 takes a free one.", least=0, most=65535)
+    port: int = option(8001, "Port to listen on, on 127.0.0.1 only; 0 picks a free one.", least=0, most=65535)
     columns: str | None = options.columns()
     bundle_sha256: str | None = options.bundle_sha256()
     load_timeout: float = options.load_timeout()

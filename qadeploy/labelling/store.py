@@ -1,10 +1,10 @@
 """The file of decisions: JSONL that is valid training data at any time.
 
-A decision is one line, appended and flushed to the disk before the next row is shown; undoing one cuts its line off again. A
-line that a crash cut short is removed at the next start: nobody was told that it was saved. One process has the file at a time.
+A decision is one line, appended and flushed to the disk before the next row is shown; undoing it removes the line. A partial
+line after a crash is removed at the next start, because it was never reported as saved. One process at a time holds the file.
 
-``train`` refuses two rows on one question of which only one has an answer. So a decision that contradicts another annotator's
-in this goes to a second file, ``NAME.contradicting.jsonl``.
+``train`` refuses two rows on the same question of which only one has an answer. So a decision that contradicts another
+annotator in this way goes to a second file, ``NAME.contradicting.jsonl``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qadeploy.files import BINARY, append_line, holding, sync
 from qadeploy.labelling.items import key_of
 
 Row = dict[str, Any]
-_BEGIN = '{"annotator": '  # with which each line begins, so that a piece of one can be told from other data
+_BEGIN = '{"annotator": '  # the beginning of each line, which distinguishes a partial line from other data
 _FIELDS: dict[str, type] = {
     "annotator": str, "time": str, "id": str, "context": str, "question": str, "answer": str, "answer_start": int,
     "is_impossible": bool,
@@ -29,7 +29,7 @@ _FIELDS: dict[str, type] = {
 
 
 class Store:
-    """The decisions of all annotators, for one of whom it is open. ``open`` makes one."""
+    """The decisions of all annotators, opened for one of them with ``open``."""
 
     def __init__(self, main: _Lines, aside: _Lines, annotator: str) -> None:
         self._main, self._aside = main, aside
@@ -39,11 +39,11 @@ class Store:
     @classmethod
     @contextmanager
     def open(cls, path: Path, annotator: str) -> Iterator[Store]:
-        """Opens the file, or one that is yet to be made, and holds it until the end.
+        """Opens an existing or new file, and keeps it locked until the end.
 
         Raises:
-            InputError: Its name does not end in .jsonl, it holds something else, its folder does not exist, or another process
-                has it.
+            InputError: The name does not end in .jsonl, the file holds something else, its folder does not exist, or another
+                process holds it.
         """
         if path.suffix != ".jsonl":
             raise InputError(f"--out {path}: must end in .jsonl, so that train can read it")
@@ -58,7 +58,7 @@ class Store:
         return [row for row, _ in self._mine]
 
     def append(self, row: Row) -> None:
-        """Saves a decision of the annotator. Raises OSError, FailureError; then nothing of it is in the file."""
+        """Saves a decision of the annotator. Raises OSError, FailureError; then no part of it is in the file."""
         key = key_of(row["question"], row["context"])
         others = (other for other, at in self._main.rows if at == key)
         lines = self._aside if any(o["is_impossible"] != row["is_impossible"] for o in others) else self._main
@@ -66,10 +66,10 @@ class Store:
         self._mine.append((row, lines))
 
     def undo(self) -> Row:
-        """Takes back the annotator's last decision and returns it.
+        """Undoes the annotator's last decision and returns it.
 
         Raises:
-            FailureError: There is none, or another annotator's follows in the file.
+            FailureError: There is no decision, or another annotator's follows in the file.
             OSError: The file cannot be written.
         """
         if not self._mine:
@@ -81,7 +81,7 @@ class Store:
 
 
 class _Lines:
-    """A file of rows, each with its key. Nothing of it is open between two writes."""
+    """A file of rows, each with its key. The file is closed between two writes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -120,7 +120,7 @@ class _Lines:
 
     @contextmanager
     def _writing(self) -> Iterator[int]:
-        """Opens the file. Raises FailureError if it is no longer as it was left."""
+        """Opens the file. Raises FailureError if another program has changed it."""
         size = self._ends[-1]
         try:
             descriptor = os.open(self._path, os.O_WRONLY | BINARY | (0 if size else os.O_CREAT), 0o666)
@@ -131,7 +131,7 @@ class _Lines:
                 raise FailureError(f"{self._path}: another program has changed it: start qadeploy label again")
             yield descriptor
         except OSError as error:
-            error.filename = str(self._path)  # a full disk does not name the file
+            error.filename = str(self._path)  # the error for a full disk names no file
             raise
         finally:
             os.close(descriptor)
@@ -151,7 +151,7 @@ class _Lines:
         )
 
     def _repair(self, rest: bytes, number: int) -> None:
-        """Completes or removes a last line without its line end. Raises InputError if it is not one of ours."""
+        """Completes or removes a last line without a line break. Raises InputError if it is not a line of this module."""
         size = self._ends[-1]
         try:
             row = self._parsed(rest, number)

@@ -1,4 +1,4 @@
-"""From requests to answers: asks for the scheduler, results as JSON, and what a caller is told if there are none."""
+"""From requests to answers: jobs for the scheduler, results as JSON, and the refusal if a request fails."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def reply(request: Request, service: Service, body: AskOne | AskMany | Seq
 
 
 async def answered_by(request: Request, service: Service, asks: Sequence[Ask], render: Render) -> list[bytes]:
-    """The results of ``render``. Raises RefusedError: limits, a full queue, the deadline, or an error of answering."""
+    """The results of ``render``. Raises RefusedError on a limit, a full queue, the deadline, or an error while answering."""
     settings, scheduler, call = service.settings, service.scheduler, call_of(request.scope)
     check_limits(asks, settings)
     call.questions = len(asks)
@@ -57,7 +57,7 @@ async def answered_by(request: Request, service: Service, asks: Sequence[Ask], r
             service.metrics.dropped("full")
         raise
     answered = asyncio.wrap_future(job.future)
-    answered.add_done_callback(lambda future: future.cancelled() or future.exception())  # retrieves the exception
+    answered.add_done_callback(lambda future: future.cancelled() or future.exception())  # or asyncio logs the exception
     gone = asyncio.ensure_future(request.receive())
     either: set[asyncio.Future[Any]] = {answered, gone}
     try:
@@ -72,7 +72,7 @@ async def answered_by(request: Request, service: Service, asks: Sequence[Ask], r
     finally:
         call.windows = job.windows
         gone.cancel()
-        scheduler.drop(job, RefusedError(499, "dropped", "nobody waits for it"))  # no effect if it is over
+        scheduler.drop(job, RefusedError(499, "dropped", "nobody waits for it"))  # no effect if the job is over
 
 
 def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
@@ -80,7 +80,7 @@ def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
     told = refusal(error, service.settings)
     if told.status == 504:
         service.metrics.dropped("deadline")
-        told = deadline_passed(service.settings.request_timeout)  # counted from the head of the request
+        told = deadline_passed(service.settings.request_timeout)  # the time counts from the head of the request
     if isinstance(error, LogitsError):
         service.metrics.bad_logits()
     if told.status == 500:
@@ -100,14 +100,14 @@ def _logged(ask: Ask) -> dict[str, Any]:
 def _ask(service: Service, question: str, given: AskItem | AskMany) -> Ask:
     if given.texts is not None:
         return Ask(question, given.texts, given.options)
-    if service.corpus is None:  # the schema does not let it through
+    if service.corpus is None:  # unreachable: the schema requires a context without a corpus
         raise RefusedError(422, "invalid_request", "give either context, or contexts for several passages")
     return from_corpus(service.corpus, service.settings, question, given.options)
 
 
 def _shown(service: Service, traced: bool) -> Render:
-    """The result of a question as JSON."""
-    answerer = service.answerer  # whose pairs it will get, even if another one answers by then
+    """A function that renders the result of a question as JSON."""
+    answerer = service.answerer  # stays the one that decodes the pairs, even after a reload
 
     def render(ask: Ask, pair: DecodedPair | None) -> bytes:
         if service.corpus and ask.search:
@@ -120,7 +120,7 @@ def _shown(service: Service, traced: bool) -> Render:
         if not traced or pair is None:
             return answers
         trace = trace_dict(answerer, pair, ask.options)
-        # Window by window: one call for megabytes would keep the interpreter, and so the event loop, for too long.
+        # Window by window: one call for megabytes would hold the GIL, and so block the event loop, for too long.
         windows = json_list([dump(window) for window in trace.pop("windows")])
         return b'%b,"trace":%b,"windows":%b}}' % (answers[:-1], dump(trace)[:-1], windows)
 
@@ -128,8 +128,8 @@ def _shown(service: Service, traced: bool) -> Render:
 
 
 def hugging_face_result(ask: Ask, pair: DecodedPair | None) -> bytes:
-    """The result of a question in the form of the Hugging Face task, as JSON."""
-    found = (to_answers(pair, ask.options) if pair else []) or [NO_ANSWER]  # no token of the context can be an answer
+    """The result of a question as JSON, in the format of the Hugging Face task."""
+    found = (to_answers(pair, ask.options) if pair else []) or [NO_ANSWER]
     told = [{"answer": a.text, "score": a.score, "start": a.start, "end": a.end} for a in found]
     return dump(told if ask.options.top_k > 1 else told[0])
 
@@ -140,7 +140,7 @@ def dump(value: Any) -> bytes:
 
 
 def json_list(found: Sequence[bytes]) -> bytes:
-    """A list of values that are JSON already."""
+    """A JSON list of values that are already JSON."""
     return b"[" + b",".join(found) + b"]"
 
 

@@ -181,7 +181,7 @@ def _add_feedback(app: FastAPI, feedback: Feedback, locked: Sequence[Any]) -> No
         dependencies=locked,
     )
     async def verdict(body: FeedbackRequest) -> Response:
-        """The verdict is on the disk of the server, with question and context, before the response comes."""
+        """The server writes the verdict to its disk, with question and context, before it responds."""
         text, start = (body.answer.text, body.answer.start) if body.answer else (None, None)
         try:
             await asyncio.to_thread(feedback.add, body.request_id, body.question, body.verdict, text, start)
@@ -216,7 +216,7 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
             **({"corpus": about(service.corpus)} if service.corpus else {}),
         }
 
-    if settings.token is not None:  # without one, anybody could make the server load
+    if settings.token is not None:  # without a token, anybody could trigger reloads
 
         @app.post(
             "/admin/reload",
@@ -227,7 +227,7 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
             dependencies=locked,
         )
         async def reload() -> dict[str, Any]:
-            """Answers as soon as the new bundle does. After an error (409) the bundle before goes on answering."""
+            """Responds once the new bundle is in use. After an error (409), the previous bundle stays in use."""
             try:
                 changed = await service.reload()
             except QadeployError as error:
@@ -285,7 +285,7 @@ def _add_pages(app: FastAPI) -> None:
 
 
 class Static(StaticFiles):
-    """Files under one path each: Starlette's also have those with a slash at the end, or with ``//`` and ``./``."""
+    """Serves each file under exactly one path; Starlette also accepts a trailing slash, ``//`` and ``./``."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """The file. Raises HTTPException if the path is not exactly its own."""
@@ -295,7 +295,7 @@ class Static(StaticFiles):
 
 
 def add_errors(app: FastAPI) -> None:
-    """Answers whatever goes wrong with JSON of one shape."""
+    """Answers every error with JSON of the same shape."""
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
@@ -318,7 +318,7 @@ def add_errors(app: FastAPI) -> None:
 
 
 def _faults(error: RequestValidationError) -> str:
-    """The first faults, one clause each: the field and what is wrong. Values are left out because they may be texts."""
+    """The first faults, one clause each: the field and what is wrong. Values are left out: they may be private texts."""
     found = []
     for fault in error.errors():
         place = fault["loc"][2:] if fault["loc"][1:2] and fault["loc"][1] in FORMS else fault["loc"][1:]

@@ -9,16 +9,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from qadeploy.serve.calls import respond
 from qadeploy.serve.errors import RefusedError
 
-# Open: what an orchestrator asks, and what only shows how the API is used.
+# Open: the health checks of orchestrators, and the pages that show how to use the API.
 _OPEN = frozenset(
     {"/", "/docs", "/openapi.json", "/health/live", "/health/ready", "/ping", "/v2/health/live", "/v2/health/ready"}
 )
 
 
 class Auth:
-    """ASGI middleware that refuses (401) requests without the token. It is compared in constant time.
+    """ASGI middleware that refuses (401) requests without the token. Tokens are compared in constant time.
 
-    GET of the page, its files, the API documents and the health checks is open, and so is /metrics unless ``metrics``.
+    The page, its files, the API documents and the health checks are open to GET, and so is /metrics unless ``metrics``.
     """
 
     def __init__(self, app: ASGIApp, token: str, *, metrics: bool) -> None:

@@ -1,9 +1,9 @@
-"""JSON bodies, read so that none of them holds up the event loop.
+"""JSON bodies, read so that none of them blocks the event loop.
 
-Python needs milliseconds for megabytes of text in strings, but seconds for megabytes of small values, and pydantic longer
-still for their errors. So the strings and the bytes outside them (punctuation, numbers, names of constants) are counted
-first, in steps between which other requests run. Their number is bounded by what ``max_batch`` questions on ``max_passages``
-passages each can need, and so is all that follows: parsing, counting the questions, and validating each.
+Python parses megabytes of text in strings within milliseconds, but megabytes of small values take seconds, and pydantic takes
+even longer to report their errors. So the strings, and the bytes outside them (punctuation, numbers, constants), are counted
+first, in steps between which other requests run. A body with more of them than ``max_batch`` questions on ``max_passages``
+passages each can need is refused, which bounds all that follows: parsing, counting the questions, and validating each.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from qadeploy.serve.limits import hold
 from qadeploy.serve.settings import Settings
 
 _STEP = 2**16  # bytes
-_PARTS_PER_QUESTION = 128  # strings, and bytes outside them but white space; with every option a question has about 100
+_PARTS_PER_QUESTION = 128  # strings, and non-space bytes outside them; a question with every option has about 100
 _PARTS_PER_PASSAGE = 2  # the string and the comma
-_PARTS_MORE = 1024  # what surrounds the questions, such as ``parameters``
+_PARTS_MORE = 1024  # for everything besides the questions, such as ``parameters``
 _WHITE = b" \t\r\n"
 
 
@@ -34,14 +34,14 @@ class BoundedRoute(APIRoute):
     """A route whose JSON body is bounded by the settings in the state of the application."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, with another way to read JSON."""
+        """FastAPI's handler, which reads JSON with ``read_json``."""
         handler = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
             own = _Request(request.scope, request.receive)
             try:
                 return await handler(own)
-            except HTTPException as error:  # FastAPI makes one of whatever reading the body raises
+            except HTTPException as error:  # FastAPI turns any error of reading the body into one
                 raise own.refused or error from error
 
         return bounded
@@ -62,10 +62,10 @@ async def read_json(body: bytes, settings: Settings) -> Any:
     """The value of a JSON text with at most ``max_batch`` questions.
 
     Raises:
-        RefusedError: It holds more questions (422), or more of anything than so many questions need (422), or the part
-            that was read is not JSON (400).
-        ValueError: It is not JSON, not UTF-8, or has a number of too many digits.
-        RecursionError: It is nested too deep.
+        RefusedError: The text holds more questions (422), or more values of any kind than ``max_batch`` questions need
+            (422), or the part that was read is not JSON (400).
+        ValueError: The text is not JSON, not UTF-8, or has a number of too many digits.
+        RecursionError: The text is nested too deep.
     """
     each = _PARTS_PER_QUESTION + _PARTS_PER_PASSAGE * settings.max_passages
     allowed = _PARTS_MORE + each * settings.max_batch
@@ -81,7 +81,7 @@ async def read_json(body: bytes, settings: Settings) -> Any:
 
 
 def _parts(body: bytes) -> Iterator[tuple[int, int]]:
-    """The end of each step, and its number of strings and of bytes outside them. A backslash there ends any parser."""
+    """Yields the end of each step, and its number of strings and of bytes outside them (a backslash there is no JSON)."""
     inside, escape = False, b""
     for start in range(0, len(body), _STEP):
         step = (escape + body[start : start + _STEP]).replace(b"\\\\", b"")
@@ -92,7 +92,7 @@ def _parts(body: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _too_much(begun: bytes, settings: Settings) -> RefusedError:
-    """The refusal of a body by its first bytes: too many questions or passages, or too much of something else."""
+    """The refusal of a body, from its first bytes: too many questions or passages, or too many other values."""
     try:
         value = from_json(begun.decode("utf-8-sig", "ignore"), allow_partial=True)
         most = max(map(_passages, value if isinstance(value, list) else [value]), default=0)
@@ -115,7 +115,7 @@ def _passages(value: Any) -> int:
 
 
 def _questions(value: Any) -> int:
-    """How many questions a body of any route asks."""
+    """How many questions the body of a request to any route has."""
     if isinstance(value, dict):
         value = value.get("questions", value.get("inputs"))
     return len(value) if isinstance(value, list) else 1

@@ -29,7 +29,7 @@ _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 # Requested every few seconds.
 _QUIET = frozenset({"/health/live", "/health/ready", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"})
 _KEY = "qadeploy.call"
-REFUSED = "qadeploy.refused"  # in a scope: why the connection cannot read on
+REFUSED = "qadeploy.refused"  # the key in a scope of the refusal because of which its body is not read further
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _SAFE = (
@@ -46,7 +46,7 @@ _log = logging.getLogger("qadeploy.serve")
 
 @dataclass(slots=True)
 class Call:
-    """What is known about a request. ``deadline`` is a time of the event loop, ``started`` one of ``perf_counter``."""
+    """The state of a request. ``deadline`` is in the time of the event loop, ``started`` in that of ``perf_counter``."""
 
     request_id: str
     started: float
@@ -68,7 +68,7 @@ async def respond(scope: Scope, receive: Receive, send: Send, refused: RefusedEr
 
 
 def early(metrics: Metrics, client: str | None, refused: RefusedError, seconds: float) -> bytes:
-    """Counts and logs a refusal of what never became a request, and returns it as bytes for the connection, which ends."""
+    """Counts and logs a refusal before there is a request, and returns the response as bytes; it closes the connection."""
     request_id = uuid.uuid4().hex
     metrics.responded("other", refused.status, seconds)
     fields = {"request_id": request_id, "route": "other", "status": refused.status, "ms": round(1000 * seconds, 1)}
@@ -85,16 +85,16 @@ def response(scope: Scope, refused: RefusedError) -> JSONResponse:
     call = call_of(scope)
     call.kind = refused.kind
     told = body(refused, call.request_id)
-    if scope["path"].startswith("/v2/"):  # where the Open Inference Protocol wants a text
+    if scope["path"].startswith("/v2/"):  # the Open Inference Protocol requires ``error`` to be a text
         told["error"] = told["error"]["message"]
     return JSONResponse(told, refused.status, headers=refused.headers)
 
 
 class Calls:
-    """The outermost ASGI middleware: gives each request its ``Call`` and its X-Request-ID, logs and counts it.
+    """The outermost ASGI middleware: gives each request its ``Call`` and its X-Request-ID, and logs and counts it.
 
-    If ``closing`` returns True, responses close their connection, so that clients open one elsewhere.
-    The client's own id is kept if it consists of up to 64 letters, digits, dots, dashes and underscores.
+    If ``closing`` returns True, responses close their connection, so that clients connect to another server.
+    An id that the client sends is kept if it consists of up to 64 letters, digits, dots, dashes and underscores.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, settings: Settings, closing: Callable[[], bool]) -> None:
@@ -126,7 +126,7 @@ class Calls:
 
         try:
             await self._app(scope, receive, named)
-        except asyncio.CancelledError:  # a second signal, or the time to drain is up
+        except asyncio.CancelledError:  # on a second signal, or when the time to drain is up
             if not status:
                 closing = RefusedError(503, "closing", "the server shut down before there was an answer", retry_after=1)
                 await respond(scope, receive, named, closing)
@@ -170,7 +170,7 @@ def networks(proxies: Sequence[str]) -> list[Network]:
 
 
 def client_of(scope: Scope, trusted: Sequence[Network]) -> str | None:
-    """The address of the client: the last in X-Forwarded-For that is no trusted proxy, if the peer is one, else the peer."""
+    """The address of the client: the peer or, if that is a trusted proxy, the last untrusted address in X-Forwarded-For."""
     peer = scope["client"][0] if scope.get("client") else None
     found = _address(peer or "")
     given = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for")

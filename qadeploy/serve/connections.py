@@ -1,7 +1,7 @@
-"""Connections: uvicorn's HTTP protocol, with bounds on heads, on the time that a client may take, and on their number.
+"""Connections: uvicorn's HTTP protocol, with limits on the size of heads, on slow clients, and on the number of connections.
 
-At any time a connection waits either for the server, which answers a whole request, or for its client: for a head, for the rest
-of a body, or until it reads a response. What waits for its client has a time limit, and is closed first when there are too many.
+At any time a connection waits either for the server to answer a complete request, or for its client: to send a head or the rest
+of a body, or to read a response. Waiting for a client has a time limit; beyond the limit of connections, the longest is ended.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.settings import Settings
 
-_STEP = 4096  # bytes that are parsed at a time: what a client sends ahead is kept as it is until its turn
+_STEP = 4096  # bytes that are parsed at a time; requests that a client sends ahead stay unparsed until their turn
 _LINGER = 2.0  # seconds for a client to read the last response before the connection is cut
-# Seconds after which a client that has sent its end is looked for: at first, once more (a client that has gone answers the first
-# try with a reset, which the second meets), and from then on.
+# Seconds until a client that has closed its side is probed first, a second time (a client that is gone answers the first
+# probe with a reset, on which the second fails), and between further probes.
 _PROBE, _PROBE_AGAIN, _PROBE_EVERY = 0.5, 0.1, 2.0
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -33,9 +33,9 @@ class Connections:
     """All connections of a server.
 
     Args:
-        settings: Their limits.
+        settings: The limits.
         metrics: Counts the connections that are cut.
-        limit: The number of connections at a time.
+        limit: The largest number of open connections.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics, limit: int) -> None:
@@ -43,13 +43,13 @@ class Connections:
         self.trusted = networks(settings.trusted_proxies)
         self.metrics = metrics
         self.limit = limit
-        self.held = 0  # bytes of bodies
+        self.held = 0  # bytes of request bodies in memory
         self.open: set[Connection] = set()
-        self.waiting: dict[Connection, None] = {}  # for their clients, the longest first
+        self.waiting: dict[Connection, None] = {}  # waiting for their clients, the longest wait first
         metrics.connections(lambda: len(self.open))
 
     def add(self, new: Connection) -> None:
-        """Adds a connection. If there are too many, another is closed, or else the new one is refused."""
+        """Adds a connection. If there are too many, one that waits for its client is closed, or the new one refused."""
         self.open.add(new)
         if len(self.open) <= self.limit:
             return
@@ -64,7 +64,7 @@ class Connections:
         )
 
     def hold(self, size: int) -> None:
-        """Counts bytes of a body. If there are too many, the upload that has waited longest for its client is cut off."""
+        """Counts bytes of a body. If there are too many, the upload that has waited longest for its client is cut."""
         self.held += size
         if self.held > self.settings.max_upload_bytes:
             oldest = next((one for one in self.waiting if one.uploads), None)
@@ -78,13 +78,13 @@ class Connections:
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. ``_wait`` is what it waits for from its client, "" while it waits for the server.
+    """One connection. ``_wait`` names what it expects from its client; it is "" while the server works.
 
     Args:
-        config: uvicorn's.
-        server_state: uvicorn's.
-        app_state: uvicorn's.
-        connections: All of them.
+        config: The configuration of uvicorn.
+        server_state: The state of uvicorn's server.
+        app_state: The state of uvicorn's lifespan.
+        connections: All connections of the server.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class Connection(HttpToolsProtocol):
         self._settings = connections.settings
         self._in_head = self._in_body = self._upgrades = False
         self._unparsed = b""
-        self._held = 0  # bytes of a body
-        self._overhead = 0  # bytes since there was progress: of a head, of trailers, of what is no HTTP
+        self._held = 0  # bytes of the body in memory
+        self._overhead = 0  # bytes of a head, of trailers or of invalid HTTP since the last progress
         self._running: RequestResponseCycle | None = None
         self._refused: RefusedError | None = None
-        self._ended = False  # the client has sent all that it will
+        self._ended = False  # the client has closed its side
         self._lingers = False
         self._wait = "-"
         self._began = 0.0
@@ -128,7 +128,7 @@ class Connection(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self.pipeline.clear()
-        if self._running is not None:  # uvicorn tells only the newest request
+        if self._running is not None:  # uvicorn notifies only the newest request
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
@@ -146,7 +146,7 @@ class Connection(HttpToolsProtocol):
         self._look()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """The client will send no more. It still gets the answer to a whole request."""
+        """The client has closed its side. It still gets the answer to a complete request."""
         if self._wait:
             return None
         self._ended = True
@@ -154,7 +154,7 @@ class Connection(HttpToolsProtocol):
         return True
 
     def pause_writing(self) -> None:
-        """The client does not read what was sent."""
+        """The client has stopped reading."""
         super().pause_writing()
         self._look()
 
@@ -168,7 +168,7 @@ class Connection(HttpToolsProtocol):
     def _parse(self, step: memoryview) -> int:
         """Parses some bytes and returns how many of them are left over."""
         before, left = self._overhead, 0
-        self._overhead = -1  # progress sets it to 0
+        self._overhead = -1  # the parser's callbacks set it to 0 on progress
         try:
             try:
                 self.parser.feed_data(step)
@@ -184,7 +184,7 @@ class Connection(HttpToolsProtocol):
         return left
 
     def _answer_without_upgrade(self) -> None:
-        """Parses a head once more without its Upgrade: the parser takes all that follows such a head for another protocol."""
+        """Parses a head again without its Upgrade header, after which the parser would treat all bytes as another protocol."""
         method = self.parser.get_method()
         if method == b"CONNECT":
             self.refuse(RefusedError(405, "method", "this is no proxy"))
@@ -207,7 +207,7 @@ class Connection(HttpToolsProtocol):
         self._in_head, self._overhead = True, 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer, which nobody reads."""
+        """A header, or a trailer, which is ignored."""
         if self._in_head:
             super().on_header(name, value)
 
@@ -243,11 +243,11 @@ class Connection(HttpToolsProtocol):
 
     @property
     def uploads(self) -> bool:
-        """Whether a body is read that has not been refused."""
+        """Whether a body is being read whose request has not been answered."""
         return self._in_body and self.cycle is not None and not self.cycle.response_complete
 
     def _look(self) -> None:
-        """Notices what the connection waits for, and limits the time for it."""
+        """Updates what the connection waits for, and starts the timer for it."""
         if self.transport.is_closing():
             return
         seconds: float | None = None
@@ -256,9 +256,9 @@ class Connection(HttpToolsProtocol):
         elif self.flow.write_paused:
             wait, seconds = "response", self._settings.request_timeout
         elif self._running is not None:
-            wait = "body" if self._in_body and not self.pipeline else ""  # its time is that of the request
+            wait = "body" if self._in_body and not self.pipeline else ""  # the deadline of the request limits it
         elif self._in_body:
-            wait, seconds = "rest", self._settings.head_timeout  # it was answered before it was read
+            wait, seconds = "rest", self._settings.head_timeout  # the request was answered before its body was read
         elif self._in_head or self._overhead or self.cycle is None:
             wait, seconds = "head", self._settings.head_timeout
         else:
@@ -284,7 +284,7 @@ class Connection(HttpToolsProtocol):
             self.cut({"rest": "body", "request": "response"}.get(self._wait, self._wait))
 
     def cut(self, reason: str) -> None:
-        """Closes the connection at once, whatever was not sent."""
+        """Closes the connection at once and discards unsent data."""
         self._all.remove(self)
         self._release()
         if reason != "end":
@@ -308,12 +308,12 @@ class Connection(HttpToolsProtocol):
                 self._end()
             elif self._ended:
                 self.transport.close()
-        self.data_received(b"")  # what was sent ahead
+        self.data_received(b"")  # parses what the client sent ahead
 
-    # ------------------------------------------------------------ refusals, and clients that have sent their end
+    # ------------------------------------------------------------ refusals, and clients that have closed their side
 
     def refuse(self, refused: RefusedError) -> None:
-        """Answers with a refusal once what was asked before is answered, and then closes the connection."""
+        """Answers with a refusal once earlier requests are answered, and then closes the connection."""
         self._refused = refused
         if self._running is None:
             self._end()
@@ -322,7 +322,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.message_event.set()
 
     def _end(self) -> None:
-        """Sends the refusal, unless the request was answered, and leaves the client time to read it."""
+        """Sends the refusal, unless the request was answered already, and leaves the client time to read it."""
         if not self._in_body and self._refused:
             client = client_of({"client": self.client, "headers": self.headers or []}, self._all.trusted)
             seconds = time.perf_counter() - self._began
@@ -332,10 +332,10 @@ class Connection(HttpToolsProtocol):
         self._look()
 
     def _seek_client(self, again: float) -> None:
-        """Finds out whether a client that has sent its end is still there: to one that has gone nothing can be written."""
+        """Probes whether a client that has closed its side is still there: writing to one that is gone fails."""
         if self._running is None or self.transport.is_closing():
             return
-        if self._running.scope["http_version"] == "1.0":  # it knows no interim responses: it is taken for gone
+        if self._running.scope["http_version"] == "1.0":  # without interim responses it cannot be probed: assumed gone
             self.transport.abort()
             return
         if not self._running.response_started:

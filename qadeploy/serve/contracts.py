@@ -1,8 +1,8 @@
-"""The contracts of hosting platforms as thin routes over the same answers: Amazon SageMaker and the Open Inference Protocol.
+"""Routes for hosting platforms, which give the same answers: Amazon SageMaker and the Open Inference Protocol.
 
-SageMaker asks a container for ``GET /ping`` and ``POST /invocations``, which takes what ``/v1/answer`` takes. The Open Inference Protocol
-(version 2 of KServe's, over REST) describes a model with the inputs ``question`` and ``context`` and the outputs ``answer``,
-``score``, ``start`` and ``end``, each with one value per question.
+SageMaker requires ``GET /ping`` and ``POST /invocations`` of a container; the latter accepts what ``/v1/answer`` accepts. In the
+Open Inference Protocol (version 2 of KServe's protocol, over REST) the model has the inputs ``question`` and ``context`` and the
+outputs ``answer``, ``score``, ``start`` and ``end``, each with one value per question.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ class InferInput(BaseModel):
     data: Annotated[list[Any], Field(examples=[["Who trims the light?"]])]
 
     def texts(self) -> list[str]:
-        """The values in order. Raises RefusedError (422) if they are no texts, or not as many as the shape says."""
+        """The values in order. Raises RefusedError (422) if they are not texts, or their number contradicts the shape."""
         flat = [text for each in self.data for text in (each if isinstance(each, list) else [each])]
         if self.datatype != "BYTES" or not all(isinstance(text, str) for text in flat):
-            raise _invalid(f"the input {clean(self.name)} holds texts: give it the datatype BYTES and strings as data")
+            raise _invalid(f"the input {clean(self.name)} must have the datatype BYTES, and strings as data")
         if len(flat) != math.prod(self.shape):
             raise _invalid(f"the input {clean(self.name)} has {len(flat)} values, but its shape is {self.shape}")
         return flat
 
 
 class InferOutput(BaseModel):
-    """An output that is wanted."""
+    """A requested output."""
 
     name: str
 
@@ -68,7 +68,7 @@ class InferRequest(BaseModel):
     id: str | None = None
     parameters: InferParameters | None = None  # type: ignore[valid-type]
     inputs: list[InferInput]
-    outputs: Annotated[list[InferOutput] | None, Field(description="Those that are wanted; null or absent: all.")] = (
+    outputs: Annotated[list[InferOutput] | None, Field(description="The requested outputs; null or absent: all.")] = (
         None
     )
 
@@ -91,7 +91,7 @@ class InferRequest(BaseModel):
         return [Ask(question, context, options) for question, context in zip(questions, contexts, strict=True)]
 
     def wanted(self) -> list[str]:
-        """The names of the outputs. Raises RefusedError (422) if there is no such output."""
+        """The names of the requested outputs. Raises RefusedError (422) if one does not exist."""
         names = list(_OUTPUTS) if self.outputs is None else [output.name for output in self.outputs]
         if unknown := sorted({*names} - {*_OUTPUTS}):
             raise _invalid(f"there is no output {clean(unknown[0])}: choose from {', '.join(_OUTPUTS)}")
@@ -108,26 +108,26 @@ class InferTensor(BaseModel):
 
 
 class InferResponse(BaseModel):
-    """The outputs, as JSON of the Open Inference Protocol."""
+    """The outputs, in the JSON of the Open Inference Protocol."""
 
     model_name: str
     model_version: str
-    id: Annotated[str | None, Field(description="That of the request; absent if it has none.")] = None
+    id: Annotated[str | None, Field(description="The id of the request; absent if it has none.")] = None
     outputs: list[InferTensor]
 
 
 class InferError(BaseModel):
-    """An error in the form of the Open Inference Protocol."""
+    """An error in the format of the Open Inference Protocol."""
 
     error: str
     request_id: str
 
 
 class _InferRoute(BoundedRoute):
-    """A route whose clients need not say that they send JSON."""
+    """A route that assumes JSON if a request has no content-type."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, after a look at the headers."""
+        """The handler, preceded by a check of the headers."""
         handler = super().get_route_handler()
 
         async def as_json(request: Request) -> Response:
@@ -148,7 +148,7 @@ def add_contracts(
     responses: _Responses,
     locked: Sequence[Any],
 ) -> None:
-    """Adds the routes to the application; ``answer`` handles what ``/v1/answer`` gets, and ``responses`` are its errors."""
+    """Adds the routes to the application; ``answer`` is the handler of ``/v1/answer``, and ``responses`` are its errors."""
     texts: _Responses = {status: {**about, "model": InferError} for status, about in responses.items()}
     unready: _Responses = {503: {"description": "The server is shutting down, or a worker has died."}}
 
@@ -180,7 +180,7 @@ def add_contracts(
         responses={503: {"description": "A worker has died."}},
     )
     async def live() -> JSONResponse:
-        """Whether it should be left running."""
+        """Whether the process should be left running."""
         return JSONResponse({"live": service.scheduler.alive}, 200 if service.scheduler.alive else 503)
 
     @app.get(
@@ -201,7 +201,7 @@ def add_contracts(
         dependencies=locked,
     )
     async def server() -> dict[str, Any]:
-        """Its name and version."""
+        """The name and version of the server."""
         return {"name": "qadeploy", "version": __version__, "extensions": []}
 
     named: _Responses = {status: texts[status] for status in (401, 404)}
@@ -214,7 +214,7 @@ def add_contracts(
         dependencies=locked,
     )
     async def metadata(model: str) -> dict[str, Any]:
-        """The tensors of the model. Its version is the hash of the bundle."""
+        """The tensors of the model. The version is the hash of the bundle."""
         return {
             "name": _name(service, model),
             "versions": [service.engine.hash],
@@ -267,7 +267,7 @@ def _row(ask: Ask, pair: DecodedPair | None) -> bytes:
 
 
 def _name(service: Service, model: str) -> str:
-    """The name of the model. Raises RefusedError (404) if another one is meant."""
+    """The name of the served model. Raises RefusedError (404) if ``model`` is another."""
     name = service.engine.name
     if model != name:
         raise RefusedError(404, "not_found", f"there is no model {clean(model)} here: this server has {name}")

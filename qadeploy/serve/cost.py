@@ -1,7 +1,7 @@
-"""What a request will cost, in tokens of its windows, before it is tokenised, and how fast they run.
+"""Estimates of the cost of a request, in tokens of its windows before it is tokenised, and of how fast tokens run.
 
-Characters per token depend on the script: four in English, one in Chinese, a third of one where a tokenizer takes Hangul apart. So
-the characters of each script are counted, in a sample of a long text, and each has a ratio, learned from the texts that were tokenised.
+The number of characters per token depends on the script: four in English, one in Chinese, a third if a tokenizer decomposes
+Hangul. So the characters of each script are counted, in a sample of a long text, and weighted by a ratio learned per script.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import room_and_overlap
 from qadeploy.records import Float64Array
 
-# Blocks of Unicode in their order: the first code point of each, and its script.
+# Unicode blocks in order: the first code point of each, and its script.
 _LATIN, _LETTERS, _UNSPACED, _HAN, _HANGUL, _OTHER = range(6)
 _BLOCKS = (
     (0x0000, _LATIN),
@@ -38,25 +38,25 @@ _BLOCKS = (
 )
 _STARTS = np.asarray([start for start, _ in _BLOCKS])
 _SCRIPTS = np.asarray([script for _, script in _BLOCKS])
-_FIRST = (0.25, 0.6, 1.0, 1.0, 2.0, 1.0)  # tokens per character of each script, until it was seen
+_FIRST = (0.25, 0.6, 1.0, 1.0, 2.0, 1.0)  # initial tokens per character of each script
 _LEAST, _MOST = 0.02, 4.0  # a long word may be one unknown token; a character is at most four bytes
-_SAMPLE = 1_024  # characters of a long text that are looked at
-_LEARN = 0.2  # the weight of a text of _SAMPLE characters or more in the ratios
-_MEMORY = 5.0  # seconds after which what was measured counts a third
+_SAMPLE = 1_024  # characters of a long text that are counted
+_LEARN = 0.2  # the learning rate for a text of _SAMPLE characters or more
+_MEMORY = 5.0  # seconds after which the weight of a measurement has fallen to 1/e
 
 
 class TokenRatios:
-    """Tokens per character of each script, as seen so far. Not safe under threads."""
+    """Tokens per character of each script, as seen so far. Not thread-safe."""
 
     def __init__(self) -> None:
         self._ratios = np.asarray(_FIRST)
 
     def tokens(self, text: str) -> float:
-        """Estimated tokens of a text."""
+        """The estimated number of tokens of a text."""
         return float(self._ratios @ _count(text))
 
     def learn(self, text: str, tokens: int) -> None:
-        """Moves the ratios of the scripts in a text towards what it had (normalised least mean squares)."""
+        """Moves the ratios of the scripts in a text towards its real number of tokens (normalised least mean squares)."""
         if not text:
             return
         counts = _count(text)
@@ -66,7 +66,7 @@ class TokenRatios:
 
 
 def _count(text: str) -> Float64Array:
-    """Characters of each script, ``[scripts]``; of a long text in an evenly spaced sample."""
+    """Characters of each script, ``[scripts]``; for a long text extrapolated from an evenly spaced sample."""
     if text.isascii():
         return np.asarray([len(text), 0, 0, 0, 0, 0], dtype=np.float64)
     sample = text[:: max(1, len(text) // _SAMPLE)]
@@ -76,31 +76,31 @@ def _count(text: str) -> Float64Array:
 
 
 def window_tokens(question: float, context: float, special: int, settings: QaSettings, most: int) -> tuple[int, int]:
-    """The windows of a question and a context, and the tokens in all of them.
+    """Estimates the number of windows of a question and a context, and of the tokens in all of them.
 
     Args:
         question: Tokens of the question.
         context: Tokens of the context.
         special: Special tokens per window.
-        settings: The lengths of windows.
+        settings: The settings that determine the lengths of windows.
         most: The largest number of windows that are read.
     """
     around = question + special
     room = settings.max_seq_len - around
     if context <= room:
         return 1, math.ceil(context + around)
-    # Too long a question, which is refused when it is tokenised, has 2.
+    # A question that is too long leaves no room; it is refused when it is tokenised.
     room, overlap = room_and_overlap(max(room, 2.0), settings.lengths)
     windows = min(max(1, math.ceil((context - overlap) / (room - overlap))), max(1, most))
     return windows, math.ceil(min(context + (windows - 1) * overlap, windows * room) + windows * around)
 
 
 class Speed:
-    """Tokens per second of all workers together, as measured in the last seconds. Not safe under threads.
+    """Tokens per second of all workers together, as measured in the last seconds. Not thread-safe.
 
     Args:
-        tokens_per_second: The speed until it was measured; it counts as one second of measuring.
-        workers: How many run at a time.
+        tokens_per_second: The initial speed; it counts as one second of measurement.
+        workers: How many workers run at a time.
     """
 
     def __init__(self, tokens_per_second: float, workers: int) -> None:
@@ -110,22 +110,22 @@ class Speed:
 
     @property
     def all(self) -> float:
-        """The speed of all workers on anything."""
+        """The speed of all workers, on short requests and long documents alike."""
         return self._workers * self._tokens / self._seconds
 
     def left(self, now: float, least: float) -> float:
-        """The speed that is left for long documents beside recent short requests: at least the share ``least``."""
+        """The speed that recent short requests leave for long documents: at least the share ``least`` of ``all``."""
         busy = self._short * math.exp((self._at - now) / _MEMORY) / (self._workers * _MEMORY)
         return self.all * max(1 - busy, least)
 
     def ran(self, tokens: int, short: float, seconds: float, now: float) -> None:
-        """Learns from a run.
+        """Learns from a run of one worker.
 
         Args:
             tokens: Tokens that ran.
             short: The share of them that belongs to short requests.
-            seconds: Seconds that it took a worker, decoding included.
-            now: The time at its end.
+            seconds: Seconds that the run took, decoding included.
+            now: The time at the end of the run.
         """
         keep = math.exp(-seconds / (self._workers * _MEMORY))
         self._tokens = keep * self._tokens + tokens

@@ -1,7 +1,7 @@
-"""Every refusal and failure as a status and JSON of one shape.
+"""Every refusal and failure as an HTTP status and JSON of the same shape.
 
 ``{"error": {"type", "message", "limit", "flag"}, "request_id"}``: ``type`` is for programs, ``message`` for people;
-``limit`` and ``flag`` are the limit that was exceeded and the flag that raises it, else null.
+``limit`` and ``flag`` are the limit that was exceeded and the flag that raises it, otherwise null.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qadeploy.errors import (
 from qadeploy.options import flag_of
 from qadeploy.serve.settings import Settings
 
-# The status and ``type`` of an error of answering; the first class that matches.
+# The status and ``type`` of an error while answering; the first class that matches counts.
 KINDS: tuple[tuple[type[QadeployError], int, str], ...] = (
     (QuestionTooLongError, 422, "question_too_long"),
     (StrideError, 422, "stride"),
@@ -36,9 +36,9 @@ class RefusedError(QadeployError):
     Args:
         status: The HTTP status.
         kind: The ``type`` of the error.
-        message: For people.
+        message: The message, for people.
         limit: The limit that was exceeded.
-        setting: Its name in ``Settings``.
+        setting: The name of the limit in ``Settings``.
         retry_after: Seconds after which to try again.
     """
 
@@ -71,7 +71,7 @@ class RefusedError(QadeployError):
 
 
 def refusal(error: Exception, settings: Settings) -> RefusedError:
-    """The refusal for an error of answering. Only a QadeployError shows its message to the caller."""
+    """The refusal for an error while answering. Only the message of a QadeployError is shown to the caller."""
     if isinstance(error, RefusedError):
         return error
     for kind, status, name in KINDS:
@@ -93,5 +93,5 @@ def body(refused: RefusedError, request_id: str) -> dict[str, Any]:
 
 
 def clean(text: str) -> str:
-    """Text that UTF-8 can encode: lone surrogates become escapes."""
+    """The text with lone surrogates as escapes, so that UTF-8 can encode it."""
     return text.encode("utf-8", "backslashreplace").decode()

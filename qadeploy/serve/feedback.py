@@ -1,7 +1,7 @@
-"""Verdicts of clients on answers, kept as rows that ``qadeploy label`` and ``qadeploy check`` read.
+"""Verdicts of clients on answers, stored as rows that ``qadeploy label`` and ``qadeploy check`` read.
 
-The server remembers the questions that it answered last, so that a client sends only the id of its request and a verdict. A row is on
-the disk before the client is told so. The file is bounded: a full one becomes ``FILE.1``, and the one before that is deleted.
+The server remembers the questions that it answered recently, so a client sends only the id of its request and a verdict. The row
+is on the disk before the client gets a response. A full file is renamed to ``FILE.1``, which it replaces.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KEPT = 64 * 2**20  # bytes of questions and contexts that are remembered
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question with the text that its best answer is from, that answer, the hash of the bundle, and the verdict on it."""
+    """A question, the context of its best answer, that answer, the hash of the bundle, and the verdict on the answer."""
 
     question: str
     context: str
@@ -43,21 +43,21 @@ class Asked:
 
 
 class Feedback:
-    """The verdicts of one server. Safe under threads.
+    """The verdicts of one server. Thread-safe.
 
     Args:
         path: The file that rows are appended to.
-        most_bytes: The size from which the file is put aside.
+        most_bytes: The size above which the file is renamed to ``FILE.1``.
 
     Raises:
-        InputError: The file exists and holds something else, or another process writes it.
+        InputError: The file exists and holds something else, or another process is writing it.
     """
 
     def __init__(self, path: Path, most_bytes: int) -> None:
         self._path, self._most = path, most_bytes
         self._recent: OrderedDict[tuple[str, int], Asked] = OrderedDict()
         self._bytes = 0
-        self._lock = threading.Lock()  # of what is remembered
+        self._lock = threading.Lock()  # guards _recent and _bytes
         self._writes = threading.Lock()
         self._held = holding(path)
         self._held.__enter__()
@@ -68,11 +68,11 @@ class Feedback:
             raise
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Releases the file."""
         self._held.__exit__(None, None, None)
 
     def _repair(self) -> None:
-        """Cuts off a line that was being written when a process died. Raises InputError if the file is not one of ours."""
+        """Removes a partial line of a process that died. Raises InputError if the file is not a feedback file."""
         try:
             with self._path.open("r+b") as file:
                 first = file.readline()
@@ -85,11 +85,11 @@ class Feedback:
             raise InputError(f"--feedback {self._path}: {error.strerror}") from error
 
     def remembering(self, request_id: str, asks: Sequence[Ask], bundle: str, render: Render) -> Render:
-        """``render``, which also remembers each question of a request with its best answer."""
+        """Wraps ``render`` to also remember each question of a request with its best answer."""
         numbers = {id(ask): number for number, ask in enumerate(asks)}
 
         def remembers(ask: Ask, pair: DecodedPair | None) -> Any:
-            number = numbers.get(id(ask), 0 if len(asks) == 1 else None)  # a search makes another ask
+            number = numbers.get(id(ask), 0 if len(asks) == 1 else None)  # a corpus search replaces the Ask
             if pair is not None and number is not None:
                 self._remember((request_id, number), _asked(ask, pair, bundle))
             return render(ask, pair)
@@ -105,18 +105,18 @@ class Feedback:
                 self._bytes -= self._recent.popitem(last=False)[1].size
 
     def add(self, request_id: str, number: int, verdict: str, text: str | None, start: int | None) -> None:
-        """Appends a verdict to the file, unless it is there already: a client may send it again.
+        """Appends a verdict to the file, unless the same verdict is stored already: a client may send it again.
 
         Args:
             request_id: The X-Request-ID of the response that held the answer.
             number: The index of the question in its request, from 0.
             verdict: right or wrong.
-            text: The right answer if the verdict is wrong and it is known; empty if the text holds none.
+            text: The right answer, if the verdict is wrong and it is known; empty if the context holds no answer.
             start: Its first code point in the context, if it occurs there several times.
 
         Raises:
-            RefusedError: The question is not remembered (404) or has another verdict (409), or the right answer does not stand
-                there (422).
+            RefusedError: The question is not remembered (404) or has another verdict (409), or the right answer does not
+                occur in the context (422).
             FailureError: The file cannot be written.
         """
         key, given = (request_id, number), (verdict, text, start)
@@ -166,12 +166,12 @@ def _asked(ask: Ask, pair: DecodedPair, bundle: str) -> Asked:
     if joined is None:
         return Asked(ask.question, pair.context.text, best, bundle)
     spans = pair.decoded.spans
-    # Without an answer, the passage that came nearest.
+    # For the null answer, the passage of the best span.
     return Asked(ask.question, joined.parts[joined.part_at(spans[0].start) if spans else 0].text, best, bundle)
 
 
 def _row(asked: Asked, request: str, given: tuple[str, str | None, int | None]) -> dict[str, Any]:
-    """What is stored. It has no id: a client may send one X-Request-ID twice, and ids of a data set are unique."""
+    """The stored row. It has no id: a client may send one X-Request-ID twice, but ids in a data set must be unique."""
     return {
         "request": request,
         "question": asked.question,
@@ -186,10 +186,10 @@ def _row(asked: Asked, request: str, given: tuple[str, str | None, int | None]) 
 
 
 def _answer(asked: Asked, verdict: str, text: str | None, start: int | None) -> dict[str, Any]:
-    """The fields of the answer that is right; none if it is not known. Raises RefusedError (422)."""
+    """The fields of the right answer; none if it is not known. Raises RefusedError (422)."""
     if verdict == "right":
         if text is not None:
-            raise _wrong("answer is for the verdict wrong: it says what would have been right")
+            raise _wrong("answer is only for the verdict wrong: it says what would have been right")
         text, start = asked.best.text, asked.best.start
     if text is None:
         return {}
@@ -197,9 +197,9 @@ def _answer(asked: Asked, verdict: str, text: str | None, start: int | None) -> 
         return {"answer": "", "is_impossible": True}
     places = [i for i in range(len(asked.context)) if asked.context.startswith(text, i)] if start is None else [start]
     if not places or not asked.context.startswith(text, places[0]):
-        raise _wrong("answer.text does not stand in the context" + ("" if start is None else " at answer.start"))
+        raise _wrong("answer.text does not occur in the context" + ("" if start is None else " at answer.start"))
     if len(places) > 1:
-        raise _wrong(f"answer.text stands in the context {len(places)} times: give answer.start, its first code point")
+        raise _wrong(f"answer.text occurs in the context {len(places)} times: give answer.start, its first code point")
     return {"answer": text, "answer_start": places[0]}
 
 

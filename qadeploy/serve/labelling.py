@@ -1,7 +1,7 @@
 """The labelling page: a desk over HTTP, on loopback only.
 
-Another website cannot use it: each call needs the token in the address that is printed, which browsers send to no server
-(it is behind the #), and a Host header of loopback, so that no foreign name resolves to it either.
+No other website can use it: each call needs the token in the fragment of the printed address, which browsers send to no
+server, and a loopback Host header, which prevents DNS rebinding.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Asked(_OnRow):
 
 
 class _Decision(_Asked):
-    start: int | None  # null: not in the text
+    start: int | None  # null: the answer is not in the text
     end: int | None
 
 
@@ -120,7 +120,7 @@ def _add_calls(app: FastAPI, desk: Desk) -> None:
 
 
 def _told(desk: Desk, shown: Shown | None) -> JSONResponse:
-    """What the page shows: a row, or null if all are decided, and how far the work is."""
+    """What the page shows: a row, or null if all are decided, and the progress."""
     told: dict[str, Any] = {**desk.progress(), "annotator": desk.annotator, "documents": desk.documents, "row": None}
     if shown:
         item = shown.item
@@ -134,7 +134,7 @@ def _told(desk: Desk, shown: Shown | None) -> JSONResponse:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which a signal ends in good order; uvicorn's own would end the process by the signal."""
+    """uvicorn's server, but a signal makes it return; uvicorn's own handler would then kill the process by that signal."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -156,7 +156,7 @@ def listen(port: int) -> socket.socket:
 
 
 def serve_desk(desk: Desk, listener: socket.socket, on_ready: Callable[[str], object]) -> None:
-    """Serves a desk until a signal arrives; ``on_ready`` gets the address of the page."""
+    """Serves a desk until a signal arrives; ``on_ready`` is called with the address of the page."""
     token = secrets.token_urlsafe(24)
     config = uvicorn.Config(create_label_app(desk, token), **PLAIN, timeout_graceful_shutdown=5)
     on_ready(f"http://{_LOOPBACK}:{listener.getsockname()[1]}/#{token}")

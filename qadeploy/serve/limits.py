@@ -37,7 +37,7 @@ def check_limits(asks: Sequence[Ask], settings: Settings) -> None:
 
 
 def hold(value: int, settings: Settings, name: str, kind: str, what: str) -> None:
-    """Raises RefusedError (422) if a value exceeds the limit ``name``; ``what`` says with ``{}`` what has the value."""
+    """Raises RefusedError (422) if a value exceeds the limit ``name``; ``what`` is the message, with ``{}`` for the value."""
     limit = getattr(settings, name)
     if value > limit:
         refused = RefusedError(422, kind, "", limit=limit, setting=name)
@@ -46,10 +46,10 @@ def hold(value: int, settings: Settings, name: str, kind: str, what: str) -> Non
 
 
 class BodyLimit:
-    """ASGI middleware that reads the whole body and counts its bytes before the request goes on.
+    """ASGI middleware that reads the whole body and counts its bytes before it passes the request on.
 
-    A body that is too large is refused (413) by its Content-Length before it is read, else as soon as it exceeds the limit.
-    One that has not arrived when the time of the request is up is refused with 408.
+    A body that is too large is refused (413): by its Content-Length before it is read, or as soon as it exceeds the limit.
+    A body that has not arrived by the deadline of the request is refused with 408.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -57,7 +57,7 @@ class BodyLimit:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on with its whole body; later messages report that the client disconnected."""
+        """Passes the request on with its whole body; later messages come from the connection, as does a disconnect."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -87,7 +87,7 @@ class BodyLimit:
             async with asyncio.timeout_at(call_of(scope).deadline):
                 while True:
                     message = await receive()
-                    if REFUSED in scope:  # the connection could not go on reading it
+                    if REFUSED in scope:  # the connection has stopped reading
                         raise scope[REFUSED]
                     if message["type"] == "http.disconnect":
                         raise RefusedError(499, "disconnected", "the client has disconnected")

@@ -14,10 +14,10 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one line of JSON; ``extra={"fields": {...}}`` adds entries."""
+    """Formats a record as one line of JSON; ``extra={"fields": {...}}`` adds entries."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Returns the line."""
         value: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -40,5 +40,5 @@ def set_up(level: str) -> None:
         logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(level.upper())
-    if level == "info":  # uvicorn logs its own steps, which ours cover
+    if level == "info":  # uvicorn logs its start and stop, which our own lines report
         logging.getLogger("uvicorn").setLevel(logging.WARNING)

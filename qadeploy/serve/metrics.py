@@ -21,7 +21,7 @@ _TOKENS = (64, 128, 256, 384, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 class Queue(Protocol):
-    """A queue with its depth, which is read at each request for the metrics: what waits, or in ``questions`` also what runs."""
+    """The depth of a queue, read at each request for the metrics: what waits, and in ``questions`` also what runs."""
 
     questions: int
     windows: int
@@ -29,18 +29,18 @@ class Queue(Protocol):
 
     @property
     def wait(self) -> float:
-        """Seconds until a new request would have its turn."""
+        """Seconds until a new request would begin to run."""
         ...
 
 
 class _DriftCollector(Collector):
-    """The figures of each bundle's questions, and those of the held-out questions in its manifest, in the same form."""
+    """The drift figures of the questions that each bundle answered, and of the held-out questions in its manifest."""
 
     def __init__(self) -> None:
         self.shown: dict[str, tuple[Drift, Mapping[Figure, Distribution]]] = {}  # by the hash of the bundle
 
     def collect(self) -> Iterator[Metric]:
-        """Both families."""
+        """Yields both metric families."""
         asked = HistogramMetricFamily(
             "qadeploy_drift", "Figures of the questions that were answered.", labels=("hash", "figure")
         )
@@ -61,12 +61,12 @@ class _DriftCollector(Collector):
 
 
 def _at_most(found: Distribution) -> Iterator[tuple[str, int]]:
-    """Each bound as Prometheus writes it, and how many questions had at most that."""
+    """Each bound as Prometheus writes it, and how many questions had at most that value."""
     return zip(map(floatToGoString, (*found.bounds, float("inf"))), found.at_most(), strict=True)
 
 
 class Metrics:
-    """The metrics of one server. Safe under threads."""
+    """The metrics of one server. Thread-safe."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
@@ -103,14 +103,14 @@ class Metrics:
             "deadline",
             "disconnect",
         )
-        about = "Connections that were closed on their client, by reason: limit (there were too many), or what took too long."
+        about = "Connections that the server cut, by reason: limit (there were too many), or what took too long."
         self._cut = self._counter("connections_cut", about, "reason", "limit", "body", "response")
         self._bad_logits = Counter(
             "qadeploy_bad_logits", "Requests whose logits were NaN or infinite: the model is broken.", registry=registry
         )
         self._bundle = Gauge(
             "qadeploy_bundle_info",
-            "Always 1; the labels say what runs. After a reload, also the bundle before until its last request has ended.",
+            "Always 1; the labels say what runs. After a reload, also the previous bundle until its last request has ended.",
             ["bundle", "hash", "precision", "version", "device", "workers"],
             registry=registry,
         )
@@ -126,21 +126,21 @@ class Metrics:
             queue_questions="Questions that wait or run.",
             queue_windows="Windows that wait.",
             queue_tokens="Tokens that wait; estimated for texts that are not tokenised yet.",
-            queue_wait_seconds="Seconds until a new request would have its turn, at the recent speed.",
+            queue_wait_seconds="Seconds until a new request would begin to run, at the recent speed.",
         )
 
     def _gauges(self, **about: str) -> list[Gauge]:
         return [Gauge(f"qadeploy_{name}", text, registry=self._registry) for name, text in about.items()]
 
     def _counter(self, name: str, about: str, label: str, *values: str) -> Counter:
-        """A counter with a label, which shows 0 for each of its values from the start."""
+        """A counter with one label, which starts at 0 for each of the given values."""
         made = Counter(f"qadeploy_{name}", about, [label], registry=self._registry)
         for each in values:
             made.labels(each)
         return made
 
     def show(self, answerer: Answerer, queue: Queue, labels: Sequence[str], drift: Drift) -> None:
-        """Shows a bundle (``labels``), the context cache of its answerer, the depth of its queue, and the drift of its questions."""
+        """Adds a bundle (``labels``) with its context cache, the depth of its queue, and the drift of its questions."""
         self._bundle.labels(*labels).set(1)
         bundle = answerer.bundle
         self._drift.shown[bundle.hash if bundle else ""] = drift, bundle.checked.drift if bundle else {}
@@ -150,7 +150,7 @@ class Metrics:
             gauge.set_function(lambda name=depth: getattr(queue, name))  # type: ignore[misc]
 
     def forget(self, labels: Sequence[str], drift: Drift) -> None:
-        """Removes a bundle that answers no more."""
+        """Removes a bundle that is no longer used."""
         self._bundle.remove(*labels)
         self._drift.shown = {key: shown for key, shown in self._drift.shown.items() if shown[0] is not drift}
 
@@ -159,25 +159,25 @@ class Metrics:
         Gauge("qadeploy_connections", "Open connections.", registry=self._registry).set_function(count)
 
     def cut(self, reason: str) -> None:
-        """Counts a connection that was closed on its client: limit, body or response."""
+        """Counts a connection that the server cut; ``reason`` is limit, body or response."""
         self._cut.labels(reason).inc()
 
     def stage(self, name: str, seconds: float) -> None:
-        """Counts a stage: queue, search, tokenize or decode."""
+        """Records the time of a stage: queue, search, tokenize or decode."""
         self._stage[name].observe(seconds)
 
     def ran(self, seconds: float, windows: int, tokens: int) -> None:
-        """Counts a run of the model."""
+        """Records a run of the model."""
         self._stage["run"].observe(seconds)
         self._batch_windows.observe(windows)
         self._batch_tokens.observe(tokens)
 
     def dropped(self, reason: str) -> None:
-        """Counts a request without an answer: full, deadline or disconnect."""
+        """Counts a request without an answer; ``reason`` is full, deadline or disconnect."""
         self._dropped.labels(reason).inc()
 
     def reloaded(self, result: str) -> None:
-        """Counts a reload: done or failed."""
+        """Counts a reload; ``result`` is done or failed."""
         self._reloads.labels(result).inc()
 
     def bad_logits(self) -> None:

@@ -71,6 +71,6 @@ def _schema(schema: dict[str, Any], document: dict[str, Any]) -> Iterator[str]:
 
 
 def _text(text: str) -> str:
-    """Text with `code` in it, as HTML."""
+    """A text in which backticks mark code, as HTML."""
     parts = escape(text).split("`")
     return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))

@@ -1,8 +1,8 @@
 """The server process: logs, the bundle, the listener, and an orderly shutdown.
 
-On SIGTERM /health/ready turns 503 at once, so that load balancers send requests elsewhere, while requests are still accepted.
+On SIGTERM, /health/ready returns 503 at once, so that load balancers send requests elsewhere, but requests are still accepted.
 After ``drain_delay`` the listener closes, running requests are answered, and the process exits with 0. SIGINT skips the
-delay. SIGHUP loads the bundle's folder again. A second SIGTERM or SIGINT refuses what runs (503) and ends the process, with 1.
+delay. SIGHUP reloads the bundle's folder. A second SIGTERM or SIGINT refuses running requests (503); the process exits with 1.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
 
-# Of uvicorn: no websockets, nothing that a proxy says of its client, no logs and headers of its own.
+# Settings of uvicorn: no websockets, no proxy headers, no logging configuration, access log or Server header.
 PLAIN: dict[str, Any] = {
     "ws": "none", "proxy_headers": False, "log_config": None, "access_log": False, "server_header": False, "lifespan": "off",
 }  # fmt: skip
 _BACKLOG = 2048
 _MOST_CONNECTIONS = 4096
-_SPARE_FILES = 64  # for files, pipes, and connections that are being closed
-_LAST_WORDS = 1.0  # seconds for refusals to be sent after a second signal
+_SPARE_FILES = 64  # file descriptors for files, pipes, and connections that are being closed
+_LAST_WORDS = 1.0  # seconds to send refusals after a second signal
 _log = logging.getLogger("qadeploy.serve")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server with other signal handlers: uvicorn's close the listener first, and exit with 143."""
+    """uvicorn's server with other signal handlers: uvicorn's own close the listener at once, and exit with 143."""
 
     def __init__(self, config: uvicorn.Config, service: Service, on_ready: Callable[[], object]) -> None:
         super().__init__(config)
@@ -62,7 +62,7 @@ class _Server(uvicorn.Server):
         handlers = {number: partial(self._drain, number, delay) for number, delay in delays.items()}
         if sys.platform != "win32":
             handlers[signal.SIGHUP] = self._reload
-        loop = asyncio.get_running_loop()  # whose own handlers of signals Windows lacks
+        loop = asyncio.get_running_loop()  # loop.add_signal_handler does not exist on Windows
 
         def later(number: int, frame: object) -> None:
             loop.call_soon_threadsafe(handlers[signal.Signals(number)])
@@ -84,7 +84,7 @@ class _Server(uvicorn.Server):
             _log.warning("stopped at once", extra={"fields": {"signal": number.name}})
             self.should_exit = self.cut_off = True
             for task in self.server_state.tasks:
-                task.cancel()  # which answers with 503
+                task.cancel()  # ``Calls`` then answers with 503
             asyncio.get_running_loop().call_later(_LAST_WORDS, setattr, self, "force_exit", True)
             return
         self._service.draining = True
@@ -110,13 +110,13 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
         on_ready: Called with the URL and the service once the server listens.
 
     Raises:
-        InputError: The settings are wrong, or the server cannot listen on the address.
+        InputError: A setting is invalid, or the server cannot listen on the address.
         QadeployError: As ``Answerer.load`` does, LoadTimeoutError too.
         FailureError: A second signal cut off running requests.
     """
     set_up(settings.log_level)
     networks(settings.trusted_proxies)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # so that other threads run while a long text is tokenised
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # so that other threads keep running while a long text is tokenised
     disable_created_metrics()  # type: ignore[no-untyped-call]
     with contextlib.closing(_listen(settings.host, settings.port)) as listener:
         service = within(settings.load_timeout, partial(Service.load, bundle, settings), bundle)
@@ -146,7 +146,7 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
 
 
 def _room(asked: int | None) -> int:
-    """The number of connections at a time. Raises InputError if there cannot be as many open files."""
+    """The largest number of open connections. Raises InputError if the limit of open files does not allow it."""
     if sys.platform == "win32":
         return asked or _MOST_CONNECTIONS
     import resource
@@ -166,7 +166,7 @@ def _room(asked: int | None) -> int:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket. It is bound first, so that a port in use is reported before the bundle is loaded."""
+    """A bound socket. It is bound early, so that a port in use is reported before the bundle is loaded."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:

@@ -4,15 +4,15 @@
 
 The first four windows of each request run in order of arrival: for similar sizes no other order has a better tail latency
 (Wierman and Zwart 2012, "Is tail-optimal scheduling possible?"). Further windows, of a long document or a large batch, wait in
-a second line, where the earliest deadline goes first: if documents took turns, an overload would make all of them late together.
-That line gets every fourth turn, and every turn that the first line does not need. So a long document never blocks a short
-question, and finishes under any load of short ones.
-Nothing waits for a batch to fill: a free worker takes what is there. On a CPU each worker runs one unpadded window on one
+a second line, where the earliest deadline goes first: if documents took turns, an overload would make all of them late.
+The second line gets every fourth turn, and every turn that the first line does not need. So a long document never blocks a
+short question, and finishes under any load of short ones.
+No window waits for a batch to fill: a free worker takes what is there. On a CPU each worker runs one unpadded window on one
 thread, which is fastest there; on CUDA it runs a batch of windows of similar length, within a budget of tokens.
 
-The queue is bounded by questions and by time: the tokens in the first line divided by the tokens per second measured recently.
-A request with more windows than the first line takes is refused if it, or one that was accepted before, would then be late. One
-that becomes hopeless later, because it has more tokens than estimated or the machine is slower, is refused at that moment.
+The queue is limited by the number of questions and by the waiting time: the tokens in the first line divided by the recent
+tokens per second. A request with more than four windows is refused if it would be late, or would make an accepted request late.
+A request that can no longer be in time, because it has more tokens than estimated or the machine is slower, is refused then.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.settings import Settings
 
 _FRONT = 4  # windows of a request that run in order of arrival
-_BACK_EVERY = 4  # every so many turns the second line goes first
+_BACK_EVERY = 4  # in every fourth turn the second line goes first
 _LIKE = 1.25  # lengths up to this ratio share a batch, so padding is at most a fifth
-_SLACK = 0.9  # a new document must be answered within this share of its time: the speed varies
-# A document whose windows beyond the first four have not begun must be in time even at four fifths of the speed, and one that has
-# begun is given up only if it would be late at five fourths of it: the windows that ran are lost.
+_SLACK = 0.9  # a new document must be answered within this share of its time, because the speed varies
+# A document of which at most four windows have run must be in time even at 4/5 of the speed. A document of which more have run
+# is given up only if it would be late even at 5/4 of the speed, because the work on it would be lost.
 _BEFORE, _BEGUN = 1.25, 0.8
-_TRIED = 16  # windows that a document may run on an idle server before it is given up
+_TRIED = 16  # windows that a document may run before it is given up, if it arrived at an idle server
 _ENCODERS = 32  # the largest number of threads that tokenise
-_PASSAGE = 150.0  # tokens of a passage that a search finds, until some were found
-_LEARN = 0.1  # the weight of the passages of a question in their average
+_PASSAGE = 150.0  # the initial average of the tokens of a passage that a search finds
+_LEARN = 0.1  # the weight of a new question's passages in that average
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One question on one context, or on passages, with its options.
 
-    If it has a ``search``, an encoder calls that once; what it returns has the passages as its context, and as ``found``.
+    An encoder thread calls ``search``, if there is one, and replaces this Ask by the result, with passages in ``found``.
     """
 
     question: str
@@ -80,7 +80,7 @@ Watch = Callable[[DecodedPair | None, Options], object]
 
 @dataclass(slots=True, eq=False)
 class _Question:
-    """One question of a job: its number, its windows, their logits so far, and how many are missing."""
+    """One question of a job: its number, its windows, their logits so far, and how many windows are left to run."""
 
     number: int
     pair: EncodedPair | None
@@ -93,7 +93,7 @@ class _Question:
 class Job:
     """One request. The result of ``future`` is a list of what ``render`` returned for each question, in order.
 
-    It raises what answering raises, and RefusedError if the deadline passed or the job was dropped.
+    ``future`` raises what answering raises, and RefusedError if the deadline passed or the job was dropped.
     """
 
     asks: list[Ask]
@@ -106,13 +106,13 @@ class Job:
     encoded: int = 0  # questions
     done: int = 0
     windows: int = 0
-    taken: int = 0  # windows
+    taken: int = 0  # windows that have begun to run
     guesses: list[int] = field(default_factory=list)  # estimated tokens of each question
-    guess: int = 0  # those of the questions that are not encoded yet
+    guess: int = 0  # estimated tokens of the questions that are not encoded yet
     near: int = 0  # tokens waiting in the first line
     tokens: int = 0  # tokens waiting
-    long: bool = False  # it has more windows than the first line takes, or is estimated to
-    alone: bool = False  # the server was idle when it came
+    long: bool = False  # it has more than _FRONT windows, or is estimated to
+    alone: bool = False  # the server was idle when it arrived
     over: bool = False
 
 
@@ -121,16 +121,16 @@ _DEADLINE = attrgetter("deadline")
 
 
 class Scheduler:
-    """Runs the windows of many requests on ``workers`` threads. Safe under threads.
+    """Runs the windows of many requests on ``workers`` threads. Thread-safe.
 
     Args:
         answerer: Encodes, runs and decodes.
         metrics: Counts what happens.
         settings: ``max_queue``, ``max_wait``, ``max_windows`` and ``max_batch_tokens`` bound the queue and batches.
         workers: Threads that run windows.
-        batched: Whether windows run in batches of at most ``max_batch_tokens`` tokens, else one by one.
-        tokens_per_second: The speed of all workers together, until it is measured.
-        watch: Gets each decoded question; called in a worker.
+        batched: Whether windows run in batches of at most ``max_batch_tokens`` tokens, or one by one.
+        tokens_per_second: The initial speed of all workers together, until it is measured.
+        watch: Called with each decoded question, in a worker thread.
 
     Attributes:
         workers: Threads that run windows.
@@ -160,8 +160,8 @@ class Scheduler:
         self.workers = workers
         self._ready = threading.Condition()  # guards all that follows
         self._jobs: dict[Job, None] = {}  # oldest first
-        self._front: dict[Job, None] = {}  # with waiting windows among their first four, in order of arrival
-        self._back: list[Job] = []  # all long ones, the earliest deadline first
+        self._front: dict[Job, None] = {}  # jobs with waiting windows among their first four, in order of arrival
+        self._back: list[Job] = []  # all long jobs, the earliest deadline first
         self._speed = Speed(tokens_per_second, max(1, workers))
         self._ratios = TokenRatios()
         self._passage = _PASSAGE
@@ -194,7 +194,7 @@ class Scheduler:
 
         Args:
             asks: The questions.
-            render: Makes a result of each decoded question; called in a worker.
+            render: Turns each decoded question into a result; called in a worker thread.
             timeout: Seconds that the request may take.
 
         Raises:
@@ -221,7 +221,7 @@ class Scheduler:
         return job
 
     def _admit(self, job: Job, timeout: float) -> None:
-        """Raises RefusedError (429) if a job would wait too long, or make one late. An idle server takes anything."""
+        """Raises RefusedError (429) if a job would wait too long, or make another late. An idle server accepts any job."""
         job.alone = not self._jobs
         if job.alone:
             return
@@ -240,12 +240,12 @@ class Scheduler:
                 raise _too_long(timeout + excess, timeout, excess)
 
     def _hopeless(self, line: Iterable[Job]) -> Iterator[tuple[Job, float]]:
-        """The long jobs that cannot be answered in time, and by how many seconds, if ``line`` runs one after the other."""
+        """Yields the long jobs that would be late, and by how many seconds, if the jobs in ``line`` run one after the other."""
         now = time.monotonic()
         speed = self._speed.left(now, 1 / _BACK_EVERY)
         ahead = self.tokens - sum(job.tokens for job in self._back)  # short requests
         for job in line:
-            if not job.tokens:  # all of its windows run
+            if not job.tokens:  # no window is waiting
                 continue
             own = job.tokens * (_BEFORE if job.taken <= _FRONT else _BEGUN)
             left = (job.deadline - now) * (1 if job in self._jobs else _SLACK)
@@ -263,7 +263,7 @@ class Scheduler:
             self._end(job, _too_long(timeout + excess, timeout, excess))
 
     def drop(self, job: Job, refused: RefusedError) -> None:
-        """Ends a job early: windows that have not started are not run. Does nothing if the job is over."""
+        """Ends a job early: its waiting windows are discarded. Does nothing if the job is over."""
         self._end(job, refused)
 
     def close(self) -> None:
@@ -294,12 +294,12 @@ class Scheduler:
         self.windows += windows
 
     def _guess(self, ask: Ask) -> tuple[int, int]:
-        """Estimated windows of a question that is not tokenised yet, and the tokens in them."""
+        """Estimates the number of windows of a question that is not tokenised yet, and of the tokens in them."""
         question = self._ratios.tokens(ask.question)
         most = min(ask.options.prefilter or self._settings.max_windows, self._settings.max_windows)
         try:
             settings = ask.options.settings(self._answerer.settings)
-        except InputError:  # raised again where it is encoded
+        except InputError:  # raised again by ``_encode``
             return 1, 0
         special = self._answerer.encoder.special_tokens
         contexts = [self._ratios.tokens(text) for text in ask.texts if text.strip()]
@@ -312,7 +312,7 @@ class Scheduler:
     # ------------------------------------------------------------ texts to windows
 
     def _encode(self, job: Job) -> None:
-        """Searches and encodes for the next question of a job, then queues for the one after it, behind the questions of other jobs."""
+        """Searches for and encodes the next question of a job, then queues the following one behind those of other jobs."""
         if job.over or self._late(job):
             return
         ask, number = job.asks[job.encoded], job.encoded
@@ -340,7 +340,7 @@ class Scheduler:
                 self._ratios.learn("".join(ask.texts), len(pair.context))
             if pair and ask.found:
                 self._passage += _LEARN * (len(pair.context) / len(ask.found) - self._passage)
-            if job not in self._jobs:  # it ended meanwhile
+            if job not in self._jobs:  # the job ended meanwhile
                 return
             job.encoded += 1
             job.windows += question.left
@@ -369,7 +369,7 @@ class Scheduler:
             self._run(batch)
 
     def _take(self) -> list[_Unit]:
-        """Waits for windows and returns the next ones to run; none if the scheduler was closed."""
+        """Waits for windows and returns the next ones to run; an empty list if the scheduler was closed."""
         with self._ready:
             while not self._closed:
                 self._give_up()
@@ -385,7 +385,7 @@ class Scheduler:
         return []
 
     def _first(self, lines: Sequence[Iterable[Job]]) -> Job | None:
-        """The job whose turn it is."""
+        """The next job with waiting windows. Ends late jobs on the way."""
         while (job := next((job for line in lines for job in line if job.waiting), None)) and self._late(job):
             pass
         return job
@@ -402,7 +402,7 @@ class Scheduler:
         return job, question, i
 
     def _fill(self, first: _Unit, lines: Sequence[Iterable[Job]]) -> list[_Unit]:
-        """A batch with a window and the next ones of similar length, within the budget of tokens."""
+        """A batch of ``first`` and the next windows of similar length, within the budget of tokens."""
         batch = [first]
         least = most = len(_window(first))
         for line in lines:
@@ -423,7 +423,7 @@ class Scheduler:
         started = time.monotonic()
         try:
             model: Any = self._answerer.model
-            # On a GPU ``run`` chooses the faster way for few windows and for many.
+            # On a GPU, ``run`` chooses the faster method for the number of windows.
             padded = self._batched and getattr(model, "device", "cpu") == "cpu"
             logits = model.run_batch(windows) if padded else model.run(windows)
         except Exception as error:
@@ -470,7 +470,7 @@ class Scheduler:
             self._end(job)
 
     def _late(self, job: Job) -> bool:
-        """Ends a job whose deadline has passed."""
+        """Ends a job if its deadline has passed, and returns whether it did."""
         if time.monotonic() <= job.deadline:
             return False
         self._end(job, deadline_passed(job.deadline - job.arrived))

@@ -1,6 +1,6 @@
-"""The JSON of requests and responses as pydantic models, which the API documents are made from.
+"""The JSON of requests and responses as pydantic models, from which the API documents are made.
 
-Limits that an operator sets are not part of it: ``limits`` checks them, and the errors name them.
+The limits that an operator sets are not part of the schema: ``limits`` checks them, and the errors name them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qadeploy.options import declared
 
 
 def _whole(value: Any) -> Any:
-    """JSON has one kind of number, so 3.0 is a whole number. Other types stay as they are, and are refused later."""
+    """Turns 3.0 into 3, because JSON has a single number type. Other values are returned unchanged, and refused later."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -63,7 +63,7 @@ class _Model(BaseModel):
 
 
 def answering_model(name: str, options: Iterable[str], base: type[BaseModel]) -> Any:
-    """A model whose fields are answering options, as they are declared, and whose ``options`` they make."""
+    """A model whose fields are the given answering options, as they are declared."""
     fields: dict[str, Any] = {each: (choice(each), _DECLARED[each].default) for each in options}
     return create_model(name, __base__=base, __module__=base.__module__, **fields)
 
@@ -76,7 +76,7 @@ class _Options(_Model):
 
 
 class _Texts(answering_model("_Choices", _DECLARED, _Options)):  # type: ignore[misc]
-    """A context, or passages; of a server with a corpus, also neither."""
+    """A context or passages; neither is needed on a server with a corpus."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["context"]}, {"required": ["contexts"]}]})
     needed: ClassVar[bool] = True
@@ -123,7 +123,7 @@ class AskMany(_Texts):
     questions: Annotated[list[Question], Field(min_length=1)]
 
 
-FORMS = ("one", "many", "batch")  # the tags of a body, which pydantic puts into the location of an error
+FORMS = ("one", "many", "batch")  # the tags of the forms of a body; pydantic adds them to the location of an error
 
 
 def _form(body: Any) -> str | None:
@@ -135,7 +135,7 @@ def _form(body: Any) -> str | None:
 
 
 def _request(one: Any, many: Any, item: Any, batch: str, needed: str) -> Any:
-    """A body in one of the forms; ``batch`` describes a list, ``needed`` is the error for any other body."""
+    """The type of a body in one of the forms; ``batch`` describes a list, ``needed`` is the error for any other body."""
     several = Annotated[list[item], Field(min_length=1, description=batch)]
     forms = Annotated[one, Tag("one")] | Annotated[many, Tag("many")] | Annotated[several, Tag("batch")]
     return Annotated[forms, Discriminator(_form, custom_error_type="form", custom_error_message=needed)]
@@ -177,7 +177,7 @@ CorpusRequest = _request(
     CorpusMany,
     CorpusItem,
     "A batch of questions, each with its own context or passages, or none.",
-    "give an object with question or questions, and with a context if the corpus is not meant, or a list of objects",
+    "give an object with question or questions, and with context unless the corpus is meant, or a list of objects",
 )
 
 
@@ -205,7 +205,7 @@ class AnswerOut(BaseModel):
         int | None,
         Field(
             ge=0,
-            description="The index in `contexts`, or in the `passages` of the result, of its passage, from 0; absent for "
+            description="The index of its passage in `contexts`, or in the `passages` of the result, from 0; absent for "
             "`context` and for 'no answer'.",
         ),
     ] = None
@@ -226,12 +226,12 @@ class AnswerOut(BaseModel):
 
 
 class PassageOut(BaseModel):
-    """A passage of the corpus that was read."""
+    """A passage of the corpus that the model read."""
 
     document: str
     place: str
     score: Annotated[
-        float, Field(description="How well it fits the question by BM25; comparable within one question only.")
+        float, Field(description="How well it matches the question by BM25; comparable within one question only.")
     ]
 
 
@@ -255,7 +255,7 @@ class TraceWindow(BaseModel):
 
 
 class TracePrefilter(BaseModel):
-    """Which windows were read if ``prefilter`` left some out."""
+    """Which windows were read, if ``prefilter`` left some out."""
 
     read: Annotated[
         list[int], Field(description="Their numbers among all windows, from 1; ``windows`` lists only these.")
@@ -264,14 +264,14 @@ class TracePrefilter(BaseModel):
 
 
 class TraceCandidate(BaseModel):
-    """A pair of start and end positions, and what became of it."""
+    """A pair of start and end positions, and whether it became an answer."""
 
-    window: Annotated[int, Field(description="From 1, among the windows that were read.")]
+    window: Annotated[int, Field(description="The number of its window among those that were read, from 1.")]
     tokens: Annotated[list[int], Field(description="First and last position in the window.")]
     logit: float
     text: str
     answer: Annotated[int | None, Field(description="Rank among the answers, from 1; null if it is none of them.")]
-    verdict: Annotated[str, Field(description="The reason, for people.")]
+    verdict: Annotated[str, Field(description="Why it is or is not an answer, for people.")]
 
 
 class TraceOut(BaseModel):
@@ -297,7 +297,7 @@ class AnswersOut(BaseModel):
     passages: Annotated[
         list[PassageOut] | None,
         Field(
-            description="Only from the corpus: what was read, best first; empty if no word of the question occurs there."
+            description="Only from the corpus: the passages read, best first; empty if no word of the question occurs there."
         ),
     ] = None
     trace: TraceOut | None = None
@@ -354,7 +354,7 @@ class HfRequest(BaseModel):
 
 
 class HfAnswer(BaseModel):
-    """An answer in the form of the Hugging Face task; offsets count code points."""
+    """An answer in the format of the Hugging Face task; offsets count code points."""
 
     answer: str
     score: float
@@ -373,25 +373,25 @@ class CorpusOut(BaseModel):
 
 
 class ModelOut(BaseModel):
-    """The bundle that answers here."""
+    """The bundle in use."""
 
     name: str
     hash: Annotated[str, Field(description="SHA-256 of the manifest, which holds the hashes of all files.")]
     version: Annotated[str, Field(description="The version of qadeploy.")]
     device: str
-    workers: Annotated[int, Field(description="Windows (on CUDA batches) that run at a time.")]
-    limits: Annotated[dict[str, float], Field(description="The limits of a request, by setting.")]
+    workers: Annotated[int, Field(description="Windows (on CUDA, batches) that run at the same time.")]
+    limits: Annotated[dict[str, float], Field(description="The limits of a request, by name of the setting.")]
     manifest: dict[str, Any]
     corpus: Annotated[CorpusOut | None, Field(description="Absent without a corpus.")] = None
 
 
 class RightAnswer(_Model):
-    """What would have been right."""
+    """The right answer."""
 
     text: Annotated[str, Field(strict=True, description="A part of the context; empty if the answer is not in it.")]
     start: Annotated[
         int | None,
-        Field(ge=0, strict=True, description="Its first code point, if it stands in the context several times."),
+        Field(ge=0, strict=True, description="Its first code point, if it occurs in the context several times."),
     ] = None
 
 
@@ -405,11 +405,11 @@ class FeedbackRequest(_Model):
 
 
 class ReloadOut(BaseModel):
-    """The bundle that answers after a reload."""
+    """The bundle in use after a reload."""
 
     name: str
     hash: str
-    changed: Annotated[bool, Field(description="Whether it is another one than before.")]
+    changed: Annotated[bool, Field(description="Whether it differs from the previous bundle.")]
 
 
 class StateOut(BaseModel):
@@ -428,7 +428,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorOut(BaseModel):
-    """The form of every error."""
+    """The JSON of every error."""
 
     error: ErrorDetail
     request_id: str

@@ -1,4 +1,4 @@
-"""Questions without a context: the corpus of the server, and what is found in it and said of it."""
+"""Questions without a context: searches in the corpus of the server, and their results as JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger("qadeploy.serve")
 
 
 def open_corpus(place: str) -> Corpus:
-    """Opens an index, or makes that of documents, and logs what is in it and what is not.
+    """Opens an index, or builds one from documents, and logs what is in it and which files are not.
 
     Raises:
         QadeployError: As ``Corpus.open`` does.
@@ -44,12 +44,12 @@ def open_corpus(place: str) -> Corpus:
 
 
 def about(corpus: Corpus) -> dict[str, Any]:
-    """What the server says of its corpus."""
+    """The facts that the server reports about its corpus."""
     return {"documents": corpus.documents, "passages": corpus.passages, "sha256": corpus.hash}
 
 
 def from_corpus(corpus: Corpus, settings: Settings, question: str, options: Options) -> Ask:
-    """A question that is answered from a corpus. The scheduler searches, so that its bounds hold for the search too."""
+    """A question that is answered from a corpus. The scheduler runs the search, so that its limits cover the search too."""
 
     def search(ask: Ask) -> Ask:
         found = tuple(corpus.search(ask.question, settings.corpus_passages))
@@ -61,7 +61,7 @@ def from_corpus(corpus: Corpus, settings: Settings, question: str, options: Opti
 
 
 def corpus_answers(corpus: Corpus, ask: Ask, pair: DecodedPair | None) -> dict[str, Any]:
-    """The answers to such a question with their documents and places, and the passages that were read."""
+    """The answers to a question from the corpus, with their documents and places, and the passages that were read."""
     answers = to_answers(pair, for_corpus(ask.options)) if pair else []
     placed = corpus.placed(answers, ask.found, ask.options.offsets)
     return {"answers": [answer.to_dict() for answer in placed], "passages": [passage.about() for passage in ask.found]}

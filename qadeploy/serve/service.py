@@ -1,4 +1,4 @@
-"""A loaded bundle with all that serves it: the answerer, its scheduler, its metrics and its state."""
+"""A loaded bundle with its answerer, scheduler and metrics, and the state of the server."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from qadeploy.serve.scheduler import Scheduler
 from qadeploy.serve.settings import Settings
 from qadeploy.serve.threads import choose_workers
 
-_POLL = 0.05  # seconds between looks whether the bundle before has answered its last request
+_POLL = 0.05  # seconds between checks whether the previous bundle has answered its last request
 _log = logging.getLogger("qadeploy.serve")
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What answers: a bundle's answerer and the scheduler that runs it.
+    """A bundle's answerer and the scheduler that runs it.
 
     Attributes:
-        answerer: Answers.
-        scheduler: Runs the requests.
+        answerer: The answerer.
+        scheduler: The scheduler of the requests.
         device: cpu or cuda.
-        hash: Identifies the bundle that was loaded, even if its folder has changed since.
-        drift: The figures of the questions that it has answered.
+        hash: The hash of the loaded bundle, even if its folder has changed since.
+        drift: The drift figures of the questions that the bundle has answered.
     """
 
     answerer: Answerer
@@ -62,7 +62,7 @@ class Engine:
 
     @classmethod
     def of(cls, answerer: Answerer, settings: Settings, metrics: Metrics) -> Engine:
-        """An engine of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
+        """Makes the engine of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
         device = getattr(answerer.model, "device", "cpu")
         words = "word " * (2 * answerer.settings.max_seq_len)
         window = answerer.encode("What is it?", words, Options()).windows[0]
@@ -91,13 +91,13 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """The name of the bundle, "" without one."""
+        """The name of the bundle; "" without one."""
         bundle = self.answerer.bundle
         return clean(bundle.name) if bundle else ""
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the metrics say about it."""
+        """The labels of the bundle in the metrics."""
         bundle = self.answerer.bundle
         known = ("", "", "") if bundle is None else (self.name, self.hash, clean(bundle.precision))
         return (*known, __version__, self.device, str(self.scheduler.workers))
@@ -105,15 +105,15 @@ class Engine:
 
 @dataclass(slots=True)
 class Service:
-    """What the routes need.
+    """The state that the routes share.
 
     Attributes:
         engine: What answers now. It changes only in the thread of the event loop.
         settings: The settings of the server.
-        metrics: What /metrics shows.
+        metrics: The metrics that /metrics shows.
         bundle: The folder that a reload loads; None if the answerer was made without one.
-        corpus: Where questions without a context are answered from.
-        feedback: Where verdicts on answers go; None keeps none.
+        corpus: The corpus from which questions without a context are answered, or None.
+        feedback: The store of verdicts on answers; None if verdicts are not accepted.
         draining: Whether the server is shutting down, so that /health/ready is 503.
         reloading: Whether a reload is running.
     """
@@ -126,7 +126,7 @@ class Service:
     feedback: Feedback | None = None
     draining: bool = False
     reloading: bool = False
-    _before: dict[Engine, asyncio.Task[None]] = field(default_factory=dict)  # until their last request has ended
+    _before: dict[Engine, asyncio.Task[None]] = field(default_factory=dict)  # replaced engines with running requests
 
     @classmethod
     def load(cls, bundle: str | Path, settings: Settings) -> Service:
@@ -136,7 +136,7 @@ class Service:
 
     @classmethod
     def of(cls, answerer: Answerer, settings: Settings) -> Service:
-        """The service of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
+        """Makes the service of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
         metrics = Metrics()
         return cls._shown(Engine.of(answerer, settings, metrics), settings, metrics)
 
@@ -147,12 +147,12 @@ class Service:
 
     @property
     def answerer(self) -> Answerer:
-        """The answerer of the bundle that answers now."""
+        """The answerer of the current bundle."""
         return self.engine.answerer
 
     @property
     def scheduler(self) -> Scheduler:
-        """Its scheduler."""
+        """The scheduler of the current bundle."""
         return self.engine.scheduler
 
     @property
@@ -161,17 +161,17 @@ class Service:
         return not self.draining and self.scheduler.alive
 
     async def reload(self) -> bool:
-        """Loads the bundle's folder again, beside the bundle that answers, and then lets it answer instead.
+        """Loads the bundle's folder again while the current bundle keeps answering, and then replaces it.
 
-        New requests go to the new bundle as soon as it is loaded, verified and warmed up. Those that run are answered by the one
-        before, whose workers end with the last of them. After an error nothing has changed.
+        New requests go to the new bundle as soon as it is loaded, verified and warmed up. Running requests are answered by the
+        previous bundle, whose workers end with the last of them. After an error nothing has changed.
 
         Returns:
-            Whether the folder holds another bundle than the one that answered.
+            Whether the folder holds a different bundle than the previous one.
 
         Raises:
-            InputError: There is no folder, another reload is running, or the bundle was not loaded within ``load_timeout``.
-            QadeployError: As ``Answerer.load`` does.
+            InputError: There is no folder, or another reload is running.
+            QadeployError: As ``Answerer.load`` does; LoadTimeoutError if loading takes longer than ``load_timeout``.
         """
         if self.bundle is None or self.reloading:
             raise InputError("another reload is running" if self.reloading else "there is no bundle folder to reload")
@@ -191,7 +191,7 @@ class Service:
         return before.hash != engine.hash
 
     async def _loaded(self, bundle: str | Path) -> Engine:
-        """``Engine.load`` in a thread that does not keep the process from ending."""
+        """Runs ``Engine.load`` in a thread that does not keep the process from exiting."""
         found: Future[Engine] = Future()
 
         def load() -> None:
@@ -203,7 +203,7 @@ class Service:
                 return
             if found.set_running_or_notify_cancel():
                 found.set_result(engine)
-            else:  # too late
+            else:  # the time is up
                 engine.scheduler.close()
 
         threading.Thread(target=load, name="reload", daemon=True).start()

@@ -24,7 +24,7 @@ class Settings:
     """
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 or :: for all.")
-    port: int = option(8000, "Port to listen on; 0 takes a free one, which is printed.", least=0)
+    port: int = option(8000, "Port to listen on; 0 picks a free one, which is printed.", least=0)
     token: str | None = option(
         None, "Bearer token that clients must send. Set in the environment, it is hidden from ps.", shown="none needed"
     )
@@ -38,29 +38,29 @@ class Settings:
     bundle_sha256: str | None = options.bundle_sha256()
     corpus: str | None = option(
         None,
-        "Documents from which questions without a context are answered: a folder, a file, or an index that qadeploy index "
-        "made. The index of documents is kept in $QADEPLOY_CACHE, and brought up to date at each start.",
+        "Documents from which questions without a context are answered: a folder, a file, or an index made by qadeploy "
+        "index. The index of documents is kept in $QADEPLOY_CACHE and updated at each start.",
     )
     corpus_passages: int = option(
         READ, "Passages of the corpus that the model reads per question.", least=1, most=MOST_READ
     )
     feedback: str | None = option(
         None,
-        "File to which POST /v1/feedback appends verdicts with question and context; without it there is no such route.",
+        "File to which POST /v1/feedback appends verdicts with question and context; without it the route does not exist.",
     )
     feedback_bytes: int = option(
-        64 * 2**20, "Size from which that file is renamed to FILE.1; the one before is deleted.", least=1
+        64 * 2**20, "Size above which the feedback file is renamed to FILE.1, which it replaces.", least=1
     )
     load_timeout: float = options.load_timeout()
     device: str = options.device()
     threads: int | None = option(
-        None, "Windows that run at a time on the CPU, one thread each.", least=1, shown="measured once, then cached"
+        None, "Windows that run in parallel on the CPU, one thread each.", least=1, shown="measured once, then cached"
     )
     context_cache_bytes: int = option(DEFAULT_CACHE_BYTES, "Memory for tokenised contexts; 0 keeps none.", least=0)
     max_queue: int = option(512, "Questions that may wait or run; more are refused (429).", least=1)
     max_wait: float = option(
         4.0,
-        "Seconds that a new request may have to wait for its turn; with a longer wait it is refused (429).",
+        "Seconds that a new request may have to wait before it runs; if the queue is longer, it is refused (429).",
         least=0,
     )
     max_batch_tokens: int = option(
@@ -70,13 +70,13 @@ class Settings:
         30.0, "Seconds that a request may take, including its upload (408, 504).", least=0.001
     )
     drain_delay: float = option(
-        5.0, "Seconds from SIGTERM, when /health/ready turns 503, until the listener closes.", least=0
+        5.0, "Seconds from SIGTERM, when /health/ready begins to return 503, until the listener closes.", least=0
     )
     keep_alive: float = option(75.0, "Seconds that an idle connection stays open.", least=0)
     max_connections: int | None = option(
         None,
-        "Connections at a time. One more closes the one that has waited longest for its client, or is refused (503) "
-        "if none waits.",
+        "Open connections. One more closes the connection that has waited longest for its client; if none waits for its "
+        "client, the new one is refused (503).",
         least=1,
         shown="what the limit of open files allows, at most 4096",
     )
@@ -84,7 +84,7 @@ class Settings:
     max_head_bytes: int = option(32 * 2**10, "Bytes per request line and headers (431).", least=1)
     max_body_bytes: int = option(4 * 2**20, "Bytes per request body (413).", least=1)
     max_upload_bytes: int = option(
-        256 * 2**20, "Bytes of all request bodies together. One more cuts off the upload that is the slowest.", least=1
+        256 * 2**20, "Bytes of all request bodies together. Beyond that, the slowest upload is cut off.", least=1
     )
     max_context_chars: int = option(
         200_000, "Code points per context, or of all passages of a question (422).", least=1

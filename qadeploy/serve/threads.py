@@ -1,8 +1,8 @@
-"""How many windows run at a time: as requested, as measured on this machine before, or by a short measurement.
+"""How many windows run at the same time: as requested, as measured on this machine before, or by a short measurement.
 
-Each window runs on one thread, so the question is how many windows side by side give the most throughput: one per CPU, or half as
-many if two CPUs share a core. That depends on the machine, not on the bundle, so it is measured once per bundle and machine,
-in about a second, and kept in ``threads.json`` of the cache folder.
+Each window runs on one thread, so the question is how many windows in parallel give the most throughput: one per CPU, or half as
+many if two CPUs share a core. It is measured once per bundle and machine, in about a second, and kept in ``threads.json`` in the
+cache folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qadeploy.machine import machine, usable_cpus
 _ROUND_SECONDS = 0.25
 _ROUNDS = 3
 _STEADY = 1.2  # rounds that differ by a larger ratio were disturbed by other work
-CUDA_WORKERS = 2  # one pads and decodes while the batch of the other runs
+CUDA_WORKERS = 2  # one worker pads and decodes while the batch of the other runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,10 @@ class Choice:
 
 
 def choose_workers(asked: int | None, device: str, key: str, run: Callable[[], object]) -> Choice:
-    """The number of workers.
+    """Chooses the number of workers.
 
     Args:
-        asked: As requested, if it was.
+        asked: The requested number, or None.
         device: cpu or cuda.
         key: Identifies the bundle.
         run: Runs one window.
@@ -68,7 +68,7 @@ def choose_workers(asked: int | None, device: str, key: str, run: Callable[[], o
 
 
 def _measure(cpus: int, run: Callable[[], object]) -> tuple[int, bool]:
-    """All CPUs, or half of them if that is at least as fast; and whether the interleaved rounds agree, so that it can be kept."""
+    """Returns all CPUs, or half of them if that is at least as fast, and whether the interleaved rounds agree."""
     rates: dict[int, list[float]] = {cpus: [], max(1, cpus // 2): []}
     for _ in range(_ROUNDS):
         for count, found in rates.items():

@@ -106,7 +106,7 @@ def test_several_answers_have_the_class_of_the_worst():
         (
             row("blue", 14),
             "shifted",
-            '"blue" does not stand at its offset 14, and which of its 2 places is meant is not certain',
+            '"blue" is not at its offset 14, and it is uncertain which of its 2 occurrences is meant',
         ),
         (row("HE SK", 1), "case", '"HE SK" occurs only inside a longer word'),
     ],
@@ -350,7 +350,7 @@ def test_the_counts_add_up(tmp_path):
     text = check_lines(check, show=1)
     assert '  row 2: "red" does not occur in the context' in text
     assert '  row 3 (id q): "blue" occurs several times, the one at 11 is meant' in text
-    assert "  row 2: asks what row 1 asks" in text
+    assert "  row 2: repeats row 1" in text
     assert "  ... and 1 more" in text
     assert not any(line.startswith("  row ") for line in check_lines(check, show=0))
 

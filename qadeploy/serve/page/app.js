@@ -3,7 +3,7 @@
 import { $, cut, length, make, number, percent, plural } from "/static/tools.js";
 
 const ANSWERS = 5;
-const AROUND = 5000; // characters on each side of an answer from the corpus, the most that may be asked for: its whole passage
+const AROUND = 5000; // characters on each side of an answer from the corpus: the maximum, which shows its whole passage
 const TOKEN = "qadeploy-token";
 const page = Object.fromEntries(
   ["model", "unlock", "token", "ask", "count", "example", "edit", "source", "context", "reading", "question", "suggestions", "null-choice",
@@ -11,11 +11,11 @@ const page = Object.fromEntries(
 );
 
 const state = {
-  limits: {}, temperature: null, knowsNull: false, corpus: null, // of the server
+  limits: {}, temperature: null, knowsNull: false, corpus: null, // facts about the server
   examples: [], own: "", // own: the user's text, kept while an example is shown
-  shown: null, // what the answers on the page are for: {context, question, answers, trace, chosen}; no context: the corpus
+  shown: null, // the shown result: {context, question, answers, trace, chosen}; without a context, it is from the corpus
   asking: null, // the AbortController of the running request
-  again: 0, // the timer after a 429
+  again: 0, // the timer that is set after a 429
 };
 
 const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
@@ -181,7 +181,7 @@ function tell(error) {
 
 // ---------------------------------------------------------------- answers
 
-/** Where an answer of the corpus stands: its document and, if there is one, the place in it. */
+/** The source of an answer from the corpus: its document and, if there is one, the place in it. */
 function from({ document: name, place }) {
   return [name, place].filter(Boolean).map((text) => make("span", { dir: "auto", text }));
 }

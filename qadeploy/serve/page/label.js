@@ -1,11 +1,11 @@
-// The page of `qadeploy label`: one row at a time; every call to the server answers with the row that is to be shown next.
-// The selected answer is kept in UTF-16 units, as the DOM counts, and is sent and received in code points.
+// The page of `qadeploy label`: one row at a time; calls to the server return the row to show next.
+// The selected answer is kept in UTF-16 units, as the DOM counts; the server sends and receives code points.
 
 import { $, cut, length, make, number, percent, plural } from "/static/tools.js";
 
 const TAB = "qadeploy-label-tab";
 const FAR = 10; // words
-const NEAR = 200; // units in which the neighbouring character is looked for
+const NEAR = 200; // UTF-16 units within which the neighbouring character is searched
 const page = Object.fromEntries(
   ["ask", "model", "count", "source", "reading", "asked", "question", "problem", "answer", "accept", "none", "skip", "undo", "counter", "estimate"].map((id) => [id, $(id)]),
 );
@@ -16,7 +16,7 @@ sessionStorage.setItem(TAB, tab);
 const state = {
   row: null, documents: false,
   proposal: null, // the model's answer as a choice
-  choice: null, // {start, end} in units, {none: true}, or null: nothing is selected yet
+  choice: null, // {start, end} in UTF-16 units, {none: true}, or null: nothing is selected yet
   words: null, // where the words of the text begin and end, once they are needed
 };
 
@@ -35,7 +35,7 @@ async function call(name, body) {
   const told = await response.json().catch(() => ({}));
   if (response.ok) return told;
   const reason = told.error?.message ?? `the server returned status ${response.status}`;
-  const words = response.status === 401 ? "Open the whole address that qadeploy label has printed, with the part behind #." : reason[0].toUpperCase() + reason.slice(1) + ".";
+  const words = response.status === 401 ? "Open the whole address that qadeploy label printed, including the part after #." : reason[0].toUpperCase() + reason.slice(1) + ".";
   throw Object.assign(new Error(words), { status: response.status });
 }
 
@@ -148,7 +148,7 @@ function tellProgress({ done, left, documents, estimate }) {
 
 // ---------------------------------------------------------------- selecting
 
-/** Without white space around it. */
+/** The start and end of a choice without the white space around it. */
 function trimmed({ start, end }) {
   const text = state.row.context;
   while (start < end && /\s/.test(text[start])) start += 1;
@@ -158,7 +158,7 @@ function trimmed({ start, end }) {
 
 function choose(start, end) {
   const text = state.row.context;
-  // Half of a pair of surrogates is no character.
+  // Never split a surrogate pair.
   if (/[\udc00-\udfff]/.test(text[start] ?? "")) start -= 1;
   if (/[\udc00-\udfff]/.test(text[end] ?? "")) end += 1;
   [start, end] = trimmed({ start, end });
@@ -190,7 +190,7 @@ function words() {
   return state.words;
 }
 
-/** Selects the word that is so many words further on. */
+/** Selects the word that is `by` words after the current one, or before it if negative. */
 function step(by) {
   const all = words();
   if (!all.length) return;
@@ -199,7 +199,7 @@ function step(by) {
   choose(...all[Math.min(all.length - 1, Math.max(0, (at < 0 && by < 0 ? all.length : at) + by))]);
 }
 
-/** Moves the end of the answer by a word, but not before its first one. */
+/** Moves the end of the answer by a word, but not before the end of its first word. */
 function stretch(by) {
   const { choice } = state;
   if (!choice || choice.none) return step(by);
@@ -210,7 +210,7 @@ function stretch(by) {
   if (end > choice.start) choose(choice.start, end);
 }
 
-/** Moves the end or the start of the answer by a character, as people count: an emoji or a letter with its marks is one. */
+/** Moves the end or the start of the answer by a grapheme: an emoji, or a letter with its marks, is one. */
 function nudge(side, by) {
   const { choice } = state;
   if (!choice || choice.none) return;
@@ -221,7 +221,7 @@ function nudge(side, by) {
   if (!found) return;
   const moved = { ...choice, [side]: at + by * found.segment.length };
   if (moved.start >= moved.end) return;
-  state.choice = moved; // also a space, over which the next one is reached
+  state.choice = moved; // may end in a space: the next step reaches the character after it
   mark();
 }
 

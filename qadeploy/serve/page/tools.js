@@ -1,4 +1,4 @@
-// What the pages share. Spans count code points, JavaScript strings count UTF-16 units: only `cut` and `length` convert.
+// Functions that both pages use. Spans count code points, JavaScript strings UTF-16 units: only `cut` and `length` convert.
 
 export const $ = (id) => document.getElementById(id);
 
