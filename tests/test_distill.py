@@ -15,11 +15,13 @@ import torch
 from qadeploy.core.settings import QaSettings
 from qadeploy.data.loading import read
 from qadeploy.errors import CheckpointError, InputError
+from qadeploy.files import hash_file
 from qadeploy.records import Logits, Window
 from qadeploy.training import distill
 from qadeploy.training.checkpoint import TorchModel, load_checkpoint
 from qadeploy.training.distill import keep_layers, load_teacher, soft_labels
 from qadeploy.training.features import FeatureSet, make_features
+from qadeploy.training.provenance import weights_hash
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.train import train
 from tests.conftest import tiny_options, triplets, write_jsonl
@@ -239,3 +241,14 @@ def test_questions_that_only_a_teacher_can_label_need_one(tiny_checkpoint, tmp_p
     with pytest.raises(InputError, match="--unlabelled: only a teacher can label these questions"):
         train(options, lambda line: None, progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_are_known_by_all_their_files(tmp_path):
+    assert weights_hash(tmp_path) is None
+    (tmp_path / "pytorch_model.bin").write_bytes(b"a")
+    assert weights_hash(tmp_path) == hash_file(tmp_path / "pytorch_model.bin")
+    for number in (1, 2):
+        (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"b")
+    before = weights_hash(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"c")
+    assert weights_hash(tmp_path) not in {before, hash_file(tmp_path / "model-00001-of-00002.safetensors")}

@@ -20,7 +20,7 @@ from onnx import numpy_helper
 from transformers import AutoTokenizer, FNetConfig, FNetForQuestionAnswering
 
 from qadeploy import Answerer
-from qadeploy.data.loading import read
+from qadeploy.data.loading import hash_examples, read
 from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, GateError, InputError
 from qadeploy.evaluation.scoring import Evaluation
@@ -409,6 +409,19 @@ def test_data_that_changed_since_the_run_is_refused(tiny, tmp_path):
         held_out(run, None)
     assert "--eval-data FILE" in str(caught.value)
     assert dev_set(run) == ()
+
+
+def test_held_out_data_that_changed_since_the_run_are_refused(tiny, tmp_path):
+    data = write_jsonl(tmp_path / "mine.jsonl", triplets(12))
+    run = copy_run(tiny, tmp_path / "run", eval_data=str(data), max_eval_samples=5)
+    run.record["eval_data_sha256"] = hash_examples(read(str(data)).examples[:5])
+    assert len(held_out(run, None).examples) == 5
+    write_jsonl(data, triplets(12)[1:])
+    with pytest.raises(
+        InputError, match=r"mine.jsonl: changed since the run was evaluated on it: give --eval-data FILE"
+    ):
+        held_out(run, None)
+    assert len(held_out(run, str(data)).examples) == 11
 
 
 def test_held_out_data_of_the_run_or_of_the_call_come_first(tiny, tiny_checkpoint, tmp_path):

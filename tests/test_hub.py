@@ -67,13 +67,14 @@ LOAD = """
 import json
 import sys
 from qadeploy.training.checkpoint import Hub, load_checkpoint
+from qadeploy.training.provenance import commit_of
 from qadeploy.errors import CheckpointError
 
 found = []
 for token in ("hf_flag", None, "hf_wrong"):
     try:
         checkpoint = load_checkpoint("me/tiny", Hub(revision="v2", token=token))
-        found.append([checkpoint.model.config._commit_hash, checkpoint.new_head])
+        found.append([commit_of(checkpoint), checkpoint.new_head])
     except CheckpointError as error:
         found.append(str(error))
 print(json.dumps(found))

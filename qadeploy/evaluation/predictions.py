@@ -56,7 +56,7 @@ def predict(
     Args:
         example: The question.
         answer: The answer that was given.
-        scored: Its windows and logits, from ``settings.scored``.
+        scored: Its windows and logits, from ``settings.window_logits``.
         settings: The model's settings.
         n_best_size: Maximum candidates to list. If the null answer competes it is always listed, as an extra if needed.
         allow_no_answer: Whether the null answer competes. Without any span its null odds are the largest float.

@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.windows import Encoder
 from qadeploy.errors import CheckpointError, InputError
-from qadeploy.files import hash_file, sweep, writing
+from qadeploy.files import sweep, writing
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import is_bundle, open_bundle
 from qadeploy.inference.cuda import batches, in_batches
 from qadeploy.records import FloatArray, IntArray, Logits, Window
 from qadeploy.training.checkpoint import Hub, TorchModel, load_checkpoint
 from qadeploy.training.features import Feature, FeatureSet
+from qadeploy.training.provenance import commit_of, weights_hash
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.runs import find_run
 from qadeploy.training.torch_device import resolve_precision
@@ -94,8 +95,7 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_t
         raise CheckpointError(
             f"{name}: has no question-answering head, only an encoder: train it before it is used as a teacher"
         )
-    weights = Path(found) / "model.safetensors"
-    known = hash_file(weights) if weights.is_file() else f"{found}@{(hub or Hub()).revision}"
+    known = weights_hash(Path(found)) or f"{found}@{commit_of(checkpoint)}"
     bf16 = resolve_precision("auto", device.type) == "bf16"
     torch_model = TorchModel(checkpoint.model.to(device), checkpoint.encoder.config.pad_token_id, bf16=bf16)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,14 +31,28 @@ def versions_of(names: Iterable[str], *, missing: str) -> dict[str, str]:
 
 def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """The base's name, the SHA-256 of its weights, its commit on the hub and its licence; None if not known."""
-    weights = Path(checkpoint.name) / "model.safetensors"
-    commit = getattr(checkpoint.model.config, "_commit_hash", None)  # whatever branch or tag was requested
     return {
         "name": base_name(checkpoint.name),
-        "sha256": hash_file(weights) if weights.is_file() else None,
-        "commit": str(commit) if commit else None,
+        "sha256": weights_hash(Path(checkpoint.name)),
+        "commit": commit_of(checkpoint),
         "license": license_of(checkpoint.name),
     }
+
+
+def weights_hash(folder: Path) -> str | None:
+    """The SHA-256 of a checkpoint's weights; of several files, the SHA-256 of their names and hashes. None if there are none."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        hashes = {file.name: hash_file(file) for file in sorted(folder.glob(pattern))}
+        if hashes:
+            several = sha256(json.dumps(hashes).encode()).hexdigest()
+            return several if len(hashes) > 1 else next(iter(hashes.values()))
+    return None
+
+
+def commit_of(checkpoint: Checkpoint) -> str | None:
+    """The commit of a checkpoint on the hub, whatever branch or tag was requested; None for a folder."""
+    commit = getattr(checkpoint.model.config, "_commit_hash", None)
+    return str(commit) if commit else None
 
 
 def base_name(name: str) -> str:

@@ -199,7 +199,13 @@ def held_out(run: Run, eval_data: str | None, reading: DataOptions | None = None
         )
     validation = data.part("validation")
     if options["eval_data"] or validation:
-        return HeldOut(source, (validation or data.examples)[: options.get("max_eval_samples")])
+        examples = (validation or data.examples)[: options.get("max_eval_samples")]
+        recorded = run.record.get("eval_data_sha256")
+        if recorded and hash_examples(examples) != recorded:
+            raise InputError(
+                f"{source}: changed since the run was evaluated on it: give --eval-data FILE to judge the run on what it holds now"
+            )
+        return HeldOut(source, examples)
     dev_data = options.get("dev_data")
     examples = dev_set(run)
     if dev_data and not examples:
