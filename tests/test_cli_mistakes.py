@@ -44,7 +44,7 @@ DATA_FAULTS: dict[str, tuple[Callable[[Path], Any], str, list[str]]] = {
     "foreign answer": (
         lambda p: write_jsonl(p, [SEED, {**SEED, "answer": "green"}]),
         "x.jsonl",
-        ['row 2, field answer: "green" does not occur in the context', "letter by letter"],
+        ['row 2, field answer: "green" does not occur in the context', "exact copy of a part of the context"],
     ),
     "ambiguous answer": (
         lambda p: write_jsonl(p, [{**SEED, "context": "Ada saw Ada, and Ada smiled.", "answer": "Ada"}]),

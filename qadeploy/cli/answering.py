@@ -320,7 +320,7 @@ qadeploy answer bundles/handbook-int8 --input s3://bucket/asked/ --output answer
 def answer(
     as_json: bool, bundle: str, sources: tuple[str, ...], output: str, engine: str, max_rejected: float, **given: Any
 ) -> None:
-    """Answer every row of files with BUNDLE, one question per row, in order. Rows that cannot be answered are listed with the reason.
+    """Answer every row of files with BUNDLE, one question per row, in order. Rows without an answer go to a list with the reason.
 
     Without BUNDLE, the newest under bundles/ is used, or the shipped bundle if there is none.
     """

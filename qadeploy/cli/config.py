@@ -242,7 +242,7 @@ def _read_yaml(path: Path, text: str) -> Any:
                 raise InputError(f"{path}: line {node.start_mark.line + 1}: a key is a list or a group") from None
             return dict(super().construct_mapping(node, deep))
 
-    # In YAML 1.1, 1e-4 is text, because floats need a point; in YAML 1.2, and for users who write a learning rate, it is a number.
+    # In YAML 1.1, 1e-4 is text, because floats need a point. In YAML 1.2 it is a number, as users expect.
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
     )

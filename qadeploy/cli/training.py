@@ -36,8 +36,8 @@ qadeploy check covid-qa.json --max-bad 0.01 --json
 def check(as_json: bool, file: str, **given: Any) -> None:
     """Classify every row of FILE (anything that train reads, and Label Studio's exports), and repair what can be repaired.
 
-    Each row gets the first class that fits; the table explains the classes. --fix rejects an answer without an offset that occurs
-    several times, unless --on-ambiguous first is given.
+    Each row gets the first class that fits; the table explains the classes. --fix rejects an answer without an offset that
+    occurs several times, unless --on-ambiguous first is given.
     """
     from qadeploy.data.table import check_lines
 

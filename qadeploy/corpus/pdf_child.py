@@ -1,4 +1,4 @@
-"""The process that reads a PDF file for ``pdf``: bytes on stdin, JSON on stdout. To start fast, it imports nothing from qadeploy."""
+"""The process that reads a PDF file for ``pdf``: bytes on stdin, JSON on stdout. It starts fast: it imports only pypdfium2."""
 
 from __future__ import annotations
 

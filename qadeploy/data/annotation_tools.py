@@ -1,7 +1,7 @@
 """Exports of annotation tools: Label Studio, Prodigy and doccano, one row per task.
 
-A region is ``{"text", "start", "end", "label"}``; its text may be left out. Label Studio counts UTF-16 units. The field ``text`` of
-a task is its context, unless it has a field ``context``.
+A region is ``{"text", "start", "end", "label"}``; its text may be left out. Label Studio counts UTF-16 units. The field
+``text`` of a task is its context, unless it has a field ``context``.
 """
 
 from __future__ import annotations
