@@ -48,7 +48,7 @@ def test_label_studio_with_several_labels(tmp_path):
         tmp_path, "tasks.json", json.dumps([label_studio(region(6, 12, "sailed"), region(3, 5, "It", "Subject"))])
     )
     with pytest.raises(
-        InputError, match="its regions have the labels Answer, Subject: name the one of answers with --label"
+        InputError, match="its regions have the labels Answer, Subject: give that of the answers with --label"
     ):
         read(source)
     assert answers(source, DataOptions(label="Answer")) == [[("sailed", 5)]]

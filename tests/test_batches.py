@@ -84,5 +84,7 @@ def test_windows_of_one_length_and_the_batches_change_places_each_epoch():
 
 
 def test_a_window_that_does_not_fit_is_refused_by_name():
-    with pytest.raises(InputError, match=r"batch-tokens 63 .* longest has 64 tokens. Give --batch-tokens 64 or more"):
+    with pytest.raises(
+        InputError, match=r"batch-tokens 63 .* longest window, which has 64 tokens. Give --batch-tokens 64 or more"
+    ):
         singles([3, 64, 9], 63, 13)

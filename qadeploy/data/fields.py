@@ -162,7 +162,7 @@ def check_labels(source: str, rows: Iterable[RawRow], options: DataOptions) -> N
     """Raises InputError if regions have several labels and none is chosen, or the chosen label does not occur."""
     found = list(dict.fromkeys(label for row in rows for label in row.labels))
     if options.label is None and len(found) > 1:
-        raise InputError(f"{source}: its regions have the labels {names(found)}: name the one of answers with --label")
+        raise InputError(f"{source}: its regions have the labels {names(found)}: give that of the answers with --label")
     if options.label is not None and found and options.label not in found:
         raise InputError(f"{source}: no region has the label {options.label!r}; the labels found are {names(found)}")
 

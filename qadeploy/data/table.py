@@ -55,7 +55,9 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
     repeated = [row for row in check.rows if row.repeated and not row.problem]
     text += _section("repeated", [(row.name, _repeated(row)) for row in repeated], show)
     again = [row for row in check.rows if row.duplicate_of is not None]
-    text += _section("duplicate", [(row.name, f"repeats row {row.duplicate_of}") for row in again], show)
+    text += _section(
+        "duplicate", [(row.name, f"has the question and context of row {row.duplicate_of}") for row in again], show
+    )
     return text
 
 

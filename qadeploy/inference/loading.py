@@ -6,13 +6,15 @@ import contextlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from qadeploy.errors import InputError, LoadTimeoutError
 
 _T = TypeVar("_T")
+_WAIT = 0.5  # seconds
 _running: set[threading.Thread] = set()
 
 
@@ -43,14 +45,17 @@ def within(seconds: float | None, load: Callable[[], _T], path: object) -> _T:
     thread = threading.Thread(target=work, name="qadeploy-load", daemon=True)
     _running.add(thread)
     thread.start()
+    ends = time.monotonic() + seconds
     try:
-        return done.result(min(seconds, threading.TIMEOUT_MAX))
-    except TimeoutError as error:
-        if done.done():  # load's own TimeoutError
-            raise
-        raise LoadTimeoutError(
-            f"{path}: was not loaded within {seconds:g} s: raise load_timeout (--load-timeout)"
-        ) from error
+        # In short waits: Python notices Ctrl-C late if the signal interrupts the other thread instead of this wait.
+        while not done.done():
+            left = ends - time.monotonic()
+            if left <= 0:
+                raise LoadTimeoutError(
+                    f"{path}: was not loaded within {seconds:g} s: raise load_timeout (--load-timeout)"
+                )
+            wait([done], min(left, _WAIT))
+        return done.result()
     finally:
         if done.done():
             _running.discard(thread)

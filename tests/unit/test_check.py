@@ -350,7 +350,7 @@ def test_the_counts_add_up(tmp_path):
     text = check_lines(check, show=1)
     assert '  row 2: "red" does not occur in the context' in text
     assert '  row 3 (id q): "blue" occurs several times, the one at 11 is meant' in text
-    assert "  row 2: repeats row 1" in text
+    assert "  row 2: has the question and context of row 1" in text
     assert "  ... and 1 more" in text
     assert not any(line.startswith("  row ") for line in check_lines(check, show=0))
 
