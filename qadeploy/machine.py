@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -178,6 +179,20 @@ def peak_memory() -> int | None:
     except OSError:
         return None
     return 1024 * int(found[0]) if found else None
+
+
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """Leaves all objects that exist out of the garbage collections of a block: going through PyTorch's takes 0.2 s each time."""
+    if gc.get_freeze_count():  # the caller does so already
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def return_freed_memory() -> None:

@@ -112,9 +112,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [*others[:third], *unit, *others[third:]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection() -> None:
+def pytest_collection_finish() -> None:
     """Freezes imported objects: training and export collect garbage often, and going through them takes 0.3 s each time."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def later_imports_frozen() -> None:
+    """Freezes also what the modules before have imported."""
     gc.collect()
     gc.freeze()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -16,7 +17,15 @@ from qadeploy.data.arrow import read_table
 from qadeploy.errors import InputError, MachineWarning
 from qadeploy.inference.doctor import diagnose
 from qadeploy.inference.session import OnnxModel, session_options
-from qadeploy.machine import INSTRUCTION_SETS, Machine, entry_has_vnni, machine, parse_cpuinfo, usable_cpus
+from qadeploy.machine import (
+    INSTRUCTION_SETS,
+    Machine,
+    entry_has_vnni,
+    machine,
+    parse_cpuinfo,
+    quick_collections,
+    usable_cpus,
+)
 from qadeploy.shipped import base_bundle_path
 from tests.conftest import sealed_copy
 from tests.processes_for_tests import succeeded
@@ -269,3 +278,14 @@ def test_the_doctor_names_the_commit_of_a_checkout():
         pytest.skip("not a checkout")
     head = succeeded(["git", "-C", root, "rev-parse", "HEAD"]).stdout.strip()
     assert head.startswith(diagnose()["commit"].removesuffix("+"))
+
+
+def test_what_exists_is_left_out_of_collections_within_a_block_alone():
+    gc.unfreeze()
+    with quick_collections():
+        frozen = gc.get_freeze_count()
+        assert frozen > 10_000
+        with quick_collections():
+            pass
+        assert gc.get_freeze_count() == frozen
+    assert gc.get_freeze_count() == 0

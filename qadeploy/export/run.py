@@ -27,6 +27,7 @@ from qadeploy.integrations.onnx_standalone.wordpiece import check_wordpiece
 from qadeploy.integrations.triton.repository import add_bundle, check_repository, takes
 from qadeploy.integrations.web.npm import onnxruntime_web
 from qadeploy.integrations.web.site import check_site, write_site
+from qadeploy.machine import quick_collections
 from qadeploy.options import check
 from qadeploy.records import Example
 from qadeploy.timing import seconds_of, spread
@@ -94,7 +95,8 @@ def export_run(source: str | None, options: ExportOptions, listener: Listener) -
         onnxruntime_web(listener.say)  # fails now rather than after scoring if it cannot be downloaded
     if source and is_bundle(source):
         return _from_bundle(source, options, listener)
-    return _Export(source, options, listener).run()
+    with quick_collections():
+        return _Export(source, options, listener).run()
 
 
 def _from_bundle(source: str, options: ExportOptions, listener: Listener) -> Exported:
