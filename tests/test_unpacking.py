@@ -33,7 +33,7 @@ ROW = {"context": SKY, "question": "?", "answer": "blue"}
 
 def as_parquet(table: Any, **options: Any) -> bytes:
     stream = io.BytesIO()
-    parquet.write_table(table, stream, **options)
+    parquet.write_table(table, stream, write_statistics=False, **options)  # those of a long text take seconds
     return stream.getvalue()
 
 
