@@ -95,9 +95,9 @@ def searched(facts: RunFacts) -> str:
     if search is None:
         return ""
     by = f"mean F1 of {search.folds} folds" if search.folds else "F1 on the dev set"
-    too_high = "the figures of the folds and of the dev set" if search.folds else "the figures of the dev set"
+    figures = "the figures of the folds and of the dev set" if search.folds else "the figures of the dev set"
     honest = "; those of the held-out set are not" if facts.results.held_out else ""
-    return f"The settings are the best of {plural(len(search.scored), 'trial')} by {by}, so {too_high} are optimistic{honest}."
+    return f"The settings are the best of {plural(len(search.scored), 'trial')} by {by}, so {figures} are optimistic{honest}."
 
 
 def data_remarks(facts: RunFacts) -> tuple[str, ...]:
