@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -323,6 +324,25 @@ def test_every_layout_gives_the_logits_of_one_thread(answerer, bundle, tmp_path,
     sessions.begun.clear()
     same_logits(model.start(windows_of(answerer)).result(), expected)
     assert (wide(), len(sessions.begun)) == (0, len(expected))
+
+
+def test_only_many_questions_keep_one_copy_of_the_weights(answerer, bundle, sessions):
+    model = Answerer.load(bundle, device="cpu", threads=2).model
+    wide = weakref.ref(sessions.created.pop())
+    windows = windows_of(answerer)
+    expected = model.start(windows).result()
+    assert wide() is None
+    same_logits(model.run(windows[:1]), expected[:1])
+    same_logits(model.start(windows).result(), expected)
+    assert [each.get_session_options().intra_op_num_threads for each in sessions.created] == [1, 2]
+
+
+def test_a_single_question_keeps_its_session_beside_many(answerer, bundle, sessions):
+    model = Answerer.load(bundle, device="cpu", threads=2).model
+    windows = windows_of(answerer)
+    for run in (lambda: model.run(windows[:1]), lambda: model.start(windows).result()) * 2:
+        run()
+    assert [each.get_session_options().intra_op_num_threads for each in sessions.created] == [2, 1]
 
 
 def test_session_entries_of_the_bundle_reach_onnx_runtime(bundle, tmp_path, sessions):

@@ -107,6 +107,7 @@ class _Sessions:
     pid: int = field(default_factory=os.getpid)
     wide: Any = None
     narrow: Any = None
+    wide_used: bool = False  # besides the checks of a model that is being loaded
     runner: DeviceRunner | None = None  # on CUDA
     pool: ThreadPoolExecutor | None = None
     calls: int = 0
@@ -226,7 +227,7 @@ class OnnxModel:
             order = _longest_first(windows)  # the shortest run wide: they gain least from running side by side
             futures = self._submit([windows[i] for i in order[:narrow]])
             logits = dict(zip(order, [f.result()[0] for f in futures], strict=False))
-            session = self._get("wide") if narrow < len(windows) else None
+            session = self._wide() if narrow < len(windows) else None
             logits.update({i: self._run_one(session, windows[i]) for i in order[narrow:]})
             return [logits[i] for i in range(len(windows))]
         finally:
@@ -357,6 +358,11 @@ class OnnxModel:
             self._sessions = _Sessions()
         return self._sessions
 
+    def _wide(self) -> Any:
+        """The session that runs one window on all threads."""
+        self._mine().wide_used = True
+        return self._get("wide")
+
     def _get(self, kind: str) -> Any:
         sessions = self._mine()
         session = getattr(sessions, kind)
@@ -364,6 +370,8 @@ class OnnxModel:
             with self._lock:
                 session = getattr(sessions, kind)
                 if session is None:
+                    if not sessions.wide_used:  # a batch job needs no second copy of the weights
+                        sessions.wide = None
                     session = self._session(self.threads if kind == "wide" else 1)
                     setattr(sessions, kind, session)
         return session
