@@ -1,8 +1,8 @@
 # syntax=docker/dockerfile:1
 # qadeploy serve, without torch. Targets: cpu (the default), gpu, and baked, which is one of these with a bundle inside.
 # docs/container.md shows how to build and run them; tests/container_steps.py runs the steps of the cpu target.
-# A tag may be moved, so pin the image that you deploy: PYTHON_IMAGE=python:3.12-slim@sha256:...
-ARG PYTHON_IMAGE=python:3.12-slim
+# A tag may be moved, so the digest decides (of the index for all machines). Dependabot proposes newer ones.
+ARG PYTHON_IMAGE=python:3.12.14-slim-trixie@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea
 ARG TARGET=cpu
 
 FROM ${PYTHON_IMAGE} AS source
