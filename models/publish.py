@@ -96,7 +96,7 @@ def mean(first: Path, second: Path, out: Path) -> None:
     features = make_features(examples, checkpoint.encoder, checkpoint.settings, "the dev set")
     answerer = torch_answerer(checkpoint)
     logits: Any = tuple(zip(*answerer.model.run([f.window for f in features.features]), strict=True))
-    settings = choose_settings(features, logits, initial_settings(checkpoint.settings, examples))
+    settings = choose_settings(features, logits, initial_settings(checkpoint.settings, examples), balanced=True)
     save_checkpoint(checkpoint, settings, out / "checkpoint")
     metrics = json.loads((out / "metrics.json").read_text())
     (out / "metrics.json").write_text(json.dumps({**metrics, "settings": settings.to_dict()}, indent=2) + "\n")

@@ -18,11 +18,14 @@ from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import hash_file
 from qadeploy.records import Logits, Window
 from qadeploy.training import distill
-from qadeploy.training.checkpoint import TorchModel, load_checkpoint
+from qadeploy.training.checkpoint import TorchModel, load_checkpoint, torch_answerer
 from qadeploy.training.distill import keep_layers, load_teacher, soft_labels
 from qadeploy.training.features import FeatureSet, make_features
+from qadeploy.training.negatives import with_negatives
 from qadeploy.training.provenance import weights_hash
 from qadeploy.training.run_log import RunLog
+from qadeploy.training.runs import dev_set, find_run
+from qadeploy.training.selection import choose_settings, initial_settings
 from qadeploy.training.train import train
 from tests.conftest import tiny_options, triplets, write_jsonl
 from tests.models_for_tests import BY_NAME
@@ -232,7 +235,15 @@ def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkp
     config = json.loads((result.folder / "checkpoint" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert result.metrics["settings"]["relative_to_null"] is True
-    assert result.metrics["settings"]["null_threshold"] is not None
+    run, checkpoint = find_run(result.folder), load_checkpoint(result.folder / "checkpoint")
+    made = with_negatives(dev_set(run), 1).examples
+    features = make_features(made, checkpoint.encoder, checkpoint.settings, "the dev set")
+    windows = [feature.window for feature in features.features]
+    logits: Any = tuple(zip(*torch_answerer(checkpoint).model.run(windows), strict=True))
+    chosen = choose_settings(features, logits, initial_settings(checkpoint.settings, made), balanced=True)
+    assert result.metrics["settings"]["null_threshold"] == pytest.approx(chosen.null_threshold, abs=1e-3)
+    other = choose_settings(features, logits, initial_settings(checkpoint.settings, made))
+    assert abs(other.null_threshold - chosen.null_threshold) > 0.01
 
 
 def test_questions_that_only_a_teacher_can_label_need_one(tiny_checkpoint, tmp_path):

@@ -19,8 +19,10 @@ TEMPERATURES: Float64Array = np.geomspace(0.1, 10.0, 49)
 PRIOR = 0.15 / 0.5**2
 
 
-def best_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f1: Float64Array) -> float:
-    """Finds the threshold with the best mean F1 when the null answer is given to every question above it.
+def best_null_threshold(
+    differences: Float64Array, span_f1: Float64Array, null_f1: Float64Array, *, balanced: bool = False
+) -> float:
+    """Finds the threshold with the best F1 when the null answer is given to every question above it.
 
     It takes one sort and two running sums, as ``find_best_thresh`` of SQuAD v2's official script does. The threshold
     lies half-way between the two differences that it separates, so that small changes of the logits do no harm, or 1
@@ -31,6 +33,8 @@ def best_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f
             null answer is given at any threshold.
         span_f1: F1 of the best span, 0 to 1, ``[questions]``.
         null_f1: F1 of the null answer, 0 to 1, ``[questions]``.
+        balanced: Whether the best F1 is the geometric mean of the F1 of the questions with an answer and of those without
+            one (Kubat and Matwin, ICML 1997), whatever their numbers; otherwise it is the mean over all questions.
     """
     order = np.argsort(differences, kind="stable")
     sorted_differences = differences[order]
@@ -41,7 +45,7 @@ def best_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f
     # earned[k]: the k smallest differences answer with a span, the others with null.
     spans = np.concatenate(([0.0], np.cumsum(span_f1[order])))
     nulls = np.concatenate((np.cumsum(null_f1[order][::-1])[::-1], [0.0]))
-    earned = (spans + nulls)[: finite + 1]
+    earned = (spans * nulls if balanced else spans + nulls)[: finite + 1]
     middles = bounds[:-1] + np.diff(bounds) / 2
     middles = np.where(middles < bounds[1:], middles, bounds[:-1])  # neighbours in float64 have no middle
     thresholds = np.concatenate(([bounds[0] - 1.0], middles, [bounds[-1] + 1.0]))
@@ -51,7 +55,9 @@ def best_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f
     return float(thresholds[best[np.argmin(np.abs(thresholds[best]))]])
 
 
-def stable_null_threshold(differences: Float64Array, span_f1: Float64Array, null_f1: Float64Array) -> float:
+def stable_null_threshold(
+    differences: Float64Array, span_f1: Float64Array, null_f1: Float64Array, *, balanced: bool = False
+) -> float:
     """Averages ``best_null_threshold`` over ``RESAMPLES`` bootstrap samples of the questions (Breiman 1996, bagging).
 
     F1 hardly changes over a wide range of thresholds, and the best threshold on a few hundred questions is one of many
@@ -60,7 +66,7 @@ def stable_null_threshold(differences: Float64Array, span_f1: Float64Array, null
     generator = np.random.default_rng(0)
     size = len(differences)
     drawn = (generator.integers(0, size, size) for _ in range(RESAMPLES if size else 0))
-    found = [best_null_threshold(differences[i], span_f1[i], null_f1[i]) for i in drawn]
+    found = [best_null_threshold(differences[i], span_f1[i], null_f1[i], balanced=balanced) for i in drawn]
     return float(np.mean(found)) if found else 0.0
 
 

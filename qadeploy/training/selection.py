@@ -93,6 +93,7 @@ def choose_settings(
     *,
     max_answer_len: int | None = None,
     keep_threshold: bool = False,
+    balanced: bool = False,
 ) -> QaSettings:
     """Chooses ``max_answer_len``, the null threshold (if ``settings`` have one) and the temperature on the dev set.
 
@@ -107,6 +108,9 @@ def choose_settings(
         max_answer_len: Used instead of the best one.
         keep_threshold: Keeps the null threshold. It is also kept if the dev set lacks questions with an answer or
             questions without one.
+        balanced: Whether the threshold balances HasAns and NoAns (see ``best_null_threshold``), because the share of
+            questions without an answer says nothing about that in production. The mean over all questions would have a weak
+            model, which answers half of them wrongly, refuse nearly all.
     """
     tried: list[tuple[float, int, QaSettings, _NullRows | None]] = []
     tunes = settings.null_threshold is not None and not keep_threshold and can_tune_threshold(features)
@@ -115,13 +119,13 @@ def choose_settings(
         rows = None
         if tunes:
             rows = _null_rows(features, logits, candidate)
-            f1 = rows.f1(best_null_threshold(rows.differences, rows.span_f1, rows.null_f1))
+            f1 = rows.f1(best_null_threshold(rows.differences, rows.span_f1, rows.null_f1, balanced=balanced))
         else:
             f1 = score_logits(features, logits, candidate).f1
         tried.append((round(f1, 6), length, candidate, rows))
     _, _, chosen, rows = max(tried, key=lambda t: t[:2])
     if rows is not None:
-        threshold = stable_null_threshold(rows.differences, rows.span_f1, rows.null_f1)
+        threshold = stable_null_threshold(rows.differences, rows.span_f1, rows.null_f1, balanced=balanced)
         chosen = replace(chosen, null_threshold=threshold)
     return replace(chosen, temperature=_fitted_temperature(features, logits, chosen))
 

@@ -519,7 +519,12 @@ def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _
     logits = _predict(loop.trainer, dev)
     given = options.null_score_diff_threshold is not None
     settings = choose_settings(
-        dev, logits, _epoch_settings(run), max_answer_len=options.max_answer_len, keep_threshold=given
+        dev,
+        logits,
+        _epoch_settings(run),
+        max_answer_len=options.max_answer_len,
+        keep_threshold=given,
+        balanced=not any_unanswerable(run.data.dev.examples),  # the negatives were made
     )
     found = _SetResult.of(dev, logits, settings)
     results = {"dev": found}

@@ -44,6 +44,38 @@ def test_no_threshold_earns_more(rows):
     assert earned(found, rows) == pytest.approx(max(earned(t, rows) for t in tried), abs=1e-6)
 
 
+@thorough
+@given(rows=st.lists(st.tuples(DIFFERENCES, SHARES, st.booleans()), min_size=1, max_size=30))
+def test_no_threshold_has_a_better_geometric_mean(rows):
+    has = [(d, f1, 0.0) for d, f1, null in rows if not null]
+    no = [(d, 0.0, 1.0) for d, _, null in rows if null]
+    columns = [np.asarray(column, dtype=np.float64) for column in zip(*has, *no, strict=True)]
+    found = best_null_threshold(*columns, balanced=True)
+
+    def mean(threshold: float) -> float:
+        return math.sqrt(earned(threshold, has) * earned(threshold, no))
+
+    values = sorted({d for d, _, _ in rows if d < math.inf})
+    tried = [x for v in values for x in (math.nextafter(v, -math.inf), v)] or [0.0]
+    assert mean(found) == pytest.approx(max(mean(t) for t in tried), abs=1e-6)
+
+
+def test_a_weak_model_is_not_made_to_refuse_nearly_all():
+    """Differences of -65 to 35 with an answer, which is right in half of the cases, and of -35 to 65 without one."""
+    ranks = np.arange(200) % 100 - 49.5
+    rows = (
+        ranks + np.repeat([-15.0, 15.0], 100),
+        np.tile([1.0, 0.0], 100) * (np.arange(200) < 100),
+        np.arange(200) >= 100,
+    )
+    answered = {}
+    for balanced in (False, True):
+        threshold = stable_null_threshold(*(np.asarray(r, dtype=np.float64) for r in rows), balanced=balanced)
+        answered[balanced] = (rows[0][:100] <= threshold).mean()
+    # The mean falls from the first difference without an answer on, -35; (t + 65) (65 - t) is highest at 0.
+    assert answered == pytest.approx({False: 0.3, True: 0.65}, abs=0.1)
+
+
 def official_best(rows: dict[str, tuple[float, float, bool]]) -> float:
     """The best score in percent by the algorithm of SQuAD v2's evaluate-v2.0.py, ``find_best_thresh``.
 
