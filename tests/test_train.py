@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, InputError
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Annotation, Example
+from qadeploy.training.averaging import MeanOfEpochs
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.training.features import make_features
 from qadeploy.training.options import TrainOptions
@@ -70,7 +72,9 @@ def test_the_run_folder_is_whole(tiny, tiny_checkpoint):
     assert [r["epoch"] for r in rows] == [0, 1, 2, 3]
     assert rows[0]["eval_f1"] < 50
     assert rows[0]["train_loss"] is None
-    assert metrics["eval_loss"] == rows[metrics["best_epoch"]]["eval_loss"] < rows[0]["eval_loss"]
+    mean = metrics["mean_of_epochs"]  # kept, because no epoch has a better F1
+    assert (mean["epochs"], mean["eval_f1"]) == (3, rows[metrics["best_epoch"]]["eval_f1"])
+    assert metrics["eval_loss"] == mean["eval_loss"] < rows[0]["eval_loss"]
     settings = json.loads((tiny.run / "checkpoint" / "qadeploy.json").read_text())
     assert settings == metrics["settings"]
 
@@ -229,6 +233,32 @@ def test_training_stops_when_dev_f1_no_longer_rises(few, tiny_checkpoint, tmp_pa
     metrics = train(options, lambda line: None, progress=False).metrics
     assert [r["epoch"] for r in metrics["epochs"]] == [0, 1, 2]
     assert metrics["best_epoch"] == 1
+
+
+@pytest.mark.parametrize(("learning_rate", "kept"), [(3e-3, True), (4e-4, False)])
+def test_the_mean_of_the_epochs_is_kept_unless_an_epoch_is_better(learning_rate, kept, tiny_checkpoint, tmp_path):
+    """At the lower rate the first epoch is far behind the second, and the mean is between them."""
+    ends: list[dict[str, torch.Tensor]] = []
+
+    class Watched(MeanOfEpochs):
+        def on_epoch_end(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            ends.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            super().on_epoch_end(*args, model=model, **kwargs)
+
+    said: list[str] = []
+    data = write_jsonl(tmp_path / "rows.jsonl", triplets(48))
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=2, learning_rate=learning_rate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qadeploy.training.trainer.MeanOfEpochs", Watched)
+        metrics = train(options, said.append, progress=False).metrics
+    (line,) = (line for line in said if "mean of the 2 epochs' weights" in line)
+    best = metrics["epochs"][metrics["best_epoch"]]["eval_f1"]
+    assert (float(re.search(r" F1 ([0-9.]+)", line)[1]) >= round(best, 1)) is kept
+    assert (metrics["mean_of_epochs"] is not None) is kept
+    written = load_checkpoint(tmp_path / "run" / "checkpoint").model.state_dict()
+    for name, tensor in written.items():
+        wanted = (ends[0][name] + ends[1][name]) / 2 if kept else ends[metrics["best_epoch"] - 1][name]
+        torch.testing.assert_close(tensor, wanted)
 
 
 def test_a_run_that_diverges_leaves_nothing(few, tiny_checkpoint, tmp_path):

@@ -103,7 +103,7 @@ def train(
     resume: bool,
     **options: Any,
 ) -> None:
-    """Fine-tune a question-answering model and keep its best epoch.
+    """Fine-tune a question-answering model and keep its best epoch, or the mean of its epochs.
 
     Under torchrun (torchrun --nproc-per-node 2 -m qadeploy train ...) the processes split each batch.
     """

@@ -47,6 +47,9 @@ class EpochTable(TrainerCallback):
         rows: The rows of the epochs before the run was resumed.
         speed_of: Returns the row of ``Speed`` for an epoch; printed but not kept, because equal runs differ in it.
         loss_of: Returns the mean training loss of the epoch.
+
+    Attributes:
+        mean: The row of the mean of the epochs' weights, if that is kept instead of the best epoch.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class EpochTable(TrainerCallback):
         self.speed_of = speed_of
         self.loss_of = loss_of
         self.rows: list[dict[str, Any]] = []
+        self.mean: dict[str, Any] | None = None
         self.gap_opened: int | None = None  # the first epoch of overfitting
         for row in rows:
             self._keep(row)
@@ -124,7 +128,7 @@ def gap_warning(row: dict[str, Any]) -> str:
     """The warning about the gap: what it means and what to do about it."""
     return (
         f"overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises while train loss "
-        f"{row['train_loss']:.3f} falls. The epoch with the best dev F1 is kept anyway. More questions help most; otherwise try "
+        f"{row['train_loss']:.3f} falls. The model with the best dev F1 is kept anyway. More questions help most; otherwise try "
         "fewer --epochs, a lower --learning-rate, or a higher --weight-decay"
     )
 

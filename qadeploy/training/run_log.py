@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -164,10 +165,19 @@ class RunLog:
         length = len(trainer.train_dataset[0].feature.window)
         self.detail(f"e.g. a window of {length} tokens -> start and end logits [1, {length}] each")
 
-    def chosen(self, epoch: int, settings: QaSettings, options: TrainOptions) -> None:
-        """Step 5: the best epoch."""
+    def mean_of_epochs(self, row: dict[str, Any], best: dict[str, Any], kept: bool) -> None:
+        """The dev scores of the mean of the epochs, and whether it is kept."""
+        why = "kept" if kept else f"not kept, because epoch {best['epoch']} has a better dev F1"
+        self.detail(
+            f"mean of the {row['epochs']} epochs' weights: eval loss {row['eval_loss']:.4f}, accuracy "
+            f"{row['eval_accuracy']:.4f}, EM {row['eval_exact_match']:.1f}, F1 {row['eval_f1']:.1f}: {why}"
+        )
+
+    def chosen(self, epoch: int, averaged: int | None, settings: QaSettings, options: TrainOptions) -> None:
+        """Step 5: the model that is kept, the best epoch's or the mean of the ``averaged`` epochs."""
         origin = "as given" if options.max_answer_len else "chosen on the dev set"
-        self.step("5 evaluation", f"best epoch {epoch}; max_answer_len {settings.max_answer_len} {origin}")
+        kept = f"mean of {averaged} epochs" if averaged else f"best epoch {epoch}"
+        self.step("5 evaluation", f"{kept}; max_answer_len {settings.max_answer_len} {origin}")
 
     def choice(
         self,

@@ -28,7 +28,7 @@ _FULL_SIGNS = ("StorageFull", "QuotaExceeded", "FileTooLarge", "No space left", 
 _USUAL = re.compile(
     r"(model|pytorch_model|tokenizer|optimizer|scheduler|scaler|rng_state|training_args|spm|spiece|sentencepiece)[\w.-]*"
     r"\.(safetensors|bin|pt|pth|model|index\.json)"
-    r"|(config|generation_config|qadeploy|special_tokens_map|added_tokens|tokenizer|tokenizer_config|vocab|trainer_state)\.json"
+    r"|mean_of_epochs\.safetensors|(config|generation_config|qadeploy|special_tokens_map|added_tokens|tokenizer|tokenizer_config|vocab|trainer_state)\.json"
     r"|(vocab|merges)\.txt|[\w.-]+\.py|events\.out\.tfevents\.[\w.-]+"
 )
 _SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")  # safetensors renames it at the end

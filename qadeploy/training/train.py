@@ -3,7 +3,7 @@
 Reads top to bottom: data, models, windows, training, evaluation, the run folder. ``run_log`` words the printed lines.
 
 A run folder holds ``run.json`` (resolved options, seed, versions, data hash; its ``"status": "complete"`` is written last and
-marks a finished run), ``metrics.json``, ``checkpoint/`` (the best epoch by dev F1), the predictions (see
+marks a finished run), ``metrics.json``, ``checkpoint/`` (the best epoch by dev F1, or the mean of the epochs), the predictions (see
 ``qadeploy/evaluation/predictions.py``) on the held-out set, or on the dev set if nothing was held out, and the files for people
 to read (``report_files``): ``curves.png``, ``report.html`` and ``README.md``. ``resume`` describes unfinished runs.
 """
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from qadeploy.core.metrics import Metric, Scores, choose_metric, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
@@ -448,7 +449,9 @@ def _epoch_settings(run: _TrainingRun) -> QaSettings:
     return settings if threshold is None else replace(settings, null_threshold=threshold)
 
 
-def _dev_metrics(dev: FeatureSet, prediction: EvalPrediction, settings: QaSettings) -> dict[str, float]:
+def _dev_metrics(
+    dev: FeatureSet, prediction: EvalPrediction | EvalLoopOutput, settings: QaSettings
+) -> dict[str, float]:
     """The scores of an epoch."""
     starts, ends = prediction.predictions[:2]
     if not np.isfinite(starts[:, 0]).all():
@@ -458,7 +461,7 @@ def _dev_metrics(dev: FeatureSet, prediction: EvalPrediction, settings: QaSettin
 
 
 def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
-    """Trains, and loads the best epoch's weights. Returns the base model's scores on the held-out set."""
+    """Trains, and loads the best epoch's weights or the mean of all epochs. Returns the base model's scores on the held-out set."""
     held_out, base = run.windows.held_out, None
     if held_out:
         base = score_logits(held_out, _predict(loop.trainer, held_out), run.models.settings)
@@ -469,18 +472,40 @@ def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
         # After epochs of less than a second the Trainer distrusts file times and sorts saves by step number.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
         loop.trainer.fit(run.opened.saved)
+        loop.table.mean = _keep_mean(run, loop)
     return base
+
+
+def _keep_mean(run: _TrainingRun, loop: _Loop) -> dict[str, Any] | None:
+    """Puts the mean of the epochs into the model if its dev F1 is at least that of the best epoch; returns its row then."""
+    trainer, dev, best = loop.trainer, run.windows.dev, loop.table.best
+    if trainer.mean.epochs < 2:
+        return None
+    trainer.mean.exchange(trainer.model)
+    output = _outputs(trainer, dev)
+    found = _dev_metrics(dev, output, _epoch_settings(run))
+    row = {"epochs": trainer.mean.epochs, "eval_loss": float(output.metrics["eval_loss"]), **found}
+    kept = row["eval_f1"] >= best["eval_f1"]
+    run.log.mean_of_epochs(row, best, kept)
+    if not kept:
+        trainer.mean.exchange(trainer.model)
+    return row if kept else None
 
 
 def _predict(trainer: SpanTrainer, features: FeatureSet) -> Logits:
     """Start and end logits ``[windows, longest]`` in the order of the windows."""
+    starts, ends = _outputs(trainer, features).predictions[:2]
+    return starts, ends
+
+
+def _outputs(trainer: SpanTrainer, features: FeatureSet) -> EvalLoopOutput:
+    """The model's logits and loss."""
     loader = trainer.get_eval_dataloader(features)
     compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # it scores only the dev set
     try:
-        predictions = trainer.evaluation_loop(loader, "prediction", prediction_loss_only=False).predictions
+        return trainer.evaluation_loop(loader, "prediction", prediction_loss_only=False)
     finally:
         trainer.compute_metrics = compute_metrics
-    return predictions[0], predictions[1]
 
 
 # ---------------------------------------------------------------- evaluation
@@ -528,7 +553,7 @@ def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _
     )
     found = _SetResult.of(dev, logits, settings)
     results = {"dev": found}
-    log.chosen(loop.table.best["epoch"], settings, options)
+    log.chosen(loop.table.best["epoch"], loop.table.mean and loop.table.mean["epochs"], settings, options)
     log.choice("dev", found.choice, settings, threshold_given=given, tuned=can_tune_threshold(dev))
     log.answer(dev.examples[0], found.answers[0])
     log.scores("dev", found.scores)
@@ -547,11 +572,12 @@ def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, 
     settings, results, best = reached.settings, reached.results, loop.table.best
     dev = results["dev"].scores
     metrics: dict[str, Any] = {
-        "eval_loss": best["eval_loss"],
+        "eval_loss": (loop.table.mean or best)["eval_loss"],
         "eval_accuracy": dev.accuracy / 100,
         "eval_exact_match": dev.exact_match,
         "eval_f1": dev.f1,
         "best_epoch": best["epoch"],
+        "mean_of_epochs": loop.table.mean,
         "steps": loop.trainer.state.global_step,
         "overfitting_from_epoch": loop.table.gap_opened,
         "settings": settings.to_dict(),

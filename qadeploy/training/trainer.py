@@ -14,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qadeploy.errors import FailureError
 from qadeploy.training import distributed
+from qadeploy.training.averaging import MeanOfEpochs
 from qadeploy.training.batches import LengthGroupedSampler, UnitBatches
 from qadeploy.training.features import NO_LABEL
 from qadeploy.training.saves import Save, mark_complete, prune, remove, writing
@@ -108,6 +109,7 @@ class SpanTrainer(Trainer):
     Attributes:
         windows_seen: How many windows this process has trained on.
         batches: The batches of units; None if all batches are of equal size.
+        mean: The mean of the weights over the epochs.
     """
 
     def __init__(
@@ -122,6 +124,8 @@ class SpanTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.windows_seen = 0
+        self.mean = MeanOfEpochs()
+        self.add_callback(self.mean)
         self.batches: UnitBatches | None = None
         training_set: TrainingSet | None = self.train_dataset
         self.grouped = bool(training_set and training_set.groups) and self.args.world_size == 1
@@ -163,6 +167,8 @@ class SpanTrainer(Trainer):
         model._is_accelerate_prepared = False
         if self.args.world_size > 1:
             self.args.ddp_find_unused_parameters = self._has_unused_parameters()
+        if saved:
+            self.mean.load(saved.folder, saved.run_state["mean_epochs"])
         if saved is None:
             self.train()
         elif saved.run_state["stopped"]:  # after its last epoch or by patience: only the evaluation is left
@@ -210,12 +216,14 @@ class SpanTrainer(Trainer):
             "stopped": self.control.should_training_stop,
             "best_step": best,
             "loss": self._losses(),
+            "mean_epochs": self.mean.epochs,
         }
         try:
             with writing(folder):
                 super()._save_checkpoint(model, trial)
                 distributed.wait()
                 if distributed.is_first():
+                    self.mean.save(folder)
                     mark_complete(folder, run_state)
         except FailureError:
             if distributed.is_first():
