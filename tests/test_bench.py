@@ -151,6 +151,23 @@ def test_the_documented_tables_are_those_of_the_results(script):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_large_model_is_measured_with_names_of_files_alone(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "work" / "base")
+    article = {"paragraphs": [{"context": "a", "qas": [{"id": "q", "question": "?", "answers": []}]}]}
+    (tmp_path / "data.json").write_text(json.dumps({"data": [article] * 7}))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks import large_model as m\n"
+        "m.watched = lambda command, *folder: print(*command) or sys.exit()\n"
+        f"work = m._Work(Path(), Path({str(tmp_path / 'data.json')!r}), Path({str(tmp_path / 'work')!r}), 1, 1, 1)\n"
+        "getattr(work, sys.argv[1])()"
+    )
+    for step in ("train", "export", "bench"):
+        done = ended([sys.executable, "-c", code, step], cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert step in done.stdout
+        assert str(tmp_path) not in done.stdout
+
+
 def test_the_split_adds_up(tiny, tiny_export):
     examples = read(str(tiny.data)).examples
     answerer = Answerer.load(tiny.bundle(), threads=1)
