@@ -30,7 +30,7 @@ from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.data.check import CheckedData, check_rows
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import hash_examples, joined, read, source_name, sources
-from qadeploy.errors import FailureError, InputError
+from qadeploy.errors import FailureError, InputError, MissingExtraError
 from qadeploy.evaluation.predictions import write_predictions
 from qadeploy.files import cache_folder, write_json
 from qadeploy.inference.devices import parse_device
@@ -250,7 +250,11 @@ def _load_models(options: TrainOptions, device: torch.device, metric: Metric) ->
 
 def _check_export(checkpoint: Checkpoint, log: RunLog) -> None:
     """Raises InputError if ``export`` cannot export the model; warns if it may fail."""
-    found = exportable(checkpoint.model.config)
+    try:
+        found = exportable(checkpoint.model.config)
+    except MissingExtraError as error:
+        log.warning(f"qadeploy export cannot export the trained model before an exporter is installed: {error}")
+        return
     if found.possible is False:
         raise InputError(
             f"{checkpoint.name}: {found.why}, so qadeploy export could not export the trained model: give a --base of "
