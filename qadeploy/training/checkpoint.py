@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
-from transformers.utils import has_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, is_rust_error, pad_batch
@@ -32,6 +32,9 @@ from qadeploy.training.transformers_versions import silence
 
 SETTINGS_FILE = "qadeploy.json"
 _UNLIMITED = 100_000
+# A file of weights or, for weights in several files, their index.
+_SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+_PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,14 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
     )
 
 
-_SAFE = ("model.safetensors", "model.safetensors.index.json")
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+def weight_files(folder: Path) -> list[Path]:
+    """The files in a folder that transformers loads weights from; none if it is no checkpoint folder."""
+    for name in filter(lambda name: (folder / name).is_file(), (*_SAFE, *_PICKLES)):
+        if name.endswith(".json"):
+            index = json.loads((folder / name).read_text(encoding="utf-8"))
+            return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
+        return [folder / name]
+    return []
 
 
 def refuse_pickle(name: str, hub: Hub | None = None) -> None:
