@@ -46,11 +46,11 @@ from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint, save_
 from qadeploy.training.distill import Teacher, keep_layers, load_teacher, soft_labels
 from qadeploy.training.exportable import TESTED, exportable
 from qadeploy.training.feature_cache import cached_features
-from qadeploy.training.features import FeatureSet
+from qadeploy.training.features import FeatureSet, unknown_tokens
 from qadeploy.training.negatives import with_negatives
 from qadeploy.training.options import FEW_EXAMPLES, TrainOptions
 from qadeploy.training.provenance import base_name, base_of, versions_of
-from qadeploy.training.report_files import shipped_base, write_report_files
+from qadeploy.training.report_files import write_report_files
 from qadeploy.training.resume import OpenRun, check_unfinished, finish, open_run
 from qadeploy.training.run_data import RunData, split_data, unlabelled_questions
 from qadeploy.training.run_log import RunLog, Say
@@ -71,7 +71,6 @@ from qadeploy.training.torch_device import device_name, memory_errors, resolve_p
 from qadeploy.training.tracking import check_tracker, tracker, tracker_errors
 from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
 from qadeploy.training.training_set import TrainingSet, masked_windows
-from qadeploy.training.unknown_tokens import unknown_tokens
 from qadeploy.training.workers import make_features_in
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
@@ -122,7 +121,7 @@ def train(
     """
     started = time.time()
     with distributed.together(on_cpu=options.device == "cpu"):
-        log = RunLog(say, warn) if distributed.is_first() else RunLog(_ignore)
+        log = RunLog(say, warn) if distributed.is_first() else RunLog(lambda line: None)
         distributed.from_first(lambda: check(options, resume))
         device = training_device(options.device)
         data = data or load_data(options, log)
@@ -156,10 +155,6 @@ def train(
             distributed.wait()
     log.say(f"run folder: {options.out} ({metrics['seconds']:.0f} s)")
     return RunResult(Path(options.out), metrics)
-
-
-def _ignore(line: str) -> None:
-    """Drops the report of every process but the first."""
 
 
 def check(options: TrainOptions, resume: bool = False) -> None:
@@ -304,7 +299,6 @@ def _make_windows(options: TrainOptions, data: RunData, models: _Models, log: Ru
     log.labelled_window(train_set, encoder.token_text)
     unknown = unknown_tokens(made.sets, encoder)
     log.unknown_tokens(unknown)
-
     if not train_set.with_answer:
         raise InputError(f"{data.train.source}: no training window holds an answer, so there is nothing to learn from")
     if options.batch_tokens:
@@ -591,6 +585,6 @@ def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> 
         save_checkpoint(run.models.checkpoint, settings, folder / "checkpoint")
         own = sorted({*files_in(folder / "checkpoint")} - {*foreign})
         write_json(folder / "metrics.json", metrics)
-        described = RunRecord(Path(run.options.out).name, run.opened.record, metrics, shipped_base())
+        described = RunRecord(Path(run.options.out).name, run.opened.record, metrics)
         write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log)
     return own

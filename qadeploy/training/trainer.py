@@ -21,10 +21,7 @@ from qadeploy.training.training_set import TrainingSet
 from qadeploy.training.training_set import collate as collate_arrays
 from qadeploy.training.transformers_versions import trainer_options
 
-_LABELS = frozenset(
-    {"start_positions", "end_positions", "answer_mask", "null_positions"}
-    | {"groups", "labelled", "soft_starts", "soft_ends"}
-)
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # all else in a batch is labels
 _MASKED = -1e9  # a logit whose probability is 0
 
 
@@ -146,14 +143,15 @@ class SpanTrainer(Trainer):
         loader: DataLoader[Any]
         if self.batches is None:
             loader = super().get_train_dataloader()
-        else:
-            loader = DataLoader(
+            return loader
+        loader = self.accelerator.prepare(
+            DataLoader(
                 self.train_dataset,
                 batch_sampler=self.batches,
                 collate_fn=self.data_collator,
                 pin_memory=self.args.dataloader_pin_memory,
             )
-            loader = self.accelerator.prepare(loader)
+        )
         return loader
 
     def fit(self, saved: Save | None) -> None:
@@ -228,7 +226,7 @@ class SpanTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch, and its logits with ``return_outputs``."""
-        outputs = model(**{k: v for k, v in inputs.items() if k not in _LABELS})
+        outputs = model(**{k: v for k, v in inputs.items() if k in _INPUTS})
         sides = (("start", outputs.start_logits), ("end", outputs.end_logits))
         if model.training:
             loss = sum(self._training_loss(side, logits, inputs) for side, logits in sides) / 2
