@@ -251,9 +251,7 @@ def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) 
             "held_out_questions": work.held_out,
             "epochs": work.epochs,
         }
-        write(
-            report(environment={"threads": len(os.sched_getaffinity(0))}, setting=setting, targets=TARGETS, steps=done)
-        )
+        write(report(setting=setting, targets=TARGETS, steps=done))
 
 
 @click.command(help=__doc__)
@@ -276,9 +274,7 @@ def main(
         measure(
             _Work(wheels, data, work, **options), steps or STEPS, lambda found: write_report(RESULTS / REPORT, found)
         )
-    lines = table(read_report(REPORT))
-    write_table("docs/bench.md", "large model", lines, check=check)
-    click.echo("\n".join(lines))
+    write_table("docs/bench.md", "large model", table(read_report(REPORT)), check=check)
 
 
 def table(found: Json) -> list[str]:

@@ -38,7 +38,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from benchmarks.harness import Json, bundle_facts, report, run, spread, write_report
-from qadeploy.files import write_bytes
+from qadeploy.files import writing
 from qadeploy.timing import turns
 
 FILES = 4  # the files that the questions are written to
@@ -232,7 +232,7 @@ def points(found: Json, engine: str) -> list[tuple[int, float]]:
     return sorted(dict(sizes).items())
 
 
-def plot(found: Json, path: Path) -> None:
+def write_svg(found: Json, path: Path) -> None:
     """Draws time against questions, both axes logarithmic, as SVG; equal figures give equal files."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -259,7 +259,7 @@ def plot(found: Json, path: Path) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    with path.open("w", encoding="utf-8") as stream:
+    with writing(path) as stream:
         figure.savefig(stream, format="svg", metadata={"Date": None})
 
 
@@ -357,14 +357,6 @@ def _missed(what: str, same: Json) -> list[str]:
     wrong = [name for name in ("identical", "complete") if not same[name]]
     wrong += ["without duplicates"] if same["duplicates"] else []
     return [f"{what} questions: the answers are not {name}" for name in wrong]
-
-
-def write_svg(found: Json, path: Path) -> None:
-    """Writes the plot atomically."""
-    making = path.with_name(f".{path.name}.tmp")
-    plot(found, making)
-    write_bytes(path, making.read_bytes())
-    making.unlink()
 
 
 if __name__ == "__main__":
