@@ -135,14 +135,6 @@ class Epoch:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainingFacts:
-    """The epochs of a run, and the number of the one that was kept."""
-
-    epochs: tuple[Epoch, ...]
-    best: int
-
-
-@dataclass(frozen=True, slots=True)
 class ScoreFacts:
     """Scores in percent on ``total`` questions, with 95 % intervals.
 
@@ -262,11 +254,15 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Everything that the report and the model card show; ``search`` is None if no search chose the settings."""
+    """Everything that the report and the model card show; ``search`` is None if no search chose the settings.
+
+    ``best_epoch`` is the number of the epoch that was kept.
+    """
 
     run: RunRecord
     data: DataFacts
-    training: TrainingFacts
+    epochs: tuple[Epoch, ...]
+    best_epoch: int
     results: Results
     search: Search | None
 
@@ -298,7 +294,8 @@ def make_facts(
     return RunFacts(
         run,
         data,
-        TrainingFacts(epochs, int(metrics["best_epoch"])),
+        epochs,
+        int(metrics["best_epoch"]),
         _results(judged, answers, metrics, epochs, held_out),
         _search(metrics.get("search")),
     )
