@@ -122,7 +122,6 @@ class _Excerpt:
 
     @classmethod
     def of(cls, question: str, context: EncodedText, feature: Feature) -> _Excerpt:
-        """Makes the excerpt of a window."""
         window, start, end = feature.window, 0, len(context.text)
         if window.context_length < len(context):
             last = window.context_offset + window.context_length - 1
@@ -287,7 +286,6 @@ class _LogitStore:
         return {name: values[number] for name, values in rows.items()}
 
     def add(self, keys: Sequence[bytes], rows: Arrays) -> None:
-        """Stores rows under their keys."""
         self._keep(keys, rows)
         if self._folder is None:
             return

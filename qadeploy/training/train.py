@@ -30,6 +30,7 @@ from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.data.check import CheckedData, check_rows
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import hash_examples, joined, read, source_name, sources
+from qadeploy.data.table import check_summary
 from qadeploy.errors import FailureError, InputError, MissingExtraError
 from qadeploy.evaluation.predictions import write_predictions
 from qadeploy.files import cache_folder, write_json
@@ -185,7 +186,7 @@ def load_data(options: TrainOptions, log: RunLog) -> RunData:
     rows = {source: list(load_rows(source, options.token)) for source in sources(options.data)}
     checked = [check_rows(source, rows[source], options) for source in rows]
     check = CheckedData(source_name(options.data), tuple(row for each in checked for row in each.rows))
-    log.data_check(check)
+    log.step("data check", check_summary(check))
     found = joined([read(source, options, rows=rows[source]) for source in rows])
     return split_data(options, found, check)
 
@@ -273,7 +274,6 @@ class _Windows:
 
     @property
     def sets(self) -> list[FeatureSet]:
-        """The train set, the dev set and, if there is one, the held-out set."""
         return [self.train.features, self.dev, *([self.held_out] if self.held_out else [])]
 
 
@@ -361,7 +361,6 @@ class _Loop:
 
 
 def _make_loop(run: _TrainingRun) -> _Loop:
-    """Builds the Trainer with its callbacks."""
     options, models, windows = run.options, run.models, run.windows
     done: dict[str, Any] = run.opened.saved.run_state if run.opened.saved else {"rows": []}
     speed = Speed(models.device, lambda: trainer.windows_seen, distributed.count(), done.get("speed", []))
@@ -440,14 +439,12 @@ def _arguments(run: _TrainingRun) -> SpanArguments:
 
 
 def _epoch_settings(run: _TrainingRun) -> QaSettings:
-    """The settings that epochs are scored with."""
     settings = initial_settings(run.models.settings, run.windows.train.features.examples)
     threshold = run.options.null_score_diff_threshold
     return settings if threshold is None else replace(settings, null_threshold=threshold)
 
 
 def _dev_metrics(dev: FeatureSet, prediction: EvalPrediction, settings: QaSettings) -> dict[str, float]:
-    """The scores of an epoch."""
     starts, ends = prediction.predictions[:2]
     if not np.isfinite(starts[:, 0]).all():
         raise FailureError("training diverged: the logits are not finite. Lower --learning-rate")
@@ -496,7 +493,6 @@ class _SetResult:
 
     @classmethod
     def of(cls, features: FeatureSet, logits: Logits, settings: QaSettings) -> _SetResult:
-        """The result of logits under the chosen settings."""
         answers = answers_of(features, logits, settings)
         scores = score(features.examples, answers, settings.metric)
         return cls(features, logits, answers, scores, report_choice(features, logits, settings))
