@@ -52,7 +52,7 @@ from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.core.settings import Options
 from qadeploy.data.loading import hash_examples
 from qadeploy.inference.pairs import DecodedPair, to_answers
-from qadeploy.records import Annotation, Answer, Example
+from qadeploy.records import NO_ANSWER, Annotation, Answer, Example
 
 COUNTS: tuple[int | None, ...] = (1, 2, 3, 5, 8, 12, 20, None)
 REPORT = "long_documents.json"
@@ -178,7 +178,7 @@ def measure(bundle: Path, data: Path, held_out: Path | None, questions: int, see
                 reading = answerer.read(example.question, example.context, options)
                 best = to_answers(reading, options)
                 seconds[count].append(time.perf_counter() - started)
-                answers[count].append(best[0] if best else Answer("", 0, 0, 0.0))
+                answers[count].append(best[0] if best else NO_ANSWER)
                 gold[count].append(gold_read(reading, example))
                 read[count].append(len(reading.windows))
     scores = {count: score(examples, answers[count]) for count in COUNTS}
