@@ -80,13 +80,8 @@ class SaveEverySteps(TrainerCallback):
 class SpanTrainer(Trainer):
     """The Trainer with length-grouped batches and a loss over valid positions only.
 
-    The loss is the cross entropy of start and end positions, averaged over the annotators of a question (their spans are
-    equally good targets) and over start and end. Its softmax runs over the context and the null position, as the decoder's
-    does.
-
-    Two terms may be added. With a teacher, ``distill_weight`` of the loss is the cross entropy with the teacher's distribution
-    at ``temperature``, times its square. And questions with negatives add the loss of their start and end positions among all
-    context positions of all their windows (Clark and Gardner 2018, section 3.2: the summed objective), so that logits are
+    The loss is ``span_loss``, averaged over start and end; its softmax runs over the same positions as the decoder's. With a
+    teacher, ``distill_weight`` of it is ``distillation_loss``. Questions with negatives add ``shared_loss``, so that logits are
     comparable between windows; these windows share a batch. Windows that only a teacher labels take no part in it.
 
     The loss of a batch is the mean over its windows. Batches of units (with ``batch_tokens``, or negatives) have few windows or
