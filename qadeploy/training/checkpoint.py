@@ -22,9 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, is_rust_error, pad_batch
 from qadeploy.errors import CheckpointError, InputError
-from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.answerer import Answerer, LogitsModel
 from qadeploy.inference.cuda import in_batches, unpadded
-from qadeploy.inference.session import Pending
 from qadeploy.machine import usable_cpus
 from qadeploy.records import Logits, Window
 from qadeploy.training.torch_device import torch_device
@@ -252,7 +251,7 @@ def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) 
     (folder / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-class TorchModel:
+class TorchModel(LogitsModel):
     """A PyTorch model as a function from windows to logits, in padded batches of similar length.
 
     It runs on the model's device. In float32 (without ``bf16``) it is the reference that exports are compared with.
@@ -270,10 +269,6 @@ class TorchModel:
         order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
         rows = [order[begin : begin + self.BATCH] for begin in range(0, len(order), self.BATCH)]
         return in_batches(windows, rows, self.run_batch)
-
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """Like ``run``, but computed when the result is requested."""
-        return Pending(partial(self.run, windows))
 
     def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
         """Like ``run``, as one padded batch; the padding's logits are cut off."""
