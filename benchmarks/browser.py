@@ -175,16 +175,12 @@ def measure(bundle: Path, site: Path, questions: int, rounds: int) -> Json:
 
 def table(found: Json) -> list[str]:
     """The table of docs/browser.md."""
-
-    def of(values: Json, digits: int) -> str:
-        return f"{values['median']:.{digits}f} ({values['least']:.{digits}f} to {values['most']:.{digits}f})"
-
     environment, versions = found["environment"], found["environment"]["versions"]
     threads = {"chromium": "1 thread", "python-1": "1 thread"}
     lines = ["| | x Python (range) | questions/s | start, s | same answers | F1 |", "|---|---|---|---|---|---|"]
     lines += [
-        f"| {NAMES[row['name'].removesuffix('-1')]}, {threads.get(row['name'], 'default threads')} | {of(row['ratio'], 2)} "
-        f"| {of(row['questions_per_second'], 1)} | {of(row['start_seconds'], 1)} | {row['equal']} of {found['questions']} | {row['f1']:.1f} |"
+        f"| {NAMES[row['name'].removesuffix('-1')]}, {threads.get(row['name'], 'default threads')} | {harness.ranged(row['ratio'])} "
+        f"| {harness.ranged(row['questions_per_second'], 1)} | {harness.ranged(row['start_seconds'], 1)} | {row['equal']} of {found['questions']} | {row['f1']:.1f} |"
         for row in found["rows"]
     ]
     shared = f"a machine shared with other work (load average {environment['load_average']:.1f} at the end)"
@@ -209,9 +205,7 @@ def main(bundle: Path | None, site: Path | None, questions: int, rounds: int, ch
         if site is None:
             raise click.UsageError("also give SITE")
         write_report(RESULTS / REPORT, measure(bundle, site, questions, rounds))
-    lines = table(read_report(REPORT))
-    harness.write_table("docs/browser.md", "measured", lines, check=check)
-    click.echo("\n".join(lines))
+    harness.write_table("docs/browser.md", "measured", table(read_report(REPORT)), check=check)
 
 
 if __name__ == "__main__":

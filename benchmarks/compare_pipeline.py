@@ -245,9 +245,7 @@ def main(bundle: Path | None, checkpoint: Path | None, check: bool, **options: A
         for row in measured["differences"]:
             if row["class"] == "other":
                 click.echo(f"other: {json.dumps(row, ensure_ascii=False)}")
-    lines = table(read_report(REPORT))
-    write_table("docs/migrating.md", "compared", lines, check=check)
-    click.echo("\n".join(lines))
+    write_table("docs/migrating.md", "compared", table(read_report(REPORT)), check=check)
 
 
 if __name__ == "__main__":

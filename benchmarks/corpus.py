@@ -60,17 +60,20 @@ RANKS = (1, 5, 20)
 SEED = 7
 
 
+def _paragraphs(data: Path) -> Iterator[Json]:
+    for path in sorted(data.glob("*.json")):
+        for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+            yield from article["paragraphs"]
+
+
 def paragraphs(data: Path) -> list[str]:
     """The distinct paragraphs of the data."""
-    articles = [a for path in sorted(data.glob("*.json")) for a in json.loads(path.read_text(encoding="utf-8"))["data"]]
-    return list(dict.fromkeys(p["context"] for article in articles for p in article["paragraphs"]))
+    return list(dict.fromkeys(p["context"] for p in _paragraphs(data)))
 
 
 def asked(data: Path, count: int) -> list[str]:
     """Questions of the data, drawn at random."""
-    articles = [a for path in sorted(data.glob("*.json")) for a in json.loads(path.read_text(encoding="utf-8"))["data"]]
-    found = [qa["question"] for article in articles for p in article["paragraphs"] for qa in p["qas"]]
-    return random.Random(SEED).sample(found, count)
+    return random.Random(SEED).sample([qa["question"] for p in _paragraphs(data) for qa in p["qas"]], count)
 
 
 def passages(data: Path, count: int) -> Iterator[str]:
@@ -373,7 +376,7 @@ def libraries(data: Path, sizes: Sequence[int]) -> None:
             query = child("search", data, "--folder", folder)
         rows.append({"passages": count, "index": index, "query": query, "load_average": os.getloadavg()[0]})
         facts = {name: version(name) for name in LIBRARIES}
-        save(libraries=report(environment={"threads": len(os.sched_getaffinity(0))}, **facts, sizes=rows))
+        save(libraries=report(**facts, sizes=rows))
     tables(check=False)
 
 
@@ -386,7 +389,7 @@ def libraries(data: Path, sizes: Sequence[int]) -> None:
 def questions(data: Path, held: Path, bundle: Path, number: int, count: int) -> None:
     """Measures recall, EM, F1 and the time of a question."""
     found = measure_questions(data, held, bundle, number, count)
-    save(questions=report(environment={"threads": len(os.sched_getaffinity(0))}, model=bundle.name, **found))
+    save(questions=report(model=bundle.name, **found))
     tables(check=False)
 
 

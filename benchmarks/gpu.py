@@ -121,47 +121,20 @@ def ratios(lines: Sequence[Json]) -> list[Json]:
 
     result = []
     for model in SHARES:
-        ours = median(model, ONE_384, LATENCY)
-        result += [
-            target(
-                f"{model}, 1 x 384: ours / torch eager fp16", ratio(ours, median(model, ONE_384, EAGER)), 0.2, most=True
-            ),
-            target(
-                f"{model}, 1 x 384: ours / plain ONNX Runtime",
-                ratio(ours, median(model, ONE_384, ORT_PLAIN)),
-                0.7,
-                most=True,
-            ),
-        ]
-        many = median(model, MIXED, THROUGHPUT)
-        result += [
-            target(
-                f"{model}, mixed: padded ONNX Runtime / ours",
-                ratio(median(model, MIXED, ORT_PLAIN), many),
-                1.3,
-                most=False,
-            ),
-            target(
-                f"{model}, mixed: best torch fp16 / ours",
-                ratio(median(model, MIXED, EAGER, SDPA, SORTED), many),
-                1.0,
-                most=False,
-            ),
-            target(
-                f"{model}, mixed: torch compiled / ours, in turns",
-                ratio(
-                    median(model, MIXED, COMPILED, phase="compiled"), median(model, MIXED, THROUGHPUT, phase="compiled")
-                ),
-                1.0,
-                most=False,
-            ),
-            target(
-                f"{model}, many questions: pipeline / ours",
-                ratio(median(model, E2E_ALL, PIPELINE), median(model, E2E_ALL, THROUGHPUT)),
-                10,
-                most=False,
-            ),
-        ]
+        one, many = median(model, ONE_384, LATENCY), median(model, MIXED, THROUGHPUT)
+        eager, plain = median(model, ONE_384, EAGER), median(model, ONE_384, ORT_PLAIN)
+        padded, torch_best = median(model, MIXED, ORT_PLAIN), median(model, MIXED, EAGER, SDPA, SORTED)
+        compiled, beside = (median(model, MIXED, name, phase="compiled") for name in (COMPILED, THROUGHPUT))
+        pipeline, texts = median(model, E2E_ALL, PIPELINE), median(model, E2E_ALL, THROUGHPUT)
+        for what, upper, lower, limit, most in (
+            ("1 x 384: ours / torch eager fp16", one, eager, 0.2, True),
+            ("1 x 384: ours / plain ONNX Runtime", one, plain, 0.7, True),
+            ("mixed: padded ONNX Runtime / ours", padded, many, 1.3, False),
+            ("mixed: best torch fp16 / ours", torch_best, many, 1.0, False),
+            ("mixed: torch compiled / ours, in turns", compiled, beside, 1.0, False),
+            ("many questions: pipeline / ours", pipeline, texts, 10, False),
+        ):
+            result.append(target(f"{model}, {what}", ratio(upper, lower), limit, most=most))
     single = [
         line for line in lines if line["kind"] == "row" and line["scenario"] == E2E_ONE and line["variant"] == LATENCY
     ]

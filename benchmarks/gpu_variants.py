@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,11 @@ from benchmarks.gpu_plan import (
 from qadeploy.bench.workload import windows_of
 from qadeploy.core.windows import pad_batch
 from qadeploy.data.loading import read
-from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.cuda import DeviceRunner, batches
-from qadeploy.inference.session import OnnxModel, Pending, onnxruntime, session_options
+from qadeploy.inference.answerer import Answerer, LogitsModel
+from qadeploy.inference.cuda import DeviceRunner, batches, in_batches, unpadded
+from qadeploy.inference.session import OnnxModel, onnxruntime, session_options
 from qadeploy.machine import usable_cpus
-from qadeploy.records import Answer, Logits, Window
+from qadeploy.records import NO_ANSWER, Answer, IntArray, Logits, Window
 from qadeploy.shipped import HANDBOOK, base_model_path
 from qadeploy.timing import spread
 
@@ -73,57 +72,31 @@ def make_checkpoint(name: str, folder: Path, dry: bool) -> Path:
     return folder
 
 
-def in_batches(windows: Sequence[Window], by_length: bool) -> list[list[int]]:
-    """Indices in batches by length within a token budget, like our runner's, or 32 by 32 in the given order."""
-    if by_length:
-        return batches([len(w) for w in windows])
-    return [list(range(i, min(i + 32, len(windows)))) for i in range(0, len(windows), 32)]
+class Padded(LogitsModel):
+    """A model that is called with padded batches: of 32 in the given order, or by length within a token budget."""
 
-
-class Torch:
-    """A torch model on windows: padded, in batches of 32 in the given order or by length within a token budget."""
-
-    def __init__(self, model: Any, pad: int, *, by_length: bool) -> None:
-        self._model, self._pad, self._by_length = model, pad, by_length
+    def __init__(self, call: Callable[[dict[str, IntArray]], Logits], pad: int, *, by_length: bool) -> None:
+        self._call, self._pad, self._by_length = call, pad, by_length
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, in order."""
-        import torch
-
-        lengths = [len(w) for w in windows]
-        found: dict[int, Logits] = {}
-        for rows in in_batches(windows, self._by_length):
-            own = [windows[i] for i in rows]
-            batch = {k: torch.from_numpy(v).to(self._model.device) for k, v in pad_batch(own, self._pad).items()}
-            with torch.inference_mode():
-                output = self._model(**batch)
-            starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
-            found.update({i: (starts[n, : lengths[i]], ends[n, : lengths[i]]) for n, i in enumerate(rows)})
-        return [found[i] for i in range(len(windows))]
-
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is requested."""
-        return Pending(partial(self.run, windows))
+        rows = [list(range(i, min(i + 32, len(windows)))) for i in range(0, len(windows), 32)]
+        if self._by_length:
+            rows = batches([len(w) for w in windows])
+        return in_batches(windows, rows, lambda own: unpadded(self._call(pad_batch(own, self._pad)), own))
 
 
-class Plain:
-    """A session of ONNX Runtime as most people run it: numpy arrays, padded batches of 32 in order or by length."""
+def torch_call(model: Any) -> Callable[[dict[str, IntArray]], Logits]:
+    """A torch model as a function from a batch to its start and end logits."""
+    import torch
 
-    def __init__(self, model: OnnxSession, pad: int, *, by_length: bool) -> None:
-        self._model, self._pad, self._by_length = model, pad, by_length
+    def call(batch: dict[str, IntArray]) -> Logits:
+        with torch.inference_mode():
+            output = model(**{k: torch.from_numpy(v).to(model.device) for k, v in batch.items()})
+        starts, ends = (x.float().cpu().numpy() for x in (output.start_logits, output.end_logits))
+        return starts, ends
 
-    def run(self, windows: Sequence[Window]) -> list[Logits]:
-        """Start and end logits of each window, in order."""
-        found: dict[int, Logits] = {}
-        for rows in in_batches(windows, self._by_length):
-            own = [windows[i] for i in rows]
-            starts, ends = self._model(pad_batch(own, self._pad))
-            found.update({i: (starts[n, : len(windows[i])], ends[n, : len(windows[i])]) for n, i in enumerate(rows)})
-        return [found[i] for i in range(len(windows))]
-
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is requested."""
-        return Pending(partial(self.run, windows))
+    return call
 
 
 class OnnxSession:
@@ -148,7 +121,7 @@ class OnnxSession:
         return starts, ends
 
 
-class OursOnCpu:
+class OursOnCpu(LogitsModel):
     """The CUDA runner on the CPU provider, so that a dry run exercises it."""
 
     def __init__(self, model: bytes, pad: int, longest: int) -> None:
@@ -159,11 +132,11 @@ class OursOnCpu:
             pad_token_id=pad,
             longest=longest,
         )
-        self.run, self.run_batch, self.notes = self.runner.run, self.runner.run_many, self.runner.notes
+        self.run_batch, self.notes = self.runner.run_many, self.runner.notes
 
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """``run``, when the result is requested."""
-        return Pending(partial(self.run, windows))
+    def run(self, windows: Sequence[Window]) -> list[Logits]:
+        """Start and end logits of each window, in order."""
+        return self.runner.run(windows)
 
 
 def provider(device: str) -> tuple[str, dict[str, int]]:
@@ -175,7 +148,7 @@ def provider(device: str) -> tuple[str, dict[str, int]]:
 
 def first(found: Sequence[Answer]) -> Answer:
     """The best answer, or an empty one."""
-    return found[0] if found else Answer("", 0, 0, 0.0)
+    return found[0] if found else NO_ANSWER
 
 
 def export(name: str, folder: Path, dry: bool) -> Path:
@@ -271,7 +244,7 @@ class Subject:
         """Our fp16 graph in a session with its defaults."""
         session = OnnxSession(self.fp16.model, self.plan.device)
         for name, by_length in ((ORT_PLAIN, False), (ORT_SORTED, True)):
-            yield self.around(name, "fp16", Plain(session, self.pad, by_length=by_length), EVERY)
+            yield self.around(name, "fp16", Padded(session, self.pad, by_length=by_length), EVERY)
 
     def load_torch(self, name: str) -> GpuVariant:
         """The checkpoint in fp16 (fp32 on a CPU), with eager or fused attention, compiled or not."""
@@ -287,7 +260,9 @@ class Subject:
         precision = "fp16" if self.plan.on_gpu else "fp32"
         if name == COMPILED:
             model = torch.compile(model, dynamic=True)
-        return self.around(name, precision, Torch(model, self.pad, by_length=name in {SORTED, COMPILED}), EVERY)
+        return self.around(
+            name, precision, Padded(torch_call(model), self.pad, by_length=name in {SORTED, COMPILED}), EVERY
+        )
 
     def load_optimum(self) -> GpuVariant:
         """Optimum's ONNX model on its own export (fp32), which binds inputs and outputs by itself on CUDA.
@@ -306,7 +281,7 @@ class Subject:
             )
         if model.provider != wanted:
             raise RuntimeError(f"{wanted} was requested, but {model.provider} came")
-        return self.around(OPTIMUM, "fp32", Torch(model, self.pad, by_length=True), EVERY)
+        return self.around(OPTIMUM, "fp32", Padded(torch_call(model), self.pad, by_length=True), EVERY)
 
     def load_pipeline(self) -> GpuVariant:
         """Transformers' question-answering pipeline on torch, as most people call it."""

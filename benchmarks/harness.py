@@ -23,8 +23,12 @@ Json = dict[str, Any]
 
 
 def report(**facts: Any) -> Json:
-    """``facts`` with the date, the environment and the load average; an ``environment`` in ``facts`` adds to it."""
-    environment = {**diagnose(), "load_average": os.getloadavg()[0], **facts.pop("environment", {})}
+    """``facts`` with the date, the environment and the load average; an ``environment`` in ``facts`` adds to it.
+
+    The environment's ``threads`` are the CPUs of this process, unless ``facts`` give another number.
+    """
+    own = {"threads": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0]}
+    environment = {**diagnose(), **own, **facts.pop("environment", {})}
     return {"date": time.strftime("%Y-%m-%d", time.gmtime()), "environment": environment, **facts}
 
 
@@ -46,6 +50,11 @@ def spread(values: Sequence[float], digits: int | None = None) -> dict[str, floa
     return found if digits is None else {name: round(value, digits) for name, value in found.items()}
 
 
+def ranged(values: Json, digits: int = 2) -> str:
+    """The values of ``spread`` as text."""
+    return f"{values['median']:.{digits}f} ({values['least']:.{digits}f} to {values['most']:.{digits}f})"
+
+
 def where_measured(environment: Json, *packages: str) -> str:
     """CPU, threads, the versions of ONNX Runtime and ``packages``, and the commit, as text below a table."""
     versions = environment["packages"]
@@ -61,7 +70,7 @@ def read_report(name: str) -> Json:
 
 
 def write_table(document: str, marker: str, lines: Sequence[str], *, check: bool) -> None:
-    """Puts lines between the ``marker`` comments of a document of the repository.
+    """Prints lines, and puts them between the ``marker`` comments of a document of the repository.
 
     With ``check`` nothing is written: raises ClickException if the document would change.
     """
@@ -75,6 +84,7 @@ def write_table(document: str, marker: str, lines: Sequence[str], *, check: bool
         raise click.ClickException(f"{document}: its {marker} do not match benchmarks/results")
     if not check:
         path.write_text(new, encoding="utf-8")
+    click.echo("\n".join(lines))
 
 
 def run(command: Callable[[], object]) -> None:

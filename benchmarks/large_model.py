@@ -34,7 +34,7 @@ from typing import Any
 import click
 import psutil
 
-from benchmarks.harness import RESULTS, Json, read_report, report, run, where_measured, write_report, write_table
+from benchmarks.harness import RESULTS, ROOT, Json, read_report, report, run, where_measured, write_report, write_table
 
 REPORT = "large_model.json"
 STEPS = ("train", "export", "bench")
@@ -109,10 +109,12 @@ def _only(paragraph: Json, kept: set[str]) -> Json:
 # ---------------------------------------------------------------- a command and its cost
 
 
-def watched(command: Sequence[str]) -> tuple[Cost, str]:
-    """Runs a command on a terminal and echoes its output; returns its cost and its standard output."""
+def watched(command: Sequence[str], folder: Path) -> tuple[Cost, str]:
+    """Runs a command of qadeploy in ``folder`` and echoes its output; returns its cost and its standard output."""
     controller, terminal = os.openpty()
-    with psutil.Popen(command, stdout=-1, stderr=terminal, text=True) as process:
+    whole = [sys.executable, "-m", "qadeploy", *command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with psutil.Popen(whole, stdout=-1, stderr=terminal, text=True, cwd=folder, env=environment) as process:
         os.close(terminal)
         screen = _Screen(controller)
         output: list[str] = []
@@ -197,12 +199,14 @@ def _plain(text: str) -> str:
 
 
 class _Work:
-    """The steps, each of which finds the results of those before it in one folder."""
+    """The steps, each of which finds the results of those before it in one folder.
+
+    They run in that folder and are given names of files alone, so that no report holds the path of the folder.
+    """
 
     def __init__(self, wheels: Path, data: Path, folder: Path, questions: int, held_out: int, epochs: int) -> None:
         self.wheels, self.data, self.folder = wheels, data, folder
         self.questions, self.held_out, self.epochs = questions, held_out, epochs
-        self.run, self.bundle = folder / "run", folder / "mpnet"
 
     def train(self) -> Json:
         """Makes the base and trains it."""
@@ -210,14 +214,14 @@ class _Work:
             make_base(self.wheels, self.folder / "base")
         train, held_out = write_parts(self.data, self.folder, self.questions, self.held_out)
         options = f"--epochs {self.epochs} --batch-size 8 --learning-rate 5e-5 --max-seq-len 384 --negatives 0 --json"
-        files = ["--data", str(train), "--eval-data", str(held_out), "--base", str(self.folder / "base")]
-        cost, _ = watched([*_QADEPLOY, "train", *files, "--out", str(self.run), *options.split()])
+        files = ["--data", train.name, "--eval-data", held_out.name, "--base", "base", "--out", "run"]
+        cost, _ = watched(["train", *files, *options.split()], self.folder)
         return {"cost": asdict(cost), "options": options}
 
     def export(self) -> Json:
         """Exports with int8, without measurements of earlier runs."""
         options = "--quantize --budget 5m --no-cache --json"
-        cost, output = watched([*_QADEPLOY, "export", str(self.run), "--out", str(self.bundle), *options.split()])
+        cost, output = watched(["export", "run", "--out", "mpnet", *options.split()], self.folder)
         bundles = json.loads(output)["bundles"].values()
         kept = ("name", "precision", "made", "parity", "measured", "tuning", "architecture")
         return {
@@ -230,13 +234,9 @@ class _Work:
 
     def bench(self) -> Json:
         """Benches the bundles against PyTorch."""
-        names = [str(self.bundle) + end for end in ("-int8", "", "-fused")]
         options = "--against torch,pipeline --questions 60 --latency-questions 30 --json"
-        cost, output = watched([*_QADEPLOY, "bench", *names, *options.split()])
+        cost, output = watched(["bench", "mpnet-int8", "mpnet", "mpnet-fused", *options.split()], self.folder)
         return {"cost": asdict(cost), "options": options, "report": json.loads(output)}
-
-
-_QADEPLOY = [sys.executable, "-m", "qadeploy"]
 
 
 def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) -> None:
@@ -251,9 +251,7 @@ def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) 
             "held_out_questions": work.held_out,
             "epochs": work.epochs,
         }
-        write(
-            report(environment={"threads": len(os.sched_getaffinity(0))}, setting=setting, targets=TARGETS, steps=done)
-        )
+        write(report(setting=setting, targets=TARGETS, steps=done))
 
 
 @click.command(help=__doc__)
@@ -276,9 +274,7 @@ def main(
         measure(
             _Work(wheels, data, work, **options), steps or STEPS, lambda found: write_report(RESULTS / REPORT, found)
         )
-    lines = table(read_report(REPORT))
-    write_table("docs/bench.md", "large model", lines, check=check)
-    click.echo("\n".join(lines))
+    write_table("docs/bench.md", "large model", table(read_report(REPORT)), check=check)
 
 
 def table(found: Json) -> list[str]:

@@ -38,6 +38,7 @@ from benchmarks.harness import (
     RESULTS,
     Json,
     bundle_facts,
+    ranged,
     read_report,
     report,
     run,
@@ -51,7 +52,7 @@ from qadeploy.core.metrics import bootstrap_interval, score
 from qadeploy.core.settings import Options
 from qadeploy.data.loading import hash_examples
 from qadeploy.inference.pairs import DecodedPair, to_answers
-from qadeploy.records import Annotation, Answer, Example
+from qadeploy.records import NO_ANSWER, Annotation, Answer, Example
 
 COUNTS: tuple[int | None, ...] = (1, 2, 3, 5, 8, 12, 20, None)
 REPORT = "long_documents.json"
@@ -149,9 +150,7 @@ def main(bundle: Path | None, data: Path | None, check: bool, **options: Any) ->
         if data is None:
             raise click.UsageError("also give the SQuAD file whose articles are to be read")
         write_report(RESULTS / REPORT, measure(bundle, data, **options))
-    lines = table(read_report(REPORT))
-    write_table("docs/scale.md", "long documents", lines, check=check)
-    click.echo("\n".join(lines))
+    write_table("docs/scale.md", "long documents", table(read_report(REPORT)), check=check)
 
 
 def measure(bundle: Path, data: Path, held_out: Path | None, questions: int, seed: int) -> Json:
@@ -179,7 +178,7 @@ def measure(bundle: Path, data: Path, held_out: Path | None, questions: int, see
                 reading = answerer.read(example.question, example.context, options)
                 best = to_answers(reading, options)
                 seconds[count].append(time.perf_counter() - started)
-                answers[count].append(best[0] if best else Answer("", 0, 0, 0.0))
+                answers[count].append(best[0] if best else NO_ANSWER)
                 gold[count].append(gold_read(reading, example))
                 read[count].append(len(reading.windows))
     scores = {count: score(examples, answers[count]) for count in COUNTS}
@@ -223,10 +222,6 @@ def measure(bundle: Path, data: Path, held_out: Path | None, questions: int, see
 
 def table(found: Json) -> list[str]:
     """The figures as tables in Markdown."""
-
-    def ratio(values: dict[str, float]) -> str:
-        return f"{values['median']:.2f} ({values['least']:.2f} to {values['most']:.2f})"
-
     lines = [
         "| `prefilter` | x all windows | the first question | F1 | F1 against all windows | EM | answer in what was read | windows |",
         "|---|---|---|---|---|---|---|---|",
@@ -234,7 +229,7 @@ def table(found: Json) -> list[str]:
     for row in found["table"]:
         low, high = row["f1_difference_interval"]
         lines.append(
-            f"| {row['prefilter'] or 'none'} | {ratio(row['speed_up'])} | {row['speed_up_of_the_first_question']['median']:.2f} "
+            f"| {row['prefilter'] or 'none'} | {ranged(row['speed_up'])} | {row['speed_up_of_the_first_question']['median']:.2f} "
             f"| {row['f1']:.1f} | {row['f1_difference']:+.1f} ({low:+.1f} to {high:+.1f}) | {row['exact_match']:.1f} "
             f"| {row['gold_read']:.1f} % | {row['windows_read']:.1f} |"
         )

@@ -21,13 +21,13 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import click
 
 from benchmarks.harness import (
     RESULTS,
     Json,
+    ranged,
     read_report,
     report,
     run,
@@ -36,6 +36,7 @@ from benchmarks.harness import (
     write_report,
     write_table,
 )
+from qadeploy.timing import turns
 
 REPORT = "modernbert_attention.json"
 ROUNDS = {512: 3, 2048: 3, 8192: 1}
@@ -116,9 +117,8 @@ def measure(work: Path) -> Json:
     for tokens, rounds in ROUNDS.items():
         runs: dict[str, list[Json]] = {graph: [] for graph in GRAPHS}
         loads: list[float] = []
-        for turn in range(rounds):
-            for i in range(len(GRAPHS)):
-                graph = GRAPHS[(i + turn) % len(GRAPHS)]
+        for order in turns(GRAPHS, rounds):
+            for graph in order:
                 loads.append(os.getloadavg()[0])
                 arguments = [str(path(work, graph)), str(tokens), str(threads), str(work / f"{graph}.npy")]
                 done = subprocess.run([sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True)
@@ -153,10 +153,6 @@ def measure(work: Path) -> Json:
 
 def table(found: Json) -> list[str]:
     """The figures as a table in Markdown."""
-
-    def ratio(values: dict[str, Any]) -> str:
-        return f"{values['median']:.2f} ({values['least']:.2f} to {values['most']:.2f})"
-
     lines = [
         "| tokens | graph | seconds | x as exported | by CPU time | peak memory | logits moved by |",
         "|---|---|---|---|---|---|---|",
@@ -164,8 +160,8 @@ def table(found: Json) -> list[str]:
     for tokens, measured in found["lengths"].items():
         for graph, m in measured["graphs"].items():
             lines.append(
-                f"| {int(tokens):,} | {graph} | {m['seconds']['median']:.2f} | {ratio(m['speedup'])} "
-                f"| {ratio(m['speedup_by_cpu_time'])} | {m['peak_bytes'] / 1e9:.1f} GB | {m['logits_apart']:.0e} |"
+                f"| {int(tokens):,} | {graph} | {m['seconds']['median']:.2f} | {ranged(m['speedup'])} "
+                f"| {ranged(m['speedup_by_cpu_time'])} | {m['peak_bytes'] / 1e9:.1f} GB | {m['logits_apart']:.0e} |"
             )
     loads = [m["load_average"]["median"] for m in found["lengths"].values()]
     rounds = ", ".join(f"{m['rounds']} at {int(tokens):,}" for tokens, m in found["lengths"].items())
@@ -186,9 +182,7 @@ def main(work: Path | None, check: bool) -> None:
     """Measures, writes the JSON and the docs, and prints the table."""
     if work is not None:
         write_report(RESULTS / REPORT, measure(work))
-    lines = table(read_report(REPORT))
-    write_table("docs/architectures.md", "rotary attention", lines, check=check)
-    click.echo("\n".join(lines))
+    write_table("docs/architectures.md", "rotary attention", table(read_report(REPORT)), check=check)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ Writes ``results/passages.json`` and the table between the markers in docs/passa
 from __future__ import annotations
 
 import json
-import os
 import random
 import statistics
 import sys
@@ -172,7 +171,6 @@ def measure(models: Sequence[Path], data: Path, questions: int, seed: int) -> It
     for folder in models:
         measured.append(measure_model(folder, rows))
         yield report(
-            environment={"threads": len(os.sched_getaffinity(0))},
             data=[f"held_out_{name}" for name in SETS],
             data_sha256=hash_examples(examples),
             questions=len(examples),
@@ -233,9 +231,7 @@ def main(models: tuple[Path, ...], check: bool, data: Path | None, **options: An
             raise click.UsageError("also give --data")
         for found in measure(models, data, **options):
             write_report(RESULTS / REPORT, found)
-    lines = table(read_report(REPORT))
-    write_table("docs/passages.md", "passages", lines, check=check)
-    click.echo("\n".join(lines))
+    write_table("docs/passages.md", "passages", table(read_report(REPORT)), check=check)
 
 
 if __name__ == "__main__":

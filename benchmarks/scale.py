@@ -38,7 +38,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from benchmarks.harness import Json, bundle_facts, report, run, spread, write_report
-from qadeploy.files import write_bytes
+from qadeploy.files import writing
 from qadeploy.timing import turns
 
 FILES = 4  # the files that the questions are written to
@@ -67,9 +67,9 @@ class Comparison:
         return folder
 
     def answer(
-        self, engine: str, source: Path, output: Path, during: Callable[[psutil.Process], object] = lambda _: None
+        self, engine: str, source: Path, output: Path, kill: Callable[[psutil.Process], Json | None] | None = None
     ) -> Json:
-        """Runs ``qadeploy answer`` into a new output: seconds, rate, peak memory, counts."""
+        """Runs ``qadeploy answer`` into a new output: seconds, rate, peak memory, counts, and what ``kill`` returned."""
         shutil.rmtree(output, ignore_errors=True)
         command = [sys.executable, "-m", "qadeploy", "answer", self.bundle, "--json", "--device", "cpu"]
         command += ["--engine", engine, "--input", str(source), "--output", str(output)]
@@ -78,7 +78,7 @@ class Comparison:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             seen = psutil.Process(process.pid)
             memory = Memory(seen)
-            during(seen)
+            killed = {"killed": kill(seen)} if kill else {}
             out, _ = process.communicate()
         seconds = time.perf_counter() - started
         peak = memory.stop()
@@ -87,7 +87,7 @@ class Comparison:
         found = json.loads(out)
         rate = (found["rows"] + found["rejected"]) / seconds
         measured = {"seconds": round(seconds, 2), "per_second": round(rate, 1), "peak_mib": peak}
-        return {**measured, "rows": found["rows"], "rejected": found["rejected"]}
+        return {**measured, "rows": found["rows"], "rejected": found["rejected"], **killed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,21 +177,20 @@ class Memory:
 
 
 def kill_one(output: Path, parts: int) -> Callable[[psutil.Process], Json | None]:
-    """Returns a function that waits for ``parts`` parts, then kills one actor and records it in its ``killed``."""
+    """Returns a function that waits for ``parts`` parts, then kills one actor and says which."""
 
-    def during(process: psutil.Process) -> Json | None:
+    def kill(process: psutil.Process) -> Json | None:
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             if len(list(output.glob("part-*.parquet"))) >= parts:
                 workers = [p for p in process.children(recursive=True) if is_actor(p)]
                 if workers:
                     pid = workers[0].pid
                     os.kill(pid, signal.SIGKILL)
-                    during.killed = {"pid": pid, "of": len(workers), "after_parts": parts}  # type: ignore[attr-defined]
-                    return None
+                    return {"pid": pid, "of": len(workers), "after_parts": parts}
             time.sleep(0.2)
         return None
 
-    return during
+    return kill
 
 
 def is_actor(process: psutil.Process) -> bool:
@@ -232,7 +231,7 @@ def points(found: Json, engine: str) -> list[tuple[int, float]]:
     return sorted(dict(sizes).items())
 
 
-def plot(found: Json, path: Path) -> None:
+def write_svg(found: Json, path: Path) -> None:
     """Draws time against questions, both axes logarithmic, as SVG; equal figures give equal files."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -259,7 +258,7 @@ def plot(found: Json, path: Path) -> None:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    with path.open("w", encoding="utf-8") as stream:
+    with writing(path) as stream:
         figure.savefig(stream, format="svg", metadata={"Date": None})
 
 
@@ -331,7 +330,6 @@ def _whole(found: Json, plan: Comparison, keep: Callable[[], None]) -> list[str]
     keep()
     kill = kill_one(outputs["ray"], len(list(outputs["local"].glob("part-*.parquet"))) // 2)
     entry["ray"] = plan.answer("ray", source, outputs["ray"], kill)
-    entry["ray"]["killed"] = getattr(kill, "killed", None)
     entry["ratio"] = round(entry["local"]["seconds"] / entry["ray"]["seconds"], 3)
     same = compare(source, outputs["local"], outputs["ray"])
     entry.update(same)
@@ -357,14 +355,6 @@ def _missed(what: str, same: Json) -> list[str]:
     wrong = [name for name in ("identical", "complete") if not same[name]]
     wrong += ["without duplicates"] if same["duplicates"] else []
     return [f"{what} questions: the answers are not {name}" for name in wrong]
-
-
-def write_svg(found: Json, path: Path) -> None:
-    """Writes the plot atomically."""
-    making = path.with_name(f".{path.name}.tmp")
-    plot(found, making)
-    write_bytes(path, making.read_bytes())
-    making.unlink()
 
 
 if __name__ == "__main__":

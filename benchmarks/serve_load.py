@@ -421,20 +421,12 @@ def _measure(report: Targets, server: Server, pairs: Sequence[tuple[str, str]], 
 
 
 def _overload(report: Targets, server: Server, bodies: Sequence[bytes], rate: float, normal: float, load: Load) -> None:
-    seconds = load.overload_seconds
-
     async def run(client: Client) -> tuple[list[Outcome], float, list[tuple[float, int]]]:
         with sampling(server) as samples:
-            outcomes = await open_loop_then(client, bodies, rate, seconds)
-        return outcomes[0], outcomes[1], samples
-
-    async def open_loop_then(
-        client: Client, bodies: Sequence[bytes], rate: float, seconds: float
-    ) -> tuple[list[Outcome], float]:
-        arriving = asyncio.ensure_future(open_loop(client, bodies, rate, seconds))
-        await asyncio.sleep(seconds)
-        took = await recovery(client, bodies[0], normal)
-        return await arriving, took
+            arriving = asyncio.ensure_future(open_loop(client, bodies, rate, load.overload_seconds))
+            await asyncio.sleep(load.overload_seconds)
+            took = await recovery(client, bodies[0], normal)
+            return await arriving, took, samples
 
     outcomes, took, samples = server.run(run)
     found = statuses(outcomes)

@@ -22,7 +22,6 @@ Writes ``results/several_answers.json`` and the table between the markers in doc
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import sys
@@ -244,7 +243,6 @@ def measure(folder: Path, data: Path) -> Json:
     lists = [sum(_holds(text, item) for item in read.question.golds[0]) > 1 for read, text in several]
     first = half_of([read.question.document for read in reads])
     return report(
-        environment={"threads": len(os.sched_getaffinity(0))},
         data=[*(f"held_out_{name}" for name in SETS), "handbook"],
         model=folder.name,
         questions=len(reads),
@@ -305,9 +303,7 @@ def main(model: Path | None, data: Path | None, listed: bool, check: bool) -> No
         return
     if model and data:
         write_report(RESULTS / REPORT, measure(model, data))
-    lines = table(read_report(REPORT))
-    write_table("docs/passages.md", "several", lines, check=check)
-    click.echo("\n".join(lines))
+    write_table("docs/passages.md", "several", table(read_report(REPORT)), check=check)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from qadeploy import Answerer
-from qadeploy.bench import plot, table
+from qadeploy.bench import table
 from qadeploy.bench.measure import BenchRequest, bench
 from qadeploy.bench.options import BenchOptions
 from qadeploy.bench.own import open_bundles
-from qadeploy.bench.page import bench_page, require_own, write
+from qadeploy.bench.page import bench_page, draw_plot, require_own, write
 from qadeploy.bench.peers import PEERS
 from qadeploy.bench.split import PARTS, measure_split
 from qadeploy.bench.variant import Asker, Variant
@@ -128,7 +128,7 @@ def test_faster_stands_to_the_left_and_better_above(benched):
     for v, ms, f1 in zip(report["variants"], (10.0, 20.0, 40.0), (50.0, 60.0, 55.0), strict=True):
         v["latency_ms"]["p50"], v["f1"], v["f1_interval"] = ms, f1, [f1 - 5, f1 + 5]
     axes = Figure().subplots()
-    plot.draw(axes, report)
+    draw_plot(axes, report)
     assert [line.get_xydata().tolist() for line in axes.lines] == [[[10, 50]], [[20, 60]], [[40, 55]]]
     assert [line.get_marker() for line in axes.lines] == ["D" if v["peer"] else "o" for v in report["variants"]]
 
@@ -149,6 +149,23 @@ def test_the_documented_tables_are_those_of_the_results(script):
     command = [sys.executable, "-m", f"benchmarks.{script}", "--check"]
     done = ended(command, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_large_model_is_measured_with_names_of_files_alone(tiny_checkpoint, tmp_path):
+    shutil.copytree(tiny_checkpoint, tmp_path / "work" / "base")
+    article = {"paragraphs": [{"context": "a", "qas": [{"id": "q", "question": "?", "answers": []}]}]}
+    (tmp_path / "data.json").write_text(json.dumps({"data": [article] * 7}))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom benchmarks import large_model as m\n"
+        "m.watched = lambda command, *folder: print(*command) or sys.exit()\n"
+        f"work = m._Work(Path(), Path({str(tmp_path / 'data.json')!r}), Path({str(tmp_path / 'work')!r}), 1, 1, 1)\n"
+        "getattr(work, sys.argv[1])()"
+    )
+    for step in ("train", "export", "bench"):
+        done = ended([sys.executable, "-c", code, step], cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert step in done.stdout
+        assert str(tmp_path) not in done.stdout
 
 
 def test_the_split_adds_up(tiny, tiny_export):

@@ -21,7 +21,6 @@ from qadeploy.core.settings import Options
 from qadeploy.core.windows import Cut
 from qadeploy.data.loading import read
 from qadeploy.errors import InputError, TooManyWindowsError
-from qadeploy.evaluation.predictions import Recorder
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.inference.trace import trace_dict, trace_lines
 from tests.cli_for_tests import run, value, well
@@ -249,8 +248,7 @@ def test_evaluate_scores_with_it(answerer, questions, bundle, tmp_path):
     examples = read(str(questions)).examples
     expected = [answerer.answer(e.question, e.context, prefilter=1)[0].text for e in examples]
     assert [a.text for a in evaluate(answerer, examples, prefilter=1).answers] == expected
-    recorder = Recorder(answerer, examples, 3)
-    assert [a.text for a in evaluate(recorder, examples, prefilter=1).answers] == expected
+    assert [a.text for a in evaluate(answerer, examples, prefilter=1, n_best_size=3).answers] == expected
     assert [a.text for a in evaluate(answerer, examples).answers] != expected
 
     out = tmp_path / "predictions.json"

@@ -10,7 +10,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import chdir
 from dataclasses import replace
@@ -27,7 +26,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import Encoder
 from qadeploy.data.loading import DataSet
 from qadeploy.errors import DataError, InputError
-from qadeploy.files import cache_folder
+from qadeploy.files import cache_folder, writing
 from qadeploy.records import Annotation, Example
 from qadeploy.training.feature_cache import LIMIT_BYTES, CachedFeatures, cached_features
 from qadeploy.training.features import FeatureSet, make_features
@@ -437,15 +436,15 @@ def test_what_is_larger_than_the_cache_is_not_kept(tmp_path):
     assert entries(tmp_path) == []
 
 
-def test_what_a_killed_writer_left_goes_after_a_day(tmp_path):
-    old, young = tmp_path / "features-old_1234.tmp", tmp_path / "features-young123.tmp"
-    old.write_bytes(b"half")
-    young.write_bytes(b"half")
-    day_ago = time.time() - 25 * 60 * 60
-    os.utime(old, (day_ago, day_ago))
-    keep(tmp_path)
-    assert not old.exists()
-    assert young.exists()  # somebody may be writing it
+def test_what_a_killed_writer_left_goes(tmp_path):
+    entry = tmp_path / f"features-{'0' * 64}.npz"
+    with writing(entry):
+        (young,) = entries(tmp_path)  # somebody is writing it
+        old = young.with_name(young.name.replace(young.name.split("-")[-1][:16], "0" * 16))
+        old.write_bytes(b"half")
+        keep(tmp_path)
+        assert not old.exists()
+        assert young.exists()
 
 
 # ---------------------------------------------------------------- many at once

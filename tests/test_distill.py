@@ -260,6 +260,14 @@ def test_weights_are_known_by_all_their_files(tmp_path):
     assert weights_hash(tmp_path) == hash_file(tmp_path / "pytorch_model.bin")
     for number in (1, 2):
         (tmp_path / f"model-0000{number}-of-00002.safetensors").write_bytes(b"b")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     before = weights_hash(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"c")
     assert weights_hash(tmp_path) not in {before, hash_file(tmp_path / "model-00001-of-00002.safetensors")}
+
+
+def test_weights_are_known_only_by_the_files_that_are_loaded(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"a")
+    (tmp_path / "model-before.safetensors").write_bytes(b"b")
+    assert weights_hash(tmp_path) == hash_file(tmp_path / "model.safetensors")

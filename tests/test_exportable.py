@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from qadeploy.data.loading import read
-from qadeploy.errors import FailureError, InputError
+from qadeploy.errors import FailureError, InputError, MissingExtraError
 from qadeploy.export.onnx import export_graph
 from qadeploy.export.parity import measure_parity, require_parity
 from qadeploy.inference.session import OnnxModel
@@ -140,6 +140,26 @@ def test_train_refuses_a_model_that_cannot_be_exported_and_names_kinds_that_can(
         train(tiny_options(data, base, tmp_path / "run"), said.append, progress=False)
     assert not any(line.startswith(("3 features", "4 training")) for line in said)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("config", [BertConfig(), LongformerConfig()], ids=lambda config: config.model_type)
+def test_no_kind_can_be_exported_without_an_exporter(config, monkeypatch):
+    for name in ("optimum.exporters.onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r"needs the package onnxscript, .*: pip install 'qadeploy\[train\]'$"):
+        exportable(config)
+
+
+def test_train_without_an_exporter_names_it_and_how_to_install_it(tiny_checkpoint, tmp_path, monkeypatch):
+    for name in ("optimum.exporters.onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)
+    data = write_jsonl(tmp_path / "few.jsonl", triplets(16))
+    warned: list[str] = []
+    train(tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=1), print, warn=warned.append, progress=False)
+    assert warned == [
+        "qadeploy export cannot export the trained model before an exporter is installed: PyTorch's exporter needs the package "
+        "onnxscript, which is not installed: pip install 'qadeploy[train]'"
+    ]
 
 
 def test_if_optimum_cannot_tell_train_warns_and_goes_on(tiny_checkpoint, tmp_path, monkeypatch):

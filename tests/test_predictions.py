@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from qadeploy.core.decoding import WindowLogits, decode_many, rank_answers
 from qadeploy.core.settings import QaSettings
-from qadeploy.evaluation.predictions import Recorder, predict, write_predictions
+from qadeploy.evaluation.predictions import predict, write_predictions
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import NO_ANSWER, Answer, Example
 from tests.conftest import Tiny, triplets
@@ -176,18 +176,17 @@ def test_every_id_has_its_entry_and_null_odds_of_another_model_go(tmp_path):
 
 
 @pytest.mark.parametrize("allow", [False, True])
-def test_a_recorder_changes_no_score_and_keeps_what_was_answered(tiny: Tiny, bundle: Path, allow: bool):
+def test_recording_changes_no_score_and_keeps_what_was_answered(tiny: Tiny, bundle: Path, allow: bool):
     from qadeploy import Answerer
     from qadeploy.data.loading import read
 
     answerer = Answerer.load(bundle)
     examples = read(str(tiny.data)).examples[:70]  # more than one chunk of the answerer
-    recorder = Recorder(answerer, examples, 4)
-    recorded = evaluate(recorder, examples, allow_no_answer=allow)
+    recorded = evaluate(answerer, examples, allow_no_answer=allow, n_best_size=4)
     plain = evaluate(answerer, examples, allow_no_answer=allow)
     assert recorded.answers == plain.answers
-    assert {i: p.text for p in recorder.predictions for i in p.ids} == plain.predictions(examples)
-    for prediction, answer in zip(recorder.predictions, plain.answers, strict=True):
+    assert {i: p.text for p in recorded.recorded for i in p.ids} == plain.predictions(examples)
+    for prediction, answer in zip(recorded.recorded, plain.answers, strict=True):
         entry = next(e for e in prediction.n_best if e["text"] == answer.text)
         assert entry["probability"] == pytest.approx(answer.score)
         assert (prediction.null_odds is not None) == allow
@@ -203,8 +202,7 @@ def test_words_shared_with_the_question_count_once_in_a_recorded_probability(bun
     answerer = Answerer(loaded.encoder, settings, loaded.model)
     context = " ".join(str(row["context"]) for row in triplets(12))
     examples = [Example(str(row["question"]), str(row["question"]), context) for row in triplets(4)]
-    recorder = Recorder(answerer, examples, 4)
-    recorded = evaluate(recorder, examples, allow_no_answer=False)
-    for prediction, answer in zip(recorder.predictions, recorded.answers, strict=True):
+    recorded = evaluate(answerer, examples, allow_no_answer=False, n_best_size=4)
+    for prediction, answer in zip(recorded.recorded, recorded.answers, strict=True):
         assert prediction.n_best[0]["text"] == answer.text
         assert prediction.n_best[0]["probability"] == pytest.approx(answer.score)

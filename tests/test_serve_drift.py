@@ -10,7 +10,8 @@ import pytest
 from qadeploy import Answerer
 from qadeploy.core.drift import BOUNDS, Figure
 from qadeploy.core.settings import Options
-from qadeploy.evaluation.drift import Watched
+from qadeploy.evaluation.scoring import evaluate
+from qadeploy.records import Example
 from qadeploy.training.runs import dev_set, find_run
 from tests.conftest import sealed_copy, triplets
 from tests.servers_for_tests import serving
@@ -59,10 +60,11 @@ def test_drift_counts_what_was_answered_whatever_was_requested(answerer):
 def test_held_out_questions_are_watched_as_they_would_be_served(answerer):
     # "no answer" always wins if it competes, as it does by default.
     settings = replace(answerer.settings, null_threshold=-100.0)
-    watched = Watched(Answerer(answerer.encoder, settings, answerer.model))
-    answers = list(watched.answer_stream(PAIRS, allow_no_answer=False))
-    assert all(each[0].text for each in answers)
-    assert watched.drift.distributions()[Figure.NO_ANSWER].counts == (0, 3)
+    examples = [Example(question, question, context) for question, context in PAIRS]
+    other = Answerer(answerer.encoder, settings, answerer.model)
+    found = evaluate(other, examples, allow_no_answer=False, drift=True)
+    assert all(answer.text for answer in found.answers)
+    assert found.drift[Figure.NO_ANSWER].counts == (0, 3)
 
 
 def test_a_bundle_without_figures_of_held_out_questions_is_served(bundle, tmp_path):

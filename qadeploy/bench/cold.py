@@ -8,7 +8,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from statistics import median
 from threading import Timer
 from typing import Any
@@ -18,44 +17,34 @@ from qadeploy.bench.variant import Pairs, Variant
 TIMEOUT = 300.0  # seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Cold:
-    """``seconds`` from starting Python to the first answer, per process; the largest resident set of the first process.
+def cold(variant: Variant, pairs: Pairs, processes: int) -> dict[str, Any]:
+    """Starts the variant in ``processes`` fresh processes, one after the other; the first also answers all ``pairs``.
 
-    ``peak_memory_bytes`` is None if it could not be measured; ``note`` says why figures are missing.
+    Returns:
+        The seconds from starting Python to the first answer, their median and for each process; the largest resident set
+        of the first process, None if it could not be measured; and why figures are missing.
     """
-
-    seconds: tuple[float, ...] = ()
-    peak_memory_bytes: int | None = None
-    note: str = ""
-    questions: int = field(default=0, kw_only=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as plain JSON values: the median, and the single runs."""
-        return {
-            "startup_seconds": median(self.seconds) if self.seconds else None,
-            "startup_seconds_by_process": list(self.seconds),
-            "peak_memory_bytes": self.peak_memory_bytes,
-            "peak_memory_questions": self.questions,
-            "cold_note": self.note,
-        }
-
-
-def cold(variant: Variant, pairs: Pairs, processes: int) -> Cold:
-    """Starts the variant in ``processes`` fresh processes, one after the other; the first also answers all ``pairs``."""
     seconds: list[float] = []
     memory: int | None = None
+    note = ""
     for number in range(processes):
         given = pairs if number == 0 else pairs[:1]
         order = {"loader": variant.loader, "arguments": variant.arguments, "pairs": given}
         lines, first, problem = _run(json.dumps(order))
         if problem:
-            return Cold(tuple(seconds), memory, problem, questions=len(pairs))
+            note = problem
+            break
         seconds.append(first)
         if number == 0:
             memory = json.loads(lines[1])["peak_memory_bytes"]
-    note = "" if memory is not None else "the system does not report the memory of a process"
-    return Cold(tuple(seconds), memory, note, questions=len(pairs))
+            note = "" if memory is not None else "the system does not report the memory of a process"
+    return {
+        "startup_seconds": median(seconds) if seconds else None,
+        "startup_seconds_by_process": seconds,
+        "peak_memory_bytes": memory,
+        "peak_memory_questions": len(pairs),
+        "cold_note": note,
+    }
 
 
 def _run(order: str) -> tuple[Sequence[str], float, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qadeploy.bench import own
-from qadeploy.bench.cold import Cold, cold
+from qadeploy.bench.cold import cold
 from qadeploy.bench.limits import FLOAT, Limits
 from qadeploy.bench.options import BenchOptions
 from qadeploy.bench.peak import Peak, measure_peak
 from qadeploy.bench.peers import PEERS
 from qadeploy.bench.peers.setup import Setup
 from qadeploy.bench.split import Split, measure_split
-from qadeploy.bench.variant import Asker, Variant
+from qadeploy.bench.variant import Asker, Pairs, Variant
 from qadeploy.bench.workload import Workload, calibration, windows_of
 from qadeploy.core.metrics import Scores, bootstrap_interval, choose_metric, score
 from qadeploy.core.settings import any_unanswerable
@@ -73,7 +74,7 @@ class _Measured:
     seconds: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    cold: Cold = field(default_factory=Cold)
+    cold: dict[str, Any] = field(default_factory=dict)
     split: Split | None = None
 
     @property
@@ -93,9 +94,9 @@ def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
     peak, peak_note = _peak(threads, say)
     with tempfile.TemporaryDirectory(prefix="qadeploy-bench-") as folder:
         found = [_Measured(v) for v in own.variants(request.bundles, request.options, null)]
-        _load(found[0])  # without the first bundle there is nothing to compare
+        found[0].asker = found[0].variant.load()  # without the first bundle there is nothing to compare
         for measured in found[1:]:
-            _guard(measured, _load)
+            _load(measured)
         device = next(
             (str(getattr(m.asker.answerer.model, "device", "cpu")) for m in found if m.asker and m.asker.answerer),
             "cpu",
@@ -118,7 +119,7 @@ def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
     for measured in found:
         if measured.ok and not measured.variant.peer:
             say(f"measuring the parts of the time of {measured.variant.name}")
-            _guard(measured, lambda m: _split(m, workload, null))
+            _guard(measured, _split, measured, workload, null)
     if peak:
         peak = peak.best(measure_peak(threads))
     report = _report(request, found, peak, peak_note, device, threads)
@@ -126,17 +127,23 @@ def bench(request: BenchRequest, say: Say) -> dict[str, Any]:
     return report
 
 
-def _guard(measured: _Measured, act: Callable[[_Measured], object]) -> None:
-    """Calls ``act`` on a variant that has not failed; an error becomes its status."""
-    if not measured.ok:
-        return
+@contextmanager
+def _failures(measured: _Measured) -> Iterator[None]:
+    """Makes an error the variant's status: it may break in any way, and the bench goes on without it."""
     try:
-        act(measured)
+        yield
     except LoadTimeoutError:  # its thread goes on and would disturb all other measurements
         raise
-    except Exception as error:  # a variant may break in any way; the bench goes on without it
+    except Exception as error:
         measured.status = status_of(error)
         measured.asker = None
+
+
+def _guard(measured: _Measured, act: Callable[..., object], *given: Any) -> None:
+    """Calls ``act`` with the asker of a variant that has not failed, and with ``given``."""
+    if measured.asker:
+        with _failures(measured):
+            act(measured.asker, *given)
 
 
 def status_of(error: Exception) -> str:
@@ -147,15 +154,15 @@ def status_of(error: Exception) -> str:
 
 
 def _load(measured: _Measured) -> None:
-    measured.asker = measured.variant.load()
+    with _failures(measured):
+        measured.asker = measured.variant.load()
 
 
 def _prepared(name: str, setup: Setup) -> _Measured:
-    try:
+    measured = _Measured(Variant(name, "", 0, "", {}, name))
+    with _failures(measured):
         measured = _Measured(PEERS[name](setup))
-    except Exception as error:  # as in _guard
-        return _Measured(Variant(name, "", 0, "", {}, name), status=status_of(error))
-    _guard(measured, _load)
+        _load(measured)
     return measured
 
 
@@ -169,15 +176,13 @@ def _ask(found: Sequence[_Measured], request: BenchRequest) -> None:
     longest = sorted(pairs, key=lambda pair: -len(pair[1]))[:1]
     by_name = {m.variant.name: m for m in found}
 
-    def warm_up(measured: _Measured) -> None:
-        assert measured.asker is not None  # noqa: S101 - _guard skips variants without one
-        measured.asker.answer_all([*spread(pairs, _WARM_UP_QUESTIONS), *longest])
-        measured.asker.answer_one(*pairs[0])
+    def warm_up(asker: Asker) -> None:
+        asker.answer_all([*spread(pairs, _WARM_UP_QUESTIONS), *longest])
+        asker.answer_one(*pairs[0])
 
-    def all_at_once(measured: _Measured) -> None:
-        assert measured.asker is not None  # noqa: S101
+    def all_at_once(asker: Asker, measured: _Measured) -> None:
         started = time.perf_counter()
-        measured.answers = measured.asker.answer_all(pairs)
+        measured.answers = asker.answer_all(pairs)
         measured.seconds.append(time.perf_counter() - started)
         if len(measured.answers) != len(pairs):
             raise FailureError(f"gave {len(measured.answers)} answers to {len(pairs)} questions")
@@ -186,28 +191,26 @@ def _ask(found: Sequence[_Measured], request: BenchRequest) -> None:
         _guard(measured, warm_up)
     for order in turns(list(by_name), request.options.rounds):
         for name in order:
-            _guard(by_name[name], all_at_once)
+            _guard(by_name[name], all_at_once, by_name[name])
     asked = spread(pairs, request.options.latency_questions)
     rows = [asked[i : i + _ROW] for i in range(0, len(asked), _ROW)]
     for row, order in zip(rows, turns(list(by_name), len(rows)), strict=True):
         for name in order:
-            _guard(by_name[name], lambda m, r=row: _one_by_one(m, r))  # type: ignore[misc]
+            _guard(by_name[name], _one_by_one, row, by_name[name].latencies)
 
 
-def _one_by_one(measured: _Measured, row: Sequence[tuple[str, str]]) -> None:
-    assert measured.asker is not None  # noqa: S101
-    measured.asker.answer_one(*row[0])
+def _one_by_one(asker: Asker, row: Pairs, latencies: list[float]) -> None:
+    asker.answer_one(*row[0])
     for question, context in row:
         started = time.perf_counter()
-        measured.asker.answer_one(question, context)
-        measured.latencies.append(1000 * (time.perf_counter() - started))
+        asker.answer_one(question, context)
+        latencies.append(1000 * (time.perf_counter() - started))
 
 
-def _split(measured: _Measured, workload: Workload, null: bool) -> None:
-    assert measured.asker is not None  # noqa: S101
-    assert measured.asker.answerer is not None  # noqa: S101 - a bundle has one
-    pairs = spread(workload.pairs, _SPLIT_QUESTIONS)
-    measured.split = measure_split(measured.asker.answerer, pairs, _SPLIT_ROUNDS, allow_no_answer=null)
+def _split(asker: Asker, measured: _Measured, workload: Workload, null: bool) -> None:
+    if asker.answerer:  # a bundle has one
+        pairs = spread(workload.pairs, _SPLIT_QUESTIONS)
+        measured.split = measure_split(asker.answerer, pairs, _SPLIT_ROUNDS, allow_no_answer=null)
 
 
 def _remark(measured: _Measured) -> str:
@@ -238,10 +241,10 @@ def _report(
     work = _work(request, found)
     rows = []
     for measured in found:
-        if not measured.ok:
-            rows.append(_bad_row(measured.variant.name, measured.variant.peer, measured.status))
-            continue
         name = measured.variant.name
+        if not measured.ok:
+            rows.append(_bad_row(name, measured.variant.peer, measured.status))
+            continue
         rates = len(workload.examples) / np.asarray(measured.seconds)
         per_second = float(np.median(rates))
         mine = work.get(name, work[""])
@@ -257,7 +260,7 @@ def _report(
                 "latency_ms": {f"p{q}": float(np.percentile(measured.latencies, q)) for q in (50, 95, 99)},
                 "latency_questions": len(measured.latencies),
                 "size_bytes": measured.variant.size,
-                **measured.cold.to_dict(),
+                **measured.cold,
                 "split": measured.split and measured.split.to_dict(),
                 "peak_share": _share(measured, peak, mine, len(workload.examples), per_second),
                 **scores[name].to_dict(),
@@ -313,11 +316,8 @@ def _drop(name: str, found: Sequence[_Measured], scores: Mapping[str, Scores]) -
         return None
     best = max(others, key=lambda other: scores[other].f1)
     difference = scores[best].rows_f1 - scores[name].rows_f1
-    return {
-        "points": 100.0 * float(difference.mean()),
-        "interval": list(bootstrap_interval(difference)),
-        "against": best,
-    }
+    interval = list(bootstrap_interval(difference))
+    return {"points": 100.0 * float(difference.mean()), "interval": interval, "against": best}
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,21 +333,18 @@ class _Work:
 def _work(request: BenchRequest, found: Sequence[_Measured]) -> dict[str, _Work]:
     """The work of our own variants by name; "" stands for the first bundle, whose work counts for peers too."""
     work: dict[str, _Work] = {}
-    for number, bundle in enumerate(request.bundles):
-        measured = found[number]
+    for number, (bundle, measured) in enumerate(zip(request.bundles, found, strict=False)):
         answerer = measured.asker.answerer if measured.asker else None
         if answerer is None:
             continue
         lengths = [len(w) for w in windows_of(answerer.encoder, answerer.settings, request.workload.examples)]
-        counted, note = _operations(
-            request.checkpoint if number == 0 else source_of(bundle), request.options.trust_remote_code
-        )
+        checkpoint = source_of(bundle) if number else request.checkpoint
+        counted, note = _operations(checkpoint, request.options.trust_remote_code)
         entry = _Work(len(lengths), counted.of(lengths) if counted else None, counted, note)
         work[measured.variant.name] = entry
         if number == 0:
             work[""] = entry
-    work.setdefault("", _Work())
-    return work
+    return {"": _Work(), **work}
 
 
 def source_of(bundle: Bundle) -> Path:

@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qadeploy.bench import plot, table
+from matplotlib.figure import Figure
+
+from qadeploy.bench import table
 from qadeploy.errors import InputError
 from qadeploy.files import write_bytes, write_json, write_text
+from qadeploy.reports import figures
 from qadeploy.reports.page import render, value
 
 _TEMPLATE = Path(__file__).with_name("bench.html.j2")
 _REPORT = "bench.json"
+_PLOT = "F1 against the latency of one question, one dot per variant"
 _FILES = (_REPORT, "bench.html", "bench.png")
 
 
@@ -39,7 +43,7 @@ def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
     Everything is drawn before the first file is written, and no file is written partly.
     """
     page = bench_page(report)
-    picture = plot.png(report) if plot.dots(report) else None
+    picture = _picture(report) if _dots(report) else None
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / _REPORT, report)
     write_text(folder / "bench.html", page)
@@ -52,16 +56,16 @@ def write(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def bench_page(report: Mapping[str, Any]) -> str:
     """The report as one self-contained page, which has no scripts and loads nothing."""
-    found = plot.dots(report)
+    found = _dots(report)
     against = next((v["peer"] for v in report["variants"] if v["name"] == report["speedup_against"]), "")
     return render(
         _TEMPLATE,
         report=report,
         first=report["variants"][0],
         numbers={v["name"]: n for n, v in enumerate(found, 1)},
-        drawn=plot.drawing(report) if found else None,
+        drawn=figures.svg(_PLOT, lambda figure: draw_plot(figure.subplots(), report), 330) if found else None,
         baseline="pipeline" if against == "pipeline" else "baseline",
-        caption=plot.caption(report),
+        caption=_caption(report),
         legend=table.legend(report),
         limits=table.limit_lines(report),
         configuration=_configuration(report),
@@ -97,3 +101,41 @@ def _configuration(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str,
     bundles = {b["name"]: f"{b['precision']}, SHA-256 {b['sha256']}" for b in report["bundles"]}
     tables = {"Machine": machine, "Versions": versions, "Workload": workload, "Bundles": bundles}
     return [(title, [(name, value(v)) for name, v in rows.items()]) for title, rows in tables.items()]
+
+
+# ---------------------------------------------------------------- the plot
+
+
+def _dots(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The variants that ran, in the report's order: a dot's number is its place here, from 1."""
+    return [v for v in report["variants"] if v["status"] == "ok"]
+
+
+def draw_plot(axes: Any, report: Mapping[str, Any]) -> None:
+    """Draws F1 with its 95 % interval over latency; our bundles and peers differ in colour and marker."""
+    for number, v in enumerate(_dots(report), 1):
+        colour, marker = ("C1", "D") if v["peer"] else ("C0", "o")
+        x, f1 = v["latency_ms"]["p50"], v["f1"]
+        axes.vlines([x], *v["f1_interval"], colour, alpha=0.75)
+        axes.plot([x], [f1], color=colour, marker=marker, linestyle="", label=f"{number}  {v['name']}")
+        axes.annotate(str(number), (x, f1), textcoords="offset points", xytext=(6, 5))
+    axes.set_xlim(left=0)
+    axes.set(xlabel="ms per question (median)", ylabel="F1 (%)")
+
+
+def _picture(report: Mapping[str, Any]) -> bytes:
+    """The plot as a PNG picture with a title and a legend."""
+
+    def draw_all(figure: Figure) -> None:
+        axes = figure.subplots()
+        draw_plot(axes, report)
+        axes.set_title(_caption(report))
+        figure.legend(loc="outside lower center", fontsize="small")
+
+    return figures.png(draw_all, (9, 5))
+
+
+def _caption(report: Mapping[str, Any]) -> str:
+    """What is plotted, in one line."""
+    found = report["environment"]
+    return f"{report['workload']['questions']} questions; {found['cpu']['model']}, {found['threads']} threads"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import Encoder
-from qadeploy.errors import InputError
 from qadeploy.records import Example, Window
 from qadeploy.timing import spread
 
@@ -26,9 +25,7 @@ class Workload:
 
 
 def draw(source: str, examples: Sequence[Example], questions: int) -> Workload:
-    """At most ``questions`` examples, evenly spaced. Raises InputError if ``questions`` is below 1."""
-    if questions < 1:
-        raise InputError(f"questions {questions} is below 1")
+    """At most ``questions`` examples, evenly spaced."""
     return Workload(source, tuple(spread(examples, questions)))
 
 

@@ -87,7 +87,7 @@ qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json -
 @data_options
 def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
     """Score MODEL (a run, a bundle or a checkpoint folder) on annotated questions."""
-    from qadeploy.evaluation.predictions import Recorder, new_predictions, write_predictions
+    from qadeploy.evaluation.predictions import new_predictions, write_predictions
     from qadeploy.evaluation.scoring import evaluate as score_all
     from qadeploy.files import write_json
 
@@ -98,8 +98,6 @@ def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
         examples = read_split(data, chosen.split, reading, note)
         predictor = load_predictor(model, **{name: getattr(chosen, name) for name in _LOADING})
         predictor.require_room(examples, data)
-        if folder:
-            predictor = Recorder(predictor, examples, chosen.n_best_size)
         with click.progressbar(length=len(examples), label="answering", file=sys.stderr) as bar:
             evaluation = score_all(
                 predictor,
@@ -108,11 +106,12 @@ def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
                 allow_no_answer=chosen.allow_no_answer,
                 prefilter=chosen.prefilter,
                 metric=choose_metric(chosen.metric, examples) if chosen.metric else None,
+                n_best_size=chosen.n_best_size if folder else None,
             )
         if file:
             write_json(file, evaluation.predictions(examples))
         if folder:
-            write_predictions(folder, predictor.predictions)
+            write_predictions(folder, evaluation.recorded)
     value = {
         "model": model,
         "data": data,

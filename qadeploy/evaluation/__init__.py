@@ -1,1 +1,1 @@
-"""Scores and prediction files for any predictor."""
+"""Scores and prediction files for any answerer."""

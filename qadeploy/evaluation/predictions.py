@@ -6,27 +6,23 @@ answer if it competes. In that case there is also ``null_odds.json`` ``{id: null
 which SQuAD v2's script takes as ``--na-prob-file``.
 
 The format is that of ``postprocess_qa_predictions`` (transformers 4.57, examples/pytorch/question-answering/utils_qa.py),
-with ``start`` and ``end`` (code points) added. Two things differ. ``probability`` is our score, a softmax over all
-valid spans of all windows at the model's temperature, so it does not depend on how many are listed; theirs is a softmax
-over those listed. And we consider every valid span, once per text; theirs combines the n best starts and ends of each
-window and lists a span of two windows twice.
+with the differences that docs/run-qa.md lists. We consider every valid span, once per text; theirs combines the n best
+starts and ends of each window.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 from qadeploy.core.decoding import WindowLogits
-from qadeploy.core.settings import AnswerOptions, Options, QaSettings
+from qadeploy.core.settings import QaSettings
 from qadeploy.files import new_file, require_new, write_json
-from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.pairs import to_answers
-from qadeploy.records import NO_ANSWER, Answer, Example, FloatArray, Span, Window
+from qadeploy.records import Answer, Example, FloatArray, Span, Window
 
 PREDICTIONS, N_BEST, NULL_ODDS = "predictions.json", "nbest_predictions.json", "null_odds.json"
 DEFAULT_N_BEST = 20
@@ -136,27 +132,3 @@ def write_predictions(folder: Path, predictions: Iterable[Prediction]) -> None:
         write_json(folder / NULL_ODDS, odds)
     else:
         (folder / NULL_ODDS).unlink(missing_ok=True)
-
-
-class Recorder:
-    """A predictor for ``evaluate`` that wraps an answerer and keeps the prediction of every example."""
-
-    def __init__(self, answerer: Answerer, examples: Sequence[Example], n_best_size: int) -> None:
-        self.settings = answerer.settings
-        self.predictions: list[Prediction] = []
-        self._answerer = answerer
-        self._examples = examples
-        self._n_best_size = n_best_size
-
-    def answer_stream(self, pairs: Iterable[tuple[str, str]], **given: Unpack[AnswerOptions]) -> Iterator[list[Answer]]:
-        """Yields the answers to the examples; ``pairs`` are their questions and contexts."""
-        options = Options(**given)
-        allowed = options.null_competes(self.settings)
-        for example, pair in zip(self._examples, self._answerer.read_stream(pairs, options), strict=True):
-            answers = to_answers(pair, options)
-            best = answers[0] if answers else NO_ANSWER
-            size = self._n_best_size
-            self.predictions.append(
-                predict(example, best, pair.scored, pair.settings, n_best_size=size, allow_no_answer=allowed)
-            )
-            yield answers

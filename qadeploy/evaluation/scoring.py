@@ -1,48 +1,43 @@
-"""Scoring any predictor, a checkpoint or a bundle, on annotated questions."""
+"""Scoring an answerer, of a checkpoint or a bundle, on annotated questions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from qadeploy.core.calibration import expected_calibration_error
-from qadeploy.core.drift import Distribution, Figure
+from qadeploy.core.drift import Distribution, Drift, Figure, Figures
 from qadeploy.core.metrics import Metric, Scores, score
-from qadeploy.core.settings import AnswerOptions, QaSettings, any_unanswerable
+from qadeploy.core.settings import Options, any_unanswerable
+from qadeploy.evaluation.predictions import Prediction, predict
+from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.drift import COMPARED, figures_of
+from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER, Answer, Example
 
-
-class Predictor(Protocol):
-    """Anything that answers questions."""
-
-    settings: QaSettings
-
-    def answer_stream(
-        self, pairs: Iterable[tuple[str, str]], **options: Unpack[AnswerOptions]
-    ) -> Iterator[list[Answer]]:
-        """Yields the answers to each (question, context) pair in order, best first."""
-        ...
+_SERVED = Options()
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The scores of a predictor and the predictions behind them.
+    """The scores of an answerer and the answers behind them.
 
     Attributes:
         scores: The scores.
-        answers: One prediction per question, in the order of the examples.
+        answers: The best answer to each question, in the order of the examples.
         allow_no_answer: Whether the null answer competed.
         metric: How texts were compared.
-        drift: The figures that a server compares with its own, if the predictor was ``Watched``.
+        recorded: The entries of each question in the prediction files, if they were requested.
+        drift: The figures that a server compares with its own, if they were requested.
     """
 
     scores: Scores
     answers: tuple[Answer, ...]
     allow_no_answer: bool
     metric: Metric
+    recorded: tuple[Prediction, ...] = ()
     drift: Mapping[Figure, Distribution] = field(default_factory=dict)
 
     @property
@@ -57,31 +52,49 @@ class Evaluation:
 
 
 def evaluate(
-    predictor: Predictor,
+    answerer: Answerer,
     examples: Sequence[Example],
     on_question: Callable[[], object] | None = None,
     *,
     allow_no_answer: bool | None = None,
     prefilter: int | None = None,
     metric: Metric | None = None,
+    n_best_size: int | None = None,
+    drift: bool = False,
 ) -> Evaluation:
     """Answers every example and scores the best answer.
 
     Args:
-        predictor: The predictor to score.
+        answerer: The answerer to score.
         examples: The annotated questions.
         on_question: Called after each question.
         allow_no_answer: Whether the null answer competes; with None it does if any example has no answer.
         prefilter: The maximum windows of a context to read, as in ``Options``.
-        metric: How texts are compared; None uses the predictor's metric.
+        metric: How texts are compared; None uses the answerer's metric.
+        n_best_size: Maximum candidates to record for each question; None records nothing.
+        drift: Whether to count the figures that a server counts by default.
     """
-    metric = metric or predictor.settings.metric
+    metric = metric or answerer.settings.metric
     if allow_no_answer is None:
         allow_no_answer = any_unanswerable(examples)
-    answers = []
-    pairs = ((e.question, e.context) for e in examples)
-    for found in predictor.answer_stream(pairs, allow_no_answer=allow_no_answer, prefilter=prefilter):
-        answers.append(found[0] if found else NO_ANSWER)
+    options, unknown = Options(allow_no_answer=allow_no_answer, prefilter=prefilter), answerer.encoder.unknown_id
+    answers, recorded, counted = [], [], Drift()
+    asked = ((e.question, e.context) for e in examples)
+    for example, pair in zip(examples, answerer.read_stream(asked, options), strict=True):
+        best = next(iter(to_answers(pair, options)), NO_ANSWER)
+        answers.append(best)
+        if n_best_size is not None:
+            size, null = n_best_size, allow_no_answer
+            recorded.append(predict(example, best, pair.scored, pair.settings, n_best_size=size, allow_no_answer=null))
+        if drift:
+            counted.add(_as_served(pair, unknown))
         if on_question:
             on_question()
-    return Evaluation(score(examples, answers, metric), tuple(answers), allow_no_answer, metric)
+    scores, figures = score(examples, answers, metric), counted.distributions() if drift else {}
+    return Evaluation(scores, tuple(answers), allow_no_answer, metric, tuple(recorded), figures)
+
+
+def _as_served(pair: DecodedPair, unknown: int | None) -> Figures:
+    allowed = _SERVED.null_competes(pair.settings)
+    (decoded,) = pair.settings.decode([pair.scored], top_k=COMPARED, allow_no_answer=allowed)
+    return figures_of(replace(pair, decoded=decoded), _SERVED, unknown)

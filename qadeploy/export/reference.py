@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qadeploy.core.metrics import Scores, bootstrap_interval
-from qadeploy.evaluation.drift import Watched
 from qadeploy.evaluation.scoring import Evaluation, evaluate
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.manifest import SessionSettings
@@ -91,15 +90,15 @@ def make_reference(
 
 
 def counted(answerer: Answerer, examples: Sequence[Example], what: str, count: Count) -> Evaluation:
-    """``evaluate`` of a ``Watched`` answerer; ``count`` is called after each question."""
-    done, watched = 0, Watched(answerer)
+    """``evaluate`` with the figures of drift; ``count`` is called after each question."""
+    done = 0
 
     def one_more() -> None:
         nonlocal done
         done += 1
         count(done, len(examples), f" {what}")
 
-    return replace(evaluate(watched, examples, one_more), drift=watched.drift.distributions())
+    return evaluate(answerer, examples, one_more, drift=True)
 
 
 def make_answerer(

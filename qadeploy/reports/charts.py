@@ -19,10 +19,10 @@ _OVER_THE_EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # draws marker
 
 def facts_charts(facts: RunFacts) -> dict[str, Markup]:
     """Returns the charts of a report by name: loss, scores, reliability, and search if there was one."""
-    training, search = facts.training, facts.search
+    epochs, best, search = facts.epochs, facts.best_epoch, facts.search
     drawn = {
-        "loss": svg("Loss by epoch", lambda f: draw_loss(f.subplots(), training.epochs, training.best), 290),
-        "scores": svg("Dev scores by epoch", lambda f: draw_scores(f.subplots(), training.epochs, training.best), 290),
+        "loss": svg("Loss by epoch", lambda f: draw_loss(f.subplots(), epochs, best), 290),
+        "scores": svg("Dev scores by epoch", lambda f: draw_scores(f.subplots(), epochs, best), 290),
         "reliability": svg(
             "Confidence against exact match", lambda f: draw_reliability(f, facts.results.calibration), 400
         ),

@@ -49,11 +49,11 @@ def gain(facts: RunFacts) -> str:
 
 def course(facts: RunFacts) -> str:
     """Returns which epoch was the best, and whether overfitting followed."""
-    best, last = facts.training.best, facts.training.epochs[-1].number
+    best, last = facts.best_epoch, facts.epochs[-1].number
     if best == last:
         return "The last epoch was the best by dev F1: more epochs may help." if last else ""
     text = f"Epoch {best} of {last} was the best by dev F1."
-    if not any(e.overfits for e in facts.training.epochs if e.number > best):
+    if not any(e.overfits for e in facts.epochs if e.number > best):
         return text
     return (
         f"{text} After it the train loss kept falling while the dev loss rose (overfitting): more data will help, but "
@@ -123,7 +123,7 @@ def data_remarks(facts: RunFacts) -> tuple[str, ...]:
 
 def caption_loss(facts: RunFacts) -> str:
     """Returns what the loss curves show."""
-    epochs = facts.training.epochs
+    epochs = facts.epochs
     trained = [e.train_loss for e in epochs if e.train_loss is not None]
     lowest = min(epochs, key=lambda e: e.eval_loss)
     text = f"Dev loss is lowest, {lowest.eval_loss:.3f}, {_at(lowest)}"
@@ -135,8 +135,8 @@ def caption_loss(facts: RunFacts) -> str:
 
 def caption_scores(facts: RunFacts) -> str:
     """Returns what the score curves show."""
-    first = facts.training.epochs[0]
-    best = next(e for e in facts.training.epochs if e.number == facts.training.best)
+    first = facts.epochs[0]
+    best = next(e for e in facts.epochs if e.number == facts.best_epoch)
     text = f"Dev F1 is {best.f1:.1f} {_at(best)}, which is kept"
     return f"{text}, up from {first.f1:.1f} {_at(first)}." if first.f1 < best.f1 else f"{text}."
 

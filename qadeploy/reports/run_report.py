@@ -21,6 +21,7 @@ from qadeploy.core.metrics import Scores, bootstrap_interval, score, wilson_inte
 from qadeploy.data.check import RowClass
 from qadeploy.data.loading import source_name
 from qadeploy.records import Answer, Example, Float64Array
+from qadeploy.shipped import BASE_MODEL
 
 WORST = 20
 SURE = 0.9
@@ -48,15 +49,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run records about itself: its folder's name, and the contents of ``run.json`` and ``metrics.json``.
-
-    ``shipped_base`` is the name of the base model that qadeploy uses if none is given.
-    """
+    """What a run records about itself: its folder's name, and the contents of ``run.json`` and ``metrics.json``."""
 
     name: str
     record: Mapping[str, Any]
     metrics: Mapping[str, Any]
-    shipped_base: str | None = None
 
     @property
     def source(self) -> str:
@@ -66,7 +63,7 @@ class RunRecord:
     @property
     def command(self) -> str:
         """The command that repeats the run."""
-        return train_command(self.record["options"], self.shipped_base)
+        return train_command(self.record["options"])
 
     @property
     def export_command(self) -> str:
@@ -135,14 +132,6 @@ class Epoch:
     observation: str = ""
     windows_per_second: float | None = None
     peak_memory_bytes: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingFacts:
-    """The epochs of a run, and the number of the one that was kept."""
-
-    epochs: tuple[Epoch, ...]
-    best: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,11 +254,15 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Everything that the report and the model card show; ``search`` is None if no search chose the settings."""
+    """Everything that the report and the model card show; ``search`` is None if no search chose the settings.
+
+    ``best_epoch`` is the number of the epoch that was kept.
+    """
 
     run: RunRecord
     data: DataFacts
-    training: TrainingFacts
+    epochs: tuple[Epoch, ...]
+    best_epoch: int
     results: Results
     search: Search | None
 
@@ -301,7 +294,8 @@ def make_facts(
     return RunFacts(
         run,
         data,
-        TrainingFacts(epochs, int(metrics["best_epoch"])),
+        epochs,
+        int(metrics["best_epoch"]),
         _results(judged, answers, metrics, epochs, held_out),
         _search(metrics.get("search")),
     )
@@ -356,16 +350,11 @@ def question_word(question: str) -> str:
     return "who" if word in {"whom", "whose"} else word
 
 
-def train_command(options: Mapping[str, Any], shipped_base: str | None = None) -> str:
-    """Returns the ``qadeploy train`` command that sets every option of a run, one option per line.
-
-    Args:
-        options: The options by name.
-        shipped_base: The base model that is used if none is given; the command does not name it.
-    """
+def train_command(options: Mapping[str, Any]) -> str:
+    """Returns the ``qadeploy train`` command that sets every option of a run but the base that ships, one per line."""
     flags = []
     for name, value in options.items():
-        if value is None or value is False or (name == "base" and value == shipped_base):
+        if value is None or value is False or (name == "base" and value == BASE_MODEL):
             continue
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, Mapping):

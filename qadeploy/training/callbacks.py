@@ -14,9 +14,6 @@ from qadeploy.errors import FailureError
 from qadeploy.reports.run_report import overfits
 from qadeploy.training.run_log import RunLog
 
-SpeedOf = Callable[[int], dict[str, Any] | None]
-LossOf = Callable[[], float | None]
-
 
 class QuietProgress(ProgressCallback):
     """The progress bar, without the Trainer's dictionaries between the rows of our table."""
@@ -56,8 +53,8 @@ class EpochTable(TrainerCallback):
         self,
         log: RunLog,
         rows: Sequence[dict[str, Any]] = (),
-        speed_of: SpeedOf = lambda epoch: None,
-        loss_of: LossOf = lambda: None,
+        speed_of: Callable[[int], dict[str, Any] | None] = lambda epoch: None,
+        loss_of: Callable[[], float | None] = lambda: None,
     ) -> None:
         self.log = log
         self.speed_of = speed_of
@@ -96,7 +93,7 @@ class EpochTable(TrainerCallback):
         self._print(row)
 
     def _keep(self, row: dict[str, Any]) -> None:
-        if self.gap_opened is None and gap_opens(self.rows, row):
+        if self.gap_opened is None and self.rows and overfits(self.rows[-1], row):
             self.gap_opened = row["epoch"]
         self.rows.append(row)
 
@@ -104,33 +101,18 @@ class EpochTable(TrainerCallback):
         loss = "         -" if row["train_loss"] is None else f"{row['train_loss']:10.4f}"
         speed, pace, memory = self.speed_of(row["epoch"]), "-", "-"
         if speed:
-            pace = f"{speed['windows_per_second']:.1f}"
-            memory = memory_text(speed["peak_memory_bytes"])
+            pace, peak = f"{speed['windows_per_second']:.1f}", speed["peak_memory_bytes"]
+            memory = "-" if peak is None else f"{peak / 2**30:.2f}G"
         self.log.detail(
             f"{row['epoch']:5d}  {loss}  {row['eval_loss']:9.4f}  {row['eval_accuracy']:8.4f}  "
             f"{row['eval_exact_match']:5.1f}  {row['eval_f1']:5.1f}  {pace:>9}  {memory:>6}  {row['observation']}"
         )
         if self.gap_opened == row["epoch"]:
-            self.log.warning(gap_warning(row))
-
-
-def memory_text(size: int | None) -> str:
-    """Bytes as GiB in a few characters; - if they are not known."""
-    return "-" if size is None else f"{size / 2**30:.2f}G"
-
-
-def gap_opens(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> bool:
-    """Whether eval loss rises while train loss falls: the model learns its training questions, not the task."""
-    return bool(before) and overfits(before[-1], row)
-
-
-def gap_warning(row: dict[str, Any]) -> str:
-    """The warning about the gap: what it means and what to do about it."""
-    return (
-        f"overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises while train loss "
-        f"{row['train_loss']:.3f} falls. The model with the best dev F1 is kept anyway. More questions help most; otherwise try "
-        "fewer --epochs, a lower --learning-rate, or a higher --weight-decay"
-    )
+            self.log.warning(
+                f"overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises while train loss "
+                f"{row['train_loss']:.3f} falls. The model with the best dev F1 is kept anyway. More questions help most; "
+                "otherwise try fewer --epochs, a lower --learning-rate, or a higher --weight-decay"
+            )
 
 
 def observe(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
@@ -139,7 +121,7 @@ def observe(before: Sequence[dict[str, Any]], row: dict[str, Any]) -> str:
         return "the base model, before training"
     last = before[-1]
     moves = _moves(row["eval_accuracy"] - last["eval_accuracy"])
-    if gap_opens(before, row):
+    if overfits(last, row):
         return f"overfitting: eval loss rises while train loss falls; accuracy {moves}"
     return f"loss {_moves(row['eval_loss'] - last['eval_loss'])}, accuracy {moves}"
 

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
-from transformers.utils import has_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, has_file
 
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, is_rust_error, pad_batch
 from qadeploy.errors import CheckpointError, InputError
-from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.answerer import Answerer, LogitsModel
 from qadeploy.inference.cuda import in_batches, unpadded
-from qadeploy.inference.session import Pending
 from qadeploy.machine import usable_cpus
 from qadeploy.records import Logits, Window
 from qadeploy.training.torch_device import torch_device
@@ -32,6 +31,9 @@ from qadeploy.training.transformers_versions import silence
 
 SETTINGS_FILE = "qadeploy.json"
 _UNLIMITED = 100_000
+# A file of weights or, for weights in several files, their index.
+_SAFE = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+_PICKLES = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +136,14 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
     )
 
 
-_SAFE = ("model.safetensors", "model.safetensors.index.json")
-_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+def weight_files(folder: Path) -> list[Path]:
+    """The files in a folder that transformers loads weights from; none if it is no checkpoint folder."""
+    for name in filter(lambda name: (folder / name).is_file(), (*_SAFE, *_PICKLES)):
+        if name.endswith(".json"):
+            index = json.loads((folder / name).read_text(encoding="utf-8"))
+            return [folder / shard for shard in sorted(set(index["weight_map"].values()))]
+        return [folder / name]
+    return []
 
 
 def refuse_pickle(name: str, hub: Hub | None = None) -> None:
@@ -243,7 +251,7 @@ def save_checkpoint(checkpoint: Checkpoint, settings: QaSettings, folder: Path) 
     (folder / SETTINGS_FILE).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-class TorchModel:
+class TorchModel(LogitsModel):
     """A PyTorch model as a function from windows to logits, in padded batches of similar length.
 
     It runs on the model's device. In float32 (without ``bf16``) it is the reference that exports are compared with.
@@ -261,10 +269,6 @@ class TorchModel:
         order = sorted(range(len(windows)), key=lambda i: -len(windows[i]))
         rows = [order[begin : begin + self.BATCH] for begin in range(0, len(order), self.BATCH)]
         return in_batches(windows, rows, self.run_batch)
-
-    def start(self, windows: Sequence[Window]) -> Pending:
-        """Like ``run``, but computed when the result is requested."""
-        return Pending(partial(self.run, windows))
 
     def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
         """Like ``run``, as one padded batch; the padding's logits are cut off."""

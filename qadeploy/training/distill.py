@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.windows import Encoder
@@ -32,7 +31,7 @@ from qadeploy.inference.bundle import is_bundle, open_bundle
 from qadeploy.inference.cuda import batches, in_batches
 from qadeploy.records import FloatArray, IntArray, Logits, Window
 from qadeploy.training.checkpoint import Hub, TorchModel, load_checkpoint
-from qadeploy.training.features import Feature, FeatureSet
+from qadeploy.training.features import Arrays, Feature, FeatureSet
 from qadeploy.training.provenance import commit_of, weights_hash
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.runs import find_run
@@ -47,7 +46,6 @@ _LEAST_PROBABILITY = 1e-3
 _LEAST_AGREEMENT, _LOW_AGREEMENT = 0.05, 0.3  # of the teacher with the annotators
 _JUDGED = 200
 _FIELDS = ("start_places", "start_logits", "end_places", "end_logits")
-TopLogits = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +101,8 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_t
         rows = batches([len(w) for w in windows], tokens=_BATCH_TOKENS)
         return in_batches(windows, rows, torch_model.run_batch)
 
-    return Teacher(
-        name,
-        _digest(known, checkpoint.encoder),
-        checkpoint.encoder,
-        checkpoint.settings.max_seq_len,
-        logits,
-    )
+    digest, longest = _digest(known, checkpoint.encoder), checkpoint.settings.max_seq_len
+    return Teacher(name, digest, checkpoint.encoder, longest, logits)
 
 
 def _digest(weights: str, encoder: Encoder) -> str:
@@ -118,27 +111,17 @@ def _digest(weights: str, encoder: Encoder) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Excerpt:
-    """The question and text that the teacher reads for one of the student's windows.
-
-    Attributes:
-        question: The question.
-        text: The text that the window holds.
-        start: Where the text begins in the context.
-        feature: The window.
-        context: Its context.
-        key: The key of the teacher's logits in the store.
-    """
+    """The question and text that the teacher reads for one of the student's windows."""
 
     question: str
     text: str
-    start: int
+    start: int  # of the text in the context
     feature: Feature
     context: EncodedText
-    key: bytes
+    key: bytes  # of the teacher's logits in the store
 
     @classmethod
     def of(cls, question: str, context: EncodedText, feature: Feature) -> _Excerpt:
-        """Makes the excerpt of a window."""
         window, start, end = feature.window, 0, len(context.text)
         if window.context_length < len(context):
             last = window.context_offset + window.context_length - 1
@@ -183,7 +166,7 @@ def soft_labels(
     return [_soft(store[e.key], e, temperature) for e in excerpts]
 
 
-def _query(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> TopLogits:
+def _query(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> Arrays:
     """The teacher's highest logits for each (question, text) pair, by character."""
     encoder, longest = teacher.encoder, teacher.longest
     encoded = encoder.encode_pairs(pairs)
@@ -191,12 +174,10 @@ def _query(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> TopLogits:
     for question, text in encoded:
         stride = min(64, max(0, encoder.room(question, longest) // 2))
         cuts.append(encoder.windows(question, text, max_seq_len=longest, doc_stride=stride))
-    rows: TopLogits = {
-        "start_places": np.full((len(pairs), KEPT), _NONE, dtype=np.int32),
-        "start_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
-        "end_places": np.full((len(pairs), KEPT), _NONE, dtype=np.int32),
-        "end_logits": np.zeros((len(pairs), KEPT), dtype=np.float16),
-    }
+    rows: Arrays = {}
+    for name in ("start", "end"):
+        rows[f"{name}_places"] = np.full((len(pairs), KEPT), _NONE, dtype=np.int32)
+        rows[f"{name}_logits"] = np.zeros((len(pairs), KEPT), dtype=np.float16)
     logits = iter(teacher.logits([window for cut in cuts for window in cut]))
     for number, ((_, text), cut) in enumerate(zip(encoded, cuts, strict=True)):
         own, places = list(islice(logits, len(cut))), _places(text)
@@ -236,7 +217,7 @@ def _highest(windows: Sequence[Window], logits: Sequence[FloatArray], places: In
     return np.append(_NULL, places[order]), np.append(np.float32(null), best[order])
 
 
-def _soft(row: TopLogits, excerpt: _Excerpt, temperature: float) -> SoftLabels:
+def _soft(row: Arrays, excerpt: _Excerpt, temperature: float) -> SoftLabels:
     """The teacher's distributions on the student's tokens."""
     window = excerpt.feature.window
     held = slice(window.context_offset, window.context_offset + window.context_length)
@@ -265,7 +246,7 @@ def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _Log
         feature = excerpt.feature
         if excerpt.key in store and feature.positions[0, 0] != feature.window.null_index:
             soft = _soft(store[excerpt.key], excerpt, 1.0)
-            answer = [_best(soft.starts, soft.start_probabilities), _best(soft.ends, soft.end_probabilities)]
+            answer = [soft.starts[soft.start_probabilities.argmax()], soft.ends[soft.end_probabilities.argmax()]]
             hits.append(any(answer == row.tolist() for row in feature.positions))
         if len(hits) >= 5 * _JUDGED:
             break
@@ -281,16 +262,12 @@ def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _Log
         log.step("teacher", line)
 
 
-def _best(positions: IntArray, probabilities: FloatArray) -> int:
-    return int(positions[int(probabilities.argmax())])
-
-
 class _LogitStore:
     """A teacher's logits by key, in memory and, with a folder, in files of ``_CHUNK`` rows, each written atomically."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
-        self._rows: dict[bytes, tuple[TopLogits, int]] = {}
+        self._rows: dict[bytes, tuple[Arrays, int]] = {}
         if folder:
             sweep(folder)
         for path in sorted(folder.glob("*.npz")) if folder and folder.is_dir() else []:
@@ -304,12 +281,11 @@ class _LogitStore:
     def __contains__(self, key: bytes) -> bool:
         return key in self._rows
 
-    def __getitem__(self, key: bytes) -> TopLogits:
+    def __getitem__(self, key: bytes) -> Arrays:
         rows, number = self._rows[key]
         return {name: values[number] for name, values in rows.items()}
 
-    def add(self, keys: Sequence[bytes], rows: TopLogits) -> None:
-        """Stores rows under their keys."""
+    def add(self, keys: Sequence[bytes], rows: Arrays) -> None:
         self._keep(keys, rows)
         if self._folder is None:
             return
@@ -320,19 +296,16 @@ class _LogitStore:
                 stream, allow_pickle=False, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), **rows
             )
 
-    def _keep(self, keys: Sequence[bytes], rows: TopLogits) -> None:
+    def _keep(self, keys: Sequence[bytes], rows: Arrays) -> None:
         self._rows.update({key: (rows, number) for number, key in enumerate(keys)})
 
 
-def keep_layers(model: Any, count: int) -> Any:
-    """Keeps ``count`` evenly spaced layers of a model, including the first and the last, and removes the others.
+def keep_layers(model: Any, count: int) -> None:
+    """Keeps ``count`` evenly spaced layers of a model, including the first and the last; its configuration changes too.
 
     Args:
         model: A transformers model whose layers are in one list, as in BERT.
         count: How many layers to keep.
-
-    Returns:
-        The same model, with its configuration changed.
 
     Raises:
         InputError: The model has fewer layers, or they are not in one list.
@@ -347,10 +320,8 @@ def keep_layers(model: Any, count: int) -> Any:
         )
     if not 1 <= count <= total:
         raise InputError(f"--layers {count}: the base has {total} layers")
-    chosen = np.unique(np.round(np.linspace(0, total - 1, count)).astype(int)) if count > 1 else np.asarray([0])
-    layers = [lists[0][int(i)] for i in chosen]
+    chosen = set(np.round(np.linspace(0, total - 1, count)).astype(int).tolist())
     for index in reversed(range(total)):
-        del lists[0][index]
-    lists[0].extend(layers)
+        if index not in chosen:
+            del lists[0][index]
     setattr(model.config, name, count)
-    return model

@@ -61,13 +61,13 @@ def exportable(config: Any) -> Exportable:
 
     Args:
         config: The model's transformers configuration.
+
+    Raises:
+        MissingExtraError: No exporter is installed.
     """
-    if config.model_type in TESTED:
+    if config.model_type in TESTED and any(map(_has, _MODULES.values())):
         return Exportable(True)
-    try:
-        found = [exportable_by(name, config) for name in exporters()]
-    except MissingExtraError as error:
-        return Exportable(None, str(error))
+    found = [exportable_by(name, config) for name in exporters()]
     if any(each.possible for each in found):
         return Exportable(True)
     return Exportable(

@@ -17,8 +17,6 @@ import io
 import json
 import os
 import re
-import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -34,7 +32,8 @@ from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import Encoder
 from qadeploy.data.loading import DataSet
-from qadeploy.files import hash_file
+from qadeploy.data.wording import one_line
+from qadeploy.files import hash_file, sweep, writing
 from qadeploy.records import Example, Window
 from qadeploy.training.features import (
     Arrays,
@@ -50,8 +49,6 @@ from qadeploy.training.features import (
 LIMIT_BYTES = 2 * 2**30
 _PREFIX = "features-"
 _ENTRY = re.compile(_PREFIX + "[0-9a-f]{64}\\.npz")  # other files in the folder are not ours to delete
-_SCRATCH = re.compile(_PREFIX + r"\w{8}\.tmp")
-_STALE_SECONDS = 24 * 60 * 60
 _DIGEST_BYTES = 32
 
 MakeFeatures = Callable[[Sequence[Example], Encoder, QaSettings, str], FeatureSet]
@@ -110,8 +107,7 @@ def cached_features(
 
 
 def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return str(text)[:200]
+    return str(getattr(error, "strerror", None) or one_line(error))[:200]
 
 
 # ---------------------------------------------------------------- keys
@@ -130,8 +126,6 @@ def _digests(examples: Iterator[Example]) -> dict[Content, bytes]:
     found: dict[Content, bytes] = {}
     for example in examples:
         content = _content(example)
-        if content in found:
-            continue
         context, question, answers = content
         if context not in contexts:
             # A lone surrogate has no UTF-8; the encoder refuses it with a clear message.
@@ -226,10 +220,10 @@ def _load(path: Path, key: str) -> Arrays:
     """The arrays of an entry. Raises FileNotFoundError if there is none, other errors if it is damaged."""
     # Reading a whole member checks its CRC; numpy would stop at the length in the header and skip the check.
     with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    arrays = {
-        name.removesuffix(".npy"): np.load(io.BytesIO(content), allow_pickle=False) for name, content in members.items()
-    }
+        arrays = {
+            name.removesuffix(".npy"): np.load(io.BytesIO(archive.read(name)), allow_pickle=False)
+            for name in archive.namelist()
+        }
     if str(arrays["key"]) != key:
         raise ValueError("it is a copy of another entry")
     return arrays
@@ -241,29 +235,19 @@ def _store(path: Path, arrays: Arrays, limit: int) -> None:
     if size > limit:
         raise OSError(f"they take {size / 2**20:.0f} MiB, and the cache holds at most {limit / 2**20:.0f}")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Each writer, on any machine, has its own file. It is not flushed to the disk: damage is found on reading.
-    descriptor, temporary = tempfile.mkstemp(prefix=_PREFIX, suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    sweep(path.parent)
+    with writing(path) as stream:
+        np.savez(stream, allow_pickle=False, **arrays)
     _drop_oldest(path, limit)
 
 
 def _drop_oldest(newest: Path, limit: int) -> None:
-    """Deletes files left by killed writers, and the least recently used entries beyond ``limit`` bytes in total."""
+    """Deletes the least recently used entries beyond ``limit`` bytes in total."""
     entries = []
-    for path in newest.parent.glob(f"{_PREFIX}*"):
+    for path in filter(lambda path: _ENTRY.fullmatch(path.name), newest.parent.iterdir()):
         with suppress(OSError):  # another process may drop it first
             status = path.stat()
-            if _ENTRY.fullmatch(path.name):
-                entries.append((path == newest, status.st_mtime_ns, status.st_size, path))
-            elif _SCRATCH.fullmatch(path.name) and status.st_mtime < time.time() - _STALE_SECONDS:
-                path.unlink()
+            entries.append((path == newest, status.st_mtime_ns, status.st_size, path))
     total = sum(size for _, _, size, _ in entries)
     for is_newest, _, size, path in sorted(entries):
         if total <= limit or is_newest:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
+from qadeploy.core.unknown import unknown_share
 from qadeploy.core.windows import Encoder
 from qadeploy.errors import DataError, QuestionTooLongError
 from qadeploy.records import Example, IntArray, Window
@@ -125,6 +126,33 @@ def collate_labels(features: Sequence[Feature], length: int) -> dict[str, NDArra
         mask[row, window.context_begin : window.context_begin + window.context_length] = True
         mask[row, window.null_index] = True
     return {"start_positions": positions[..., 0], "end_positions": positions[..., 1], "answer_mask": mask}
+
+
+def unknown_tokens(sets: Sequence[FeatureSet], encoder: Encoder) -> float:
+    """Counts the unknown tokens of the contexts, which include the answers, and of the questions, each text once.
+
+    Args:
+        sets: Windows and labels.
+        encoder: The encoder that cut the windows.
+
+    Returns:
+        Their share of all tokens, from 0 to 1.
+    """
+    contexts = {context.text: context.ids for features in sets for context in features.contexts}
+    questions = {
+        example.question: _question(features[features.first[number]].window, encoder)
+        for features in sets
+        for number, example in enumerate(features.examples)
+    }
+    return unknown_share([*contexts.values(), *questions.values()], encoder.unknown_id)
+
+
+def _question(window: Window, encoder: Encoder) -> IntArray:
+    """The ids of the window's question."""
+    rest = np.delete(window.input_ids, slice(window.context_begin, window.context_begin + window.context_length))
+    frame = encoder.frame
+    begin = len(frame.before) + (len(frame.between) if encoder.config.context_first else 0)
+    return rest[begin : begin + len(rest) - encoder.special_tokens]
 
 
 # ---------------------------------------------------------------- flat arrays

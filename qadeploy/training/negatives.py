@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise, zip_longest
 
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import MissingExtraError
 from qadeploy.records import Example
 
 LONGEST = 2_000  # code points of another passage; a longer one is cut
@@ -61,11 +61,8 @@ def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[s
         The questions and their negatives. If none could be made for a question, it stands alone.
 
     Raises:
-        InputError: ``count`` is below 0.
         MissingExtraError: bm25s is not installed.
     """
-    if count < 0:
-        raise InputError(f"negatives is {count}: give the number to make per question, 0 for none")
     answered = [number for number, example in enumerate(examples) if example.answers]
     if not count or not answered:
         return ExamplesWithNegatives(tuple(examples), tuple(range(len(examples))))

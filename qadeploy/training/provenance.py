@@ -15,7 +15,7 @@ from qadeploy.errors import CheckpointError
 from qadeploy.files import hash_file
 from qadeploy.inference.front_matter import license_of
 from qadeploy.shipped import base_model_path
-from qadeploy.training.checkpoint import Checkpoint
+from qadeploy.training.checkpoint import Checkpoint, weight_files
 
 
 def versions_of(names: Iterable[str], *, missing: str) -> dict[str, str]:
@@ -41,12 +41,10 @@ def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def weights_hash(folder: Path) -> str | None:
     """The SHA-256 of a checkpoint's weights; of several files, the SHA-256 of their names and hashes. None if there are none."""
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        hashes = {file.name: hash_file(file) for file in sorted(folder.glob(pattern))}
-        if hashes:
-            several = sha256(json.dumps(hashes).encode()).hexdigest()
-            return several if len(hashes) > 1 else next(iter(hashes.values()))
-    return None
+    hashes = {file.name: hash_file(file) for file in weight_files(folder)}
+    if len(hashes) > 1:
+        return sha256(json.dumps(hashes).encode()).hexdigest()
+    return next(iter(hashes.values()), None)
 
 
 def commit_of(checkpoint: Checkpoint) -> str | None:

@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from qadeploy.data.loading import DataSet
-from qadeploy.errors import CheckpointError
 from qadeploy.files import write_text
 from qadeploy.records import Answer
 from qadeploy.reports.charts import draw_curves
 from qadeploy.reports.report_page import report_page
 from qadeploy.reports.run_card import run_card
 from qadeploy.reports.run_report import Part, RunFacts, RunRecord, make_facts
-from qadeploy.shipped import base_model_path
 from qadeploy.training.features import FeatureSet
 from qadeploy.training.run_log import RunLog
 
@@ -59,13 +56,6 @@ def write_report_files(
                 f"{name} cannot be made, the run is complete without it: {type(error).__name__}: {error} "
                 f"({Path(place.filename).name}, line {place.lineno})"
             )
-
-
-def shipped_base() -> str | None:
-    """The name of the base model that ships with qadeploy, or None if it is not installed."""
-    with suppress(CheckpointError):
-        return base_model_path().name
-    return None
 
 
 def _part(name: str, role: str, features: FeatureSet) -> Part:

@@ -53,10 +53,10 @@ def split_data(
     if held_out is None:
         held_out = found.part("validation")
         if options.eval_data is not None:
-            given = _read(options, options.eval_data)
+            given = read(options.eval_data, options, token=options.token)
             source, held_out = given.source, given.part("validation") or given.examples
     if options.dev_data is not None:
-        train, dev = rest, _read(options, options.dev_data).examples
+        train, dev = rest, read(options.dev_data, options, token=options.token).examples
     else:
         train, dev = carve_by_passage(rest, options.dev_fraction, options.seed)
     most = options.max_eval_samples  # training/runs.py cuts the same way when it carves again
@@ -77,7 +77,3 @@ def unlabelled_questions(options: TrainOptions) -> tuple[Example, ...]:
         raise InputError("--unlabelled: only a teacher can label these questions: give --teacher, or leave it out")
     found = read(options.unlabelled, options, token=options.token, annotated=False).examples
     return tuple(replace(e, answers=()) for e in found)
-
-
-def _read(options: TrainOptions, source: str) -> DataSet:
-    return read(source, options, token=options.token)

@@ -15,8 +15,6 @@ import torch
 from qadeploy.core.metrics import Scores, bootstrap_interval
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.unknown import MANY_UNKNOWN
-from qadeploy.data.check import CheckedData
-from qadeploy.data.table import check_summary
 from qadeploy.data.wording import plural
 from qadeploy.records import Answer, Example
 from qadeploy.training import distributed
@@ -59,10 +57,6 @@ class RunLog:
             self.warn(text)
         else:
             self.detail(f"WARNING: {text}")
-
-    def data_check(self, check: CheckedData) -> None:
-        """How the rows were classified."""
-        self.step("data check", check_summary(check))
 
     def raw_data(self, data: RunData) -> None:
         """Step 1: what was read."""

@@ -219,16 +219,8 @@ def _earlier(out: Path, record: Mapping[str, Any], say: Say) -> list[dict[str, A
 # ---------------------------------------------------------------- trials
 
 
-@dataclass(frozen=True, slots=True)
-class _Varied:
-    """A setting that is searched for: its default, and the distribution to draw from."""
-
-    default: float
-    distribution: BaseDistribution
-
-
-def _space(options: TrainOptions, questions: Sequence[Example]) -> dict[str, _Varied]:
-    """The settings that are searched for: those that are not given and whose default is not 0.
+def _space(options: TrainOptions, questions: Sequence[Example]) -> dict[str, tuple[float, BaseDistribution]]:
+    """The settings that are searched for, not given and not 0 by default: their defaults, and what to draw from.
 
     If the default is no negatives, they are not varied: they change the dev set, so trials would not be comparable.
     """
@@ -242,17 +234,19 @@ def _space(options: TrainOptions, questions: Sequence[Example]) -> dict[str, _Va
     }
     defaults = resolve(options, questions)
     free = {name: getattr(defaults, name) for name in _SETTINGS if getattr(options, name) is None}
-    space = {name: _Varied(default, around[name](default)) for name, default in free.items() if default}
+    space = {name: (default, around[name](default)) for name, default in free.items() if default}
     return space or _refuse(name for name in _SETTINGS if name not in free)
 
 
-def _draw(space: Mapping[str, _Varied], rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+def _draw(
+    space: Mapping[str, tuple[float, BaseDistribution]], rows: Sequence[Mapping[str, Any]], seed: int
+) -> dict[str, Any]:
     """The settings of the next trial: the defaults, then what optuna draws from the rows so far."""
     import optuna
 
     if not rows:
-        return {name: each.default for name, each in space.items()}
-    distributions = {name: each.distribution for name, each in space.items()}
+        return {name: default for name, (default, _) in space.items()}
+    distributions = {name: distribution for name, (_, distribution) in space.items()}
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed + len(rows)))
     for row in rows:
         state = optuna.trial.TrialState.FAIL if row["f1"] is None else optuna.trial.TrialState.COMPLETE
@@ -270,20 +264,17 @@ def _trial(options: TrainOptions, folds: int | None, data: RunData, progress: bo
         with temporary_folder(Path(options.out)) as work:
             options = replace(options, out=str(work / "trial"), report_to="none")
             if folds:
-                found = cross_validate(options, folds, _ignore, progress=progress)
+                found = cross_validate(options, folds, lambda line: None, progress=progress)
                 outcome = {"f1": found["mean"]["f1"], "folds": found}
             else:
-                outcome = {"f1": train(options, _ignore, progress=progress, data=data).metrics["eval_f1"]}
+                result = train(options, lambda line: None, progress=progress, data=data)
+                outcome = {"f1": result.metrics["eval_f1"]}
     except FailureError as error:
         if type(error) is not FailureError:  # no other settings help against a missing device or a damaged base
             raise
         outcome = {"f1": None, "error": str(error)}
     clear_device_cache(garbage_collection=True)
     return {**outcome, "seconds": round(time.monotonic() - started, 1)}
-
-
-def _ignore(line: str) -> None:
-    """Drops the report of a trial: only its row is shown."""
 
 
 def _line(row: Mapping[str, Any], by: str) -> str:

@@ -141,8 +141,9 @@ class Speed(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the row of an epoch."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the GPU may still be busy
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.device)  # it may still be busy
         windows = (self.windows() - self._begun[1]) * self.processes
         seconds = time.perf_counter() - self._begun[0]
         self.rows.append(
@@ -151,7 +152,7 @@ class Speed(TrainerCallback):
                 "windows": windows,
                 "seconds": round(seconds, 3),
                 "windows_per_second": round(windows / seconds, 1),
-                "peak_memory_bytes": self._memory(),
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_memory(),
             }
         )
 
@@ -168,6 +169,3 @@ class Speed(TrainerCallback):
             "peak_memory_bytes": max(peaks, default=None),
             "epochs": self.rows,
         }
-
-    def _memory(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else peak_memory()

@@ -31,7 +31,8 @@ from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.data.check import CheckedData, check_rows
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import hash_examples, joined, read, source_name, sources
-from qadeploy.errors import FailureError, InputError
+from qadeploy.data.table import check_summary
+from qadeploy.errors import FailureError, InputError, MissingExtraError
 from qadeploy.evaluation.predictions import write_predictions
 from qadeploy.files import cache_folder, write_json
 from qadeploy.inference.devices import parse_device
@@ -47,11 +48,11 @@ from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint, save_
 from qadeploy.training.distill import Teacher, keep_layers, load_teacher, soft_labels
 from qadeploy.training.exportable import TESTED, exportable
 from qadeploy.training.feature_cache import cached_features
-from qadeploy.training.features import FeatureSet
+from qadeploy.training.features import FeatureSet, unknown_tokens
 from qadeploy.training.negatives import with_negatives
 from qadeploy.training.options import FEW_EXAMPLES, TrainOptions
 from qadeploy.training.provenance import base_name, base_of, versions_of
-from qadeploy.training.report_files import shipped_base, write_report_files
+from qadeploy.training.report_files import write_report_files
 from qadeploy.training.resume import OpenRun, check_unfinished, finish, open_run
 from qadeploy.training.run_data import RunData, split_data, unlabelled_questions
 from qadeploy.training.run_log import RunLog, Say
@@ -72,7 +73,6 @@ from qadeploy.training.torch_device import device_name, memory_errors, resolve_p
 from qadeploy.training.tracking import check_tracker, tracker, tracker_errors
 from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
 from qadeploy.training.training_set import TrainingSet, masked_windows
-from qadeploy.training.unknown_tokens import unknown_tokens
 from qadeploy.training.workers import make_features_in
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
@@ -123,7 +123,7 @@ def train(
     """
     started = time.time()
     with distributed.together(on_cpu=options.device == "cpu"):
-        log = RunLog(say, warn) if distributed.is_first() else RunLog(_ignore)
+        log = RunLog(say, warn) if distributed.is_first() else RunLog(lambda line: None)
         distributed.from_first(lambda: check(options, resume))
         device = training_device(options.device)
         data = data or load_data(options, log)
@@ -159,10 +159,6 @@ def train(
     return RunResult(Path(options.out), metrics)
 
 
-def _ignore(line: str) -> None:
-    """Drops the report of every process but the first."""
-
-
 def check(options: TrainOptions, resume: bool = False) -> None:
     """Raises InputError if an option is out of range or the folder is taken, MissingExtraError without the tracker."""
     check_declared(options)
@@ -191,7 +187,7 @@ def load_data(options: TrainOptions, log: RunLog) -> RunData:
     rows = {source: list(load_rows(source, options.token)) for source in sources(options.data)}
     checked = [check_rows(source, rows[source], options) for source in rows]
     check = CheckedData(source_name(options.data), tuple(row for each in checked for row in each.rows))
-    log.data_check(check)
+    log.step("data check", check_summary(check))
     found = joined([read(source, options, rows=rows[source]) for source in rows])
     return split_data(options, found, check)
 
@@ -251,7 +247,11 @@ def _load_models(options: TrainOptions, device: torch.device, metric: Metric) ->
 
 def _check_export(checkpoint: Checkpoint, log: RunLog) -> None:
     """Raises InputError if ``export`` cannot export the model; warns if it may fail."""
-    found = exportable(checkpoint.model.config)
+    try:
+        found = exportable(checkpoint.model.config)
+    except MissingExtraError as error:
+        log.warning(f"qadeploy export cannot export the trained model before an exporter is installed: {error}")
+        return
     if found.possible is False:
         raise InputError(
             f"{checkpoint.name}: {found.why}, so qadeploy export could not export the trained model: give a --base of "
@@ -275,7 +275,6 @@ class _Windows:
 
     @property
     def sets(self) -> list[FeatureSet]:
-        """The train set, the dev set and, if there is one, the held-out set."""
         return [self.train.features, self.dev, *([self.held_out] if self.held_out else [])]
 
 
@@ -301,7 +300,6 @@ def _make_windows(options: TrainOptions, data: RunData, models: _Models, log: Ru
     log.labelled_window(train_set, encoder.token_text)
     unknown = unknown_tokens(made.sets, encoder)
     log.unknown_tokens(unknown)
-
     if not train_set.with_answer:
         raise InputError(f"{data.train.source}: no training window holds an answer, so there is nothing to learn from")
     if options.batch_tokens:
@@ -364,7 +362,6 @@ class _Loop:
 
 
 def _make_loop(run: _TrainingRun) -> _Loop:
-    """Builds the Trainer with its callbacks."""
     options, models, windows = run.options, run.models, run.windows
     done: dict[str, Any] = run.opened.saved.run_state if run.opened.saved else {"rows": []}
     speed = Speed(models.device, lambda: trainer.windows_seen, distributed.count(), done.get("speed", []))
@@ -443,7 +440,6 @@ def _arguments(run: _TrainingRun) -> SpanArguments:
 
 
 def _epoch_settings(run: _TrainingRun) -> QaSettings:
-    """The settings that epochs are scored with."""
     settings = initial_settings(run.models.settings, run.windows.train.features.examples)
     threshold = run.options.null_score_diff_threshold
     return settings if threshold is None else replace(settings, null_threshold=threshold)
@@ -452,7 +448,6 @@ def _epoch_settings(run: _TrainingRun) -> QaSettings:
 def _dev_metrics(
     dev: FeatureSet, prediction: EvalPrediction | EvalLoopOutput, settings: QaSettings
 ) -> dict[str, float]:
-    """The scores of an epoch."""
     starts, ends = prediction.predictions[:2]
     if not np.isfinite(starts[:, 0]).all():
         raise FailureError("training diverged: the logits are not finite. Lower --learning-rate")
@@ -523,7 +518,6 @@ class _SetResult:
 
     @classmethod
     def of(cls, features: FeatureSet, logits: Logits, settings: QaSettings) -> _SetResult:
-        """The result of logits under the chosen settings."""
         answers = answers_of(features, logits, settings)
         scores = score(features.examples, answers, settings.metric)
         return cls(features, logits, answers, scores, report_choice(features, logits, settings))
@@ -618,6 +612,6 @@ def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> 
         save_checkpoint(run.models.checkpoint, settings, folder / "checkpoint")
         own = sorted({*files_in(folder / "checkpoint")} - {*foreign})
         write_json(folder / "metrics.json", metrics)
-        described = RunRecord(Path(run.options.out).name, run.opened.record, metrics, shipped_base())
+        described = RunRecord(Path(run.options.out).name, run.opened.record, metrics)
         write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log)
     return own

@@ -22,10 +22,7 @@ from qadeploy.training.training_set import TrainingSet
 from qadeploy.training.training_set import collate as collate_arrays
 from qadeploy.training.transformers_versions import trainer_options
 
-_LABELS = frozenset(
-    {"start_positions", "end_positions", "answer_mask", "null_positions"}
-    | {"groups", "labelled", "soft_starts", "soft_ends"}
-)
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # all else in a batch is labels
 _MASKED = -1e9  # a logit whose probability is 0
 
 
@@ -84,13 +81,8 @@ class SaveEverySteps(TrainerCallback):
 class SpanTrainer(Trainer):
     """The Trainer with length-grouped batches and a loss over valid positions only.
 
-    The loss is the cross entropy of start and end positions, averaged over the annotators of a question (their spans are
-    equally good targets) and over start and end. Its softmax runs over the context and the null position, as the decoder's
-    does.
-
-    Two terms may be added. With a teacher, ``distill_weight`` of the loss is the cross entropy with the teacher's distribution
-    at ``temperature``, times its square. And questions with negatives add the loss of their start and end positions among all
-    context positions of all their windows (Clark and Gardner 2018, section 3.2: the summed objective), so that logits are
+    The loss is ``span_loss``, averaged over start and end; its softmax runs over the same positions as the decoder's. With a
+    teacher, ``distill_weight`` of it is ``distillation_loss``. Questions with negatives add ``shared_loss``, so that logits are
     comparable between windows; these windows share a batch. Windows that only a teacher labels take no part in it.
 
     The loss of a batch is the mean over its windows. Batches of units (with ``batch_tokens``, or negatives) have few windows or
@@ -150,14 +142,15 @@ class SpanTrainer(Trainer):
         loader: DataLoader[Any]
         if self.batches is None:
             loader = super().get_train_dataloader()
-        else:
-            loader = DataLoader(
+            return loader
+        loader = self.accelerator.prepare(
+            DataLoader(
                 self.train_dataset,
                 batch_sampler=self.batches,
                 collate_fn=self.data_collator,
                 pin_memory=self.args.dataloader_pin_memory,
             )
-            loader = self.accelerator.prepare(loader)
+        )
         return loader
 
     def fit(self, saved: Save | None) -> None:
@@ -236,7 +229,7 @@ class SpanTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a batch, and its logits with ``return_outputs``."""
-        outputs = model(**{k: v for k, v in inputs.items() if k not in _LABELS})
+        outputs = model(**{k: v for k, v in inputs.items() if k in _INPUTS})
         sides = (("start", outputs.start_logits), ("end", outputs.end_logits))
         if model.training:
             loss = sum(self._training_loss(side, logits, inputs) for side, logits in sides) / 2

@@ -26,7 +26,7 @@ def lines(axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_the_curves_are_the_epochs():
-    epochs = facts().training.epochs
+    epochs = facts().epochs
     loss, scores = Figure().subplots(1, 2)
     draw_loss(loss, epochs, 2)
     draw_scores(scores, epochs, 2)
@@ -106,6 +106,6 @@ def test_texts_of_a_figure_are_escaped_and_not_formulas():
 
 
 def test_an_epoch_overfits_if_dev_loss_rises_while_train_loss_falls():
-    assert [e.overfits for e in facts().training.epochs] == [False, False, False, True]
+    assert [e.overfits for e in facts().epochs] == [False, False, False, True]
     words = {"epochs": [{**row, "observation": ""} for row in facts().run.metrics["epochs"]]}
-    assert facts(words).training.epochs == tuple(replace(e, observation="") for e in facts().training.epochs)
+    assert facts(words).epochs == tuple(replace(e, observation="") for e in facts().epochs)

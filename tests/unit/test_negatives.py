@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from qadeploy.errors import InputError
 from qadeploy.records import Annotation, Example
 from qadeploy.training.negatives import LONGEST, ExamplesWithNegatives, holds_answer, with_negatives, without_answer
 
@@ -98,5 +97,3 @@ def test_nothing_is_made_of_one_passage_without_other_sentences_nor_for_unanswer
     paired = with_negatives(alone, 2)
     assert paired == ExamplesWithNegatives(tuple(alone), (0, 1))
     assert with_negatives(alone, 0) == paired
-    with pytest.raises(InputError, match="negatives is -1"):
-        with_negatives(alone, -1)

@@ -23,6 +23,7 @@ from qadeploy.reports.run_report import (
     train_command,
     worst_mistakes,
 )
+from qadeploy.shipped import BASE_MODEL
 from tests.run_facts_for_tests import ANSWERS, EXAMPLES, JUDGED, METRICS, RECORD, facts, parts
 
 ROWS = [
@@ -185,8 +186,8 @@ def test_the_command_gives_the_options_back_to_the_command_line(data):
 
 
 def test_the_base_that_ships_needs_no_naming():
-    assert "--base" not in train_command(RECORD["options"], "base")
-    assert "--base" in train_command(RECORD["options"], "another")
+    assert "--base" not in train_command({**RECORD["options"], "base": BASE_MODEL})
+    assert "--base" in train_command(RECORD["options"])
 
 
 def test_flags_and_mappings_are_written_as_the_command_line_takes_them():

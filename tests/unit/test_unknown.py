@@ -10,8 +10,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.core.unknown import unknown_id, unknown_share
 from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.records import Annotation, Example
-from qadeploy.training.features import make_features
-from qadeploy.training.unknown_tokens import unknown_tokens
+from qadeploy.training.features import make_features, unknown_tokens
 
 PIECES = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "the", "cat", "##s", "sat")
 

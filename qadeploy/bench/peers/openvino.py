@@ -16,6 +16,7 @@ import numpy as np
 from qadeploy.bench.peers.setup import Setup, exported, quiet
 from qadeploy.bench.variant import Asker, Variant, around, host
 from qadeploy.bench.workload import windows_of
+from qadeploy.core.windows import pad_batch
 from qadeploy.errors import FailureError
 from qadeploy.extras import import_extra
 from qadeploy.inference.answerer import LogitsModel
@@ -107,11 +108,7 @@ class OpenVinoModel(LogitsModel):
 
 def inputs(window: Window, names: Iterable[str]) -> dict[str, Any]:
     """One window as the inputs in ``names``, int64 ``[1, tokens]`` each."""
-    values = {
-        "input_ids": window.input_ids[None],
-        "attention_mask": np.ones((1, len(window)), dtype=np.int64),
-        "token_type_ids": None if window.token_type_ids is None else window.token_type_ids[None],
-    }
+    values = pad_batch([window], 0)
     return {name: values[name] for name in names}
 
 

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qadeploy.bench.peers.pipeline import in_pipeline, options, require_pipeline
 from qadeploy.bench.peers.setup import Setup, exported, quiet, torch_with
 from qadeploy.bench.variant import Asker, Variant, around, host
+from qadeploy.core.windows import pad_batch
 from qadeploy.extras import import_extra
 from qadeploy.inference.answerer import LogitsModel
 from qadeploy.inference.session import session_options
@@ -98,11 +97,5 @@ class _Direct(LogitsModel):
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, one call per window."""
-        return [self._one(window) for window in windows]
-
-    def _one(self, window: Window) -> Logits:
-        batch = {"input_ids": window.input_ids[None], "attention_mask": np.ones((1, len(window)), dtype=np.int64)}
-        if window.token_type_ids is not None:
-            batch["token_type_ids"] = window.token_type_ids[None]
-        output = self._model(**batch)
-        return output.start_logits[0], output.end_logits[0]
+        outputs = (self._model(**pad_batch([window], 0)) for window in windows)
+        return [(output.start_logits[0], output.end_logits[0]) for output in outputs]
