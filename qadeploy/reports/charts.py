@@ -112,7 +112,7 @@ def _finish(axes: Any, epochs: Sequence[Epoch], best: int | None, y_label: str) 
     if best is not None:
         axes.axvline(best, color=COLOURS["muted"], linestyle=":", linewidth=1, marker="")
         axes.annotate(
-            "kept",
+            "best",
             (best, 1),
             xycoords=axes.get_xaxis_transform(),
             xytext=(0, 7),

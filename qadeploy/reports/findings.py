@@ -48,15 +48,18 @@ def gain(facts: RunFacts) -> str:
 
 
 def course(facts: RunFacts) -> str:
-    """Returns which epoch was the best, and whether overfitting followed."""
-    best, last = facts.best_epoch, facts.epochs[-1].number
-    if best == last:
+    """Returns which epoch was the best, or that the mean is kept, and whether overfitting followed."""
+    best, last, mean = facts.best_epoch, facts.epochs[-1].number, facts.mean
+    if mean:
+        text = f"The mean of the weights of {mean.number} epochs is kept: no epoch has a better dev F1."
+    elif best == last:
         return "The last epoch was the best by dev F1: more epochs may help." if last else ""
-    text = f"Epoch {best} of {last} was the best by dev F1."
+    else:
+        text = f"Epoch {best} of {last} was the best by dev F1."
     if not any(e.overfits for e in facts.epochs if e.number > best):
         return text
     return (
-        f"{text} After it the train loss kept falling while the dev loss rose (overfitting): more data will help, but "
+        f"{text} After epoch {best} the train loss kept falling while the dev loss rose (overfitting): more data will help, but "
         "more epochs will not."
     )
 
@@ -136,8 +139,8 @@ def caption_loss(facts: RunFacts) -> str:
 def caption_scores(facts: RunFacts) -> str:
     """Returns what the score curves show."""
     first = facts.epochs[0]
-    best = next(e for e in facts.epochs if e.number == facts.best_epoch)
-    text = f"Dev F1 is {best.f1:.1f} {_at(best)}, which is kept"
+    best = facts.mean or next(e for e in facts.epochs if e.number == facts.best_epoch)
+    text = f"Dev F1 is {best.f1:.1f} {'with the mean of the epochs' if facts.mean else _at(best)}, which is kept"
     return f"{text}, up from {first.f1:.1f} {_at(first)}." if first.f1 < best.f1 else f"{text}."
 
 

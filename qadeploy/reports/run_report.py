@@ -256,13 +256,14 @@ class Search:
 class RunFacts:
     """Everything that the report and the model card show; ``search`` is None if no search chose the settings.
 
-    ``best_epoch`` is the number of the epoch that was kept.
+    ``best_epoch`` is the number of the epoch that was kept, unless there is a ``mean``, the row of the mean of the epochs.
     """
 
     run: RunRecord
     data: DataFacts
     epochs: tuple[Epoch, ...]
     best_epoch: int
+    mean: Epoch | None
     results: Results
     search: Search | None
 
@@ -296,6 +297,7 @@ def make_facts(
         data,
         epochs,
         int(metrics["best_epoch"]),
+        _mean(metrics.get("mean_of_epochs")),
         _results(judged, answers, metrics, epochs, held_out),
         _search(metrics.get("search")),
     )
@@ -319,6 +321,15 @@ def read_epochs(rows: Sequence[Mapping[str, Any]], speed: Sequence[Mapping[str, 
         )
         for before, row in zip((None, *rows), rows, strict=False)
     )
+
+
+def _mean(found: Mapping[str, Any] | None) -> Epoch | None:
+    if not found:
+        return None
+    (mean,) = read_epochs(
+        [{**found, "epoch": found["epochs"], "train_loss": None, "observation": "the mean of the weights"}]
+    )
+    return mean
 
 
 def _search(found: Mapping[str, Any] | None) -> Search | None:

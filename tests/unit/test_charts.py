@@ -36,7 +36,7 @@ def test_the_curves_are_the_epochs():
     }
     assert lines(scores)["F1"] == [(e.number, e.f1) for e in epochs]
     assert lines(scores)["EM"] == [(e.number, e.exact_match) for e in epochs]
-    assert [text.get_text() for text in loss.texts] == ["kept"]
+    assert [text.get_text() for text in loss.texts] == ["best"]
 
 
 @pytest.mark.parametrize("values", [[0.0], [100.0, 100.0], [0.0, 0.0], [1e-9, 1e9]])

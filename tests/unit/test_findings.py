@@ -36,6 +36,13 @@ def test_the_course_of_training():
     assert findings.caption_scores(facts()) == (
         "Dev F1 is 60.0 after epoch 2, which is kept, up from 20.0 before training."
     )
+    averaged = facts({"mean_of_epochs": {**epoch(3, None, 1.9, 61.0), "epochs": 3}})
+    assert findings.course(averaged).startswith(
+        "The mean of the weights of 3 epochs is kept: no epoch has a better dev F1. After"
+    )
+    assert findings.caption_scores(averaged).startswith(
+        "Dev F1 is 61.0 with the mean of the epochs, which is kept, up from"
+    )
 
 
 def test_honesty_of_confidence():
