@@ -13,13 +13,14 @@ from qadeploy.bench.measure import status_of
 from qadeploy.bench.options import BenchOptions
 from qadeploy.bench.own import open_bundles, variants
 from qadeploy.bench.peers import PEERS, parse_peers
-from qadeploy.bench.peers.setup import Setup
+from qadeploy.bench.peers.setup import Setup, weights_bytes
 from qadeploy.bench.variant import Variant
 from qadeploy.bench.workload import calibration, draw, windows_of
 from qadeploy.data.loading import read
 from qadeploy.errors import BundleError, FailureError, InputError, MissingExtraError
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.timing import spread
+from qadeploy.training.checkpoint import load_checkpoint
 from tests.conftest import sealed_copy
 
 
@@ -113,6 +114,16 @@ def test_a_checkpoint_that_is_gone_is_named(tiny, tiny_export, examples, tmp_pat
     for name in ("pipeline", "torch", "optimum"):
         with pytest.raises(FailureError, match="gone: the bundle's source checkpoint no longer exists"):
             PEERS[name](gone)
+
+
+def test_weights_in_several_files_count_together(tiny, tmp_path):
+    whole = tiny.run / "checkpoint"
+    load_checkpoint(whole).model.save_pretrained(tmp_path / "parts", max_shard_size="100KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    assert weights_bytes(str(tmp_path / "parts"), 4) == weights_bytes(str(whole), 4) > 100_000
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FailureError, match="none: has no weights as safetensors: save"):
+        weights_bytes(str(tmp_path / "none"), 4)
 
 
 def test_peers_are_named_once_and_known():

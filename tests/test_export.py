@@ -43,6 +43,7 @@ from qadeploy.records import Example, Window
 from qadeploy.shipped import base_bundle_path, base_model_path
 from qadeploy.training.checkpoint import TorchModel, load_checkpoint
 from qadeploy.training.exportable import exporters
+from qadeploy.training.provenance import weights_hash
 from qadeploy.training.runs import HeldOut, Run, dev_set, find_run, held_out
 from qadeploy.training.train import train
 from tests.conftest import sealed_copy, tiny_options, triplets, write_jsonl
@@ -112,7 +113,7 @@ def test_the_manifest_says_what_was_made_from_what_and_what_was_measured(tiny, t
     record = json.loads((tiny.run / "run.json").read_text())
     assert source["checkpoint"] == str(tiny.run / "checkpoint")
     assert source["run"]["data_sha256"] == record["data_sha256"]
-    assert len(source["checkpoint_sha256"]) == 64
+    assert source["checkpoint_sha256"] == weights_hash(tiny.run / "checkpoint")
     used = ("torch", "optimum" if exporters()[0] == "optimum" else "onnxscript", "onnx", "onnxruntime")
     assert all(manifest["versions"][name] != "none" for name in used)
     card = (bundle.folder / CARD).read_text()

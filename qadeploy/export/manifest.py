@@ -10,7 +10,6 @@ from typing import Any
 from qadeploy.evaluation.scoring import Evaluation
 from qadeploy.export.parity import TOLERANCES, measure_parity, require_parity
 from qadeploy.export.reference import Reference, counted, make_answerer, measure
-from qadeploy.files import hash_file
 from qadeploy.inference.bundle import CARD, MODEL, TOKENIZER, seal
 from qadeploy.inference.bundle_card import bundle_card
 from qadeploy.inference.probe import make_probe
@@ -18,7 +17,7 @@ from qadeploy.inference.session import onnxruntime
 from qadeploy.inference.tuning import Tuning, model_of, tune
 from qadeploy.machine import machine, return_freed_memory
 from qadeploy.records import LOGIT_NAMES
-from qadeploy.training.provenance import versions_of
+from qadeploy.training.provenance import versions_of, weights_hash
 
 _VERSIONED = (
     "qadeploy", "torch", "transformers", "optimum", "optimum-onnx", "onnxscript", "onnx", "onnxruntime", "tokenizers",
@@ -77,7 +76,6 @@ def finish_bundle(
     (work / TOKENIZER).write_text(checkpoint.tokenizer.backend_tokenizer.to_str(pretty=False), encoding="utf-8")
     evaluation = evaluation or counted(answerer, reference.examples, "the bundle answers", reference.count)
     config = checkpoint.model.config
-    weights = reference.run.checkpoint / "model.safetensors"
     manifest: dict[str, Any] = {
         "name": name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -103,7 +101,7 @@ def finish_bundle(
         "drift": {figure: found.to_dict() for figure, found in evaluation.drift.items()},
         "source": {
             "checkpoint": str(reference.run.checkpoint),
-            "checkpoint_sha256": hash_file(weights) if weights.is_file() else None,
+            "checkpoint_sha256": weights_hash(reference.run.checkpoint),
             "run": reference.run.record
             and {k: reference.run.record[k] for k in ("options", "seed", "data_sha256", "base")},
         },

@@ -80,16 +80,20 @@ def exported(setup: Setup) -> Path:
 
 
 def weights_bytes(checkpoint: str, itemsize: int) -> int:
-    """The bytes of a checkpoint's weights at ``itemsize`` bytes each, read from the header of its safetensors file.
+    """The bytes of a checkpoint's weights at ``itemsize`` bytes each, read from the headers of its safetensors files.
 
-    Raises MissingExtraError, and FailureError if the checkpoint has no such file.
+    Raises MissingExtraError, and FailureError if the checkpoint has no such files.
     """
     library = import_extra("safetensors", "a PyTorch peer", "train", "transformers")
-    path = Path(checkpoint) / "model.safetensors"
-    if not path.is_file():
-        raise FailureError(f"{path}: is missing: save the checkpoint as safetensors")
-    with library.safe_open(path, "np") as weights:
-        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - no mapping
+    from qadeploy.training.checkpoint import weight_files
+
+    files = weight_files(Path(checkpoint))
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        raise FailureError(f"{checkpoint}: has no weights as safetensors: save the checkpoint with them")
+    shapes = []
+    for file in files:
+        with library.safe_open(file, "np") as weights:
+            shapes += [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - no mapping
     return itemsize * sum(map(math.prod, shapes))
 
 
