@@ -21,7 +21,7 @@ from onnx import helper
 
 from qadeploy.core.metrics import bootstrap_interval
 from qadeploy.core.settings import any_unanswerable
-from qadeploy.errors import DeviceError, FailureError, GateError
+from qadeploy.errors import DeviceError, FailureError, GateError, InputError
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.export.fusion import fuse, has_fusions, silent
 from qadeploy.export.graph import Graph
@@ -160,9 +160,13 @@ def write_fp16(
         say: Called with the reason if CUDA is not available.
 
     Raises:
+        InputError: There is no question to compare answers on.
         FailureError: The graph cannot be converted.
         GateError: Logits or answers lose too much; ``out`` is left as it was.
     """
+    examples = judging_questions(reference)
+    if not examples:
+        raise InputError(f"{out}: there is no question to compare fp16 with fp32 on: give --eval-data FILE")
     made = to_fp16(source.read(MODEL), source.manifest["architecture"])
     try:
         answerer = make_answerer(reference, made.model, {}, device=device)
@@ -170,7 +174,7 @@ def write_fp16(
         say(f"{error}\nso the fp16 bundle is judged on the CPU")
         device = "cpu"
         answerer = make_answerer(reference, made.model, {}, device=device)
-    judged = _judge(reference, source, answerer)
+    judged = _judge(reference, source, answerer, examples)
     if not judged["f1_change"] >= -max_f1_drop:
         low, high = judged["f1_change_interval"]
         raise GateError(
@@ -195,9 +199,8 @@ def write_fp16(
     return open_bundle(out)
 
 
-def _judge(reference: Reference, source: Bundle, answerer: Answerer) -> dict[str, Any]:
+def _judge(reference: Reference, source: Bundle, answerer: Answerer, examples: Sequence[Example]) -> dict[str, Any]:
     """Compares the answers of fp16 in pairs with those of the fp32 bundle; returns plain JSON values."""
-    examples = judging_questions(reference)
     plain = make_answerer(reference, source.read(MODEL), source.manifest["session"], device="cpu")
     allow = any_unanswerable(examples)
     ours, theirs = (evaluate(each, examples, allow_no_answer=allow) for each in (answerer, plain))
@@ -208,7 +211,7 @@ def _judge(reference: Reference, source: Bundle, answerer: Answerer) -> dict[str
         "held_out": min(len(reference.examples), len(examples)),
         "f1_change": 100.0 * float(difference.mean()),
         "f1_change_interval": list(bootstrap_interval(difference)),
-        "equal_answers": sum(same) / max(1, len(same)),
+        "equal_answers": sum(same) / len(same),
         "enough": len(examples) >= QUESTIONS,
     }
 
