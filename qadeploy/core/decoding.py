@@ -183,10 +183,12 @@ class _Rule:
     align_to_words: bool
     most_overlap: float | None
 
-    def text_span(self, first: int, last: int) -> tuple[int, int]:
-        """The code points of the span from one token to another."""
+    def best(self, cell: int, logit: float, lengths: int) -> _Best:
+        """The span of a cell of a table with this many lengths."""
+        first, extra = divmod(cell, lengths)
         source = self.context.aligned if self.align_to_words else self.context.offsets
-        return self.context.visible(int(source[first, 0]), int(source[last, 1]))
+        text = self.context.visible(int(source[first, 0]), int(source[first + extra, 1]))
+        return text, first, first + extra, logit
 
     def choose(self, ranked: Sequence[_Best], spans: dict[tuple[int, int], _Best]) -> None:
         """Adds the spans of ``ranked``, best first, to ``spans``, which holds those chosen so far by text."""
@@ -242,7 +244,7 @@ def _decode(table: _Table, null: float, rule: _Rule, allow_no_answer: bool, temp
     ranked, want = 0, min(size, 1 if rule.top_k == 1 else max(2 * rule.top_k, 16))
     while len(spans) < rule.top_k and ranked < want:
         cells = best_cells(want)
-        rule.choose([_best(cell, logit, table.lengths, rule) for cell, logit in cells[ranked:]], spans)
+        rule.choose([rule.best(cell, logit, table.lengths) for cell, logit in cells[ranked:]], spans)
         if len(cells) < want:  # there are no more valid spans
             break
         ranked, want = want, min(size, 4 * want)
@@ -254,11 +256,6 @@ def _decode(table: _Table, null: float, rule: _Rule, allow_no_answer: bool, temp
     )
     null_score = math.exp((null - peak) / temperature) / total if allow_no_answer else 0.0
     return Decoded(tuple(found), null, null_score)
-
-
-def _best(cell: int, logit: float, lengths: int, rule: _Rule) -> _Best:
-    first, extra = divmod(cell, lengths)
-    return rule.text_span(first, first + extra), first, first + extra, logit
 
 
 def rank_answers(

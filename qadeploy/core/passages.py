@@ -68,8 +68,7 @@ class JoinedText(EncodedText):
 
     def part_of(self, window: Window) -> int:
         """The index in ``parts`` of the passage that a window is cut from."""
-        held = np.searchsorted(self.token_begins, window.context_offset, side="right") - 1
-        return int(held)
+        return int(np.searchsorted(self.token_begins, window.context_offset, side="right")) - 1
 
 
 def _begins(sizes: Sequence[int]) -> IntArray:

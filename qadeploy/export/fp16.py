@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import helper
 
 from qadeploy.core.metrics import bootstrap_interval
 from qadeploy.core.settings import any_unanswerable
-from qadeploy.errors import DeviceError, FailureError, GateError, InputError
+from qadeploy.errors import DeviceError, FailureError, GateError, InputError, one_line
 from qadeploy.evaluation.scoring import evaluate
-from qadeploy.export.fusion import fuse, has_fusions, silent
-from qadeploy.export.graph import Graph
+from qadeploy.export.fusion import FUSED_TYPES, fuse, silent
+from qadeploy.export.graph import Graph, add_contrib_domain
 from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference, make_answerer
 from qadeploy.inference.answerer import Answerer
@@ -39,7 +38,6 @@ QUESTIONS = 1000  # fewer cannot resolve a tenth of a point
 _ON_CPU = "fp16 weights; ONNX Runtime computes in fp32 if the CPU has no fp16 kernel (measured without a GPU)"
 _ON_CUDA = "fp16 weights and arithmetic, on CUDA"
 _INTEGERS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
-_DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +73,7 @@ def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
 
     heads, hidden = architecture["heads"] or 0, architecture["hidden"] or 0
     try:
-        if has_fusions(architecture["model_type"]):
+        if architecture["model_type"] in FUSED_TYPES:
             made = fuse(model, architecture, mask_index=True)
         else:
             made = BertOnnxModel(onnx.load_model_from_string(model), heads, hidden)
@@ -87,12 +85,12 @@ def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
             narrow.change_graph_inputs_to_int32()
             int32 = _casts(narrow.model) <= _casts(made.model)
             made = narrow if int32 else made
-            _tidy(made)
+            made.prune_graph()
+            made.topological_sort()
+            add_contrib_domain(made.model)
     except Exception as error:  # the converters and their libraries may raise anything
-        reason = " ".join(str(error).split())[:300]
-        raise FailureError(
-            f"ONNX Runtime cannot convert this {architecture['model_type']} model to fp16: {reason}"
-        ) from error
+        kind = architecture["model_type"]
+        raise FailureError(f"ONNX Runtime cannot convert this {kind} model to fp16: {one_line(error)}") from error
     attentions = Counter(node.op_type for node in made.model.graph.node)["Attention"]
     layers = architecture["layers"] or 0
     return Fp16Model(made.model.SerializeToString(), attentions, layers, int32, exact)
@@ -125,13 +123,6 @@ def _to_integers(node: onnx.NodeProto) -> bool:
 
 def _casts(proto: onnx.ModelProto) -> int:
     return sum(node.op_type == "Cast" for node in proto.graph.node)
-
-
-def _tidy(made: Any) -> None:
-    made.prune_graph()
-    made.topological_sort()
-    if _DOMAIN not in {opset.domain for opset in made.model.opset_import}:
-        made.model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
 
 
 # ---------------------------------------------------------------- the bundle

@@ -25,18 +25,11 @@ from onnx import external_data_helper
 from qadeploy.errors import FailureError
 from qadeploy.export.attention import fuse_attention
 
-# ONNX Runtime's optimizer knows families of graphs; the graphs of these models are built like BERT's.
-_BERT_LIKE = frozenset(
+# ONNX Runtime's optimizer knows families of graphs; the graphs of models of these types are built like BERT's.
+FUSED_TYPES = frozenset(
     {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mobilebert"}
     | {"modernbert", "mpnet", "roberta", "xlm-roberta"}
 )
-
-
-def has_fusions(kind: str) -> bool:
-    """Whether ONNX Runtime's optimizer knows graphs of this ``model_type``."""
-    return kind in _BERT_LIKE
-
-
 _OUTSIDE = 2**16  # bytes; weights at least this large stay out of the copies
 _WEIGHTS = "weights.bin"
 

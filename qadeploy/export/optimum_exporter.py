@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx
 
-from qadeploy.errors import FailureError
+from qadeploy.errors import FailureError, one_line
 from qadeploy.inference.bundle import MODEL
 from qadeploy.training.checkpoint import Checkpoint
 from qadeploy.training.exportable import TASK
@@ -35,8 +35,7 @@ def export_by_optimum(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
                 )
         except Exception as error:  # optimum raises ValueError, KeyError, RuntimeError, ... by model
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
-            reason = " ".join(str(error).split())[:300]
-            raise FailureError(f"optimum cannot export a {kind} model: {reason}") from error
+            raise FailureError(f"optimum cannot export a {kind} model: {one_line(error)}") from error
     return onnx.load(folder / MODEL)
 
 

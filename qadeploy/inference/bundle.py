@@ -320,11 +320,7 @@ def default_bundle() -> Path:
 
 
 def _newest(folder: Path) -> Path | None:
-    found = (
-        [p for p in folder.iterdir() if not p.name.startswith(".") and _is_general(p / MANIFEST)]
-        if folder.is_dir()
-        else []
-    )
+    found = [path for path in folder.glob("[!.]*") if _is_general(path / MANIFEST)]
     return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)
 
 

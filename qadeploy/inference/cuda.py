@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qadeploy.core.windows import pad_batch
-from qadeploy.errors import DeviceError
+from qadeploy.errors import DeviceError, one_line
 from qadeploy.records import LOGIT_NAMES, FloatArray, Logits, Window
 
 _T = TypeVar("_T")
@@ -310,7 +310,7 @@ class DeviceRunner:
             plain = self._capturing.run(LOGIT_NAMES, batch, options)
             apart = _apart(found, (plain[0], plain[1]), batch)
         except Exception as error:  # the binding raises one bare class per status code
-            return None, f"capturing {shape.rows} x {shape.tokens} tokens failed: {' '.join(str(error).split())[:200]}"
+            return None, f"capturing {shape.rows} x {shape.tokens} tokens failed: {one_line(error, 200)}"
         if apart > APART:
             return None, f"a captured graph's logits were {apart:.2g} from those of a plain run"
         slot.proven = True
@@ -320,7 +320,7 @@ class DeviceRunner:
 
 def _typed(error: Exception) -> _OutOfMemoryError | DeviceError:
     """Converts an error of ONNX Runtime, whose classes do not tell when memory runs out, by its message."""
-    said = " ".join(str(error).split())[:200]
+    said = one_line(error, 200)
     if any(words in said.lower() for words in _NO_MEMORY):
         return _OutOfMemoryError(said)
     return DeviceError(f"a run on the GPU failed: {said}")

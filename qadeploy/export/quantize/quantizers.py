@@ -18,6 +18,11 @@ from qadeploy.inference.bundle import MODEL
 from qadeploy.records import Window
 
 LARGE_TABLE = 1000  # rows
+_MATMULS: dict[str, Any] = {
+    "op_types_to_quantize": ["MatMul", "Gemm"],
+    "per_channel": True,
+    "extra_options": {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+}
 BLOCK = 128  # weights that share a scale if only weights are quantized
 
 
@@ -73,12 +78,10 @@ def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = (), *, redu
         quantize_dynamic(
             source,
             path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(float_nodes),
-            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+            **_MATMULS,
         )
         return path.read_bytes()
 
@@ -107,13 +110,11 @@ def quantize_static_int8(
             path,
             Reader(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
             reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(float_nodes),
-            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+            **_MATMULS,
         )
         return path.read_bytes()
 

@@ -25,7 +25,7 @@ import onnx
 from qadeploy.data.loading import hash_examples
 from qadeploy.errors import InputError
 from qadeploy.export import attention, graph
-from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, sensitivity, smoothquant
+from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, smoothquant
 from qadeploy.export.quantize.judging import ENOUGH, Judges, find_judges, fitting_questions
 from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
 from qadeploy.export.reference import Reference, make_answerer
@@ -45,7 +45,7 @@ _DUEL_TIMED = 16
 _RUNS = (_ROUNDS + 1) * (2 + (len(SESSIONS) + 1) / 2)
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 # The modules that measurements depend on.
-_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)
+_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes)
 Say = Callable[[str], object]
 
 
