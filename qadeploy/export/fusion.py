@@ -94,13 +94,20 @@ def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = Fa
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
     """Silences the logs and prints of ``onnxruntime.transformers``; callers count the fused nodes instead."""
-    names = ("onnxruntime.transformers", *logging.root.manager.loggerDict)
-    for name in names:
-        if name.startswith(("onnxruntime.t", "fusion", "onnx_model", "optimizer", "symbolic_shape_infer")):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with only_errors(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    """Silences logs below errors: ONNX Runtime's tools log their steps, and warnings about shapes through the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 if __name__ == "__main__":

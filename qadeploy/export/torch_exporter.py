@@ -49,7 +49,9 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
             )
         except Exception as error:  # torch.export, its decompositions and onnxscript may raise anything
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
-            raise FailureError(f"PyTorch cannot export a {kind} model: {_reason(error)}") from error
+            # The exporter's reason, without the advice for model authors around it.
+            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0].strip()[:300]
+            raise FailureError(f"PyTorch cannot export a {kind} model: {reason}") from error
     assert program is not None  # noqa: S101 - dynamo=True returns a program
     ClearMetadataAndDocStringPass()(program.model)  # drops stack traces, which contain paths of this machine
     proto = onnx_ir.to_proto(program.model)
@@ -62,12 +64,6 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
     _spell_out_lengths(proto)
     simplify_masks(proto, checkpoint.encoder.config.position_limit)
     return proto
-
-
-def _reason(error: Exception) -> str:
-    """The exporter's reason, without the advice for model authors around it."""
-    lines = str(error.__cause__ or error).strip().splitlines()
-    return f"{lines[0].strip()[:300]}" if lines else type(error).__name__
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, Any]:

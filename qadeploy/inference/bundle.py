@@ -221,8 +221,6 @@ def writing_bundle(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with holding(out), temporary_folder(out) as work:
         yield work
-        if not (work / MANIFEST).is_file():
-            raise BundleError(f"{out}: the bundle was not sealed")
         check_place(out)  # something may have been put there meanwhile
         replace_folder(work, out)
 
