@@ -33,6 +33,6 @@ class Watched:
         options, unknown = Options(**given), self._answerer.encoder.unknown_id
         for pair in self._answerer.read_stream(pairs, options):
             allowed = _SERVED.null_competes(pair.settings)
-            (served,) = pair.settings.decode([pair.scored], top_k=COMPARED, allow_no_answer=allowed)
+            served = pair.settings.decode(pair.scored, top_k=COMPARED, allow_no_answer=allowed)
             self.drift.add(figures_of(replace(pair, decoded=served), _SERVED, unknown))
             yield to_answers(pair, options)

@@ -57,7 +57,8 @@ def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: 
     softmaxes = [node for node in proto.graph.node if node.op_type == "Softmax"]
     matched = [_attention(graph, node) for node in softmaxes]
     found = [each for each in matched if each is not None]
-    if not heads or not found or len(found) < len(matched) or not (plain or any(a.special for a in found)):
+    special = any(each.rotations or each.bias or each.radius for each in found)  # beyond BERT's form
+    if not heads or not found or len(found) < len(matched) or not (plain or special):
         return Rewritten(model, 0, len(softmaxes))
     writer = _Writer(graph, heads, keep_mask)
     for attention in found:
@@ -111,11 +112,6 @@ class _Attention:
     radius: int | None
     scale: float | None
     last: onnx.NodeProto
-
-    @property
-    def special(self) -> bool:
-        """Whether it has a rotation, a bias or a window besides a mask."""
-        return self.rotations is not None or self.bias is not None or self.radius is not None
 
 
 def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol, Unpack
 
-from qadeploy.core.bm25 import rank_windows
-from qadeploy.core.decoding import decode_many
+from qadeploy.core.bm25 import rank_parts
+from qadeploy.core.decoding import decode
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.passages import JoinedText, passage_windows
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
@@ -424,7 +424,7 @@ class Answerer:
         ranking = None
         begins: Sequence[int] = cut.begins
         if options.prefilter is not None and options.prefilter < len(cut.begins):
-            ranking = rank_windows(asked.ids, encoded.ids, cut, options.prefilter)
+            ranking = rank_parts(asked.ids, encoded.ids, *cut.parts(), options.prefilter)
             begins = [cut.begins[i] for i in ranking.chosen]
         return EncodedPair(asked, encoded, self.encoder.make(asked, encoded, cut, begins, max_windows), ranking)
 
@@ -451,8 +451,8 @@ class Answerer:
         self, pair: EncodedPair, logits: Sequence[Logits], options: Options, settings: QaSettings
     ) -> DecodedPair:
         scored = settings.window_logits(pair.windows, [s for s, _ in logits], [e for _, e in logits], pair.context)
-        (decoded,) = decode_many(
-            [scored],
+        decoded = decode(
+            scored,
             top_k=options.top_k,
             max_answer_len=settings.max_answer_len,
             align_to_words=options.align_to_words,

@@ -208,17 +208,12 @@ class DeviceRunner:
             many += ", since the GPU's memory ran out"
         return [f"one question: {few}", f"many questions: {many}"]
 
-    def warm_up(self, window: Window, rows: Sequence[int] = GRAPH_ROWS[:1], longest: int = LONGEST) -> int:
-        """Captures shapes with these numbers of rows, up to ``longest`` tokens, with windows made of this one's tokens.
-
-        Other shapes are captured when first needed. Returns the number of captured shapes.
-        """
-        most = min(longest, self._longest or longest)
-        for count in rows:
-            for tokens in range(STEP, round_up(most, STEP) + 1, STEP):
-                if self.graphs:
-                    self.run([_stretched(window, min(tokens, most))] * count)
-        return self._captured
+    def warm_up(self, window: Window) -> None:
+        """Captures the shapes of one row, with windows made of this one's tokens; others are captured when first needed."""
+        most = min(LONGEST, self._longest or LONGEST)
+        for tokens in range(STEP, round_up(most, STEP) + 1, STEP):
+            if self.graphs:
+                self.run([_stretched(window, min(tokens, most))])
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order, for few windows with the least delay.

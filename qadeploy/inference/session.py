@@ -374,14 +374,10 @@ class OnnxModel:
 
     def _get(self, kind: str) -> Any:
         sessions = self._mine()
-        session = getattr(sessions, kind)
-        if session is None:
-            with self._lock:
-                session = getattr(sessions, kind)
-                if session is None:
-                    session = self._session(self.threads if kind == "wide" else 1)
-                    setattr(sessions, kind, session)
-        return session
+        with self._lock:
+            if getattr(sessions, kind) is None:
+                setattr(sessions, kind, self._session(self.threads if kind == "wide" else 1))
+            return getattr(sessions, kind)
 
     def _pool(self) -> ThreadPoolExecutor:
         sessions = self._mine()
