@@ -282,35 +282,29 @@ class DeviceRunner:
         """The logits of a graph, which is captured first if needed; None if graphs are no longer used."""
         if not self.graphs:  # another call has just turned them off
             return None
-        found, reason = self._by_graph(shape, batch)
-        if reason:
-            self._no_graphs = reason
-            self._slots.clear()
-            # Dropped at once: while the stream of this session captures, a new session would get no memory.
-            self._capturing = self.session = None
-        return found
-
-    def _by_graph(self, shape: Shape, batch: Mapping[str, Any]) -> tuple[Logits | None, str]:
-        """The logits of a graph, or None and the reason why graphs cannot be used."""
         try:
             slot = self._slots.get(shape)
             if slot is None:
                 slot = self._slots[shape] = _Slot(self._ort, self._capturing, shape, self._place, 1 + len(self._slots))
             found = slot.run(batch)
             if slot.proven:
-                return found, ""
+                return found
             found = slot.run(batch)  # the first run captures, after two warm-up runs by ONNX Runtime; this one replays
             options = self._ort.RunOptions()
             options.add_run_config_entry(_GRAPH_ID, _NO_GRAPH)
             plain = self._capturing.run(LOGIT_NAMES, batch, options)
             apart = _apart(found, (plain[0], plain[1]), batch)
+            if apart <= APART:
+                slot.proven = True
+                self._captured += 1
+                return found
+            self._no_graphs = f"a captured graph's logits were {apart:.2g} from those of a plain run"
         except Exception as error:  # the binding raises one bare class per status code
-            return None, f"capturing {shape.rows} x {shape.tokens} tokens failed: {one_line(error, 200)}"
-        if apart > APART:
-            return None, f"a captured graph's logits were {apart:.2g} from those of a plain run"
-        slot.proven = True
-        self._captured += 1
-        return found, ""
+            self._no_graphs = f"capturing {shape.rows} x {shape.tokens} tokens failed: {one_line(error, 200)}"
+        self._slots.clear()
+        # Dropped at once: while the stream of this session captures, a new session would get no memory.
+        self._capturing = self.session = None
+        return None
 
 
 def _typed(error: Exception) -> _OutOfMemoryError | DeviceError:

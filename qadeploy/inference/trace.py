@@ -56,8 +56,8 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
     pairs.sort(key=lambda p: -p[0])
     plain = replace(options, snippet=None, offsets="codepoints")
     joined = reading.passages
-    begins = dict(zip(joined.numbers, joined.begins.tolist(), strict=True)) if joined else {}
-    answers = {}
+    begins: dict[int | None, int] = dict(zip(joined.numbers, joined.begins.tolist(), strict=True)) if joined else {}
+    answers: dict[tuple[int, int], tuple[int, float]] = {}
     for rank, answer in enumerate(to_answers(reading, plain), 1):
         begin = begins.get(answer.passage, 0)
         answers[answer.start + begin, answer.end + begin] = (rank, answer.score)
