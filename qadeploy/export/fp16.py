@@ -53,16 +53,6 @@ class Fp16Model:
     int32_inputs: bool
     exact: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """How the model was made, as plain JSON values."""
-        return {
-            "graph": "fused" if self.attentions else "plain",
-            "attention_nodes": self.attentions,
-            "layers": self.layers,
-            "inputs": "int32" if self.int32_inputs else "int64",
-            "fp32_nodes": len(self.exact),
-        }
-
 
 def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
     """Converts a plain fp32 model. ``architecture`` is a manifest's entry.
@@ -174,7 +164,11 @@ def write_fp16(
         )
     model = model_of(answerer)
     entry = {
-        **made.to_dict(),
+        "graph": "fused" if made.attentions else "plain",
+        "attention_nodes": made.attentions,
+        "layers": made.layers,
+        "inputs": "int32" if made.int32_inputs else "int64",
+        "fp32_nodes": len(made.exact),
         "from": source.name,
         "for": "cuda",
         "measured_on": model.device,

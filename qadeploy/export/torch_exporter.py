@@ -93,11 +93,13 @@ def _fill_biases(model: onnx.ModelProto) -> None:
 
 def _spell_out_lengths(model: onnx.ModelProto) -> None:
     """Cuts positions at the length of input_ids, read from its shape: the form in which ONNX Runtime fuses embeddings."""
-    graph = Graph(model)
+    graph, inputs = Graph(model), {each.name for each in model.graph.input}
     for cut in [node for node in model.graph.node if node.op_type == "Slice"]:
         positions, shape = graph.constant(cut.input[0]), graph.maker(cut.input[2], "Shape")
-        if positions is None or positions.ndim != 2 or shape is None or not _is_length(shape):
+        if positions is None or positions.ndim != 2 or shape is None or shape.input[0] not in inputs:
             continue
+        if {each.name: each.i for each in shape.attribute} != {"start": 1, "end": 2}:
+            continue  # not the length of an input [batch, tokens]
         name = f"{cut.output[0]}/length"
         values = {f"{name}/axis": np.array(1), f"{name}/axes": np.array([0])}
         model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in values.items())
@@ -110,9 +112,3 @@ def _spell_out_lengths(model: onnx.ModelProto) -> None:
             model.graph.node.insert(place, node)
         cut.input[2] = name
     Graph(model).prune()
-
-
-def _is_length(shape: onnx.NodeProto) -> bool:
-    """Whether this is the second axis of one of the model's inputs, which are all [batch, tokens]."""
-    axes = {each.name: each.i for each in shape.attribute}
-    return axes == {"start": 1, "end": 2} and shape.input[0] in ("input_ids", "attention_mask", "token_type_ids")
