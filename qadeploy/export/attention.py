@@ -356,7 +356,11 @@ class _Writer:
         if attention.radius is not None:
             self._local(query, key, value, attention.radius, attributes, stem, last.output[0])
             return
-        mask = self._once("mask", self._padding_mask) if self._keep_mask else ""
+        mask = ""
+        if self._keep_mask:
+            mask = self._once(
+                "mask", lambda: self._add("Cast", [_MASK], "attention/padding_mask", to=TensorProto.INT32)
+            )
         expand = self._graph.maker(attention.bias, "Expand") if attention.bias else None
         bias = expand.input[0] if expand is not None else attention.bias or ""  # the node broadcasts it to the batch
         self._attend([query, key, value, "", mask, bias], attributes, stem, last.output[0])
@@ -431,9 +435,6 @@ class _Writer:
     def _half(self, name: str) -> str:
         """The first half of cosines or sines, ``[tokens, size / 2]``; the second half is the same."""
         return self._add("Squeeze", self._split(name, 2, "half")[:1], f"{name}/cache")
-
-    def _padding_mask(self) -> str:
-        return self._add("Cast", [_MASK], "attention/padding_mask", to=TensorProto.INT32)
 
     # ------------------------------------------------------------ local attention
 
