@@ -75,7 +75,7 @@ def best_by_window(reading: DecodedPair) -> Place:
     best, found = -np.inf, (0, 0)
     words = reading.context.aligned
     for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True):
-        table = span_table([WindowLogits([window], [starts], [ends], reading.context)], reading.settings.max_answer_len)
+        table = span_table(WindowLogits([window], [starts], [ends], reading.context), reading.settings.max_answer_len)
         free = [window.null_index, *range(window.context_begin, window.context_begin + window.context_length)]
         table = table - _log_sum(starts[free]) - _log_sum(ends[free])
         first, extra = divmod(int(table.argmax()), table.shape[1])

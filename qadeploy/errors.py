@@ -143,3 +143,8 @@ class DeviceWarning(UserWarning):
 
 class MachineWarning(UserWarning):
     """A bundle's session settings were measured on a CPU with other instruction sets: it works, but may be slower."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Returns the message of another library's error as one line of at most ``most`` characters."""
+    return " ".join(str(error).split())[:most]

@@ -96,7 +96,8 @@ def saturation_warning(manifest: Mapping[str, Any]) -> str:
 
     Args:
         manifest: The manifest of the bundle. Its ``precision``, ``made`` and exporting machine are read, and
-            ``measured_without_vnni``: whether its accuracy without VNNI was measured and is the same.
+            ``measured_without_vnni``, which it has if its accuracy without VNNI was measured and is the same. The entry is
+            for people: its ``cpu`` is a sentence on how such a CPU was simulated, not a name as in ``machine``.
     """
     here = machine()
     if manifest.get("precision") != "int8" or here.has_vnni or not here.instruction_sets:

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadeploy import Answerer
-from qadeploy.core.bm25 import rank_windows
-from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.bm25 import rank_parts
+from qadeploy.core.decoding import WindowLogits, decode
 from qadeploy.core.settings import Options
 from qadeploy.core.windows import Cut
 from qadeploy.data.loading import read
@@ -41,7 +41,7 @@ def test_the_scores_are_those_of_bm25s():
     # bm25s 0.3.16, BM25(method="lucene", k1=1.2, b=0.75), which leaves the constant factor k1 + 1 = 2.2 out.
     ids = np.asarray([(i * i + 5 * (i // 9)) % 41 for i in range(400)])
     golden = [1.69338, 2.04062, 2.13018, 1.57702, 1.00449, 2.50946, 1.17799, 1.44997, 1.40243, 1.85279]
-    found = rank_windows(np.asarray([3, 1, 7, 17, 40, 30, 99]), ids, Cut(range(0, 380, 40), 60, 400, 20), 3)
+    found = rank_parts(np.asarray([3, 1, 7, 17, 40, 30, 99]), ids, *Cut(range(0, 380, 40), 60, 400, 20).parts(), 3)
     assert found.scores == pytest.approx(golden, abs=2e-5)
     assert found.chosen.tolist() == sorted(np.argsort(golden)[-3:])
 
@@ -72,9 +72,8 @@ def test_ranks_equal_the_formula(data):
     overlap = data.draw(st.integers(0, room - 1), "overlap")
     count = data.draw(st.integers(1, 8), "count")
     begins = range(0, len(context) - overlap, room - overlap) if len(context) > room else range(1)
-    found = rank_windows(
-        np.asarray(question, dtype=np.int64), np.asarray(context), Cut(begins, room, len(context), overlap), count
-    )
+    parts = Cut(begins, room, len(context), overlap).parts()
+    found = rank_parts(np.asarray(question, dtype=np.int64), np.asarray(context), *parts, count)
     expected = by_formula(question, [context[b : b + room] for b in begins])
     np.testing.assert_allclose(found.scores, expected, rtol=1e-12)
     order = sorted(range(len(begins)), key=lambda i: (-found.scores[i], i))  # ties by place
@@ -91,7 +90,7 @@ def test_the_weight_moves_the_spans_of_each_window_by_its_score(answerer):
     cut = answerer.encoder.cut(
         pair.question, pair.context, max_seq_len=stored.max_seq_len, doc_stride=stored.doc_stride
     )
-    scores = rank_windows(pair.question.ids, pair.context.ids, cut, 1).scores
+    scores = rank_parts(pair.question.ids, pair.context.ids, *cut.parts(), 1).scores
     assert len(scores) == len(pair.windows) > 5
 
     def scored(weight: float, count: int = len(pair.windows)) -> WindowLogits:
@@ -139,8 +138,8 @@ def test_the_answers_are_those_of_the_best_windows_alone(answerer):
 
     windows = [whole.windows[i] for i in chosen]
     starts, ends = zip(*(whole.logits[i] for i in chosen), strict=True)
-    (alone,) = decode_many(
-        [WindowLogits(windows, starts, ends, whole.context)],
+    alone = decode(
+        WindowLogits(windows, starts, ends, whole.context),
         top_k=5,
         allow_no_answer=True,
         max_answer_len=whole.settings.max_answer_len,

@@ -54,7 +54,7 @@ def best_by_window(found: DecodedPair) -> tuple[int, int]:
     """The place of the word-aligned span with the highest probability by a softmax per window."""
     best: tuple[float, tuple[int, int]] = (-np.inf, (0, 0))
     for window, (starts, ends) in zip(found.windows, found.logits, strict=True):
-        table = span_table([WindowLogits([window], [starts], [ends], found.context)], found.settings.max_answer_len)
+        table = span_table(WindowLogits([window], [starts], [ends], found.context), found.settings.max_answer_len)
         free = [window.null_index, *range(window.context_begin, window.context_begin + window.context_length)]
         table = table - np.logaddexp.reduce(starts[free]) - np.logaddexp.reduce(ends[free])
         first, extra = divmod(int(table.argmax()), table.shape[1])

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy import Answerer
 from qadeploy.cli import main
-from qadeploy.errors import FailureError, GateError
+from qadeploy.errors import FailureError, GateError, InputError
 from qadeploy.export.fp16 import Fp16Model, exact_nodes, fp16_lines, judging_questions, to_fp16, write_fp16
 from qadeploy.export.onnx import export_graph
 from qadeploy.export.parity import TOLERANCES
@@ -210,6 +210,20 @@ def test_answers_that_got_worse_are_not_written(reference, tiny, tiny_export, tm
         write_fp16(reference, open_bundle(tiny.bundle()), out, device="cpu")
     with pytest.raises(GateError, match="its logits differ from PyTorch by up to"):
         write_fp16(reference, open_bundle(tiny.bundle()), out, device="cpu", max_f1_drop=100)
+    assert not out.exists()
+
+
+def test_without_any_question_nothing_is_compared_or_written(reference, tiny, tiny_export, tmp_path):
+    nothing = replace(
+        reference,
+        run=replace(reference.run, checkpoint=tmp_path / "unknown"),
+        held_out=replace(reference.held_out, examples=()),
+    )
+    out = tmp_path / "none"
+    with pytest.raises(
+        InputError, match="none: there is no question to compare fp16 with fp32 on: give --eval-data FILE"
+    ):
+        write_fp16(nothing, open_bundle(tiny.bundle()), out, device="cpu")
     assert not out.exists()
 
 

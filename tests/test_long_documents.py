@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from qadeploy import Answerer
 from qadeploy.cli.progress import Progress
 from qadeploy.core import decoding as decoder
-from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.decoding import WindowLogits, decode
 from qadeploy.core.settings import Options, QaSettings
 from qadeploy.core.windows import Encoder, EncoderConfig
 from qadeploy.errors import LogitsError
@@ -75,7 +75,7 @@ def test_a_context_in_blocks_is_decoded_like_a_double_loop(text, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "_CELLS", data.draw(st.integers(0, 60), "cells of a block"))
         options = {"top_k": top_k, "max_answer_len": length, "allow_no_answer": allow}
-        found = decode_many([WindowLogits(kept, starts, ends, context)], **options)[0]
+        found = decode(WindowLogits(kept, starts, ends, context), **options)
     assert [row[:5] for row in rows(found)] == [span[:5] for span in spans[:top_k]]
     assert [s.score for s in found.spans] == pytest.approx([span[5] for span in spans[:top_k]], rel=1e-6, abs=1e-12)
     assert (found.null_logit, found.null_score) == (null, pytest.approx(null_score, rel=1e-6))
@@ -94,9 +94,9 @@ def test_blocks_give_the_answers_and_scores_of_the_whole_table(top_k, temperatur
     one = long_context()
     assert sum(w.context_length for w in one.windows) * 30 > 2 * decoder._CELLS
     options = {"top_k": top_k, "temperature": temperature, "allow_no_answer": True}
-    blocks = decode_many([one], **options)[0]
+    blocks = decode(one, **options)
     monkeypatch.setattr(decoder, "_CELLS", 2**40)
-    whole = decode_many([one], **options)[0]
+    whole = decode(one, **options)
     assert [row[:5] for row in rows(blocks)] == [row[:5] for row in rows(whole)]
     np.testing.assert_allclose([s.score for s in blocks.spans], [s.score for s in whole.spans], rtol=1e-12)
     assert blocks.null_score == pytest.approx(whole.null_score, rel=1e-12)
@@ -107,7 +107,7 @@ def test_a_logit_that_is_not_finite_is_an_error_in_any_block(bad):
     one = long_context()
     one.end_logits[-1][0] = bad  # of a special token
     with pytest.raises(LogitsError, match="NaN or infinite"):
-        decode_many([one])
+        decode(one)
 
 
 # ---------------------------------------------------------------- memory

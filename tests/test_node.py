@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qadeploy import Answerer
-from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.decoding import WindowLogits, decode
 from qadeploy.core.windows import context_mask, pad_batch
 from qadeploy.data.loading import read
 from qadeploy.inference.bundle import open_bundle
@@ -87,7 +87,7 @@ def test_spans_of_windows(kind, tiny, tiny_export, tmp_path):
         window = cut.window
         starts, ends = answerer.model.run([window])[0]
         limits = {"max_answer_len": source.settings.max_answer_len, "temperature": source.settings.temperature}
-        decoded = decode_many([WindowLogits([window], [starts], [ends], cut.context)], top_k=3, **limits)[0]
+        decoded = decode(WindowLogits([window], [starts], [ends], cut.context), top_k=3, **limits)
         shift = window.context_begin - window.context_offset
         best = ours["spans"][0]
         span = decoded.spans[0]

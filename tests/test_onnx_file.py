@@ -11,7 +11,7 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from qadeploy.errors import BundleError
 from qadeploy.inference.bundle import open_bundle, seal, writing_bundle
-from qadeploy.inference.onnx_file import has_external_data
+from qadeploy.inference.onnx_file import _read
 from tests.test_bundle import MANIFEST, fill, tiny_model, write
 
 
@@ -77,6 +77,10 @@ MODELS = {
     "graphs": with_graphs_attribute,
     "function": with_function,
 }
+
+
+def has_external_data(model: bytes) -> bool:
+    return _read(model, "the model").external
 
 
 def by_onnx(model: onnx.ModelProto) -> bool:

@@ -88,7 +88,7 @@ def test_the_scores_are_one_softmax_over_all_passages(answerer):
     # By hand: the weights of all spans of each passage alone, and the lowest null logit.
     chosen = Options(allow_no_answer=True)
     alone = [answerer.read(LAMP, passage, chosen) for passage in passages]
-    logits = [span_table([pair.scored], pair.settings.max_answer_len) for pair in alone]
+    logits = [span_table(pair.scored, pair.settings.max_answer_len) for pair in alone]
     null = min(pair.decoded.null_logit for pair in alone)
     temperature = answerer.settings.temperature
     total = np.exp(null / temperature) + sum(np.exp(table.astype(float) / temperature).sum() for table in logits)

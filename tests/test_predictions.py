@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.core.decoding import WindowLogits, decode_many, rank_answers
+from qadeploy.core.decoding import WindowLogits, decode, rank_answers
 from qadeploy.core.settings import QaSettings
 from qadeploy.evaluation.predictions import predict, write_predictions
 from qadeploy.evaluation.scoring import evaluate
@@ -100,7 +100,7 @@ def case(seed: int, room: int) -> tuple[WindowLogits, list[dict[str, Any]]]:
 def test_the_files_say_what_run_qa_says(seed, room, size, negative, threshold):
     scored, features = case(seed, room)
     settings = QaSettings(max_answer_len=7, null_threshold=threshold if negative else None)
-    (decoded,) = decode_many([scored], max_answer_len=7, allow_no_answer=negative)
+    decoded = decode(scored, max_answer_len=7, allow_no_answer=negative)
     (answer,) = rank_answers(
         decoded, CONTEXT, top_k=1, allow_no_answer=negative, null_threshold=settings.null_threshold
     )

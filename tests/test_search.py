@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.judging import find_judges, weights
 from qadeploy.export.quantize.leaderboard import leaderboard, leaderboard_lines
 from qadeploy.export.quantize.recipes import RECIPES, Material, QuantizedModel, Recipe
-from qadeploy.export.quantize.search import MeasuredRecipe, Search, SearchOptions, Step, duel_line, rank
+from qadeploy.export.quantize.search import MeasuredRecipe, Search, SearchOptions, Step, code_of, duel_line, rank
 from qadeploy.export.reference import Reference, make_answerer, make_reference
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, open_bundle
@@ -150,6 +152,39 @@ def test_every_recipe_is_measured_in_steps_and_kept(reference, material, tmp_pat
     other = search(reference, material, tmp_path, target="throughput", on_step=again.append)
     other.run(recipes[:1])
     assert any("making" in s.doing for s in again)  # another target is another search
+
+
+def module_of(folder: Path, text: str) -> ModuleType:
+    made = ModuleType("made")
+    made.__file__ = str(folder / f"{abs(hash(text))}.py")
+    Path(made.__file__).write_text(text, encoding="utf-8")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ('"""Another."""\n\n\ndef f():\n    """What it does."""  # and why\n    return  1\n', True),
+        ("def f():\n    return 2\n", False),
+        ('def f():\n    return "1"\n', False),
+    ],
+)
+def test_kept_measurements_outlive_an_edited_comment_but_not_edited_code(text, same, tmp_path):
+    plain = module_of(tmp_path, '"""One."""\n\n\ndef f():\n    # a comment\n    return 1\n')
+    assert (code_of(module_of(tmp_path, text)) == code_of(plain)) == same
+
+
+def test_a_recipe_is_found_again_after_an_edited_comment(reference, material, tmp_path, monkeypatch):
+    recipes = [RECIPES["int8"]]
+    found = search(reference, material, tmp_path).run(recipes)
+    real = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda module: f"# edited\n{real(module)}")
+    steps: list[Step] = []
+    assert search(reference, material, tmp_path, on_step=steps.append).run(recipes) == found
+    assert not any("making" in s.doing for s in steps)
+    monkeypatch.setattr("qadeploy.export.quantize.search.onnx.__version__", "another")
+    search(reference, material, tmp_path, on_step=steps.append).run(recipes)
+    assert any("making" in s.doing for s in steps)
 
 
 def test_a_recipe_that_fails_is_said_and_not_kept(reference, material, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy import Answer, Answerer
-from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.decoding import WindowLogits, decode
 from qadeploy.core.settings import Options
 from qadeploy.errors import BundleError, TooManyWindowsError
 from qadeploy.inference import session
@@ -233,11 +233,8 @@ def test_several_windows_answer_as_the_best_of_each_alone(answerer):
         own_starts, own_ends = answerer.model.run([window])[0]
         np.testing.assert_allclose(own_starts, starts, atol=1e-5)
         np.testing.assert_allclose(own_ends, ends, atol=1e-5)
-        alone.append(
-            decode_many([WindowLogits([window], [own_starts], [own_ends], reading.context)], max_answer_len=40)[
-                0
-            ].spans[0]
-        )
+        own = WindowLogits([window], [own_starts], [own_ends], reading.context)
+        alone.append(decode(own, max_answer_len=40).spans[0])
     best = max(alone, key=lambda span: span.logit)
     assert (reading.decoded.spans[0].start, reading.decoded.spans[0].end) == (best.start, best.end)
     assert reading.decoded.spans[0].logit == pytest.approx(best.logit, abs=1e-5)

@@ -23,7 +23,7 @@ import pytest
 import tritonclient.http
 
 from qadeploy import Answerer
-from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.decoding import WindowLogits, decode
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import Options
 from qadeploy.core.windows import CONTEXT_MASK, pad_batch, pad_context_masks
@@ -182,7 +182,7 @@ def test_spans_from_the_server_are_those_of_the_decoder(kind, together, server, 
             out = infer(client, f"{source.name}-spans", windows, contexts, open_bundle(source).encoder.pad_token_id)
             for row, (window, context) in enumerate(zip(windows, contexts, strict=True)):
                 starts, ends = local.model.run([window])[0]
-                decoded = decode_many([WindowLogits([window], [starts], [ends], context)], top_k=SPANS, **limits)[0]
+                decoded = decode(WindowLogits([window], [starts], [ends], context), top_k=SPANS, **limits)
                 assert len(decoded.spans) == SPANS
                 shift = window.context_offset - window.context_begin
                 places = zip(out["span_starts"][row] + shift, out["span_ends"][row] + shift, strict=True)

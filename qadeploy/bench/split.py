@@ -90,7 +90,7 @@ def _parts(answerer: Answerer, pairs: Pairs, allow_no_answer: bool) -> tuple[lis
         first += len(windows)
         starts, ends = [s for s, _ in part], [e for _, e in part]
         scored.append(settings.window_logits(windows, starts, ends, contexts[context]))
-    found = settings.decode(scored, allow_no_answer=allow_no_answer)
+    found = [settings.decode(one, allow_no_answer=allow_no_answer) for one in scored]
     for (_, context), decoded in zip(pairs, found, strict=True):
         rank_answers(decoded, context, top_k=1, allow_no_answer=allow_no_answer, null_threshold=settings.null_threshold)
     marks.append(time.perf_counter())

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from qadeploy.core.encoded_text import EncodedText
-from qadeploy.core.windows import Cut
 from qadeploy.records import Float64Array, IntArray, Window
 
 K1, B = 1.2, 0.75
@@ -37,7 +36,7 @@ class Ranking:
     chosen: IntArray
 
 
-def rank_windows(question: IntArray, context: IntArray, cut: Cut, count: int) -> Ranking:
+def rank_parts(question: IntArray, context: IntArray, begins: IntArray, ends: IntArray, count: int) -> Ranking:
     """Chooses the best windows of a context. Ties go to the earlier window.
 
     If no token of the question occurs in the context, all scores are 0 and the first windows are chosen. Each context
@@ -46,15 +45,10 @@ def rank_windows(question: IntArray, context: IntArray, cut: Cut, count: int) ->
     Args:
         question: Token ids without special tokens, ``[tokens]``.
         context: Token ids without special tokens, ``[tokens]``.
-        cut: How the context is cut into windows.
+        begins: The first context token of each window, ``[windows]``.
+        ends: The token after its last, ``[windows]``.
         count: How many windows to choose.
     """
-    begins = np.asarray(cut.begins, dtype=np.int64)
-    return rank_parts(question, context, begins, np.minimum(begins + cut.room, cut.tokens), count)
-
-
-def rank_parts(question: IntArray, context: IntArray, begins: IntArray, ends: IntArray, count: int) -> Ranking:
-    """``rank_windows`` for windows that hold the context tokens ``begins`` to ``ends`` (exclusive), ``[windows]`` each."""
     scores = part_scores(question, context, begins, ends)
     best = np.argsort(-scores, kind="stable")[:count]
     return Ranking(scores, np.sort(best))

@@ -67,41 +67,34 @@ class WindowLogits:
         return min(float(s[w.null_index] + e[w.null_index]) for w, s, e in pairs)
 
 
-def span_table(scored: Sequence[WindowLogits], max_answer_len: int) -> FloatArray:
-    """Computes the logits of all spans of some contexts.
+def span_table(scored: WindowLogits, max_answer_len: int) -> FloatArray:
+    """Computes the logits of all spans of a context.
 
     Args:
-        scored: One question over one context each, with logits.
+        scored: One question over one context, with logits.
         max_answer_len: Longest span, in tokens.
 
     Returns:
-        ``[tokens of all contexts, lengths]``: at ``[i, k]`` the logit of the span of k + 1 tokens that starts at token
-        i, -inf if it is not valid.
+        ``[tokens, lengths]``: at ``[i, k]`` the logit of the span of k + 1 tokens that starts at token i, -inf if it is not
+        valid.
 
     Raises:
         LogitsError: The logits are NaN or infinite.
         InputError: ``max_answer_len`` is below 1.
     """
-    lengths = _span_lengths([w for one in scored for w in one.windows], max_answer_len)
-    tables = [_Table(one, lengths).rows(0, len(one.context)) for one in scored]
-    return np.concatenate([np.empty((0, lengths), np.float32), *tables])
-
-
-def _span_lengths(windows: Sequence[Window], max_answer_len: int) -> int:
-    """Returns how many lengths a span can have. Raises InputError."""
-    if max_answer_len < 1:
-        raise InputError(f"max_answer_len {max_answer_len} is below 1: it is the longest answer in tokens")
-    return min(max_answer_len, max((w.context_length for w in windows), default=0) or 1)
+    return _Table(scored, max_answer_len).rows(0, len(scored.context))
 
 
 class _Table:
     """The span table of one context, made in blocks of rows, because the whole takes ``4 * lengths`` bytes per token."""
 
-    def __init__(self, scored: WindowLogits, lengths: int) -> None:
+    def __init__(self, scored: WindowLogits, max_answer_len: int) -> None:
+        if max_answer_len < 1:
+            raise InputError(f"max_answer_len {max_answer_len} is below 1: it is the longest answer in tokens")
         for window, starts, ends in zip(scored.windows, scored.start_logits, scored.end_logits, strict=True):
             if not (np.isfinite(starts[: len(window)]).all() and np.isfinite(ends[: len(window)]).all()):
                 raise LogitsError("the model returned NaN or infinite logits: its weights or precision are broken")
-        self.lengths = lengths
+        self.lengths = min(max_answer_len, max((w.context_length for w in scored.windows), default=0) or 1)
         self._scored = scored
         self._begins = np.asarray([w.context_offset for w in scored.windows])
         self._ends = self._begins + [w.context_length for w in scored.windows]
@@ -135,8 +128,8 @@ class _Table:
         return table
 
 
-def decode_many(
-    scored: Sequence[WindowLogits],
+def decode(
+    scored: WindowLogits,
     *,
     top_k: int = 1,
     max_answer_len: int = DEFAULT_MAX_ANSWER_LEN,
@@ -144,15 +137,15 @@ def decode_many(
     allow_no_answer: bool = False,
     temperature: float = 1.0,
     most_overlap: float | None = None,
-) -> list[Decoded]:
-    """Finds the best spans of each context, with their scores and the null answer's.
+) -> Decoded:
+    """Finds the best spans of a context, with their scores and the null answer's.
 
     Spans that cover the same text count as one, the best of them. Time is O(tokens x ``max_answer_len``); memory is
-    bounded, however many and long the contexts are.
+    bounded, however long the context is.
 
     Args:
-        scored: One question over one context each, with logits.
-        top_k: Most spans to return for each.
+        scored: One question over one context, with logits.
+        top_k: Most spans to return.
         max_answer_len: Longest span, in tokens.
         align_to_words: Whether to widen spans to whole pre-tokenised words.
         allow_no_answer: Whether the null answer competes in the softmax.
@@ -166,27 +159,63 @@ def decode_many(
     """
     if top_k < 1:
         raise InputError(f"top_k {top_k} is below 1: it is the number of answers to return")
-    decoded = []
-    for one in scored:
-        table = _Table(one, _span_lengths(one.windows, max_answer_len))
-        rule = _Rule(one.context, top_k, align_to_words, most_overlap)
-        decoded.append(_decode(table, one.null_logit, rule, allow_no_answer, temperature))
-    return decoded
+    rule = _Rule(scored.context, top_k, align_to_words, most_overlap)
+    table, null = _Table(scored, max_answer_len), scored.null_logit
+    size = len(scored.context) * table.lengths
+    short = list(table.blocks()) if size <= _CELLS else None  # a table of a single block is computed only once
+    peak, total = (null, 1.0) if allow_no_answer else (-np.inf, 0.0)
+    weighed = False
+
+    def best_cells(count: int) -> list[tuple[int, float]]:
+        nonlocal peak, total, weighed
+        best: list[tuple[int, float]] = []
+        for begin, rows in short or table.blocks():
+            some = _best_cells(rows.ravel(), min(count, rows.size))
+            if some and not weighed:
+                # The sum so far is relative to its highest logit; rescale it when a higher one comes.
+                higher = max(peak, some[0][1])
+                weights = np.subtract(rows, higher, dtype=np.float64)
+                weights /= temperature
+                total = total * math.exp((peak - higher) / temperature) + float(np.exp(weights, out=weights).sum())
+                peak = higher
+            best += [(cell + begin * table.lengths, logit) for cell, logit in some]
+            best = sorted(best, key=lambda c: (-c[1], c[0]))[:count]
+        weighed = True
+        return best
+
+    spans: dict[tuple[int, int], _Best] = {}
+    ranked, want = 0, min(size, 1 if top_k == 1 else max(2 * top_k, 16))
+    while len(spans) < top_k and ranked < want:
+        cells = best_cells(want)
+        rule.choose([rule.best(cell, logit, table.lengths) for cell, logit in cells[ranked:]], spans)
+        if len(cells) < want:  # there are no more valid spans
+            break
+        ranked, want = want, min(size, 4 * want)
+    if peak == -np.inf:  # nothing can be an answer
+        peak, total = 0.0, 1.0
+    found = (
+        Span(*text, first, last, logit, math.exp((logit - peak) / temperature) / total)
+        for text, first, last, logit in spans.values()
+    )
+    null_score = math.exp((null - peak) / temperature) / total if allow_no_answer else 0.0
+    return Decoded(tuple(found), null, null_score)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """Which spans of a context are returned; see ``decode_many``."""
+    """Which spans of a context are returned; see ``decode``."""
 
     context: EncodedText
     top_k: int
     align_to_words: bool
     most_overlap: float | None
 
-    def text_span(self, first: int, last: int) -> tuple[int, int]:
-        """The code points of the span from one token to another."""
+    def best(self, cell: int, logit: float, lengths: int) -> _Best:
+        """The span of a cell of a table with this many lengths."""
+        first, extra = divmod(cell, lengths)
         source = self.context.aligned if self.align_to_words else self.context.offsets
-        return self.context.visible(int(source[first, 0]), int(source[last, 1]))
+        text = self.context.visible(int(source[first, 0]), int(source[first + extra, 1]))
+        return text, first, first + extra, logit
 
     def choose(self, ranked: Sequence[_Best], spans: dict[tuple[int, int], _Best]) -> None:
         """Adds the spans of ``ranked``, best first, to ``spans``, which holds those chosen so far by text."""
@@ -212,53 +241,6 @@ class _Rule:
         shorter = np.minimum(places[:, 1] - places[:, 0], end - start)
         same = (places[:, 0] == start) & (places[:, 1] == end)
         return np.asarray(~same & (shared <= (self.most_overlap or 0.0) * shorter))
-
-
-def _decode(table: _Table, null: float, rule: _Rule, allow_no_answer: bool, temperature: float) -> Decoded:
-    """Decodes a context block by block. A table of a single block is computed only once."""
-    size = len(rule.context) * table.lengths
-    short = list(table.blocks()) if size <= _CELLS else None
-    peak, total = (null, 1.0) if allow_no_answer else (-np.inf, 0.0)
-    weighed = False
-
-    def best_cells(count: int) -> list[tuple[int, float]]:
-        nonlocal peak, total, weighed
-        best: list[tuple[int, float]] = []
-        for begin, rows in short or table.blocks():
-            some = _best_cells(rows.ravel(), min(count, rows.size))
-            if some and not weighed:
-                # The sum so far is relative to its highest logit; rescale it when a higher one comes.
-                higher = max(peak, some[0][1])
-                weights = np.subtract(rows, higher, dtype=np.float64)
-                weights /= temperature
-                total = total * math.exp((peak - higher) / temperature) + float(np.exp(weights, out=weights).sum())
-                peak = higher
-            best += [(cell + begin * table.lengths, logit) for cell, logit in some]
-            best = sorted(best, key=lambda c: (-c[1], c[0]))[:count]
-        weighed = True
-        return best
-
-    spans: dict[tuple[int, int], _Best] = {}
-    ranked, want = 0, min(size, 1 if rule.top_k == 1 else max(2 * rule.top_k, 16))
-    while len(spans) < rule.top_k and ranked < want:
-        cells = best_cells(want)
-        rule.choose([_best(cell, logit, table.lengths, rule) for cell, logit in cells[ranked:]], spans)
-        if len(cells) < want:  # there are no more valid spans
-            break
-        ranked, want = want, min(size, 4 * want)
-    if peak == -np.inf:  # nothing can be an answer
-        peak, total = 0.0, 1.0
-    found = (
-        Span(*text, first, last, logit, math.exp((logit - peak) / temperature) / total)
-        for text, first, last, logit in spans.values()
-    )
-    null_score = math.exp((null - peak) / temperature) / total if allow_no_answer else 0.0
-    return Decoded(tuple(found), null, null_score)
-
-
-def _best(cell: int, logit: float, lengths: int, rule: _Rule) -> _Best:
-    first, extra = divmod(cell, lengths)
-    return rule.text_span(first, first + extra), first, first + extra, logit
 
 
 def rank_answers(

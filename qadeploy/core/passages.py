@@ -68,8 +68,7 @@ class JoinedText(EncodedText):
 
     def part_of(self, window: Window) -> int:
         """The index in ``parts`` of the passage that a window is cut from."""
-        held = np.searchsorted(self.token_begins, window.context_offset, side="right") - 1
-        return int(held)
+        return int(np.searchsorted(self.token_begins, window.context_offset, side="right")) - 1
 
 
 def _begins(sizes: Sequence[int]) -> IntArray:
@@ -105,14 +104,12 @@ def passage_windows(
     """
     cuts = [encoder.cut(question, part, **lengths) for part in passages.parts]
     owners = np.repeat(np.arange(len(cuts)), [len(cut.begins) for cut in cuts])
-    begins = np.concatenate([np.asarray(cut.begins, dtype=np.int64) for cut in cuts])
+    begins, ends = (np.concatenate(each) for each in zip(*(cut.parts() for cut in cuts), strict=True))
     total = len(begins)
     ranking: Ranking | None = None
     if prefilter is not None and prefilter < total:
-        first = begins + passages.token_begins[owners]
-        rooms, tokens = (np.asarray(each)[owners] for each in zip(*((c.room, c.tokens) for c in cuts), strict=True))
-        ends = first + np.minimum(rooms, tokens - begins)
-        ranking = rank_parts(question.ids, passages.ids, first, ends, prefilter)
+        shifts = passages.token_begins[owners]
+        ranking = rank_parts(question.ids, passages.ids, begins + shifts, ends + shifts, prefilter)
         owners, begins = owners[ranking.chosen], begins[ranking.chosen]
     if max_windows is not None and len(begins) > max_windows:
         read = f"prefilter reads {len(begins)} of their {total} windows" if ranking else f"they make {total} windows"

@@ -11,7 +11,7 @@ import numpy as np
 
 from qadeploy import options
 from qadeploy.core.bm25 import relevance
-from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, Decoded, WindowLogits, decode_many
+from qadeploy.core.decoding import DEFAULT_MAX_ANSWER_LEN, Decoded, WindowLogits, decode
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.metrics import Metric
 from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN, Lengths
@@ -82,18 +82,15 @@ class QaSettings:
             )
         return WindowLogits(windows, start_logits, end_logits, context)
 
-    def decode(self, scored: Sequence[WindowLogits], *, allow_no_answer: bool, top_k: int = 1) -> list[Decoded]:
-        """Calls ``decode_many`` with the longest answer and the temperature of these settings.
+    def decode(self, scored: WindowLogits, *, allow_no_answer: bool, top_k: int = 1) -> Decoded:
+        """Calls ``decoding.decode`` with the longest answer and the temperature of these settings.
 
         Args:
-            scored: The windows of each question with their logits.
+            scored: The windows of a question with their logits.
             allow_no_answer: Whether the null answer competes.
-            top_k: Most spans per question.
-
-        Returns:
-            The spans of each question, best first.
+            top_k: Most spans.
         """
-        return decode_many(
+        return decode(
             scored,
             top_k=top_k,
             max_answer_len=self.max_answer_len,

@@ -132,6 +132,11 @@ class Cut:
     tokens: int
     overlap: int
 
+    def parts(self) -> tuple[IntArray, IntArray]:
+        """The first context token of each window and the one after its last, ``[windows]`` each."""
+        begins = np.asarray(self.begins, dtype=np.int64)
+        return begins, np.minimum(begins + self.room, self.tokens)
+
 
 class Encoder:
     """Turns questions and contexts into windows. Threads can share it.

@@ -47,7 +47,7 @@ def predict(
     n_best_size: int = DEFAULT_N_BEST,
     allow_no_answer: bool = False,
 ) -> Prediction:
-    """Makes the entries of one question. Raises what ``decode_many`` raises.
+    """Makes the entries of one question. Raises what ``decode`` raises.
 
     Args:
         example: The question.
@@ -57,7 +57,7 @@ def predict(
         n_best_size: Maximum candidates to list. If the null answer competes it is always listed, as an extra if needed.
         allow_no_answer: Whether the null answer competes. Without any span its null odds are the largest float.
     """
-    (decoded,) = settings.decode([scored], top_k=n_best_size, allow_no_answer=allow_no_answer)
+    decoded = settings.decode(scored, top_k=n_best_size, allow_no_answer=allow_no_answer)
     ranked = []
     for span in decoded.spans:
         logits = _span_logits(span, scored)

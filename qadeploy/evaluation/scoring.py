@@ -96,5 +96,5 @@ def evaluate(
 
 def _as_served(pair: DecodedPair, unknown: int | None) -> Figures:
     allowed = _SERVED.null_competes(pair.settings)
-    (decoded,) = pair.settings.decode([pair.scored], top_k=COMPARED, allow_no_answer=allowed)
+    decoded = pair.settings.decode(pair.scored, top_k=COMPARED, allow_no_answer=allowed)
     return figures_of(replace(pair, decoded=decoded), _SERVED, unknown)

@@ -11,22 +11,24 @@ so time and memory grow with the length, not with its square.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from qadeploy.export.graph import Graph
-from qadeploy.inference.session import onnxruntime, session_options
+from qadeploy.export.graph import CONTRIB, Graph, add_contrib_domain
+from qadeploy.inference.session import cpu_session
 
 _SPLIT_HEADS = [0, 2, 1, 3]  # [batch, tokens, heads, size] to [batch, heads, tokens, size], and back
 _KEYS = [0, 2, 3, 1]  # the same, transposed for the matmul with the queries
 _IDS, _MASK = "input_ids", "attention_mask"
-_DOMAIN = "com.microsoft"
 _PROBED = 1024  # tokens of the run that measures a mask's window
+_Made = TypeVar("_Made")
 _BLOCKED = -1e4  # a mask adds less than this to what must not be seen
 
 
@@ -37,7 +39,6 @@ class Rewritten:
     model: bytes
     fused: int
     attentions: int
-    takes_mask: bool
 
 
 def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: bool = True) -> Rewritten:
@@ -56,40 +57,36 @@ def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: 
     softmaxes = [node for node in proto.graph.node if node.op_type == "Softmax"]
     matched = [_attention(graph, node) for node in softmaxes]
     found = [each for each in matched if each is not None]
-    if not heads or not found or len(found) < len(matched) or not (plain or any(a.special for a in found)):
-        return Rewritten(model, 0, len(softmaxes), takes_mask=True)
+    special = any(each.rotations or each.bias or each.radius for each in found)  # beyond BERT's form
+    if not heads or not found or len(found) < len(matched) or not (plain or special):
+        return Rewritten(model, 0, len(softmaxes))
     writer = _Writer(graph, heads, keep_mask)
     for attention in found:
         writer.replace(attention)
-    if _DOMAIN not in {opset.domain for opset in proto.opset_import}:
-        proto.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+    add_contrib_domain(proto)
     if not keep_mask:
         for node in proto.graph.node:
             if node.op_type == "Shape" and node.input[0] == _MASK:  # the ids have the same shape
                 node.input[0] = _IDS
     graph.prune()
-    takes_mask = _MASK in {i.name for i in proto.graph.input}
-    if takes_mask and not keep_mask:  # something still reads the mask, so batches would be padded
+    if not keep_mask and _MASK in {
+        i.name for i in proto.graph.input
+    }:  # something still reads the mask, so batches would be padded
         return fuse_attention(model, heads, keep_mask=True, plain=plain)
-    return Rewritten(proto.SerializeToString(), len(found), len(softmaxes), takes_mask)
+    return Rewritten(proto.SerializeToString(), len(found), len(softmaxes))
 
 
 # ---------------------------------------------------------------- finding
 
 
-@dataclass(frozen=True, slots=True)
-class _Scaled:
-    """A value before multiplications or divisions by numbers: ``factor`` is their product, None if it is not known."""
+class _Scaled(NamedTuple):
+    """A value before multiplications or divisions by numbers: ``factor`` is their product, NaN if it is not known."""
 
     name: str
-    factor: float | None = 1.0
-
-    def times(self, other: float | None) -> float | None:
-        return None if self.factor is None or other is None else self.factor * other
+    factor: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Rotated:
+class _Rotated(NamedTuple):
     """A value ``[batch, heads, tokens, size]`` and the cosines and sines that rotate it."""
 
     name: str
@@ -116,17 +113,13 @@ class _Attention:
     scale: float | None
     last: onnx.NodeProto
 
-    @property
-    def special(self) -> bool:
-        """Whether it has a rotation, a bias or a window besides a mask."""
-        return self.rotations is not None or self.bias is not None or self.radius is not None
-
 
 def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
     """The attention around a softmax, or None if it has no known form."""
     found = _scores(graph, softmax.input[0])
-    weighted = _weighted(graph, softmax.output[0])
-    if found is None or weighted is None or weighted.input[0] not in _same(graph, softmax.output[0]):
+    weights = _same(graph, softmax.output[0])
+    weighted = next((node for name in weights for node in graph.readers[name] if node.op_type == "MatMul"), None)
+    if found is None or weighted is None or weighted.input[0] not in weights:
         return None
     matmul, factor, added = found
     query, keys = _unscaled(graph, matmul.input[0]), _unscaled(graph, matmul.input[1])
@@ -137,7 +130,7 @@ def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
     value = weighted.input[1]
     back = graph.only_reader(weighted.output[0], "Transpose")
     last = graph.only_reader(back.output[0], "Reshape") if back is not None and _perm(back) == _SPLIT_HEADS else None
-    terms = _Terms.of(graph, added)
+    terms = _terms(graph, added)
     if last is None or terms is None:
         return None
     rotated = _rotated(graph, query.name), _rotated(graph, key_inside.name)
@@ -145,42 +138,32 @@ def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
     if rotations is None and any(rotated):
         return None
     names = (rotations[0].name, rotations[1].name) if rotations else (query.name, key_inside.name)
-    scale: float | None = 1.0
-    for part in (factor, query.factor, keys.factor, key_inside.factor):
-        scale = _Scaled("", scale).times(part)
+    scale = factor * query.factor * keys.factor * key_inside.factor
     layout = frozenset({names[1]}) if swapped else frozenset()
-    return _Attention(*names, value, layout, rotations, terms.bias, terms.radius, scale, last)
+    return _Attention(*names, value, layout, rotations, *terms, None if math.isnan(scale) else scale, last)
 
 
-@dataclass(frozen=True, slots=True)
-class _Terms:
-    """What is added to the scores besides a padding mask."""
-
-    bias: str | None = None
-    radius: int | None = None
-
-    @classmethod
-    def of(cls, graph: Graph, added: Sequence[str]) -> _Terms | None:
-        """The terms, or None if one of them depends on the text."""
-        biases: list[str] = []
-        radius = None
-        for name in added:
-            sources = graph.sources(name)
-            if _IDS in sources:
-                return None
-            if not any(node.op_type == "Range" for node in graph.ancestors(name)):  # it depends on no positions
-                if not sources <= {_MASK}:
-                    return None
-                continue
-            radius = _radius(graph, name) if sources <= {_MASK} else None
-            if radius is None:
-                biases.append(name)
-        if len(biases) > 1 or (biases and radius is not None):
+def _terms(graph: Graph, added: Sequence[str]) -> tuple[str | None, int | None] | None:
+    """The bias and the radius of what is added to the scores, or None if it has no known form or depends on the text."""
+    biases: list[str] = []
+    radius = None
+    for name in added:
+        sources = graph.sources(name)
+        if _IDS in sources:
             return None
-        return cls(biases[0] if biases else None, radius)
+        if not any(node.op_type == "Range" for node in graph.ancestors(name)):  # it depends on no positions
+            if not sources <= {_MASK}:
+                return None
+            continue
+        radius = _radius(graph, name) if sources <= {_MASK} else None
+        if radius is None:
+            biases.append(name)
+    if len(biases) > 1 or (biases and radius is not None):
+        return None
+    return (biases[0] if biases else None), radius
 
 
-def _scores(graph: Graph, name: str) -> tuple[onnx.NodeProto, float | None, list[str]] | None:
+def _scores(graph: Graph, name: str) -> tuple[onnx.NodeProto, float, list[str]] | None:
     """The matmul of queries and keys that feeds a softmax, its scaling, and what is added to it."""
     added: list[str] = []
     while True:
@@ -217,14 +200,6 @@ def _same(graph: Graph, name: str) -> set[str]:
     return names
 
 
-def _weighted(graph: Graph, name: str) -> onnx.NodeProto | None:
-    for value in _same(graph, name):
-        node = next((n for n in graph.readers[value] if n.op_type == "MatMul"), None)
-        if node is not None:
-            return node
-    return None
-
-
 def _unscaled(graph: Graph, name: str) -> _Scaled:
     """The value before multiplications or divisions by a number."""
     found = _Scaled(name)
@@ -237,9 +212,9 @@ def _unscaled(graph: Graph, name: str) -> _Scaled:
             return found
         number = next(i for i in node.input if i != others[0])
         value = graph.constant(number)
-        known = None if value is None else float(value.reshape(-1)[0])
+        known = math.nan if value is None else float(value.reshape(-1)[0])
         factor = 1 / known if known and node.op_type == "Div" else known
-        found = _Scaled(others[0], found.times(factor))
+        found = _Scaled(others[0], found.factor * factor)
 
 
 def _is_number(graph: Graph, name: str) -> bool:
@@ -334,8 +309,10 @@ def _radius(graph: Graph, name: str) -> int | None:
     """How far a mask lets a token see to either side, found by running that part of the graph; None if it is no window."""
     mask = np.ones((2, _PROBED), dtype=np.int64)
     mask[1, _PROBED // 3 :] = 0
+    part = graph.part(name).SerializeToString()
     try:
-        value = _run_part(graph, name, {_MASK: mask, _IDS: mask})
+        session = cpu_session(part)
+        value = session.run([name], {each.name: mask for each in session.get_inputs()})[0]
     except Exception:  # the runtime raises one bare class per status code
         return None
     if value.shape != (2, 1, _PROBED, _PROBED):
@@ -348,15 +325,6 @@ def _radius(graph: Graph, name: str) -> int | None:
     return radius if fits else None
 
 
-def _run_part(graph: Graph, name: str, feeds: dict[str, Any]) -> Any:
-    """A value of the graph for these inputs; runs only the nodes that it depends on."""
-    model = graph.part(name)
-    session = onnxruntime().InferenceSession(
-        model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
-    )
-    return session.run([name], {i.name: feeds[i.name] for i in model.graph.input})[0]
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -367,7 +335,7 @@ class _Writer:
         self._graph, self._nodes = graph, graph.graph.node
         self._heads, self._keep_mask = heads, keep_mask
         self._place = 0
-        self._made: dict[tuple[str, ...], list[str]] = {}
+        self._made: dict[str, Any] = {}
 
     def replace(self, attention: _Attention) -> None:
         """Writes the node in place of the last one of an attention."""
@@ -375,33 +343,39 @@ class _Writer:
         self._place = list(self._nodes).index(last)
         self._nodes.remove(last)
         stem = f"{last.name or last.output[0]}/attention"
+        parts = {"query": attention.query, "key": attention.key, "value": attention.value}
         query, key, value = (
-            self._tokens(name, name in attention.swapped, f"{stem}/{part}")
-            for name, part in zip(
-                (attention.query, attention.key, attention.value), ("query", "key", "value"), strict=True
-            )
+            self._tokens(name, name in attention.swapped, f"{stem}/{part}") for part, name in parts.items()
         )
         if attention.rotations is not None:
-            query, key = (
-                self._rotate(name, rotation, f"{stem}/{part}")
-                for name, rotation, part in zip((query, key), attention.rotations, ("query", "key"), strict=True)
-            )
+            query = self._rotate(query, attention.rotations[0], f"{stem}/query")
+            key = self._rotate(key, attention.rotations[1], f"{stem}/key")
         attributes: dict[str, Any] = {"num_heads": self._heads}
         if attention.scale is not None:
             attributes["scale"] = attention.scale
         if attention.radius is not None:
             self._local(query, key, value, attention.radius, attributes, stem, last.output[0])
             return
-        mask = self._padding_mask() if self._keep_mask else ""
+        mask = ""
+        if self._keep_mask:
+            mask = self._once(
+                "mask", lambda: self._add("Cast", [_MASK], "attention/padding_mask", to=TensorProto.INT32)
+            )
         expand = self._graph.maker(attention.bias, "Expand") if attention.bias else None
         bias = expand.input[0] if expand is not None else attention.bias or ""  # the node broadcasts it to the batch
-        inputs = [query, key, value, "", mask, bias]
-        self._attend(inputs, attributes, stem, last.output[0])
+        self._attend([query, key, value, "", mask, bias], attributes, stem, last.output[0])
+
+    def _once(self, name: str, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` returned at the first call with this name."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: _Made = self._made[name]
+        return made
 
     def _attend(self, inputs: list[str], attributes: dict[str, Any], stem: str, output: str) -> str:
         while not inputs[-1]:
             inputs = inputs[:-1]
-        return self._add("MultiHeadAttention", inputs, stem, output=output, domain=_DOMAIN, **attributes)
+        return self._add("MultiHeadAttention", inputs, stem, output=output, domain=CONTRIB, **attributes)
 
     def _add(self, kind: str, inputs: Sequence[str], stem: str, *, output: str = "", **attributes: Any) -> str:
         """Inserts a node; returns its output."""
@@ -428,9 +402,7 @@ class _Writer:
         packed = _packed(graph, name)
         if packed is not None:
             source, index = packed
-            key = ("third", source)
-            self._made[key] = self._made.get(key) or self._split(source, 3, "third")
-            return self._made[key][index]
+            return self._once(f"thirds of {source}", lambda: self._split(source, 3, "third"))[index]
         transpose = graph.maker(name, "Transpose")
         if transpose is not None and _perm(transpose) == _SPLIT_HEADS:
             return self._merged(transpose.input[0], stem)
@@ -456,25 +428,13 @@ class _Writer:
 
     def _rotate(self, name: str, rotation: _Rotated, stem: str) -> str:
         """``RotaryEmbedding`` of a value; positions count from 0, so the cosines and sines are those of this run's tokens."""
-        caches = [self._half(value) for value in (rotation.cos, rotation.sin)]
+        caches = [self._once(f"half of {each}", partial(self._half, each)) for each in (rotation.cos, rotation.sin)]
         start = self._constant("attention/first_position", [0])
-        return self._add("RotaryEmbedding", [name, start, *caches], f"{stem}/rotary", domain=_DOMAIN)
+        return self._add("RotaryEmbedding", [name, start, *caches], f"{stem}/rotary", domain=CONTRIB)
 
     def _half(self, name: str) -> str:
         """The first half of cosines or sines, ``[tokens, size / 2]``; the second half is the same."""
-        key = ("half", name)
-        if key not in self._made:
-            first, _ = self._split(name, 2, "half")
-            self._made[key] = [self._add("Squeeze", [first], f"{name}/cache")]
-        return self._made[key][0]
-
-    # ------------------------------------------------------------ masks and biases
-
-    def _padding_mask(self) -> str:
-        key = ("mask",)
-        if key not in self._made:
-            self._made[key] = [self._add("Cast", [_MASK], "attention/padding_mask", to=TensorProto.INT32)]
-        return self._made[key][0]
+        return self._add("Squeeze", self._split(name, 2, "half")[:1], f"{name}/cache")
 
     # ------------------------------------------------------------ local attention
 
@@ -482,40 +442,38 @@ class _Writer:
         self, query: str, key: str, value: str, radius: int, attributes: dict[str, Any], stem: str, output: str
     ) -> None:
         """Attention to the tokens within ``radius``, in blocks of ``radius`` queries."""
-        sizes = self._block_sizes(radius)
+        sizes = self._once(f"block sizes {radius}", lambda: self._block_sizes(radius))
         padded = self._add("Pad", [query, sizes["own"]], f"{stem}/pad")
         blocks = self._add("Reshape", [padded, sizes["blocks"]], f"{stem}/blocks")
-        near = [
-            self._neighbours(name, radius, sizes, f"{stem}/{part}") for name, part in ((key, "keys"), (value, "values"))
-        ]
-        inputs = [blocks, *near, "", "", self._local_bias(radius, sizes)]
-        seen = self._attend(inputs, attributes, stem, f"{stem}/out")
+        keys = self._neighbours(key, radius, sizes, f"{stem}/keys")
+        values = self._neighbours(value, radius, sizes, f"{stem}/values")
+        bias = self._once(f"local bias {radius}", lambda: self._local_bias(radius, sizes))
+        seen = self._attend([blocks, keys, values, "", "", bias], attributes, stem, f"{stem}/out")
         joined = self._add("Reshape", [seen, sizes["joined"]], f"{stem}/joined")
         ends = [self._constant("attention/zero", [0]), sizes["tokens"], self._constant("attention/one", [1])]
         self._add("Slice", [joined, *ends], f"{stem}/tokens", output=output)
 
     def _block_sizes(self, radius: int) -> dict[str, str]:
         """The paddings and shapes that every local layer needs, from the window's length."""
-        key = (f"block sizes {radius}",)
-        if key not in self._made:
-            stem = f"attention/local_{radius}"
-            shape = self._add("Shape", [_IDS], f"{stem}/shape")
-            zero, one, two = (self._constant(f"attention/{n}", [i]) for i, n in enumerate(("zero", "one", "two")))
-            batch = self._add("Slice", [shape, zero, one], f"{stem}/batch")
-            tokens = self._add("Slice", [shape, one, two], f"{stem}/length")
-            width = self._constant(f"{stem}/radius", [radius])
-            negative = self._add("Neg", [tokens], f"{stem}/negative")
-            rest = self._add("Mod", [negative, width], f"{stem}/rest")  # the padding that fills the last block
-            more = self._add("Add", [rest, width], f"{stem}/more")
-            zeros = self._constant("attention/zeros", [0, 0, 0, 0])
-            before = self._constant(f"{stem}/before", [0, radius, 0, 0])
-            own = self._add("Concat", [zeros, rest, zero], f"{stem}/own", axis=0)
-            near = self._add("Concat", [before, more, zero], f"{stem}/near", axis=0)
-            minus = self._constant("attention/minus_one", [-1])
-            joined = self._add("Concat", [batch, minus, zero], f"{stem}/joined", axis=0)
-            blocks = self._constant(f"{stem}/blocks", [-1, radius, 0])
-            self._made[key] = [own, near, joined, blocks, tokens]
-        return dict(zip(("own", "near", "joined", "blocks", "tokens"), self._made[key], strict=True))
+        stem = f"attention/local_{radius}"
+        shape = self._add("Shape", [_IDS], f"{stem}/shape")
+        zero, one, two = (self._constant(f"attention/{n}", [i]) for i, n in enumerate(("zero", "one", "two")))
+        batch = self._add("Slice", [shape, zero, one], f"{stem}/batch")
+        tokens = self._add("Slice", [shape, one, two], f"{stem}/length")
+        width = self._constant(f"{stem}/radius", [radius])
+        negative = self._add("Neg", [tokens], f"{stem}/negative")
+        rest = self._add("Mod", [negative, width], f"{stem}/rest")  # the padding that fills the last block
+        more = self._add("Add", [rest, width], f"{stem}/more")
+        zeros = self._constant("attention/zeros", [0, 0, 0, 0])
+        before = self._constant(f"{stem}/before", [0, radius, 0, 0])
+        minus = self._constant("attention/minus_one", [-1])
+        return {
+            "own": self._add("Concat", [zeros, rest, zero], f"{stem}/own", axis=0),
+            "near": self._add("Concat", [before, more, zero], f"{stem}/near", axis=0),
+            "joined": self._add("Concat", [batch, minus, zero], f"{stem}/joined", axis=0),
+            "blocks": self._constant(f"{stem}/blocks", [-1, radius, 0]),
+            "tokens": tokens,
+        }
 
     def _neighbours(self, name: str, radius: int, sizes: dict[str, str], stem: str) -> str:
         """Each block with the blocks before and after it, ``[batch * blocks, 3 * radius, any]``."""
@@ -531,26 +489,21 @@ class _Writer:
 
     def _local_bias(self, radius: int, sizes: dict[str, str]) -> str:
         """0 for the tokens that a query sees, far below 0 for others, ``[batch * blocks, 1, radius, 3 * radius]``."""
-        key = (f"local bias {radius}",)
-        if key not in self._made:
-            stem = f"attention/local_{radius}/bias"
-            if self._keep_mask:
-                real = self._add("Cast", [_MASK], f"{stem}/mask", to=TensorProto.FLOAT)
-            else:
-                shape = self._add("Shape", [_IDS], f"{stem}/shape")
-                ones = numpy_helper.from_array(np.ones(1, dtype=np.float32))
-                real = self._add("ConstantOfShape", [shape], f"{stem}/ones", value=ones)
-            two = self._constant("attention/two", [2])
-            columns = self._add("Unsqueeze", [real, two], f"{stem}/columns")
-            near = self._neighbours(columns, radius, sizes, stem)
-            rows = self._add("Transpose", [near], f"{stem}/rows", perm=[0, 2, 1])
-            four = self._add("Unsqueeze", [rows, self._constant("attention/one", [1])], f"{stem}/four")
-            places = np.arange(3 * radius) - radius
-            band = np.abs(places - np.arange(radius)[:, None]) <= radius
-            seen = self._add(
-                "Mul", [four, self._constant(f"{stem}/band", band[None, None], np.float32)], f"{stem}/seen"
-            )
-            unseen = self._add("Sub", [seen, self._constant("attention/real_one", 1.0, np.float32)], f"{stem}/unseen")
-            far = self._constant("attention/far", -100 * _BLOCKED, np.float32)
-            self._made[key] = [self._add("Mul", [unseen, far], f"{stem}/low")]
-        return self._made[key][0]
+        stem = f"attention/local_{radius}/bias"
+        if self._keep_mask:
+            real = self._add("Cast", [_MASK], f"{stem}/mask", to=TensorProto.FLOAT)
+        else:
+            shape = self._add("Shape", [_IDS], f"{stem}/shape")
+            ones = numpy_helper.from_array(np.ones(1, dtype=np.float32))
+            real = self._add("ConstantOfShape", [shape], f"{stem}/ones", value=ones)
+        columns = self._add("Unsqueeze", [real, self._constant("attention/two", [2])], f"{stem}/columns")
+        near = self._neighbours(columns, radius, sizes, stem)
+        rows = self._add("Transpose", [near], f"{stem}/rows", perm=[0, 2, 1])
+        four = self._add("Unsqueeze", [rows, self._constant("attention/one", [1])], f"{stem}/four")
+        places = np.arange(3 * radius) - radius
+        inside = np.abs(places - np.arange(radius)[:, None]) <= radius
+        band = self._constant(f"{stem}/band", inside[None, None], np.float32)
+        seen = self._add("Mul", [four, band], f"{stem}/seen")
+        unseen = self._add("Sub", [seen, self._constant("attention/real_one", 1.0, np.float32)], f"{stem}/unseen")
+        far = self._constant("attention/far", -100 * _BLOCKED, np.float32)
+        return self._add("Mul", [unseen, far], f"{stem}/low")

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import helper
 
 from qadeploy.core.metrics import bootstrap_interval
 from qadeploy.core.settings import any_unanswerable
-from qadeploy.errors import DeviceError, FailureError, GateError
+from qadeploy.errors import DeviceError, FailureError, GateError, InputError, one_line
 from qadeploy.evaluation.scoring import evaluate
-from qadeploy.export.fusion import fuse, has_fusions, silent
-from qadeploy.export.graph import Graph
+from qadeploy.export.fusion import FUSED_TYPES, fuse, silent
+from qadeploy.export.graph import Graph, add_contrib_domain
 from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference, make_answerer
 from qadeploy.inference.answerer import Answerer
@@ -39,7 +38,6 @@ QUESTIONS = 1000  # fewer cannot resolve a tenth of a point
 _ON_CPU = "fp16 weights; ONNX Runtime computes in fp32 if the CPU has no fp16 kernel (measured without a GPU)"
 _ON_CUDA = "fp16 weights and arithmetic, on CUDA"
 _INTEGERS = frozenset({onnx.TensorProto.INT64, onnx.TensorProto.INT32})
-_DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +53,6 @@ class Fp16Model:
     int32_inputs: bool
     exact: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """How the model was made, as plain JSON values."""
-        return {
-            "graph": "fused" if self.attentions else "plain",
-            "attention_nodes": self.attentions,
-            "layers": self.layers,
-            "inputs": "int32" if self.int32_inputs else "int64",
-            "fp32_nodes": len(self.exact),
-        }
-
 
 def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
     """Converts a plain fp32 model. ``architecture`` is a manifest's entry.
@@ -75,7 +63,7 @@ def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
 
     heads, hidden = architecture["heads"] or 0, architecture["hidden"] or 0
     try:
-        if has_fusions(architecture["model_type"]):
+        if architecture["model_type"] in FUSED_TYPES:
             made = fuse(model, architecture, mask_index=True)
         else:
             made = BertOnnxModel(onnx.load_model_from_string(model), heads, hidden)
@@ -87,12 +75,12 @@ def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
             narrow.change_graph_inputs_to_int32()
             int32 = _casts(narrow.model) <= _casts(made.model)
             made = narrow if int32 else made
-            _tidy(made)
+            made.prune_graph()
+            made.topological_sort()
+            add_contrib_domain(made.model)
     except Exception as error:  # the converters and their libraries may raise anything
-        reason = " ".join(str(error).split())[:300]
-        raise FailureError(
-            f"ONNX Runtime cannot convert this {architecture['model_type']} model to fp16: {reason}"
-        ) from error
+        kind = architecture["model_type"]
+        raise FailureError(f"ONNX Runtime cannot convert this {kind} model to fp16: {one_line(error)}") from error
     attentions = Counter(node.op_type for node in made.model.graph.node)["Attention"]
     layers = architecture["layers"] or 0
     return Fp16Model(made.model.SerializeToString(), attentions, layers, int32, exact)
@@ -127,13 +115,6 @@ def _casts(proto: onnx.ModelProto) -> int:
     return sum(node.op_type == "Cast" for node in proto.graph.node)
 
 
-def _tidy(made: Any) -> None:
-    made.prune_graph()
-    made.topological_sort()
-    if _DOMAIN not in {opset.domain for opset in made.model.opset_import}:
-        made.model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
-
-
 # ---------------------------------------------------------------- the bundle
 
 
@@ -160,9 +141,13 @@ def write_fp16(
         say: Called with the reason if CUDA is not available.
 
     Raises:
+        InputError: There is no question to compare answers on.
         FailureError: The graph cannot be converted.
         GateError: Logits or answers lose too much; ``out`` is left as it was.
     """
+    examples = judging_questions(reference)
+    if not examples:
+        raise InputError(f"{out}: there is no question to compare fp16 with fp32 on: give --eval-data FILE")
     made = to_fp16(source.read(MODEL), source.manifest["architecture"])
     try:
         answerer = make_answerer(reference, made.model, {}, device=device)
@@ -170,7 +155,7 @@ def write_fp16(
         say(f"{error}\nso the fp16 bundle is judged on the CPU")
         device = "cpu"
         answerer = make_answerer(reference, made.model, {}, device=device)
-    judged = _judge(reference, source, answerer)
+    judged = _judge(reference, source, answerer, examples)
     if not judged["f1_change"] >= -max_f1_drop:
         low, high = judged["f1_change_interval"]
         raise GateError(
@@ -179,7 +164,11 @@ def write_fp16(
         )
     model = model_of(answerer)
     entry = {
-        **made.to_dict(),
+        "graph": "fused" if made.attentions else "plain",
+        "attention_nodes": made.attentions,
+        "layers": made.layers,
+        "inputs": "int32" if made.int32_inputs else "int64",
+        "fp32_nodes": len(made.exact),
         "from": source.name,
         "for": "cuda",
         "measured_on": model.device,
@@ -195,9 +184,8 @@ def write_fp16(
     return open_bundle(out)
 
 
-def _judge(reference: Reference, source: Bundle, answerer: Answerer) -> dict[str, Any]:
+def _judge(reference: Reference, source: Bundle, answerer: Answerer, examples: Sequence[Example]) -> dict[str, Any]:
     """Compares the answers of fp16 in pairs with those of the fp32 bundle; returns plain JSON values."""
-    examples = judging_questions(reference)
     plain = make_answerer(reference, source.read(MODEL), source.manifest["session"], device="cpu")
     allow = any_unanswerable(examples)
     ours, theirs = (evaluate(each, examples, allow_no_answer=allow) for each in (answerer, plain))
@@ -208,7 +196,7 @@ def _judge(reference: Reference, source: Bundle, answerer: Answerer) -> dict[str
         "held_out": min(len(reference.examples), len(examples)),
         "f1_change": 100.0 * float(difference.mean()),
         "f1_change_interval": list(bootstrap_interval(difference)),
-        "equal_answers": sum(same) / max(1, len(same)),
+        "equal_answers": sum(same) / len(same),
         "enough": len(examples) >= QUESTIONS,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qadeploy.errors import FailureError
-from qadeploy.export.fusion import fuse_file, has_fusions
+from qadeploy.export.fusion import FUSED_TYPES, fuse_file
 from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
@@ -30,18 +30,17 @@ def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
     """
     architecture = source.manifest["architecture"]
     kind = architecture["model_type"]
-    if not has_fusions(kind):
+    if kind not in FUSED_TYPES:
         raise FailureError(f"ONNX Runtime's graph optimisation has no fusions for {kind} models")
     with writing_bundle(out) as work:
         reference.count(0, 1, " fusing the graph")
         return_freed_memory()  # from the exported model's sessions
         (work / MODEL).write_bytes(source.read(MODEL))
         counts = fuse_file(work / MODEL, architecture)
-        layers = architecture["layers"] or 0
         report = {name: counts.get(name, 0) for name in _COUNTED}
         if not any(report.values()):
             raise FailureError(f"ONNX Runtime's graph optimisation fused nothing in this {kind} model")
-        made = {"graph": "fused", "from": source.name, "fused_nodes": report, "layers": layers}
+        made = {"graph": "fused", "from": source.name, "fused_nodes": report, "layers": architecture["layers"] or 0}
         finish_bundle(reference, work, out.name, precision="fp32", made=made)
     return open_bundle(out)
 

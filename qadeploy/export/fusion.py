@@ -25,18 +25,11 @@ from onnx import external_data_helper
 from qadeploy.errors import FailureError
 from qadeploy.export.attention import fuse_attention
 
-# ONNX Runtime's optimizer knows families of graphs; the graphs of these models are built like BERT's.
-_BERT_LIKE = frozenset(
+# ONNX Runtime's optimizer knows families of graphs; the graphs of models of these types are built like BERT's.
+FUSED_TYPES = frozenset(
     {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "mobilebert"}
     | {"modernbert", "mpnet", "roberta", "xlm-roberta"}
 )
-
-
-def has_fusions(kind: str) -> bool:
-    """Whether ONNX Runtime's optimizer knows graphs of this ``model_type``."""
-    return kind in _BERT_LIKE
-
-
 _OUTSIDE = 2**16  # bytes; weights at least this large stay out of the copies
 _WEIGHTS = "weights.bin"
 
@@ -101,13 +94,20 @@ def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = Fa
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
     """Silences the logs and prints of ``onnxruntime.transformers``; callers count the fused nodes instead."""
-    names = ("onnxruntime.transformers", *logging.root.manager.loggerDict)
-    for name in names:
-        if name.startswith(("onnxruntime.t", "fusion", "onnx_model", "optimizer", "symbolic_shape_infer")):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with only_errors(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def only_errors() -> Iterator[None]:
+    """Silences logs below errors: ONNX Runtime's tools log their steps, and warnings about shapes through the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators
 _FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE})
 _AXES = 8  # constants of at most this many integers are axes or shapes
+
+
+def add_contrib_domain(proto: onnx.ModelProto) -> None:
+    """Lets a model use ONNX Runtime's own operators."""
+    if CONTRIB not in {opset.domain for opset in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(CONTRIB, 1))
 
 
 class Graph:

@@ -54,8 +54,8 @@ def finish_bundle(
     tuning: Tuning | None = None,
     device: str = "cpu",
     evaluation: Evaluation | None = None,
-) -> dict[str, Any]:
-    """Measures the model in ``work`` on ``device``, adds tokenizer, card and manifest; returns the manifest's content.
+) -> None:
+    """Measures the model in ``work`` on ``device`` and adds tokenizer, card and manifest.
 
     ``tuning`` holds its session settings, which are measured here if it is None. ``evaluation`` holds its answers to the
     held-out questions, if they are known. Raises GateError if its logits are further from PyTorch's than its precision allows.
@@ -109,4 +109,3 @@ def finish_bundle(
     }
     (work / CARD).write_text(bundle_card(name, manifest), encoding="utf-8")
     seal(work, manifest)
-    return manifest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.training.checkpoint import Checkpoint
 from qadeploy.training.exportable import exportable_by, exporters
 
+_EXPORTERS = {"optimum": export_by_optimum, "torch": export_by_torch}
 _LARGEST = 2 * 2**30  # bytes that one protobuf file can have
 
 
@@ -53,8 +53,11 @@ def export_graph(checkpoint: Checkpoint, folder: Path, exporter: str = "auto") -
         raise FailureError("the exported model is larger than 2 GB, the limit of one ONNX file, which a bundle must be")
     reasons = []
     for used in exporters(exporter):
+        found = exportable_by(used, checkpoint.model.config)
         try:
-            model = _export_by(used, checkpoint)
+            if found.possible is False:
+                raise FailureError(found.why)
+            model = _EXPORTERS[used](checkpoint)
         except FailureError as error:
             reasons.append(str(error))
             continue
@@ -63,16 +66,6 @@ def export_graph(checkpoint: Checkpoint, folder: Path, exporter: str = "auto") -
         onnx.save(model, folder / MODEL)
         return used
     raise FailureError("; ".join(reasons))
-
-
-def _export_by(exporter: str, checkpoint: Checkpoint) -> onnx.ModelProto:
-    found = exportable_by(exporter, checkpoint.model.config)
-    if found.possible is False:
-        raise FailureError(found.why)
-    if exporter == "torch":
-        return export_by_torch(checkpoint)
-    with tempfile.TemporaryDirectory() as work:
-        return export_by_optimum(checkpoint, Path(work))
 
 
 def read_shared_weights(graph: onnx.GraphProto) -> None:

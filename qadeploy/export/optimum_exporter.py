@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from qadeploy.errors import FailureError
+from qadeploy.errors import FailureError, one_line
 from qadeploy.inference.bundle import MODEL
 from qadeploy.training.checkpoint import Checkpoint
 from qadeploy.training.exportable import TASK
 
 
-def export_by_optimum(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
-    """The checkpoint's graph; writes to ``folder``. Raises FailureError if optimum cannot export the model."""
+def export_by_optimum(checkpoint: Checkpoint) -> onnx.ModelProto:
+    """The checkpoint's graph. Raises FailureError if optimum cannot export the model."""
     from optimum.exporters.onnx import onnx_export_from_model
 
     logging.getLogger("optimum").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # the tracer's warnings; parity decides
         try:
             with contextlib.redirect_stdout(None):
                 onnx_export_from_model(
                     checkpoint.model,
-                    folder,
+                    Path(folder),
                     task=TASK,
                     do_validation=False,
                     preprocessors=[],
@@ -35,9 +36,8 @@ def export_by_optimum(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
                 )
         except Exception as error:  # optimum raises ValueError, KeyError, RuntimeError, ... by model
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
-            reason = " ".join(str(error).split())[:300]
-            raise FailureError(f"optimum cannot export a {kind} model: {reason}") from error
-    return onnx.load(folder / MODEL)
+            raise FailureError(f"optimum cannot export a {kind} model: {one_line(error)}") from error
+        return onnx.load(Path(folder) / MODEL)
 
 
 def own_configs(checkpoint: Checkpoint) -> dict[str, Any] | None:

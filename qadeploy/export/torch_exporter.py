@@ -49,7 +49,9 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
             )
         except Exception as error:  # torch.export, its decompositions and onnxscript may raise anything
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
-            raise FailureError(f"PyTorch cannot export a {kind} model: {_reason(error)}") from error
+            # The exporter's reason, without the advice for model authors around it.
+            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0].strip()[:300]
+            raise FailureError(f"PyTorch cannot export a {kind} model: {reason}") from error
     assert program is not None  # noqa: S101 - dynamo=True returns a program
     ClearMetadataAndDocStringPass()(program.model)  # drops stack traces, which contain paths of this machine
     proto = onnx_ir.to_proto(program.model)
@@ -62,12 +64,6 @@ def export_by_torch(checkpoint: Checkpoint) -> onnx.ModelProto:
     _spell_out_lengths(proto)
     simplify_masks(proto, checkpoint.encoder.config.position_limit)
     return proto
-
-
-def _reason(error: Exception) -> str:
-    """The exporter's reason, without the advice for model authors around it."""
-    lines = str(error.__cause__ or error).strip().splitlines()
-    return f"{lines[0].strip()[:300]}" if lines else type(error).__name__
 
 
 def _inputs(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -97,11 +93,13 @@ def _fill_biases(model: onnx.ModelProto) -> None:
 
 def _spell_out_lengths(model: onnx.ModelProto) -> None:
     """Cuts positions at the length of input_ids, read from its shape: the form in which ONNX Runtime fuses embeddings."""
-    graph = Graph(model)
+    graph, inputs = Graph(model), {each.name for each in model.graph.input}
     for cut in [node for node in model.graph.node if node.op_type == "Slice"]:
         positions, shape = graph.constant(cut.input[0]), graph.maker(cut.input[2], "Shape")
-        if positions is None or positions.ndim != 2 or shape is None or not _is_length(shape):
+        if positions is None or positions.ndim != 2 or shape is None or shape.input[0] not in inputs:
             continue
+        if {each.name: each.i for each in shape.attribute} != {"start": 1, "end": 2}:
+            continue  # not the length of an input [batch, tokens]
         name = f"{cut.output[0]}/length"
         values = {f"{name}/axis": np.array(1), f"{name}/axes": np.array([0])}
         model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in values.items())
@@ -114,9 +112,3 @@ def _spell_out_lengths(model: onnx.ModelProto) -> None:
             model.graph.node.insert(place, node)
         cut.input[2] = name
     Graph(model).prune()
-
-
-def _is_length(shape: onnx.NodeProto) -> bool:
-    """Whether this is the second axis of one of the model's inputs, which are all [batch, tokens]."""
-    axes = {each.name: each.i for each in shape.attribute}
-    return axes == {"start": 1, "end": 2} and shape.input[0] in ("input_ids", "attention_mask", "token_type_ids")

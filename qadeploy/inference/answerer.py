@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn, Protocol, Unpack
 
-from qadeploy.core.bm25 import rank_windows
-from qadeploy.core.decoding import decode_many
+from qadeploy.core.bm25 import rank_parts
+from qadeploy.core.decoding import decode
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.passages import JoinedText, passage_windows
 from qadeploy.core.settings import AnswerOptions, Options, QaSettings
@@ -316,7 +316,7 @@ class Answerer:
 
     def decode(self, pair: EncodedPair, logits: Sequence[Logits], options: Options) -> DecodedPair:
         """The last step of ``read``, from the logits of ``pair.windows``, in order. Raises LogitsError, InputError."""
-        return self._decode([pair], logits, options, options.settings(self.settings))[0]
+        return self._decode(pair, logits, options, options.settings(self.settings))
 
     def _run(self, windows: Sequence[Window], run: RunWindows, on_windows: OnWindows | None) -> list[Logits]:
         """The logits of the windows; with ``on_windows`` they run in parts, and it is called between parts."""
@@ -350,7 +350,7 @@ class Answerer:
                 except Exception as error:
                     failure = error
                 if running is not None:
-                    yield from self._decode_named(running[0], running[1].result(), options, settings, done)
+                    yield from self._decode_chunk(running[0], running[1].result(), options, settings, done)
                     done += len(running[0])
                 if failure is not None:
                     raise failure
@@ -424,7 +424,7 @@ class Answerer:
         ranking = None
         begins: Sequence[int] = cut.begins
         if options.prefilter is not None and options.prefilter < len(cut.begins):
-            ranking = rank_windows(asked.ids, encoded.ids, cut, options.prefilter)
+            ranking = rank_parts(asked.ids, encoded.ids, *cut.parts(), options.prefilter)
             begins = [cut.begins[i] for i in ranking.chosen]
         return EncodedPair(asked, encoded, self.encoder.make(asked, encoded, cut, begins, max_windows), ranking)
 
@@ -434,27 +434,24 @@ class Answerer:
         except InputError as error:
             raise type(error)(f"contexts[{number}]: {error}") from error
 
-    def _decode_named(
+    def _decode_chunk(
         self, pairs: Sequence[EncodedPair], logits: Sequence[Logits], options: Options, settings: QaSettings, done: int
     ) -> Iterator[DecodedPair]:
-        """``_decode`` for pairs that follow ``done`` others. A LogitsError names its pair, after the results of those before it."""
-        try:
-            yield from self._decode(pairs, logits, options, settings)
-        except LogitsError:
-            for number, (pair, own) in enumerate(_with_logits(pairs, logits), done + 1):
-                try:
-                    yield from self._decode([pair], own, options, settings)
-                except LogitsError as error:
-                    raise LogitsError(f"pair {number}: {error}") from error
+        """``_decode`` for the pairs that follow ``done`` others. A LogitsError names its pair."""
+        first = 0
+        for number, pair in enumerate(pairs, done + 1):
+            try:
+                decoded = self._decode(pair, logits[first : first + len(pair.windows)], options, settings)
+            except LogitsError as error:
+                raise LogitsError(f"pair {number}: {error}") from error
+            yield decoded
+            first += len(pair.windows)
 
     def _decode(
-        self, pairs: Sequence[EncodedPair], logits: Sequence[Logits], options: Options, settings: QaSettings
-    ) -> list[DecodedPair]:
-        scored = [
-            settings.window_logits(pair.windows, [s for s, _ in own], [e for _, e in own], pair.context)
-            for pair, own in _with_logits(pairs, logits)
-        ]
-        found = decode_many(
+        self, pair: EncodedPair, logits: Sequence[Logits], options: Options, settings: QaSettings
+    ) -> DecodedPair:
+        scored = settings.window_logits(pair.windows, [s for s, _ in logits], [e for _, e in logits], pair.context)
+        decoded = decode(
             scored,
             top_k=options.top_k,
             max_answer_len=settings.max_answer_len,
@@ -463,19 +460,8 @@ class Answerer:
             temperature=settings.temperature,
             most_overlap=options.most_overlap,
         )
-        return [
-            DecodedPair(
-                pair.question,
-                pair.context,
-                pair.windows,
-                pair.ranking,
-                pair.skipped,
-                scored=own,
-                settings=settings,
-                decoded=decoded,
-            )
-            for pair, own, decoded in zip(pairs, scored, found, strict=True)
-        ]
+        encoded = (pair.question, pair.context, pair.windows, pair.ranking, pair.skipped)
+        return DecodedPair(*encoded, scored=scored, settings=settings, decoded=decoded)
 
 
 def refuse_in_graph(bundle: Bundle) -> None:
@@ -491,16 +477,6 @@ def _answers_of(pair: DecodedPair, options: Options, number: int) -> list[Answer
     """The answers of one pair of a stream; warns about skipped passages."""
     warn_of_skipped(pair.skipped, f"pair {number}: ")
     return to_answers(pair, options)
-
-
-def _with_logits(
-    pairs: Sequence[EncodedPair], logits: Sequence[Logits]
-) -> Iterator[tuple[EncodedPair, Sequence[Logits]]]:
-    """Each pair with the logits of its windows."""
-    first = 0
-    for pair in pairs:
-        yield pair, logits[first : first + len(pair.windows)]
-        first += len(pair.windows)
 
 
 def _machine_warning(bundle: Bundle) -> str:

@@ -221,8 +221,6 @@ def writing_bundle(out: Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with holding(out), temporary_folder(out) as work:
         yield work
-        if not (work / MANIFEST).is_file():
-            raise BundleError(f"{out}: the bundle was not sealed")
         check_place(out)  # something may have been put there meanwhile
         replace_folder(work, out)
 
@@ -320,11 +318,7 @@ def default_bundle() -> Path:
 
 
 def _newest(folder: Path) -> Path | None:
-    found = (
-        [p for p in folder.iterdir() if not p.name.startswith(".") and _is_general(p / MANIFEST)]
-        if folder.is_dir()
-        else []
-    )
+    found = [path for path in folder.glob("[!.]*") if _is_general(path / MANIFEST)]
     return max(found, key=lambda p: (p / MANIFEST).stat().st_mtime_ns, default=None)
 
 

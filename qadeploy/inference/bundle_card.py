@@ -19,6 +19,7 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
     settings, measured, parity = manifest["settings"], manifest["measured"], manifest["parity"]
     source = manifest["source"]
     base = source["run"]["base"] if source["run"] else None
+    load, ask = f'answerer = Answerer.load("{name}")', 'answerer.answer(question="...", context="...", top_k=3)'
     parts = [
         front_matter(
             name,
@@ -32,7 +33,7 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
         + f"# {name}",
         f"An extractive question-answering model ({manifest['precision']}, ONNX), exported by qadeploy from "
         f"`{manifest['source']['checkpoint']}`.",
-        "\n".join(usage or _answerer(name)),
+        "\n".join(usage or ["```python", "from qadeploy import Answerer", "", load, ask, "```"]),
         f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}"
         + (f" ({settings['long_seq_len']} tokens if a context needs several)" if settings.get("long_seq_len") else "")
         + "; answers have at most "
@@ -61,8 +62,3 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
         f"they differ by at most {parity['max_abs_diff']:.1e}."
     )
     return "\n\n".join(parts) + "\n"
-
-
-def _answerer(name: str) -> list[str]:
-    ask = 'answerer.answer(question="...", context="...", top_k=3)'
-    return ["```python", "from qadeploy import Answerer", "", f'answerer = Answerer.load("{name}")', ask, "```"]

@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from qadeploy.core.windows import pad_batch
-from qadeploy.errors import DeviceError
+from qadeploy.errors import DeviceError, one_line
 from qadeploy.records import LOGIT_NAMES, FloatArray, Logits, Window
 
 _T = TypeVar("_T")
@@ -208,17 +208,12 @@ class DeviceRunner:
             many += ", since the GPU's memory ran out"
         return [f"one question: {few}", f"many questions: {many}"]
 
-    def warm_up(self, window: Window, rows: Sequence[int] = GRAPH_ROWS[:1], longest: int = LONGEST) -> int:
-        """Captures shapes with these numbers of rows, up to ``longest`` tokens, with windows made of this one's tokens.
-
-        Other shapes are captured when first needed. Returns the number of captured shapes.
-        """
-        most = min(longest, self._longest or longest)
-        for count in rows:
-            for tokens in range(STEP, round_up(most, STEP) + 1, STEP):
-                if self.graphs:
-                    self.run([_stretched(window, min(tokens, most))] * count)
-        return self._captured
+    def warm_up(self, window: Window) -> None:
+        """Captures the shapes of one row, with windows made of this one's tokens; others are captured when first needed."""
+        most = min(LONGEST, self._longest or LONGEST)
+        for tokens in range(STEP, round_up(most, STEP) + 1, STEP):
+            if self.graphs:
+                self.run([_stretched(window, min(tokens, most))])
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order, for few windows with the least delay.
@@ -287,40 +282,34 @@ class DeviceRunner:
         """The logits of a graph, which is captured first if needed; None if graphs are no longer used."""
         if not self.graphs:  # another call has just turned them off
             return None
-        found, reason = self._by_graph(shape, batch)
-        if reason:
-            self._no_graphs = reason
-            self._slots.clear()
-            # Dropped at once: while the stream of this session captures, a new session would get no memory.
-            self._capturing = self.session = None
-        return found
-
-    def _by_graph(self, shape: Shape, batch: Mapping[str, Any]) -> tuple[Logits | None, str]:
-        """The logits of a graph, or None and the reason why graphs cannot be used."""
         try:
             slot = self._slots.get(shape)
             if slot is None:
                 slot = self._slots[shape] = _Slot(self._ort, self._capturing, shape, self._place, 1 + len(self._slots))
             found = slot.run(batch)
             if slot.proven:
-                return found, ""
+                return found
             found = slot.run(batch)  # the first run captures, after two warm-up runs by ONNX Runtime; this one replays
             options = self._ort.RunOptions()
             options.add_run_config_entry(_GRAPH_ID, _NO_GRAPH)
             plain = self._capturing.run(LOGIT_NAMES, batch, options)
             apart = _apart(found, (plain[0], plain[1]), batch)
+            if apart <= APART:
+                slot.proven = True
+                self._captured += 1
+                return found
+            self._no_graphs = f"a captured graph's logits were {apart:.2g} from those of a plain run"
         except Exception as error:  # the binding raises one bare class per status code
-            return None, f"capturing {shape.rows} x {shape.tokens} tokens failed: {' '.join(str(error).split())[:200]}"
-        if apart > APART:
-            return None, f"a captured graph's logits were {apart:.2g} from those of a plain run"
-        slot.proven = True
-        self._captured += 1
-        return found, ""
+            self._no_graphs = f"capturing {shape.rows} x {shape.tokens} tokens failed: {one_line(error, 200)}"
+        self._slots.clear()
+        # Dropped at once: while the stream of this session captures, a new session would get no memory.
+        self._capturing = self.session = None
+        return None
 
 
 def _typed(error: Exception) -> _OutOfMemoryError | DeviceError:
     """Converts an error of ONNX Runtime, whose classes do not tell when memory runs out, by its message."""
-    said = " ".join(str(error).split())[:200]
+    said = one_line(error, 200)
     if any(words in said.lower() for words in _NO_MEMORY):
         return _OutOfMemoryError(said)
     return DeviceError(f"a run on the GPU failed: {said}")

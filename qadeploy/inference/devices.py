@@ -252,17 +252,14 @@ def _loads(name: str, mode: int = ctypes.DEFAULT_MODE) -> bool:
 
 
 @cache
-def preload(ort: Any) -> str:
-    """Loads the libraries of CUDA and cuDNN from their pip packages, once per process; returns what ONNX Runtime printed.
+def preload(ort: Any) -> None:
+    """Loads the libraries of CUDA and cuDNN from their pip packages, once per process.
 
     Without this, onnxruntime searches for them only on the system's paths. preload_dlls prints what is missing, so stdout is
-    captured. Builds before 1.21 have no preload_dlls.
+    captured.
     """
-    said = io.StringIO()
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(said):
-            ort.preload_dlls()
-    return said.getvalue().strip()
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
 
 
 def torch_cuda() -> tuple[int, int] | None:

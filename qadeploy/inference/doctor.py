@@ -93,8 +93,8 @@ def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
         try:
             made = json.loads(path.read_text(encoding="utf-8"))["made"]
             if made["for"] == "cuda":
-                names = ("measured_on", "paths")
-                found.append({"bundle": str(path.parent), **{name: made[name] for name in names}})
+                facts = {"measured_on": made["measured_on"], "paths": made["paths"]}
+                found.append({"bundle": str(path.parent), **facts})
         # Another kind of bundle, or not a bundle: loading it reports that.
         except (OSError, ValueError, LookupError, TypeError):
             continue
@@ -103,27 +103,22 @@ def gpu_bundles(folder: Path = Path("bundles")) -> list[dict[str, Any]]:
 
 def diagnosis_lines(report: dict[str, Any]) -> list[str]:
     """The report of ``diagnose`` as lines of text."""
-    cpu = report["cpu"]
+    cpu, build = report["cpu"], report["onnxruntime_build"]
+    runtime = f"{build['package'] or 'onnxruntime'} {build['version']}" if build else "none"
     result = [
         f"qadeploy {report['qadeploy']}, Python {report['python']}",
         f"CPU: {cpu['model']}, {cpu['usable']} usable, {', '.join(cpu['features']) or 'no known vector features'}; "
         f"{report['memory_gib']} GiB of memory",
         f"NVIDIA driver: {report['nvidia_driver'] or 'none'}",
-        _runtime_line(report),
+        f"ONNX Runtime: {runtime}; providers: {', '.join(report['providers']) or 'none'}",
         f"CUDA: {_cuda_line(report['cuda'])}",
         "packages: " + ", ".join(f"{name} {found or '-'}" for name, found in report["packages"].items()),
     ]
-    result += [_gpu_line(bundle) for bundle in report.get("gpu_bundles", [])]
+    for bundle in report.get("gpu_bundles", []):
+        untried = f"measured on {bundle['measured_on']}; its paths are tried when it is loaded on a GPU"
+        result.append(f"{bundle['bundle']}: {'; '.join(bundle['paths']) or untried}")
     result += [f"PROBLEM: {problem}" for problem in report["problems"]] or ["no problems found"]
     return result
-
-
-def _gpu_line(bundle: dict[str, Any]) -> str:
-    paths = (
-        "; ".join(bundle["paths"])
-        or f"measured on {bundle['measured_on']}; its paths are tried when it is loaded on a GPU"
-    )
-    return f"{bundle['bundle']}: {paths}"
 
 
 def _version(name: str) -> str | None:
@@ -164,14 +159,6 @@ def _add_build(report: dict[str, Any], driver: devices.Driver, problems: list[st
         problems += [problem for problem in devices.obstacles(build, driver) if problem != build.conflict]
     if majors := devices.cuda_majors(build):
         problems.append(majors)
-
-
-def _runtime_line(report: dict[str, Any]) -> str:
-    build = report["onnxruntime_build"]
-    providers = ", ".join(report["providers"]) or "none"
-    if build is None:
-        return f"ONNX Runtime: none; providers: {providers}"
-    return f"ONNX Runtime: {build['package'] or 'onnxruntime'} {build['version']}; providers: {providers}"
 
 
 def _cuda_line(cuda: dict[str, Any]) -> str:

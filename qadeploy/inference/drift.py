@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from qadeploy.core.decoding import rank_answers
 from qadeploy.core.drift import Figure, Figures
 from qadeploy.core.settings import Options
 from qadeploy.core.unknown import unknown_share
@@ -19,14 +18,7 @@ def figures_of(pair: DecodedPair, options: Options, unknown: int | None) -> Figu
         options: The options of the call that asked it.
         unknown: The id of the unknown token, or None if the tokenizer has none.
     """
-    settings = pair.settings
-    ranked = rank_answers(
-        pair.decoded,
-        pair.context.text,
-        top_k=COMPARED,
-        allow_no_answer=options.null_competes(settings),
-        null_threshold=settings.null_threshold,
-    )
+    ranked = pair.ranked(options, COMPARED)
     best, second = (*(answer.score for answer in ranked), 0.0, 0.0)[:COMPARED]
     return {
         Figure.SCORE: best,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qadeploy.errors import BundleError
 from qadeploy.inference.bundle import MODEL
 from qadeploy.inference.manifest import SessionSettings
-from qadeploy.inference.session import onnxruntime, outlives_forks, run_error, session_options
+from qadeploy.inference.session import cpu_session, outlives_forks, run_error
 
 Outputs = dict[str, NDArray[Any]]
 _KINDS: dict[str, Any] = {
@@ -34,17 +34,7 @@ class GraphModel:
     """
 
     def __init__(self, model: bytes, settings: SessionSettings | None = None) -> None:
-        settings = settings or SessionSettings()
-        try:
-            self._session = onnxruntime().InferenceSession(
-                model,
-                session_options(1, settings.config),
-                providers=["CPUExecutionProvider"],
-                disabled_optimizers=list(settings.disabled_optimizers) or None,
-            )
-        except Exception as error:  # the binding raises one bare class per status code
-            reason = " ".join(str(error).split())[:300]
-            raise BundleError(f"{MODEL}: ONNX Runtime cannot load it: {reason}") from error
+        self._session = cpu_session(model, settings)
         outlives_forks(self)
         inputs = self._session.get_inputs()
         for each in inputs:

@@ -59,18 +59,16 @@ def fetch_bundle(name: str, revision: str | None, files: Sequence[str]) -> Path:
     if not place.is_dir():
         with temporary_folder(place) as work:
             for file in files:
-                if (snapshot / file).is_file():  # loading reports missing files
-                    _link((snapshot / file).resolve(), work / file)
+                if not (snapshot / file).is_file():
+                    continue  # loading reports missing files
+                source = (snapshot / file).resolve()
+                try:
+                    os.link(source, work / file)
+                except OSError:  # on another file system
+                    shutil.copyfile(source, work / file)
             if any(work.iterdir()):
                 replace_folder(work, place)
     return place
-
-
-def _link(source: Path, place: Path) -> None:
-    try:
-        os.link(source, place)
-    except OSError:  # on another file system
-        shutil.copyfile(source, place)
 
 
 def hub_library(purpose: str) -> Any:

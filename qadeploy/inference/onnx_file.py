@@ -38,11 +38,6 @@ class _Found:
     operators: set[str] = field(default_factory=set)
 
 
-def has_external_data(model: bytes) -> bool:
-    """Whether any tensor of an ONNX model keeps its values in another file. Raises BundleError if the bytes are not a model."""
-    return _read(model, "the model").external
-
-
 def check_model(model: bytes, where: str, *, reads_text: bool = False) -> None:
     """Checks what a model file contains.
 

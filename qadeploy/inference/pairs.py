@@ -57,17 +57,20 @@ class DecodedPair(EncodedPair):
         """Start and end logits of each window, float32 ``[tokens]`` each."""
         return list(zip(self.scored.start_logits, self.scored.end_logits, strict=True))
 
+    def ranked(self, options: Options, top_k: int) -> list[Answer]:
+        """The ``top_k`` best answers, with the null answer among them if it is allowed; spans are in the joined text."""
+        return rank_answers(
+            self.decoded,
+            self.context.text,
+            top_k=top_k,
+            allow_no_answer=options.null_competes(self.settings),
+            null_threshold=self.settings.null_threshold,
+        )
+
 
 def to_answers(pair: DecodedPair, options: Options) -> list[Answer]:
     """The answers of a decoded pair, best first, with the null answer among them if it is allowed."""
-    answers = rank_answers(
-        pair.decoded,
-        pair.context.text,
-        top_k=options.top_k,
-        allow_no_answer=options.null_competes(pair.settings),
-        null_threshold=pair.settings.null_threshold,
-    )
-    answers = [answer for answer in answers if answer.score >= options.min_score]
+    answers = [answer for answer in pair.ranked(options, options.top_k) if answer.score >= options.min_score]
     joined = pair.passages
     parts = [joined.part_at(answer.start) if joined and answer.text else 0 for answer in answers]
     if joined:

@@ -6,35 +6,26 @@ this CPU computes what the exporting machine's did.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from qadeploy.core.windows import Encoder
 from qadeploy.errors import BundleError, InputError
 from qadeploy.inference.bundle import Bundle
-from qadeploy.records import Logits, Window
+from qadeploy.inference.session import OnnxModel
+from qadeploy.records import Window
 
 _QUESTION = "Who lights the 3 lamps?"
 _CONTEXT = "At dusk the keeper, Ada Quill, lights the 3 lamps of the harbour."
 # How far logits may be from those at export, as a share of their spread: chosen to tell another model from another CPU,
 # whose int8 products may differ.
-_APART = {"int8": 0.25}
-_APART_OTHERWISE = 0.05
+_APART, _APART_INT8 = 0.05, 0.25
 _LEAST = 1e-3
 _LONGEST = 128  # tokens
 
 
-class RunsBatches(Protocol):
-    """What a probe needs of a model."""
-
-    def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
-        """Start and end logits of each window, float32 ``[tokens]`` each, in order."""
-        ...
-
-
-def make_probe(encoder: Encoder, model: RunsBatches) -> dict[str, Any]:
+def make_probe(encoder: Encoder, model: OnnxModel) -> dict[str, Any]:
     """The ``probe`` entry of a manifest: one question with its tokens and the model's logits."""
     window = _window(encoder, _QUESTION, _CONTEXT)
     starts, ends = model.run_batch([window])[0]
@@ -47,7 +38,7 @@ def make_probe(encoder: Encoder, model: RunsBatches) -> dict[str, Any]:
     }
 
 
-def prove(bundle: Bundle, encoder: Encoder, model: RunsBatches) -> None:
+def prove(bundle: Bundle, encoder: Encoder, model: OnnxModel) -> None:
     """Runs a bundle's model on its probe, and on the last token of the vocabulary.
 
     Args:
@@ -82,16 +73,13 @@ def prove(bundle: Bundle, encoder: Encoder, model: RunsBatches) -> None:
         )
     stored = np.array([probe.start_logits, probe.end_logits])
     apart = float(np.abs(np.array([starts, ends]) - stored).max())
-    allowed = max(_LEAST, _APART.get(bundle.precision, _APART_OTHERWISE) * float(np.ptp(stored)))
+    is_int8 = bundle.precision == "int8"
+    allowed = max(_LEAST, (_APART_INT8 if is_int8 else _APART) * float(np.ptp(stored)))
     if not apart <= allowed:
-        cpu = (
-            ", or this CPU saturates in int8: export it on this machine"
-            if bundle.precision == "int8"
-            else ": export it again"
-        )
+        fix = ", or this CPU saturates in int8: export it on this machine" if is_int8 else ": export it again"
         raise BundleError(
             f"{bundle.folder}: logits differ by {apart:.2g} from those at export, but at most {allowed:.2g} is allowed: the model is "
-            f"damaged or not the exported one{cpu}"
+            f"damaged or not the exported one{fix}"
         )
 
 

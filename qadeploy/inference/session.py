@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qadeploy.core.windows import pad_batch
-from qadeploy.errors import BundleError, DeviceError, InputError
+from qadeploy.errors import BundleError, DeviceError, InputError, one_line
 from qadeploy.extras import import_extra
 from qadeploy.inference.cuda import DeviceRunner, batches, in_batches, unpadded
 from qadeploy.inference.devices import CPU, CUDA, Device, parse_device, providers, refuse
@@ -89,9 +89,28 @@ def outlives_forks(holder: Any) -> None:
     _live.add(holder)
 
 
+def load_error(error: Exception) -> BundleError:
+    """Converts an error that ONNX Runtime raised while it loaded a model (it has one bare class per status code)."""
+    return BundleError(f"model.onnx: ONNX Runtime cannot load it: {one_line(error)}")
+
+
 def run_error(error: Exception) -> BundleError:
-    """Converts an error that ONNX Runtime raised while a model ran (it has one bare class per status code)."""
-    return BundleError(f"model.onnx: ONNX Runtime cannot run it: {' '.join(str(error).split())[:300]}")
+    """Converts an error that ONNX Runtime raised while a model ran."""
+    return BundleError(f"model.onnx: ONNX Runtime cannot run it: {one_line(error)}")
+
+
+def cpu_session(model: bytes, settings: SessionSettings | None = None) -> Any:
+    """A session on one CPU thread. Raises BundleError if ONNX Runtime cannot load the model."""
+    settings = settings or SessionSettings()
+    try:
+        return onnxruntime().InferenceSession(
+            model,
+            session_options(1, settings.config),
+            providers=[CPU],
+            disabled_optimizers=list(settings.disabled_optimizers) or None,
+        )
+    except Exception as error:  # the binding raises one bare class per status code
+        raise load_error(error) from error
 
 
 def differences(some: Sequence[Logits], others: Sequence[Logits]) -> FloatArray:
@@ -292,11 +311,8 @@ class OnnxModel:
         if not windows:
             return []
         session, pool = self._get("narrow"), self._pool()
-        futures = {i: pool.submit(self._run_alone, session, windows[i]) for i in _longest_first(windows)}
+        futures = {i: pool.submit(lambda w: [self._run_one(session, w)], windows[i]) for i in _longest_first(windows)}
         return [futures[i] for i in range(len(windows))]
-
-    def _run_alone(self, session: Any, window: Window) -> list[Logits]:
-        return [self._run_one(session, window)]
 
     def _run_one(self, session: Any, window: Window) -> Logits:
         starts, ends = self._call(session, self._single(window.input_ids, window.token_type_ids))
@@ -319,10 +335,9 @@ class OnnxModel:
             raise run_error(error) from error
         shape = batch["input_ids"].shape
         for name, logits in zip(LOGIT_NAMES, found, strict=True):
-            if not isinstance(logits, np.ndarray) or logits.dtype.kind != "f" or logits.shape != shape:
-                what = (
-                    f"{logits.dtype} {list(logits.shape)}" if isinstance(logits, np.ndarray) else type(logits).__name__
-                )
+            is_array = isinstance(logits, np.ndarray)
+            if not is_array or logits.dtype.kind != "f" or logits.shape != shape:
+                what = f"{logits.dtype} {list(logits.shape)}" if is_array else type(logits).__name__
                 raise BundleError(
                     f"model.onnx: {name} must be numbers {list(shape)}, not {what}: export it with qadeploy export"
                 )
@@ -384,14 +399,10 @@ class OnnxModel:
                 sessions.pool = ThreadPoolExecutor(workers, thread_name_prefix="qadeploy")
             return sessions.pool
 
-    @property
-    def _on_cpu(self) -> bool:
-        return bool(self._providers == [CPU])
-
     def _first_session(self, requested: Device) -> Any:
         """The wide session: the runner's if its first provider is CUDA; otherwise, with ``auto``, one on the CPU."""
         reason = ""
-        if not self._on_cpu:
+        if self._providers != [CPU]:
             try:
                 runner = self._runner()
                 if runner.session.get_providers()[0] == CUDA:
@@ -406,7 +417,7 @@ class OnnxModel:
 
     def _session(self, threads: int, graphs: bool = False) -> Any:
         """A new session; with ``graphs``, one that can capture CUDA graphs."""
-        on_cpu = self._on_cpu
+        on_cpu = self._providers == [CPU]
         settings = self._settings if on_cpu else SessionSettings()
         chosen = self._providers
         if graphs and not on_cpu:
@@ -427,10 +438,9 @@ class OnnxModel:
         except (DeviceError, BundleError):
             raise
         except Exception as error:  # the binding raises one bare class per status code
-            reason = " ".join(str(error).split())[:300]
             if not on_cpu:
-                raise DeviceError(f"ONNX Runtime cannot start the model on CUDA: {reason}") from error
-            raise BundleError(f"model.onnx: ONNX Runtime cannot load it: {reason}") from error
+                raise DeviceError(f"ONNX Runtime cannot start the model on CUDA: {one_line(error)}") from error
+            raise load_error(error) from error
 
 
 def narrow_windows(settings: SessionSettings, windows: int, threads: int) -> int:

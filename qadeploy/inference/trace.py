@@ -55,10 +55,15 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
         ]
     pairs.sort(key=lambda p: -p[0])
     plain = replace(options, snippet=None, offsets="codepoints")
-    answers = {(a.passage, a.start, a.end): (rank, a) for rank, a in enumerate(to_answers(reading, plain), 1)}
+    joined = reading.passages
+    begins: dict[int | None, int] = dict(zip(joined.numbers, joined.begins.tolist(), strict=True)) if joined else {}
+    answers: dict[tuple[int, int], tuple[int, float]] = {}
+    for rank, answer in enumerate(to_answers(reading, plain), 1):
+        begin = begins.get(answer.passage, 0)
+        answers[answer.start + begin, answer.end + begin] = (rank, answer.score)
     seen: dict[tuple[int, int], int] = {}
     for logit, number, start, end in pairs[: 4 * _TOP]:
-        window, text, answer = reading.windows[number], "", None
+        window, text, place = reading.windows[number], "", None
         verdict = _fault(reading, window, start, end)
         if not verdict:
             first, last = _span(reading, window, start, end)
@@ -68,26 +73,16 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
             else:
                 seen[first, last] = len(seen) + 1
                 verdict = "valid, but not among the answers"
-                if (place := _place(reading, first, last)) in answers:
-                    answer, found = answers[place]
-                    verdict = f"answer {answer}, score {found.score:.4f}"
-        yield SpanCandidate(number + 1, start, end, logit, text, answer, verdict)
+                if (first, last) in answers:
+                    place, score = answers[first, last]
+                    verdict = f"answer {place}, score {score:.4f}"
+        yield SpanCandidate(number + 1, start, end, logit, text, place, verdict)
 
 
 def _span(reading: DecodedPair, window: Window, start: int, end: int) -> tuple[int, int]:
     shift = window.context_offset - window.context_begin
     offsets = reading.context.offsets
     return reading.context.visible(int(offsets[start + shift, 0]), int(offsets[end + shift, 1]))
-
-
-def _place(reading: DecodedPair, first: int, last: int) -> tuple[int | None, int, int]:
-    """The passage of a span (None without passages), and its code points there."""
-    joined = reading.passages
-    if joined is None:
-        return None, first, last
-    part = joined.part_at(first)
-    begin = int(joined.begins[part])
-    return joined.numbers[part], first - begin, last - begin
 
 
 def _fault(reading: DecodedPair, window: Window, start: int, end: int) -> str:

@@ -180,7 +180,6 @@ class _Tuner:
         self.threads = model_of(self.answerer).threads
         self.rounds = ROUNDS
         self.asked = self._fitting(pairs, seconds)
-        self.pairs = pairs
         searched = [(pair, self._windows(pair)) for pair in spread(pairs, _SEARCHED)]
         few = min(_LAYOUT_QUESTIONS, len(self.asked))
         self.single = spread([pair for pair, windows in searched if len(windows) == 1], few)

@@ -178,7 +178,7 @@ def _example(
 
 def _decoded(features: FeatureSet, logits: Logits, settings: QaSettings, allow_no_answer: bool) -> list[Decoded]:
     scored = [settings.window_logits(*_example(features, logits, i)) for i in range(len(features.examples))]
-    return settings.decode(scored, allow_no_answer=allow_no_answer)
+    return [settings.decode(one, allow_no_answer=allow_no_answer) for one in scored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ def _fitted_temperature(features: FeatureSet, logits: Logits, settings: QaSettin
     def answers() -> Iterator[tuple[float, FloatArray]]:
         for i in drawn:
             scored = settings.window_logits(*_example(features, logits, i))
-            spans = span_table([scored], settings.max_answer_len).ravel()
+            spans = span_table(scored, settings.max_answer_len).ravel()
             spans = spans[np.isfinite(spans)]
             best = int(spans.argmax()) if len(spans) else 0
             null = scored.null_logit

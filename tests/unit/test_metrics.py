@@ -322,12 +322,10 @@ ROWS = st.lists(st.floats(0, 1, width=16), min_size=1, max_size=60).map(np.array
 @thorough
 @given(rows=ROWS)
 def test_the_interval_contains_the_mean_and_is_the_same_each_time(rows):
-    low, high = bootstrap_interval(rows, samples=250)
+    low, high = bootstrap_interval(rows)
     assert low - 1e-9 <= Scores(rows, rows, rows, rows > 0).f1 <= high + 1e-9
     assert 0 <= low <= high <= 100
-    assert bootstrap_interval(rows, samples=250) == (low, high)
-    narrow = bootstrap_interval(rows, samples=250, level=0.5)
-    assert low <= narrow[0] <= narrow[1] <= high
+    assert bootstrap_interval(rows) == (low, high)
 
 
 def test_the_interval_has_the_width_of_theory_and_shrinks_with_n():
@@ -336,11 +334,6 @@ def test_the_interval_has_the_width_of_theory_and_shrinks_with_n():
         low, high = bootstrap_interval(rows)
         assert high - low == pytest.approx(2 * 1.96 * 50 / n**0.5, rel=0.1)
         assert (low + high) / 2 == pytest.approx(50, abs=1.5)
-
-
-def test_another_seed_is_another_sample():
-    rows = np.linspace(0, 1, 50)
-    assert bootstrap_interval(rows, seed=1) != bootstrap_interval(rows, seed=2)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from qadeploy.core import decoding as decoder
-from qadeploy.core.decoding import Decoded, WindowLogits, decode_many, rank_answers, span_table
+from qadeploy.core.decoding import Decoded, WindowLogits, rank_answers, span_table
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.scripts import UNSPACED, within_script
 from qadeploy.core.windows import Encoder, EncoderConfig
@@ -60,7 +60,7 @@ def brute_force(
 
 
 def decode(windows: list[Window], starts: Logits, ends: Logits, context: EncodedText, **options: Any) -> Decoded:
-    return decode_many([WindowLogits(windows, starts, ends, context)], **options)[0]
+    return decoder.decode(WindowLogits(windows, starts, ends, context), **options)
 
 
 def random_logits(windows: list[Window], seed: int, ties: bool) -> tuple[Logits, Logits]:
@@ -214,26 +214,22 @@ def test_contexts_decoded_together_are_those_decoded_alone(data):
     length = data.draw(st.integers(1, 45), "max_answer_len")
     for one in scored:
         parts = (list(one.windows), list(one.start_logits), list(one.end_logits), one.context, length)
-        np.testing.assert_array_equal(span_table([one], length), table_of_one_window_after_another(*parts))
+        np.testing.assert_array_equal(span_table(one, length), table_of_one_window_after_another(*parts))
     options = {
         "top_k": data.draw(st.sampled_from((1, 2, 30)), "top_k"),
         "max_answer_len": length,
         "allow_no_answer": data.draw(st.booleans(), "allow_no_answer"),
         "temperature": data.draw(st.sampled_from((0.3, 1.0, 4.0)), "temperature"),
     }
-    alone = [decode_many([one], **options)[0] for one in scored]
+    whole = [decoder.decode(one, **options) for one in scored]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "_CELLS", data.draw(st.sampled_from((1, 500, 2**16)), "cells"))
-        together = decode_many(scored, **options)
-    for one, left, right in zip(scored, alone, together, strict=True):
+        blocks = [decoder.decode(one, **options) for one in scored]
+    for one, left, right in zip(scored, whole, blocks, strict=True):
         assert [row[:5] for row in rows(left)] == [row[:5] for row in rows(right)]
         np.testing.assert_allclose([s.score for s in left.spans], [s.score for s in right.spans], rtol=1e-9)
         assert left.null_logit == right.null_logit == one.null_logit
         assert left.null_score == pytest.approx(right.null_score, rel=1e-9)
-
-
-def test_no_contexts_are_no_answers():
-    assert decode_many([]) == []
 
 
 def test_logits_far_apart_make_scores_without_overflow():

@@ -127,11 +127,6 @@ class _Loss:
     f1: float
     interval: tuple[float, float]
 
-    @property
-    def least(self) -> float:
-        """The least loss in the interval."""
-        return -self.interval[1]
-
 
 @dataclass(frozen=True, slots=True)
 class _Accepted:
@@ -184,7 +179,7 @@ class _Gate:
             return (worth * candidate.f1_lost + others * self.held_out[candidate.recipe]) / (worth + others)
 
         doubtful = (c for c in candidates if not c.failed and -c.f1_change_interval[1] <= limit)
-        found = (self.judge(each, lambda loss: loss.least <= limit) for each in sorted(doubtful, key=lost))
+        found = (self.judge(each, lambda loss: -loss.interval[1] <= limit) for each in sorted(doubtful, key=lost))
         return next(filter(None, found), None)
 
     def _lost(self, recipe: str, model: bytes, session: Mapping[str, Any]) -> tuple[Evaluation, _Loss]:

@@ -11,7 +11,6 @@ their class, and the interval becomes wider.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +82,10 @@ def find_judges(reference: Reference, model: Answerer, seconds: float | None = N
     If the training data are not available, the dev set judges alone.
     """
     dev = reference.choosing
-    further = _training_part(reference, dev) if reference.dev and len(dev) < ENOUGH else []
+    further: list[Example] = []
+    if reference.dev and len(dev) < ENOUGH:
+        taken = {e.context for e in (*dev, *reference.examples)}
+        further = [e for e in known_examples(reference.run.checkpoint) if e.context not in taken]
     allow = any_unanswerable((*dev, *further))
     started = time.monotonic()
     judged = evaluate(model, dev, allow_no_answer=allow)
@@ -126,8 +128,3 @@ def weights(dev: Float64Array, training: Float64Array) -> Float64Array:
     # A class without dev questions (equal scores at an edge) has weight 0, and so do its training questions.
     of_all = np.bincount(classes, minlength=_CLASSES) / len(every)
     return np.asarray((of_dev / np.maximum(of_all, 1e-12))[classes])
-
-
-def _training_part(reference: Reference, dev: Sequence[Example]) -> list[Example]:
-    taken = {e.context for e in (*dev, *reference.examples)}
-    return [e for e in known_examples(reference.run.checkpoint) if e.context not in taken]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qadeploy.errors import FailureError
+from qadeploy.errors import FailureError, one_line
 
 _LENGTHS = (16, 32, 64)
 
@@ -53,8 +53,7 @@ def count_operations(checkpoint: Path, *, trust_remote_code: bool = False) -> Op
             model = make(config, attn_implementation="eager").eval()
         counts = [_count(model, n) for n in (*_LENGTHS, 96)]
     except Exception as error:  # an architecture may refuse the meta device in any way
-        reason = " ".join(str(error).split())[:200]
-        raise FailureError(f"{checkpoint}: its operations cannot be counted: {reason}") from error
+        raise FailureError(f"{checkpoint}: its operations cannot be counted: {one_line(error, 200)}") from error
     fixed, linear, square = np.linalg.solve(np.vander(np.asarray(_LENGTHS, float), increasing=True), counts[:3])
     found = Operations(float(round(fixed)), float(round(linear)), float(round(square)))
     if abs(found.of([96]) - counts[3]) > 1e-6 * counts[3]:

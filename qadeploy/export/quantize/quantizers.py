@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,16 @@ import numpy as np
 import onnx
 
 from qadeploy.core.windows import pad_batch
+from qadeploy.export.fusion import only_errors
 from qadeploy.inference.bundle import MODEL
 from qadeploy.records import Window
 
 LARGE_TABLE = 1000  # rows
+_MATMULS: dict[str, Any] = {
+    "op_types_to_quantize": ["MatMul", "Gemm"],
+    "per_channel": True,
+    "extra_options": {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+}
 BLOCK = 128  # weights that share a scale if only weights are quantized
 
 
@@ -66,19 +70,17 @@ def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = (), *, redu
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with _quietly(), tempfile.TemporaryDirectory() as folder:
+    with only_errors(), tempfile.TemporaryDirectory() as folder:
         source, path = Path(folder) / "source.onnx", Path(folder) / MODEL
         source.write_bytes(model)
         del model  # as large as the weights; the quantizer makes fewer copies of a file
         quantize_dynamic(
             source,
             path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(float_nodes),
-            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+            **_MATMULS,
         )
         return path.read_bytes()
 
@@ -98,7 +100,7 @@ def quantize_static_int8(
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
-    with _quietly(), tempfile.TemporaryDirectory() as folder:
+    with only_errors(), tempfile.TemporaryDirectory() as folder:
         source, path = Path(folder) / "source.onnx", Path(folder) / MODEL
         source.write_bytes(model)
         del model
@@ -107,13 +109,11 @@ def quantize_static_int8(
             path,
             Reader(),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
             reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=list(float_nodes),
-            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+            **_MATMULS,
         )
         return path.read_bytes()
 
@@ -122,28 +122,13 @@ def quantize_weights_int8(model: bytes) -> bytes:
     """The model with 8-bit weights, one scale per ``BLOCK`` of each column; activations are rounded block by block."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-    with _quietly():
+    with only_errors():
         config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=8)
         proto = onnx.load_model_from_string(model)
         del model
         quantizer = MatMulNBitsQuantizer(proto, algo_config=config)
         quantizer.process()
         return bytes(quantizer.model.model.SerializeToString())
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Silences the quantizers, which log their steps, and warnings about shapes through the root logger."""
-    loggers = [logging.getLogger(), logging.getLogger("onnxruntime.quantization")]
-    loggers += [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("onnxruntime.")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _is_large(table: onnx.TensorProto) -> bool:

@@ -14,14 +14,13 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from qadeploy.export.attention import Rewritten, fuse_attention
-from qadeploy.export.quantize.matmuls import Activations, measure_activations
+from qadeploy.export.quantize.matmuls import Activations, measure_activations, rounding_errors, worst
 from qadeploy.export.quantize.quantizers import (
     quantize_dynamic_int8,
     quantize_embeddings,
     quantize_static_int8,
     quantize_weights_int8,
 )
-from qadeploy.export.quantize.sensitivity import Sensitivity, rank_matmuls, worst
 from qadeploy.export.quantize.smoothquant import SmoothedModel, smoothquant
 from qadeploy.inference.session import OnnxModel, differences
 from qadeploy.machine import machine, return_freed_memory
@@ -62,7 +61,7 @@ class Material:
     def _rewrite(self) -> Rewritten:
         found = fuse_attention(self.model, self.heads or 0)  # 0 (unknown) fuses nothing
         if found.fused and not self._logits_apart(found.model) <= REWRITING_TOLERANCE:
-            return Rewritten(self.model, 0, found.attentions, takes_mask=True)
+            return Rewritten(self.model, 0, found.attentions)
         return found
 
     def _kept(self, name: str, make: Callable[[], _Model]) -> _Model:
@@ -88,9 +87,9 @@ class Material:
         return self._kept("smoothed", lambda: smoothquant(self.rewritten.model, self.activations))
 
     @cached_property
-    def sensitivities(self) -> list[Sensitivity]:
-        """The fused model's matmuls, the largest error under int8 first."""
-        return rank_matmuls(self.rewritten.model, self.activations)
+    def errors(self) -> dict[str, float]:
+        """The errors of the fused model's matmuls under int8, by name."""
+        return rounding_errors(self.rewritten.model, self.activations)
 
     def _logits_apart(self, other: bytes) -> float:
         file = self._folder / "other.onnx"  # takes less memory than bytes
@@ -139,19 +138,15 @@ def _dynamic(material: Material, stage: Literal["rewritten", "smoothed"], float_
     )
 
 
-def _smoothquant(material: Material) -> QuantizedModel:
-    return _dynamic(material, "smoothed", material.smoothed.float_nodes)
-
-
 def _smoothquant_mixed(material: Material) -> QuantizedModel:
     """Also keeps in float the eighth of the matmuls whose error is still the largest."""
-    smoothings, apart = material.smoothed.smoothings, material.smoothed.float_nodes
-    left = [Sensitivity(name, p.error) for p in smoothings for name in p.matmuls]
-    return _dynamic(material, "smoothed", (*worst(sorted(left, key=lambda s: -s.error), 1 / 8), *apart))
+    smoothed = material.smoothed
+    left = {name: each.error for each in smoothed.smoothings for name in each.matmuls}
+    return _dynamic(material, "smoothed", (*worst(left, 1 / 8), *smoothed.float_nodes))
 
 
 def _mixed(share: float) -> Callable[[Material], QuantizedModel]:
-    return lambda material: _dynamic(material, "rewritten", worst(material.sensitivities, share))
+    return lambda material: _dynamic(material, "rewritten", worst(material.errors, share))
 
 
 def _static(material: Material) -> QuantizedModel:
@@ -172,7 +167,7 @@ _RECIPES = (
     Recipe(
         "int8-protected",
         "dynamic int8 after SmoothQuant, with the few outlying channels of sensitive matmuls in float",
-        _smoothquant,
+        lambda material: _dynamic(material, "smoothed", material.smoothed.float_nodes),
     ),
     Recipe(
         "int8-protected-mixed",

@@ -6,6 +6,7 @@ Models are not cached: the chosen one is made again, byte for byte the same.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import json
@@ -15,14 +16,16 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 
 from qadeploy.data.loading import hash_examples
 from qadeploy.errors import InputError
 from qadeploy.export import attention, graph
-from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, sensitivity, smoothquant
+from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, smoothquant
 from qadeploy.export.quantize.judging import ENOUGH, Judges, find_judges, fitting_questions
 from qadeploy.export.quantize.recipes import RECIPES, Material, Recipe
 from qadeploy.export.reference import Reference, make_answerer
@@ -42,7 +45,7 @@ _DUEL_TIMED = 16
 _RUNS = (_ROUNDS + 1) * (2 + (len(SESSIONS) + 1) / 2)
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 # The modules that measurements depend on.
-_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, sensitivity)
+_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes)
 Say = Callable[[str], object]
 
 
@@ -284,7 +287,8 @@ class Search:
             machine().to_dict(threads=usable_cpus(), onnxruntime=onnxruntime().__version__),
             # Not the number of questions timed: it varies with the load, and the next run would find nothing.
             [_ROUNDS, _TIMED, SESSIONS],
-            [inspect.getsource(module) for module in _CODE],
+            onnx.__version__,
+            [code_of(module) for module in _CODE],
         )
         return json.dumps(parts, sort_keys=True)
 
@@ -311,6 +315,15 @@ class Search:
             write_json(path, asdict(candidate))
         except OSError as error:
             self.say(f"  measurements are not kept: {path.parent}: {error.strerror}")
+
+
+def code_of(module: ModuleType) -> str:
+    """What a module does: its syntax tree without comments and docstrings, which change no measurement."""
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    return ast.dump(tree)
 
 
 def judged_questions(reference: Reference, each: float, budget: float) -> int:

@@ -149,7 +149,9 @@ def _apply(proto: onnx.ModelProto, smoothing: Smoothing) -> list[str]:
         node.input[0], node.input[1] = f"{stem}/input", name
         if len(smoothing.channels):
             float_nodes.append(_add_apart(graph, node, weight[smoothing.channels], f"{stem}/apart"))
-    _drop_unused(graph)
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [t for t in graph.initializer if t.name not in used]:
+        graph.initializer.remove(tensor)
     return float_nodes
 
 
@@ -168,9 +170,3 @@ def _add_apart(graph: onnx.GraphProto, node: onnx.NodeProto, weight: FloatArray,
     graph.node.insert(place, helper.make_node("MatMul", [apart, f"{stem}/weight"], [f"{stem}/sum"], stem))
     graph.node.insert(place + 1, helper.make_node("Add", [f"{stem}/rest", f"{stem}/sum"], [result], f"{stem}/Add"))
     return stem
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input}
-    for tensor in [t for t in graph.initializer if t.name not in used]:
-        graph.initializer.remove(tensor)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from qadeploy.core.decoding import WindowLogits, decode_many
+from qadeploy.core.decoding import WindowLogits, decode
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import CONTEXT_MASK, Encoder, pad_batch, pad_context_masks
@@ -103,8 +103,8 @@ def _compare_window(out: Outputs, cut: Placed, head: SpanHead) -> tuple[bool, in
     """Whether the head finds the decoder's spans, how many there are, and the largest difference of a probability."""
     window, context = cut.window, cut.context
     logits = [out[name] - (out[name][window.null_index] if head.relative_to_null else 0) for name in LOGIT_NAMES]
-    (decoded,) = decode_many(
-        [WindowLogits([window], logits[:1], logits[1:], context)],
+    decoded = decode(
+        WindowLogits([window], logits[:1], logits[1:], context),
         top_k=head.top_k,
         max_answer_len=head.max_answer_len,
         temperature=head.temperature,
