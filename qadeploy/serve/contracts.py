@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from qadeploy import __version__
 from qadeploy.core.settings import Options
@@ -33,9 +34,28 @@ _TAGS: list[Any] = ["platforms"]
 _Responses = dict[int | str, dict[str, Any]]
 
 
-_OPTIONS = ("max_answer_len", "max_seq_len", "doc_stride", "align_to_words", "allow_no_answer", "prefilter", "offsets")
-# The other parameters that clients send are ignored.
-InferParameters = answering_model("InferParameters", _OPTIONS, BaseModel)
+_OPTIONS = (
+    "max_answer_len", "max_seq_len", "doc_stride", "align_to_words", "allow_no_answer", "prefilter", "min_score", "offsets",
+)  # fmt: skip
+# What /v1/answer accepts and the outputs cannot hold, with the defaults.
+_REFUSED = {"top_k": 1, "snippet": None, "trace": False}
+
+
+class _Parameters(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        for name, default in _REFUSED.items():
+            if isinstance(given, dict) and given.get(name) not in (None, default):
+                text = (
+                    "{name} is not supported here, because the outputs hold one answer to each question: use /v1/answer"
+                )
+                raise PydanticCustomError("unsupported", text, {"name": name})
+        return given
+
+
+# The other parameters, which clients send for servers of another kind, are ignored.
+InferParameters = answering_model("InferParameters", _OPTIONS, _Parameters)
 
 
 class InferInput(BaseModel):

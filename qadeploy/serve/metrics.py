@@ -103,7 +103,8 @@ class Metrics:
             "deadline",
             "disconnect",
         )
-        about = "Connections that the server cut, by reason: limit (there were too many), or what took too long."
+        about = "Connections that the server closed, by reason: limit (too many connections), "
+        about += "body (the rest of a refused body, or too much uploaded), response (not read)."
         self._cut = self._counter("connections_cut", about, "reason", "limit", "body", "response")
         self._bad_logits = Counter(
             "qadeploy_bad_logits", "Requests whose logits were NaN or infinite: the model is broken.", registry=registry
@@ -149,10 +150,18 @@ class Metrics:
         for gauge, depth in zip(self._queue, ("questions", "windows", "tokens", "wait"), strict=True):
             gauge.set_function(lambda name=depth: getattr(queue, name))  # type: ignore[misc]
 
-    def forget(self, labels: Sequence[str], drift: Drift) -> None:
-        """Removes a bundle that is no longer used."""
+    def drift_of(self, bundle: str) -> Drift:
+        """The drift of the questions that the bundle with this hash has answered so far; a reload of it continues them."""
+        shown = self._drift.shown.get(bundle)
+        return shown[0] if shown else Drift()
+
+    def forget(self, labels: Sequence[str]) -> None:
+        """Removes the labels of a bundle that no longer runs with them."""
         self._bundle.remove(*labels)
-        self._drift.shown = {key: shown for key, shown in self._drift.shown.items() if shown[0] is not drift}
+
+    def forget_drift(self, bundle: str) -> None:
+        """Removes the drift of the bundle with this hash, which is no longer used."""
+        self._drift.shown.pop(bundle, None)
 
     def connections(self, count: Callable[[], float]) -> None:
         """Adds the number of open connections."""

@@ -73,7 +73,7 @@ class Engine:
         key = answerer.bundle.hash if answerer.bundle else ""
         choice = choose_workers(settings.threads, device, key, lambda: answerer.model.run([window]))
         _log.info("threads", extra={"fields": {"workers": choice.workers, "source": choice.source, "device": device}})
-        drift, unknown = Drift(), answerer.encoder.unknown_id
+        drift, unknown = metrics.drift_of(key), answerer.encoder.unknown_id
 
         def watch(pair: DecodedPair | None, options: Options) -> None:
             drift.add(figures_of(pair, options, unknown) if pair else {Figure.NO_ANSWER: 1.0})
@@ -219,8 +219,11 @@ class Service:
             await asyncio.sleep(_POLL)
         await asyncio.to_thread(engine.scheduler.close)
         del self._before[engine]
-        if engine.labels not in {each.labels for each in (self.engine, *self._before)}:
-            self.metrics.forget(engine.labels, engine.drift)
+        left = (self.engine, *self._before)
+        if engine.labels not in {each.labels for each in left}:
+            self.metrics.forget(engine.labels)
+        if engine.hash not in {each.hash for each in left}:
+            self.metrics.forget_drift(engine.hash)
 
     def close(self) -> None:
         """Ends the workers; unfinished requests are refused."""
