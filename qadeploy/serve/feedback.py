@@ -12,6 +12,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,17 +62,14 @@ class Feedback:
         self._bytes = 0
         self._lock = threading.RLock()  # guards _recent and _bytes
         self._writes = threading.Lock()
-        self._held = holding(path)
-        self._held.__enter__()
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(holding(path))
             self._repair()
-        except BaseException:
-            self.close()
-            raise
+            self._held = stack.pop_all()
 
     def close(self) -> None:
         """Releases the file."""
-        self._held.__exit__(None, None, None)
+        self._held.close()
 
     def _repair(self) -> None:
         """Removes a partial line of a process that died. Raises InputError if the file is not a feedback file."""

@@ -109,9 +109,9 @@ class AskOne(AskItem):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"question": _QUESTION, "context": _CONTEXT, "top_k": 3}]}
     )
-    trace: Annotated[
-        bool, Field(description="Also return the trace: tokens, windows, logits and candidates.", strict=True)
-    ] = False
+    trace: bool = Field(
+        default=False, description="Also return the trace: tokens, windows, logits and candidates.", strict=True
+    )
 
 
 class AskMany(_Texts):
@@ -200,21 +200,21 @@ class AnswerOut(BaseModel):
     start: int = Field(ge=0, description="First code point of the answer in its context, passage or document.")
     end: int = Field(ge=0, description="One past the last code point.")
     passage: int | None = Field(
-        None,
+        default=None,
         ge=0,
         description="The index of its passage in `contexts`, or in the `passages` of the result, from 0; absent for "
         "`context` and for 'no answer'.",
     )
     snippet: SnippetOut | None = Field(
-        None,
+        default=None,
         description="Only if it was requested, or the answer is from the corpus (by default 200 characters on each side); "
         "absent for 'no answer'.",
     )
     document: str | None = Field(
-        None, description="Only from the corpus: the document that holds the answer; empty for 'no answer'."
+        default=None, description="Only from the corpus: the document that holds the answer; empty for 'no answer'."
     )
     place: str | None = Field(
-        None, description="Only from the corpus: the headings above the answer, its page, or its line."
+        default=None, description="Only from the corpus: the headings above the answer, its page, or its line."
     )
 
 
@@ -230,7 +230,7 @@ class TraceWindow(BaseModel):
     """One model input; all lists have one entry per token."""
 
     tokens: int
-    passage: int | None = Field(None, description="The index of its passage; absent for a single context.")
+    passage: int | None = Field(default=None, description="The index of its passage; absent for a single context.")
     context_begin: int = Field(description="Position of the first context token in this window.")
     context_offset: int = Field(description="Index of that token in the whole context or passage.")
     context_length: int = Field(description="Number of context tokens in this window.")
@@ -279,10 +279,10 @@ class AnswersOut(BaseModel):
 
     answers: list[AnswerOut]
     skipped: list[int] | None = Field(
-        None, description="The indices of empty passages, which were skipped; absent if there are none."
+        default=None, description="The indices of empty passages, which were skipped; absent if there are none."
     )
     passages: list[PassageOut] | None = Field(
-        None,
+        default=None,
         description="Only from the corpus: the passages read, best first; empty if no word of the question occurs there.",
     )
     trace: TraceOut | None = None
@@ -298,16 +298,16 @@ class HfInput(_Model):
 class HfParameters(_Model):
     """The parameters of the Hugging Face question-answering task."""
 
-    top_k: TopK | None = Field(None, description="Absent, null or 1 gives one object, a larger number a list.")
+    top_k: TopK | None = Field(default=None, description="Absent, null or 1 gives one object, a larger number a list.")
     doc_stride: choice("doc_stride") = None  # type: ignore[valid-type]
     max_answer_len: choice("max_answer_len") = None  # type: ignore[valid-type]
     max_seq_len: choice("max_seq_len") = None  # type: ignore[valid-type]
     max_question_len: TopK | None = Field(
-        None,
+        default=None,
         description="No effect, as in the transformers pipeline with a fast tokenizer: a question is never truncated.",
     )
-    align_to_words: bool | None = Field(None, strict=True, description="True by default, as in transformers.")
-    handle_impossible_answer: bool | None = Field(None, strict=True, description="Let 'no answer' compete.")
+    align_to_words: bool | None = Field(default=None, strict=True, description="True by default, as in transformers.")
+    handle_impossible_answer: bool | None = Field(default=None, strict=True, description="Let 'no answer' compete.")
 
     @property
     def options(self) -> Options:
@@ -359,7 +359,7 @@ class ModelOut(BaseModel):
     workers: int = Field(description="Windows (on CUDA, batches) that run at the same time.")
     limits: dict[str, float] = Field(description="The limits of a request, by name of the setting.")
     manifest: dict[str, Any]
-    corpus: CorpusOut | None = Field(None, description="Absent without a corpus.")
+    corpus: CorpusOut | None = Field(default=None, description="Absent without a corpus.")
 
 
 class RightAnswer(_Model):
@@ -375,7 +375,7 @@ class FeedbackRequest(_Model):
     """A verdict on the best answer to a question."""
 
     request_id: str = Field(min_length=1, max_length=64, description="The X-Request-ID of the response.")
-    question: int = Field(0, ge=0, strict=True, description="Its index among the questions of that request.")
+    question: int = Field(default=0, ge=0, strict=True, description="Its index among the questions of that request.")
     verdict: Literal["right", "wrong"]
     answer: RightAnswer | None = None
 
