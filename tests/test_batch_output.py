@@ -115,11 +115,12 @@ def test_one_file_appears_when_it_is_whole(tmp_path):
     ]
     assert (tmp_path / "out.rejected.jsonl").read_text().count("\n") == 1
     assert len(os.listdir(tmp_path)) == 2
-    with pytest.raises(InputError, match=r"out.jsonl: exists already"):
-        OneFile(tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match=r"out.jsonl: exists already"), output.held():
+        pass
     output.path.unlink()
-    with pytest.raises(InputError, match=r"out.rejected.jsonl: exists already"):
-        OneFile(tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match=r"out.rejected.jsonl: exists already"), output.held():
+        pass
+    assert os.listdir(tmp_path) == ["out.rejected.jsonl"]
 
 
 def test_one_file_that_fails_leaves_nothing(tmp_path):

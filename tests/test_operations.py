@@ -32,6 +32,13 @@ def metrics() -> set[str]:
     return {family + end for family, kind in families for end in ends.get(kind, ("",))}
 
 
+def test_cut_connections_are_described_alike_in_the_metric_and_in_the_documentation():
+    name = "qadeploy_connections_cut_total"
+    (told,) = re.findall(rf"^# HELP {name} (.+)\.$", Metrics().text().decode(), re.MULTILINE)
+    (row,) = re.findall(rf"^\| `{name}` \| (.+) \|$", (DOCS / "serving.md").read_text(), re.MULTILINE)
+    assert row.replace("`", "") == told[0].lower() + told[1:]
+
+
 @pytest.fixture(scope="module")
 def alert() -> str:
     """The rules of docs/serving.md."""

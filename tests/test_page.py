@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, expect
 from qadeploy import Answerer
 from qadeploy.data.loading import read
 from qadeploy.serve.app import create_app
-from qadeploy.serve.examples import examples
+from qadeploy.serve.pages import examples
 from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings

@@ -12,7 +12,7 @@ import pytest
 
 from qadeploy.core.settings import Options
 from qadeploy.errors import InputError
-from qadeploy.serve.logs import JsonFormatter
+from qadeploy.serve.run import JsonFormatter
 from qadeploy.serve.settings import Settings
 from tests.conftest import triplets
 from tests.servers_for_tests import JSON, Fixed, Gate, around, serving

@@ -153,6 +153,12 @@ def test_the_sdks_of_sagemaker_and_kserve(bundle, answerer, tmp_path):
         ({"inputs": [texts("question", [QUESTION]), {**texts("context", [CONTEXT]), "shape": [2]}]}, "has 1 values"),
         (body([QUESTION], [CONTEXT], outputs=[{"name": "answers"}]), "there is no output answers: choose from answer,"),
         (body([QUESTION], [CONTEXT], parameters={"max_answer_len": 0}), "parameters.max_answer_len"),
+        (
+            body([QUESTION], [CONTEXT], parameters={"top_k": 2}),
+            "top_k is not supported here, because the outputs hold one",
+        ),
+        (body([QUESTION], [CONTEXT], parameters={"trace": True}), "trace is not supported here"),
+        (body([QUESTION], [CONTEXT], parameters={"snippet": 20}), "snippet is not supported here"),
         (body([QUESTION] * 65, [CONTEXT]), "the request holds 65 questions"),
     ],
 )
@@ -166,6 +172,14 @@ def test_what_is_wrong_is_named(server, given, message):
 def test_a_context_without_an_answer_gives_an_empty_one(server):
     found = server.post(INFER, body([QUESTION], ["\u200b"])).json()
     assert [each["data"] for each in found["outputs"]] == [[""], [0.0], [0], [0]]
+
+
+def test_parameters_of_other_servers_and_defaults_are_ignored_and_min_score_is_not(server):
+    defaults = {"top_k": 1, "trace": False, "snippet": None, "binary_data_output": True, "priority": 2}
+    best = server.post(INFER, body([QUESTION], [CONTEXT])).json()["outputs"]
+    assert server.post(INFER, body([QUESTION], [CONTEXT], parameters=defaults)).json()["outputs"] == best
+    found = server.post(INFER, body([QUESTION], [CONTEXT], parameters={"min_score": 1.0})).json()["outputs"]
+    assert [each["data"] for each in found] == [[""], [0.0], [0], [0]]
 
 
 def test_a_model_that_fails_is_an_error_and_no_answer(answerer):

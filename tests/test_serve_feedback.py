@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ import pytest
 
 from qadeploy.data.loading import read
 from qadeploy.errors import InputError
+from qadeploy.files import append_line
 from qadeploy.serve.feedback import Feedback
 from tests.conftest import triplets
 from tests.servers_for_tests import serving, started
@@ -131,6 +133,35 @@ def test_a_full_file_is_put_aside_and_the_one_before_is_deleted(answerer, path):
     assert "feedback.jsonl.1" in left
     assert left <= {"feedback.jsonl", "feedback.jsonl.1"}
     assert rows(path.with_name("feedback.jsonl.1"))
+
+
+def test_a_verdict_can_be_sent_again_although_newer_questions_have_filled_the_memory(answerer, path, monkeypatch):
+    monkeypatch.setattr("qadeploy.serve.feedback._KEPT", 1)  # a single question
+    with serving(answerer, feedback=str(path)) as local:
+
+        def evicts(descriptor: int, line: bytes) -> None:
+            ask(local, {"question": PAIRS[1][0], "context": PAIRS[1][1]})
+            append_line(descriptor, line)
+
+        def fails(descriptor: int, line: bytes) -> None:
+            ask(local, {"question": PAIRS[1][0], "context": PAIRS[1][1]})
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        number = ask(local, ASKED)
+        monkeypatch.setattr("qadeploy.serve.feedback.append_line", fails)
+        assert say(local, number, "right").status_code == 507
+        monkeypatch.setattr("qadeploy.serve.feedback.append_line", evicts)
+        assert [say(local, number, "right").status_code for _ in range(2)] == [204, 204]
+    assert [row["question"] for row in rows(path)] == [QUESTION]
+
+
+def test_a_full_file_that_cannot_be_put_aside_holds_each_verdict_once(answerer, path, caplog):
+    path.with_name("feedback.jsonl.1").mkdir()
+    with serving(answerer, feedback=str(path), feedback_bytes=1) as local:
+        numbers = [ask(local, ASKED) for _ in range(2)]
+        assert [say(local, number, "right").status_code for number in numbers] == [204, 204]
+    assert [row["request"] for row in rows(path)] == [f"{number}-0" for number in numbers]
+    assert "the full feedback file was not renamed" in caplog.messages
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(answerer, path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import signal
 import threading
@@ -137,6 +138,26 @@ def test_the_route_reloads_behind_the_token_and_is_absent_without_one(folder, bu
         found = local.post("/admin/reload", None, headers=TOKEN).json()
         assert (found["hash"], found["changed"]) == (open_bundle(other).hash, True)
         assert local.get("/v1/model", headers=TOKEN).json()["hash"] == found["hash"]
+
+
+def test_a_reload_of_the_same_bundle_goes_on_counting_its_drift(folder, bundle, other):
+    with serving(Answerer.load(bundle, device="cpu", threads=1)) as local:
+        local.service.bundle = folder
+
+        async def counted(client: httpx.AsyncClient, target: Path) -> dict[str, float]:
+            await client.post("/v1/answer", json=ASKED)
+            point(folder, target)
+            await local.service.reload()
+            await client.post("/v1/answer", json=ASKED)
+            await asyncio.gather(*local.service._before.values())  # the previous one has ended
+            text = (await client.get("/metrics")).text
+            return {h: float(n) for h, n in re.findall(r'drift_count{figure="score",hash="(.+)"} (.+)', text)}
+
+        async def all_of_them(client: httpx.AsyncClient) -> list[dict[str, float]]:
+            return [await counted(client, target) for target in (bundle, other, bundle)]
+
+        first, second = (open_bundle(path).hash for path in (bundle, other))
+        assert local.run(all_of_them) == [{first: 2}, {second: 1}, {first: 1}]  # each has a reference of its own
 
 
 def test_what_runs_is_answered_by_the_bundle_before(folder, bundle, other):

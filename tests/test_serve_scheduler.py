@@ -239,7 +239,7 @@ def test_windows_of_a_job_that_was_dropped_do_not_run(answerer):
     with scheduling(held_answerer) as scheduler:
         job = submit(scheduler, ask("Who keeps the bell?", LONG))
         until(lambda: job.taken == 1)
-        scheduler.drop(job, RefusedError(499, "gone", "gone"))
+        scheduler.end(job, RefusedError(499, "gone", "gone"))
         with pytest.raises(RefusedError, match="gone"):
             job.future.result(1)
         assert scheduler.idle

@@ -27,7 +27,7 @@ from qadeploy.batch.ranges import import_parquet
 from qadeploy.batch.sources import Source
 from qadeploy.data.wording import one_line
 from qadeploy.errors import FailureError, InputError
-from qadeploy.files import holding, is_temporary, new_file, require_new, sweep, write_bytes, write_text, writing
+from qadeploy.files import holding, is_temporary, new_file, sweep, write_bytes, write_text, writing
 
 PLAN = "_plan.json"
 REJECTED = "rejected"
@@ -154,8 +154,6 @@ class OneFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rejected = path.with_name(f"{path.stem}.{REJECTED}{path.suffix}")
-        for taken in (path, self.rejected):
-            require_new(taken, "--output")
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -28,16 +28,11 @@ _CHECKED_ROWS = 100  # one of the first rows of a file must be usable
 
 @dataclass(frozen=True, slots=True)
 class BatchSettings:
-    """The settings that determine the answers.
+    """The settings that determine the answers. The other fields are those of ``Options``.
 
     Attributes:
         bundle: The hash of the bundle.
         columns: Our field names and the data's column names.
-        allow_no_answer: Whether "no answer" competes.
-        prefilter: The largest number of windows to read per question, None for all.
-        min_score: The lowest score of an answer.
-        snippet: How much text is returned around an answer.
-        offsets: The unit of offsets.
     """
 
     bundle: str

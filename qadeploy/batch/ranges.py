@@ -57,11 +57,8 @@ class Scan:
 
     def coarser(self, step: int) -> tuple[Range, ...]:
         """The same rows in ranges of ``step`` rows, which must be a multiple of this scan's step."""
-        if self.step == step:
-            return self.ranges
-        return tuple(
-            _joined(self.ranges[i : i + step // self.step]) for i in range(0, len(self.ranges), step // self.step)
-        )
+        each = step // self.step
+        return tuple(_joined(self.ranges[i : i + each]) for i in range(0, len(self.ranges), each))
 
 
 def _joined(parts: tuple[Range, ...]) -> Range:
@@ -84,18 +81,15 @@ def scan(source: Source, step: int | None, data_options: DataOptions) -> Scan:
             whole = _whole(source)
             rows, names = len(whole), {name for row in whole for name in row.fields}
         passages = data_options.column("contexts") in names or "contexts" in names
-        step = step or _doubled(FINEST, rows, _MARKS)
+        if step is None:
+            step = FINEST
+            while step * _MARKS < rows:
+                step *= 2
         ranges = tuple(Range(first, min(step, rows - first)) for first in range(0, rows, step))
         found = Scan(rows, step, ranges, passages)
     if not found.rows:
         raise InputError(f"{source.path}: holds no rows")
     return found
-
-
-def _doubled(step: int, rows: int, most: int) -> int:
-    while step * most < rows:
-        step *= 2
-    return step
 
 
 def _scan_lines(source: Source, step: int | None, passages: bytes) -> Scan:

@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qadeploy.batch.answering import BrokenModelError
-from qadeploy.batch.local import OnShard
 from qadeploy.batch.output import Counts, explain
 from qadeploy.batch.plan import Shard
 from qadeploy.batch.ray_watch import watched
-from qadeploy.batch.work import Load, Worker
+from qadeploy.batch.work import Load, OnShard, Worker
 from qadeploy.data.wording import one_line
 from qadeploy.errors import FailureError, InputError, MissingExtraError, QadeployError
 from qadeploy.machine import usable_cpus
@@ -81,22 +80,15 @@ class Pool:
 
 def share_out(cluster: Cluster, cpus: float, gpus: float) -> Pool:
     """The pool for a Ray with the given CPUs and GPUs. Raises InputError if they are too few for the request."""
-    if cluster.gpus_per_actor > gpus or (
-        cluster.gpus_per_actor and cluster.gpus_per_actor * (cluster.actors or 1) > gpus
-    ):
+    if cluster.gpus_per_actor * (cluster.actors or 1) > gpus:
         raise InputError(
             f"--gpus-per-actor {cluster.gpus_per_actor:g} with {cluster.actors or 1} actors: Ray has {gpus:g} GPUs"
         )
-    each = cluster.cpus_per_actor
-    if each is None and cluster.address:
-        each = 1
-    fit = (
-        int(gpus / cluster.gpus_per_actor)
-        if cluster.gpus_per_actor
-        else int(cpus / each)
-        if each
-        else min(int(cpus), _MOST_ACTORS)
-    )
+    each = cluster.cpus_per_actor or (1 if cluster.address else None)
+    if cluster.gpus_per_actor:
+        fit = int(gpus / cluster.gpus_per_actor)
+    else:
+        fit = int(cpus / each) if each else min(int(cpus), _MOST_ACTORS)
     actors = cluster.actors or max(1, fit)
     if each is None:
         each = int(cpus) // actors

@@ -6,44 +6,40 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from qadeploy import options
-from qadeploy.batch import local, ray_engine
+from qadeploy.batch import ray_engine
+from qadeploy.batch.answering import ShardAnswering
 from qadeploy.batch.output import REJECTED, Counts, Folder, OneFile, explain
 from qadeploy.batch.plan import CALL_OPTIONS, BatchPlan, BatchSettings, Shard, make_plan
-from qadeploy.batch.ranges import import_parquet
+from qadeploy.batch.ranges import Reader, import_parquet
 from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.sources import LINES, expand, local_folder
-from qadeploy.batch.work import BundleLoad, Load, Worker
+from qadeploy.batch.work import Load, OnShard, Worker
 from qadeploy.core.settings import Offsets, Options, SnippetSize
 from qadeploy.data.fields import DataOptions
 from qadeploy.errors import FailureError, InputError
+from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.inference.presenting import check_snippet
 from qadeploy.options import check, option
 
+# Bytes of tokenised contexts per worker: rows on the same context are usually neighbours, so a few contexts are enough.
+_CONTEXTS = 8 * 2**20
+
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """What to answer, with which bundle, and where to write.
+    """What to answer, with which bundle, and where to write. The fields that are options describe themselves.
 
     Attributes:
         bundle: The bundle folder.
         inputs: Patterns, see ``sources.expand``.
         output: A folder of parquet files, or with the local engine one file that ends in .jsonl.
         data_options: The options for reading rows.
-        allow_no_answer: Whether "no answer" competes; None: if the model was trained for it.
-        prefilter: The largest number of windows to read per question, None for all.
-        min_score: The lowest score of an answer; a row without such an answer gets the empty answer.
-        snippet: How much text is returned around an answer.
-        offsets: The unit of offsets.
-        bundle_sha256: The SHA-256 of the manifest that the bundle must have, None for any.
-        load_timeout: The seconds that each process may take to load the bundle.
-        device: auto, cpu, cuda or cuda:N.
-        threads: CPU threads of the local engine.
-        shard_rows: Rows per part.
         cluster: The settings of Ray; None for the local engine.
     """
 
@@ -126,6 +122,7 @@ def _in_order() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@_in_order()
 def answer_files(request: BatchRequest, progress: BatchProgress | None = None, load: Load | None = None) -> Summary:
     """Answers every row of the inputs, or continues an earlier run with the same output folder.
 
@@ -140,11 +137,7 @@ def answer_files(request: BatchRequest, progress: BatchProgress | None = None, l
         InputError: The inputs or the output cannot be used, or the folder holds answers of another job.
         FailureError: The work did not succeed; the message says what to do.
     """
-    with _in_order():
-        return _answer_files(request, progress or BatchProgress(), load)
-
-
-def _answer_files(request: BatchRequest, shown: BatchProgress, load: Load | None) -> Summary:
+    shown = progress or BatchProgress()
     _check(request)
     bundle = open_bundle(request.bundle, sha256=request.bundle_sha256)
     check(request)
@@ -152,8 +145,14 @@ def _answer_files(request: BatchRequest, shown: BatchProgress, load: Load | None
     chosen = {name: getattr(request, name) for name in CALL_OPTIONS} | {"allow_no_answer": allow}
     settings = BatchSettings(bundle.hash, dict(request.data_options.mapping), **chosen)
     check_snippet(request.snippet)
-    load = load or BundleLoad(
-        str(bundle.folder.absolute()), bundle.hash, request.device, request.threads, request.load_timeout
+    load = load or partial(
+        Answerer.load,
+        str(bundle.folder.absolute()),
+        device=request.device,
+        threads=request.threads,
+        context_cache_bytes=_CONTEXTS,
+        sha256=bundle.hash,
+        load_timeout=request.load_timeout,
     )
     output = local_folder(request.output)
     if output.suffix.lower() in LINES:
@@ -181,7 +180,10 @@ def _to_file(
     with output.held():
         plan = make_plan(settings, request.inputs, request.shard_rows)
         tally = _Tally(plan, {}, progress)
-        local.into_file(load, plan, output, tally)
+        answerer, reader = load(), Reader(settings.data_options)
+        with output.writing(settings.bundle) as add:
+            for shard in plan.shards:
+                tally(shard, add(ShardAnswering(answerer, plan, shard, reader).stream()))
     return tally.summary(output.rejected)
 
 
@@ -211,16 +213,18 @@ def _to_folder(
 
 
 def _answer(
-    request: BatchRequest, plan: BatchPlan, folder: Folder, load: Load, shards: Sequence[Shard], tally: local.OnShard
+    request: BatchRequest, plan: BatchPlan, folder: Folder, load: Load, shards: Sequence[Shard], tally: OnShard
 ) -> None:
     if request.cluster is None:
-        local.into_folder(Worker(folder.path, plan.digest(), load), shards, tally)
+        worker = Worker(folder.path, plan.digest(), load)
+        for shard in shards:
+            tally(shard, worker.finish(shard.number))
         return
     try:
         with ray_engine.running(request.cluster) as pool:
-            if isinstance(load, BundleLoad):
+            if isinstance(load, partial):  # of Answerer.load
                 device = request.device if request.cluster.gpus_per_actor == 0 else "cuda"
-                load = replace(load, device="cpu" if device == "auto" else device, threads=pool.threads)
+                load = partial(load, device="cpu" if device == "auto" else device, threads=pool.threads)
             ray_engine.into_folder(folder.path, plan.digest(), load, shards, pool, tally)
     except BaseException:
         folder.leave()

@@ -26,7 +26,8 @@ from qadeploy.shipped import HANDBOOK
 LINES = frozenset({".jsonl", ".ndjson"})
 PARQUET = ".parquet"
 _WHOLE = frozenset(suffix for reader in READERS for suffix in reader.suffixes) - LINES - {PARQUET} | {".gz"}
-_KINDS = ", ".join(sorted((*LINES, PARQUET, *_WHOLE)))
+_USABLE = LINES | _WHOLE | {PARQUET}
+_KINDS = ", ".join(sorted(_USABLE))
 _WILD = re.compile(r"[*\[]")
 
 
@@ -97,7 +98,7 @@ def expand(patterns: Sequence[str]) -> list[Source]:
         raise InputError("--input: name at least one file of questions")
     sources = [source_at(path) for path in paths]
     for source in sources:
-        if source.kind and source.kind not in LINES | _WHOLE | {PARQUET}:
+        if source.kind and source.kind not in _USABLE:
             raise InputError(f"{source.path}: unknown ending {source.kind!r}: give files in {_KINDS}")
         if source.kind and not source.size:
             raise InputError(f"{source.path}: the file is empty; it needs at least one row with context and question")
@@ -140,8 +141,7 @@ def _expanded(pattern: str) -> Iterable[str]:
 def _usable(folder: str, paths: Iterable[str]) -> list[str]:
     """The paths with a known suffix, sorted. Raises InputError if there are none."""
     named = ((path, PurePosixPath(path)) for path in sorted(paths))
-    usable = LINES | _WHOLE | {PARQUET}
-    found = [path for path, p in named if not p.name.startswith((".", "_")) and p.suffix.lower() in usable]
+    found = [path for path, p in named if not p.name.startswith((".", "_")) and p.suffix.lower() in _USABLE]
     if not found:
         raise InputError(f"{folder}: the folder holds no file in {_KINDS}")
     return found

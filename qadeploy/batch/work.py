@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qadeploy.batch.answering import BrokenModelError, Rejected, Result, ShardAnswering
@@ -18,31 +17,8 @@ from qadeploy.errors import FailureError, InputError
 from qadeploy.inference.answerer import Answerer
 
 Load = Callable[[], Answerer]
-# Bytes of tokenised contexts per worker: rows on the same context are usually neighbours, so a few contexts are enough.
-_CONTEXTS = 8 * 2**20
+OnShard = Callable[[Shard, Counts], object]
 _SHARED = "with several machines, each must see the bundle, the input and --output at the same path (the input may be on s3://)"
-
-
-@dataclass(frozen=True, slots=True)
-class BundleLoad:
-    """Loads a bundle when called. Workers get this object, because an answerer cannot be pickled."""
-
-    path: str
-    sha256: str | None = None
-    device: str = "auto"
-    threads: int | None = None
-    timeout: float | None = None
-
-    def __call__(self) -> Answerer:
-        """Returns the answerer. Raises what ``Answerer.load`` raises."""
-        return Answerer.load(
-            self.path,
-            device=self.device,
-            threads=self.threads,
-            context_cache_bytes=_CONTEXTS,
-            sha256=self.sha256,
-            load_timeout=self.timeout,
-        )
 
 
 class Worker:

@@ -54,7 +54,7 @@ async def answered_by(request: Request, service: Service, asks: Sequence[Ask], r
         job = scheduler.submit(asks, render, timeout=seconds)
     except RefusedError as full:
         if full.status == 429:
-            service.metrics.dropped("full")
+            service.metrics.dropped.labels("full").inc()
         raise
     answered = asyncio.wrap_future(job.future)
     answered.add_done_callback(lambda future: future.cancelled() or future.exception())  # or asyncio logs the exception
@@ -72,17 +72,17 @@ async def answered_by(request: Request, service: Service, asks: Sequence[Ask], r
     finally:
         call.windows = job.windows
         gone.cancel()
-        scheduler.drop(job, RefusedError(499, "dropped", "nobody waits for it"))  # no effect if the job is over
+        scheduler.end(job, RefusedError(499, "dropped", "nobody waits for it"))  # no effect if the job is over
 
 
 def _told(error: Exception, service: Service, request_id: str) -> RefusedError:
     """The refusal that the caller sees. It is counted, and logged if the server is at fault."""
     told = refusal(error, service.settings)
     if told.status == 504:
-        service.metrics.dropped("deadline")
+        service.metrics.dropped.labels("deadline").inc()
         told = deadline_passed(service.settings.request_timeout)  # the time counts from the head of the request
     if isinstance(error, LogitsError):
-        service.metrics.bad_logits()
+        service.metrics.bad_logits.inc()
     if told.status == 500:
         fields = {"request_id": request_id, "error": clean(str(error))}
         _log.error("answering failed", extra={"fields": fields}, exc_info=None if told.kind != "internal" else error)
@@ -98,11 +98,9 @@ def _logged(ask: Ask) -> dict[str, Any]:
 
 
 def _ask(service: Service, question: str, given: AskItem | AskMany) -> Ask:
-    if given.texts is not None:
-        return Ask(question, given.texts, given.options)
-    if service.corpus is None:  # unreachable: the schema requires a context without a corpus
-        raise RefusedError(422, "invalid_request", "give either context, or contexts for several passages")
-    return from_corpus(service.corpus, service.settings, question, given.options)
+    if given.texts is None and service.corpus is not None:
+        return from_corpus(service.corpus, service.settings, question, given.options)
+    return Ask(question, given.texts or (), given.options)  # without a corpus, the schema requires texts
 
 
 def _shown(service: Service, traced: bool) -> Render:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from importlib.resources import files
+from functools import partial
 from inspect import cleandoc
 from typing import Annotated, Any
 
@@ -13,10 +13,8 @@ from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Scope
 
 from qadeploy import __version__
 from qadeploy.errors import FailureError, QadeployError
@@ -26,11 +24,10 @@ from qadeploy.serve.body import BoundedRoute
 from qadeploy.serve.calls import Calls, response
 from qadeploy.serve.contracts import add_contracts
 from qadeploy.serve.errors import RefusedError, clean
-from qadeploy.serve.examples import examples
 from qadeploy.serve.feedback import Feedback
 from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit
 from qadeploy.serve.metrics import CONTENT_TYPE
-from qadeploy.serve.reference import reference_page
+from qadeploy.serve.pages import add_page, examples, reference_page
 from qadeploy.serve.scheduler import Ask
 from qadeploy.serve.schemas import (
     FORMS,
@@ -164,11 +161,10 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         One input gives an object, or a list of objects if `top_k` is above 1. A list of inputs gives a list of these.
         """
         options = (body.parameters or HfParameters()).options
-        many = isinstance(body.inputs, list)
         inputs = body.inputs if isinstance(body.inputs, list) else [body.inputs]
         asks = [Ask(one.question, one.context, options) for one in inputs]
         found = await answered_by(request, service, asks, hugging_face_result)
-        return json_response(json_list(found) if many else found[0])
+        return json_response(json_list(found) if isinstance(body.inputs, list) else found[0])
 
 
 def _add_feedback(app: FastAPI, feedback: Feedback, locked: Sequence[Any]) -> None:
@@ -191,11 +187,10 @@ def _add_feedback(app: FastAPI, feedback: Feedback, locked: Sequence[Any]) -> No
 
 
 def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
-    settings = service.settings
+    settings, get = service.settings, partial(app.get, tags=["state"])
 
-    @app.get(
+    @get(
         "/v1/model",
-        tags=["state"],
         summary="The bundle and the limits",
         response_model=ModelOut,
         response_model_exclude_unset=True,
@@ -234,15 +229,14 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
                 raise RefusedError(409, "not_reloaded", clean(str(error))) from error
             return {"name": service.engine.name, "hash": service.engine.hash, "changed": changed}
 
-    @app.get("/health/live", tags=["state"], summary="Whether the process works", response_model=StateOut)
+    @get("/health/live", summary="Whether the process works", response_model=StateOut)
     async def live() -> JSONResponse:
         """503 means that a worker has died and the server needs a restart."""
         alive = service.scheduler.alive
         return JSONResponse({"status": "live" if alive else "dead"}, 200 if alive else 503)
 
-    @app.get(
+    @get(
         "/health/ready",
-        tags=["state"],
         summary="Whether to send requests here",
         response_model=StateOut,
         responses={503: {"model": StateOut, "description": "The server is shutting down, or a worker has died."}},
@@ -252,9 +246,8 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         state = "ready" if service.ready else "draining" if service.draining else "broken"
         return JSONResponse({"status": state}, 200 if service.ready else 503)
 
-    @app.get(
+    @get(
         "/metrics",
-        tags=["state"],
         summary="Metrics for Prometheus",
         response_class=Response,
         responses={200: {"content": {"text/plain": {}}}},
@@ -265,33 +258,17 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
 
 
 def _add_pages(app: FastAPI) -> None:
-    page = files("qadeploy.serve") / "page"
-    start = (page / "index.html").read_text(encoding="utf-8")
     tried = dump(examples())
 
     @app.get("/static/examples.json", include_in_schema=False)
     async def handbook() -> Response:
         return json_response(tried)
 
-    app.mount("/static", Static(directory=str(page)), name="static")
-
-    @app.get("/", include_in_schema=False)
-    async def index() -> HTMLResponse:
-        return HTMLResponse(start)
+    add_page(app, "index.html")
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(reference_page(app.openapi()))
-
-
-class Static(StaticFiles):
-    """Serves each file under exactly one path; Starlette also accepts a trailing slash, ``//`` and ``./``."""
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        """The file. Raises HTTPException if the path is not exactly its own."""
-        if scope["path"] != f"/static/{path}":
-            raise HTTPException(404)
-        return await super().get_response(path, scope)
 
 
 def add_errors(app: FastAPI) -> None:

@@ -6,7 +6,7 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from qadeploy.serve.calls import respond
+from qadeploy.serve.calls import response
 from qadeploy.serve.errors import RefusedError
 
 # Open: the health checks of orchestrators, and the pages that show how to use the API.
@@ -32,7 +32,7 @@ class Auth:
             await self._app(scope, receive, send)
             return
         message = "this server needs a token: send the header 'Authorization: Bearer TOKEN'"
-        await respond(scope, receive, send, RefusedError(401, "unauthorized", message))
+        await response(scope, RefusedError(401, "unauthorized", message))(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         path = scope["path"]

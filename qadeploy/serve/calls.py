@@ -62,11 +62,6 @@ def call_of(scope: Scope) -> Call:
     return found
 
 
-async def respond(scope: Scope, receive: Receive, send: Send, refused: RefusedError) -> None:
-    """Sends a refusal."""
-    await response(scope, refused)(scope, receive, send)
-
-
 def early(metrics: Metrics, client: str | None, refused: RefusedError, seconds: float) -> bytes:
     """Counts and logs a refusal before there is a request, and returns the response as bytes; it closes the connection."""
     request_id = uuid.uuid4().hex
@@ -129,7 +124,7 @@ class Calls:
         except asyncio.CancelledError:  # on a second signal, or when the time to drain is up
             if not status:
                 closing = RefusedError(503, "closing", "the server shut down before there was an answer", retry_after=1)
-                await respond(scope, receive, named, closing)
+                await response(scope, closing)(scope, receive, named)
         finally:
             self._end(scope, call, status or 500)
 
@@ -140,7 +135,7 @@ class Calls:
         route = path if path in ROUTES else started
         self._metrics.responded(route, status, seconds)
         if call.kind == "disconnected":
-            self._metrics.dropped("disconnect")
+            self._metrics.dropped.labels("disconnect").inc()
         level = logging.ERROR if status == 500 else logging.INFO
         if path in _QUIET and status != 500:
             level = logging.DEBUG

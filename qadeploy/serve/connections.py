@@ -57,7 +57,7 @@ class Connections:
         if oldest is not new:
             oldest.cut("limit")
             return
-        self.metrics.cut("limit")
+        self.metrics.cut.labels("limit").inc()
         text = f"{self.limit} connections are open, and all wait for answers ({flag_of('max_connections')})"
         new.refuse(
             RefusedError(503, "too_many_connections", text, limit=self.limit, setting="max_connections", retry_after=1)
@@ -288,7 +288,7 @@ class Connection(HttpToolsProtocol):
         self._all.remove(self)
         self._release()
         if reason != "end":
-            self._all.metrics.cut(reason)
+            self._all.metrics.cut.labels(reason).inc()
         self.transport.abort()
 
     def _release(self) -> None:

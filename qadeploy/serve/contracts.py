@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from qadeploy import __version__
 from qadeploy.core.settings import Options
@@ -33,18 +35,37 @@ _TAGS: list[Any] = ["platforms"]
 _Responses = dict[int | str, dict[str, Any]]
 
 
-_OPTIONS = ("max_answer_len", "max_seq_len", "doc_stride", "align_to_words", "allow_no_answer", "prefilter", "offsets")
-# The other parameters that clients send are ignored.
-InferParameters = answering_model("InferParameters", _OPTIONS, BaseModel)
+_OPTIONS = (
+    "max_answer_len", "max_seq_len", "doc_stride", "align_to_words", "allow_no_answer", "prefilter", "min_score", "offsets",
+)  # fmt: skip
+# What /v1/answer accepts and the outputs cannot hold, with the defaults.
+_REFUSED = {"top_k": 1, "snippet": None, "trace": False}
+
+
+class _Parameters(BaseModel):
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        for name, default in _REFUSED.items():
+            if isinstance(given, dict) and given.get(name) not in (None, default):
+                text = (
+                    "{name} is not supported here, because the outputs hold one answer to each question: use /v1/answer"
+                )
+                raise PydanticCustomError("unsupported", text, {"name": name})
+        return given
+
+
+# The other parameters, which clients send for servers of another kind, are ignored.
+InferParameters = answering_model("InferParameters", _OPTIONS, _Parameters)
 
 
 class InferInput(BaseModel):
     """A tensor of texts: one per question, or a single context for all questions."""
 
-    name: Annotated[str, Field(examples=["question"])]
-    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=2, examples=[[1]])]
-    datatype: Annotated[str, Field(examples=["BYTES"])]
-    data: Annotated[list[Any], Field(examples=[["Who trims the light?"]])]
+    name: str = Field(examples=["question"])
+    shape: list[Annotated[int, Field(ge=0)]] = Field(min_length=1, max_length=2, examples=[[1]])
+    datatype: str = Field(examples=["BYTES"])
+    data: list[Any] = Field(examples=[["Who trims the light?"]])
 
     def texts(self) -> list[str]:
         """The values in order. Raises RefusedError (422) if they are not texts, or their number contradicts the shape."""
@@ -68,9 +89,7 @@ class InferRequest(BaseModel):
     id: str | None = None
     parameters: InferParameters | None = None  # type: ignore[valid-type]
     inputs: list[InferInput]
-    outputs: Annotated[list[InferOutput] | None, Field(description="The requested outputs; null or absent: all.")] = (
-        None
-    )
+    outputs: list[InferOutput] | None = Field(default=None, description="The requested outputs; null or absent: all.")
 
     def asks(self) -> list[Ask]:
         """One question for the scheduler per text of ``question``. Raises RefusedError (422)."""
@@ -112,7 +131,7 @@ class InferResponse(BaseModel):
 
     model_name: str
     model_version: str
-    id: Annotated[str | None, Field(description="The id of the request; absent if it has none.")] = None
+    id: str | None = Field(default=None, description="The id of the request; absent if it has none.")
     outputs: list[InferTensor]
 
 
@@ -152,9 +171,10 @@ def add_contracts(
     texts: _Responses = {status: {**about, "model": InferError} for status, about in responses.items()}
     unready: _Responses = {503: {"description": "The server is shutting down, or a worker has died."}}
 
-    @app.get(
+    get = partial(app.get, tags=_TAGS)
+
+    @get(
         "/ping",
-        tags=_TAGS,
         summary="SageMaker: whether to send requests here",
         response_class=Response,
         responses=unready,
@@ -173,9 +193,8 @@ def add_contracts(
         operation_id="invocations",
     )(answer)
 
-    @app.get(
+    @get(
         "/v2/health/live",
-        tags=_TAGS,
         summary="Open Inference Protocol: whether the process works",
         responses={503: {"description": "A worker has died."}},
     )
@@ -183,9 +202,8 @@ def add_contracts(
         """Whether the process should be left running."""
         return JSONResponse({"live": service.scheduler.alive}, 200 if service.scheduler.alive else 503)
 
-    @app.get(
+    @get(
         "/v2/health/ready",
-        tags=_TAGS,
         summary="Open Inference Protocol: whether the server is ready",
         responses=unready,
     )
@@ -193,9 +211,8 @@ def add_contracts(
         """Whether to send requests here."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
-    @app.get(
+    @get(
         "/v2",
-        tags=_TAGS,
         summary="Open Inference Protocol: the server",
         responses={401: texts[401]},
         dependencies=locked,
@@ -206,9 +223,8 @@ def add_contracts(
 
     named: _Responses = {status: texts[status] for status in (401, 404)}
 
-    @app.get(
+    @get(
         "/v2/models/{model}",
-        tags=_TAGS,
         summary="Open Inference Protocol: the model",
         responses=named,
         dependencies=locked,
@@ -223,9 +239,8 @@ def add_contracts(
             "outputs": [{"name": each, "datatype": kind, "shape": [-1]} for each, kind in _OUTPUTS.items()],
         }
 
-    @app.get(
+    @get(
         "/v2/models/{model}/ready",
-        tags=_TAGS,
         summary="Open Inference Protocol: whether the model is ready",
         responses=named | unready,
         dependencies=locked,

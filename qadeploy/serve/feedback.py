@@ -7,10 +7,12 @@ is on the disk before the client gets a response. A full file is renamed to ``FI
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,10 +22,11 @@ from qadeploy.errors import FailureError, InputError
 from qadeploy.files import BINARY, append_line, holding
 from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER, Answer
-from qadeploy.serve.errors import RefusedError
+from qadeploy.serve.errors import RefusedError, clean
 from qadeploy.serve.scheduler import Ask, Render
 
 _KEPT = 64 * 2**20  # bytes of questions and contexts that are remembered
+_log = logging.getLogger("qadeploy.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +60,16 @@ class Feedback:
         self._path, self._most = path, most_bytes
         self._recent: OrderedDict[tuple[str, int], Asked] = OrderedDict()
         self._bytes = 0
-        self._lock = threading.Lock()  # guards _recent and _bytes
+        self._lock = threading.RLock()  # guards _recent and _bytes
         self._writes = threading.Lock()
-        self._held = holding(path)
-        self._held.__enter__()
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(holding(path))
             self._repair()
-        except BaseException:
-            self.close()
-            raise
+            self._held = stack.pop_all()
 
     def close(self) -> None:
         """Releases the file."""
-        self._held.__exit__(None, None, None)
+        self._held.close()
 
     def _repair(self) -> None:
         """Removes a partial line of a process that died. Raises InputError if the file is not a feedback file."""
@@ -126,13 +126,18 @@ class Feedback:
             name = f"question {number} of request {request_id}"
             if asked is None:
                 raise RefusedError(404, "not_found", f"{name} was not answered recently")
-            if asked.verdict is None:
+            if asked.verdict is not None:
+                if asked.verdict != given:
+                    raise RefusedError(409, "judged", f"{name} has another verdict already, which stays as it is")
+                return
+            judged = asked
+            try:
                 self._append(_row(asked, f"{request_id}-{number}", given))
+                judged = replace(asked, verdict=given)
+            finally:  # stored or not, the client may send it again: the question must not be evicted before
                 with self._lock:
-                    if self._recent.get(key) is asked:
-                        self._recent[key] = replace(asked, verdict=given)
-            elif asked.verdict != given:
-                raise RefusedError(409, "judged", f"{name} has another verdict already, which stays as it is")
+                    if self._recent.get(key, asked) is asked:
+                        self._remember(key, judged)
 
     def _append(self, row: dict[str, Any]) -> None:
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
@@ -143,10 +148,14 @@ class Feedback:
                 size = os.fstat(descriptor).st_size
             finally:
                 os.close(descriptor)
-            if size > self._most:
-                self._path.replace(self._path.with_name(f"{self._path.name}.1"))
         except OSError as error:
             raise FailureError(f"{self._path}: the feedback was not stored: {error.strerror}") from error
+        if size > self._most:
+            try:
+                self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+            except OSError as error:  # the row is stored, so the client must not send it again
+                fields = {"file": clean(str(self._path)), "error": error.strerror}
+                _log.warning("the full feedback file was not renamed", extra={"fields": fields})
 
 
 def _is_ours(line: bytes) -> bool:

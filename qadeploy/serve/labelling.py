@@ -12,12 +12,11 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -25,13 +24,14 @@ from starlette.responses import Response
 
 from qadeploy.errors import InputError, QadeployError
 from qadeploy.labelling.desk import DecidedError, Desk, Shown
-from qadeploy.serve.app import Static, add_errors
+from qadeploy.serve.app import add_errors
 from qadeploy.serve.auth import Auth
 from qadeploy.serve.body import BoundedRoute
 from qadeploy.serve.calls import Calls, response
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.limits import BodyLimit
 from qadeploy.serve.metrics import Metrics
+from qadeploy.serve.pages import add_page
 from qadeploy.serve.run import PLAIN
 from qadeploy.serve.settings import Settings
 
@@ -80,14 +80,7 @@ def create_label_app(desk: Desk, token: str) -> FastAPI:
         return response(request.scope, RefusedError(507, "not_saved", text))
 
     _add_calls(app, desk)
-    page = files("qadeploy.serve") / "page"
-    start = (page / "label.html").read_text(encoding="utf-8")
-    app.mount("/static", Static(directory=str(page)), name="static")
-
-    @app.get("/")
-    async def index() -> HTMLResponse:
-        return HTMLResponse(start)
-
+    add_page(app, "label.html")
     return app
 
 

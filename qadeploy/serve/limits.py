@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qadeploy.options import flag_of
-from qadeploy.serve.calls import REFUSED, call_of, respond
+from qadeploy.serve.calls import REFUSED, call_of, response
 from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.scheduler import Ask
 from qadeploy.serve.settings import Settings
@@ -64,7 +64,7 @@ class BodyLimit:
         try:
             body = await self._read(scope, receive)
         except RefusedError as refused:
-            await respond(scope, receive, send, refused)
+            await response(scope, refused)(scope, receive, send)
             return
         unread = True
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,6 @@ from qadeploy.serve.calls import networks
 from qadeploy.serve.connections import Connection, Connections
 from qadeploy.serve.errors import clean
 from qadeploy.serve.feedback import Feedback
-from qadeploy.serve.logs import set_up
 from qadeploy.serve.search import open_corpus
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
@@ -42,7 +43,39 @@ _BACKLOG = 2048
 _MOST_CONNECTIONS = 4096
 _SPARE_FILES = 64  # file descriptors for files, pipes, and connections that are being closed
 _LAST_WORDS = 1.0  # seconds to send refusals after a second signal
+_LEVELS = ("debug", "info", "warning", "error")
 _log = logging.getLogger("qadeploy.serve")
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats a record as one line of JSON: ``time``, ``level``, ``event``, and the entries of ``extra={"fields": {...}}``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the line."""
+        value: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            value["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(value)  # ASCII, so that a lone surrogate in a path cannot break the stream
+
+
+def set_up_logs(level: str) -> None:
+    """Sends the logs of qadeploy, uvicorn and asyncio to stderr as JSON. Raises InputError on an unknown level."""
+    if level not in _LEVELS:
+        raise InputError(f"--log-level is {level!r}: choose {', '.join(_LEVELS)}")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    for name in ("qadeploy", "uvicorn", "asyncio"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(level.upper())
+    if level == "info":  # uvicorn logs its start and stop, which our own lines report
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 class _Server(uvicorn.Server):
@@ -114,7 +147,7 @@ def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Servi
         QadeployError: As ``Answerer.load`` does, LoadTimeoutError too.
         FailureError: A second signal cut off running requests.
     """
-    set_up(settings.log_level)
+    set_up_logs(settings.log_level)
     networks(settings.trusted_proxies)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # so that other threads keep running while a long text is tokenised
     disable_created_metrics()  # type: ignore[no-untyped-call]

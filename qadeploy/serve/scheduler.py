@@ -133,7 +133,6 @@ class Scheduler:
         watch: Called with each decoded question, in a worker thread.
 
     Attributes:
-        workers: Threads that run windows.
         questions: How many questions wait or run.
         windows: How many windows wait.
         tokens: How many tokens wait; estimated for texts that are not tokenised yet.
@@ -259,12 +258,8 @@ class Scheduler:
         """Refuses the long jobs that cannot be answered in time."""
         for job, excess in list(self._hopeless(self._back)):
             timeout = job.deadline - job.arrived
-            self._metrics.dropped("full")
-            self._end(job, _too_long(timeout + excess, timeout, excess))
-
-    def drop(self, job: Job, refused: RefusedError) -> None:
-        """Ends a job early: its waiting windows are discarded. Does nothing if the job is over."""
-        self._end(job, refused)
+            self._metrics.dropped.labels("full").inc()
+            self.end(job, _too_long(timeout + excess, timeout, excess))
 
     def close(self) -> None:
         """Ends the workers. Unfinished jobs are refused (503)."""
@@ -273,7 +268,7 @@ class Scheduler:
             left = list(self._jobs)
             self._ready.notify_all()
         for job in left:
-            self._end(
+            self.end(
                 job, RefusedError(503, "closing", "the server shut down before there was an answer", retry_after=1)
             )
         self._encoders.shutdown(wait=True, cancel_futures=True)
@@ -329,7 +324,7 @@ class Scheduler:
         except Exception as error:
             if isinstance(error, InputError | RefusedError) and len(job.asks) > 1:
                 error.args = (f"question {number + 1}: {error}",)
-            self._end(job, error)
+            self.end(job, error)
             return
         if pair:
             self._metrics.stage("tokenize", time.monotonic() - started)
@@ -428,7 +423,7 @@ class Scheduler:
             logits = model.run_batch(windows) if padded else model.run(windows)
         except Exception as error:
             for job in {id(job): job for job, _, _ in batch}.values():
-                self._end(job, error)
+                self.end(job, error)
             return
         seconds = time.monotonic() - started
         tokens = sum(len(w) for w in windows)
@@ -459,7 +454,7 @@ class Scheduler:
             self._watch(pair, ask.options)
             result = job.render(ask, pair)
         except Exception as error:
-            self._end(job, error)
+            self.end(job, error)
             return
         self._metrics.stage("decode", time.monotonic() - started)
         with self._ready:
@@ -467,16 +462,17 @@ class Scheduler:
             job.done += 1
             whole = job.done == len(job.asks)
         if whole:
-            self._end(job)
+            self.end(job)
 
     def _late(self, job: Job) -> bool:
         """Ends a job if its deadline has passed, and returns whether it did."""
         if time.monotonic() <= job.deadline:
             return False
-        self._end(job, deadline_passed(job.deadline - job.arrived))
+        self.end(job, deadline_passed(job.deadline - job.arrived))
         return True
 
-    def _end(self, job: Job, error: Exception | None = None) -> None:
+    def end(self, job: Job, error: Exception | None = None) -> None:
+        """Ends a job with its results or an error: waiting windows are discarded. Does nothing if the job is over."""
         with self._ready:
             if job.over:
                 return

@@ -109,9 +109,9 @@ class AskOne(AskItem):
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"question": _QUESTION, "context": _CONTEXT, "top_k": 3}]}
     )
-    trace: Annotated[
-        bool, Field(description="Also return the trace: tokens, windows, logits and candidates.", strict=True)
-    ] = False
+    trace: bool = Field(
+        default=False, description="Also return the trace: tokens, windows, logits and candidates.", strict=True
+    )
 
 
 class AskMany(_Texts):
@@ -185,8 +185,8 @@ class SnippetOut(BaseModel):
     """The text around an answer, which is ``context[start:end]`` (or ``document[start:end]``) in the units of the answer."""
 
     text: str
-    start: Annotated[int, Field(ge=0)]
-    end: Annotated[int, Field(ge=0)]
+    start: int = Field(ge=0)
+    end: int = Field(ge=0)
 
 
 class AnswerOut(BaseModel):
@@ -196,33 +196,26 @@ class AnswerOut(BaseModel):
     """
 
     text: str
-    score: Annotated[float, Field(description="A probability: one softmax over all spans of all windows.")]
-    start: Annotated[
-        int, Field(ge=0, description="First code point of the answer in its context, passage or document.")
-    ]
-    end: Annotated[int, Field(ge=0, description="One past the last code point.")]
-    passage: Annotated[
-        int | None,
-        Field(
-            ge=0,
-            description="The index of its passage in `contexts`, or in the `passages` of the result, from 0; absent for "
-            "`context` and for 'no answer'.",
-        ),
-    ] = None
-    snippet: Annotated[
-        SnippetOut | None,
-        Field(
-            description="Only if it was requested, or the answer is from the corpus (by default 200 characters on each side); "
-            "absent for 'no answer'."
-        ),
-    ] = None
-    document: Annotated[
-        str | None,
-        Field(description="Only from the corpus: the document that holds the answer; empty for 'no answer'."),
-    ] = None
-    place: Annotated[
-        str | None, Field(description="Only from the corpus: the headings above the answer, its page, or its line.")
-    ] = None
+    score: float = Field(description="A probability: one softmax over all spans of all windows.")
+    start: int = Field(ge=0, description="First code point of the answer in its context, passage or document.")
+    end: int = Field(ge=0, description="One past the last code point.")
+    passage: int | None = Field(
+        default=None,
+        ge=0,
+        description="The index of its passage in `contexts`, or in the `passages` of the result, from 0; absent for "
+        "`context` and for 'no answer'.",
+    )
+    snippet: SnippetOut | None = Field(
+        default=None,
+        description="Only if it was requested, or the answer is from the corpus (by default 200 characters on each side); "
+        "absent for 'no answer'.",
+    )
+    document: str | None = Field(
+        default=None, description="Only from the corpus: the document that holds the answer; empty for 'no answer'."
+    )
+    place: str | None = Field(
+        default=None, description="Only from the corpus: the headings above the answer, its page, or its line."
+    )
 
 
 class PassageOut(BaseModel):
@@ -230,25 +223,22 @@ class PassageOut(BaseModel):
 
     document: str
     place: str
-    score: Annotated[
-        float, Field(description="How well it matches the question by BM25; comparable within one question only.")
-    ]
+    score: float = Field(description="How well it matches the question by BM25; comparable within one question only.")
 
 
 class TraceWindow(BaseModel):
     """One model input; all lists have one entry per token."""
 
     tokens: int
-    passage: Annotated[int | None, Field(description="The index of its passage; absent for a single context.")] = None
-    context_begin: Annotated[int, Field(description="Position of the first context token in this window.")]
-    context_offset: Annotated[int, Field(description="Index of that token in the whole context or passage.")]
-    context_length: Annotated[int, Field(description="Number of context tokens in this window.")]
+    passage: int | None = Field(default=None, description="The index of its passage; absent for a single context.")
+    context_begin: int = Field(description="Position of the first context token in this window.")
+    context_offset: int = Field(description="Index of that token in the whole context or passage.")
+    context_length: int = Field(description="Number of context tokens in this window.")
     input_ids: list[int]
-    pieces: Annotated[list[str], Field(description="The tokens as the vocabulary spells them.")]
-    offsets: Annotated[
-        list[tuple[int, int] | None],
-        Field(description="Code points of the context or passage; null for the question and special tokens."),
-    ]
+    pieces: list[str] = Field(description="The tokens as the vocabulary spells them.")
+    offsets: list[tuple[int, int] | None] = Field(
+        description="Code points of the context or passage; null for the question and special tokens."
+    )
     token_type_ids: list[int] | None
     start_logits: list[float]
     end_logits: list[float]
@@ -257,21 +247,19 @@ class TraceWindow(BaseModel):
 class TracePrefilter(BaseModel):
     """Which windows were read, if ``prefilter`` left some out."""
 
-    read: Annotated[
-        list[int], Field(description="Their numbers among all windows, from 1; ``windows`` lists only these.")
-    ]
-    scores: Annotated[list[float], Field(description="The BM25 score of every window.")]
+    read: list[int] = Field(description="Their numbers among all windows, from 1; ``windows`` lists only these.")
+    scores: list[float] = Field(description="The BM25 score of every window.")
 
 
 class TraceCandidate(BaseModel):
     """A pair of start and end positions, and whether it became an answer."""
 
-    window: Annotated[int, Field(description="The number of its window among those that were read, from 1.")]
-    tokens: Annotated[list[int], Field(description="First and last position in the window.")]
+    window: int = Field(description="The number of its window among those that were read, from 1.")
+    tokens: list[int] = Field(description="First and last position in the window.")
     logit: float
     text: str
-    answer: Annotated[int | None, Field(description="Rank among the answers, from 1; null if it is none of them.")]
-    verdict: Annotated[str, Field(description="Why it is or is not an answer, for people.")]
+    answer: int | None = Field(description="Rank among the answers, from 1; null if it is none of them.")
+    verdict: str = Field(description="Why it is or is not an answer, for people.")
 
 
 class TraceOut(BaseModel):
@@ -290,16 +278,13 @@ class AnswersOut(BaseModel):
     """The answers to one question, best first; ``trace`` only if it was requested."""
 
     answers: list[AnswerOut]
-    skipped: Annotated[
-        list[int] | None,
-        Field(description="The indices of empty passages, which were skipped; absent if there are none."),
-    ] = None
-    passages: Annotated[
-        list[PassageOut] | None,
-        Field(
-            description="Only from the corpus: the passages read, best first; empty if no word of the question occurs there."
-        ),
-    ] = None
+    skipped: list[int] | None = Field(
+        default=None, description="The indices of empty passages, which were skipped; absent if there are none."
+    )
+    passages: list[PassageOut] | None = Field(
+        default=None,
+        description="Only from the corpus: the passages read, best first; empty if no word of the question occurs there.",
+    )
     trace: TraceOut | None = None
 
 
@@ -313,22 +298,16 @@ class HfInput(_Model):
 class HfParameters(_Model):
     """The parameters of the Hugging Face question-answering task."""
 
-    top_k: Annotated[TopK | None, Field(description="Absent, null or 1 gives one object, a larger number a list.")] = (
-        None
-    )
+    top_k: TopK | None = Field(default=None, description="Absent, null or 1 gives one object, a larger number a list.")
     doc_stride: choice("doc_stride") = None  # type: ignore[valid-type]
     max_answer_len: choice("max_answer_len") = None  # type: ignore[valid-type]
     max_seq_len: choice("max_seq_len") = None  # type: ignore[valid-type]
-    max_question_len: Annotated[
-        TopK | None,
-        Field(
-            description="No effect, as in the transformers pipeline with a fast tokenizer: a question is never truncated."
-        ),
-    ] = None
-    align_to_words: Annotated[bool | None, Field(strict=True, description="True by default, as in transformers.")] = (
-        None
+    max_question_len: TopK | None = Field(
+        default=None,
+        description="No effect, as in the transformers pipeline with a fast tokenizer: a question is never truncated.",
     )
-    handle_impossible_answer: Annotated[bool | None, Field(strict=True, description="Let 'no answer' compete.")] = None
+    align_to_words: bool | None = Field(default=None, strict=True, description="True by default, as in transformers.")
+    handle_impossible_answer: bool | None = Field(default=None, strict=True, description="Let 'no answer' compete.")
 
     @property
     def options(self) -> Options:
@@ -367,39 +346,36 @@ class CorpusOut(BaseModel):
 
     documents: int
     passages: int
-    sha256: Annotated[
-        str, Field(description="SHA-256 of the manifest of its index, which holds the hashes of all files.")
-    ]
+    sha256: str = Field(description="SHA-256 of the manifest of its index, which holds the hashes of all files.")
 
 
 class ModelOut(BaseModel):
     """The bundle in use."""
 
     name: str
-    hash: Annotated[str, Field(description="SHA-256 of the manifest, which holds the hashes of all files.")]
-    version: Annotated[str, Field(description="The version of qadeploy.")]
+    hash: str = Field(description="SHA-256 of the manifest, which holds the hashes of all files.")
+    version: str = Field(description="The version of qadeploy.")
     device: str
-    workers: Annotated[int, Field(description="Windows (on CUDA, batches) that run at the same time.")]
-    limits: Annotated[dict[str, float], Field(description="The limits of a request, by name of the setting.")]
+    workers: int = Field(description="Windows (on CUDA, batches) that run at the same time.")
+    limits: dict[str, float] = Field(description="The limits of a request, by name of the setting.")
     manifest: dict[str, Any]
-    corpus: Annotated[CorpusOut | None, Field(description="Absent without a corpus.")] = None
+    corpus: CorpusOut | None = Field(default=None, description="Absent without a corpus.")
 
 
 class RightAnswer(_Model):
     """The right answer."""
 
-    text: Annotated[str, Field(strict=True, description="A part of the context; empty if the answer is not in it.")]
-    start: Annotated[
-        int | None,
-        Field(ge=0, strict=True, description="Its first code point, if it occurs in the context several times."),
-    ] = None
+    text: str = Field(strict=True, description="A part of the context; empty if the answer is not in it.")
+    start: int | None = Field(
+        None, ge=0, strict=True, description="Its first code point, if it occurs in the context several times."
+    )
 
 
 class FeedbackRequest(_Model):
     """A verdict on the best answer to a question."""
 
-    request_id: Annotated[str, Field(min_length=1, max_length=64, description="The X-Request-ID of the response.")]
-    question: Annotated[int, Field(ge=0, strict=True, description="Its index among the questions of that request.")] = 0
+    request_id: str = Field(min_length=1, max_length=64, description="The X-Request-ID of the response.")
+    question: int = Field(default=0, ge=0, strict=True, description="Its index among the questions of that request.")
     verdict: Literal["right", "wrong"]
     answer: RightAnswer | None = None
 
@@ -409,7 +385,7 @@ class ReloadOut(BaseModel):
 
     name: str
     hash: str
-    changed: Annotated[bool, Field(description="Whether it differs from the previous bundle.")]
+    changed: bool = Field(description="Whether it differs from the previous bundle.")
 
 
 class StateOut(BaseModel):

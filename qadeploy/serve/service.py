@@ -73,7 +73,7 @@ class Engine:
         key = answerer.bundle.hash if answerer.bundle else ""
         choice = choose_workers(settings.threads, device, key, lambda: answerer.model.run([window]))
         _log.info("threads", extra={"fields": {"workers": choice.workers, "source": choice.source, "device": device}})
-        drift, unknown = Drift(), answerer.encoder.unknown_id
+        drift, unknown = metrics.drift_of(key), answerer.encoder.unknown_id
 
         def watch(pair: DecodedPair | None, options: Options) -> None:
             drift.add(figures_of(pair, options, unknown) if pair else {Figure.NO_ANSWER: 1.0})
@@ -128,22 +128,23 @@ class Service:
     reloading: bool = False
     _before: dict[Engine, asyncio.Task[None]] = field(default_factory=dict)  # replaced engines with running requests
 
+    def __post_init__(self) -> None:
+        self._show(self.engine)
+
+    def _show(self, engine: Engine) -> None:
+        self.metrics.show(engine.answerer, engine.scheduler, engine.labels, engine.drift)
+
     @classmethod
     def load(cls, bundle: str | Path, settings: Settings) -> Service:
         """Loads a bundle, warms it up and starts the workers. Raises what ``Answerer.load`` raises."""
         metrics = Metrics()
-        return cls._shown(Engine.load(bundle, settings, metrics), settings, metrics, bundle)
+        return cls(Engine.load(bundle, settings, metrics), settings, metrics, bundle)
 
     @classmethod
     def of(cls, answerer: Answerer, settings: Settings) -> Service:
         """Makes the service of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
         metrics = Metrics()
-        return cls._shown(Engine.of(answerer, settings, metrics), settings, metrics)
-
-    @classmethod
-    def _shown(cls, engine: Engine, settings: Settings, metrics: Metrics, bundle: str | Path | None = None) -> Service:
-        metrics.show(engine.answerer, engine.scheduler, engine.labels, engine.drift)
-        return cls(engine, settings, metrics, bundle)
+        return cls(Engine.of(answerer, settings, metrics), settings, metrics)
 
     @property
     def answerer(self) -> Answerer:
@@ -179,13 +180,13 @@ class Service:
         try:
             engine = await self._loaded(self.bundle)
         except BaseException:
-            self.metrics.reloaded("failed")
+            self.metrics.reloads.labels("failed").inc()
             raise
         finally:
             self.reloading = False
         before, self.engine = self.engine, engine
-        self.metrics.show(engine.answerer, engine.scheduler, engine.labels, engine.drift)
-        self.metrics.reloaded("done")
+        self._show(engine)
+        self.metrics.reloads.labels("done").inc()
         _log.info("reloaded", extra={"fields": {"bundle": engine.name, "hash": engine.hash, "before": before.hash}})
         self._before[before] = asyncio.create_task(self._end(before))
         return before.hash != engine.hash
@@ -219,8 +220,11 @@ class Service:
             await asyncio.sleep(_POLL)
         await asyncio.to_thread(engine.scheduler.close)
         del self._before[engine]
-        if engine.labels not in {each.labels for each in (self.engine, *self._before)}:
-            self.metrics.forget(engine.labels, engine.drift)
+        left = (self.engine, *self._before)
+        if engine.labels not in {each.labels for each in left}:
+            self.metrics.forget(engine.labels)
+        if engine.hash not in {each.hash for each in left}:
+            self.metrics.forget_drift(engine.hash)
 
     def close(self) -> None:
         """Ends the workers; unfinished requests are refused."""

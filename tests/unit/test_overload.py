@@ -105,7 +105,7 @@ class Simulation:
     def submit(self, context: str, timeout: float = 30) -> Job:
         job = self.scheduler.submit([Ask(QUESTION, context, Options())], lambda ask, pair: pair, timeout=timeout)
         late = RefusedError(504, "deadline", "the server ends what is late")
-        self._at(self.now + timeout, lambda: self.scheduler.drop(job, late))
+        self._at(self.now + timeout, lambda: self.scheduler.end(job, late))
         return job
 
     def fill(self, timeout: float = 30) -> list[Job]:
@@ -277,7 +277,7 @@ def test_windows_of_clients_who_leave_make_room_at_once(monkeypatch):
     scheduler = simulation.scheduler
     assert scheduler.windows == 55 * len(jobs) - sum(simulation.ran.values())
     for job in jobs[1:]:
-        scheduler.drop(job, RefusedError(499, "gone", "gone"))
+        scheduler.end(job, RefusedError(499, "gone", "gone"))
     assert scheduler.windows == 55 - simulation.ran[jobs[0]]
     assert scheduler._back == [jobs[0]]
     gone, last = sum(simulation.ran[job] for job in jobs[1:]), simulation.submit(CHINESE)

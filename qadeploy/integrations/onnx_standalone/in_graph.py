@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,12 @@ def spans_in_graph(
     Raises InputError on ``top_k`` below 1 or if no question can be asked, FailureError on a model that cannot have a head,
     GateError if the head and the decoder differ on a window of ``examples``; ``out`` is then left unchanged.
     """
-    encoder = _encoder(source)
+    if source.in_graph:
+        raise FailureError(
+            f"{source.folder}: has its {source.in_graph} in the graph already: give the bundle that it was made from, "
+            f"{source.manifest['made']['from']}"
+        )
+    encoder = source.load_encoder()
     head = SpanHead.of(encoder, source.settings, top_k)
     made = add_span_head(source.read(MODEL), head)
     model = GraphModel(made, source.checked.session)
@@ -155,15 +161,6 @@ def spans_in_graph(
     return _write(source, out, made, model, {"kind": "spans", **head.to_dict()}, asdict(proof), usage)
 
 
-def span_line(bundle: Bundle) -> str:
-    """The result of ``compare_spans`` for a bundle, in one line."""
-    proof = bundle.manifest["made"]["proof"]
-    return (
-        f"{bundle.manifest['in_graph']['k']} spans per window from the graph itself, equal to the decoder's on all {proof['windows']} "
-        "windows"
-    )
-
-
 # ---------------------------------------------------------------- text
 
 
@@ -179,15 +176,6 @@ class TextProof:
     equal: int
     skipped: int
     score_difference: float
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """Further contents of a bundle: files by name, lines of the card, entries of the manifest."""
-
-    files: Mapping[str, bytes]
-    usage: Sequence[str]
-    manifest: Mapping[str, Any]
 
 
 def ask(model: GraphModel, question: str, context: str) -> Answer:
@@ -214,10 +202,18 @@ def compare_answers(
     return TextProof(len(asked), equal, len(examples) - len(asked), apart)
 
 
-def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, beside: Beside | None = None) -> Bundle:
+def strings_in_graph(
+    source: Bundle,
+    out: Path,
+    examples: Sequence[Example],
+    *,
+    usage: Sequence[str] = (),
+    entries: Mapping[str, Any] = MappingProxyType({}),
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> Bundle:
     """Writes ``out``, the bundle ``source`` as one text-in, answer-out model, and returns it, verified.
 
-    ``beside`` holds further contents of the bundle.
+    ``usage`` are further lines of the card, ``entries`` of the manifest, and ``files`` further files by name.
 
     Raises InputError if its tokenizer is not BERT's WordPiece or no question can be asked, FailureError on a model that cannot
     be embedded, GateError if an answer to ``examples`` differs from the Answerer's; ``out`` is then left unchanged.
@@ -235,22 +231,17 @@ def strings_in_graph(source: Bundle, out: Path, examples: Sequence[Example], *, 
             f"by up to {proof.score_difference:.1e}: it was not written; use --spans-in-graph"
         )
     usage = [
+        *usage,
         "One file takes texts and returns the answer, in any language with ONNX Runtime: inputs `question` and `context`, one "
-        "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`."
+        "string each; outputs `answer`, `score`, `start`, `end` (code points) and `null_difference`.",
     ]
-    return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage, beside)
+    return _write(source, out, made, model, {"kind": "text"}, asdict(proof), usage, entries, files)
 
 
 def wordpiece_of(source: Bundle) -> tuple[Tokenizer, WordPiece]:
     """A bundle's tokenizer, and its tables for a graph. Raises InputError if it is not BERT's WordPiece."""
     tokenizer = Tokenizer.from_str(source.read(TOKENIZER).decode("utf-8"))
     return tokenizer, read_wordpiece(tokenizer)
-
-
-def text_line(bundle: Bundle) -> str:
-    """The result of ``compare_answers`` for a bundle, in one line."""
-    proof = bundle.manifest["made"]["proof"]
-    return f"text in, answer out in one file; its answers to all {proof['questions']} questions equal the Answerer's"
 
 
 # ---------------------------------------------------------------- the bundle
@@ -271,24 +262,21 @@ def add_in_graph(
         check_place(place.with_name(place.name + end))
     if spans is not None:
         made.append(spans_in_graph(source, place.with_name(f"{place.name}-spans"), examples, top_k=spans))
-        say(f"{made[-1].folder}: {span_line(made[-1])}")
+        count = made[-1].manifest["made"]["proof"]["windows"]
+        say(
+            f"{made[-1].folder}: {spans} spans per window from the graph itself, equal to the decoder's on all {count} windows"
+        )
     if strings:
         made.append(strings_in_graph(source, place.with_name(f"{place.name}-text"), examples))
-        say(f"{made[-1].folder}: {text_line(made[-1])}")
+        count = made[-1].manifest["made"]["proof"]["questions"]
+        say(
+            f"{made[-1].folder}: text in, answer out in one file; its answers to all {count} questions equal the Answerer's"
+        )
     return made
 
 
 def _nothing_asked(out: Path) -> InputError:
     return InputError(f"{out}: none of the questions can be asked, so nothing can be checked: give --eval-data FILE")
-
-
-def _encoder(source: Bundle) -> Encoder:
-    if source.in_graph:
-        raise FailureError(
-            f"{source.folder}: has its {source.in_graph} in the graph already: give the bundle that it was made from, "
-            f"{source.manifest['made']['from']}"
-        )
-    return source.load_encoder()
 
 
 def _write(
@@ -299,9 +287,9 @@ def _write(
     in_graph: dict[str, Any],
     proof: dict[str, Any],
     usage: Sequence[str],
-    beside: Beside | None = None,
+    entries: Mapping[str, Any] = MappingProxyType({}),
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Bundle:
-    beside = beside or Beside({}, [], {})
     kept = {name: value for name, value in source.manifest.items() if name not in {"schema", "files"}}
     manifest = {
         **kept,
@@ -311,13 +299,13 @@ def _write(
         "in_graph": in_graph,
         "inputs": list(loaded.inputs),
         "outputs": list(loaded.outputs),
-        **beside.manifest,
+        **entries,
     }
     with writing_bundle(out) as work:
         (work / MODEL).write_bytes(model)
         (work / TOKENIZER).write_bytes(source.read(TOKENIZER))
-        write_text(work / CARD, bundle_card(out.name, manifest, [*beside.usage, *usage]))
-        for name, data in beside.files.items():
+        write_text(work / CARD, bundle_card(out.name, manifest, usage))
+        for name, data in files.items():
             (work / name).write_bytes(data)
         seal(work, manifest)
     return open_bundle(out)

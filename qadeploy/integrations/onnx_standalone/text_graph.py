@@ -34,7 +34,6 @@ from qadeploy.integrations.onnx_standalone.wordpiece import SPACE, WordPiece
 from qadeploy.records import LOGIT_NAMES
 
 INPUTS = ("question", "context")
-OUTPUTS = ("answer", "score", "start", "end", "null_difference")
 _OPSET, _OLDEST = 20, 18  # StringConcat is new in 20
 # Operators whose newer versions, up to 20, accept more types and options but have the same meaning
 # (https://github.com/onnx/onnx/blob/main/docs/Changelog.md).
@@ -49,6 +48,7 @@ _KINDS = {
     "end": TensorProto.INT64,
     "null_difference": TensorProto.FLOAT,
 }
+OUTPUTS = tuple(_KINDS)
 
 
 def text_model(model: bytes, pieces: WordPiece, encoder: Encoder, settings: QaSettings) -> bytes:
@@ -66,7 +66,7 @@ def text_model(model: bytes, pieces: WordPiece, encoder: Encoder, settings: QaSe
     table, null = _read(n, proto.graph, encoder, settings, *ids)
     _answer(n, settings, table, null, begins, ends, characters[1])
     texts = [helper.make_tensor_value_info(name, TensorProto.STRING, [1]) for name in INPUTS]
-    found = [helper.make_tensor_value_info(name, _KINDS[name], [1]) for name in OUTPUTS]
+    found = [helper.make_tensor_value_info(name, kind, [1]) for name, kind in _KINDS.items()]
     graph = helper.make_graph(n.nodes, "text", texts, found, n.constants)
     domains = {o.domain: o.version for o in proto.opset_import} | {"ai.onnx.ml": 3}
     domains.setdefault("com.microsoft", 1)

@@ -140,11 +140,11 @@ class TritonModel:
         self.threads = options.connections or max(2 * self.served.instances, _CONNECTIONS)
         self._connect(self.threads)
         self.inputs = tuple(self.served.inputs)
-        gpu, masked = self.served.gpu, "attention_mask" in self.inputs
+        gpu = self.served.gpu
+        self._masked = "attention_mask" in self.inputs
         self._batch = min(options.batch or (self.served.max_batch if gpu else 1), self.served.max_batch)
-        self._multiple = (options.multiple or (_GPU_MULTIPLE if gpu else 1)) if masked else 1
+        self._multiple = (options.multiple or (_GPU_MULTIPLE if gpu else 1)) if self._masked else 1
         self._longest = bundle.encoder.position_limit
-        self._masked = masked
 
     def run(self, windows: Sequence[Window]) -> list[Logits]:
         """Start and end logits of each window, float32 ``[tokens]`` each, in order.

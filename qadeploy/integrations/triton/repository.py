@@ -120,7 +120,10 @@ def _add_version(bundle: Bundle, model: Path, max_batch: int | None) -> Added:
     if newest.is_file() and hash_file(newest) == bundle.hash:
         return Added(model.name, latest, model / str(latest), False)
     tensors = tensors_of(bundle.read(MODEL))
-    text = _read(place)
+    try:
+        text = place.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: is not UTF-8 text (byte {error.start})") from error
     before = check_config(text, place, tensors)
     if not any(parameter.startswith(BUNDLE_PARAMETER) for parameter in before.parameters):
         raise InputError(
@@ -182,13 +185,6 @@ def _versions(model: Path) -> list[int]:
     """The numbers of a model's versions. Triton ignores other names and those that begin with 0."""
     names = [path.name for path in model.iterdir() if path.is_dir()]
     return [int(name) for name in names if name.isascii() and name.isdigit() and not name.startswith("0")]
-
-
-def _read(place: Path) -> str:
-    try:
-        return place.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: is not UTF-8 text (byte {error.start})") from error
 
 
 def _require_sound(effects: Effects, max_batch: int, what: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qadeploy.errors import InputError
 from qadeploy.inference.bundle import Bundle, check_place, is_bundle
-from qadeploy.integrations.onnx_standalone.in_graph import Beside, strings_in_graph
+from qadeploy.integrations.onnx_standalone.in_graph import strings_in_graph
 from qadeploy.integrations.web.npm import INTEGRITY, VERSION, onnxruntime_web
 from qadeploy.records import Example
 from qadeploy.shipped import PAGE
@@ -38,8 +38,10 @@ def write_site(
         raise InputError(f"{source.folder}: is fp16, which is for GPUs: give the int8 or fp32 bundle for --web")
     runtime = onnxruntime_web(say)
     page = {path.name: path.read_bytes() for path in (*_OWN.iterdir(), *(PAGE / name for name in _SHARED))}
-    manifest = {"web": {"onnxruntime-web": VERSION, "integrity": INTEGRITY}}
-    made = strings_in_graph(source, out, examples, beside=Beside({**page, **runtime}, _usage(source, out), manifest))
+    entries = {"web": {"onnxruntime-web": VERSION, "integrity": INTEGRITY}}
+    made = strings_in_graph(
+        source, out, examples, usage=_usage(source, out), entries=entries, files={**page, **runtime}
+    )
     say(
         f"{out}: a page with its model and onnxruntime-web {VERSION}; its answers to all {made.manifest['made']['proof']['questions']} "
         f"questions equal the Answerer's; to see it: python3 -m http.server --directory {out}"

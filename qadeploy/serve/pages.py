@@ -1,4 +1,4 @@
-"""The API reference as an HTML page: made from the OpenAPI document, without scripts or resources from other sites."""
+"""The pages: their files, texts and questions to try, and the API reference, all without resources from other sites."""
 
 from __future__ import annotations
 
@@ -7,6 +7,23 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
+
+from qadeploy.shipped import HANDBOOK, PAGE
+
+# Ids of rows in data/handbook.jsonl: papers that were held out from training, three questions each.
+_ROWS = (
+    ("his-18-03", "his-18-07", "his-18-02"),
+    ("saf-09-02", "saf-09-01", "saf-09-06"),
+    ("eng-02-03", "eng-02-07", "eng-02-05"),
+    ("ops-11-05", "ops-11-06", "ops-11-02"),
+    ("pst-08-04", "pst-08-01", "pst-08-03"),
+    ("ops-14-04", "ops-14-10", "ops-14-09"),
+)
 _HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -20,8 +37,42 @@ _HEAD = """<!doctype html>
 """
 
 
+def add_page(app: FastAPI, name: str) -> None:
+    """Serves a page at ``/``, and the files of all pages under ``/static``."""
+    start = (PAGE / name).read_text(encoding="utf-8")
+    app.mount("/static", Static(directory=PAGE), name="static")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(start)
+
+
+class Static(StaticFiles):
+    """Serves each file under exactly one path; Starlette also accepts a trailing slash, ``//`` and ``./``."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """The file. Raises HTTPException if the path is not exactly its own."""
+        if scope["path"] != f"/static/{path}":
+            raise HTTPException(404)
+        return await super().get_response(path, scope)
+
+
+def examples() -> list[dict[str, Any]]:
+    """Six papers to try on the page, each ``{"title", "context", "questions": [...]}``, in the order of the page."""
+    found = map(json.loads, HANDBOOK.read_text(encoding="utf-8").strip().split("\n"))
+    rows = {row["id"]: row for row in found}
+    return [
+        {
+            "title": rows[chosen[0]]["title"],
+            "context": rows[chosen[0]]["context"],
+            "questions": [rows[name]["question"] for name in chosen],
+        }
+        for chosen in _ROWS
+    ]
+
+
 def reference_page(document: dict[str, Any]) -> str:
-    """The page of an OpenAPI document: routes, fields, examples and errors."""
+    """The API reference from an OpenAPI document: routes, fields, examples and errors."""
     return "".join([_HEAD, *_body(document), "</main>\n</body>\n</html>\n"])
 
 
