@@ -159,10 +159,6 @@ class _Building:
         with temporary_folder(self.folder) as work:
             try:
                 return self._run(work)
-            except BaseException:
-                if self.writer:
-                    self.writer.delete()
-                raise
             finally:
                 if self.writer:
                     self.writer.close()
@@ -179,11 +175,11 @@ class _Building:
             if kept:
                 self.sources.append(kept)
                 continue
-            made = self._read(found, reader, work)
+            made = self._read(found, reader, work, known)
             if made:
                 self.sources.append(made)
                 self.added += known is None
-                self.changed += known is not None
+                self.changed += known is not None and made is not known
         if not self.sources:
             raise self._nothing()
         there = {each.path for each in self.sources}
@@ -211,8 +207,11 @@ class _Building:
             return known if same else None
         return None
 
-    def _read(self, found: Found, reader: Reader, work: Path) -> Source | None:
-        """Reads a file into the index. If it cannot be read, adds the reason to ``skipped`` and returns None."""
+    def _read(self, found: Found, reader: Reader, work: Path, known: Source | None) -> Source | None:
+        """Reads a file into the index.
+
+        If it cannot be read, adds the reason to ``skipped`` and returns None, or ``known`` after an I/O error.
+        """
         problems: list[Skipped] = []
         writer: _Writer | None = None
         begin, documents, passages, id_ = 0, 0, 0, self.next_id
@@ -232,7 +231,11 @@ class _Building:
         except (InputError, MissingExtraError) as error:
             if writer:
                 writer.take_back(id_, begin)
-            self.skipped += [*problems, Skipped(found.name, str(error).removeprefix(f"{found.name}: "))]
+            reason = str(error).removeprefix(f"{found.name}: ")
+            if known and isinstance(error.__cause__, OSError):  # which may pass
+                self.skipped.append(Skipped(found.name, f"{reason}; the version that was indexed before is kept"))
+                return known
+            self.skipped += [*problems, Skipped(found.name, reason)]
             return None
         return Source(
             *(found.path, id_, found.size, found.changed, checked, sha256),
@@ -315,12 +318,9 @@ class _Writer:
         return count
 
     def close(self) -> None:
-        """Closes the file of texts, also after an error."""
+        """Closes the file of texts, and deletes the temporary folder if it is left, in which Tantivy's threads may still write."""
         with suppress(OSError):
             self._texts.close()
-
-    def delete(self) -> None:
-        """Deletes the temporary folder, in which threads of Tantivy may still be writing after an error."""
         until = time.monotonic() + _ENDING
         while self._work.exists() and time.monotonic() < until:
             shutil.rmtree(self._work, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ from qadeploy import Corpus
 from qadeploy.corpus import building
 from qadeploy.corpus.building import build
 from qadeploy.corpus.folder import open_index
+from qadeploy.corpus.scanning import reading
 from qadeploy.errors import CorpusError, InputError
 from qadeploy.files import holding
 from qadeploy.inference.bundle import MANIFEST, manifest_text
@@ -230,6 +232,32 @@ def test_a_file_that_becomes_unreadable_leaves_the_index_and_says_why(documents,
     corpus = Corpus.load(index)
     assert corpus.search("kettle") == corpus.search("sound row") == []
     assert corpus.search("piano")[0].text.startswith("Dora")
+
+
+def test_an_io_error_keeps_the_version_that_was_indexed(documents, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    build(documents, index)
+    for name, content in (("notes.txt", "Anew."), ("rows.jsonl", '{"text": "a sound row"}\n'), ("new.txt", "New.")):
+        (documents / name).write_text(content)
+    documents_of = building.documents_of
+
+    def failing(found, reader, skip):
+        with reading(found.name):
+            yield from documents_of(found, reader, skip)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(building, "documents_of", failing)
+    built = build(documents, index)
+    assert (built.added, built.changed, built.removed, built.files) == (0, 0, 0, 5)
+    kept = "cannot be read: Input/output error; the version that was indexed before is kept"
+    assert {each.path: each.reason for each in built.skipped} == {
+        "new.txt": "cannot be read: Input/output error", "notes.txt": kept, "rows.jsonl": kept,
+    }  # fmt: skip
+    monkeypatch.undo()
+    assert Corpus.load(index).search("kettle")[0].document == "notes.txt"
+    again = build(documents, index)
+    assert (again.added, again.changed, again.removed, again.skipped) == (1, 2, 0, ())
+    assert Corpus.load(index).search("sound row")[0].document == "rows.jsonl:1"
 
 
 @pytest.mark.parametrize(
