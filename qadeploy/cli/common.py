@@ -34,6 +34,13 @@ _EXTRAS = {
 }
 # Options that a user may expect to be repeatable, as train --data is.
 _ONLY_ONCE = {"--columns", "--config", "--corpus", "--data", "--dev-data", "--eval-data", "--label", "--unlabelled"}
+# What lowers a command's need of memory.
+_SAVES_MEMORY = {
+    "answer": "--shard-rows or --prefilter",
+    "ask": "--prefilter or --max-seq-len",
+    "evaluate": "--prefilter",
+    "train": "--batch-size, --batch-tokens or --max-seq-len",
+}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -107,7 +114,9 @@ class _Command(click.Command):
         except MemoryError:
             if debug:
                 raise
-            fail("the machine ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len", 1)
+            flags = _SAVES_MEMORY.get(self.name or "")
+            remedy = f"lower {flags}" if flags else "end other programs, give less data, or use a larger machine"
+            fail(f"the machine ran out of memory: {remedy}", 1)
 
 
 @contextmanager
