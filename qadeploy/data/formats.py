@@ -14,7 +14,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -178,9 +178,20 @@ def _json_problem(error: ValueError | RecursionError, before: int = 0) -> str:
     return f"from line {before + 1}: not valid JSON: {one_line(error)}"  # nested too deeply, or too long a number
 
 
+def _each_line(text: str) -> Iterator[str]:
+    """Yields the lines one by one: a list of all of them would be another copy of the file."""
+    begin = 0
+    while (end := text.find("\n", begin)) >= 0:
+        yield text[begin:end]
+        begin = end + 1
+    yield text[begin:]
+
+
 def _lines(text: str) -> list[RawRow]:
     rows: list[RawRow] = []
-    for before, line in ((n, line) for n, line in enumerate(text.split("\n")) if line.strip()):
+    for before, line in enumerate(_each_line(text)):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
