@@ -167,6 +167,13 @@ class CheckedData:
         """Returns the rows that can be used or repaired, with their fields."""
         return [(row, row.parsed) for row in self.rows if row.parsed and not row.problem]
 
+    def by_context(self) -> dict[str, list[tuple[CheckedRow, ParsedRow]]]:
+        """Returns the usable rows of each context."""
+        groups: dict[str, list[tuple[CheckedRow, ParsedRow]]] = {}
+        for row, parsed in self.usable():
+            groups.setdefault(parsed.context, []).append((row, parsed))
+        return groups
+
     def shifts(self) -> Counter[int]:
         """Counts by how many code points the offsets of "shifted" answers are off."""
         answers = (a for row in self.rows for a in row.answers if a.kind is RowClass.SHIFTED)
@@ -221,11 +228,6 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
         for row, found, problem in zip(raw, without_placeholders(parsed), problems, strict=True)
     ]
     return CheckedData(source, tuple(_compared(_explained(checked))))
-
-
-def check_row(row: RawRow, options: DataOptions) -> CheckedRow:
-    """Classifies one row by itself, without comparing it to other rows."""
-    return _check_row(row, *_parsed(row, options), options)
 
 
 def _parsed(row: RawRow, options: DataOptions) -> tuple[ParsedRow | None, Problem | None]:

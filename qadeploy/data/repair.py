@@ -63,30 +63,19 @@ def write_fixed(check: CheckedData, out: Path) -> Written:
     with ExitStack() as stack:
         for place in (rejected, out):
             stack.enter_context(new_file(place, "--fix"))
-        _write_rejected(rejected, bad)
-        _write_usable(out, check, usable, identities)
+        with writing(rejected, new=True) as stream:
+            for row in bad:
+                entry = {"row": row.raw.number, "class": row.kind, "reason": str(row.problem), "fields": row.raw.fields}
+                stream.write(_line(entry))
+        with writing(out, new=True) as stream:
+            if _shares_contexts(check):
+                for context, rows in check.by_context().items():
+                    qas = [_clean(row, parsed, identities[row.raw.number]) for row, parsed in rows]
+                    stream.write(_line({"context": context, "qas": qas}))
+            else:
+                for row, parsed in usable:
+                    stream.write(_line({"context": parsed.context} | _clean(row, parsed, identities[row.raw.number])))
     return Written(out, len(usable), rejected, len(bad), renamed)
-
-
-def _write_rejected(place: Path, bad: list[CheckedRow]) -> None:
-    with writing(place, new=True) as stream:
-        for row in bad:
-            stream.write(
-                _line({"row": row.raw.number, "class": row.kind, "reason": str(row.problem), "fields": row.raw.fields})
-            )
-
-
-def _write_usable(
-    place: Path, check: CheckedData, usable: list[tuple[CheckedRow, ParsedRow]], identities: dict[int, str]
-) -> None:
-    with writing(place, new=True) as stream:
-        if _shares_contexts(check):
-            for context, rows in _by_context(usable).items():
-                qas = [_clean(row, parsed, identities[row.raw.number]) for row, parsed in rows]
-                stream.write(_line({"context": context, "qas": qas}))
-        else:
-            for row, parsed in usable:
-                stream.write(_line({"context": parsed.context} | _clean(row, parsed, identities[row.raw.number])))
 
 
 def _identities(check: CheckedData) -> tuple[dict[int, str], int]:
@@ -116,13 +105,6 @@ def _shares_contexts(check: CheckedData) -> bool:
         return all(again)
     usable = [parsed.context for _, parsed in check.usable()]
     return sum(map(len, usable)) - sum(map(len, set(usable))) > _MUCH
-
-
-def _by_context(usable: list[tuple[CheckedRow, ParsedRow]]) -> dict[str, list[tuple[CheckedRow, ParsedRow]]]:
-    groups: dict[str, list[tuple[CheckedRow, ParsedRow]]] = {}
-    for row, parsed in usable:
-        groups.setdefault(parsed.context, []).append((row, parsed))
-    return groups
 
 
 def _clean(row: CheckedRow, parsed: ParsedRow, identity: str) -> dict[str, Any]:

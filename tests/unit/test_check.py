@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.data.check import RowClass, check_row, check_rows
+from qadeploy.data.check import RowClass, check_rows
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
@@ -28,6 +28,11 @@ def row(answer=None, start=None, number=1, **more):
     if start is not None:
         fields["answer_start"] = start
     return RawRow(number, fields)
+
+
+def check_row(given_row, options):
+    """Checks a row beside a sound one, since a source in which no row is sound is refused as a whole."""
+    return check_rows("x", [given_row, row("sky", 4, number=2, question="Else?")], options).rows[0]
 
 
 @pytest.mark.parametrize(
