@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +101,12 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
     folder.parent.mkdir(parents=True, exist_ok=True)
     with holding(folder):
         _check_place(folder)
-        old = _old(folder, replace_damaged)
+        try:
+            old = open_index(folder) if is_index(folder) else None
+        except CorpusError:
+            if not replace_damaged:
+                raise
+            old = None
         try:
             return _Building(source, folder, old, on_file).run()
         except OSError as error:
@@ -129,17 +134,6 @@ def _refuse_inside(source: Path, folder: Path) -> None:
         and not any(p.startswith(".") for p in inner.relative_to(outer).parts)
     ):
         raise InputError(f"{folder}: lies in the corpus itself: give the index a folder outside of {source}")
-
-
-def _old(folder: Path, replace_damaged: bool) -> IndexFolder | None:
-    if not is_index(folder):
-        return None
-    try:
-        return open_index(folder)
-    except CorpusError:
-        if replace_damaged:
-            return None
-        raise
 
 
 class _Building:
@@ -182,12 +176,19 @@ class _Building:
                 self.changed += known is not None and made is not known
         if not self.sources:
             raise self._nothing()
-        there = {each.path for each in self.sources}
-        built = self._built(sum(path not in there for path in self.known))
+        built = Built(
+            self.folder,
+            len(self.sources),
+            sum(each.documents for each in self.sources),
+            sum(each.passages for each in self.sources),
+            *(self.added, self.changed, len(self.known.keys() - {each.path for each in self.sources})),
+            (*self.skipped, *(problem for each in self.sources for problem in each.skipped)),
+        )
         if not built.up_to_date:
-            kept_ids = {each.id for each in self.sources}
-            self._opened(work).remove(each for each in self.known.values() if each.id not in kept_ids)
-            self._finish(work, self._opened(work), built)
+            writer = self._opened(work)
+            for gone in {each.id for each in self.known.values()} - {each.id for each in self.sources}:
+                writer.remove(gone)
+            self._finish(work, writer, built)
         return built
 
     def _opened(self, work: Path) -> _Writer:
@@ -251,18 +252,8 @@ class _Building:
             lines.append(f"  and {len(self.skipped) - most:,} more")
         return InputError("\n".join(lines))
 
-    def _built(self, gone: int) -> Built:
-        return Built(
-            self.folder,
-            len(self.sources),
-            sum(each.documents for each in self.sources),
-            sum(each.passages for each in self.sources),
-            *(self.added, self.changed, gone),
-            (*self.skipped, *(problem for each in self.sources for problem in each.skipped)),
-        )
-
     def _finish(self, work: Path, writer: _Writer, built: Built) -> None:
-        sources = writer.finish(self.sources, {each.id for each in self.known.values()})
+        sources = writer.finish(self.sources)
         write_text(work / FILES, files_text(sources, self.skipped))
         facts = {"files_read": built.files, "documents": built.documents, "passages": built.passages}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -328,21 +319,17 @@ class _Writer:
 
     def take_back(self, file: int, begin: int) -> None:
         """Removes a file that turned out to be unreadable halfway."""
-        self._delete(file)
+        self.remove(file)
         self._texts.truncate(begin)
         self._texts.seek(begin)
         self.size = begin
 
-    def remove(self, gone: Iterable[Source]) -> None:
-        """Removes files of the old index."""
-        for each in gone:
-            self._delete(each.id)
-
-    def _delete(self, file: int) -> None:
+    def remove(self, file: int) -> None:
+        """Removes the passages of a file."""
         # By a query, which knows from the schema that the number is unsigned; deleting by term would delete nothing.
         self._writer.delete_documents_by_query(self._tantivy.Query.term_query(self._schema, "file", file))
 
-    def finish(self, sources: list[Source], old_ids: set[int]) -> list[Source]:
+    def finish(self, sources: list[Source]) -> list[Source]:
         """Writes the texts that stay, then the new ones. Returns the files with the places of their texts."""
         with _writing(self._folder):
             self._writer.commit()
@@ -352,11 +339,12 @@ class _Writer:
         placed: dict[int, Source] = {}
         with (self._work / TEXTS).open("wb") as texts:
             at = 0
-            for each in sorted((s for s in sources if s.id in old_ids), key=lambda s: s.begin):
-                if self._old is not None:
+            if self._old:
+                old_ids = {each.id for each in self._old.sources}
+                for each in sorted((s for s in sources if s.id in old_ids), key=lambda s: s.begin):
                     texts.writelines(self._old.files[TEXTS].parts(each.begin, each.length))
-                placed[each.id] = replace(each, begin=at)
-                at += each.length
+                    placed[each.id] = replace(each, begin=at)
+                    at += each.length
             with new.open("rb") as stream:
                 shutil.copyfileobj(stream, texts, _COPIED)
         new.unlink()

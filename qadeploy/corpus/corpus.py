@@ -158,7 +158,10 @@ class Corpus:
         # Tantivy orders equal scores by indexing order, which depends on threads and updates.
         found = self._found(wanted, min(limit + _TIED, self.passages))
         found.sort(key=lambda each: (-each[0], each[2].document, each[2].start))
-        return [self._passage(place, source, score) for score, source, place in found[:limit]]
+        return [
+            Passage(place.document, place.place, place.start, place.end, self._index.text_of(source, place), score)
+            for score, source, place in found[:limit]
+        ]
 
     def text(self, document: str) -> str:
         """The text of a document, to which the offsets of its passages and answers refer.
@@ -243,10 +246,6 @@ class Corpus:
                 (score, self._sources[entry["file"][0]], Place.from_bytes(bytes(entry["place"][0])))
                 for score, entry in stored
             ]
-
-    def _passage(self, place: Place, source: Source, score: float) -> Passage:
-        text = self._index.text_of(source, place)
-        return Passage(place.document, place.place, place.start, place.end, text, score)
 
 
 def build_cached(source: Path, on_file: OnFile | None = None) -> Built:
