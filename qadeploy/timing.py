@@ -49,17 +49,16 @@ class Timing:
         return _beats(self.seconds, first.seconds)
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Timing]:
-    """Times variants against each other.
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Times variants against each other, after an untimed run of each.
 
     Args:
         variants: Name to function; speed-ups are relative to the first.
         rounds: How often each is timed, in the order of ``turns``.
-        warm_up: Whether to run each once beforehand, untimed.
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in names if warm_up else ():
+    for name in names:
         variants[name]()
     for order in turns(names, rounds):
         for name in order:

@@ -21,7 +21,6 @@ import click
 
 from qadeploy import __version__
 from qadeploy.cli.config import read_config, unknown_hint
-from qadeploy.cli.options import options_of
 from qadeploy.data.fields import DataOptions
 from qadeploy.errors import DataWarning, DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
 from qadeploy.inference.loading import end_past_loading
@@ -207,11 +206,8 @@ def sayer(as_json: bool) -> Callable[[str], None]:
     return lambda message: click.echo(message, err=as_json)
 
 
-data_options = options_of(DataOptions)
-
-
 def take_data_options(options: dict[str, Any]) -> DataOptions:
-    """Removes the options of ``data_options`` from ``options``; options that a command lacks keep their defaults."""
+    """Removes the options of ``DataOptions`` from ``options``; options that a command lacks keep their defaults."""
     return DataOptions(**{name: options.pop(name) for name in declared(DataOptions) if name in options})
 
 

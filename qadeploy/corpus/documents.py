@@ -25,12 +25,10 @@ class Reader:
 
     Attributes:
         suffixes: The suffixes of file names.
-        name: The name of the kind, for people.
         read: Makes a document from the bytes and the name of a file; None for files with a document per row.
     """
 
     suffixes: tuple[str, ...]
-    name: str
     read: Callable[[bytes, str], Document] | None
 
 
@@ -67,11 +65,11 @@ def _markdown(content: bytes, name: str) -> Document:
 
 
 READERS = (
-    Reader((".txt", ".text"), "text", lambda content, name: Document(name, decode(content, name), has_lines=True)),
-    Reader((".md", ".markdown"), "Markdown", _markdown),
-    Reader((".html", ".htm", ".xhtml"), "HTML", lambda content, name: html_document(decode(content, name), name)),
-    Reader((".pdf",), "PDF", pdf_document),
-    Reader((".jsonl", ".ndjson"), "JSONL, a document per row", None),
+    Reader((".txt", ".text"), lambda content, name: Document(name, decode(content, name), has_lines=True)),
+    Reader((".md", ".markdown"), _markdown),
+    Reader((".html", ".htm", ".xhtml"), lambda content, name: html_document(decode(content, name), name)),
+    Reader((".pdf",), pdf_document),
+    Reader((".jsonl", ".ndjson"), None),
 )
 
 

@@ -216,9 +216,12 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
     parsed: list[ParsedRow | None] = []
     problems: list[Problem | None] = []
     for row in raw:
-        found, problem = _parsed(row, options)
-        parsed.append(found)
-        problems.append(problem)
+        try:
+            parsed.append(parse_row(row, options))
+            problems.append(None)
+        except RowError as error:
+            parsed.append(None)
+            problems.append(replace(error.problem, field=options.column(error.problem.field)))
     first = problems[0]
     if first and first.reason is Reason.MISSING and all(problem == first for problem in problems):
         raise InputError(f"{source}: in every row the field {first}")  # the mapping is wrong, not the rows
@@ -228,13 +231,6 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
         for row, found, problem in zip(raw, without_placeholders(parsed), problems, strict=True)
     ]
     return CheckedData(source, tuple(_compared(_explained(checked))))
-
-
-def _parsed(row: RawRow, options: DataOptions) -> tuple[ParsedRow | None, Problem | None]:
-    try:
-        return parse_row(row, options), None
-    except RowError as error:
-        return None, replace(error.problem, field=options.column(error.problem.field))
 
 
 def _check_row(row: RawRow, parsed: ParsedRow | None, problem: Problem | None, options: DataOptions) -> CheckedRow:

@@ -320,7 +320,11 @@ def _saved_rows(path: Path, name: str) -> list[RawRow]:
         raise InputError(f"{name}: this is a folder, and not one that datasets saved: give a file ({_endings()})")
     datasets = import_extra("datasets", "reading a folder that datasets saved", "train")
     try:
-        files = {state.parent / file["filename"] for state in path.rglob("state.json") for file in _data_files(state)}
+        files = {
+            state.parent / file["filename"]
+            for state in path.rglob("state.json")
+            for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        }
         for file in sorted(files):
             check_arrow(file, str(file))
         found = datasets.load_from_disk(str(path))
@@ -329,11 +333,6 @@ def _saved_rows(path: Path, name: str) -> list[RawRow]:
         return _split_rows(found if isinstance(found, dict) else {"": found}, name, budget)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name}: not a readable folder of datasets: {one_line(error)}") from error
-
-
-def _data_files(state: Path) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-    return found
 
 
 def _hub_rows(source: str, token: str | None) -> list[RawRow]:

@@ -7,19 +7,19 @@ model has answered so far: a thread has it answer all rows, one after the other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from qadeploy.core.metrics import choose_metric
+from qadeploy.core.metrics import Metric, choose_metric, exact_match, wilson_interval
 from qadeploy.errors import InputError, QadeployError
 from qadeploy.inference.answerer import Answerer
-from qadeploy.labelling.estimate import EVERY, Estimate, estimate, is_sampled
 from qadeploy.labelling.items import Item, Proposal, key_of
 from qadeploy.labelling.store import Row, Store
 from qadeploy.records import NO_ANSWER, Answer, Example
 
+EVERY = 5  # one in this many rows is shown at random, and counts for the estimate
 _UNKNOWN = Proposal(NO_ANSWER, "")  # the model failed to answer; its score of 0 makes the row the least certain
 
 
@@ -34,6 +34,34 @@ class Shown:
     item: Item
     proposal: Answer | None
     undone: Row | None = None
+
+
+def is_sampled(key: str) -> bool:
+    """Whether a row belongs to the random sample. It depends on its text alone, not on the model, the order or the run."""
+    return int(key[:8], 16) % EVERY == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Exact match of the model's answers, in percent, with a 95 % interval, on ``total`` rows; None without rows."""
+
+    total: int
+    exact_match: float | None
+    interval: tuple[float, float] | None
+
+
+def estimate(rows: Iterable[Row], model: str, metric: Metric) -> Estimate:
+    """Estimates exact match on all rows from those that were drawn at random and have an answer of this model."""
+    found = [
+        exact_match(row["predicted"], row["answer"], metric)
+        for row in rows
+        if row.get("sampled") is True and row.get("model") == model
+    ]
+    if not found:
+        return Estimate(0, None, None)
+    share = sum(found) / len(found)
+    low, high = wilson_interval(share, len(found))
+    return Estimate(len(found), 100 * share, (100 * low, 100 * high))
 
 
 class Desk:

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadeploy.data.check import RowClass, check_rows
+from qadeploy.data.check_file import write_fixed
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
-from qadeploy.data.repair import write_fixed
 from qadeploy.data.rows import RawRow
 from qadeploy.data.table import check_lines, check_summary
 from qadeploy.errors import InputError
@@ -293,7 +293,7 @@ def test_rows_in_are_rows_out(tmp_path):
 
 
 def test_a_long_context_is_written_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("qadeploy.data.repair._MUCH", 100)
+    monkeypatch.setattr("qadeploy.data.check_file._MUCH", 100)
     source, out = tmp_path / "squad.json", tmp_path / "clean.jsonl"
     qas = [{"id": f"q{n}", "question": f"{n}?", "answers": [{"text": "THE SKY", "answer_start": 0}]} for n in range(4)]
     qas.append({"id": "none", "question": "Who?", "answers": [], "is_impossible": True})
