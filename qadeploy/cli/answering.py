@@ -15,15 +15,7 @@ from qadeploy import options
 from qadeploy.batch.plan import CALL_OPTIONS
 from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.run import BatchProgress, BatchRequest, Terminated, answer_files
-from qadeploy.cli.common import (
-    bundle_argument,
-    command,
-    load_predictor,
-    main,
-    note,
-    print_result,
-    take_data_options,
-)
+from qadeploy.cli.common import bundle_argument, command, load_predictor, main, note, print_result, take_data_options
 from qadeploy.cli.indexing import open_corpus, place_answers
 from qadeploy.cli.options import options_of
 from qadeploy.cli.progress import Progress

@@ -264,14 +264,9 @@ def _drifted(row: CheckedRow, drift: int) -> CheckedRow:
     context = row.parsed.context if row.parsed else ""
     answers = []
     for answer in row.answers:
-        at = (answer.given.start or 0) - drift
-        text = answer.given.text
-        if (
-            _may_drift(answer)
-            and at >= 0
-            and context.startswith(text, at)
-            and not cuts_a_word(Slice(at, at + len(text)), context)
-        ):
+        text, at = answer.given.text, (answer.given.start or 0) - drift
+        there = at >= 0 and context.startswith(text, at) and not cuts_a_word(Slice(at, at + len(text)), context)
+        if _may_drift(answer) and there:
             answer = replace(answer, fixed=Annotation(text, at), problem=None, shift=drift)
         answers.append(answer)
     return _with_answers(row, tuple(answers))

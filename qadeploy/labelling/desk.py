@@ -7,12 +7,12 @@ model has answered so far: a thread has it answer all rows, one after the other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from qadeploy.core.metrics import Metric, choose_metric, exact_match, wilson_interval
+from qadeploy.core.metrics import choose_metric, exact_match, wilson_interval
 from qadeploy.errors import InputError, QadeployError
 from qadeploy.inference.answerer import Answerer
 from qadeploy.labelling.items import Item, Proposal, key_of
@@ -48,20 +48,6 @@ class Estimate:
     total: int
     exact_match: float | None
     interval: tuple[float, float] | None
-
-
-def estimate(rows: Iterable[Row], model: str, metric: Metric) -> Estimate:
-    """Estimates exact match on all rows from those that were drawn at random and have an answer of this model."""
-    found = [
-        exact_match(row["predicted"], row["answer"], metric)
-        for row in rows
-        if row.get("sampled") is True and row.get("model") == model
-    ]
-    if not found:
-        return Estimate(0, None, None)
-    share = sum(found) / len(found)
-    low, high = wilson_interval(share, len(found))
-    return Estimate(len(found), 100 * share, (100 * low, 100 * high))
 
 
 class Desk:
@@ -121,9 +107,18 @@ class Desk:
 
     @property
     def estimate(self) -> Estimate:
-        """How often the model is right."""
+        """How often the model is right on all rows: estimated from the decisions on rows of the random sample."""
         with self._lock:
-            return estimate(self._store.rows, self._estimated, self._metric)
+            found = [
+                exact_match(row["predicted"], row["answer"], self._metric)
+                for row in self._store.rows
+                if row.get("sampled") is True and row.get("model") == self._estimated
+            ]
+        if not found:
+            return Estimate(0, None, None)
+        share = sum(found) / len(found)
+        low, high = wilson_interval(share, len(found))
+        return Estimate(len(found), 100 * share, (100 * low, 100 * high))
 
     def show(self, tab: str) -> Shown | None:
         """The row of a tab, a new one if it has none; None if all are decided."""
