@@ -75,16 +75,13 @@ class Lengths:
     def lines(self) -> list[str]:
         """Returns the histograms and shares as lines of text."""
         answers = max(len(self.answer_tokens), 1)
+        sizes = f"max_seq_len {self.settings.max_seq_len}, doc_stride {self.settings.doc_stride}"
         text = [
             *histogram("answer tokens", self.answer_tokens, _ANSWER_EDGES),
             "",
             *histogram("context tokens", self.context_tokens, _CONTEXT_EDGES),
             "",
-            *histogram(
-                f"windows per question (max_seq_len {self.settings.max_seq_len}, doc_stride {self.settings.doc_stride})",
-                self.windows,
-                _WINDOW_EDGES,
-            ),
+            *histogram(f"windows per question ({sizes})", self.windows, _WINDOW_EDGES),
             "",
             f"answers cut by a window border: {self.cut} ({self.cut / answers:.1%}); whole in no window: "
             f"{self.lost} ({self.lost / answers:.1%})",
