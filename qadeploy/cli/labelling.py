@@ -81,19 +81,14 @@ def label(as_json: bool, source: str, out: str, **given: Any) -> None:
     with Store.open(place, annotator) as store, listen(chosen.port) as listener:
         items = load_items(source, DataOptions(columns=chosen.columns), note)
         predictions = load_predictions(chosen.predictions, items) if chosen.predictions else None
-        desk = Desk(
-            items,
-            store,
-            annotator,
-            Answerer.load(
-                chosen.bundle,
-                device=chosen.device,
-                threads=chosen.threads,
-                sha256=chosen.bundle_sha256,
-                load_timeout=chosen.load_timeout,
-            ),
-            predictions,
+        answerer = Answerer.load(
+            chosen.bundle,
+            device=chosen.device,
+            threads=chosen.threads,
+            sha256=chosen.bundle_sha256,
+            load_timeout=chosen.load_timeout,
         )
+        desk = Desk(items, store, annotator, answerer, predictions)
         try:
             serve_desk(desk, listener, lambda url: _say(as_json, url, desk, out))
         finally:
