@@ -165,9 +165,8 @@ class _Building:
                 self.skipped.append(unread(found.name))
                 continue
             known = self.known.get(found.path)
-            kept = known and self._unchanged(found, known)
-            if kept:
-                self.sources.append(kept)
+            if known and _is_unchanged(found, known):
+                self.sources.append(known)
                 continue
             made = self._read(found, reader, work, known)
             if made:
@@ -196,18 +195,6 @@ class _Building:
         self.writer = self.writer or _Writer(work, self.folder, self.old)
         return self.writer
 
-    def _unchanged(self, found: Found, known: Source) -> Source | None:
-        """The entry of a file if its bytes are unchanged, judging by its timestamps or else by its hash; None if not."""
-        if found.size != known.size:
-            return None
-        if found.changed == known.changed and max(found.changed) < known.checked - _TICK:
-            return known
-        with suppress(OSError):  # ``_read`` reports the error
-            same = hashlib.file_digest(found.stream, "sha256").hexdigest() == known.sha256
-            found.stream.seek(0)
-            return known if same else None
-        return None
-
     def _read(self, found: Found, reader: Reader, work: Path, known: Source | None) -> Source | None:
         """Reads a file into the index.
 
@@ -221,6 +208,7 @@ class _Building:
         try:
             require_size(found, reader)
             with reading(found.name):
+                found.stream.seek(0)  # an error may have ended an earlier hash halfway
                 sha256 = hashlib.file_digest(found.stream, "sha256").hexdigest()
                 found.stream.seek(0)
             for document in documents_of(found, reader, problems.append):
@@ -260,6 +248,19 @@ class _Building:
         seal(work, {"schema": SCHEMA, "kind": KIND, "created": created, "qadeploy": __version__, **facts})
         _check_place(self.folder)  # something may have been put there meanwhile
         replace_folder(work, self.folder)
+
+
+def _is_unchanged(found: Found, known: Source) -> bool:
+    """Whether the bytes of a file are unchanged, judging by its timestamps or else by its hash."""
+    if found.size != known.size:
+        return False
+    if found.changed == known.changed and max(found.changed) < known.checked - _TICK:
+        return True
+    same = False
+    with suppress(OSError):  # ``_read`` reports the error
+        same = hashlib.file_digest(found.stream, "sha256").hexdigest() == known.sha256
+        found.stream.seek(0)
+    return same
 
 
 class _Writer:
