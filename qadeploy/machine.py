@@ -204,43 +204,40 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_GROUPS = Path("/proc/self/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")  # of version 1 or 2
+_OWN_GROUPS = Path("/proc/self/cgroup")  # names the groups of this process (cgroups(7))
 
 
-def usable_cpus(cgroups: Path = _CGROUPS, own: Path = _OWN_GROUPS) -> int:
+def usable_cpus() -> int:
     """Returns how many CPUs this process may use: its affinity, limited by the quotas of its control groups, rounded up.
 
     A group cannot use more than its parent groups, so the smallest quota of them all counts.
-
-    Args:
-        cgroups: Where control groups of version 1 or 2 are mounted.
-        own: The file that names the groups of this process (cgroups(7), ``/proc/PID/cgroup``).
     """
     cpus: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [quota for folder in _groups(cgroups, own) if (quota := _quota(folder))]
+    quotas = [quota for folder in _groups() if (quota := _quota(folder))]
     return min([cpus, *(max(1, math.ceil(quota)) for quota in quotas)])
 
 
-def _groups(cgroups: Path, own: Path) -> Iterator[Path]:
+def _groups() -> Iterator[Path]:
     """Yields the folders of the groups that may limit the CPUs, each followed by its parents.
 
     In a container the path may be the host's, while the mount shows only the container's part of it: then some of the folders
     do not exist, but the root of the mount is the container's own group.
     """
     try:
-        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()]
+        lines = [
+            line.split(":", 2)
+            for line in _OWN_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        ]
     except OSError:
         lines = []
     paths = {names: path for _, names, path in (line for line in lines if len(line) == 3)}
     cpu = next((names for names in paths if "cpu" in names.split(",")), "")
-    mounts = {cgroups: "", cgroups / "unified": "", cgroups / "cpu": cpu, cgroups / "cpu,cpuacct": cpu}
-    mounts[cgroups / "cpuacct,cpu"] = cpu
-    for mount, names in mounts.items():
+    for mount, names in (("", ""), ("unified", ""), ("cpu", cpu), ("cpu,cpuacct", cpu), ("cpuacct,cpu", cpu)):
         group = PurePosixPath(paths.get(names, "/").lstrip("/"))
         for part in (group, *group.parents):
             if ".." not in part.parts:  # ".." is a group outside of this namespace
-                yield mount / part
+                yield _CGROUPS / mount / part
 
 
 def _quota(folder: Path) -> float | None:

@@ -95,14 +95,9 @@ class Option:
         if isinstance(value, str) and value in self.choices:
             return ""
         right = (int,) if self.kind is int else (int, float)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, right)
-            or not math.isfinite(value)
-            or not self._inside(value)
-        ):
-            return f"must be {self.range_text}, not {value!r}"
-        return ""
+        if isinstance(value, right) and not isinstance(value, bool) and math.isfinite(value) and self._inside(value):
+            return ""
+        return f"must be {self.range_text}, not {value!r}"
 
     def _inside(self, value: float) -> bool:
         return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)

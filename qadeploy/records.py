@@ -129,8 +129,7 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the answer as plain JSON values, without ``passage`` and ``snippet`` if they are None."""
-        optional = ("passage", "snippet")
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 NO_ANSWER = Answer("", 0, 0, 0.0)  # returned if no span of the context can be an answer

@@ -42,24 +42,24 @@ class Timing:
         It must win by at least 2 % in the median, and in 8 of 9 rounds, which two equally fast variants do in 1 of 51
         cases (sign test). With fewer than 9 rounds it must win all of them.
         """
-        return _beats(first.seconds, self.seconds)
+        ratio = np.asarray(first.seconds) / np.asarray(self.seconds)
+        return bool(np.median(ratio) >= WORTH and (ratio <= 1).sum() <= int(_CONTRARY * len(ratio)))
 
     def clearly_slower(self, first: Timing) -> bool:
         """Returns whether ``first`` beat this variant by the same criteria."""
-        return _beats(self.seconds, first.seconds)
+        return first.clearly_faster(self)
 
 
-def interleave(variants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True) -> dict[str, Timing]:
-    """Times variants against each other.
+def interleave(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+    """Times variants against each other, after an untimed run of each.
 
     Args:
         variants: Name to function; speed-ups are relative to the first.
         rounds: How often each is timed, in the order of ``turns``.
-        warm_up: Whether to run each once beforehand, untimed.
     """
     names = list(variants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for name in names if warm_up else ():
+    for name in names:
         variants[name]()
     for order in turns(names, rounds):
         for name in order:
@@ -110,8 +110,3 @@ def spread(rows: Sequence[_T], count: int) -> list[_T]:
     """Returns at most ``count`` evenly spaced rows."""
     step = max(1.0, len(rows) / count)
     return [rows[int(i * step)] for i in range(min(count, len(rows)))]
-
-
-def _beats(slow: Sequence[float], fast: Sequence[float]) -> bool:
-    ratio = np.asarray(slow) / np.asarray(fast)
-    return bool(np.median(ratio) >= WORTH and (ratio <= 1).sum() <= int(_CONTRARY * len(ratio)))

@@ -129,6 +129,24 @@ def test_a_typo_in_an_option_or_a_command_is_named():
     assert "No such command" in run("trian").stderr
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_lack_of_memory_names_only_options_of_the_command(name, monkeypatch):
+    command = main.commands[name]
+
+    def exhausted(**given: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(command, "callback", exhausted)
+    for param in command.params:
+        monkeypatch.setattr(param, "required", False)
+    result = run(name)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "Error: the machine ran out of memory: " in result.stderr
+    known = {opt for param in command.params for opt in param.opts}
+    assert set(re.findall(r"--[a-z-]+", result.stderr.partition("memory: ")[2])) <= known
+    assert ("--batch-size" in result.stderr) == (name == "train")
+
+
 def test_debug_shows_the_traceback():
     command = [sys.executable, "-m", "qadeploy", "ask", "nothing", "--question", "Who?", "--context", "Ada."]
     plain = ended(command, timeout=120)

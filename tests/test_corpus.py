@@ -60,6 +60,13 @@ def test_a_pdf_of_too_much_text_is_refused(monkeypatch):
         pdf_document(make_pdf("Twenty-one characters"), "x.pdf")
 
 
+def test_the_text_of_a_pdf_is_limited_in_bytes(monkeypatch):
+    monkeypatch.setenv("QADEPLOY_MAX_UNPACKED_BYTES", "20")
+    pdf_document(make_pdf(r"\351" * 10), "x.pdf")  # 10 times Ø, of 2 bytes each
+    with pytest.raises(InputError, match="unpacks to more than 20 bytes of text"):
+        pdf_document(make_pdf(r"\351" * 11), "x.pdf")
+
+
 @pytest.mark.parametrize(
     ("script", "reason"),
     [

@@ -24,8 +24,7 @@ from qadeploy.core.metrics import score
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import read
 from qadeploy.errors import FailureError, InputError
-from qadeploy.labelling.desk import DecidedError, Desk
-from qadeploy.labelling.estimate import EVERY, Estimate, is_sampled
+from qadeploy.labelling.desk import EVERY, DecidedError, Desk, Estimate, is_sampled
 from qadeploy.labelling.items import Item, Proposal, key_of, load_items, load_predictions
 from qadeploy.labelling.store import Store
 from qadeploy.records import Annotation, Answer, Example

@@ -159,7 +159,13 @@ def test_the_command_line_says_it_in_one_line_on_stderr(foreign):
 def test_a_containers_quota_bounds_the_cpus(monkeypatch, tmp_path, files, cpus):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     put(tmp_path, files)
-    assert usable_cpus(tmp_path, tmp_path / "none") == cpus
+    assert cpus_within(monkeypatch, tmp_path, tmp_path / "none") == cpus
+
+
+def cpus_within(monkeypatch: pytest.MonkeyPatch, cgroups: Path, own: Path) -> int:
+    monkeypatch.setattr("qadeploy.machine._CGROUPS", cgroups)
+    monkeypatch.setattr("qadeploy.machine._OWN_GROUPS", own)
+    return usable_cpus()
 
 
 def put(folder: Path, files: dict[str, str]) -> None:
@@ -201,13 +207,13 @@ def test_the_smallest_quota_on_the_way_up_counts(monkeypatch, tmp_path, own, fil
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     put(tmp_path / "sys" / "cgroup", files)
     put(tmp_path, {"own": own})
-    assert usable_cpus(tmp_path / "sys" / "cgroup", tmp_path / "own") == cpus
+    assert cpus_within(monkeypatch, tmp_path / "sys" / "cgroup", tmp_path / "own") == cpus
 
 
 def test_affinity_counts_if_it_is_smaller(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
     put(tmp_path, {"own": "0::/\n", "cpu.max": "600000 100000"})
-    assert usable_cpus(tmp_path, tmp_path / "own") == 2
+    assert cpus_within(monkeypatch, tmp_path, tmp_path / "own") == 2
 
 
 def test_no_library_is_left_to_count_cpus_by_itself(monkeypatch):

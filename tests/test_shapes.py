@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,20 @@ def test_a_nesting_is_read_at_once(tmp_path, name, text, packed):
     source = put(tmp_path, f"{name}.gz", gzip.compress(text.encode())) if packed else put(tmp_path, name, text)
     assert found(source) == WANTED
     assert classes(source) == {"exact": 2}
+
+
+def test_jsonl_needs_little_more_memory_than_its_text(tmp_path):
+    source = put(
+        tmp_path, "long.jsonl", lines(*({**FLAT[0], "context": "The sky is blue. " * 2**14} for _ in range(20)))
+    )
+    tracemalloc.start()
+    try:
+        rows = list(load_rows(source))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 20
+    assert peak < 3.5 * Path(source).stat().st_size  # its bytes, its text and the rows; 4 with a list of all lines
 
 
 def test_splits_in_one_file(tmp_path):

@@ -15,22 +15,14 @@ from qadeploy import options
 from qadeploy.batch.plan import CALL_OPTIONS
 from qadeploy.batch.ray_engine import Cluster
 from qadeploy.batch.run import BatchProgress, BatchRequest, Terminated, answer_files
-from qadeploy.cli.common import (
-    bundle_argument,
-    command,
-    data_options,
-    load_predictor,
-    main,
-    note,
-    print_result,
-    take_data_options,
-)
+from qadeploy.cli.common import bundle_argument, command, load_predictor, main, note, print_result, take_data_options
 from qadeploy.cli.indexing import open_corpus, place_answers
 from qadeploy.cli.options import options_of
 from qadeploy.cli.progress import Progress
 from qadeploy.core.metrics import MetricChoice, choose_metric
 from qadeploy.core.settings import Options
 from qadeploy.corpus.options import CorpusOptions, for_corpus
+from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import read_split
 from qadeploy.data.wording import plural
 from qadeploy.errors import FailureError, InputError
@@ -84,7 +76,7 @@ qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json -
 @click.argument("model")
 @click.option("--data", required=True, help="Annotated questions, in any format that train reads.")
 @options_of(EvaluateOptions)
-@data_options
+@options_of(DataOptions)
 def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
     """Score MODEL (a run, a bundle or a checkpoint folder) on annotated questions."""
     from qadeploy.evaluation.predictions import new_predictions, write_predictions
@@ -231,14 +223,17 @@ def ask(
     elif pair.skipped:
         note(f"Warning: {skipped_passages(pair.skipped)}")
     lines: list[str] = []
+    units = {"codepoints": "code points", "utf16": "UTF-16 units", "utf8": "bytes"}[chosen.offsets]
     if show_trace:
         from qadeploy.inference.trace import trace_dict, trace_lines
 
         value["trace"] = trace_dict(answerer, pair, reading)
         lines += [*trace_lines(answerer, pair, reading), ""]
     for rank, answer in enumerate(answers, 1):
-        lines += _answer_lines(rank, answer, _UNITS[chosen.offsets])
-    none = f"no answer has a score of {chosen.min_score:g} or more" if chosen.min_score else _NONE
+        lines += _answer_lines(rank, answer, units)
+    none = "no answer: the context has no token that could be an answer"
+    if chosen.min_score:
+        none = f"no answer has a score of {chosen.min_score:g} or more"
     print_result(as_json, value, lines or [none])
 
 
@@ -254,10 +249,6 @@ def _answer_lines(rank: int, answer: Answer | CorpusAnswer, units: str) -> list[
     if answer.snippet:
         lines.append("   " + " ".join(answer.snippet.text.split()))
     return lines
-
-
-_UNITS = {"codepoints": "code points", "utf16": "UTF-16 units", "utf8": "bytes"}
-_NONE = "no answer: the context has no token that could be an answer"
 
 
 def _context(value: str) -> str:

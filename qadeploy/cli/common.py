@@ -21,7 +21,6 @@ import click
 
 from qadeploy import __version__
 from qadeploy.cli.config import read_config, unknown_hint
-from qadeploy.cli.options import options_of
 from qadeploy.data.fields import DataOptions
 from qadeploy.errors import DataWarning, DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
 from qadeploy.inference.loading import end_past_loading
@@ -34,6 +33,13 @@ _EXTRAS = {
 }
 # Options that a user may expect to be repeatable, as train --data is.
 _ONLY_ONCE = {"--columns", "--config", "--corpus", "--data", "--dev-data", "--eval-data", "--label", "--unlabelled"}
+# What lowers a command's need of memory.
+_SAVES_MEMORY = {
+    "answer": "--shard-rows or --prefilter",
+    "ask": "--prefilter or --max-seq-len",
+    "evaluate": "--prefilter",
+    "train": "--batch-size, --batch-tokens or --max-seq-len",
+}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -107,7 +113,9 @@ class _Command(click.Command):
         except MemoryError:
             if debug:
                 raise
-            fail("the machine ran out of memory: lower --batch-size, --batch-tokens or --max-seq-len", 1)
+            flags = _SAVES_MEMORY.get(self.name or "")
+            remedy = f"lower {flags}" if flags else "end other programs, give less data, or use a larger machine"
+            fail(f"the machine ran out of memory: {remedy}", 1)
 
 
 @contextmanager
@@ -198,11 +206,8 @@ def sayer(as_json: bool) -> Callable[[str], None]:
     return lambda message: click.echo(message, err=as_json)
 
 
-data_options = options_of(DataOptions)
-
-
 def take_data_options(options: dict[str, Any]) -> DataOptions:
-    """Removes the options of ``data_options`` from ``options``; options that a command lacks keep their defaults."""
+    """Removes the options of ``DataOptions`` from ``options``; options that a command lacks keep their defaults."""
     return DataOptions(**{name: options.pop(name) for name in declared(DataOptions) if name in options})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def index(as_json: bool, source: str, out: str) -> None:
     with Progress(as_json) as progress:
         built = build(Path(source), Path(out), lambda number, name: progress.show(f"{number} files: {name}"))
     counts = {name: getattr(built, name) for name in ("files", "documents", "passages", "added", "changed", "removed")}
-    skipped = [{"path": each.path, "reason": each.reason} for each in built.skipped]
+    skipped = [asdict(each) for each in built.skipped]
     changes = (
         "was up to date"
         if built.up_to_date
@@ -72,5 +73,5 @@ def place_answers(
     """The answers with their documents and places, and the values for the JSON output."""
     placed = corpus.placed(answers, passages, options.offsets)
     read = [passage.about() for passage in passages]
-    skipped = [{"path": each.path, "reason": each.reason} for each in corpus.skipped]
-    return placed, {"answers": [answer.to_dict() for answer in placed], "passages": read, "skipped": skipped}
+    answered = [answer.to_dict() for answer in placed]
+    return placed, {"answers": answered, "passages": read, "skipped": [asdict(each) for each in corpus.skipped]}

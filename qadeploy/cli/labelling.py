@@ -4,16 +4,47 @@ from __future__ import annotations
 
 import getpass
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
+from qadeploy import options
 from qadeploy.cli.common import command, main, note
 from qadeploy.cli.options import options_of
 from qadeploy.data.fields import DataOptions
 from qadeploy.errors import InputError
-from qadeploy.labelling.options import LabelOptions
+from qadeploy.options import check, option
+
+
+@dataclass(frozen=True, slots=True)
+class LabelOptions:
+    """The annotator, the model that proposes answers, and the server.
+
+    Raises:
+        InputError: A value is out of range, or the annotator's name is blank or not printable.
+    """
+
+    bundle: str | None = option(
+        None, "Bundle whose model proposes answers.", shown="the newest under bundles/, or the shipped one"
+    )
+    predictions: str | None = option(
+        None, "Answers that qadeploy answer wrote for the same rows, as proposals: a file, or a folder."
+    )
+    annotator: str | None = option(None, "Name that is written into each row.", shown="your login name")
+    port: int = option(8001, "Port to listen on, on 127.0.0.1 only; 0 picks a free one.", least=0, most=65535)
+    columns: str | None = options.columns()
+    bundle_sha256: str | None = options.bundle_sha256()
+    load_timeout: float = options.load_timeout()
+    device: str = options.device()
+    threads: int | None = options.threads()
+
+    def __post_init__(self) -> None:
+        check(self)
+        name = self.annotator
+        if name is not None and not (name.strip() and name.isprintable() and len(name) <= 100):
+            raise InputError("--annotator: give a printable name of at most 100 characters")
 
 
 @command(
@@ -42,27 +73,22 @@ def label(as_json: bool, source: str, out: str, **given: Any) -> None:
     from qadeploy.labelling.store import Store
     from qadeploy.serve.labelling import listen, serve_desk
 
-    options = LabelOptions(**given)
+    chosen = LabelOptions(**given)
     place = Path(out)
     if place.exists() and Path(source).exists() and place.samefile(source):
         raise InputError(f"--out {out}: is the data to label: give another name")
-    annotator = (options.annotator or _login()).strip()
-    with Store.open(place, annotator) as store, listen(options.port) as listener:
-        items = load_items(source, DataOptions(columns=options.columns), note)
-        predictions = load_predictions(options.predictions, items) if options.predictions else None
-        desk = Desk(
-            items,
-            store,
-            annotator,
-            Answerer.load(
-                options.bundle,
-                device=options.device,
-                threads=options.threads,
-                sha256=options.bundle_sha256,
-                load_timeout=options.load_timeout,
-            ),
-            predictions,
+    annotator = (chosen.annotator or _login()).strip()
+    with Store.open(place, annotator) as store, listen(chosen.port) as listener:
+        items = load_items(source, DataOptions(columns=chosen.columns), note)
+        predictions = load_predictions(chosen.predictions, items) if chosen.predictions else None
+        answerer = Answerer.load(
+            chosen.bundle,
+            device=chosen.device,
+            threads=chosen.threads,
+            sha256=chosen.bundle_sha256,
+            load_timeout=chosen.load_timeout,
         )
+        desk = Desk(items, store, annotator, answerer, predictions)
         try:
             serve_desk(desk, listener, lambda url: _say(as_json, url, desk, out))
         finally:

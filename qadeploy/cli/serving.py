@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -39,8 +40,6 @@ def serve(as_json: bool, bundle: str, **options: Any) -> None:
 
 
 def _say(as_json: bool, url: str, service: Any) -> None:
-    import json
-
     from qadeploy.serve.search import about
 
     bundle, workers, corpus = service.answerer.bundle, service.scheduler.workers, service.corpus

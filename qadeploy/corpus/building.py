@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +101,12 @@ def build(source: Path, folder: Path, on_file: OnFile | None = None, *, replace_
     folder.parent.mkdir(parents=True, exist_ok=True)
     with holding(folder):
         _check_place(folder)
-        old = _old(folder, replace_damaged)
+        try:
+            old = open_index(folder) if is_index(folder) else None
+        except CorpusError:
+            if not replace_damaged:
+                raise
+            old = None
         try:
             return _Building(source, folder, old, on_file).run()
         except OSError as error:
@@ -131,17 +136,6 @@ def _refuse_inside(source: Path, folder: Path) -> None:
         raise InputError(f"{folder}: lies in the corpus itself: give the index a folder outside of {source}")
 
 
-def _old(folder: Path, replace_damaged: bool) -> IndexFolder | None:
-    if not is_index(folder):
-        return None
-    try:
-        return open_index(folder)
-    except CorpusError:
-        if replace_damaged:
-            return None
-        raise
-
-
 class _Building:
     """One run over the files of a corpus."""
 
@@ -159,10 +153,6 @@ class _Building:
         with temporary_folder(self.folder) as work:
             try:
                 return self._run(work)
-            except BaseException:
-                if self.writer:
-                    self.writer.delete()
-                raise
             finally:
                 if self.writer:
                     self.writer.close()
@@ -175,23 +165,29 @@ class _Building:
                 self.skipped.append(unread(found.name))
                 continue
             known = self.known.get(found.path)
-            kept = known and self._unchanged(found, known)
-            if kept:
-                self.sources.append(kept)
+            if known and _is_unchanged(found, known):
+                self.sources.append(known)
                 continue
-            made = self._read(found, reader, work)
+            made = self._read(found, reader, work, known)
             if made:
                 self.sources.append(made)
                 self.added += known is None
-                self.changed += known is not None
+                self.changed += known is not None and made is not known
         if not self.sources:
             raise self._nothing()
-        there = {each.path for each in self.sources}
-        built = self._built(sum(path not in there for path in self.known))
+        built = Built(
+            self.folder,
+            len(self.sources),
+            sum(each.documents for each in self.sources),
+            sum(each.passages for each in self.sources),
+            *(self.added, self.changed, len(self.known.keys() - {each.path for each in self.sources})),
+            (*self.skipped, *(problem for each in self.sources for problem in each.skipped)),
+        )
         if not built.up_to_date:
-            kept_ids = {each.id for each in self.sources}
-            self._opened(work).remove(each for each in self.known.values() if each.id not in kept_ids)
-            self._finish(work, self._opened(work), built)
+            writer = self._opened(work)
+            for gone in {each.id for each in self.known.values()} - {each.id for each in self.sources}:
+                writer.remove(gone)
+            self._finish(work, writer, built)
         return built
 
     def _opened(self, work: Path) -> _Writer:
@@ -199,20 +195,11 @@ class _Building:
         self.writer = self.writer or _Writer(work, self.folder, self.old)
         return self.writer
 
-    def _unchanged(self, found: Found, known: Source) -> Source | None:
-        """The entry of a file if its bytes are unchanged, judging by its timestamps or else by its hash; None if not."""
-        if found.size != known.size:
-            return None
-        if found.changed == known.changed and max(found.changed) < known.checked - _TICK:
-            return known
-        with suppress(OSError):  # ``_read`` reports the error
-            same = hashlib.file_digest(found.stream, "sha256").hexdigest() == known.sha256
-            found.stream.seek(0)
-            return known if same else None
-        return None
+    def _read(self, found: Found, reader: Reader, work: Path, known: Source | None) -> Source | None:
+        """Reads a file into the index.
 
-    def _read(self, found: Found, reader: Reader, work: Path) -> Source | None:
-        """Reads a file into the index. If it cannot be read, adds the reason to ``skipped`` and returns None."""
+        If it cannot be read, adds the reason to ``skipped`` and returns None, or ``known`` after an I/O error.
+        """
         problems: list[Skipped] = []
         writer: _Writer | None = None
         begin, documents, passages, id_ = 0, 0, 0, self.next_id
@@ -221,6 +208,7 @@ class _Building:
         try:
             require_size(found, reader)
             with reading(found.name):
+                found.stream.seek(0)  # an error may have ended an earlier hash halfway
                 sha256 = hashlib.file_digest(found.stream, "sha256").hexdigest()
                 found.stream.seek(0)
             for document in documents_of(found, reader, problems.append):
@@ -232,7 +220,11 @@ class _Building:
         except (InputError, MissingExtraError) as error:
             if writer:
                 writer.take_back(id_, begin)
-            self.skipped += [*problems, Skipped(found.name, str(error).removeprefix(f"{found.name}: "))]
+            reason = str(error).removeprefix(f"{found.name}: ")
+            if known and isinstance(error.__cause__, OSError):  # which may pass
+                self.skipped.append(Skipped(found.name, f"{reason}; the version that was indexed before is kept"))
+                return known
+            self.skipped += [*problems, Skipped(found.name, reason)]
             return None
         return Source(
             *(found.path, id_, found.size, found.changed, checked, sha256),
@@ -248,24 +240,27 @@ class _Building:
             lines.append(f"  and {len(self.skipped) - most:,} more")
         return InputError("\n".join(lines))
 
-    def _built(self, gone: int) -> Built:
-        return Built(
-            self.folder,
-            len(self.sources),
-            sum(each.documents for each in self.sources),
-            sum(each.passages for each in self.sources),
-            *(self.added, self.changed, gone),
-            (*self.skipped, *(problem for each in self.sources for problem in each.skipped)),
-        )
-
     def _finish(self, work: Path, writer: _Writer, built: Built) -> None:
-        sources = writer.finish(self.sources, {each.id for each in self.known.values()})
+        sources = writer.finish(self.sources)
         write_text(work / FILES, files_text(sources, self.skipped))
         facts = {"files_read": built.files, "documents": built.documents, "passages": built.passages}
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         seal(work, {"schema": SCHEMA, "kind": KIND, "created": created, "qadeploy": __version__, **facts})
         _check_place(self.folder)  # something may have been put there meanwhile
         replace_folder(work, self.folder)
+
+
+def _is_unchanged(found: Found, known: Source) -> bool:
+    """Whether the bytes of a file are unchanged, judging by its timestamps or else by its hash."""
+    if found.size != known.size:
+        return False
+    if found.changed == known.changed and max(found.changed) < known.checked - _TICK:
+        return True
+    same = False
+    with suppress(OSError):  # ``_read`` reports the error
+        same = hashlib.file_digest(found.stream, "sha256").hexdigest() == known.sha256
+        found.stream.seek(0)
+    return same
 
 
 class _Writer:
@@ -315,12 +310,9 @@ class _Writer:
         return count
 
     def close(self) -> None:
-        """Closes the file of texts, also after an error."""
+        """Closes the file of texts, and deletes the temporary folder if it is left, in which Tantivy's threads may still write."""
         with suppress(OSError):
             self._texts.close()
-
-    def delete(self) -> None:
-        """Deletes the temporary folder, in which threads of Tantivy may still be writing after an error."""
         until = time.monotonic() + _ENDING
         while self._work.exists() and time.monotonic() < until:
             shutil.rmtree(self._work, ignore_errors=True)
@@ -328,21 +320,17 @@ class _Writer:
 
     def take_back(self, file: int, begin: int) -> None:
         """Removes a file that turned out to be unreadable halfway."""
-        self._delete(file)
+        self.remove(file)
         self._texts.truncate(begin)
         self._texts.seek(begin)
         self.size = begin
 
-    def remove(self, gone: Iterable[Source]) -> None:
-        """Removes files of the old index."""
-        for each in gone:
-            self._delete(each.id)
-
-    def _delete(self, file: int) -> None:
+    def remove(self, file: int) -> None:
+        """Removes the passages of a file."""
         # By a query, which knows from the schema that the number is unsigned; deleting by term would delete nothing.
         self._writer.delete_documents_by_query(self._tantivy.Query.term_query(self._schema, "file", file))
 
-    def finish(self, sources: list[Source], old_ids: set[int]) -> list[Source]:
+    def finish(self, sources: list[Source]) -> list[Source]:
         """Writes the texts that stay, then the new ones. Returns the files with the places of their texts."""
         with _writing(self._folder):
             self._writer.commit()
@@ -352,11 +340,12 @@ class _Writer:
         placed: dict[int, Source] = {}
         with (self._work / TEXTS).open("wb") as texts:
             at = 0
-            for each in sorted((s for s in sources if s.id in old_ids), key=lambda s: s.begin):
-                if self._old is not None:
+            if self._old:
+                old_ids = {each.id for each in self._old.sources}
+                for each in sorted((s for s in sources if s.id in old_ids), key=lambda s: s.begin):
                     texts.writelines(self._old.files[TEXTS].parts(each.begin, each.length))
-                placed[each.id] = replace(each, begin=at)
-                at += each.length
+                    placed[each.id] = replace(each, begin=at)
+                    at += each.length
             with new.open("rb") as stream:
                 shutil.copyfileobj(stream, texts, _COPIED)
         new.unlink()

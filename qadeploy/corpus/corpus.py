@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Unpack
 
 from qadeploy.core.settings import AnswerOptions, Offsets
 from qadeploy.core.windows import rust_errors
-from qadeploy.corpus.building import Built, OnFile, build
+from qadeploy.corpus.building import OnFile, build
 from qadeploy.corpus.folder import IndexFolder, Place, Source, is_index, open_index
 from qadeploy.corpus.options import READ, SNIPPET
 from qadeploy.corpus.records import CorpusAnswer, Passage, Skipped
@@ -23,7 +23,6 @@ from qadeploy.inference.presenting import in_units
 from qadeploy.inference.texts import check_text
 from qadeploy.records import Answer
 
-_CACHED = "corpora"
 _TIED = 20  # passages fetched beyond the limit, so that equal scores at the limit can be ordered
 
 
@@ -102,7 +101,13 @@ class Corpus:
         place = Path(place)
         if is_index(place):
             return cls.load(place)
-        built = build_cached(place, on_file)
+        cache = cache_folder()
+        if cache is None:
+            raise InputError(
+                "there is no home folder to keep the index in: set QADEPLOY_CACHE, or make one with qadeploy index"
+            )
+        name = hashlib.sha256(os.fsencode(place.resolve())).hexdigest()[:32]
+        built = build(place, cache / "corpora" / name, on_file, replace_damaged=True)
         return cls(open_index(built.folder), built.skipped)
 
     def __reduce__(self) -> NoReturn:
@@ -158,7 +163,10 @@ class Corpus:
         # Tantivy orders equal scores by indexing order, which depends on threads and updates.
         found = self._found(wanted, min(limit + _TIED, self.passages))
         found.sort(key=lambda each: (-each[0], each[2].document, each[2].start))
-        return [self._passage(place, source, score) for score, source, place in found[:limit]]
+        return [
+            Passage(place.document, place.place, place.start, place.end, self._index.text_of(source, place), score)
+            for score, source, place in found[:limit]
+        ]
 
     def text(self, document: str) -> str:
         """The text of a document, to which the offsets of its passages and answers refer.
@@ -243,22 +251,3 @@ class Corpus:
                 (score, self._sources[entry["file"][0]], Place.from_bytes(bytes(entry["place"][0])))
                 for score, entry in stored
             ]
-
-    def _passage(self, place: Place, source: Source, score: float) -> Passage:
-        text = self._index.text_of(source, place)
-        return Passage(place.document, place.place, place.start, place.end, text, score)
-
-
-def build_cached(source: Path, on_file: OnFile | None = None) -> Built:
-    """Runs ``build`` with an index in the cache, which is named by the path of the source; rebuilds a damaged one.
-
-    Raises:
-        InputError, MissingExtraError: As ``build`` does.
-    """
-    cache = cache_folder()
-    if cache is None:
-        raise InputError(
-            "there is no home folder to keep the index in: set QADEPLOY_CACHE, or make one with qadeploy index"
-        )
-    name = hashlib.sha256(os.fsencode(source.resolve())).hexdigest()[:32]
-    return build(source, cache / _CACHED / name, on_file, replace_damaged=True)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 from qadeploy.corpus.html import html_document
-from qadeploy.corpus.markdown import markdown_headings
 from qadeploy.corpus.pdf import pdf_document
-from qadeploy.corpus.records import Document, Skipped
+from qadeploy.corpus.records import Document, Heading, Skipped
 from qadeploy.corpus.rows import row_documents
 from qadeploy.corpus.scanning import Found, OnSkipped, reading
 from qadeploy.data.formats import decode
 from qadeploy.errors import InputError
+from qadeploy.extras import import_extra
 
 MOST_BYTES = 2**28  # the largest size of a file that is one document
 
@@ -24,13 +25,38 @@ class Reader:
 
     Attributes:
         suffixes: The suffixes of file names.
-        name: The name of the kind, for people.
         read: Makes a document from the bytes and the name of a file; None for files with a document per row.
     """
 
     suffixes: tuple[str, ...]
-    name: str
     read: Callable[[bytes, str], Document] | None
+
+
+def markdown_headings(text: str) -> tuple[Heading, ...]:
+    """The headings of a Markdown text, which itself stays unchanged, so that offsets count in the file: with ``#`` or underlined, but not what only looks like one, for example in code.
+
+    Raises:
+        MissingExtraError: markdown-it-py is not installed.
+    """
+    parser = import_extra("markdown_it", "reading Markdown", "corpus", "markdown-it-py").MarkdownIt("commonmark")
+    parser.disable(["inline", "text_join"])  # the contents of paragraphs do not matter here
+    # The parser's lines end at \n, \r\n or \r; splitlines() knows more line ends, which are ignored here.
+    begins = [0]
+    at = 0
+    for line in text.splitlines(keepends=True):
+        at += len(line)
+        if line.endswith(("\n", "\r")):
+            begins.append(at)
+    begins.append(len(text))
+    tokens = parser.parse(text)
+    found = []
+    for token, inline in pairwise(tokens):
+        if token.type == "heading_open" and token.map and not token.level:
+            first, last = token.map
+            start, end = begins[first], begins[min(last, len(begins) - 1)]
+            end = start + len(text[start:end].rstrip())
+            found.append(Heading(start, end, int(token.tag[1:]), " ".join(inline.content.split())))
+    return tuple(found)
 
 
 def _markdown(content: bytes, name: str) -> Document:
@@ -39,11 +65,11 @@ def _markdown(content: bytes, name: str) -> Document:
 
 
 READERS = (
-    Reader((".txt", ".text"), "text", lambda content, name: Document(name, decode(content, name), has_lines=True)),
-    Reader((".md", ".markdown"), "Markdown", _markdown),
-    Reader((".html", ".htm", ".xhtml"), "HTML", lambda content, name: html_document(decode(content, name), name)),
-    Reader((".pdf",), "PDF", pdf_document),
-    Reader((".jsonl", ".ndjson"), "JSONL, a document per row", None),
+    Reader((".txt", ".text"), lambda content, name: Document(name, decode(content, name), has_lines=True)),
+    Reader((".md", ".markdown"), _markdown),
+    Reader((".html", ".htm", ".xhtml"), lambda content, name: html_document(decode(content, name), name)),
+    Reader((".pdf",), pdf_document),
+    Reader((".jsonl", ".ndjson"), None),
 )
 
 

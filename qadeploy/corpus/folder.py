@@ -70,13 +70,9 @@ class Source:
     passages: int
     skipped: tuple[Skipped, ...] = ()
 
-    def to_json(self) -> list[Any]:
-        """The values as a list, without names, because there may be a million files."""
-        return list(astuple(self))
-
     @classmethod
     def from_json(cls, values: list[Any]) -> Source:
-        """Reads the output of ``to_json``. Raises ValueError or TypeError on anything else."""
+        """Reads the values as ``files_text`` writes them. Raises ValueError or TypeError on anything else."""
         path, id_, size, changed, checked, sha256, begin, length, documents, passages, skipped = values
         numbers = (id_, size, checked, begin, length, documents, passages)
         if not (isinstance(path, str) and isinstance(sha256, str) and len(changed) == 2):
@@ -148,14 +144,12 @@ class IndexFolder:
 
     Attributes:
         folder: The folder of the index.
-        manifest: The contents of the manifest.
         sources: The indexed files.
         skipped: The files that were skipped, and why.
         hash: SHA-256 of the manifest, which holds the hashes of all files, so it identifies the index.
     """
 
     folder: Path
-    manifest: Mapping[str, Any]
     sources: tuple[Source, ...]
     skipped: tuple[Skipped, ...]
     hash: str
@@ -252,8 +246,7 @@ def open_index(folder: Path) -> IndexFolder:
 def _open(folder: Path) -> IndexFolder:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such index: make one with qadeploy index")
-    manifest, hash_ = _read_manifest(folder)
-    listed: Mapping[str, Any] = manifest["files"]
+    listed, hash_ = _read_manifest(folder)
     names = {FILES, TEXTS}
     if not names <= listed.keys() or not all(name in names or SEARCH_FILE.fullmatch(name) for name in listed):
         raise CorpusError(f"{folder / MANIFEST}: lists other files than an index has: {_REBUILD}")
@@ -266,10 +259,11 @@ def _open(folder: Path) -> IndexFolder:
     sources, skipped = _read_files(folder, files[FILES])
     if any(source.begin + source.length > files[TEXTS].size for source in sources):
         raise CorpusError(f"{folder / FILES}: a text lies outside of {TEXTS}: {_REBUILD}")
-    return IndexFolder(folder, manifest, sources, skipped, hash_, files)
+    return IndexFolder(folder, sources, skipped, hash_, files)
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    """The files that the manifest lists, and the SHA-256 of the manifest."""
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
         raise CorpusError(f"{folder}: has no {MANIFEST}: this is no index, or an unfinished one")
@@ -290,13 +284,12 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(own, str) or manifest_text(manifest).encode() != data:
         raise CorpusError(f"{path}: does not match its own SHA-256: it is damaged or was changed; {_REBUILD}")
     files = manifest.get("files")
-    sound = isinstance(files, dict) and all(
+    if not isinstance(files, dict) or not all(
         isinstance(about, dict) and isinstance(about.get("size"), int) and isinstance(about.get("sha256"), str)
         for about in files.values()
-    )
-    if not sound:
+    ):
         raise CorpusError(f"{path}: has no list of files with their hashes: {_REBUILD}")
-    return manifest, hashlib.sha256(data).hexdigest()
+    return files, hashlib.sha256(data).hexdigest()
 
 
 def _verified(path: Path, about: Mapping[str, Any]) -> OpenFile:
@@ -326,7 +319,7 @@ def _read_files(folder: Path, file: OpenFile) -> tuple[tuple[Source, ...], tuple
 
 
 def files_text(sources: list[Source], skipped: list[Skipped]) -> str:
-    """The content of ``files.json``, a line per file."""
-    files = ",\n".join(json.dumps(source.to_json()) for source in sources)
-    rest = ",\n".join(json.dumps([each.path, each.reason]) for each in skipped)
+    """The content of ``files.json``, a line per file: its values without names, because there may be a million files."""
+    files = ",\n".join(json.dumps(astuple(source)) for source in sources)
+    rest = ",\n".join(json.dumps(astuple(each)) for each in skipped)
     return f'{{"files": [\n{files}\n], "skipped": [\n{rest}\n]}}\n'

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 
 from qadeploy.corpus.records import Document
@@ -41,13 +42,7 @@ def pdf_document(content: bytes, name: str) -> Document:
     found = json.loads(done.stdout)
     if "error" in found:
         raise InputError(f"{name}: {found['error']}")
-    return _joined(found["pages"], name)
-
-
-def _joined(pages: list[str], name: str) -> Document:
-    """The pages as one text, with a form feed between them."""
-    begins, at = [], 0
-    for page in pages:
-        begins.append(at)
-        at += len(page) + 1
+    pages = found["pages"]
+    # A form feed separates the pages of the text.
+    begins = [0, *accumulate(len(page) + 1 for page in pages)][:-1]
     return Document(name, "\f".join(pages), pages=tuple(begins))

@@ -13,7 +13,7 @@ _PAGES = 20_000
 
 
 def read(content: bytes, most: int) -> dict[str, object]:
-    """The text of each page, or an error; ``most`` is the largest number of characters of text."""
+    """The text of each page, or an error; ``most`` is the largest number of bytes of text, as UTF-8."""
     import pypdfium2
     from pypdfium2 import PdfiumError
     from pypdfium2.raw import FPDF_ERR_PASSWORD, FPDF_GetLastError
@@ -36,7 +36,7 @@ def read(content: bytes, most: int) -> dict[str, object]:
             return {"error": f"page {number + 1} cannot be read: it is damaged"}
         # PDFium marks a hyphen at a line end with \x02 or \ufffe.
         text = text.replace("\x02", "").replace("\ufffe", "").replace("\0", "")
-        left -= len(text)
+        left -= len(text.encode())
         if left < 0:
             return {"error": f"unpacks to more than {most:,} bytes of text, so it may be a decompression bomb"}
         pages.append(text)

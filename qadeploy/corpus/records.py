@@ -138,5 +138,4 @@ class CorpusAnswer:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the answer as plain JSON values, without ``snippet`` and ``passage`` if they are None."""
-        optional = ("snippet", "passage")
-        return {name: value for name, value in asdict(self).items() if value is not None or name not in optional}
+        return {name: value for name, value in asdict(self).items() if value is not None}

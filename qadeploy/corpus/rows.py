@@ -25,15 +25,16 @@ def row_documents(found: Found, skip: OnSkipped) -> Iterator[Document]:
     Raises:
         InputError: The file is neither UTF-8 nor UTF-16 with a byte order mark, or none of its rows can be read.
     """
-    problems = _Problems(found.name, skip)
     seen: set[bytes] = set()
     ids: set[str] = set()
-    repeated = count = 0
+    repeated = faulty = count = 0
     for number, line in _lines(found):
         try:
             text, id_, title = _fields(line)
         except InputError as error:
-            problems.add(number, str(error))
+            faulty += 1
+            if faulty <= _MOST_NAMED:
+                skip(Skipped(f"{found.name}:{number}", str(error)))
             continue
         key = blake2b(text.encode(), digest_size=16).digest()
         if key in seen:
@@ -44,27 +45,12 @@ def row_documents(found: Found, skip: OnSkipped) -> Iterator[Document]:
         name = f"{found.name}#{id_}" if id_ and id_ not in ids else f"{found.name}:{number}"
         ids.add(id_)
         yield Document(name, text, title=title, place=f"line {number}")
-    problems.end()
+    if faulty > _MOST_NAMED:
+        skip(Skipped(found.name, f"and {faulty - _MOST_NAMED:,} more rows that cannot be read"))
     if repeated:
         skip(Skipped(found.name, f"{plural(repeated, 'row')} with the text of an earlier row"))
     if not count:
         raise InputError(f"{found.name}: none of its rows can be read")
-
-
-class _Problems:
-    """Reports the first rows that cannot be read, and counts the others."""
-
-    def __init__(self, name: str, skip: OnSkipped) -> None:
-        self._name, self._skip, self._count = name, skip, 0
-
-    def add(self, number: int, reason: str) -> None:
-        self._count += 1
-        if self._count <= _MOST_NAMED:
-            self._skip(Skipped(f"{self._name}:{number}", reason))
-
-    def end(self) -> None:
-        if self._count > _MOST_NAMED:
-            self._skip(Skipped(self._name, f"and {self._count - _MOST_NAMED:,} more rows that cannot be read"))
 
 
 def _lines(found: Found) -> Iterator[tuple[int, str]]:
@@ -108,8 +94,5 @@ def _fields(line: str) -> tuple[str, str, str]:
         raise InputError(f"field {field} holds a lone surrogate, which is no character")
     id_, title = (row.get(name) for name in ("id", "title"))
     known = isinstance(id_, str | int) and not isinstance(id_, bool)
-    return text, printable(str(id_))[:_MOST_NAME] if known else "", _line(title) if isinstance(title, str) else ""
-
-
-def _line(title: str) -> str:
-    return printable(" ".join(title.split()))[:_MOST_NAME]
+    name = printable(str(id_))[:_MOST_NAME] if known else ""
+    return text, name, printable(" ".join(title.split()))[:_MOST_NAME] if isinstance(title, str) else ""

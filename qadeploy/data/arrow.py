@@ -6,6 +6,7 @@ until their lengths are added up.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qadeploy.data.parquet_pages import unpacked
+from qadeploy.data.parquet_pages import Pages
 from qadeploy.data.shapes import refuse_twice
 from qadeploy.data.unpacking import Budget
 from qadeploy.data.wording import one_line
@@ -85,8 +86,9 @@ def _parquet_batches(arrow: Any, content: bytes, budget: Budget) -> Iterator[Any
     with arrow.parquet.ParquetFile(source) as file:
         claimed = Budget(budget.name, budget.packed)
         take_rows(file.metadata.num_rows, claimed)
-        for size in unpacked(content):
-            claimed.take(size)
+        pages = Pages(io.BytesIO(content), len(content))
+        for group in range(len(pages)):
+            pages.check(group, claimed)
         texts = texts_of_parquet(file)
     with arrow.parquet.ParquetFile(source, read_dictionary=texts) as file:
         refuse_twice(file.schema_arrow.names, budget.name)  # a file without rows has no batch to check

@@ -167,6 +167,13 @@ class CheckedData:
         """Returns the rows that can be used or repaired, with their fields."""
         return [(row, row.parsed) for row in self.rows if row.parsed and not row.problem]
 
+    def by_context(self) -> dict[str, list[tuple[CheckedRow, ParsedRow]]]:
+        """Returns the usable rows of each context."""
+        groups: dict[str, list[tuple[CheckedRow, ParsedRow]]] = {}
+        for row, parsed in self.usable():
+            groups.setdefault(parsed.context, []).append((row, parsed))
+        return groups
+
     def shifts(self) -> Counter[int]:
         """Counts by how many code points the offsets of "shifted" answers are off."""
         answers = (a for row in self.rows for a in row.answers if a.kind is RowClass.SHIFTED)
@@ -209,9 +216,12 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
     parsed: list[ParsedRow | None] = []
     problems: list[Problem | None] = []
     for row in raw:
-        found, problem = _parsed(row, options)
-        parsed.append(found)
-        problems.append(problem)
+        try:
+            parsed.append(parse_row(row, options))
+            problems.append(None)
+        except RowError as error:
+            parsed.append(None)
+            problems.append(replace(error.problem, field=options.column(error.problem.field)))
     first = problems[0]
     if first and first.reason is Reason.MISSING and all(problem == first for problem in problems):
         raise InputError(f"{source}: in every row the field {first}")  # the mapping is wrong, not the rows
@@ -221,18 +231,6 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
         for row, found, problem in zip(raw, without_placeholders(parsed), problems, strict=True)
     ]
     return CheckedData(source, tuple(_compared(_explained(checked))))
-
-
-def check_row(row: RawRow, options: DataOptions) -> CheckedRow:
-    """Classifies one row by itself, without comparing it to other rows."""
-    return _check_row(row, *_parsed(row, options), options)
-
-
-def _parsed(row: RawRow, options: DataOptions) -> tuple[ParsedRow | None, Problem | None]:
-    try:
-        return parse_row(row, options), None
-    except RowError as error:
-        return None, replace(error.problem, field=options.column(error.problem.field))
 
 
 def _check_row(row: RawRow, parsed: ParsedRow | None, problem: Problem | None, options: DataOptions) -> CheckedRow:
@@ -266,14 +264,9 @@ def _drifted(row: CheckedRow, drift: int) -> CheckedRow:
     context = row.parsed.context if row.parsed else ""
     answers = []
     for answer in row.answers:
-        at = (answer.given.start or 0) - drift
-        text = answer.given.text
-        if (
-            _may_drift(answer)
-            and at >= 0
-            and context.startswith(text, at)
-            and not cuts_a_word(Slice(at, at + len(text)), context)
-        ):
+        text, at = answer.given.text, (answer.given.start or 0) - drift
+        there = at >= 0 and context.startswith(text, at) and not cuts_a_word(Slice(at, at + len(text)), context)
+        if _may_drift(answer) and there:
             answer = replace(answer, fixed=Annotation(text, at), problem=None, shift=drift)
         answers.append(answer)
     return _with_answers(row, tuple(answers))

@@ -14,7 +14,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -178,9 +178,20 @@ def _json_problem(error: ValueError | RecursionError, before: int = 0) -> str:
     return f"from line {before + 1}: not valid JSON: {one_line(error)}"  # nested too deeply, or too long a number
 
 
+def _each_line(text: str) -> Iterator[str]:
+    """Yields the lines one by one: a list of all of them would be another copy of the file."""
+    begin = 0
+    while (end := text.find("\n", begin)) >= 0:
+        yield text[begin:end]
+        begin = end + 1
+    yield text[begin:]
+
+
 def _lines(text: str) -> list[RawRow]:
     rows: list[RawRow] = []
-    for before, line in ((n, line) for n, line in enumerate(text.split("\n")) if line.strip()):
+    for before, line in enumerate(_each_line(text)):
+        if not line.strip():
+            continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -309,7 +320,11 @@ def _saved_rows(path: Path, name: str) -> list[RawRow]:
         raise InputError(f"{name}: this is a folder, and not one that datasets saved: give a file ({_endings()})")
     datasets = import_extra("datasets", "reading a folder that datasets saved", "train")
     try:
-        files = {state.parent / file["filename"] for state in path.rglob("state.json") for file in _data_files(state)}
+        files = {
+            state.parent / file["filename"]
+            for state in path.rglob("state.json")
+            for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+        }
         for file in sorted(files):
             check_arrow(file, str(file))
         found = datasets.load_from_disk(str(path))
@@ -318,11 +333,6 @@ def _saved_rows(path: Path, name: str) -> list[RawRow]:
         return _split_rows(found if isinstance(found, dict) else {"": found}, name, budget)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{name}: not a readable folder of datasets: {one_line(error)}") from error
-
-
-def _data_files(state: Path) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
-    return found
 
 
 def _hub_rows(source: str, token: str | None) -> list[RawRow]:

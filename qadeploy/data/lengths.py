@@ -17,11 +17,9 @@ from tokenizers import Tokenizer
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.unknown import MANY_UNKNOWN
 from qadeploy.core.windows import Cut, Encoder, EncoderConfig
-from qadeploy.data.check import CheckedData, CheckedRow
-from qadeploy.data.fields import ParsedRow
+from qadeploy.data.check import CheckedData
 from qadeploy.data.wording import one_line
 from qadeploy.errors import InputError, QuestionTooLongError
-from qadeploy.records import IntArray
 
 _ANSWER_EDGES = (1, 2, 3, 5, 9, 17, 33, 65)
 _CONTEXT_EDGES = (1, 33, 65, 129, 257, 385, 513, 1025, 2049, 4097)
@@ -32,45 +30,58 @@ _SHOWN_ROWS = 10
 _CHUNK = 2**18  # characters of contexts tokenised at a time
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Lengths:
     """Lengths over the rows that can be used or repaired.
 
     Attributes:
         settings: The settings by which the windows were cut.
-        context_tokens: Tokens of each context, ``[contexts]``.
-        answer_tokens: Tokens of each answer, ``[answers]``.
-        windows: Windows of each question, ``[questions]``.
+        context_tokens: Tokens of each context.
+        answer_tokens: Tokens of each answer.
+        windows: Windows of each question.
         cut: Number of answers that the border of some window cuts.
         lost: Number of answers that are whole in no window.
         lowered: Number of questions that leave so little room that ``doc_stride`` was lowered for them.
         too_long_rows: Numbers of the rows whose question leaves no room for context; they are not counted elsewhere.
-        unknown: Share of all tokens that the tokenizer does not know, 0 to 1.
+        tokens: Number of all tokens.
+        unknown_tokens: Number of the tokens that the tokenizer does not know.
     """
 
     settings: QaSettings
-    context_tokens: IntArray
-    answer_tokens: IntArray
-    windows: IntArray
-    cut: int
-    lost: int
-    lowered: int
-    too_long_rows: tuple[int, ...]
-    unknown: float = 0.0
+    context_tokens: list[int] = field(default_factory=list)
+    answer_tokens: list[int] = field(default_factory=list)
+    windows: list[int] = field(default_factory=list)
+    cut: int = 0
+    lost: int = 0
+    lowered: int = 0
+    too_long_rows: list[int] = field(default_factory=list)
+    tokens: int = 0
+    unknown_tokens: int = 0
+
+    @property
+    def unknown(self) -> float:
+        """Share of all tokens that the tokenizer does not know, 0 to 1."""
+        return self.unknown_tokens / max(self.tokens, 1)
+
+    def add_answers(self, spans: Iterable[tuple[int, int]], cut: Cut) -> None:
+        """Adds the answers of one question, given by their first and last tokens."""
+        for first, last in spans:
+            size = last - first + 1
+            parts = [min(last + 1, begin + cut.room) - max(first, begin) for begin in cut.begins]
+            self.answer_tokens.append(size)
+            self.cut += any(0 < part < size for part in parts)
+            self.lost += size not in parts
 
     def lines(self) -> list[str]:
         """Returns the histograms and shares as lines of text."""
         answers = max(len(self.answer_tokens), 1)
+        sizes = f"max_seq_len {self.settings.max_seq_len}, doc_stride {self.settings.doc_stride}"
         text = [
             *histogram("answer tokens", self.answer_tokens, _ANSWER_EDGES),
             "",
             *histogram("context tokens", self.context_tokens, _CONTEXT_EDGES),
             "",
-            *histogram(
-                f"windows per question (max_seq_len {self.settings.max_seq_len}, doc_stride {self.settings.doc_stride})",
-                self.windows,
-                _WINDOW_EDGES,
-            ),
+            *histogram(f"windows per question ({sizes})", self.windows, _WINDOW_EDGES),
             "",
             f"answers cut by a window border: {self.cut} ({self.cut / answers:.1%}); whole in no window: "
             f"{self.lost} ({self.lost / answers:.1%})",
@@ -127,18 +138,16 @@ def measure_lengths(check: CheckedData, encoder: Encoder, settings: QaSettings) 
         StrideError: ``doc_stride`` is at least ``max_seq_len``, and a context needs several windows.
         InputError: The sizes are invalid.
     """
-    groups: dict[str, list[tuple[CheckedRow, ParsedRow]]] = {}
-    for row, parsed in check.usable():
-        groups.setdefault(parsed.context, []).append((row, parsed))
-    found = _Counts()
+    groups = check.by_context()
+    found = Lengths(settings)
     for contexts in _chunks(groups):
         rows = [pair for context in contexts for pair in groups[context]]
         encoded = dict(zip(contexts, encoder.encode_many(contexts), strict=True))
         questions = encoder.encode_many([parsed.question for _, parsed in rows])
         ids = np.concatenate([text.ids for text in (*encoded.values(), *questions)])
         found.tokens += len(ids)
-        found.unknown += 0 if encoder.unknown_id is None else int((ids == encoder.unknown_id).sum())
-        found.contexts += [len(context) for context in encoded.values()]
+        found.unknown_tokens += 0 if encoder.unknown_id is None else int((ids == encoder.unknown_id).sum())
+        found.context_tokens += [len(context) for context in encoded.values()]
         for (row, parsed), question in zip(rows, questions, strict=True):
             context = encoded[parsed.context]
             try:
@@ -149,42 +158,9 @@ def measure_lengths(check: CheckedData, encoder: Encoder, settings: QaSettings) 
             found.lowered += cut.overlap < settings.doc_stride
             found.windows.append(len(cut.begins))
             spans = [context.tokens_of(a.fixed.start, a.fixed.end) for a in row.answers if a.fixed]
-            found.add_answers([span for span in spans if span], cut)
-    return Lengths(
-        settings,
-        np.asarray(found.contexts, dtype=np.int64),
-        np.asarray(found.answers, dtype=np.int64),
-        np.asarray(found.windows, dtype=np.int64),
-        found.cut,
-        found.lost,
-        found.lowered,
-        tuple(sorted(found.too_long_rows)),
-        found.unknown / max(found.tokens, 1),
-    )
-
-
-@dataclass(slots=True)
-class _Counts:
-    """The counts for ``Lengths``."""
-
-    contexts: list[int] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
-    windows: list[int] = field(default_factory=list)
-    too_long_rows: list[int] = field(default_factory=list)
-    cut: int = 0
-    lost: int = 0
-    lowered: int = 0
-    tokens: int = 0
-    unknown: int = 0
-
-    def add_answers(self, spans: Sequence[tuple[int, int]], cut: Cut) -> None:
-        """Adds the answers of one question, given by their first and last tokens."""
-        for first, last in spans:
-            size = last - first + 1
-            parts = [min(last + 1, begin + cut.room) - max(first, begin) for begin in cut.begins]
-            self.answers.append(size)
-            self.cut += any(0 < part < size for part in parts)
-            self.lost += size not in parts
+            found.add_answers(filter(None, spans), cut)
+    found.too_long_rows.sort()
+    return found
 
 
 def _chunks(contexts: Iterable[str]) -> Iterator[list[str]]:
@@ -201,19 +177,18 @@ def _chunks(contexts: Iterable[str]) -> Iterator[list[str]]:
         yield chunk
 
 
-def histogram(name: str, values: IntArray, edges: Sequence[int]) -> list[str]:
+def histogram(name: str, lengths: Sequence[int], edges: Sequence[int]) -> list[str]:
     """Draws a histogram: count, median, 95th percentile and maximum, then one line with a bar per bin."""
-    if not len(values):
+    if not lengths:
         return [f"{name}: none"]
+    values = np.asarray(lengths)
     middle, most = (int(np.percentile(values, q, method="higher")) for q in (50, 95))
     text = [f"{name}: {len(values)}, median {middle}, 95 % at most {most}, longest {int(values.max())}"]
-    bounds = [*edges, _UNLIMITED]
-    counts = [int(((values >= low) & (values < high)).sum()) for low, high in pairwise(bounds)]
-    below = int((values < edges[0]).sum())
-    rows = [(low, high, count) for (low, high), count in zip(pairwise(bounds), counts, strict=True)]
+    bins = [*pairwise([*edges, _UNLIMITED])]
+    rows = [(low, high, int(((values >= low) & (values < high)).sum())) for low, high in bins]
     while rows and not rows[-1][2]:
         rows.pop()
-    if below:
+    if below := int((values < edges[0]).sum()):
         rows.insert(0, (0, edges[0], below))
     for low, high, count in rows:
         label = f"{low}" if high == low + 1 else f"{low}+" if high == _UNLIMITED else f"{low}-{high - 1}"

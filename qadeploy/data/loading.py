@@ -93,12 +93,10 @@ def read_split(
         InputError: No row has the split. Also raises what ``read`` raises.
     """
     data = read(source, options, annotated=annotated)
-    for count, what in (
-        (data.skipped, "ambiguous rows skipped"),
-        (data.first_taken, "answers taken at their first place"),
-    ):
-        if count:
-            say(f"{source}: {count} {what}")
+    if data.skipped:
+        say(f"{source}: {data.skipped} ambiguous rows skipped")
+    if data.first_taken:
+        say(f"{source}: {data.first_taken} answers taken at their first place")
     if split == "all":
         return data.examples
     part = data.part("validation" if split == "auto" else split)

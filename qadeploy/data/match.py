@@ -158,8 +158,7 @@ def _stretch(context: str, border: int, signs: str, step: int) -> int:
 
 def whole_words(slices: list[Slice], context: str) -> list[Slice]:
     """Returns the slices that do not cut a word of cased letters, or a number; all of them if none is left."""
-    whole = [s for s in slices if not _joins(context, s.start) and not _joins(context, s.end)]
-    return whole or slices
+    return [s for s in slices if not cuts_a_word(s, context)] or slices
 
 
 def cuts_a_word(found: Slice, context: str) -> bool:

@@ -42,7 +42,7 @@ class _Blocks:
 
 
 class Pages:
-    """The pages of a parquet file that is read part by part.
+    """The pages of a parquet file; its length is the number of row groups.
 
     Args:
         stream: The file.
@@ -57,6 +57,9 @@ class Pages:
         self._data = _Blocks(stream, size)
         with _damage():
             self._groups = _row_groups(self._data)
+
+    def __len__(self) -> int:
+        return len(self._groups)
 
     def check(self, group: int, budget: Budget, columns: Collection[int] | None = None) -> None:
         """Counts the pages of a row group without reading them.
@@ -88,30 +91,14 @@ def _damage() -> Iterator[None]:
         raise ValueError("its footer or the header of a page is damaged") from error
 
 
-def unpacked(content: bytes) -> Iterator[int]:
-    """Yields the least number of bytes that each page needs.
-
-    Args:
-        content: A parquet file.
-
-    Raises:
-        ValueError: The footer or a header cannot be read.
-    """
-    data = memoryview(content)
-    with _damage():
-        for group in _row_groups(data):
-            for chunk in group:
-                yield from _pages(data, chunk)
-
-
-def _row_groups(data: memoryview | _Blocks) -> list[list[dict[int, Any]]]:
+def _row_groups(data: _Blocks) -> list[list[dict[int, Any]]]:
     """The column chunks of each row group."""
     size, _ = _FOOTER.unpack(bytes(data[at] for at in range(len(data) - _FOOTER.size, len(data))))
     footer, _ = _Thrift(data, len(data) - _FOOTER.size - size).fields()
     return [[column[_COLUMN] for column in group[_COLUMNS]] for group in footer[_ROW_GROUPS]]
 
 
-def _pages(data: memoryview | _Blocks, chunk: dict[int, Any]) -> Iterator[int]:
+def _pages(data: _Blocks, chunk: dict[int, Any]) -> Iterator[int]:
     at = min(chunk[_DATA_PAGE], chunk.get(_DICTIONARY_PAGE) or chunk[_DATA_PAGE])
     end, values = at + chunk[_COMPRESSED], 0
     while at < end and values < chunk[_NUM_VALUES]:
@@ -128,7 +115,7 @@ def _pages(data: memoryview | _Blocks, chunk: dict[int, Any]) -> Iterator[int]:
 class _Thrift:
     """Reads structs from a position on; a struct is a dictionary of its fields by number."""
 
-    def __init__(self, data: memoryview | _Blocks, at: int) -> None:
+    def __init__(self, data: _Blocks, at: int) -> None:
         if at < 0:
             raise LookupError
         self._data, self._at = data, at

@@ -36,10 +36,10 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
         numbers = (sum(row.repaired for row in rows), "repaired"), (sum(bool(row.problem) for row in rows), "rejected")
         done = ", ".join(f"{n} {what}" for n, what in numbers if n)
         text.append(f"  {kind:<12} {len(rows):>6}  {len(rows) / len(check.rows):>6.1%}  {done or '-':<28} {meaning}")
-    text += [
+    text.append(
         f"  also: {plural(counts['repeated'], 'row')} whose answer occurs several times in its context (repeated), "
         f"{counts['duplicate']} with the question and context of an earlier row (duplicate)"
-    ]
+    )
     if check.same_ids:
         text.append(f"  {check.same_ids} rows have the id of an earlier row: train refuses them, --fix numbers them")
     if check.withheld:

@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from qadeploy.core.metrics import choose_metric
+from qadeploy.core.metrics import choose_metric, exact_match, wilson_interval
 from qadeploy.errors import InputError, QadeployError
 from qadeploy.inference.answerer import Answerer
-from qadeploy.labelling.estimate import EVERY, Estimate, estimate, is_sampled
 from qadeploy.labelling.items import Item, Proposal, key_of
 from qadeploy.labelling.store import Row, Store
 from qadeploy.records import NO_ANSWER, Answer, Example
 
+EVERY = 5  # one in this many rows is shown at random, and counts for the estimate
 _UNKNOWN = Proposal(NO_ANSWER, "")  # the model failed to answer; its score of 0 makes the row the least certain
 
 
@@ -34,6 +34,20 @@ class Shown:
     item: Item
     proposal: Answer | None
     undone: Row | None = None
+
+
+def is_sampled(key: str) -> bool:
+    """Whether a row belongs to the random sample. It depends on its text alone, not on the model, the order or the run."""
+    return int(key[:8], 16) % EVERY == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Exact match of the model's answers, in percent, with a 95 % interval, on ``total`` rows; None without rows."""
+
+    total: int
+    exact_match: float | None
+    interval: tuple[float, float] | None
 
 
 class Desk:
@@ -93,9 +107,18 @@ class Desk:
 
     @property
     def estimate(self) -> Estimate:
-        """How often the model is right."""
+        """How often the model is right on all rows: estimated from the decisions on rows of the random sample."""
         with self._lock:
-            return estimate(self._store.rows, self._estimated, self._metric)
+            found = [
+                exact_match(row["predicted"], row["answer"], self._metric)
+                for row in self._store.rows
+                if row.get("sampled") is True and row.get("model") == self._estimated
+            ]
+        if not found:
+            return Estimate(0, None, None)
+        share = sum(found) / len(found)
+        low, high = wilson_interval(share, len(found))
+        return Estimate(len(found), 100 * share, (100 * low, 100 * high))
 
     def show(self, tab: str) -> Shown | None:
         """The row of a tab, a new one if it has none; None if all are decided."""

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qadeploy.data.check import RowClass, check_row, check_rows
+from qadeploy.data.check import RowClass, check_rows
+from qadeploy.data.check_file import write_fixed
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
-from qadeploy.data.repair import write_fixed
 from qadeploy.data.rows import RawRow
 from qadeploy.data.table import check_lines, check_summary
 from qadeploy.errors import InputError
@@ -28,6 +28,11 @@ def row(answer=None, start=None, number=1, **more):
     if start is not None:
         fields["answer_start"] = start
     return RawRow(number, fields)
+
+
+def check_row(given_row, options):
+    """Checks a row beside a sound one, since a source in which no row is sound is refused as a whole."""
+    return check_rows("x", [given_row, row("sky", 4, number=2, question="Else?")], options).rows[0]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +293,7 @@ def test_rows_in_are_rows_out(tmp_path):
 
 
 def test_a_long_context_is_written_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("qadeploy.data.repair._MUCH", 100)
+    monkeypatch.setattr("qadeploy.data.check_file._MUCH", 100)
     source, out = tmp_path / "squad.json", tmp_path / "clean.jsonl"
     qas = [{"id": f"q{n}", "question": f"{n}?", "answers": [{"text": "THE SKY", "answer_start": 0}]} for n in range(4)]
     qas.append({"id": "none", "question": "Who?", "answers": [], "is_impossible": True})

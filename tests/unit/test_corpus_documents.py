@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadeploy.corpus.cutting import LONGEST, cut
+from qadeploy.corpus.documents import markdown_headings
 from qadeploy.corpus.html import html_document
-from qadeploy.corpus.markdown import markdown_headings
 from qadeploy.corpus.records import Document, Heading
 from qadeploy.corpus.terms import terms_of
 from qadeploy.errors import InputError

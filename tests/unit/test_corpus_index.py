@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,8 +17,9 @@ from qadeploy import Corpus
 from qadeploy.corpus import building
 from qadeploy.corpus.building import build
 from qadeploy.corpus.folder import open_index
+from qadeploy.corpus.scanning import reading
 from qadeploy.errors import CorpusError, InputError
-from qadeploy.files import holding
+from qadeploy.files import hash_file, holding
 from qadeploy.inference.bundle import MANIFEST, manifest_text
 from qadeploy.records import NO_ANSWER, Answer, Snippet
 from tests.corpora_for_tests import write_documents
@@ -230,6 +234,52 @@ def test_a_file_that_becomes_unreadable_leaves_the_index_and_says_why(documents,
     corpus = Corpus.load(index)
     assert corpus.search("kettle") == corpus.search("sound row") == []
     assert corpus.search("piano")[0].text.startswith("Dora")
+
+
+def test_an_io_error_while_a_file_is_compared_does_not_falsify_its_hash(documents, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    build(documents, index)
+    os.utime(documents / "notes.txt", ns=(1, 1))
+    calls = []
+
+    def failing_once(stream, name):
+        calls.append(stream)
+        if len(calls) == 1:
+            stream.read(5)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return hashlib.file_digest(stream, name)
+
+    monkeypatch.setattr(building, "hashlib", SimpleNamespace(file_digest=failing_once))
+    assert build(documents, index).changed == 1
+    monkeypatch.undo()
+    for source in open_index(index).sources:
+        assert source.sha256 == hash_file(documents / source.path)
+
+
+def test_an_io_error_keeps_the_version_that_was_indexed(documents, tmp_path, monkeypatch):
+    index = tmp_path / "index"
+    build(documents, index)
+    for name, content in (("notes.txt", "Anew."), ("rows.jsonl", '{"text": "a sound row"}\n'), ("new.txt", "New.")):
+        (documents / name).write_text(content)
+    documents_of = building.documents_of
+
+    def failing(found, reader, skip):
+        with reading(found.name):
+            yield from documents_of(found, reader, skip)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(building, "documents_of", failing)
+    built = build(documents, index)
+    assert (built.added, built.changed, built.removed, built.files) == (0, 0, 0, 5)
+    kept = "cannot be read: Input/output error; the version that was indexed before is kept"
+    assert {each.path: each.reason for each in built.skipped} == {
+        "new.txt": "cannot be read: Input/output error", "notes.txt": kept, "rows.jsonl": kept,
+    }  # fmt: skip
+    monkeypatch.undo()
+    assert Corpus.load(index).search("kettle")[0].document == "notes.txt"
+    again = build(documents, index)
+    assert (again.added, again.changed, again.removed, again.skipped) == (1, 2, 0, ())
+    assert Corpus.load(index).search("sound row")[0].document == "rows.jsonl:1"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from qadeploy.core.settings import QaSettings
@@ -43,17 +42,17 @@ def test_windows_and_borders(base):
         context=context,
     )
     found = measure_lengths(check, base, QaSettings(max_seq_len=16, doc_stride=3))
-    assert found.context_tokens.tolist() == [20]
-    assert found.answer_tokens.tolist() == [1, 4, 8, 8]
-    assert found.windows.tolist() == [3, 3, 3, 3]
-    assert (found.cut, found.lost, found.lowered, found.too_long_rows) == (3, 1, 0, ())
+    assert found.context_tokens == [20]
+    assert found.answer_tokens == [1, 4, 8, 8]
+    assert found.windows == [3, 3, 3, 3]
+    assert (found.cut, found.lost, found.lowered, found.too_long_rows) == (3, 1, 0, [])
     assert "answers cut by a window border: 3 (75.0%); whole in no window: 1 (25.0%)" in found.lines()
 
 
 def test_a_question_that_leaves_no_room(base):
     check = checked(*[("sea", 0)] * 11, context="sea sky", question="what " * 13)
     found = measure_lengths(check, base, QaSettings(max_seq_len=16, doc_stride=3))
-    assert (found.too_long_rows, len(found.windows)) == (tuple(range(1, 12)), 0)
+    assert (found.too_long_rows, len(found.windows)) == (list(range(1, 12)), 0)
     assert (
         found.lines()[-1]
         == "questions that leave no room for context in 16 tokens: 11 (row 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)"
@@ -67,8 +66,8 @@ def test_rows_are_named_by_their_numbers_in_the_file(base):
         for n, q in enumerate(texts, 4)
     ]
     found = measure_lengths(check_rows("x", rows, DataOptions()), base, QaSettings(max_seq_len=16, doc_stride=3))
-    assert (found.too_long_rows, found.lowered) == ((6,), 1)
-    assert found.windows.tolist() == [1, 2]
+    assert (found.too_long_rows, found.lowered) == ([6], 1)
+    assert found.windows == [1, 2]
     assert found.lines()[-2:] == [
         "questions that leave so little room that doc_stride was lowered: 1",
         "questions that leave no room for context in 16 tokens: 1 (row 6)",
@@ -96,7 +95,7 @@ def test_rejected_rows_are_not_counted(base):
 
 
 def test_a_histogram():
-    values = np.asarray([1, 1, 2, 3, 4, 9, 0])
+    values = [1, 1, 2, 3, 4, 9, 0]
     assert histogram("tokens", values, (1, 2, 3, 5)) == [
         "tokens: 7, median 2, 95 % at most 9, longest 9",
         f"          0  {'█' * 6} 1",

@@ -18,12 +18,12 @@ from qadeploy.bench.options import BenchOptions
 from qadeploy.cli import main
 from qadeploy.cli.answering import EvaluateOptions
 from qadeploy.cli.config import read_config
+from qadeploy.cli.labelling import LabelOptions
 from qadeploy.core.settings import AnswerOptions, Options
 from qadeploy.data.check_file import CheckOptions
 from qadeploy.errors import InputError
 from qadeploy.export.options import ExportOptions
 from qadeploy.inference.tune_bundle import TuneOptions
-from qadeploy.labelling.options import LabelOptions
 from qadeploy.options import Option, check, declared, option, table
 from qadeploy.serve.settings import Settings
 from qadeploy.training.options import TrainOptions
