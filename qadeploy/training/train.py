@@ -547,7 +547,7 @@ def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _
     )
     found = _SetResult.of(dev, logits, settings)
     results = {"dev": found}
-    log.chosen(loop.table.best["epoch"], loop.table.mean and loop.table.mean["epochs"], settings, options)
+    log.chosen(loop.table.best["epoch"], loop.table.mean["epochs"] if loop.table.mean else None, settings, options)
     log.choice("dev", found.choice, settings, threshold_given=given, tuned=can_tune_threshold(dev))
     log.answer(dev.examples[0], found.answers[0])
     log.scores("dev", found.scores)
