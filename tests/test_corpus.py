@@ -170,7 +170,7 @@ def test_answers_for_people_name_document_and_place(bundle, keepers, tmp_path):
     shown = run("index", keepers, "--out", tmp_path / "index")
     first, second, reason = shown.stdout.splitlines()
     assert first.endswith("index: 16 files, 16 documents, 16 passages (was up to date)")
-    assert (second, reason.split(":")[0]) == ("not in the index:", "  scan.pdf")
+    assert (second, reason.split(":")[0]) == ("skipped:", "  scan.pdf")
     asked = run("ask", bundle, "--corpus", tmp_path / "index", "--question", "Who keeps the boat?", "--passages", "2")
     answer, snippet = asked.stdout.splitlines()[:2]
     assert ".md, Room " in answer

@@ -278,6 +278,9 @@ def test_a_small_budget_shortens_the_measuring_of_a_bundle(tiny, budget, seconds
     slow = replace(made, seconds=0.001)  # so that the time and not the least number of questions decides
     (line, *_) = plan_lines(ExportOptions(optimize=False), slow, budget or 300.0)
     assert f"fp32 {seconds:.0f} s" in line
+    assert "fp16" not in line
+    (implied, *_) = plan_lines(ExportOptions(optimize=False, device="cuda"), slow, budget or 300.0)
+    assert "fp16" in implied
 
 
 def test_parity_is_measured_on_windows_of_many_lengths_and_of_several_a_context(tiny):

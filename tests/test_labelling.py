@@ -249,9 +249,9 @@ def test_annotators_may_disagree_and_train_still_reads_the_file(tmp_path):
 
 
 def test_rows_are_read_as_train_reads_them_once_each(tmp_path):
-    data = write_jsonl(tmp_path / "q.jsonl", [{"text": "A b.", "question": "Q?"}, {"text": "A b.", "question": "Q?"}])
+    data = write_jsonl(tmp_path / "q.jsonl", [{"text": "A b.", "question": q} for q in ("Q?", "R?", "Q?")])
     found = load_items(str(data), DataOptions(columns="context=text"), SILENT)
-    assert [(item.id, item.context, item.question) for item in found] == [("row-1", "A b.", "Q?")]
+    assert [(i.id, i.context, i.question) for i in found] == [("row-1", "A b.", "Q?"), ("row-2", "A b.", "R?")]
 
 
 def test_documents_are_cut_into_passages(tmp_path):

@@ -33,7 +33,7 @@ def index(as_json: bool, source: str, out: str) -> None:
     """Make an index of SOURCE, a folder of documents or a file, from which ask and serve answer.
 
     Documents are text, Markdown, HTML and PDF files, and JSONL with a document per row (fields text, id, title). If --out is
-    already an index, only changed files are read. Files that are not in the index are listed, with the reason.
+    already an index, only changed files are read. Files that cannot be read are listed, with the reason.
     """
     from qadeploy.corpus.building import build
 
@@ -49,7 +49,7 @@ def index(as_json: bool, source: str, out: str) -> None:
     sizes = [plural(counts[f"{noun}s"], noun) for noun in ("file", "document", "passage")]
     text = [f"{out}: {', '.join(sizes)} ({changes})"]
     if built.skipped:
-        text += ["not in the index:", *(f"  {each}" for each in built.skipped)]
+        text += ["skipped:", *(f"  {each}" for each in built.skipped)]
     print_result(as_json, {"index": out, **counts, "skipped": skipped}, text)
 
 

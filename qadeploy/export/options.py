@@ -7,6 +7,7 @@ from typing import Literal
 
 from qadeploy import options
 from qadeploy.data.fields import DataOptions
+from qadeploy.inference.devices import parse_device
 from qadeploy.options import option
 
 MAX_QUESTIONS = 2_000  # the F1 interval is then about two points wide; four times as many questions halve it
@@ -70,3 +71,8 @@ class ExportOptions(DataOptions):
     load_timeout: float = options.load_timeout()
     trust_remote_code: bool = options.trust_remote_code()
     allow_pickle: bool = options.allow_pickle()
+
+    @property
+    def wants_fp16(self) -> bool:
+        """Whether NAME-fp16 is written."""
+        return self.fp16 or parse_device(self.device).kind == "cuda"

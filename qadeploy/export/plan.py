@@ -37,7 +37,7 @@ def plan_lines(options: ExportOptions, reference: Reference, budget: float) -> l
         steps["int8"] = judged * each + fitting * one + _bundle(reference, each * _INT8)
         search = f": {recipes} recipe{'s' * (recipes > 1)}, about {one:.0f} s each"
         search += f", of which about {fitting} fit --budget {options.budget}" if fitting < recipes else ""
-    if options.fp16:
+    if options.wants_fp16:
         steps["fp16"] = _FUSING * parameters + 2 * len(reference.examples) * each + _bundle(reference, each)
     total = sum(steps.values())
     parts = ", ".join(f"{name} {_time(seconds)}{search if name == 'int8' else ''}" for name, seconds in steps.items())

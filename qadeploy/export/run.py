@@ -20,7 +20,6 @@ from qadeploy.export.reference import Reference, make_reference, table
 from qadeploy.files import cache_folder
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import Bundle, check_place, is_bundle, open_bundle
-from qadeploy.inference.devices import parse_device
 from qadeploy.inference.hub import is_hub
 from qadeploy.integrations.onnx_standalone.in_graph import add_in_graph, wordpiece_of
 from qadeploy.integrations.onnx_standalone.wordpiece import check_wordpiece
@@ -162,7 +161,6 @@ class _Export:
         for folder in (self.place, self.fused, self.int8, self.fp16):
             check_place(folder)
         self.budget = seconds_of("budget", options.budget)
-        self.wants_fp16 = options.fp16 or parse_device(options.device).kind == "cuda"
         if options.recipe:
             int8.find_recipes(options.recipe, options.reduce_range)
         self.made = Exported()
@@ -176,7 +174,7 @@ class _Export:
         self.listener.say(f"{self.place}: logits within {plain.manifest['parity']['max_abs_diff']:.1e} of PyTorch")
         if self.options.optimize:
             self._fuse(reference, plain)
-        if self.wants_fp16:
+        if self.options.wants_fp16:
             made = fp16.write_fp16(reference, plain, self.fp16, device=self.options.device, say=self.listener.say)
             self.made.bundles.append(made)
             for text in fp16.fp16_lines(made):

@@ -61,7 +61,7 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
     for rank, answer in enumerate(to_answers(reading, plain), 1):
         begin = begins.get(answer.passage, 0)
         answers[answer.start + begin, answer.end + begin] = (rank, answer.score)
-    seen: dict[tuple[int, int], int] = {}
+    seen: set[tuple[int, int]] = set()
     for logit, number, start, end in pairs[: 4 * _TOP]:
         window, text, place = reading.windows[number], "", None
         verdict = _fault(reading, window, start, end)
@@ -69,9 +69,9 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
             first, last = _span(reading, window, start, end)
             text = reading.context.text[first:last]
             if (first, last) in seen:
-                verdict = f"the same text as number {seen[first, last]}, from another window or other tokens"
+                verdict = "the same text as a better span, from another window or other tokens"
             else:
-                seen[first, last] = len(seen) + 1
+                seen.add((first, last))
                 verdict = "valid, but not among the answers"
                 if (first, last) in answers:
                     place, score = answers[first, last]

@@ -75,8 +75,10 @@ def load_items(source: str, options: DataOptions, say: Say) -> list[Item]:
     path = Path(source)
     folder = path.is_dir() and not any((path / name).is_file() for name in _SAVED)
     found = _passages(path, say) if folder or path.suffix.lower() in _DOCUMENTS else _questions(source, options)
-    items = {item.key: item for item in reversed(list(found))}  # keeps the first of equal items
-    return list(reversed(items.values()))
+    items: dict[str, Item] = {}
+    for item in found:
+        items.setdefault(item.key, item)  # keeps the first of equal items
+    return list(items.values())
 
 
 def _questions(source: str, options: DataOptions) -> Iterator[Item]:
