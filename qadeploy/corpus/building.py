@@ -45,6 +45,7 @@ _MOST_THREADS = 4
 _TICK = 2_000_000_000
 _COPIED = 2**22
 _ENDING = 5.0  # seconds that Tantivy's threads have to end after an error
+_KEPT = "; the version that was indexed before is kept"
 OnFile = Callable[[int, str], object]
 
 
@@ -158,7 +159,7 @@ class _Building:
                     self.writer.close()
 
     def _run(self, work: Path) -> Built:
-        for number, found in enumerate(scan(self.source, self.skipped.append), 1):
+        for number, found in enumerate(scan(self.source, self.skipped.append, self._hidden), 1):
             self.on_file(number, found.name)
             reader = reader_of(found.name)
             if reader is None:
@@ -222,7 +223,7 @@ class _Building:
                 writer.take_back(id_, begin)
             reason = str(error).removeprefix(f"{found.name}: ")
             if known and isinstance(error.__cause__, OSError):  # which may pass
-                self.skipped.append(Skipped(found.name, f"{reason}; the version that was indexed before is kept"))
+                self.skipped.append(Skipped(found.name, reason + _KEPT))
                 return known
             self.skipped += [*problems, Skipped(found.name, reason)]
             return None
@@ -230,6 +231,14 @@ class _Building:
             *(found.path, id_, found.size, found.changed, checked, sha256),
             *(begin, writer.size - begin if writer else 0, documents, passages, tuple(problems)),
         )
+
+    def _hidden(self, path: str) -> None:
+        """Keeps the known files at ``path`` or below it, which an I/O error hides."""
+        known = [each for each in self.known.values() if path in {".", each.path} or each.path.startswith(f"{path}/")]
+        if known:
+            self.sources += known
+            last = self.skipped[-1]
+            self.skipped[-1] = Skipped(last.path, last.reason + _KEPT)
 
     def _nothing(self) -> InputError:
         if not self.skipped:

@@ -7,7 +7,7 @@ import io
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from qadeploy.errors import InputError
 from qadeploy.files import NO_LINK, is_temporary
 
 OnSkipped = Callable[[Skipped], object]
+OnHidden = Callable[[str], object]
+# Errors that are not going to pass: the file is gone or a link, or its reader has no right to it.
+_LASTING = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENXIO}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +40,13 @@ class Found:
     changed: tuple[int, int]
 
 
-def scan(source: Path, skip: OnSkipped) -> Iterator[Found]:
+def scan(source: Path, skip: OnSkipped, hide: OnHidden = lambda _: None) -> Iterator[Found]:
     """Opens the files of a corpus one after the other, in the order of their paths.
 
     Args:
         source: The folder, or a single file.
         skip: Called with everything that is skipped: links, pipes, hidden files, files without read permission.
+        hide: Called after ``skip`` with the path of a file or folder that an I/O error hides, which may pass.
 
     Raises:
         InputError: There is no such file or folder.
@@ -51,29 +55,10 @@ def scan(source: Path, skip: OnSkipped) -> Iterator[Found]:
         raise InputError(f"{source}: no such file or folder: give a folder of documents, or a file")
     source = source.resolve()  # only this link is followed, because the caller named it
     if not source.is_dir():
-        yield from _opened(_Folder(str(source.parent)), source.name, "", skip)
+        yield from _opened(_Folder(str(source.parent)), source.name, "", skip, hide)
         return
 
-    def refused(error: OSError) -> None:
-        below = os.path.relpath(os.fsdecode(error.filename or "."), source)
-        skip(Skipped(shown(below) + "/", f"cannot be read: {error.strerror}"))
-
-    for folder, folders, names in _walk(source, refused):
-        below = os.path.relpath(folder.path, source).replace(os.sep, "/")
-        below = "" if below == "." else below + "/"
-        for name in folders.copy():
-            link = folder.is_link(name)
-            if link or name.startswith("."):
-                skip(Skipped(f"{shown(below + name)}/", "a link, which is not followed" if link else "hidden"))
-                folders.remove(name)
-        folders.sort()
-        for name in sorted(names):
-            if is_temporary(name):
-                continue
-            if name.startswith("."):
-                skip(Skipped(shown(below + name), "hidden"))
-            else:
-                yield from _opened(folder, name, below, skip)
+    yield from _walk(_Folder.opened(source), "", skip, hide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +68,55 @@ class _Folder:
     path: str
     descriptor: int | None = None
 
+    @classmethod
+    def opened(cls, path: str | Path, parent: int | None = None) -> _Folder:
+        if not hasattr(os, "O_DIRECTORY"):
+            return cls(os.fspath(path))
+        return cls(os.fspath(path), os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent))
+
     def named(self, name: str) -> str:
         return name if self.descriptor is not None else os.path.join(self.path, name)
+
+    def entries(self) -> list[tuple[str, bool]]:
+        """The names in it, in order, and whether each is a folder, not a link to one."""
+        with os.scandir(self.path if self.descriptor is None else self.descriptor) as found:
+            return sorted((each.name, each.is_dir(follow_symlinks=False)) for each in found)
 
     def is_link(self, name: str) -> bool:
         return stat.S_ISLNK(os.lstat(self.named(name), dir_fd=self.descriptor).st_mode)
 
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
 
-def _walk(source: Path, refused: Callable[[OSError], object]) -> Iterator[tuple[_Folder, list[str], list[str]]]:
-    if hasattr(os, "fwalk"):
-        for at, folders, names, descriptor in os.fwalk(source, onerror=refused):
-            yield _Folder(at, descriptor), folders, names
-    else:
-        for at, folders, names in os.walk(source, onerror=refused):
-            yield _Folder(at), folders, names
+
+def _walk(folder: _Folder, below: str, skip: OnSkipped, hide: OnHidden) -> Iterator[Found]:
+    """The files of a folder, then those of the folders in it."""
+    with closing(folder):
+        try:
+            entries = folder.entries()
+        except OSError as error:
+            _lost(below or "./", error, skip, hide)
+            return
+        for name, inside in entries:
+            if name.startswith(".") and not is_temporary(name):
+                skip(Skipped(shown(below + name) + "/" * inside, "hidden"))
+            elif not inside and not is_temporary(name):
+                yield from _opened(folder, name, below, skip, hide)
+        for name in (name for name, inside in entries if inside and not name.startswith(".")):
+            try:
+                deeper = _Folder.opened(folder.named(name), folder.descriptor)
+            except OSError as error:
+                _lost(f"{below}{name}/", error, skip, hide)
+            else:
+                yield from _walk(deeper, f"{below}{name}/", skip, hide)
+
+
+def _lost(path: str, error: OSError, skip: OnSkipped, hide: OnHidden) -> None:
+    link = error.errno == errno.ELOOP
+    skip(Skipped(shown(path), "a link, which is not followed" if link else f"cannot be read: {error.strerror}"))
+    if error.errno not in _LASTING:
+        hide(path.rstrip("/"))
 
 
 def shown(path: str) -> str:
@@ -105,15 +125,14 @@ def shown(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _opened(folder: _Folder, name: str, below: str, skip: OnSkipped) -> Iterator[Found]:
+def _opened(folder: _Folder, name: str, below: str, skip: OnSkipped, hide: OnHidden) -> Iterator[Found]:
     label = shown(below + name)
     try:
         if not hasattr(os, "O_NOFOLLOW") and folder.is_link(name):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         descriptor = os.open(folder.named(name), NO_LINK, dir_fd=folder.descriptor)
     except OSError as error:
-        link = error.errno == errno.ELOOP
-        skip(Skipped(label, "a link, which is not followed" if link else f"cannot be read: {error.strerror}"))
+        _lost(below + name, error, skip, hide)
         return
     with os.fdopen(descriptor, "rb") as stream:
         about = os.fstat(descriptor)

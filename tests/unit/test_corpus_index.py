@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from qadeploy import Corpus
-from qadeploy.corpus import building
+from qadeploy.corpus import building, scanning
 from qadeploy.corpus.building import build
 from qadeploy.corpus.folder import open_index
 from qadeploy.corpus.scanning import reading
@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_listed_with_its_reason(documents, tmp_path):
         ".git/": "hidden",
         ".hidden.txt": "hidden",
         "scripts.html": "holds no text",
-        "loop/": "a link, which is not followed",
+        "loop": "a link, which is not followed",
         "outside.txt": "a link, which is not followed",
         "pipe.txt": "not a plain file",
         "bad.jsonl:1": "not valid JSON",
@@ -280,6 +280,28 @@ def test_an_io_error_keeps_the_version_that_was_indexed(documents, tmp_path, mon
     again = build(documents, index)
     assert (again.added, again.changed, again.removed, again.skipped) == (1, 2, 0, ())
     assert Corpus.load(index).search("sound row")[0].document == "rows.jsonl:1"
+
+
+@pytest.mark.parametrize(("number", "kept"), [(errno.EIO, True), (errno.EACCES, False)])
+def test_what_an_io_error_hides_stays_in_the_index(documents, tmp_path, monkeypatch, number, kept):
+    index, cellar = tmp_path / "index", documents / "deep" / "cellar"
+    cellar.mkdir()
+    (cellar / "bell.txt").write_text("Cora rings the gong.")
+    files = build(documents, index).files
+    opening = os.open
+
+    def failing(path, *given, **more):
+        if path in {"cellar", "notes.txt"}:
+            raise OSError(number, os.strerror(number), path)
+        return opening(path, *given, **more)
+
+    monkeypatch.setattr(scanning.os, "open", failing)
+    built = build(documents, index)
+    monkeypatch.undo()
+    assert (built.files, built.removed) == ((files, 0) if kept else (files - 2, 2))
+    reason = f"cannot be read: {os.strerror(number)}" + "; the version that was indexed before is kept" * kept
+    assert {each.path: each.reason for each in built.skipped} == {"deep/cellar/": reason, "notes.txt": reason}
+    assert bool(Corpus.load(index).search("gong")) is kept
 
 
 @pytest.mark.parametrize(
