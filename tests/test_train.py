@@ -72,7 +72,7 @@ def test_the_run_folder_is_whole(tiny, tiny_checkpoint):
     assert [r["epoch"] for r in rows] == [0, 1, 2, 3]
     assert rows[0]["eval_f1"] < 50
     assert rows[0]["train_loss"] is None
-    mean = metrics["mean_of_epochs"]  # kept, because no epoch has a better F1
+    mean = metrics["mean_of_epochs"]
     assert (mean["epochs"], mean["eval_f1"]) == (3, rows[metrics["best_epoch"]]["eval_f1"])
     assert metrics["eval_loss"] == mean["eval_loss"] < rows[0]["eval_loss"]
     settings = json.loads((tiny.run / "checkpoint" / "qadeploy.json").read_text())
@@ -235,9 +235,11 @@ def test_training_stops_when_dev_f1_no_longer_rises(few, tiny_checkpoint, tmp_pa
     assert metrics["best_epoch"] == 1
 
 
-@pytest.mark.parametrize(("learning_rate", "kept"), [(3e-3, True), (4e-4, False)])
-def test_the_mean_of_the_epochs_is_kept_unless_an_epoch_is_better(learning_rate, kept, tiny_checkpoint, tmp_path):
-    """At the lower rate the first epoch is far behind the second, and the mean is between them."""
+@pytest.mark.parametrize(("learning_rate", "kept"), [(3e-3, True), (2e-4, False)])
+def test_the_mean_of_the_epochs_is_kept_unless_an_epoch_is_clearly_better(
+    learning_rate, kept, tiny_checkpoint, tmp_path
+):
+    """At the lower rate the first epoch is far behind the second, and so is the mean."""
     ends: list[dict[str, torch.Tensor]] = []
 
     class Watched(MeanOfEpochs):
@@ -246,14 +248,13 @@ def test_the_mean_of_the_epochs_is_kept_unless_an_epoch_is_better(learning_rate,
             super().on_epoch_end(*args, model=model, **kwargs)
 
     said: list[str] = []
-    data = write_jsonl(tmp_path / "rows.jsonl", triplets(48))
+    data = write_jsonl(tmp_path / "rows.jsonl", triplets(96))
     options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=2, learning_rate=learning_rate)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qadeploy.training.trainer.MeanOfEpochs", Watched)
         metrics = train(options, said.append, progress=False).metrics
     (line,) = (line for line in said if "mean of the 2 epochs' weights" in line)
-    best = metrics["epochs"][metrics["best_epoch"]]["eval_f1"]
-    assert (float(re.search(r" F1 ([0-9.]+)", line)[1]) >= round(best, 1)) is kept
+    assert line.endswith(": kept" if kept else ": not kept, because epoch 2 is better, beyond chance")
     assert (metrics["mean_of_epochs"] is not None) is kept
     written = load_checkpoint(tmp_path / "run" / "checkpoint").model.state_dict()
     for name, tensor in written.items():

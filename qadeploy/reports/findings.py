@@ -51,7 +51,7 @@ def course(facts: RunFacts) -> str:
     """Returns which epoch was the best, or that the mean is kept, and whether overfitting followed."""
     best, last, mean = facts.best_epoch, facts.epochs[-1].number, facts.mean
     if mean:
-        text = f"The mean of the weights of {mean.number} epochs is kept: no epoch has a better dev F1."
+        text = f"The mean of the weights of {mean.number} epochs is kept: no epoch is better on the dev set, beyond chance."
     elif best == last:
         return "The last epoch was the best by dev F1: more epochs may help." if last else ""
     else:

@@ -161,7 +161,7 @@ class RunLog:
 
     def mean_of_epochs(self, row: dict[str, Any], best: dict[str, Any], kept: bool) -> None:
         """The dev scores of the mean of the epochs, and whether it is kept."""
-        why = "kept" if kept else f"not kept, because epoch {best['epoch']} has a better dev F1"
+        why = "kept" if kept else f"not kept, because epoch {best['epoch']} is better, beyond chance"
         self.detail(
             f"mean of the {row['epochs']} epochs' weights: eval loss {row['eval_loss']:.4f}, accuracy "
             f"{row['eval_accuracy']:.4f}, EM {row['eval_exact_match']:.1f}, F1 {row['eval_f1']:.1f}: {why}"

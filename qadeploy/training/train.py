@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback, EvalPrediction, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from qadeploy.core.metrics import Metric, Scores, choose_metric, score
+from qadeploy.core.metrics import Metric, Scores, bootstrap_interval, choose_metric, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.data.check import CheckedData, check_rows
 from qadeploy.data.formats import load_rows
@@ -37,7 +37,7 @@ from qadeploy.evaluation.predictions import write_predictions
 from qadeploy.files import cache_folder, write_json
 from qadeploy.inference.devices import parse_device
 from qadeploy.options import check as check_declared
-from qadeploy.records import Answer, Example, Logits
+from qadeploy.records import Answer, Example, FloatArray, Logits
 from qadeploy.reports.charts import terminal_chart
 from qadeploy.reports.run_report import RunRecord
 from qadeploy.shipped import base_model_path
@@ -374,7 +374,7 @@ def _make_loop(run: _TrainingRun) -> _Loop:
         train_dataset=windows.train,
         eval_dataset=windows.dev,
         data_collator=lambda items: collate(items, pad),
-        compute_metrics=lambda prediction: _dev_metrics(windows.dev, prediction, settings),
+        compute_metrics=lambda found: _dev_metrics(_dev_scores(windows.dev, found.predictions, settings)),
         callbacks=[
             EarlyStoppingCallback(options.patience),
             speed,
@@ -445,13 +445,14 @@ def _epoch_settings(run: _TrainingRun) -> QaSettings:
     return settings if threshold is None else replace(settings, null_threshold=threshold)
 
 
-def _dev_metrics(
-    dev: FeatureSet, prediction: EvalPrediction | EvalLoopOutput, settings: QaSettings
-) -> dict[str, float]:
-    starts, ends = prediction.predictions[:2]
+def _dev_scores(dev: FeatureSet, predictions: Sequence[FloatArray], settings: QaSettings) -> Scores:
+    starts, ends = predictions[:2]
     if not np.isfinite(starts[:, 0]).all():
         raise FailureError("training diverged: the logits are not finite. Lower --learning-rate")
-    scores = score_logits(dev, (starts, ends), settings)
+    return score_logits(dev, (starts, ends), settings)
+
+
+def _dev_metrics(scores: Scores) -> dict[str, float]:
     return {"eval_accuracy": scores.accuracy / 100, "eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
 
 
@@ -472,16 +473,21 @@ def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
 
 
 def _keep_mean(run: _TrainingRun, loop: _Loop) -> dict[str, Any] | None:
-    """Puts the mean of the epochs into the model if its dev F1 is at least that of the best epoch; returns its row then."""
-    trainer, dev, best = loop.trainer, run.windows.dev, loop.table.best
+    """Puts the mean of the epochs into the model, unless the best epoch is better on the dev set beyond chance.
+
+    The best of several epochs owes some of its dev F1 to chance, which is why it must be clearly better. Returns the row of
+    the mean if it is kept.
+    """
+    trainer, dev, settings = loop.trainer, run.windows.dev, _epoch_settings(run)
     if trainer.mean.epochs < 2:
         return None
+    best = _dev_scores(dev, _predict(trainer, dev), settings)
     trainer.mean.exchange(trainer.model)
     output = _outputs(trainer, dev)
-    found = _dev_metrics(dev, output, _epoch_settings(run))
-    row = {"epochs": trainer.mean.epochs, "eval_loss": float(output.metrics["eval_loss"]), **found}
-    kept = row["eval_f1"] >= best["eval_f1"]
-    run.log.mean_of_epochs(row, best, kept)
+    mean = _dev_scores(dev, output.predictions, settings)
+    row = {"epochs": trainer.mean.epochs, "eval_loss": float(output.metrics["eval_loss"]), **_dev_metrics(mean)}
+    kept = bootstrap_interval(best.rows_f1 - mean.rows_f1)[0] <= 0
+    run.log.mean_of_epochs(row, loop.table.best, kept)
     if not kept:
         trainer.mean.exchange(trainer.model)
     return row if kept else None

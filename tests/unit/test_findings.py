@@ -38,7 +38,7 @@ def test_the_course_of_training():
     )
     averaged = facts({"mean_of_epochs": {**epoch(3, None, 1.9, 61.0), "epochs": 3}})
     assert findings.course(averaged).startswith(
-        "The mean of the weights of 3 epochs is kept: no epoch has a better dev F1. After"
+        "The mean of the weights of 3 epochs is kept: no epoch is better on the dev set, beyond chance. After"
     )
     assert findings.caption_scores(averaged).startswith(
         "Dev F1 is 61.0 with the mean of the epochs, which is kept, up from"
