@@ -331,6 +331,9 @@ def test_the_options_of_run_qa_in_one_run(tiny_checkpoint, tmp_path):
     assert (settings["max_answer_len"], settings["null_threshold"]) == (3, 1.5)
     assert any("max_answer_len 3 as given" in line for line in said)
     assert any("null threshold +1.500" in line and "the threshold as given" in line for line in said)
+    dev, last = metrics["dev"], metrics["held_out"]
+    assert any(line.endswith(f"; HasAns F1 {dev['HasAns_f1']:.1f}, NoAns {dev['NoAns_f1']:.1f}") for line in said)
+    assert any(line.endswith(f"; HasAns F1 {last['HasAns_f1']:.1f}, NoAns {last['NoAns_f1']:.1f}") for line in said)
     found = held_out(run, None)
     source, examples = found.name, found.examples
     assert (source, [e.id for e in examples]) == (str(held), ["q0", "q1", "q2", "q3", "q4"])

@@ -206,9 +206,12 @@ class RunLog:
     def scores(self, name: str, scores: Scores) -> None:
         """Accuracy, EM and F1."""
         low, high = bootstrap_interval(scores.rows_f1)
+        has, parts = scores.rows_has_answer, ""
+        if has.any() and not has.all():
+            parts = f"; HasAns F1 {100 * scores.rows_f1[has].mean():.1f}, NoAns {100 * scores.rows_f1[~has].mean():.1f}"
         self.detail(
             f"{name}: accuracy {scores.accuracy / 100:.3f}, EM {scores.exact_match:.1f}, F1 {scores.f1:.1f} "
-            f"(95 % interval {low:.1f} to {high:.1f}) on {plural(scores.total, 'question')}"
+            f"(95 % interval {low:.1f} to {high:.1f}) on {plural(scores.total, 'question')}{parts}"
         )
 
 
