@@ -161,7 +161,7 @@ class SpanTrainer(Trainer):
         if self.args.world_size > 1:
             self.args.ddp_find_unused_parameters = self._has_unused_parameters()
         if saved:
-            self.mean.load(saved.folder, saved.run_state["mean_epochs"])
+            self.mean.load(saved.folder, saved.run_state.get("mean_epochs", 0))
         if saved is None:
             self.train()
         elif saved.run_state["stopped"]:  # after its last epoch or by patience: only the evaluation is left
