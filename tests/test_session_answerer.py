@@ -334,6 +334,14 @@ def test_only_many_questions_keep_one_copy_of_the_weights(answerer, bundle, sess
     assert [each.get_session_options().intra_op_num_threads for each in sessions.created] == [1, 2]
 
 
+def test_a_session_does_not_keep_the_bytes_of_its_model():
+    data = crafted(1.0)
+    before = sys.getrefcount(data)
+    model = OnnxModel(lambda: data, device="cpu", threads=2)
+    model.start([Window(np.arange(8), np.zeros(8, dtype=np.int64), 0, 0, 0, 0)]).result()
+    assert sys.getrefcount(data) == before
+
+
 def test_a_single_question_keeps_its_session_beside_many(answerer, bundle, sessions):
     model = Answerer.load(bundle, device="cpu", threads=2).model
     windows = windows_of(answerer)

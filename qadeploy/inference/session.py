@@ -428,13 +428,15 @@ class OnnxModel:
             if graphs and not on_cpu:
                 options.enable_mem_pattern = False  # it would allocate memory while a graph is captured
             with _creating:
-                return onnxruntime().InferenceSession(
+                session = onnxruntime().InferenceSession(
                     self._read(),
                     options,
                     providers=chosen,
                     disabled_optimizers=list(settings.disabled_optimizers) or None,
                     enable_fallback=0,  # a fallback prints to stdout and hides the error
                 )
+            session._model_bytes = None  # kept for set_providers, which is not used: a copy of the whole model
+            return session
         except (DeviceError, BundleError):
             raise
         except Exception as error:  # the binding raises one bare class per status code
