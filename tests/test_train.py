@@ -532,7 +532,7 @@ def test_a_run_that_is_given_as_a_base_names_its_checkpoint(tiny):
 
 @pytest.mark.parametrize(("given", "resolved"), [(None, 1), (0, 0), (2, 2)])
 def test_few_examples_get_a_negative_each_unless_asked_otherwise(given, resolved):
-    from qadeploy.training.train import resolve
+    from qadeploy.training.inputs import resolve
 
     one = Example("a", "Who?", "Ada keeps it.", (Annotation("Ada", 0),))
     assert resolve(TrainOptions(negatives=given), [one] * 20).negatives == resolved

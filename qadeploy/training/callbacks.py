@@ -110,7 +110,7 @@ class EpochTable(TrainerCallback):
         if self.gap_opened == row["epoch"]:
             self.log.warning(
                 f"overfitting from epoch {row['epoch']} on: eval loss {row['eval_loss']:.3f} rises while train loss "
-                f"{row['train_loss']:.3f} falls. The model with the best dev F1 is kept anyway. More questions help most; "
+                f"{row['train_loss']:.3f} falls. The best epoch or the mean of the epochs is kept anyway. More questions help most; "
                 "otherwise try fewer --epochs, a lower --learning-rate, or a higher --weight-decay"
             )
 

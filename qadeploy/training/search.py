@@ -23,12 +23,13 @@ from qadeploy.files import holding, temporary_folder, write_json
 from qadeploy.options import flag_of
 from qadeploy.records import Example
 from qadeploy.training.folds import cross_validate
+from qadeploy.training.inputs import load_data, resolve
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.resume import find_differences, find_unfinished
 from qadeploy.training.run_data import RunData
 from qadeploy.training.run_log import RunLog, Say
 from qadeploy.training.runs import read_status
-from qadeploy.training.train import RunResult, check, load_data, resolve, train
+from qadeploy.training.train import RunResult, check, train
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -16,45 +16,35 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import EarlyStoppingCallback, set_seed
+from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from qadeploy.core.metrics import Metric, Scores, bootstrap_interval, choose_metric, score
+from qadeploy.core.metrics import Scores, bootstrap_interval, choose_metric, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
-from qadeploy.data.check import CheckedData, check_rows
-from qadeploy.data.formats import load_rows
-from qadeploy.data.loading import hash_examples, joined, read, source_name, sources
-from qadeploy.data.table import check_summary
-from qadeploy.errors import FailureError, InputError, MissingExtraError
+from qadeploy.data.loading import hash_examples
+from qadeploy.errors import FailureError, InputError
 from qadeploy.evaluation.predictions import write_predictions
-from qadeploy.files import cache_folder, write_json
+from qadeploy.files import write_json
 from qadeploy.inference.devices import parse_device
 from qadeploy.options import check as check_declared
-from qadeploy.records import Answer, Example, FloatArray, Logits
+from qadeploy.records import Answer, FloatArray, Logits
 from qadeploy.reports.charts import terminal_chart
 from qadeploy.reports.run_report import RunRecord
-from qadeploy.shipped import base_model_path
 from qadeploy.training import distributed
-from qadeploy.training.batches import check_tokens
 from qadeploy.training.callbacks import EpochTable, QuietProgress, StepLines
-from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint, save_checkpoint
-from qadeploy.training.distill import Teacher, keep_layers, load_teacher, soft_labels
-from qadeploy.training.exportable import TESTED, exportable
-from qadeploy.training.feature_cache import cached_features
-from qadeploy.training.features import FeatureSet, unknown_tokens
-from qadeploy.training.negatives import with_negatives
-from qadeploy.training.options import FEW_EXAMPLES, TrainOptions
+from qadeploy.training.checkpoint import save_checkpoint
+from qadeploy.training.features import FeatureSet
+from qadeploy.training.inputs import Models, Windows, check_export, load_data, load_models, make_windows, resolve
+from qadeploy.training.options import TrainOptions
 from qadeploy.training.provenance import base_name, base_of, versions_of
 from qadeploy.training.report_files import write_report_files
 from qadeploy.training.resume import OpenRun, check_unfinished, finish, open_run
-from qadeploy.training.run_data import RunData, split_data, unlabelled_questions
+from qadeploy.training.run_data import RunData
 from qadeploy.training.run_log import RunLog, Say
 from qadeploy.training.runs import TENSORBOARD, check_replaceable
 from qadeploy.training.saves import SAVES, files_in, remove, writing
@@ -69,11 +59,9 @@ from qadeploy.training.selection import (
     score_logits,
 )
 from qadeploy.training.speed import Speed, compiled, float32_attention, has_tf32, tf32_matmuls
-from qadeploy.training.torch_device import device_name, memory_errors, resolve_precision, training_device
+from qadeploy.training.torch_device import device_name, memory_errors, training_device
 from qadeploy.training.tracking import check_tracker, tracker, tracker_errors
 from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
-from qadeploy.training.training_set import TrainingSet, masked_windows
-from qadeploy.training.workers import make_features_in
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 
@@ -128,12 +116,12 @@ def train(
         device = training_device(options.device)
         data = data or load_data(options, log)
         options = resolve(options, data.train.examples)
-        models = _load_models(options, device, choose_metric(options.metric, data.train.examples))
-        _check_export(models.checkpoint, log)
+        models = load_models(options, device, choose_metric(options.metric, data.train.examples))
+        check_export(models.checkpoint, log)
         log.raw_data(data)
         log.splits(data, options)
         log.detail(f"metric of EM and F1: {models.settings.metric}")
-        windows = _make_windows(options, data, models, log)
+        windows = make_windows(options, data, models, log)
         record = _record(options, data, models)
         with (
             open_run(Path(options.out), record, resume, log) as opened,
@@ -171,147 +159,7 @@ def check(options: TrainOptions, resume: bool = False) -> None:
     check_unfinished(out, resume)
 
 
-# ---------------------------------------------------------------- data, models, windows
-
-
-def load_data(options: TrainOptions, log: RunLog) -> RunData:
-    """Reads, checks and splits the questions.
-
-    Args:
-        options: The training options.
-        log: Gets the result of the row check.
-
-    Raises:
-        InputError: The data cannot be read or split; a DataError names unusable rows.
-    """
-    rows = {source: list(load_rows(source, options.token)) for source in sources(options.data)}
-    checked = [check_rows(source, rows[source], options) for source in rows]
-    check = CheckedData(source_name(options.data), tuple(row for each in checked for row in each.rows))
-    log.step("data check", check_summary(check))
-    found = joined([read(source, options, rows=rows[source]) for source in rows])
-    return split_data(options, found, check)
-
-
-def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions:
-    """Fills in the options whose defaults depend on the training questions.
-
-    Args:
-        options: The training options.
-        questions: The training questions.
-    """
-    few = len(questions) < FEW_EXAMPLES
-    negatives = int(few and not any_unanswerable(questions))
-    batch_size = None if options.batch_tokens else 16 if few else 24  # with batch_tokens, the tokens alone decide
-    resolved = replace(
-        options,
-        base=str(options.base or base_model_path()),
-        epochs=3 if options.epochs is None else options.epochs,
-        learning_rate=(1e-4 if few else 1.8e-4) if options.learning_rate is None else options.learning_rate,
-        batch_size=batch_size if options.batch_size is None else options.batch_size,
-        negatives=negatives if options.negatives is None else options.negatives,
-    )
-    distributed.windows_per_process(resolved.batch_size or 1)  # raises before anything is loaded
-    return resolved
-
-
-@dataclass(frozen=True, slots=True)
-class _Models:
-    """The model to be trained, the settings it came with, what it learns from, and where it computes."""
-
-    checkpoint: Checkpoint
-    settings: QaSettings
-    teacher: Teacher | None
-    device: torch.device
-    precision: str
-
-
-def _load_models(options: TrainOptions, device: torch.device, metric: Metric) -> _Models:
-    """Loads the base model and the teacher. The base's settings get the run's metric."""
-    precision = resolve_precision(options.precision, device.type)
-    set_seed(options.seed)  # determines the weights of a new answer head
-    hub = Hub(options.model_revision, options.token, options.trust_remote_code, options.allow_pickle)
-    names = ("attention_probs_dropout_prob", "attention_dropout")  # as BERT and DistilBERT call it
-    dropout = dict.fromkeys(names, options.attention_dropout)
-    checkpoint = load_checkpoint(str(options.base), hub, **dropout)
-    if options.gradient_checkpointing and not checkpoint.model.supports_gradient_checkpointing:
-        raise InputError(f"{options.base}: this kind of model does not support gradient checkpointing: leave it out")
-    settings = checkpoint.settings.changed(max_seq_len=options.max_seq_len, doc_stride=options.doc_stride)
-    weight = settings.bm25_weight if options.bm25_weight is None else options.bm25_weight
-    longest = settings.long_seq_len if options.long_seq_len is None else options.long_seq_len
-    settings = replace(settings, metric=metric, bm25_weight=weight, long_seq_len=longest)
-    if options.layers is not None:
-        keep_layers(checkpoint.model, options.layers)
-    teacher = load_teacher(options.teacher, device, hub, options.load_timeout) if options.teacher else None
-    return _Models(checkpoint, settings, teacher, device, precision)
-
-
-def _check_export(checkpoint: Checkpoint, log: RunLog) -> None:
-    """Raises InputError if ``export`` cannot export the model; warns if it may fail."""
-    try:
-        found = exportable(checkpoint.model.config)
-    except MissingExtraError as error:
-        log.warning(f"qadeploy export cannot export the trained model before an exporter is installed: {error}")
-        return
-    if found.possible is False:
-        raise InputError(
-            f"{checkpoint.name}: {found.why}, so qadeploy export could not export the trained model: give a --base of "
-            f"another kind: {', '.join(TESTED)}"
-        )
-    if found.possible is None:
-        log.warning(
-            f"{checkpoint.name}: whether qadeploy export can export it is not known, because {found.why}: train one epoch and "
-            "export that first"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Windows:
-    """The windows of the train, dev and held-out sets, and the share of unknown tokens in all of them."""
-
-    train: TrainingSet
-    dev: FeatureSet
-    held_out: FeatureSet | None
-    unknown_tokens: float
-
-    @property
-    def sets(self) -> list[FeatureSet]:
-        return [self.train.features, self.dev, *([self.held_out] if self.held_out else [])]
-
-
-def _make_windows(options: TrainOptions, data: RunData, models: _Models, log: RunLog) -> _Windows:
-    """Adds negatives and a teacher's questions, cuts the windows, and asks the teacher for its labels."""
-    unlabelled = unlabelled_questions(options)
-    train = with_negatives(data.train.examples, options.negatives or 0, [e.context for e in unlabelled])
-    dev = with_negatives(data.dev.examples, min(options.negatives or 0, 1))
-    log.negatives("train", train)
-    log.negatives("dev", dev)
-    log.leaks(data)
-
-    wanted = [replace(data.train, examples=(*train.examples, *unlabelled)), replace(data.dev, examples=dev.examples)]
-    wanted += [data.held_out] if data.held_out else []
-    encoder, settings = models.checkpoint.encoder, models.settings
-    cache = cache_folder() if options.cache else None
-    make = partial(make_features_in, options.preprocessing_num_workers)
-    made = cached_features(wanted, encoder, settings, cache, log.detail, make=make)
-    train_set, dev_set, *held_out = made.sets
-    log.features(train_set, dev_set, settings, made.found)
-    masked = masked_windows(train_set)
-    log.masked_windows(len(masked), taught=models.teacher is not None)
-    log.labelled_window(train_set, encoder.token_text)
-    unknown = unknown_tokens(made.sets, encoder)
-    log.unknown_tokens(unknown)
-    if not train_set.with_answer:
-        raise InputError(f"{data.train.source}: no training window holds an answer, so there is nothing to learn from")
-    if options.batch_tokens:
-        check_tokens(options.batch_tokens, [len(f.window) for f in train_set.features])
-    soft = soft_labels(models.teacher, train_set, options.distill_temperature, cache, log) if models.teacher else []
-    alone = len(set(train.groups)) == len(train.groups)  # no question has negatives
-    groups = () if alone else (*train.groups, *range(len(train.groups), len(train_set.examples)))
-    train_windows = TrainingSet(train_set, groups, len(unlabelled), soft, masked)
-    return _Windows(train_windows, dev_set, held_out[0] if held_out else None, unknown)
-
-
-def _record(options: TrainOptions, data: RunData, models: _Models) -> dict[str, Any]:
+def _record(options: TrainOptions, data: RunData, models: Models) -> dict[str, Any]:
     """The content of ``run.json``."""
     return {
         "status": "running",
@@ -344,8 +192,8 @@ class _TrainingRun:
 
     options: TrainOptions
     data: RunData
-    models: _Models
-    windows: _Windows
+    models: Models
+    windows: Windows
     opened: OpenRun
     log: RunLog
     progress: bool
@@ -457,7 +305,7 @@ def _dev_metrics(scores: Scores) -> dict[str, float]:
 
 
 def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
-    """Trains, and loads the best epoch's weights or the mean of all epochs. Returns the base model's scores on the held-out set."""
+    """Trains, and loads the best epoch's weights. Returns the base model's scores on the held-out set."""
     held_out, base = run.windows.held_out, None
     if held_out:
         base = score_logits(held_out, _predict(loop.trainer, held_out), run.models.settings)
@@ -468,20 +316,20 @@ def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
         # After epochs of less than a second the Trainer distrusts file times and sorts saves by step number.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
         loop.trainer.fit(run.opened.saved)
-        loop.table.mean = _keep_mean(run, loop)
     return base
 
 
-def _keep_mean(run: _TrainingRun, loop: _Loop) -> dict[str, Any] | None:
+def _choose_weights(run: _TrainingRun, loop: _Loop) -> Logits:
     """Puts the mean of the epochs into the model, unless the best epoch is better on the dev set beyond chance.
 
-    The best of several epochs owes some of its dev F1 to chance, which is why it must be clearly better. Returns the row of
-    the mean if it is kept.
+    The best of several epochs owes some of its dev F1 to chance, which is why it must be clearly better. Returns the dev
+    set's logits by the weights that are kept.
     """
     trainer, dev, settings = loop.trainer, run.windows.dev, _epoch_settings(run)
+    logits = _predict(trainer, dev)
     if trainer.mean.epochs < 2:
-        return None
-    best = _dev_scores(dev, _predict(trainer, dev), settings)
+        return logits
+    best = _dev_scores(dev, logits, settings)
     trainer.mean.exchange(trainer.model)
     output = _outputs(trainer, dev)
     mean = _dev_scores(dev, output.predictions, settings)
@@ -490,7 +338,10 @@ def _keep_mean(run: _TrainingRun, loop: _Loop) -> dict[str, Any] | None:
     run.log.mean_of_epochs(row, loop.table.best, kept)
     if not kept:
         trainer.mean.exchange(trainer.model)
-    return row if kept else None
+        return logits
+    loop.table.mean = row
+    starts, ends = output.predictions[:2]
+    return starts, ends
 
 
 def _predict(trainer: SpanTrainer, features: FeatureSet) -> Logits:
@@ -541,7 +392,7 @@ class _Evaluation:
 def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _Evaluation:
     """Chooses the settings on the dev set, and scores the dev and the held-out set."""
     options, log, dev, held_out = run.options, run.log, run.windows.dev, run.windows.held_out
-    logits = _predict(loop.trainer, dev)
+    logits = _choose_weights(run, loop)
     given = options.null_score_diff_threshold is not None
     settings = choose_settings(
         dev,
