@@ -311,6 +311,22 @@ def test_every_recipe_makes_a_smaller_model_that_answers_alike(name, material):
     assert made == RECIPES[name].make(material)  # the search keeps figures, not models
 
 
+def test_the_static_recipe_rounds_what_each_matmul_reads_and_the_runtime_multiplies_in_int8(material, tmp_path):
+    made = RECIPES["int8-static"].make(material)
+    nodes = onnx.load_model_from_string(made.model).graph.node
+    makers = {name: node for node in nodes for name in node.output}
+    small = [node for node in nodes if node.op_type == "MatMul" and makers[node.input[1]].op_type == "DequantizeLinear"]
+    assert len(small) == 13  # also behind the fused attentions, where ONNX finds no types
+    for node in small:
+        assert makers[makers[node.input[0]].input[0]].op_type == "QuantizeLinear", node.name
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(made.model, options, providers=["CPUExecutionProvider"])
+    run = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert run["MatMulIntegerToFloat"] == len(small)
+    assert run["DequantizeLinear"] == 0
+
+
 def test_embeddings_in_int8_have_one_scale_a_row():
     rows = np.random.default_rng(3).normal(size=(1500, 8)).astype(np.float32)
     rows[7] *= 1000  # would set the scale of the whole table
