@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 from qadeploy.export import attention
 from qadeploy.export.attention import fuse_attention
@@ -133,6 +133,33 @@ def test_a_local_layers_window_is_read_off_its_mask(modernbert):
     softmaxes = [node for node in graph.graph.node if node.op_type == "Softmax"]
     found = [attention._attention(graph, node) for node in softmaxes]
     assert [each.radius for each in found] == [None, RADIUS]
+
+
+@pytest.mark.parametrize("other", [RADIUS - 5, RADIUS + 5])
+def test_of_two_local_windows_the_narrower_counts(other, modernbert):
+    proto = onnx.load_model_from_string(modernbert.model)
+    graph = Graph(proto)
+    local = [node for node in proto.graph.node if node.op_type == "Softmax"][1]
+    (mask,) = attention._scores(graph, local.input[0])[2]
+    second = [copy.deepcopy(node) for node in proto.graph.node if node in graph.ancestors(mask)]
+    renamed = {name: f"{name}/second" for node in second for name in node.output}
+    for node in second:
+        node.name += "/second"
+        radius = next((n for n in node.input if np.array_equal(graph.constant(n), RADIUS)), None)
+        inputs = ["other" if name == radius else renamed.get(name, name) for name in node.input]
+        node.input[:], node.output[:] = inputs, [renamed[name] for name in node.output]
+    assert any("other" in node.input for node in second)
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(other), "other"))
+    place = list(proto.graph.node).index(local)
+    both = helper.make_node("Add", [local.input[0], renamed[mask]], ["both"], "both")
+    local.input[0] = "both"
+    for node in reversed([*second, both]):
+        proto.graph.node.insert(place, node)
+    found = fuse_attention(proto.SerializeToString(), HEADS)
+    assert found.fused == 2
+    exact = joined(modernbert.onnx(proto.SerializeToString()).run(modernbert.windows))
+    np.testing.assert_allclose(joined(modernbert.onnx(found.model).run(modernbert.windows)), exact, atol=2e-5)
+    assert (np.abs(exact - modernbert.exact).max() > 0.01) == (other < RADIUS)
 
 
 def test_a_window_that_may_be_wider_than_the_probe_stays_a_bias_of_the_whole(modernbert, monkeypatch):

@@ -155,9 +155,11 @@ def _terms(graph: Graph, added: Sequence[str]) -> tuple[str | None, int | None] 
             if not sources <= {_MASK}:
                 return None
             continue
-        radius = _radius(graph, name) if sources <= {_MASK} else None
-        if radius is None:
+        window = _radius(graph, name) if sources <= {_MASK} else None
+        if window is None:
             biases.append(name)
+        else:
+            radius = window if radius is None else min(radius, window)
     if len(biases) > 1 or (biases and radius is not None):
         return None
     return (biases[0] if biases else None), radius
