@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -41,25 +42,25 @@ class Rewritten:
     attentions: int
 
 
-def fuse_attention(model: bytes, heads: int, *, keep_mask: bool = False, plain: bool = True) -> Rewritten:
+def fuse_attention(model: bytes | Path, heads: int, *, keep_mask: bool = False, plain: bool = True) -> Rewritten:
     """The model with its attentions as single nodes if all of them have a known form; otherwise the model unchanged.
 
     If one cannot be rewritten, none is: a mixed graph gains little. The caller must check that the logits stay the same.
 
     Args:
-        model: The model as exported.
+        model: The model as exported, or its file, which takes less memory.
         heads: The number of attention heads.
         keep_mask: Whether to keep the padding mask. Without it a model is faster, but must not get padded batches.
         plain: Whether to rewrite a model with BERT's form of attention, which ONNX Runtime's fusions know too.
     """
-    proto = onnx.load_model_from_string(model)
+    proto = onnx.load(model) if isinstance(model, Path) else onnx.load_model_from_string(model)
     graph = Graph(proto)
     softmaxes = [node for node in proto.graph.node if node.op_type == "Softmax"]
     matched = [_attention(graph, node) for node in softmaxes]
     found = [each for each in matched if each is not None]
     special = any(each.rotations or each.bias or each.radius for each in found)  # beyond BERT's form
     if not heads or not found or len(found) < len(matched) or not (plain or special):
-        return Rewritten(model, 0, len(softmaxes))
+        return Rewritten(model.read_bytes() if isinstance(model, Path) else model, 0, len(softmaxes))
     writer = _Writer(graph, heads, keep_mask)
     for attention in found:
         writer.replace(attention)

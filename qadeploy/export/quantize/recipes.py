@@ -59,7 +59,7 @@ class Material:
         return self._kept("rewritten", self._rewrite)
 
     def _rewrite(self) -> Rewritten:
-        found = fuse_attention(self.model, self.heads or 0)  # 0 (unknown) fuses nothing
+        found = fuse_attention(self.source, self.heads or 0)  # 0 (unknown) fuses nothing
         if found.fused and not self._logits_apart(found.model) <= REWRITING_TOLERANCE:
             return Rewritten(self.model, 0, found.attentions)
         return found
