@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qadeploy.errors import InputError
 from qadeploy.export.attention import fuse_attention
+from qadeploy.export.onnx import export_graph
 from qadeploy.export.parity import parity_windows
 from qadeploy.export.quantize.int8 import find_recipes
 from qadeploy.export.quantize.matmuls import (
@@ -32,8 +33,10 @@ from qadeploy.export.quantize.smoothquant import choose, smoothing_scales, smoot
 from qadeploy.export.reference import make_reference
 from qadeploy.inference.bundle import MODEL, open_bundle
 from qadeploy.inference.session import OnnxModel
+from qadeploy.training.checkpoint import load_checkpoint
 from qadeploy.training.runs import HeldOut, dev_set, find_run
 from tests.cli_for_tests import fails, well
+from tests.models_for_tests import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,12 @@ def material(tiny, bundle) -> Material:
     return Material(open_bundle(bundle).read(MODEL), 4, 0, windows)
 
 
+QUICK = ("ALBERT", "DeBERTa-v3", "ModernBERT")  # shared weights, inputs that are not tokens, matmuls without weights
+EACH = [pytest.param(a, id=a.name, marks=[] if a.name in QUICK else [pytest.mark.slow]) for a in ARCHITECTURES]
+
+
 def logits(model: bytes, material: Material) -> np.ndarray:
-    runs = OnnxModel(lambda: model, device="cpu").run(material.windows)
+    runs = OnnxModel(lambda: model, device="cpu", pad_token_id=material.pad_token_id).run(material.windows)
     return np.concatenate([value for pair in runs for value in pair])
 
 
@@ -186,7 +193,7 @@ def test_a_matmul_with_an_outlying_weight_is_ranked_first(material):
     measured = measure_activations(material.model, material.windows[:4])
     errors = rounding_errors(material.model, measured)
     proto = onnx.load_model_from_string(material.model)
-    calm = worst(errors, 1)[-1]
+    calm = worst(errors, 1, [(name,) for name in errors])[-1]
     assert errors[calm] == min(errors.values())
     node = next(n for n in proto.graph.node if n.name == calm)
     weight = next(t for t in proto.graph.initializer if t.name == node.input[1])
@@ -199,8 +206,42 @@ def test_a_matmul_with_an_outlying_weight_is_ranked_first(material):
 
 def test_the_worst_share():
     errors = {f"p{i}": (3 * i % 10) / 10 for i in range(10)}
-    assert worst(errors, 0.25) == ["p3", "p6"]
-    assert worst(errors, 0.05) == []
+    alone = [(name,) for name in errors]
+    assert worst(errors, 0.25, alone) == ["p3", "p6"]
+    assert worst(errors, 0.05, alone) == []
+
+
+def test_matmuls_that_share_a_weight_are_among_the_worst_together_or_not_at_all():
+    errors = {"a": 0.1, "b": 0.9, "c": 0.5, "d": 0.4, "e": 0.3, "f": 0.2}
+    sharing = [("a", "b"), ("c",), ("d", "e", "not measured"), ("f",)]
+    assert worst(errors, 0.5, sharing) == ["a", "b", "c"]
+    assert worst(errors, 0.2, sharing) == ["c"]  # a and b are two
+    assert worst(errors, 0.7, sharing) == ["a", "b", "c", "f"]
+
+
+@pytest.mark.parametrize("architecture", EACH)
+def test_every_recipe_rounds_all_matmuls_of_weights_but_those_it_names(architecture, tmp_path):
+    checkpoint = load_checkpoint(architecture.save(tmp_path / "checkpoint"))
+    export_graph(checkpoint, tmp_path)
+    encoder, heads = checkpoint.encoder, checkpoint.model.config.num_attention_heads
+    question, limit = encoder.encode("Who keeps the lamp?"), encoder.config.position_limit
+    contexts = [encoder.encode("Ada keeps the lamp, and Bela the boat. " * n) for n in (1, 3, 60)]
+    windows = [encoder.windows(question, c, max_seq_len=limit, doc_stride=20)[0] for c in contexts]
+    material = Material(tmp_path / MODEL, heads, encoder.config.pad_token_id, windows)
+    exact = logits(material.model, material)
+    matmuls = {matmul.name for matmul in find_matmuls(onnx.load_model_from_string(material.rewritten.model))}
+    for name, recipe in RECIPES.items():
+        made = recipe.make(material)
+        assert np.corrcoef(exact, logits(made.model, material))[0, 1] > 0.99, name
+        nodes = onnx.load_model_from_string(made.model).graph.node
+        dequantized = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+        small = [node for node in nodes if node.op_type in {"MatMulInteger", "MatMulNBits"}]
+        if name == "int8-static":
+            small = [node for node in nodes if node.op_type == "MatMul" and node.input[1] in dequantized]
+            assert all(node.input[0] in dequantized for node in small), name
+        others = [node for node in nodes if node.op_type == "MatMul" and node not in small]
+        assert not dequantized & {read for node in others for read in node.input}, name
+        assert len(small) == len(matmuls - set(made.float_nodes)), name
 
 
 # ---------------------------------------------------------------- SmoothQuant

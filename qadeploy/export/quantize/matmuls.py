@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,9 +104,26 @@ def rounding_errors(model: bytes, activations: Activations) -> dict[str, float]:
     return {m.name: activations.error([m]) for m in find_matmuls(onnx.load_model_from_string(model))}
 
 
-def worst(errors: Mapping[str, float], share: float) -> list[str]:
-    """The names of the ``share`` (0 to 1) of matmuls with the largest errors, rounded down, the worst first."""
-    return sorted(errors, key=lambda name: -errors[name])[: int(len(errors) * share)]
+def share_weights(proto: onnx.ModelProto) -> list[tuple[str, ...]]:
+    """The names of the matmuls that read each weight: several in ALBERT, for all layers, and DeBERTa, for positions too."""
+    readers: dict[str, list[str]] = defaultdict(list)
+    for matmul in find_matmuls(proto):
+        readers[matmul.tensor.name].append(matmul.name)
+    return [tuple(names) for names in readers.values()]
+
+
+def worst(errors: Mapping[str, float], share: float, sharing: Iterable[Sequence[str]]) -> list[str]:
+    """The names of at most the ``share`` (0 to 1) of matmuls with the largest errors, the worst first.
+
+    Those that share a weight (``share_weights``) stay together, judged by the largest error: where some readers of a weight
+    are in int8 and others in float, the latter would read rounded values, converted anew at each run.
+    """
+    known = [[name for name in names if name in errors] for names in sharing]
+    kept: list[str] = []
+    for names in sorted(filter(None, known), key=lambda names: -max(errors[name] for name in names)):
+        if len(kept) + len(names) <= int(len(errors) * share):
+            kept += names
+    return kept
 
 
 def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
@@ -132,12 +149,15 @@ def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
     numbers: list[int] = []
     for number, window in enumerate(windows):
         batch = pad_batch([window], 0)
-        tokens = ((np.arange(min(TOKENS, len(window))) + 0.5) * len(window) / min(TOKENS, len(window))).astype(np.int64)
-        numbers += [number] * len(tokens)
+        count = min(TOKENS, len(window))
+        places = (np.arange(count) + 0.5) / count
+        numbers += [number] * count
         values = session.run(names, {name: batch[name] for name in taken})
         for name, value in zip(names, values, strict=True):
             rows = value.reshape(-1, value.shape[-1])
-            kept[name].append(rows[tokens])
+            kept[name].append(
+                rows[(places * len(rows)).astype(np.int64)]
+            )  # not always tokens: DeBERTa's are distances too
             lows[name].append(np.minimum(rows.min(axis=0), 0))
             highs[name].append(np.maximum(rows.max(axis=0), 0))
     whole = {name: np.concatenate(parts) for name, parts in kept.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,19 @@ def quantize_dynamic_int8(model: bytes, float_nodes: Iterable[str] = (), *, redu
 def quantize_static_int8(
     model: bytes, windows: Sequence[Window], float_nodes: Iterable[str] = (), *, reduce_range: bool = False
 ) -> bytes:
-    """The model with int8 weights, one scale per column, and activations rounded by their ranges on ``windows``."""
+    """The model with int8 weights, one scale per column, and activations rounded by their ranges on ``windows``.
+
+    As in ``quantize_dynamic_int8``, only matmuls with constant weights change; the others, such as the rotary angles of
+    positions, are named to the static quantizer, which would round them too.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    taken = [i.name for i in onnx.load_model_from_string(model).graph.input]
+    proto = onnx.load_model_from_string(model)
+    del model
+    taken = [i.name for i in proto.graph.input]
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    computed = [n.name for n in proto.graph.node if n.op_type in _KINDS and n.input[1] not in weights]
+    _add_activation_types(proto, weights)
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -107,8 +116,8 @@ def quantize_static_int8(
 
     with only_errors(), tempfile.TemporaryDirectory() as folder:
         source, path = Path(folder) / "source.onnx", Path(folder) / MODEL
-        source.write_bytes(_with_activation_types(model))
-        del model
+        onnx.save(proto, source)
+        del proto
         quantize_static(
             source,
             path,
@@ -117,7 +126,7 @@ def quantize_static_int8(
             reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(float_nodes),
+            nodes_to_exclude=[*float_nodes, *computed],
             **_MATMULS,
         )
         return _round_only_for_matmuls(onnx.load(path))
@@ -136,19 +145,15 @@ def quantize_weights_int8(model: bytes) -> bytes:
         return bytes(quantizer.model.model.SerializeToString())
 
 
-def _with_activation_types(model: bytes) -> bytes:
-    """The model with the type of what each matmul reads; the static quantizer leaves activations of unknown type in float.
+def _add_activation_types(proto: onnx.ModelProto, weights: Set[str]) -> None:
+    """Notes the type of what each matmul reads; the static quantizer leaves activations of unknown type in float.
 
     ONNX finds no types behind ONNX Runtime's own operators, such as a fused attention.
     """
-    proto = onnx.load_model_from_string(model)
-    del model
     graph = proto.graph
-    weights = {tensor.name for tensor in graph.initializer}
     read = {node.input[0] for node in graph.node if node.op_type in _KINDS and node.input[1] in weights}
     for name in sorted(read - {value.name for value in graph.value_info}):
         graph.value_info.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    return bytes(proto.SerializeToString())
 
 
 def _round_only_for_matmuls(proto: onnx.ModelProto) -> bytes:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import onnx
 
 from qadeploy.export.attention import Rewritten, fuse_attention
-from qadeploy.export.quantize.matmuls import Activations, measure_activations, rounding_errors, worst
+from qadeploy.export.quantize.matmuls import Activations, measure_activations, rounding_errors, share_weights, worst
 from qadeploy.export.quantize.quantizers import (
     quantize_dynamic_int8,
     quantize_embeddings,
@@ -91,6 +92,11 @@ class Material:
         """The errors of the fused model's matmuls under int8, by name."""
         return rounding_errors(self.rewritten.model, self.activations)
 
+    @cached_property
+    def sharing(self) -> list[tuple[str, ...]]:
+        """The names of the fused model's matmuls that share a weight."""
+        return share_weights(onnx.load_model_from_string(self.rewritten.model))
+
     def _logits_apart(self, other: bytes) -> float:
         file = self._folder / "other.onnx"  # takes less memory than bytes
         file.write_bytes(other)
@@ -142,11 +148,11 @@ def _smoothquant_mixed(material: Material) -> QuantizedModel:
     """Also keeps in float the eighth of the matmuls whose error is still the largest."""
     smoothed = material.smoothed
     left = {name: each.error for each in smoothed.smoothings for name in each.matmuls}
-    return _dynamic(material, "smoothed", (*worst(left, 1 / 8), *smoothed.float_nodes))
+    return _dynamic(material, "smoothed", (*worst(left, 1 / 8, smoothed.sharing), *smoothed.float_nodes))
 
 
 def _mixed(share: float) -> Callable[[Material], QuantizedModel]:
-    return lambda material: _dynamic(material, "rewritten", worst(material.errors, share))
+    return lambda material: _dynamic(material, "rewritten", worst(material.errors, share, material.sharing))
 
 
 def _static(material: Material) -> QuantizedModel:

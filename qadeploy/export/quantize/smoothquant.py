@@ -23,7 +23,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from qadeploy.export.quantize.matmuls import Activations, MatMul, find_matmuls
+from qadeploy.export.quantize.matmuls import Activations, MatMul, find_matmuls, share_weights
 from qadeploy.records import FloatArray
 
 ALPHAS = (0.6, 0.7, 0.8, 0.9)
@@ -47,11 +47,12 @@ class Smoothing:
 
 @dataclass(frozen=True, slots=True)
 class SmoothedModel:
-    """The model, what was done, and the names of the small matmuls that must stay in float."""
+    """The model, what was done, the names of the small matmuls that must stay in float, and who then shares weights."""
 
     model: bytes
     smoothings: tuple[Smoothing, ...]
     float_nodes: tuple[str, ...]
+    sharing: Sequence[tuple[str, ...]]
 
 
 def smoothquant(model: bytes, activations: Activations) -> SmoothedModel:
@@ -65,7 +66,7 @@ def smoothquant(model: bytes, activations: Activations) -> SmoothedModel:
     float_nodes: list[str] = []
     for smoothing in chosen:
         float_nodes += _apply(proto, smoothing)
-    return SmoothedModel(proto.SerializeToString(), tuple(chosen), tuple(float_nodes))
+    return SmoothedModel(proto.SerializeToString(), tuple(chosen), tuple(float_nodes), share_weights(proto))
 
 
 def choose(matmuls: Sequence[MatMul], activations: Activations) -> Smoothing:
