@@ -155,9 +155,7 @@ def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
         values = session.run(names, {name: batch[name] for name in taken})
         for name, value in zip(names, values, strict=True):
             rows = value.reshape(-1, value.shape[-1])
-            kept[name].append(
-                rows[(places * len(rows)).astype(np.int64)]
-            )  # not always tokens: DeBERTa's are distances too
+            kept[name].append(rows[(places * len(rows)).astype(np.int64)])  # tokens or, in DeBERTa, distances
             lows[name].append(np.minimum(rows.min(axis=0), 0))
             highs[name].append(np.maximum(rows.max(axis=0), 0))
     whole = {name: np.concatenate(parts) for name, parts in kept.items()}
