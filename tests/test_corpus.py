@@ -68,18 +68,18 @@ def test_the_text_of_a_pdf_is_limited_in_bytes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "reason"),
+    ("script", "seconds", "reason"),
     [
-        ("import time; time.sleep(60)", "took longer than 0.5 seconds"),
-        ("import os; os.abort()", "its reader ended with signal 6"),
-        ("raise SystemExit(3)", "its reader ended with exit code 3"),
+        ("import time; time.sleep(60)", 0.5, "took longer than 0.5 seconds"),
+        ("import os; os.abort()", 60, "its reader ended with signal 6"),
+        ("raise SystemExit(3)", 60, "its reader ended with exit code 3"),
     ],
 )
-def test_a_reader_that_hangs_or_crashes_is_the_file_s_problem(script, reason, tmp_path, monkeypatch):
+def test_a_reader_that_hangs_or_crashes_is_the_file_s_problem(script, seconds, reason, tmp_path, monkeypatch):
     child = tmp_path / "child.py"
     child.write_text(script)
     monkeypatch.setattr(pdf, "_CHILD", child)
-    monkeypatch.setattr(pdf, "MOST_SECONDS", 0.5)
+    monkeypatch.setattr(pdf, "MOST_SECONDS", seconds)
     with pytest.raises(InputError, match=reason):
         pdf_document(make_pdf("Some text."), "x.pdf")
 
