@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from hypothesis import assume, given
@@ -284,6 +287,29 @@ def test_the_file_is_a_sound_model_of_operators_that_onnx_runtime_has(text_of):
         ("context", TensorProto.STRING),
     ]
     onnx.checker.check_model(proto)
+
+
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the bodies of its loops."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            yield from nodes_of(attribute.g)
+
+
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_onnx_runtime_fuses_the_same_in_a_text_model_as_in_its_bundle(kind, text_of, tmp_path):
+    """Without the shapes that the model states, GELU had no bias and no normalisation was fused with the sum before it."""
+    made = text_of(kind)
+    counts = []
+    for model in (made.answerer.bundle.read(MODEL), made.proto.SerializeToString()):
+        options = ort.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        counts.append(Counter(node.op_type for node in nodes_of(onnx.load(tmp_path / "optimized.onnx").graph)))
+    fused = [name for name in counts[0] if name.endswith(("Gelu", "LayerNormalization")) or "MatMul" in name]
+    assert {name: counts[1][name] for name in fused} == {name: counts[0][name] for name in fused}
+    assert counts[0]["BiasGelu"] or counts[0]["SkipLayerNormalization"]
 
 
 # ---------------------------------------------------------------- bundles, refusals, the command line

@@ -24,6 +24,7 @@ from onnx import external_data_helper
 
 from qadeploy.errors import FailureError
 from qadeploy.export.attention import fuse_attention
+from qadeploy.export.graph import Graph
 
 # ONNX Runtime's optimizer knows families of graphs; the graphs of models of these types are built like BERT's.
 FUSED_TYPES = frozenset(
@@ -80,15 +81,29 @@ def fuse(model: bytes, architecture: Mapping[str, Any], *, mask_index: bool = Fa
         model = fuse_attention(model, architecture["heads"] or 0, keep_mask=True, plain=False).model
     options = FusionOptions("bert")
     options.use_raw_attention_mask(not mask_index)
+    proto = onnx.load_model_from_string(model)
+    _put_residuals_last(proto)
     with silent():
         return optimize_model(
-            onnx.load_model_from_string(model),
+            proto,
             model_type="bert",
             num_heads=architecture["heads"] or 0,
             hidden_size=architecture["hidden"] or 0,
             opt_level=0,
             optimization_options=options,
         )
+
+
+def _put_residuals_last(model: onnx.ModelProto) -> None:
+    """Turns ``x + f(x)`` into ``f(x) + x``, the same bits, where both are sums: ONNX Runtime follows the first sum only.
+
+    ALBERT's first attention is added to a projection with a bias, and was not found behind it.
+    """
+    graph = Graph(model)
+    for add in [node for node in model.graph.node if node.op_type == "Add"]:
+        first, second = (graph.maker(name, "Add") for name in add.input)
+        if first is not None and second is not None and first in graph.ancestors(add.input[1]):
+            add.input[:] = reversed(add.input)
 
 
 @contextlib.contextmanager

@@ -213,9 +213,13 @@ def _longest_pieces(n: Nodes, pieces: WordPiece, symbol: str, begins: str, space
 
 
 def _body(
-    b: Nodes, prefix: str, carried: Sequence[tuple[str, int, Sequence[int | None]]], results: tuple[str, ...]
+    b: Nodes,
+    prefix: str,
+    carried: Sequence[tuple[str, int, Sequence[int | None]]],
+    results: tuple[str, ...],
+    shapes: Sequence[onnx.ValueInfoProto] = (),
 ) -> onnx.GraphProto:
-    """A loop's body: ``results`` are whether to go on, and the next values of ``carried``."""
+    """A loop's body: ``results`` are whether to go on, and the next values of ``carried``; ``shapes`` of values inside."""
     info = helper.make_tensor_value_info
     inputs = [
         info(f"{prefix}step", TensorProto.INT64, []),
@@ -224,7 +228,7 @@ def _body(
     ]
     kinds = [(TensorProto.BOOL, []), *((kind, shape) for _, kind, shape in carried)]
     outputs = [info(name, kind, shape) for name, (kind, shape) in zip(results, kinds, strict=True)]
-    return helper.make_graph(b.nodes, prefix.rstrip("/"), inputs, outputs, b.constants)
+    return helper.make_graph(b.nodes, prefix.rstrip("/"), inputs, outputs, b.constants, value_info=shapes)
 
 
 def _read(
@@ -294,7 +298,8 @@ def _read(
     null = b("Min", "read/null", b("Add", *(b("Gather", each, at) for each in row)))
     on = b("Identity", "read/on")
     carried = [("read/table", TensorProto.FLOAT, [None, length]), ("read/null", TensorProto.FLOAT, [])]
-    body = _body(b, "read/", carried, (on, merged, null))
+    # Only with the shapes that the model states does ONNX Runtime fuse in it what it fuses in the bundle's.
+    body = _body(b, "read/", carried, (on, merged, null), [*model.input, *model.value_info])
     worst = n.constant(np.inf, np.float32)
     found = n.many("Loop", n("Squeeze", windows), n.constant(True, np.bool_), table, worst, outputs=2, body=body)
     return found[0], found[1]
