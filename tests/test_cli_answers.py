@@ -263,6 +263,13 @@ def test_options_of_ray_ask_for_ray(bundle):
     assert not Path("answers").exists()
 
 
+@pytest.mark.parametrize("ending", [".csv", ".json", ".tsv", ".XLSX"])
+def test_answer_makes_no_folder_that_looks_like_a_file(ending, bundle):
+    write_jsonl(Path("a.jsonl"), triplets(3))
+    said = f"--output answers{ending}: {ending} is not written: give a name that ends in .jsonl, or that of a folder"
+    fails(2, [said], "answer", bundle, "--input", "a.jsonl", "--output", f"answers{ending}")
+
+
 @pytest.mark.parametrize("output", ["answers.jsonl", "answers"])
 def test_answer(output, bundle):
     rows = triplets(20)
