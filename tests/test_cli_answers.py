@@ -215,6 +215,15 @@ def test_ask_takes_a_text_that_begins_with_an_at_sign(bundle):
     assert (result.exit_code, "not UTF-8 text (byte 17)" in result.stderr) == (2, True)
 
 
+def test_ask_warns_if_the_text_is_the_name_of_a_file(bundle):
+    Path("notes.txt").write_text("Ada keeps the lamp in room 0.")
+    question = ("ask", bundle, "--question", "Who keeps the lamp?", "--context")
+    said = "--context notes.txt: is read as the text itself; to read the file, give --context @notes.txt"
+    assert said in well(*question, "notes.txt").stderr
+    for context in ("@notes.txt", "Ada keeps the lamp. " * 500):
+        assert "is read as the text itself" not in well(*question, context).stderr
+
+
 def test_ask_shows_its_trace(bundle):
     question = ("--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp in room 0.", "--trace")
     text = well("ask", bundle, *question).stdout
