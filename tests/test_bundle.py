@@ -6,6 +6,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -299,6 +300,14 @@ def test_a_folder_that_is_no_bundle_and_one_that_is_not_there(tmp_path):
     for path in (tmp_path / "absent", Path(__file__)):
         with pytest.raises(InputError, match="no such bundle folder: make one with qadeploy export"):
             open_bundle(path)
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json"])
+def test_a_run_in_place_of_a_bundle_is_named_with_the_command_that_exports_it(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    said = f"not a bundle, but a run or a checkpoint: make one with qadeploy export {tmp_path}"
+    with pytest.raises(BundleError, match=re.escape(said)):
+        open_bundle(tmp_path)
 
 
 # ---------------------------------------------------------------- writing

@@ -215,6 +215,15 @@ def test_ask_takes_a_text_that_begins_with_an_at_sign(bundle):
     assert (result.exit_code, "not UTF-8 text (byte 17)" in result.stderr) == (2, True)
 
 
+def test_ask_warns_if_the_text_is_the_name_of_a_file(bundle):
+    Path("notes.txt").write_text("Ada keeps the lamp in room 0.")
+    question = ("ask", bundle, "--question", "Who keeps the lamp?", "--context")
+    said = "--context notes.txt: is read as the text itself; to read the file, give --context @notes.txt"
+    assert said in well(*question, "notes.txt").stderr
+    for context in ("@notes.txt", "Ada keeps the lamp. " * 500):
+        assert "is read as the text itself" not in well(*question, context).stderr
+
+
 def test_ask_shows_its_trace(bundle):
     question = ("--question", "Who keeps the lamp?", "--context", "Ada keeps the lamp in room 0.", "--trace")
     text = well("ask", bundle, *question).stdout
@@ -261,6 +270,13 @@ def test_options_of_ray_ask_for_ray(bundle):
     command = ("answer", bundle, "--input", "a.jsonl", "--output", "answers", "--actors", 2, "--address", "auto")
     fails(2, ["--address, --actors: only with --engine ray"], *command)
     assert not Path("answers").exists()
+
+
+@pytest.mark.parametrize("ending", [".csv", ".json", ".tsv", ".XLSX"])
+def test_answer_makes_no_folder_that_looks_like_a_file(ending, bundle):
+    write_jsonl(Path("a.jsonl"), triplets(3))
+    said = f"--output answers{ending}: {ending} is not written: give a name that ends in .jsonl, or that of a folder"
+    fails(2, [said], "answer", bundle, "--input", "a.jsonl", "--output", f"answers{ending}")
 
 
 @pytest.mark.parametrize("output", ["answers.jsonl", "answers"])

@@ -108,6 +108,22 @@ def test_an_option_that_would_be_ignored_is_refused(said, arguments):
     fails(2, [said], *arguments)
 
 
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [
+        ("extra argument (faq.jsonl); did you mean --data faq.jsonl?", ["train", "faq.jsonl"]),
+        ("extra argument (faq.jsonl); did you mean --data faq.jsonl?", ["evaluate", "run", "faq.jsonl"]),
+        ("extra argument (faq.jsonl); did you mean --input faq.jsonl?", ["answer", "bundle", "faq.jsonl"]),
+        ("did you mean --question 'Who sails?'?", ["ask", "bundle", "Who sails?", "--context", "Ada sails."]),
+        ("the file is given without a flag, as in qadeploy check FILE", ["check", "--data", "faq.jsonl"]),
+        ("No such option: --bundle; give it without a flag: qadeploy serve BUNDLE", ["serve", "--bundle", "bundle"]),
+        ("No such option: --file; give it without a flag: qadeploy check FILE", ["check", "--file", "faq.jsonl"]),
+    ],
+)
+def test_a_missing_or_needless_flag_is_named(said, arguments):
+    fails(2, [said], *arguments)
+
+
 def test_an_unknown_base_says_what_it_may_be():
     write_jsonl(Path("good.jsonl"), triplets(8))
     message = fails(1, ["no/such-model: no such folder"], "train", "--data", "good.jsonl", "--base", "no/such-model")

@@ -29,6 +29,8 @@ from qadeploy.options import check, option
 
 # Bytes of tokenised contexts per worker: rows on the same context are usually neighbours, so a few contexts are enough.
 _CONTEXTS = 8 * 2**20
+# Endings of files that a user may expect; a folder with such a name would look like one.
+_NOT_WRITTEN = frozenset({".csv", ".json", ".tsv", ".xlsx"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +163,12 @@ def answer_files(request: BatchRequest, progress: BatchProgress | None = None, l
 
 
 def _check(request: BatchRequest) -> None:
+    output = Path(request.output)
+    if output.suffix.lower() in _NOT_WRITTEN and not output.is_dir():
+        raise InputError(
+            f"--output {request.output}: {output.suffix} is not written: give a name that ends in .jsonl, or that of a folder "
+            "for parquet files"
+        )
     if request.cluster is None:
         return
     if Path(request.output).suffix.lower() in LINES:

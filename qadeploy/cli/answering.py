@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -254,6 +255,8 @@ def _answer_lines(rank: int, answer: Answer | CorpusAnswer, units: str) -> list[
 def _context(value: str) -> str:
     """The text itself, or that of a file. Line ends are not translated, so that offsets count in the file."""
     if not value.startswith("@") or value.startswith("@@"):
+        if os.path.isfile(value):  # for too long a name it returns False, while Path.is_file raises
+            note(f"Warning: --context {value}: is read as the text itself; to read the file, give --context @{value}")
         return value.removeprefix("@")
     path = Path(value[1:])
     try:

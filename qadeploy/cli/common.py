@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -33,6 +34,8 @@ _EXTRAS = {
 }
 # Options that a user may expect to be repeatable, as train --data is.
 _ONLY_ONCE = {"--columns", "--config", "--corpus", "--data", "--dev-data", "--eval-data", "--label", "--unlabelled"}
+# Options whose flag a user may leave out; the first that a command has is suggested.
+_OFTEN_LEFT_OUT = ("--question", "--data", "--input")
 # What lowers a command's need of memory.
 _SAVES_MEMORY = {
     "answer": "--shard-rows or --prefilter",
@@ -65,13 +68,26 @@ class _Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             self._check_repeated(ctx, args)
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, list(args))  # click's parser empties the list
         except click.NoSuchOption as error:
             hint = unknown_hint(self, error.option_name)
             if not hint:
                 raise
             message = f"No such option: {error.option_name}{hint}"
             raise click.NoSuchOption(error.option_name, message, ctx=ctx) from error
+        except click.UsageError as error:
+            if isinstance(error, click.MissingParameter) or type(error) is click.UsageError:
+                self._check_extra(ctx, args, error)
+            raise
+
+    def _check_extra(self, ctx: click.Context, args: list[str], error: click.UsageError) -> None:
+        """Raises UsageError with the flag that was probably left out, if there are more arguments than the command takes."""
+        rest = self.make_parser(ctx).parse_args(list(args))[1]
+        flags = {flag for param in self.params for flag in param.opts}
+        flag = next((flag for flag in _OFTEN_LEFT_OUT if flag in flags), None)
+        if rest and flag:
+            message = f"Got unexpected extra argument ({rest[0]}); did you mean {flag} {shlex.quote(rest[0])}?"
+            raise click.UsageError(message, ctx) from error
 
     def _check_repeated(self, ctx: click.Context, args: list[str]) -> None:
         """Raises UsageError if an option is given twice, possibly to add a value: click would silently use the last."""

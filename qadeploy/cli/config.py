@@ -26,8 +26,9 @@ _MOST = 2**16  # bytes of a file; PyYAML takes seconds for more
 _DEEPEST = 20  # levels of nested lists and groups; no option needs even one
 _BITS = 512  # bits of a whole number: no option accepts more, and Python refuses to print thousands of digits
 
-# Options of run_qa.py (transformers 4.57, examples/pytorch/question-answering) that are not needed here.
+# Options that a command does not need: of run_qa.py (transformers 4.57, examples/pytorch/question-answering), and of others here.
 _NOT_NEEDED = {
+    "check": {"data": "the file is given without a flag, as in qadeploy check FILE"},
     "train": {
         "do-train": "train always trains",
         "do-eval": "every epoch is evaluated, and held-out data if there is any",
@@ -52,7 +53,7 @@ _NOT_NEEDED = {
         "optim": "it is PyTorch's fused AdamW",
         "group-by-length": "batches hold windows of similar length",
         "cache-dir": "set the environment variable HF_HOME",
-    }
+    },
 }
 
 
@@ -101,6 +102,9 @@ def unknown_hint(command: click.Command, name: str) -> str:
     nearest = get_close_matches(name, _names(command), 1)
     if not nearest:
         return ""
+    param = _names(command)[nearest[0]]
+    if flag and isinstance(param, click.Argument):
+        return f"; give it without a flag: qadeploy {command.name} {param.human_readable_name}"
     return f"; did you mean {'--' + nearest[0] if flag else nearest[0].replace('-', '_')}?"
 
 

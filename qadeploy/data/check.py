@@ -224,7 +224,7 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
             problems.append(replace(error.problem, field=options.column(error.problem.field)))
     first = problems[0]
     if first and first.reason is Reason.MISSING and all(problem == first for problem in problems):
-        raise InputError(f"{source}: in every row the field {first}")  # the mapping is wrong, not the rows
+        raise InputError(f"{source}: in every row, field {first}")  # the mapping is wrong, not the rows
     check_withheld(source, parsed, options)
     checked = [
         _check_row(row, found, problem, options)

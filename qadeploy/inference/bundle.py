@@ -156,7 +156,10 @@ def _open(folder: Path, sha256: str | None) -> Bundle:
         raise InputError(f"{folder}: no such bundle folder: make one with qadeploy export")
     path = folder / MANIFEST
     if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{folder}: has no {MANIFEST}: this is not a bundle, or an unfinished one")
+        problem = f"{folder}: has no {MANIFEST}: this is not a bundle"
+        if any((folder / name).is_file() for name in ("run.json", "config.json")):
+            raise BundleError(f"{problem}, but a run or a checkpoint: make one with qadeploy export {folder}")
+        raise BundleError(f"{problem}, or an unfinished one: make one with qadeploy export RUN")
     try:
         data = path.read_bytes()
         manifest = parse_json(data.decode("utf-8"))

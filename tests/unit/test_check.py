@@ -227,7 +227,7 @@ def test_a_subjqa_like_file(tmp_path):
     write_fixed(check, out)
     answers = [[a.text for a in e.answers] for e in read(str(out)).examples]
     assert answers == [["funny, funny"], ["so loud , loud"], ["I don't mind"], ["so so"], [], []]
-    with pytest.raises(InputError, match=r"in every row the field context: is missing;.*--columns context=review"):
+    with pytest.raises(InputError, match=r"in every row, field context: is missing;.*--columns context=review"):
         check_rows(str(source), load_rows(str(source)), DataOptions())
 
 
