@@ -223,6 +223,7 @@ def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkp
         unlabelled=str(others),
         negatives=1,
         layers=1,
+        dev_fraction=0.3,
         cache=False,
     )
     said: list[str] = []

@@ -194,12 +194,25 @@ def test_the_report_of_the_calibration_is_that_of_the_scores(features):
     assert sum(b["count"] for b in report["bins"]) == len(features.examples)
 
 
+def test_a_balanced_threshold_is_chosen_only_on_ten_questions_of_each_kind(tiny_checkpoint):
+    kinds = [[e for e in examples(60) if bool(e.answers) == answered] for answered in (True, False)]
+    encoder = load_checkpoint(tiny_checkpoint).encoder
+    for answered, unanswered in ((10, 10), (20, 9), (9, 20)):
+        some = make_features([*kinds[0][:answered], *kinds[1][:unanswered]], encoder, NULL, "here")
+        enough = min(answered, unanswered) >= 10
+        assert can_tune_threshold(some, balanced=False)
+        assert can_tune_threshold(some, balanced=True) == enough
+        # The model gives the questions without an answer the surest spans, which a product of the two shares follows far.
+        chosen = choose_settings(some, logits_of(some, null=-9.0), NULL, balanced=True)
+        assert (chosen.null_threshold != 0) == enough
+
+
 def test_without_questions_of_both_kinds_the_threshold_stays(tiny_checkpoint, features):
     answerable = [e for e in examples() if e.answers]
     some = make_features(answerable, load_checkpoint(tiny_checkpoint).encoder, NULL, "here")
     logits = logits_of(some, null=3.0)
-    assert can_tune_threshold(features)
-    assert not can_tune_threshold(some)
+    assert can_tune_threshold(features, balanced=False)
+    assert not can_tune_threshold(some, balanced=False)
     chosen = choose_settings(some, logits, replace(NULL, null_threshold=0.75))
     assert chosen.null_threshold == 0.75
     report = report_choice(some, logits, chosen)

@@ -196,7 +196,7 @@ class RunLog:
             if threshold_given:
                 line += "; the threshold as given"
             elif not tuned:
-                line += "; NOT tuned, because the dev set lacks questions with an answer or questions without one"
+                line += "; NOT tuned, because the dev set has too few questions with an answer, or too few without one"
         self.detail(line)
 
     def answer(self, example: Example, answer: Answer) -> None:

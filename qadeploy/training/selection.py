@@ -28,6 +28,7 @@ from qadeploy.records import NO_ANSWER, Answer, Example, Float64Array, FloatArra
 from qadeploy.training.features import FeatureSet
 
 ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
+LEAST_BALANCED = 10
 TEMPERATURE_QUESTIONS = 2_000  # more hardly change the temperature
 
 
@@ -106,14 +107,14 @@ def choose_settings(
         logits: Start and end logits, ``[windows, longest]`` each.
         settings: The settings that epochs were scored with; all others are kept.
         max_answer_len: Used instead of the best one.
-        keep_threshold: Keeps the null threshold. It is also kept if the dev set lacks questions with an answer or
-            questions without one.
+        keep_threshold: Keeps the null threshold. It is also kept if the dev set has too few questions for it
+            (``can_tune_threshold``).
         balanced: Whether the threshold balances HasAns and NoAns (see ``best_null_threshold``), because the share of
             questions without an answer says nothing about that in production. The mean over all questions would have a weak
             model, which answers half of them wrongly, refuse nearly all.
     """
     tried: list[tuple[float, int, QaSettings, _NullRows | None]] = []
-    tunes = settings.null_threshold is not None and not keep_threshold and can_tune_threshold(features)
+    tunes = settings.null_threshold is not None and not keep_threshold and can_tune_threshold(features, balanced)
     for length in (max_answer_len,) if max_answer_len else ANSWER_LENGTHS:
         candidate = replace(settings, max_answer_len=length)
         rows = None
@@ -130,9 +131,14 @@ def choose_settings(
     return replace(chosen, temperature=_fitted_temperature(features, logits, chosen))
 
 
-def can_tune_threshold(features: FeatureSet) -> bool:
-    """Whether some questions have an answer and some have none: a null threshold trades one kind for the other."""
-    return len({bool(e.answers) for e in features.examples}) == 2
+def can_tune_threshold(features: FeatureSet, balanced: bool) -> bool:
+    """Whether a null threshold, which trades one kind for the other, can be chosen on these questions.
+
+    Some must have an answer and some none; to be balanced, ``LEAST_BALANCED`` of each kind. With three of each, one question
+    that the model gets wrong would move the threshold by several logits.
+    """
+    answered = sum(bool(e.answers) for e in features.examples)
+    return min(answered, len(features.examples) - answered) >= (LEAST_BALANCED if balanced else 1)
 
 
 def no_answer_report(features: FeatureSet, logits: Logits, settings: QaSettings) -> dict[str, float]:

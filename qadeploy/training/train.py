@@ -393,19 +393,19 @@ def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _
     """Chooses the settings on the dev set, and scores the dev and the held-out set."""
     options, log, dev, held_out = run.options, run.log, run.windows.dev, run.windows.held_out
     logits = _choose_weights(run, loop)
-    given = options.null_score_diff_threshold is not None
+    given, balanced = options.null_score_diff_threshold is not None, not any_unanswerable(run.data.dev.examples)
     settings = choose_settings(
         dev,
         logits,
         _epoch_settings(run),
         max_answer_len=options.max_answer_len,
         keep_threshold=given,
-        balanced=not any_unanswerable(run.data.dev.examples),  # the negatives were made
+        balanced=balanced,  # where the negatives were made
     )
     found = _SetResult.of(dev, logits, settings)
     results = {"dev": found}
     log.chosen(loop.table.best["epoch"], loop.table.mean["epochs"] if loop.table.mean else None, settings, options)
-    log.choice("dev", found.choice, settings, threshold_given=given, tuned=can_tune_threshold(dev))
+    log.choice("dev", found.choice, settings, threshold_given=given, tuned=can_tune_threshold(dev, balanced))
     log.answer(dev.examples[0], found.answers[0])
     log.scores("dev", found.scores)
     if held_out and held_out_base:
