@@ -393,14 +393,15 @@ def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _
     """Chooses the settings on the dev set, and scores the dev and the held-out set."""
     options, log, dev, held_out = run.options, run.log, run.windows.dev, run.windows.held_out
     logits = _choose_weights(run, loop)
-    given, balanced = options.null_score_diff_threshold is not None, not any_unanswerable(run.data.dev.examples)
+    given = options.null_score_diff_threshold is not None
+    balanced = not any_unanswerable(run.data.dev.examples)  # every question without an answer was made (--negatives)
     settings = choose_settings(
         dev,
         logits,
         _epoch_settings(run),
         max_answer_len=options.max_answer_len,
         keep_threshold=given,
-        balanced=balanced,  # where the negatives were made
+        balanced=balanced,
     )
     found = _SetResult.of(dev, logits, settings)
     results = {"dev": found}
