@@ -432,7 +432,7 @@ def test_the_flag_for_proxies_reaches_the_log_and_must_be_an_address(bundle, tmp
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_answers_with_503(bundle, tmp_path, first):
-    with started(tmp_path, bundle, "--drain-delay", "30", command=slow(bundle, 10)) as server:
+    with started(tmp_path, bundle, "--drain-delay", "30", command=slow(bundle, 6)) as server:
         found: list[bytes] = []
         uploading = b"POST /v1/answer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{"
         threads = [
@@ -453,7 +453,7 @@ def test_a_second_signal_answers_with_503(bundle, tmp_path, first):
         for response in found:
             error_of(response, 503, "closing")
             assert b"retry-after: 1\r\n" in response
-        assert server.process.wait(10) == 1
+        assert server.process.wait(13) == 1  # once the run has ended
         assert len(requests(server, status=503, error="closing")) == 2
         assert not [line for line in server.log.read_text().splitlines() if '"level": "error"' in line]
         assert not listens(server.url)
