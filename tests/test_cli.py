@@ -76,7 +76,7 @@ def test_export_with_one_recipe_and_the_search_kept(tiny, monkeypatch, tmp_path)
     again = open_bundle("bundles/x-int8").manifest["made"]["leaderboard"]
     assert again == kept  # seconds and speeds are equal too, so they were not measured again
     out = well(*base, "--budget", 0, "--target", "size", "--no-cache").stdout
-    assert "the budget of 0 s is used up: int8-protected and later recipes were not tried" in out
+    assert "the budget of 0 s is used up: int8-static and later recipes were not tried" in out
     assert open_bundle("bundles/x-int8").manifest["made"]["target"] == "size"
 
 

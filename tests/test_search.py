@@ -201,7 +201,7 @@ def test_the_budget_ends_the_search_once_a_recipe_passes(reference, material):
     recipes = list(RECIPES.values())[:2]
     one = search(reference, material, budget=0.0, say=said.append)
     assert len(one.run(recipes)) == 1
-    assert "the budget of 0 s is used up: int8-protected and later recipes were not tried" in said[-1]
+    assert "the budget of 0 s is used up: int8-static and later recipes were not tried" in said[-1]
     assert len(search(reference, material, budget=0.0, max_f1_drop=-100.0).run(recipes)) == 2  # none passes
 
 

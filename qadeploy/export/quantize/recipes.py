@@ -164,11 +164,15 @@ def _static(material: Material) -> QuantizedModel:
     )
 
 
+# In the order in which a search tries them: the smallest and fastest first, because a budget may end it.
 _RECIPES = (
     Recipe(
         "int8",
         "dynamic int8: weights with one scale per column, activations rounded as they come",
         lambda material: _dynamic(material, "rewritten", ()),
+    ),
+    Recipe(
+        "int8-static", "int8 with SmoothQuant, the ranges of activations fixed in advance on training windows", _static
     ),
     Recipe(
         "int8-protected",
@@ -182,9 +186,6 @@ _RECIPES = (
     ),
     Recipe("int8-mixed", "dynamic int8, with the most sensitive quarter of the matmuls in float", _mixed(0.25)),
     Recipe("int8-half", "dynamic int8, with the most sensitive half of the matmuls in float", _mixed(0.5)),
-    Recipe(
-        "int8-static", "int8 with SmoothQuant, the ranges of activations fixed in advance on training windows", _static
-    ),
     Recipe(
         "int8-weights",
         "8-bit weights in blocks of 128 with scales of their own (MatMulNBits)",
