@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime as ort
 import torch
 import transformers
 from onnx import TensorProto, helper
@@ -176,3 +178,12 @@ def bare_model(
     graph = helper.make_graph(nodes, "bare", inputs, [info(name, kind, shape) for name in outputs], [last])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
     return bytes(made.SerializeToString())
+
+
+def optimized(model: bytes) -> onnx.GraphProto:
+    """The graph that ONNX Runtime runs on a CPU, after its own fusions."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ort.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = f"{folder}/model.onnx", 3
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath).graph
