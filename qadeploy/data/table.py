@@ -34,14 +34,14 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
     for kind, meaning in MEANING.items():
         rows = [row for row in check.rows if row.kind is kind]
         numbers = (sum(row.repaired for row in rows), "repaired"), (sum(bool(row.problem) for row in rows), "rejected")
-        done = ", ".join(f"{n} {what}" for n, what in numbers if n)
-        text.append(f"  {kind:<12} {len(rows):>6}  {len(rows) / len(check.rows):>6.1%}  {done or '-':<28} {meaning}")
+        done = ", ".join(f"{n:,} {what}" for n, what in numbers if n)
+        text.append(f"  {kind:<12} {len(rows):>6,}  {len(rows) / len(check.rows):>6.1%}  {done or '-':<28} {meaning}")
     text.append(
         f"  also: {plural(counts['repeated'], 'row')} whose answer occurs several times in its context (repeated), "
-        f"{counts['duplicate']} with the question and context of an earlier row (duplicate)"
+        f"{counts['duplicate']:,} with the question and context of an earlier row (duplicate)"
     )
     if check.same_ids:
-        text.append(f"  {check.same_ids} rows have the id of an earlier row: train refuses them, --fix numbers them")
+        text.append(f"  {check.same_ids:,} rows have the id of an earlier row: train refuses them, --fix numbers them")
     if check.withheld:
         text.append(f"  {plural(check.withheld, 'row')} with {WITHHELD}")
     if check.overruled:
@@ -92,12 +92,12 @@ def _repeated(row: CheckedRow) -> str:
 def _section(name: str, rows: list[tuple[str, str]], show: int) -> list[str]:
     if not rows or not show:
         return []
-    more = [f"  ... and {len(rows) - show} more"] if len(rows) > show else []
+    more = [f"  ... and {len(rows) - show:,} more"] if len(rows) > show else []
     return ["", name, *(f"  {who}: {what}" for who, what in rows[:show]), *more]
 
 
 def _shifts(shifts: Counter[int]) -> str:
     common = shifts.most_common(_SHIFTS)
     others = shifts.total() - sum(n for _, n in common)
-    text = ", ".join(f"{shift:+d} ({n})" for shift, n in common)
-    return text + (f", other amounts ({others})" if others else "")
+    text = ", ".join(f"{shift:+,d} ({n:,})" for shift, n in common)
+    return text + (f", other amounts ({others:,})" if others else "")

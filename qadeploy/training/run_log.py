@@ -66,20 +66,22 @@ class RunLog:
             f"{plural(len(found.examples), 'question')} on {plural(_passages(found.examples), 'passage')} from {found.source}",
         )
         if found.skipped:
-            self.detail(f"{found.skipped} ambiguous rows skipped")
+            self.detail(f"{found.skipped:,} ambiguous rows skipped")
         if found.first_taken:
-            self.detail(f"{found.first_taken} ambiguous answers located at their first occurrence")
+            self.detail(f"{found.first_taken:,} ambiguous answers located at their first occurrence")
         example = data.train.examples[0]
         self.detail(f"e.g. {_clip(example.question)} -> {_clip(_gold(example))}")
 
     def splits(self, data: RunData, options: TrainOptions) -> None:
         """Step 2: how the questions are split."""
         origin = f"of {options.dev_data}" if options.dev_data else "carved by passage"
-        held_out = f", held out {len(data.held_out.examples)} (only reported)" if data.held_out else ""
+        held_out = f", held out {len(data.held_out.examples):,} (only reported)" if data.held_out else ""
         self.step(
             "2 preprocessing",
-            f"train {len(data.train.examples)}, dev {len(data.dev.examples)} ({origin}, chooses the epoch){held_out}",
+            f"train {len(data.train.examples):,}, dev {len(data.dev.examples):,} ({origin}, chooses the epoch){held_out}",
         )
+        if len(data.train.examples) < FEW_EXAMPLES:
+            self.detail("few examples: unless you set them, the learning rate and the batch size are small")
         example = data.train.examples[0]
         gold = example.answers[0] if example.answers else None
         where = f"answer at code points {gold.start}-{gold.end}" if gold else "no answer"
@@ -89,7 +91,7 @@ class RunLog:
         """How many negatives were made for a set of questions, if any."""
         if made.on_other_passages or made.answer_removed:
             self.detail(
-                f"{name} negatives: {made.on_other_passages} on other passages, {made.answer_removed} on their own "
+                f"{name} negatives: {made.on_other_passages:,} on other passages, {made.answer_removed:,} on their own "
                 "without the answer"
             )
 
@@ -100,7 +102,7 @@ class RunLog:
             contexts = {e.context for e in scored.examples} if scored else set()
             if contexts & seen:
                 self.warning(
-                    f"{len(contexts & seen)} {name} passages are also in the training data, so their scores are too high"
+                    f"{len(contexts & seen):,} {name} passages are also in the training data, so their scores are too high"
                 )
             seen |= contexts
 
@@ -108,7 +110,7 @@ class RunLog:
         """Step 3: the windows."""
         self.step(
             "3 features",
-            f"train {len(train)} windows ({train.with_answer} with an answer), dev {len(dev)}; at most "
+            f"train {len(train):,} windows ({train.with_answer:,} with an answer), dev {len(dev):,}; at most "
             f"{settings.max_seq_len} tokens, overlap {settings.doc_stride}{' (from the cache)' if cached else ''}",
         )
 
@@ -116,7 +118,7 @@ class RunLog:
         """How many training windows have no usable label, if any."""
         if count:
             what = "only the teacher labels them" if taught else "they are left out of training"
-            self.detail(f"{count} train windows contain an answer's text that is not annotated: {what}")
+            self.detail(f"{count:,} train windows contain an answer's text that is not annotated: {what}")
 
     def unknown_tokens(self, share: float) -> None:
         """Warns if the tokenizer does not know many of the tokens."""
@@ -136,8 +138,8 @@ class RunLog:
 
     def training(self, trainer: SpanTrainer, options: TrainOptions, device: torch.device, precision: str) -> None:
         """Step 4: what is trained, where, and in which steps."""
-        windows, questions = len(trainer.train_dataset), len(trainer.train_dataset.features.examples)
-        passes, processes = options.gradient_accumulation_steps, distributed.count()
+        windows, passes = len(trainer.train_dataset), options.gradient_accumulation_steps
+        processes = distributed.count()
         batch, batches = f"{options.batch_size} windows", math.ceil(windows / (options.batch_size or 1))
         if trainer.batches is not None:
             batches = len(trainer.batches)
@@ -151,11 +153,8 @@ class RunLog:
             f"{plural(int(trainer.args.num_train_epochs), 'epoch')} of {plural(math.ceil(batches / passes), 'step')} of {f'{passes} x ' if passes > 1 else ''}"
             f"{batch}, learning rate {options.learning_rate:g}{f', {processes} processes' if processes > 1 else ''}",
         )
-        if questions < FEW_EXAMPLES:
-            self.detail(
-                f"few examples ({questions}): the learning rate is low unless you set it, and training stops after "
-                f"{plural(options.patience, 'epoch')} without a better dev F1"
-            )
+        if trainer.args.num_train_epochs > options.patience:
+            self.detail(f"training stops after {plural(options.patience, 'epoch')} without a better dev F1")
         length = len(trainer.train_dataset[0].feature.window)
         self.detail(f"e.g. a window of {length} tokens -> start and end logits [1, {length}] each")
 

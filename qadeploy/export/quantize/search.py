@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
+from qadeploy import timing
 from qadeploy.data.loading import hash_examples
 from qadeploy.errors import InputError
 from qadeploy.export import attention, graph
@@ -45,7 +46,7 @@ _DUEL_TIMED = 16
 _RUNS = (_ROUNDS + 1) * (2 + (len(SESSIONS) + 1) / 2)
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 # The modules that measurements depend on.
-_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes)
+_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, timing)
 Say = Callable[[str], object]
 
 
