@@ -93,6 +93,8 @@ def test_the_five_stages_and_a_row_an_epoch_are_printed(tiny):
         assert cells[6] == f"{values['windows_per_second']:.1f}"
         assert cells[7] == f"{values['peak_memory_bytes'] / 2**30:.2f}G"
     assert any(line.startswith("loss: t train, e eval") for line in tiny.said)
+    stops = "training stops after 2 epochs without a better dev F1"
+    assert [line.strip() for line in tiny.said].count(stops) == 1  # one of three epochs may be left out
     assert str(tiny.run) in tiny.said[-1]
 
 
@@ -325,6 +327,7 @@ def test_the_options_of_run_qa_in_one_run(tiny_checkpoint, tmp_path):
     assert any(f"train {windows} windows" in line for line in said)
     steps = math.ceil(math.ceil(windows / 4) / 2)
     assert any(f"2 epochs of {steps} steps of 2 x 4 windows" in line for line in said)
+    assert not any("training stops after" in line for line in said)  # too few epochs for that
     assert metrics["steps"] == 2 * steps
 
     settings = metrics["settings"]
