@@ -87,6 +87,20 @@ def test_a_stream_that_is_left_drops_its_work(bundle, sessions, monkeypatch):
     assert found[0].text == GOLD[1]
 
 
+def test_work_that_could_not_start_does_not_count_as_running(bundle, sessions, monkeypatch):
+    monkeypatch.setattr(session, "LARGE", 1)  # every call
+    own = Answerer.load(bundle, device="cpu", threads=2)
+
+    def fails(*given):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadPoolExecutor, "submit", fails)
+        with pytest.raises(RuntimeError, match="new thread"):
+            own.answer_batch(PAIRS)
+    assert sessions.shrink_after(lambda: own.answer(*PAIRS[1]))
+
+
 # ---------------------------------------------------------------- threads and processes
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from qadeploy.bench.operations import Operations, count_operations
 from qadeploy.bench.peak import SHAPES, Peak, matmul_model, measure_peak
 from qadeploy.errors import FailureError, MissingExtraError
-from qadeploy.export.quantize.operations import Operations, count_operations
 from qadeploy.machine import usable_cpus
 from tests.test_imports import run
 

@@ -13,8 +13,7 @@ from qadeploy.core.settings import Options
 from qadeploy.data.fields import parse_row
 from qadeploy.data.problems import RowError
 from qadeploy.data.rows import RawRow
-from qadeploy.data.wording import one_line
-from qadeploy.errors import FailureError, QadeployError
+from qadeploy.errors import FailureError, QadeployError, one_line
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.inference.texts import Asked

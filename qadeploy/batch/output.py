@@ -25,8 +25,7 @@ from qadeploy.batch.journal import Journal
 from qadeploy.batch.plan import BatchPlan, BatchSettings
 from qadeploy.batch.ranges import import_parquet
 from qadeploy.batch.sources import Source
-from qadeploy.data.wording import one_line
-from qadeploy.errors import FailureError, InputError
+from qadeploy.errors import FailureError, InputError, one_line
 from qadeploy.files import holding, is_temporary, new_file, sweep, write_bytes, write_text, writing
 
 PLAN = "_plan.json"

@@ -22,8 +22,8 @@ from qadeploy.data.formats import load_rows
 from qadeploy.data.parquet_pages import Pages
 from qadeploy.data.rows import RawRow
 from qadeploy.data.unpacking import Budget
-from qadeploy.data.wording import kind_of, names, one_line
-from qadeploy.errors import FailureError, InputError
+from qadeploy.data.wording import kind_of, names
+from qadeploy.errors import FailureError, InputError, one_line
 from qadeploy.extras import import_extra
 
 FINEST = 250  # rows of the smallest range by default

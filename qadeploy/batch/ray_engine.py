@@ -29,8 +29,7 @@ from qadeploy.batch.output import Counts, explain
 from qadeploy.batch.plan import Shard
 from qadeploy.batch.ray_watch import watched
 from qadeploy.batch.work import Load, OnShard, Worker
-from qadeploy.data.wording import one_line
-from qadeploy.errors import FailureError, InputError, MissingExtraError, QadeployError
+from qadeploy.errors import FailureError, InputError, MissingExtraError, QadeployError, one_line
 from qadeploy.machine import usable_cpus
 from qadeploy.options import option
 

@@ -18,8 +18,7 @@ from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
 from qadeploy.data.formats import READERS
-from qadeploy.data.wording import one_line
-from qadeploy.errors import InputError
+from qadeploy.errors import InputError, one_line
 from qadeploy.extras import import_extra
 from qadeploy.shipped import HANDBOOK
 

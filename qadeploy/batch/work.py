@@ -12,8 +12,7 @@ from qadeploy.batch.journal import Journal
 from qadeploy.batch.output import Counts, Folder
 from qadeploy.batch.plan import BatchPlan, Shard
 from qadeploy.batch.ranges import Reader
-from qadeploy.data.wording import one_line
-from qadeploy.errors import FailureError, InputError
+from qadeploy.errors import FailureError, InputError, one_line
 from qadeploy.inference.answerer import Answerer
 
 Load = Callable[[], Answerer]

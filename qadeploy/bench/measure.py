@@ -33,7 +33,7 @@ from qadeploy.records import Answer, Example
 from qadeploy.timing import spread, turns
 
 if TYPE_CHECKING:
-    from qadeploy.export.quantize.operations import Operations
+    from qadeploy.bench.operations import Operations
 
 _WARM_UP_QUESTIONS = 8
 _ROW = 10  # questions asked one at a time before it is another variant's turn
@@ -354,7 +354,7 @@ def source_of(bundle: Bundle) -> Path:
 
 def _operations(checkpoint: Path, trust_remote_code: bool) -> tuple[Operations | None, str]:
     try:
-        from qadeploy.export.quantize.operations import count_operations
+        from qadeploy.bench.operations import count_operations
 
         return count_operations(checkpoint, trust_remote_code=trust_remote_code), ""
     except ImportError as error:

@@ -126,7 +126,7 @@ qadeploy push runs/faq my-org/faq --revision v2
 @click.argument("repo")
 @options_of(PushOptions)
 def push(as_json: bool, source: str, repo: str, **given: Any) -> None:
-    """Upload RUN (its best checkpoint and its card) or BUNDLE to the repository REPO (ORG/NAME) on the Hugging Face hub.
+    """Upload RUN (its checkpoint and its card) or BUNDLE to the repository REPO (ORG/NAME) on the Hugging Face hub.
 
     Data, predictions and logs are not uploaded. The token comes from HF_TOKEN or hf auth login. The uploaded files are listed.
     """

@@ -35,5 +35,5 @@ def within_script(text: str, tokens: IntArray, words: IntArray) -> IntArray:
     apart = np.asarray(places, dtype=np.int64)
     borders = np.unique(np.concatenate(([0], apart, apart + 1, [len(text)])))
     before = borders[np.searchsorted(borders, tokens[:, 0], side="right") - 1]
-    behind = borders[np.searchsorted(borders, tokens[:, 1], side="left")]
-    return np.stack((np.maximum(words[:, 0], before), np.minimum(words[:, 1], behind)), axis=1)
+    after = borders[np.searchsorted(borders, tokens[:, 1], side="left")]
+    return np.stack((np.maximum(words[:, 0], before), np.minimum(words[:, 1], after)), axis=1)

@@ -1,4 +1,4 @@
-"""The settings that turn a question-answering model into answers, stored beside its weights, and the options of one call."""
+"""The settings that turn a model's logits into answers, stored beside its weights, and the options of one call."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class Encoder:
         special_tokens: The number of special tokens in ``frame``.
 
     Raises:
-        InputError: The tokenizer's pair template does not put the first text before the second.
+        InputError: The tokenizer finds no tokens, or its pair template does not put the first text before the second.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: EncoderConfig) -> None:
@@ -267,7 +267,7 @@ class Encoder:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode(self, text: str) -> EncodedText:
-        """Tokenises one question or context. Raises InputError on text that is not valid Unicode, or that the tokenizer fails on."""
+        """Tokenises one question or context. Raises InputError on a lone surrogate, or if the tokenizer fails on the text."""
         try:
             return self._raw(text)
         except (UnicodeEncodeError, TypeError) as error:

@@ -33,8 +33,7 @@ from qadeploy.corpus.folder import (
 from qadeploy.corpus.records import Document, Skipped
 from qadeploy.corpus.scanning import Found, reading, scan
 from qadeploy.corpus.terms import ANALYZER, analyzer, prepared, require_tantivy
-from qadeploy.data.wording import one_line
-from qadeploy.errors import CorpusError, InputError, MissingExtraError
+from qadeploy.errors import CorpusError, InputError, MissingExtraError, one_line
 from qadeploy.files import holding, replace_folder, temporary_folder, write_text
 from qadeploy.inference.bundle import seal
 from qadeploy.machine import usable_cpus

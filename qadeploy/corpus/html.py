@@ -6,8 +6,7 @@ import re
 from typing import Any
 
 from qadeploy.corpus.records import Document, Heading
-from qadeploy.data.wording import one_line
-from qadeploy.errors import InputError
+from qadeploy.errors import InputError, one_line
 from qadeploy.extras import import_extra
 
 _LEFT_OUT = frozenset({

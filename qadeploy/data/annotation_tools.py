@@ -121,7 +121,7 @@ def doccano(value: Mapping[str, Any]) -> RawRow:
 
 
 def _labelled(fields: dict[str, Any], regions: list[Region] | None, *, utf16: bool = False) -> RawRow:
-    """A row whose answers are its regions; None if nobody annotated it."""
+    """A row whose answers are its regions; ``regions`` is None if nobody annotated it."""
     meta = fields.get("meta")
     fields = {**(meta if isinstance(meta, dict) else {}), **fields}
     by_plain = {plain(key): key for key in reversed(fields)}

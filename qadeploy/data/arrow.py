@@ -17,8 +17,7 @@ import numpy as np
 from qadeploy.data.parquet_pages import Pages
 from qadeploy.data.shapes import refuse_twice
 from qadeploy.data.unpacking import Budget
-from qadeploy.data.wording import one_line
-from qadeploy.errors import InputError
+from qadeploy.errors import InputError, one_line
 from qadeploy.extras import import_extra
 from qadeploy.machine import usable_cpus
 

@@ -230,7 +230,7 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
         _check_row(row, found, problem, options)
         for row, found, problem in zip(raw, without_placeholders(parsed), problems, strict=True)
     ]
-    return CheckedData(source, tuple(_compared(_explained(checked))))
+    return CheckedData(source, tuple(_mark_duplicates(_resolve_by_drift(checked))))
 
 
 def _check_row(row: RawRow, parsed: ParsedRow | None, problem: Problem | None, options: DataOptions) -> CheckedRow:
@@ -247,7 +247,7 @@ def _with_answers(row: CheckedRow, answers: tuple[CheckedAnswer, ...]) -> Checke
     return replace(row, kind=worst, answers=answers, problem=next((a.problem for a in answers if a.problem), None))
 
 
-def _explained(rows: list[CheckedRow]) -> list[CheckedRow]:
+def _resolve_by_drift(rows: list[CheckedRow]) -> list[CheckedRow]:
     """Resolves repeated answers by the drift of the unique ones, if most of those are off by the same amount."""
     certain = Counter(a.shift for row in rows for a in row.answers if a.fixed and a.shift and not a.repeated)
     drift, count = certain.most_common(1)[0] if certain else (0, 0)
@@ -272,7 +272,7 @@ def _drifted(row: CheckedRow, drift: int) -> CheckedRow:
     return _with_answers(row, tuple(answers))
 
 
-def _compared(rows: list[CheckedRow]) -> list[CheckedRow]:
+def _mark_duplicates(rows: list[CheckedRow]) -> list[CheckedRow]:
     """Marks rows with the question and context of an earlier row, and rejects rows that contradict each other."""
     asked: dict[tuple[str, str], int] = {}
     found = list(rows)
@@ -348,7 +348,10 @@ def _nearest(kind: RowClass, given: RawAnswer, found: list[Slice], context: str,
 
 
 def _could_be_another(offset: int, nearest: int, next_nearest: int) -> bool:
-    """Whether an offset misses the nearest place by more than half of its, or this place's, distance to the next nearest."""
+    """Whether the next nearest place may be meant.
+
+    It may if it is less than twice as far from the offset, or from the nearest place, as those two are from each other.
+    """
     return 2 * abs(offset - nearest) > min(abs(offset - next_nearest), abs(nearest - next_nearest))
 
 

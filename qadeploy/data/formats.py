@@ -25,8 +25,7 @@ from qadeploy.data.arrow import check_arrow, read_table, take_rows
 from qadeploy.data.rows import SPLITS, RawRow
 from qadeploy.data.shapes import SHAPES, is_header, numbered, refuse_twice, rows_of, rows_of_line
 from qadeploy.data.unpacking import Budget, gunzip
-from qadeploy.data.wording import one_line
-from qadeploy.errors import DataWarning, InputError
+from qadeploy.errors import DataWarning, InputError, one_line
 from qadeploy.extras import import_extra
 from qadeploy.shipped import HANDBOOK
 

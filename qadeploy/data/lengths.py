@@ -18,8 +18,7 @@ from qadeploy.core.settings import QaSettings
 from qadeploy.core.unknown import MANY_UNKNOWN
 from qadeploy.core.windows import Cut, Encoder, EncoderConfig
 from qadeploy.data.check import CheckedData
-from qadeploy.data.wording import one_line
-from qadeploy.errors import InputError, QuestionTooLongError
+from qadeploy.errors import InputError, QuestionTooLongError, one_line
 
 _ANSWER_EDGES = (1, 2, 3, 5, 9, 17, 33, 65)
 _CONTEXT_EDGES = (1, 33, 65, 129, 257, 385, 513, 1025, 2049, 4097)

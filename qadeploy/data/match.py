@@ -163,14 +163,14 @@ def whole_words(slices: list[Slice], context: str) -> list[Slice]:
 
 def cuts_a_word(found: Slice, context: str) -> bool:
     """Returns whether the slice begins or ends inside a word of cased letters, or inside a number."""
-    return _joins(context, found.start) or _joins(context, found.end)
+    return _is_inside_word(context, found.start) or _is_inside_word(context, found.end)
 
 
-def _joins(context: str, at: int) -> bool:
-    return 0 < at < len(context) and _tight(context[at - 1]) and _tight(context[at])
+def _is_inside_word(context: str, at: int) -> bool:
+    return 0 < at < len(context) and _is_word_part(context[at - 1]) and _is_word_part(context[at])
 
 
-def _tight(character: str) -> bool:
+def _is_word_part(character: str) -> bool:
     return character.isdigit() or character.lower() != character.upper()
 
 

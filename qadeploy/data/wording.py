@@ -46,8 +46,3 @@ def kind_of(value: Any) -> str:
     """Names the kind of a value, with its article."""
     known = {dict: "an object", list: "a list", str: "text", bool: "a boolean", type(None): "null"}
     return known.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def one_line(error: BaseException) -> str:
-    """Returns an error's message on one line, or the name of its class if it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -2,11 +2,11 @@
 
 ONNX Runtime's own fusions know BERT's form of attention. This module also knows others: a bias that depends only on
 positions (MPNet), rotated queries and keys (ModernBERT), and local layers, which see a window around each token. Attention
-is matched backwards from each softmax by what the nodes compute, so graphs of both exporters match. onnxscript 0.7's
-``ort_fusions`` found no attention in optimum's graphs, and MPNet's in none.
+is recognised backwards from each softmax by what the nodes compute, so in the graphs of both exporters. The
+``ort_fusions`` of onnxscript 0.7 found no attention in optimum's graphs, and none of MPNet's in either exporter's.
 
-A local layer is computed in blocks: as many queries as the window's radius attend to their own block of keys and its two neighbours,
-so time and memory grow with the length, not with its square.
+A local layer is computed in blocks of as many queries as the window's radius. They attend to their own block of keys and to
+its two neighbours, so time and memory grow with the length, not with its square.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _SPLIT_HEADS = [0, 2, 1, 3]  # [batch, tokens, heads, size] to [batch, heads, to
 _KEYS = [0, 2, 3, 1]  # the same, transposed for the matmul with the queries
 _IDS, _MASK = "input_ids", "attention_mask"
 _PROBED = 1024  # tokens of the run that measures a mask's window
-_Made = TypeVar("_Made")
 _BLOCKED = -1e4  # a mask adds less than this to what must not be seen
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,8 @@ def fuse_attention(model: bytes | Path, heads: int, *, keep_mask: bool = False, 
             if node.op_type == "Shape" and node.input[0] == _MASK:  # the ids have the same shape
                 node.input[0] = _IDS
     graph.prune()
-    if not keep_mask and _MASK in {
-        i.name for i in proto.graph.input
-    }:  # something still reads the mask, so batches would be padded
+    inputs = {each.name for each in proto.graph.input}
+    if not keep_mask and _MASK in inputs:  # something still reads the mask, so batches would be padded
         return fuse_attention(model, heads, keep_mask=True, plain=plain)
     return Rewritten(proto.SerializeToString(), len(found), len(softmaxes))
 
@@ -99,15 +98,16 @@ class _Rotated(NamedTuple):
 class _Attention:
     """An attention.
 
-    ``query``, ``key`` and ``value`` are ``[batch, heads, tokens, size]`` or, if ``swapped`` contains the name,
-    ``[batch, tokens, heads, size]``. ``bias`` ``[any batch, heads, tokens, tokens]`` is added to the scores. ``radius`` is how many tokens to
-    either side are seen, None for all. ``scale`` is None for 1 / sqrt(size). ``last`` makes the result, ``[batch, tokens, hidden]``.
+    ``query``, ``key`` and ``value`` are ``[batch, heads, tokens, size]``, but ``key`` is ``[batch, tokens, heads, size]`` if
+    ``key_swapped``. ``bias`` ``[any batch, heads, tokens, tokens]`` is added to the scores. ``radius`` is how many tokens to
+    either side are seen, None for all. ``scale`` is None for 1 / sqrt(size). ``last`` makes the result,
+    ``[batch, tokens, hidden]``.
     """
 
     query: str
     key: str
     value: str
-    swapped: frozenset[str]
+    key_swapped: bool
     rotations: tuple[_Rotated, _Rotated] | None
     bias: str | None
     radius: int | None
@@ -118,7 +118,7 @@ class _Attention:
 def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
     """The attention around a softmax, or None if it has no known form."""
     found = _scores(graph, softmax.input[0])
-    weights = _same(graph, softmax.output[0])
+    weights = _with_nan_guards(graph, softmax.output[0])
     weighted = next((node for name in weights for node in graph.readers[name] if node.op_type == "MatMul"), None)
     if found is None or weighted is None or weighted.input[0] not in weights:
         return None
@@ -140,12 +140,11 @@ def _attention(graph: Graph, softmax: onnx.NodeProto) -> _Attention | None:
         return None
     names = (rotations[0].name, rotations[1].name) if rotations else (query.name, key_inside.name)
     scale = factor * query.factor * keys.factor * key_inside.factor
-    layout = frozenset({names[1]}) if swapped else frozenset()
-    return _Attention(*names, value, layout, rotations, *terms, None if math.isnan(scale) else scale, last)
+    return _Attention(*names, value, swapped, rotations, *terms, None if math.isnan(scale) else scale, last)
 
 
 def _terms(graph: Graph, added: Sequence[str]) -> tuple[str | None, int | None] | None:
-    """The bias and the radius of what is added to the scores, or None if it has no known form or depends on the text."""
+    """The bias and the radius of what is added to the scores; None if its form is unknown or it depends on the text."""
     biases: list[str] = []
     radius = None
     for name in added:
@@ -194,8 +193,8 @@ def _reaches_matmul(graph: Graph, name: str) -> bool:
     return _IDS in graph.sources(node.output[0])
 
 
-def _same(graph: Graph, name: str) -> set[str]:
-    """The names of a value, including its name after nodes that guard against NaN in fully masked rows."""
+def _with_nan_guards(graph: Graph, name: str) -> set[str]:
+    """The names of a value: its own, and those it has behind nodes that guard against NaN in fully masked rows."""
     names = {name}
     for node in graph.readers[name]:
         if node.op_type == "Where" and graph.maker(node.input[0], "IsNaN") is not None:
@@ -263,7 +262,7 @@ def _rotated(graph: Graph, name: str) -> _Rotated | None:
 
 
 def _whole(graph: Graph, name: str) -> str | None:
-    """The value that this one is a slice or a part of."""
+    """The value that a Slice or Split takes this one from, or None."""
     node = graph.maker(name, "Slice") or graph.maker(name, "Split")
     return node.input[0] if node is not None else None
 
@@ -273,9 +272,10 @@ def _perm(node: onnx.NodeProto) -> list[int]:
 
 
 def _packed(graph: Graph, name: str) -> tuple[str, int] | None:
-    """The value ``[batch, tokens, 3 * hidden]`` that this one was split from into heads, and which third of it this one is.
+    """The value ``[batch, tokens, 3 * hidden]`` that this one, split into heads, is a third of, and which third.
 
-    It is reshaped to ``[batch, tokens, 3, heads, size]``; heads move before tokens before or after the thirds are taken.
+    It is reshaped to ``[batch, tokens, 3, heads, size]``. The transposition that puts heads before tokens comes either before
+    or after the thirds are taken apart.
     """
     outer = graph.maker(name, "Transpose")
     if outer is not None and _perm(outer) == _SPLIT_HEADS:
@@ -346,10 +346,9 @@ class _Writer:
         self._place = list(self._nodes).index(last)
         self._nodes.remove(last)
         stem = f"{last.name or last.output[0]}/attention"
-        parts = {"query": attention.query, "key": attention.key, "value": attention.value}
-        query, key, value = (
-            self._tokens(name, name in attention.swapped, f"{stem}/{part}") for part, name in parts.items()
-        )
+        query = self._tokens(attention.query, False, f"{stem}/query")
+        key = self._tokens(attention.key, attention.key_swapped, f"{stem}/key")
+        value = self._tokens(attention.value, False, f"{stem}/value")
         if attention.rotations is not None:
             query = self._rotate(query, attention.rotations[0], f"{stem}/query")
             key = self._rotate(key, attention.rotations[1], f"{stem}/key")

@@ -129,8 +129,8 @@ def write_fp16(
 ) -> Bundle:
     """Writes the fp16 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
-    Answers are compared in pairs with the fp32 bundle's, on the held-out questions and, if these are few, on questions that
-    the run trained on or chose by.
+    Its answers are compared, question by question, with the fp32 bundle's: on the held-out questions and, if these are few,
+    on questions that the run trained on or chose by.
 
     Args:
         reference: The PyTorch model and the held-out questions.
@@ -185,7 +185,7 @@ def write_fp16(
 
 
 def _judge(reference: Reference, source: Bundle, answerer: Answerer, examples: Sequence[Example]) -> dict[str, Any]:
-    """Compares the answers of fp16 in pairs with those of the fp32 bundle; returns plain JSON values."""
+    """Compares the answers of fp16 and of the fp32 bundle question by question; returns plain JSON values."""
     plain = make_answerer(reference, source.read(MODEL), source.manifest["session"], device="cpu")
     allow = any_unanswerable(examples)
     ours, theirs = (evaluate(each, examples, allow_no_answer=allow) for each in (answerer, plain))
@@ -204,7 +204,7 @@ def _judge(reference: Reference, source: Bundle, answerer: Answerer, examples: S
 def judging_questions(reference: Reference, count: int = QUESTIONS) -> Sequence[Example]:
     """All held-out questions and, if they are fewer than ``count``, some that the run trained on or chose by.
 
-    Answers of fp16 and fp32 are compared in pairs, so questions that the model knows by heart are useful too.
+    Answers of fp16 and fp32 are compared question by question, so those that the model knows by heart are useful too.
     """
     held_out = reference.examples
     taken = {(e.question, e.context) for e in held_out}

@@ -116,7 +116,7 @@ def silent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_errors() -> Iterator[None]:
-    """Silences logs below errors: ONNX Runtime's tools log their steps, and warnings about shapes through the root logger."""
+    """Silences logs below errors, the root logger's too: ONNX Runtime's tools log steps and warnings about shapes."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

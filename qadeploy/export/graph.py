@@ -45,13 +45,14 @@ class Graph:
 
     def constant(self, name: str) -> NDArray[np.generic] | None:
         """The value of an initializer or a Constant node, or None."""
-        if name in self.constants:
-            return np.asarray(numpy_helper.to_array(self.constants[name]))
+        tensor = self._tensor(name)
+        return None if tensor is None else np.asarray(numpy_helper.to_array(tensor))
+
+    def _tensor(self, name: str) -> onnx.TensorProto | None:
         node = self.maker(name, "Constant")
         if node is None:
-            return None
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        return None if value is None else np.asarray(numpy_helper.to_array(value))
+            return self.constants.get(name)
+        return next((a.t for a in node.attribute if a.name == "value"), None)
 
     def sources(self, name: str) -> set[str]:
         """The graph inputs and larger constants that a value is computed from; shapes and axes do not count."""
@@ -62,11 +63,12 @@ class Graph:
             if value in seen:
                 continue
             seen.add(value)
-            node = self.makers.get(value)
-            if node is None:
-                tensor = self.constants.get(value)
-                if tensor is None or int(np.prod(tensor.dims)) > (1 if tensor.data_type in _FLOATS else _AXES):
+            node, tensor = self.makers.get(value), self._tensor(value)
+            if tensor is not None:
+                if int(np.prod(tensor.dims)) > (1 if tensor.data_type in _FLOATS else _AXES):
                     found.add(value)
+            elif node is None:
+                found.add(value)
             elif node.op_type != "Shape":
                 stack += [i for i in node.input if i]
         return found

@@ -32,7 +32,10 @@ def tune_model(
     target: str = "latency",
     tolerance: float | None = None,
 ) -> Tuning:
-    """The best session settings for a model on this machine, measured on the choosing questions; see ``tune``."""
+    """The best session settings for a model on this machine, measured on the choosing questions; see ``tune``.
+
+    For the target size they are those for latency.
+    """
     return tune(
         lambda session: make_answerer(reference, model, session),
         [(e.question, e.context) for e in reference.choosing],

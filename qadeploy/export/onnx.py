@@ -29,7 +29,7 @@ def export(reference: Reference, out: Path, exporter: str = "auto") -> Bundle:
         exporter: auto, optimum or torch; see ``exporters``.
 
     Raises:
-        FailureError: The exporter cannot export the model, or is not installed (MissingExtraError).
+        FailureError: As ``export_graph`` does.
         GateError: The logits are too far from PyTorch's.
         InputError: ``out`` exists and is not a bundle.
     """
@@ -47,10 +47,11 @@ def export_graph(checkpoint: Checkpoint, folder: Path, exporter: str = "auto") -
         The exporter that was used, optimum or torch.
 
     Raises:
-        FailureError: No exporter can export the model, or the requested one is not installed (MissingExtraError).
+        FailureError: The model is too large, no exporter can export it, or the requested one is not installed
+            (MissingExtraError).
     """
     if 4 * checkpoint.model.num_parameters() >= _LARGEST:
-        raise FailureError("the exported model is larger than 2 GB, the limit of one ONNX file, which a bundle must be")
+        raise FailureError("the exported model would be larger than 2 GB, too large for the one ONNX file of a bundle")
     reasons = []
     for used in exporters(exporter):
         found = exportable_by(used, checkpoint.model.config)

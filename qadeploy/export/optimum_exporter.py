@@ -1,4 +1,4 @@
-"""Export through optimum, with configurations that it lacks: ModernBERT's answer head, a single token type, custom code."""
+"""Export through optimum, with what it lacks: ModernBERT's answer head, a single token type, custom models."""
 
 from __future__ import annotations
 

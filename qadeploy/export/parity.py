@@ -14,8 +14,7 @@ from qadeploy.inference.tuning import FP32_TOLERANCE
 from qadeploy.records import Example, Logits, Window
 from qadeploy.training.checkpoint import Checkpoint, TorchModel
 
-PARITY_RUNS = 24  # approximately: each question has one window or a few
-_WINDOWS = PARITY_RUNS
+PARITY_RUNS = 24  # questions to compare on; about as many runs, since each question has one window or a few
 _BATCH = 8
 _ROUNDINGS = 2  # adding in another order than PyTorch rounds differently
 # One logit in a thousand may be off by ten times as much. In a correct fused graph, one of 21,490 was off by 1.1e-4, the
@@ -52,13 +51,13 @@ class Parity:
 
 
 def parity_windows(checkpoint: Checkpoint, examples: Sequence[Example]) -> list[Window]:
-    """Real windows of many lengths: whole contexts, and contexts cut into several windows."""
+    """Windows of real questions, of many lengths: every third context is cut into short ones. At most 6 of a question."""
     encoder, settings = checkpoint.encoder, checkpoint.settings
     windows: list[Window] = []
-    for i, example in enumerate(examples[:: max(1, len(examples) // _WINDOWS)][:_WINDOWS]):
+    for i, example in enumerate(examples[:: max(1, len(examples) // PARITY_RUNS)][:PARITY_RUNS]):
         question, context = encoder.encode(example.question), encoder.encode(example.context)
         seq, stride = settings.max_seq_len, settings.doc_stride
-        if i % 3 == 0 and encoder.room(question, seq) - len(question) > 2 * _SHORT[1]:
+        if i % 3 == 0 and encoder.room(question, seq) > 2 * _SHORT[1]:
             seq = min(seq, len(question) + _SHORT[0])
             stride = min(stride, _SHORT[1])
         windows += encoder.windows(question, context, max_seq_len=seq, doc_stride=stride)[:6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qadeploy.export.fp16 import QUESTIONS
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.parity import PARITY_RUNS
 from qadeploy.export.quantize.recipes import RECIPES
@@ -25,20 +26,22 @@ def plan_lines(options: ExportOptions, reference: Reference, budget: float) -> l
     """
     each = reference.seconds
     parameters = sum(p.numel() for p in reference.checkpoint.model.parameters())
-    steps = {"fp32": _EXPORTING * parameters + _bundle(reference, each)}
+    steps = {"fp32": _EXPORTING * parameters + _bundle_seconds(reference, each)}
     if options.optimize:
-        steps["fused"] = _FUSING * parameters + _bundle(reference, each)
+        steps["fused"] = _FUSING * parameters + _bundle_seconds(reference, each)
     search = ""
     if options.quantize:
         recipes = 1 if options.recipe else len(RECIPES)
         judged = judged_questions(reference, each, budget)
         one = _QUANTIZING * parameters + judged * each * _INT8 + timing_seconds(each, budget)
         fitting = min(recipes, 1 + int(max(0.0, budget - judged * each) / one))
-        steps["int8"] = judged * each + fitting * one + _bundle(reference, each * _INT8)
+        steps["int8"] = judged * each + fitting * one + _bundle_seconds(reference, each * _INT8)
         search = f": {recipes} recipe{'s' * (recipes > 1)}, about {one:.0f} s each"
         search += f", of which about {fitting} fit --budget {options.budget}" if fitting < recipes else ""
     if options.wants_fp16:
-        steps["fp16"] = _FUSING * parameters + 2 * len(reference.examples) * each + _bundle(reference, each)
+        steps["fp16"] = (
+            _FUSING * parameters + 2 * max(len(reference.examples), QUESTIONS) * each + _bundle_seconds(reference, each)
+        )
     total = sum(steps.values())
     parts = ", ".join(f"{name} {_time(seconds)}{search if name == 'int8' else ''}" for name, seconds in steps.items())
     lines = [f"PyTorch takes {1000 * each:.0f} ms per question; about {_time(total)} on an idle machine: {parts}"]
@@ -54,7 +57,7 @@ def plan_lines(options: ExportOptions, reference: Reference, budget: float) -> l
     return lines
 
 
-def _bundle(reference: Reference, each: float) -> float:
+def _bundle_seconds(reference: Reference, each: float) -> float:
     """The seconds to tune, check and measure a model that takes ``each`` seconds per question."""
     tuning = max(reference.measuring, least_seconds(each))
     timing = (ROUNDS + 1) * len(reference.timed) * (each + reference.seconds)

@@ -53,7 +53,7 @@ class Pushed:
 
 
 def push(source: str, repo: str, chosen: PushOptions) -> Pushed:
-    """Uploads the best checkpoint of a run with the run's card, or a bundle, and nothing else.
+    """Uploads the checkpoint of a run with its card and, if chosen, its report; or a bundle.
 
     The repository is created if needed. The token is that of HF_TOKEN or of a login.
 

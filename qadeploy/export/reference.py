@@ -72,7 +72,7 @@ def make_reference(
     Args:
         run: The run.
         held_out: The held-out questions.
-        hub: Whether the checkpoint's own code may run.
+        hub: Whether the checkpoint's own code may run, and its weights be read from a pickle.
         count: Called with the number of answered questions, the number in all, and the step.
         budget: Seconds for measuring int8 recipes; a small one also shortens the measuring of each bundle.
     """
@@ -152,10 +152,10 @@ def table(reference: Reference, pytorch_bytes: int, manifests: Sequence[tuple[st
     lines = [
         f"{'variant':<24} {'size':>8} {'EM':>6} {'F1':>6} {'F1 change (95 %)':>22} {'ms/question':>12} {'x PyTorch':>10}"
     ]
-    own = manifests[0][1]["measured"]["pytorch"] if manifests else {"ms_per_question": float("nan")}
+    torch = manifests[0][1]["measured"]["pytorch"] if manifests else {"ms_per_question": float("nan")}
     lines.append(
         f"{'pytorch fp32':<24} {pytorch_bytes / 1e6:>5.1f} MB {reference.scores.exact_match:>6.1f} "
-        f"{reference.scores.f1:>6.1f} {'':>22} {own['ms_per_question']:>12.1f} {1:>10.2f}"
+        f"{reference.scores.f1:>6.1f} {'':>22} {torch['ms_per_question']:>12.1f} {1:>10.2f}"
     )
     for name, manifest in manifests:
         m = manifest["measured"]
@@ -167,6 +167,6 @@ def table(reference: Reference, pytorch_bytes: int, manifests: Sequence[tuple[st
         )
     lines.append(
         f"on {reference.questions}; one question at a time, medians of {ROUNDS} interleaved rounds; "
-        f"{len(reference.examples)} questions resolve no better than the interval"
+        "a change of F1 whose interval contains 0 may be chance"
     )
     return lines

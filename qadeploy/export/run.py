@@ -54,7 +54,7 @@ class Exported:
 
     Attributes:
         bundles: The bundles made from the run.
-        further: The bundles made from bundles, whose graphs answer by themselves.
+        further: The bundles made from these or from a given one, whose graphs answer by themselves; a static site is one.
         triton: The folders added to a model repository.
         lines: The closing report as text.
     """

@@ -95,16 +95,17 @@ class AnswerThreads:
                 self._submit(close)
 
     def _count(self, change: int) -> None:
-        with self._mine():
+        with self._own_lock():
             self._calls = max(0, self._calls + change)  # a forked child ends calls that its parent began
 
     def _submit(self, work: Callable[[], Value]) -> Future[Value]:
-        with self._mine():
+        with self._own_lock():
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(2 * self._threads, thread_name_prefix="qadeploy-answer")
             return self._pool.submit(work)
 
-    def _mine(self) -> threading.Lock:
+    def _own_lock(self) -> threading.Lock:
+        """The lock of this process; a forked child starts anew."""
         if self._pid != os.getpid():  # the parent's threads do not exist here, and one may have held the lock
             self._clear()
         return self._lock

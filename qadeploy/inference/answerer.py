@@ -365,7 +365,7 @@ class Answerer:
     def _started(
         self, pairs: Iterable[Asked], options: Options, settings: QaSettings
     ) -> Iterator[tuple[list[EncodedPair], Pending]]:
-        """Chunks of pairs, each encoded and its windows started."""
+        """Yields chunks of encoded pairs, each with its windows started."""
         done = 0
         for chunk in chunks_of(pairs, self._chunk_pairs):
             encoded = []

@@ -48,6 +48,7 @@ MODEL = "model.onnx"
 TOKENIZER = "tokenizer.json"
 CARD = "README.md"
 _REQUIRED = (MODEL, TOKENIZER, CARD)
+# What comes before the SHA-256 of a manifest, its last entry.
 _SELF = ',\n  "manifest_sha256": "'
 
 

@@ -31,32 +31,29 @@ def bundle_card(name: str, manifest: Mapping[str, Any], usage: Sequence[str] = (
             tags=["onnx", manifest["precision"]],
         )
         + f"# {name}",
-        f"An extractive question-answering model ({manifest['precision']}, ONNX), exported by qadeploy from "
-        f"`{manifest['source']['checkpoint']}`.",
+        f"An extractive question-answering model ({manifest['precision']}, ONNX), exported by qadeploy from `{source['checkpoint']}`.",
         "\n".join(usage or ["```python", "from qadeploy import Answerer", "", load, ask, "```"]),
         f"Windows of at most {settings['max_seq_len']} tokens overlap by {settings['doc_stride']}"
         + (f" ({settings['long_seq_len']} tokens if a context needs several)" if settings.get("long_seq_len") else "")
-        + "; answers have at most "
-        f"{settings['max_answer_len']} tokens. Scores are probabilities at temperature {settings['temperature']:.3f}.",
+        + f"; answers have at most {settings['max_answer_len']} tokens. Scores are probabilities at temperature {settings['temperature']:.3f}.",
     ]
     if settings["null_threshold"] is not None:
         parts.append(
             "Trained with questions that have no answer: unless `allow_no_answer=False`, the null answer (the empty text) comes "
             f"first if its logit exceeds that of the best span by more than {settings['null_threshold']:.3f}."
         )
-    if measured:
-        low, high = measured["f1_interval"]
-        judges = f"{measured['data']}{', dev set' if measured.get('dev_set') else ''}"
+    low, high = measured["f1_interval"]
+    judges = f"{measured['data']}{', dev set' if measured.get('dev_set') else ''}"
+    parts.append(
+        f"Measured on {judges} ({measured['total']} questions): EM {measured['exact_match']:.1f}, "
+        f"F1 {measured['f1']:.1f} (95 % interval {low:.1f} to {high:.1f}); "
+        f"change of F1 against PyTorch {measured['f1_change']:+.2f}."
+    )
+    if "NoAns_total" in measured and "HasAns_total" in measured:
         parts.append(
-            f"Measured on {judges} ({measured['total']} questions): EM {measured['exact_match']:.1f}, "
-            f"F1 {measured['f1']:.1f} (95 % interval {low:.1f} to {high:.1f}); "
-            f"change of F1 against PyTorch {measured['f1_change']:+.2f}."
+            f"F1 {measured['HasAns_f1']:.1f} on the {measured['HasAns_total']} questions with an answer, "
+            f"{measured['NoAns_f1']:.1f} on the {measured['NoAns_total']} without."
         )
-        if "NoAns_total" in measured and "HasAns_total" in measured:
-            parts.append(
-                f"F1 {measured['HasAns_f1']:.1f} on the {measured['HasAns_total']} questions with an answer, "
-                f"{measured['NoAns_f1']:.1f} on the {measured['NoAns_total']} without."
-            )
     parts.append(
         f"Logits against PyTorch on {parity['windows']} real windows of {parity['shortest']} to {parity['longest']} tokens: "
         f"they differ by at most {parity['max_abs_diff']:.1e}."

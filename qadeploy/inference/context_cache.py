@@ -66,7 +66,8 @@ class ContextCache:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = self._hits = self._misses = 0
 
-    def _mine(self) -> threading.Lock:
+    def _own_lock(self) -> threading.Lock:
+        """The lock of this process; a forked child starts anew."""
         if self._pid != os.getpid():  # a thread of the parent may have held the lock
             self._clear()
         return self._lock
@@ -83,7 +84,7 @@ class ContextCache:
         """
         found = None if near is None else near.get(context)
         if found is not None:
-            with self._mine():
+            with self._own_lock():
                 self._hits += 1
             return found
         found = self._find(context) if self._limit else self._tokenise(context)
@@ -98,13 +99,13 @@ class ContextCache:
 
         Each counts as a miss here, and as a hit when ``get`` returns it. Raises what ``encode_many`` raises.
         """
-        with self._mine():
+        with self._own_lock():
             kept = {context for context, entry in self._entries.items() if entry.encoded is not None}
         new = [context for context in dict.fromkeys(contexts) if context not in kept]
         found = dict(zip(new, encode_many(new), strict=True)) if new else {}
         for context, encoded in found.items():
             entry = _Entry(encoded=encoded)
-            with self._mine():
+            with self._own_lock():
                 self._misses += 1
                 if not self._limit or context in self._entries:  # another thread is tokenising it
                     continue
@@ -114,11 +115,11 @@ class ContextCache:
 
     def stats(self) -> CacheStats:
         """The counters in this process."""
-        with self._mine():
+        with self._own_lock():
             return CacheStats(self._hits, self._misses, len(self._entries), self._bytes)
 
     def _find(self, context: str) -> EncodedText:
-        with self._mine():
+        with self._own_lock():
             entry = self._entries.setdefault(context, _Entry())
             self._entries.move_to_end(context)
         with entry.lock:
@@ -129,7 +130,7 @@ class ContextCache:
             try:
                 encoded = entry.encoded = self._tokenise(context)
             except BaseException:
-                self._keep(context, entry, self._limit + 1)
+                self._keep(context, entry, self._limit + 1)  # drops it
                 raise
             self._keep(context, entry, encoded.nbytes)
         return encoded
@@ -149,6 +150,6 @@ class ContextCache:
 
     def _tokenise(self, context: str) -> EncodedText:
         encoded = self._encode(context)
-        with self._mine():
+        with self._own_lock():
             self._misses += 1
         return encoded

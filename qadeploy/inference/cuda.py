@@ -36,7 +36,7 @@ TOKENS = 16_384  # per batch of many windows, padding included
 STEP = 32
 GRAPH_ROWS = (1, 2, 4, 8)
 LONGEST = 512  # longer windows gain little from a graph and run in batches
-APART = 0.1  # the tolerance of fp16, see ``export/fp16.py``
+APART = 0.1  # the tolerance of fp16, see ``export/parity.py``
 _MULTIPLE = 8  # fp16 matmuls are fastest at lengths that are multiples of 8
 _NO_GRAPH = "-1"  # ONNX Runtime's id for a run that neither captures nor replays
 _GRAPH_ID = "gpu_graph_id"
@@ -96,9 +96,9 @@ def graph_shape(lengths: Sequence[int], longest: int | None = None) -> Shape | N
 
 
 def batches(lengths: Sequence[int], *, tokens: int = TOKENS, masked: bool = True) -> list[list[int]]:
-    """Indices of windows in batches of at most ``tokens`` tokens, padding included, longest first; a longer window runs alone.
+    """Indices of windows in batches of at most ``tokens`` tokens, padding included, longest first.
 
-    Without an attention mask, only windows of equal length share a batch.
+    A longer window runs alone. Without an attention mask, only windows of equal length share a batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     found: list[list[int]] = []
@@ -275,7 +275,7 @@ class DeviceRunner:
         except DeviceError:
             raise
         except Exception as error:  # the binding raises one bare class per status code
-            raise _typed(error) from error
+            raise _converted(error) from error
         return _copied(starts), _copied(ends)
 
     def _replayed(self, shape: Shape, batch: Mapping[str, Any]) -> Logits | None:
@@ -307,8 +307,8 @@ class DeviceRunner:
         return None
 
 
-def _typed(error: Exception) -> _OutOfMemoryError | DeviceError:
-    """Converts an error of ONNX Runtime, whose classes do not tell when memory runs out, by its message."""
+def _converted(error: Exception) -> _OutOfMemoryError | DeviceError:
+    """Converts an error of ONNX Runtime by its message, since its class does not tell when memory ran out."""
     said = one_line(error, 200)
     if any(words in said.lower() for words in _NO_MEMORY):
         return _OutOfMemoryError(said)

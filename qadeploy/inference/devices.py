@@ -343,8 +343,8 @@ def torch_line(major: int | None = None) -> str:
 def providers(ort: Any, device: Device) -> list[Any]:
     """The providers for a session on ``device``. Only creating the session shows whether CUDA starts.
 
-    Raises DeviceError if CUDA is requested and the build lacks it. ``auto`` then uses the CPU, and warns
-    (DeviceWarning) if there is a driver and a GPU wheel nevertheless.
+    Raises DeviceError if CUDA is requested and the build lacks it. ``auto`` then uses the CPU, and warns (DeviceWarning) if
+    a driver and a GPU wheel are installed all the same.
     """
     if device.kind == "cpu":
         return [CPU]

@@ -45,7 +45,7 @@ class GraphModel:
         self.outputs = tuple(o.name for o in self._session.get_outputs())
 
     def run(self, feeds: Mapping[str, Any]) -> Outputs:
-        """All outputs by name. Inputs in ``feeds`` that the model does not have are ignored. Raises BundleError if the run fails."""
+        """All outputs by name. Ignores ``feeds`` that are not inputs of the model. Raises BundleError if the run fails."""
         given = {name: np.asarray(feeds[name], dtype=kind) for name, kind in self._kinds.items()}
         try:
             found = self._session.run(None, given)

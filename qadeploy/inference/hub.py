@@ -1,4 +1,4 @@
-"""Bundles on the Hugging Face hub: downloads ``hub:ORG/NAME[@REVISION]`` to a plain folder, and converts the hub's errors.
+"""Bundles on the Hugging Face hub: downloads ``hub:ORG/NAME[@REVISION]`` to a plain folder, and converts errors.
 
 The files come through the cache of huggingface_hub, whose snapshots are symbolic links. A bundle must not contain links, so
 the files are hard-linked or copied to a folder in ``$QADEPLOY_CACHE``, once per commit. Loading verifies them as in any folder.

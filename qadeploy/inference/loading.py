@@ -1,4 +1,4 @@
-"""A limit on the time that loading takes: a graph can keep ONNX Runtime busy for ever, in a thread that cannot be stopped."""
+"""A time limit for loading: a graph can keep ONNX Runtime busy for ever, in a thread that cannot be stopped."""
 
 from __future__ import annotations
 

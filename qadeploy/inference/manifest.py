@@ -1,4 +1,4 @@
-"""What a manifest may contain: the types and ranges of all entries that the code acts on, checked when a bundle is opened.
+"""What a manifest may contain: types and ranges of all entries that the code acts on, checked when a bundle is opened.
 
 A manifest is untrusted input. Entries that are not described here are kept for people and never acted on.
 """
@@ -207,7 +207,7 @@ def _in_graph(values: Mapping[str, Any]) -> str:
 
 
 def _check_others(values: Mapping[str, Any]) -> None:
-    """Checks optional entries that are read from the manifest itself."""
+    """Checks the entries that code reads from ``Bundle.manifest``, because ``Manifest`` does not have them."""
     for name in ("machine", "exported_on"):
         entry = _mapping({} if values.get(name) is None else values[name], name)
         if not _is_list(entry.get("instruction_sets", []), _is_name):

@@ -1,4 +1,4 @@
-"""Answers for people and for other programs: the text around an answer, and offsets in the units of JavaScript, Java or bytes."""
+"""Answers for people and for other programs: the text around them, and offsets in UTF-16 units or UTF-8 bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks on loading that a bundle's model is the one that was exported, by one question whose logits the manifest stores.
+"""Checks on loading that a bundle's model is the exported one, by one question whose logits the manifest stores.
 
 Hashes show whether files are unchanged. They do not show whether tokenizer and model belong together, or whether
 this CPU computes what the exporting machine's did.

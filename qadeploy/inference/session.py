@@ -74,7 +74,7 @@ def onnxruntime() -> Any:
 
 
 def session_options(threads: int = 0, config: Mapping[str, str] | None = None) -> Any:
-    """``SessionOptions`` for ``threads`` threads per run (0: ``usable_cpus``), with ``config`` entries and without warnings."""
+    """``SessionOptions`` for ``threads`` threads per run (0: ``usable_cpus``), with ``config`` entries, without warnings."""
     options = onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or usable_cpus()
     options.inter_op_num_threads = 1
@@ -237,7 +237,7 @@ class OnnxModel:
         """
         if not windows:
             return []
-        self._count(windows)
+        self._begin_call(windows)
         try:
             if self.device == "cuda":
                 return self._on_device().run(windows)
@@ -250,7 +250,7 @@ class OnnxModel:
             logits.update({i: self._run_one(session, windows[i]) for i in order[narrow:]})
             return [logits[i] for i in range(len(windows))]
         finally:
-            self._settle()
+            self._end_call()
 
     def start(self, windows: Sequence[Window]) -> Pending:
         """Starts to run many windows and returns at once, so that the caller can prepare the next ones.
@@ -260,13 +260,17 @@ class OnnxModel:
         """
         if not windows or (self.device != "cuda" and self.threads == 1):
             return Pending(partial(self.run, windows))
-        self._count(windows)
-        on_cuda = self.device == "cuda"
-        futures = [self._pool().submit(self._on_device().run, windows)] if on_cuda else self._submit(windows)
-        return Pending(partial(self.run, windows), futures, self._settle)
+        self._begin_call(windows)
+        try:
+            on_cuda = self.device == "cuda"
+            futures = [self._pool().submit(self._on_device().run, windows)] if on_cuda else self._submit(windows)
+        except BaseException:
+            self._end_call()
+            raise
+        return Pending(partial(self.run, windows), futures, self._end_call)
 
     def run_batch(self, windows: Sequence[Window]) -> list[Logits]:
-        """Like ``run``, as one padded batch; logits of padding are removed.
+        """Like ``run``, as one padded batch or, on CUDA, in batches by length; logits of padding are removed.
 
         A model without ``attention_mask`` cannot tell padding from text: its windows run in one batch per length.
         """
@@ -287,21 +291,21 @@ class OnnxModel:
         return self._on_device().notes() if self.device == "cuda" else []
 
     def _run_padded(self, windows: Sequence[Window]) -> list[Logits]:
-        return unpadded(self._call(self._get("wide"), pad_batch(windows, self._pad_token_id)), windows)
+        return unpadded(self._call(self._session("wide"), pad_batch(windows, self._pad_token_id)), windows)
 
     def _on_device(self) -> DeviceRunner:
-        sessions = self._mine()
+        sessions = self._own_sessions()
         with self._lock:
             if sessions.runner is None:  # only in a forked child
-                sessions.runner = self._runner()
+                sessions.runner = self._new_runner()
             return sessions.runner
 
-    def _runner(self) -> DeviceRunner:
+    def _new_runner(self) -> DeviceRunner:
         """The runner of the CUDA device. Raises DeviceError if CUDA does not start."""
         number = self._providers[0][1]["device_id"]
         return DeviceRunner(
             onnxruntime(),
-            partial(self._session, self.threads),
+            partial(self._new_session, self.threads),
             place=("cuda", int(number)),
             pad_token_id=self._pad_token_id,
             longest=self._longest,
@@ -310,7 +314,7 @@ class OnnxModel:
     def _submit(self, windows: Sequence[Window]) -> list[Future[list[Logits]]]:
         if not windows:
             return []
-        session, pool = self._get("narrow"), self._pool()
+        session, pool = self._session("narrow"), self._pool()
         futures = {i: pool.submit(lambda w: [self._run_one(session, w)], windows[i]) for i in _longest_first(windows)}
         return [futures[i] for i in range(len(windows))]
 
@@ -345,16 +349,16 @@ class OnnxModel:
         starts, ends = (np.array(logits, dtype=np.float32) for logits in found)
         return starts, ends
 
-    def _count(self, windows: Sequence[Window]) -> None:
-        sessions = self._mine()
+    def _begin_call(self, windows: Sequence[Window]) -> None:
+        sessions = self._own_sessions()
         with self._lock:
             sessions.calls += 1
             sessions.large |= sum(len(w) ** 2 for w in windows) >= LARGE
             self._sample = windows[0]  # any window
 
-    def _settle(self) -> None:
-        """Ends a call. The last running call frees the memory that the arenas allocated for large inputs."""
-        sessions = self._mine()
+    def _end_call(self) -> None:
+        """Ends a call; the last one running frees the memory that the arenas allocated for large inputs."""
+        sessions = self._own_sessions()
         with self._lock:
             sessions.calls = max(sessions.calls - 1, 0)
             if sessions.calls or not sessions.large or self.device == "cuda" or self._sample is None:
@@ -367,19 +371,21 @@ class OnnxModel:
             if session is not None:  # an arena shrinks at the end of a run, so this needs a short run
                 self._call(session, self._single(ids, None if types is None else types[:_SHRINK_TOKENS]), options)
 
-    def _mine(self) -> _Sessions:
+    def _own_sessions(self) -> _Sessions:
+        """The sessions of this process; a forked child gets new ones."""
         if self._sessions.pid != os.getpid():
             self._lock = threading.Lock()
             self._sessions = _Sessions()
         return self._sessions
 
     def _wide(self) -> Any:
-        """The session that runs one window on all threads."""
-        self._mine().wide_used = True
-        return self._get("wide")
+        """The session that runs one window on all threads, marked as used."""
+        self._own_sessions().wide_used = True
+        return self._session("wide")
 
-    def _get(self, kind: str) -> Any:
-        sessions = self._mine()
+    def _session(self, kind: str) -> Any:
+        """The session ``wide`` or ``narrow`` of this process, created when first needed."""
+        sessions = self._own_sessions()
         session = getattr(sessions, kind)
         if session is None:
             with self._lock:
@@ -387,12 +393,12 @@ class OnnxModel:
                 if session is None:
                     if not sessions.wide_used:  # a batch job needs no second copy of the weights
                         sessions.wide = None
-                    session = self._session(self.threads if kind == "wide" else 1)
+                    session = self._new_session(self.threads if kind == "wide" else 1)
                     setattr(sessions, kind, session)
         return session
 
     def _pool(self) -> ThreadPoolExecutor:
-        sessions = self._mine()
+        sessions = self._own_sessions()
         with self._lock:
             if sessions.pool is None:
                 workers = 2 if self.device == "cuda" else self.threads  # one worker pads a batch while the other's runs
@@ -404,7 +410,7 @@ class OnnxModel:
         reason = ""
         if self._providers != [CPU]:
             try:
-                runner = self._runner()
+                runner = self._new_runner()
                 if runner.session.get_providers()[0] == CUDA:
                     self._sessions.runner = runner
                     return runner.session
@@ -412,10 +418,10 @@ class OnnxModel:
                 reason = str(error)
             refuse(onnxruntime(), requested, reason)
             self._providers = [CPU]  # so that the settings for a CPU apply
-        self._sessions.wide = self._session(self.threads)
+        self._sessions.wide = self._new_session(self.threads)
         return self._sessions.wide
 
-    def _session(self, threads: int, graphs: bool = False) -> Any:
+    def _new_session(self, threads: int, graphs: bool = False) -> Any:
         """A new session; with ``graphs``, one that can capture CUDA graphs."""
         on_cpu = self._providers == [CPU]
         settings = self._settings if on_cpu else SessionSettings()

@@ -1,4 +1,4 @@
-"""Measures which session settings run a model fastest on this machine. They stay as they are unless others are clearly faster.
+"""Measures which session settings run a model fastest on this machine. Only clearly faster ones replace those stored.
 
 There are three steps, each from the best settings so far: ONNX Runtime's graph optimizers to leave out, whether idle threads
 spin or sleep, and the layout of one question's windows on the threads. ``qadeploy tune`` and the export use this.
@@ -195,10 +195,10 @@ class _Tuner:
 
     def run(self) -> Tuning:
         """Runs the three steps."""
-        self._step("optimizers", _graphs(self.session))
+        self._step("optimizers", _optimizer_choices(self.session))
         if self.threads > 1:
             if self.target == "latency":
-                self._step("idle threads", _spins(self.session))
+                self._step("idle threads", _idle_choices(self.session))
             self._layout()
         return Tuning(
             self.session,
@@ -217,7 +217,7 @@ class _Tuner:
     def _fitting(self, pairs: Sequence[Pair], seconds: float) -> list[Pair]:
         """Evenly spaced questions: as many as the time allows; for throughput enough to keep all threads busy.
 
-        If not even two fit, there is one, and fewer rounds.
+        If not even two fit, there are fewer rounds, and at least one question (for throughput, one per thread).
         """
         most = _QUESTIONS if self.target == "latency" else max(_QUESTIONS, 4 * self.threads)
         asked = spread(pairs, most)
@@ -250,20 +250,21 @@ class _Tuner:
 
     # ------------------------------------------------------------ steps
 
-    def _step(self, step: str, others: Mapping[str, dict[str, Any]]) -> None:
+    def _step(self, step: str, choices: Mapping[str, dict[str, Any]]) -> None:
         """Measures settings by name, the current ones first, and keeps the best."""
-        (first, _), *rest = others.items()
+        first, *others = choices
         self.say(f"measuring {step}")
-        answerers = {first: self.answerer, **{name: self.make(others[name]) for name, _ in rest}}
+        answerers = {first: self.answerer, **{name: self.make(choices[name]) for name in others}}
         one = self.target == "latency"
         timings = interleave({n: asking(a, self.asked, one=one) for n, a in answerers.items()}, self.rounds)
         apart = {name: self._apart(a) for name, a in answerers.items()}
         faster = [n for n, t in timings.items() if self._sound(apart[n]) and t.clearly_faster(timings[first])]
         taken = max(faster, key=lambda n: timings[n].speedup, default=first)
         self._record(step, timings, apart, taken, len(self.asked))
-        self.session, self.answerer, self.moved = others[taken], answerers[taken], apart[taken]
+        self.session, self.answerer, self.moved = choices[taken], answerers[taken], apart[taken]
 
     def _layout(self) -> None:
+        """Measures the layouts of one question's windows, and keeps the best."""
         settings = SessionSettings.from_manifest(self.session)
         stored = settings.one if settings.threads in {None, self.threads} else None
         model, encoder, known = model_of(self.answerer), self.answerer.encoder, self.answerer.settings
@@ -332,8 +333,8 @@ def model_of(answerer: Answerer) -> OnnxModel:
     return answerer.model
 
 
-def _graphs(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Settings by name, ``session`` first: with each known choice of optimizers to leave out."""
+def _optimizer_choices(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings by name, ``session`` first: those with each known set of optimizers left out."""
     rest = {k: v for k, v in session.items() if k != "disabled_optimizers"}
     found: dict[str, dict[str, Any]] = {}
     for names in (session.get("disabled_optimizers", []), *(s.get("disabled_optimizers", []) for s in SESSIONS)):
@@ -343,7 +344,7 @@ def _graphs(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _spins(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _idle_choices(session: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Settings by name, ``session`` first: idle threads spin, which is the default, or sleep."""
     rest = {k: v for k, v in session.items() if k != "config"}
     config = {k: v for k, v in session.get("config", {}).items() if k != SPINNING}

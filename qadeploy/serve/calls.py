@@ -131,8 +131,8 @@ class Calls:
     def _end(self, scope: Scope, call: Call, status: int) -> None:
         seconds = time.perf_counter() - call.started
         path = scope["path"]
-        started = next((prefix.rstrip("/") for prefix in _PREFIXES if path.startswith(prefix)), "other")
-        route = path if path in ROUTES else started
+        group = next((prefix.rstrip("/") for prefix in _PREFIXES if path.startswith(prefix)), "other")
+        route = path if path in ROUTES else group
         self._metrics.responded(route, status, seconds)
         if call.kind == "disconnected":
             self._metrics.dropped.labels("disconnect").inc()

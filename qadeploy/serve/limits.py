@@ -24,14 +24,14 @@ def check_limits(asks: Sequence[Ask], settings: Settings) -> None:
     hold(len(asks), settings, "max_batch", "batch_too_large", "the request holds {} questions")
     for number, ask in enumerate(asks, 1):
         where = f"question {number}: " if len(asks) > 1 else ""
-        of, passages = ask.options, 1 if isinstance(ask.context, str) else len(ask.context)
+        options, passages = ask.options, 1 if isinstance(ask.context, str) else len(ask.context)
         texts = "the context has" if isinstance(ask.context, str) else f"the {passages} passages have"
         for value, name, kind, what in (
             (passages, "max_passages", "too_many_passages", "it has {} passages"),
             (sum(map(len, ask.texts)), "max_context_chars", "context_too_long", f"{texts} {{}} characters"),
             (len(ask.question), "max_question_chars", "question_too_long", "it has {} characters"),
-            (of.top_k, "max_top_k", "top_k_too_large", "top_k is {}"),
-            (of.max_answer_len or 0, "max_answer_tokens", "answer_too_long", "max_answer_len is {}"),
+            (options.top_k, "max_top_k", "top_k_too_large", "top_k is {}"),
+            (options.max_answer_len or 0, "max_answer_tokens", "answer_too_long", "max_answer_len is {}"),
         ):
             hold(value, settings, name, kind, where + what)
 

@@ -74,7 +74,7 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
     Args:
         name: A folder, or a name on the hub.
         hub: How a model is fetched from the hub.
-        overrides: Values to change in the model's configuration.
+        overrides: Values to change in the model's configuration; names that it lacks are ignored.
 
     Raises:
         CheckpointError: There is no such model, it has no fast tokenizer or accepts no attention_mask, a file is damaged,
@@ -130,7 +130,7 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
     model.eval()
     encoder = Encoder(tokenizer.backend_tokenizer, encoder_config(model, tokenizer))
     encoder.check_coverage(name)
-    _silence_padding(model, encoder.config.pad_token_id)
+    _zero_padding_embedding(model, encoder.config.pad_token_id)
     return Checkpoint(
         name, model, tokenizer, encoder, _settings(folder, encoder.config.position_limit), bool(loading["missing_keys"])
     )
@@ -211,7 +211,7 @@ def encoder_config(model: Any, tokenizer: Any) -> EncoderConfig:
     )
 
 
-def _silence_padding(model: Any, pad_token_id: int) -> None:
+def _zero_padding_embedding(model: Any, pad_token_id: int) -> None:
     """Makes the logits of a padded window equal those of the window alone if the model mixes neighbouring embeddings.
 
     MobileBERT's three-token input lets the last token see the embedding after it, past the attention mask: zeros at the end of

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qadeploy.core.encoded_text import EncodedText
+from qadeploy.core.encoded_text import EncodedText, visible_flags
 from qadeploy.core.windows import Encoder
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import sweep, writing
@@ -44,7 +44,7 @@ _BATCH_TOKENS = 32_768
 _NULL, _NONE = -1, -2  # instead of a character's index: the null position, and no position
 _LEAST_PROBABILITY = 1e-3
 _LEAST_AGREEMENT, _LOW_AGREEMENT = 0.05, 0.3  # of the teacher with the annotators
-_JUDGED = 200
+_LEAST_JUDGED, _MOST_JUDGED = 50, 1_000  # annotated answers that show how far they agree
 _FIELDS = ("start_places", "start_logits", "end_places", "end_logits")
 
 
@@ -190,11 +190,12 @@ def _query(teacher: Teacher, pairs: Sequence[tuple[str, str]]) -> Arrays:
 
 def _places(text: EncodedText) -> IntArray:
     """``[tokens, 2]``: the first and the last visible character of each token; ``_NONE`` for a blank one."""
-    codes = np.asarray([not c.isspace() for c in text.text], dtype=bool)
-    nexts = np.append(np.where(codes, np.arange(len(codes)), len(codes)), len(codes))
-    nexts = np.minimum.accumulate(nexts[::-1])[::-1]
-    before = np.maximum.accumulate(np.append(-1, np.where(codes, np.arange(len(codes)), -1)))
-    places = np.stack((nexts[text.offsets[:, 0]], before[text.offsets[:, 1]]), axis=1)
+    visible = visible_flags(text.text)
+    size = len(visible)
+    after = np.append(np.where(visible, np.arange(size), size), size)
+    after = np.minimum.accumulate(after[::-1])[::-1]
+    before = np.maximum.accumulate(np.append(-1, np.where(visible, np.arange(size), -1)))
+    places = np.stack((after[text.offsets[:, 0]], before[text.offsets[:, 1]]), axis=1)
     places[text.blank] = _NONE
     return np.asarray(places, dtype=np.int64)
 
@@ -240,7 +241,7 @@ def _soft(row: Arrays, excerpt: _Excerpt, temperature: float) -> SoftLabels:
 
 
 def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _LogitStore, log: RunLog) -> None:
-    """Reports how often the teacher's best start and end are annotated. Raises InputError if they hardly ever are."""
+    """Reports how often the teacher's best start and end are an annotated answer's. Raises InputError if hardly ever."""
     hits: list[bool] = []
     for excerpt in excerpts:
         feature = excerpt.feature
@@ -248,9 +249,9 @@ def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _Log
             soft = _soft(store[excerpt.key], excerpt, 1.0)
             answer = [soft.starts[soft.start_probabilities.argmax()], soft.ends[soft.end_probabilities.argmax()]]
             hits.append(any(answer == row.tolist() for row in feature.positions))
-        if len(hits) >= 5 * _JUDGED:
+        if len(hits) >= _MOST_JUDGED:
             break
-    if len(hits) < _JUDGED // 4:
+    if len(hits) < _LEAST_JUDGED:
         return
     agreement = float(np.mean(hits))
     line = f"the teacher {teacher.name} finds {100 * agreement:.1f} % of {len(hits)} annotated answers exactly"

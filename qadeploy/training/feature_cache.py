@@ -32,7 +32,7 @@ from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import Encoder
 from qadeploy.data.loading import DataSet
-from qadeploy.data.wording import one_line
+from qadeploy.errors import one_line
 from qadeploy.files import hash_file, sweep, writing
 from qadeploy.records import Example, Window
 from qadeploy.training.features import (

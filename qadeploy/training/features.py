@@ -140,14 +140,14 @@ def unknown_tokens(sets: Sequence[FeatureSet], encoder: Encoder) -> float:
     """
     contexts = {context.text: context.ids for features in sets for context in features.contexts}
     questions = {
-        example.question: _question(features[features.first[number]].window, encoder)
+        example.question: _question_ids(features[features.first[number]].window, encoder)
         for features in sets
         for number, example in enumerate(features.examples)
     }
     return unknown_share([*contexts.values(), *questions.values()], encoder.unknown_id)
 
 
-def _question(window: Window, encoder: Encoder) -> IntArray:
+def _question_ids(window: Window, encoder: Encoder) -> IntArray:
     """The ids of the window's question."""
     rest = np.delete(window.input_ids, slice(window.context_begin, window.context_begin + window.context_length))
     frame = encoder.frame

@@ -59,6 +59,9 @@ def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions
     Args:
         options: The training options.
         questions: The training questions.
+
+    Raises:
+        InputError: The processes cannot share a batch evenly.
     """
     few = len(questions) < FEW_EXAMPLES
     negatives = int(few and not any_unanswerable(questions))
@@ -71,7 +74,7 @@ def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions
         batch_size=batch_size if options.batch_size is None else options.batch_size,
         negatives=negatives if options.negatives is None else options.negatives,
     )
-    distributed.windows_per_process(resolved.batch_size or 1)  # raises before anything is loaded
+    distributed.windows_per_process(resolved.batch_size or 1)  # raises before a model is loaded
     return resolved
 
 
@@ -168,7 +171,7 @@ def make_windows(options: TrainOptions, data: RunData, models: Models, log: RunL
         log: Gets what was made.
 
     Raises:
-        InputError: No window holds an answer, or one does not fit in ``batch_tokens``.
+        InputError: No window holds an answer, one does not fit in ``batch_tokens``, or ``unlabelled`` needs a teacher.
     """
     unlabelled = unlabelled_questions(options)
     train = with_negatives(data.train.examples, options.negatives or 0, [e.context for e in unlabelled])

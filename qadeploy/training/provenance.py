@@ -40,7 +40,7 @@ def base_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def weights_hash(folder: Path) -> str | None:
-    """The SHA-256 of a checkpoint's weights; of several files, the SHA-256 of their names and hashes. None if there are none."""
+    """The SHA-256 of a checkpoint's weights, or of the names and hashes of several files; None if there are none."""
     hashes = {file.name: hash_file(file) for file in weight_files(folder)}
     if len(hashes) > 1:
         return sha256(json.dumps(hashes).encode()).hexdigest()

@@ -285,7 +285,10 @@ def _line(row: Mapping[str, Any], by: str) -> str:
 
 
 def _best(rows: Sequence[dict[str, Any]], path: Path) -> tuple[int, dict[str, Any]]:
-    """The number and the row of the best trial; on ties the earliest. Raises FailureError if all failed."""
+    """The number and the row of the best trial; on ties the earliest.
+
+    If all failed, deletes the record of the search and raises FailureError.
+    """
     scored = [(number, row) for number, row in enumerate(rows, 1) if row["f1"] is not None]
     if not scored:
         path.unlink()

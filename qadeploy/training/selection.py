@@ -19,12 +19,11 @@ from qadeploy.core.calibration import (
     fit_temperature,
     stable_null_threshold,
 )
-from qadeploy.core.decoding import Decoded, rank_answers, span_table
-from qadeploy.core.encoded_text import EncodedText
+from qadeploy.core.decoding import Decoded, WindowLogits, rank_answers, span_table
 from qadeploy.core.metrics import Scores, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.evaluation.predictions import Prediction, predict
-from qadeploy.records import NO_ANSWER, Answer, Example, Float64Array, FloatArray, Logits, Window
+from qadeploy.records import NO_ANSWER, Answer, Example, Float64Array, FloatArray, Logits
 from qadeploy.training.features import FeatureSet
 
 ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
@@ -78,7 +77,7 @@ def predictions_of(
     """Every example's entries in the prediction files, with the texts of ``answers_of``."""
     allow = any_unanswerable(features.examples)
     for i, (example, answer) in enumerate(zip(features.examples, answers_of(features, logits, settings), strict=True)):
-        scored = settings.window_logits(*_example(features, logits, i))
+        scored = _scored(features, logits, settings, i)
         yield predict(example, answer, scored, settings, n_best_size=n_best_size, allow_no_answer=allow)
 
 
@@ -99,19 +98,19 @@ def choose_settings(
     """Chooses ``max_answer_len``, the null threshold (if ``settings`` have one) and the temperature on the dev set.
 
     Each length is scored at its own best threshold; ties go to the longer one, which forbids less. The chosen threshold
-    is the ``stable_null_threshold`` of the chosen length. The temperature is fitted last, so that the answers given are
-    right as often as their scores say (see ``fit_temperature``).
+    is the ``stable_null_threshold`` of the chosen length. The temperature is fitted last, on the answers that the other
+    settings give (see ``fit_temperature``).
 
     Args:
         features: The dev set.
         logits: Start and end logits, ``[windows, longest]`` each.
         settings: The settings that epochs were scored with; all others are kept.
         max_answer_len: Used instead of the best one.
-        keep_threshold: Keeps the null threshold. It is also kept if the dev set has too few questions for it
+        keep_threshold: Whether to keep the null threshold. It is also kept if the dev set has too few questions for it
             (``can_tune_threshold``).
-        balanced: Whether the threshold balances HasAns and NoAns (see ``best_null_threshold``), because the share of
-            questions without an answer says nothing about that in production. The mean over all questions would have a weak
-            model, which answers half of them wrongly, refuse nearly all.
+        balanced: Whether the threshold balances HasAns and NoAns (see ``best_null_threshold``), for a dev set whose share of
+            questions without an answer says nothing about the share in production. With the mean over all questions, a weak
+            model that answers half of them wrongly would refuse nearly all.
     """
     tried: list[tuple[float, int, QaSettings, _NullRows | None]] = []
     tunes = settings.null_threshold is not None and not keep_threshold and can_tune_threshold(features, balanced)
@@ -132,10 +131,10 @@ def choose_settings(
 
 
 def can_tune_threshold(features: FeatureSet, balanced: bool) -> bool:
-    """Whether a null threshold, which trades one kind for the other, can be chosen on these questions.
+    """Whether a null threshold can be chosen on these questions.
 
-    Some must have an answer and some none; to be balanced, ``LEAST_BALANCED`` of each kind. With three of each, one question
-    that the model gets wrong would move the threshold by several logits.
+    Some must have an answer and some none; for a balanced one, ``LEAST_BALANCED`` of each kind. With three of each, one
+    question that the model gets wrong would move the threshold by several logits.
     """
     answered = sum(bool(e.answers) for e in features.examples)
     return min(answered, len(features.examples) - answered) >= (LEAST_BALANCED if balanced else 1)
@@ -173,17 +172,15 @@ def report_choice(features: FeatureSet, logits: Logits, settings: QaSettings) ->
     )
 
 
-def _example(
-    features: FeatureSet, logits: Logits, index: int
-) -> tuple[list[Window], list[FloatArray], list[FloatArray], EncodedText]:
-    """The windows of an example, their start logits, their end logits, and its context."""
+def _scored(features: FeatureSet, logits: Logits, settings: QaSettings, index: int) -> WindowLogits:
+    """The windows of an example with their logits, as ``settings`` rank them."""
     rows = slice(features.first[index], features.first[index + 1])
     windows = [f.window for f in features.features[rows]]
-    return windows, list(logits[0][rows]), list(logits[1][rows]), features.contexts[index]
+    return settings.window_logits(windows, list(logits[0][rows]), list(logits[1][rows]), features.contexts[index])
 
 
 def _decoded(features: FeatureSet, logits: Logits, settings: QaSettings, allow_no_answer: bool) -> list[Decoded]:
-    scored = [settings.window_logits(*_example(features, logits, i)) for i in range(len(features.examples))]
+    scored = [_scored(features, logits, settings, i) for i in range(len(features.examples))]
     return [settings.decode(one, allow_no_answer=allow_no_answer) for one in scored]
 
 
@@ -220,7 +217,7 @@ def _fitted_temperature(features: FeatureSet, logits: Logits, settings: QaSettin
 
     def answers() -> Iterator[tuple[float, FloatArray]]:
         for i in drawn:
-            scored = settings.window_logits(*_example(features, logits, i))
+            scored = _scored(features, logits, settings, i)
             spans = span_table(scored, settings.max_answer_len).ravel()
             spans = spans[np.isfinite(spans)]
             best = int(spans.argmax()) if len(spans) else 0

@@ -263,7 +263,7 @@ class SpanTrainer(Trainer):
         return total / len(mask)
 
     def _own_rows(self, rows: int) -> int:
-        """How many windows of an evaluation batch count: accelerate fills up the last to share it evenly by processes.
+        """How many windows of an evaluation batch count: accelerate fills up the last, so that processes get equal shares.
 
         It cuts the extra windows from gathered outputs, but the loss is averaged before it is gathered.
         """

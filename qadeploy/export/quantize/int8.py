@@ -34,24 +34,24 @@ def quantize(
 ) -> Bundle:
     """Writes the int8 bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
-    Every recipe is measured: F1 on the judging questions (see ``judging``), speed on this machine. Of the recipes that lose at
-    most ``max_f1_drop`` points there, the best for the target is judged on the held-out questions, before it gets its session
-    settings and, if these move its logits, again after; if it fails, the next best is judged. If all fail, the recipe that
-    lost least is chosen with a warning, provided that the 95 % intervals of its losses reach ``max_f1_drop``: on a few hundred
-    questions a single answer can be half a point. The manifest contains the leaderboard.
+    Recipes are measured until the budget is used up and one passes: F1 on the judging questions (see ``judging``), speed on
+    this machine. Of those that lose at most ``max_f1_drop`` points there, the best for the target is judged on the held-out
+    questions. Then its session settings are measured; if they move its logits, it is judged again. If it fails, the next best
+    is judged. If all fail, the recipe that lost least is chosen with a warning, provided that the 95 % intervals of its losses
+    reach ``max_f1_drop``: on a few hundred questions a single answer can be half a point. The manifest contains the leaderboard.
 
     Args:
         reference: The PyTorch model and the questions.
         source: The fp32 bundle.
         out: The folder to write.
         options: What decides between recipes, and how long the search may take.
-        recipe: The only recipe to measure; None measures all.
+        recipe: The only recipe to measure; None means any.
         reduce_range: Give weights 7 bits, for CPUs without VNNI; always done if this CPU lacks VNNI.
         say: Called with lines of text.
         on_step: Called with the state of the search.
 
     Raises:
-        InputError: The recipe or the target is unknown.
+        InputError: The recipe is unknown, or cannot have 7-bit weights although ``reduce_range`` asks for them.
         GateError: Every recipe loses more than ``max_f1_drop``, and chance does not explain it; ``out`` is left as it was.
     """
     checkpoint = reference.checkpoint
@@ -171,12 +171,12 @@ class _Gate:
     def least_doubtful(self, candidates: Sequence[MeasuredRecipe]) -> _Accepted | None:
         """Of the recipes whose excessive loss chance may explain, the one that lost least; None if there is none."""
         limit, worth = self._search.options.max_f1_drop, self._search.judges.worth
-        others = len(self._reference.examples)
+        count = len(self._reference.examples)
 
         def lost(candidate: MeasuredRecipe) -> float:
             if candidate.recipe not in self._judged:
                 return candidate.f1_lost
-            return (worth * candidate.f1_lost + others * self.held_out[candidate.recipe]) / (worth + others)
+            return (worth * candidate.f1_lost + count * self.held_out[candidate.recipe]) / (worth + count)
 
         doubtful = (c for c in candidates if not c.failed and -c.f1_change_interval[1] <= limit)
         found = (self.judge(each, lambda loss: -loss.interval[1] <= limit) for each in sorted(doubtful, key=lost))

@@ -1,8 +1,8 @@
 """The matmuls of a graph with constant weights, Y = X W, and real values of X from windows of text.
 
 They show how large the rounding error of a matmul would be in int8, and what reduces it: ranking all matmuls takes seconds,
-where one quantized model for each would take minutes. A matmul whose result is added
-to the residual stream is judged by its effect on the sum: the same error matters less if the sum is large.
+where one quantized model for each would take minutes. A matmul whose result is added to the residual stream is judged by its
+effect on the sum: the same error matters less if the sum is large.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def rounding_errors(model: bytes, activations: Activations) -> dict[str, float]:
 
 
 def share_weights(proto: onnx.ModelProto) -> list[tuple[str, ...]]:
-    """The names of the matmuls that read each weight: several in ALBERT, for all layers, and DeBERTa, for positions too."""
+    """The names of the matmuls that read each weight: several in ALBERT, whose layers share them, and in DeBERTa."""
     readers: dict[str, list[str]] = defaultdict(list)
     for matmul in find_matmuls(proto):
         readers[matmul.tensor.name].append(matmul.name)
@@ -127,22 +127,22 @@ def worst(errors: Mapping[str, float], share: float, sharing: Iterable[Sequence[
 
 
 def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
-    """Runs the float model on the windows and keeps ``TOKENS`` of each, evenly spread."""
+    """Runs the float model on the windows and keeps the rows of ``TOKENS`` tokens of each, evenly spread."""
     proto = onnx.load_model_from_string(model)
     del model  # as large as the weights; the caller has handed it over
     matmuls = find_matmuls(proto)
     sources = list(dict.fromkeys(p.source for p in matmuls))
     names = list(dict.fromkeys([*sources, *(p.joins for p in matmuls if p.joins)]))
-    known = {output.name for output in proto.graph.output}
+    outputs = {output.name for output in proto.graph.output}
     joined = {p.joins for p in matmuls if p.joins}
     del matmuls  # and with them the weights
-    proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in known)
+    proto.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in outputs)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         onnx.save(proto, file)
         del proto
         session = onnxruntime().InferenceSession(str(file), session_options(), providers=["CPUExecutionProvider"])
-    taken = [i.name for i in session.get_inputs()]
+    inputs = [i.name for i in session.get_inputs()]
     kept: dict[str, list[FloatArray]] = defaultdict(list)
     lows: dict[str, list[FloatArray]] = defaultdict(list)
     highs: dict[str, list[FloatArray]] = defaultdict(list)
@@ -152,7 +152,7 @@ def measure_activations(model: bytes, windows: Sequence[Window]) -> Activations:
         count = min(TOKENS, len(window))
         places = (np.arange(count) + 0.5) / count
         numbers += [number] * count
-        values = session.run(names, {name: batch[name] for name in taken})
+        values = session.run(names, {name: batch[name] for name in inputs})
         for name, value in zip(names, values, strict=True):
             rows = value.reshape(-1, value.shape[-1])
             kept[name].append(rows[(places * len(rows)).astype(np.int64)])  # tokens or, in DeBERTa, distances

@@ -102,14 +102,14 @@ def quantize_static_int8(
 
     proto = onnx.load_model_from_string(model)
     del model
-    taken = [i.name for i in proto.graph.input]
+    inputs = [i.name for i in proto.graph.input]
     weights = {tensor.name for tensor in proto.graph.initializer}
     computed = [n.name for n in proto.graph.node if n.op_type in _KINDS and n.input[1] not in weights]
     _add_activation_types(proto, weights)
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.batches = iter([{name: pad_batch([w], 0)[name] for name in taken} for w in windows])
+            self.batches = iter([{name: pad_batch([w], 0)[name] for name in inputs} for w in windows])
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)

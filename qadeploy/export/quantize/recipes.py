@@ -33,7 +33,7 @@ _Model = TypeVar("_Model", Rewritten, SmoothedModel)
 
 @dataclass
 class Material:
-    """What recipes work on: the exported model, its number of heads, and windows of training or dev text.
+    """What recipes work on: the exported model, its number of heads, and windows of dev text.
 
     Everything costly is made once, when it is first needed. Models are kept in files, because each has all the weights.
     """
@@ -171,9 +171,7 @@ _RECIPES = (
         "dynamic int8: weights with one scale per column, activations rounded as they come",
         lambda material: _dynamic(material, "rewritten", ()),
     ),
-    Recipe(
-        "int8-static", "int8 with SmoothQuant, the ranges of activations fixed in advance on training windows", _static
-    ),
+    Recipe("int8-static", "int8 with SmoothQuant, the ranges of activations fixed in advance on dev windows", _static),
     Recipe(
         "int8-protected",
         "dynamic int8 after SmoothQuant, with the few outlying channels of sensitive matmuls in float",

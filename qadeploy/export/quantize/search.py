@@ -169,12 +169,12 @@ class Search:
 
     @cached_property
     def judges(self) -> Judges:
-        """The questions that candidates are judged on, answered by the float model."""
+        """The questions that candidates are judged on, answered by the float model. Also finds how many are timed."""
         self.step("answering with the fp32 model")
         budget = self.options.budget
         model = make_answerer(self.reference, self.source, self.sessions[0])
         found = find_judges(self.reference, model, None if budget is None else _judging_seconds(budget))
-        pairs = self._timed(_LEAST_TIMED)
+        pairs = self._pairs(_LEAST_TIMED)
         started = time.monotonic()
         asking(model, pairs, one=True)()
         self._questions = _timed_questions((time.monotonic() - started) / len(pairs), budget)
@@ -195,11 +195,11 @@ class Search:
                     recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
                 )
             else:
-                first = self.options.target != "throughput"
-                speeds = self._speeds(recipe, model, SESSIONS, one=first)
+                one = self.options.target != "throughput"
+                speeds = self._speeds(recipe, model, SESSIONS, one=one)
                 session = SESSIONS[speeds.index(max(speeds))]
-                deciding, other = max(speeds), self._speeds(recipe, model, [session], one=not first)[0]
-                single, many = (deciding, other) if first else (other, deciding)
+                deciding, other = max(speeds), self._speeds(recipe, model, [session], one=not one)[0]
+                single, many = (deciding, other) if one else (other, deciding)
                 candidate = MeasuredRecipe(
                     recipe.name,
                     -change.f1,
@@ -223,7 +223,7 @@ class Search:
         file.write_bytes(recipe.make(self.material).model)
         return_freed_memory()  # of its copies
 
-    def _timed(self, count: int) -> list[tuple[str, str]]:
+    def _pairs(self, count: int) -> list[tuple[str, str]]:
         return [(e.question, e.context) for e in spread(self.reference.choosing, count)]
 
     def _speeds(self, recipe: Recipe, model: Path, sessions: Sequence[Mapping[str, Any]], *, one: bool) -> list[_Speed]:
@@ -236,7 +236,7 @@ class Search:
         return_freed_memory()
         answerers = [make_answerer(self.reference, model, session) for session in sessions]
         floats = [make_answerer(self.reference, self.source, session) for session in self.sessions]
-        pairs = self._timed(self._questions)
+        pairs = self._pairs(self._questions)
         variants = {f"float {i}": asking(answerer, pairs, one=one) for i, answerer in enumerate(floats)}
         variants |= {str(i): asking(answerer, pairs, one=one) for i, answerer in enumerate(answerers)}
         timings = interleave(variants, _ROUNDS)
@@ -255,7 +255,7 @@ class Search:
         if first.speed_range(self.options.target)[0] > second.speed_range(self.options.target)[1]:
             return list(ranked), None
         self.step(f"timing {first.recipe} against {second.recipe}")
-        pairs, one = self._timed(_DUEL_TIMED), self.options.target != "throughput"
+        pairs, one = self._pairs(_DUEL_TIMED), self.options.target != "throughput"
         with TemporaryDirectory(prefix="qadeploy-") as folder:
             answerers = {}
             for candidate in (first, second):
@@ -275,7 +275,7 @@ class Search:
     # ------------------------------------------------------------ what is kept
 
     @cached_property
-    def _ground(self) -> str:
+    def _basis(self) -> str:
         """Everything that a measurement depends on besides the recipe: model, settings, questions, target, machine, code."""
         parts = (
             hash_file(self.source) if isinstance(self.source, Path) else hashlib.sha256(self.source).hexdigest(),
@@ -296,7 +296,7 @@ class Search:
     def _path(self, recipe: Recipe) -> Path | None:
         if self.options.cache is None:
             return None
-        return self.options.cache / f"recipe-{hashlib.sha256((self._ground + recipe.name).encode()).hexdigest()}.json"
+        return self.options.cache / f"recipe-{hashlib.sha256((self._basis + recipe.name).encode()).hexdigest()}.json"
 
     def _kept(self, recipe: Recipe) -> MeasuredRecipe | None:
         path = self._path(recipe)

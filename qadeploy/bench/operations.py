@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qadeploy.errors import FailureError, one_line
 
-_LENGTHS = (16, 32, 64)
+_LENGTHS, _CHECKED = (16, 32, 64), 96  # tokens: the polynomial goes through the first three and must fit the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ def count_operations(checkpoint: Path, *, trust_remote_code: bool = False) -> Op
     """Counts the operations of a checkpoint's architecture on PyTorch's meta device: no weights are loaded.
 
     ``trust_remote_code`` allows the checkpoint's own code. Raises FailureError if the operations cannot be counted, or are
-    not a quadratic polynomial of the length (if attention is only local).
+    not a quadratic polynomial of the length, as for some local attention.
     """
     from transformers import AutoConfig, AutoModelForQuestionAnswering
 
@@ -51,12 +51,12 @@ def count_operations(checkpoint: Path, *, trust_remote_code: bool = False) -> Op
         with torch.device("meta"):
             make = partial(AutoModelForQuestionAnswering.from_config, trust_remote_code=trust_remote_code)
             model = make(config, attn_implementation="eager").eval()
-        counts = [_count(model, n) for n in (*_LENGTHS, 96)]
+        counts = [_count(model, n) for n in (*_LENGTHS, _CHECKED)]
     except Exception as error:  # an architecture may refuse the meta device in any way
         raise FailureError(f"{checkpoint}: its operations cannot be counted: {one_line(error, 200)}") from error
     fixed, linear, square = np.linalg.solve(np.vander(np.asarray(_LENGTHS, float), increasing=True), counts[:3])
     found = Operations(float(round(fixed)), float(round(linear)), float(round(square)))
-    if abs(found.of([96]) - counts[3]) > 1e-6 * counts[3]:
+    if abs(found.of([_CHECKED]) - counts[3]) > 1e-6 * counts[3]:
         raise FailureError(f"{checkpoint}: its operations are not a quadratic polynomial of the window's length")
     return found
 
