@@ -254,7 +254,7 @@ def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) 
             "held_out_questions": work.held_out,
             "epochs": work.epochs,
         }
-        write(report(setting=setting, targets=TARGETS, steps=done))
+        write(report(setting=setting, targets=TARGETS, steps={n: done[n] for n in STEPS if n in done}))
 
 
 @click.command(help=__doc__)
