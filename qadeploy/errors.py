@@ -146,5 +146,5 @@ class MachineWarning(UserWarning):
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """Returns the message of another library's error as one line of at most ``most`` characters."""
-    return " ".join(str(error).split())[:most]
+    """Returns an error's message, or the name of its class if it has none, as one line of at most ``most`` characters."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:most]

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from qadeploy.core.settings import QaSettings
 from qadeploy.core.windows import DEFAULT_MAX_SEQ_LEN, Encoder, EncoderConfig, is_rust_error, pad_batch
-from qadeploy.errors import CheckpointError, InputError
+from qadeploy.errors import CheckpointError, InputError, one_line
 from qadeploy.inference.answerer import Answerer, LogitsModel
 from qadeploy.inference.cuda import in_batches, unpadded
 from qadeploy.machine import usable_cpus
@@ -177,7 +177,7 @@ def _is_bare(folder: Path) -> bool:
 
 
 def _explain(name: str, folder: Path, error: BaseException) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)
     if "trust_remote_code" in str(error):  # transformers raises no specific type, only this text
         return (
             f"{name}: comes with its own Python code, which does not run unless you allow it: read it, and if you trust it give "

@@ -76,3 +76,9 @@ def test_a_missing_extra_gives_the_pip_line():
     assert str(errors.MissingExtraError("reading parquet", "pyarrow", "parquet")) == (
         "reading parquet needs the package pyarrow, which is not installed: pip install 'qadeploy[parquet]'"
     )
+
+
+def test_an_error_is_one_line_also_if_it_has_no_message():
+    assert errors.one_line(ValueError("two\n  lines")) == "two lines"
+    assert errors.one_line(ValueError("long"), 2) == "lo"
+    assert errors.one_line(MemoryError()) == "MemoryError"

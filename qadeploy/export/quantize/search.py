@@ -24,7 +24,7 @@ import onnx
 
 from qadeploy import timing
 from qadeploy.data.loading import hash_examples
-from qadeploy.errors import InputError
+from qadeploy.errors import InputError, one_line
 from qadeploy.export import attention, graph
 from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, smoothquant
 from qadeploy.export.quantize.judging import ENOUGH, Judges, find_judges, fitting_questions
@@ -191,9 +191,7 @@ class Search:
                 self.step(f"{recipe.name}: answering {len(judges.examples)} questions")
                 change = judges.change(make_answerer(self.reference, model, SESSIONS[0]))
             except Exception as error:  # a quantizer may raise anything on an unknown graph; the others go on
-                candidate = MeasuredRecipe(
-                    recipe.name, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-                )
+                candidate = MeasuredRecipe(recipe.name, failed=f"{type(error).__name__}: {one_line(error, 160)}")
             else:
                 one = self.options.target != "throughput"
                 speeds = self._speeds(recipe, model, SESSIONS, one=one)
@@ -202,17 +200,17 @@ class Search:
                 single, many = (deciding, other) if one else (other, deciding)
                 candidate = MeasuredRecipe(
                     recipe.name,
-                    -change.f1,
-                    change.interval,
-                    change.dev,
-                    change.training,
-                    single.median,
-                    (single.least, single.most),
-                    many.median,
-                    (many.least, many.most),
-                    model.stat().st_size,
-                    session,
-                    round(time.monotonic() - started, 1),
+                    f1_lost=-change.f1,
+                    f1_change_interval=change.interval,
+                    f1_change_dev=change.dev,
+                    f1_change_training=change.training,
+                    latency=single.median,
+                    latency_range=(single.least, single.most),
+                    throughput=many.median,
+                    throughput_range=(many.least, many.most),
+                    size=model.stat().st_size,
+                    session=session,
+                    seconds=round(time.monotonic() - started, 1),
                 )
         self._keep(recipe, candidate)
         return candidate
