@@ -320,6 +320,14 @@ def test_files_that_are_no_report_are_not_overwritten(name, bundle, tmp_path):
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, '{"mine": true}')]
 
 
+def test_a_file_is_no_place_for_a_report(bundle, tmp_path):
+    (tmp_path / "bench.json").write_text("mine")
+    done = run("bench", bundle, "--out", tmp_path / "bench.json")
+    assert done.exit_code == 2
+    assert "bench.json: is a file, but --out names a folder for bench.json, bench.html, bench.png" in done.stderr
+    assert (tmp_path / "bench.json").read_text() == "mine"
+
+
 def test_a_report_is_replaced_by_the_next(benched, tmp_path):
     write(benched[0], tmp_path)
     require_own(tmp_path)

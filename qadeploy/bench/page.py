@@ -23,7 +23,9 @@ _FILES = (_REPORT, "bench.html", "bench.png")
 
 
 def require_own(folder: Path) -> None:
-    """Raises InputError if ``write`` would overwrite a file in ``folder`` that is not from an earlier report."""
+    """Raises InputError if ``folder`` is a file, or ``write`` would overwrite a file in it that is not from an earlier report."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, but --out names a folder for {', '.join(_FILES)}")
     there = [name for name in _FILES if os.path.lexists(folder / name)]
     if not there:
         return
