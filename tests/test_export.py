@@ -219,6 +219,16 @@ def test_a_graph_that_moves_the_logits_is_not_written(reference, bundle, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["moved"]
 
 
+def test_contexts_are_cut_beside_a_long_question_too(tiny):
+    checkpoint = load_checkpoint(find_run(tiny.run).checkpoint)
+    question = Example("long", "who keeps the lamp in the hall and " * 5, "Ada keeps the lamp in room 7 outside. " * 20)
+    asked = len(checkpoint.encoder.encode(question.question))
+    windows = parity_windows(checkpoint, [question])
+    assert asked == 50
+    assert len(windows[0]) == asked + 96 < checkpoint.settings.max_seq_len
+    assert len(windows) > 1
+
+
 @pytest.mark.parametrize(("difference", "passes"), [(9e-5, True), (2e-4, False), (math.nan, False), (math.inf, False)])
 def test_parity_is_required(difference, passes):
     parity = Parity(difference, 0.0, 1.0, windows=24, shortest=20, longest=90)
