@@ -243,8 +243,7 @@ class _Work:
 
 def measure(work: _Work, steps: Sequence[str], write: Callable[[Json], object]) -> None:
     """Runs the steps, and writes the report after each; the other steps keep their earlier figures."""
-    kept = read_report(REPORT).get("steps", {}) if (RESULTS / REPORT).is_file() else {}
-    done = {name: kept[name] for name in STEPS if name in kept}
+    done = read_report(REPORT).get("steps", {}) if (RESULTS / REPORT).is_file() else {}
     for name in steps:
         step, *exporter = name.split("-")
         done[name] = getattr(work, step)(*exporter)

@@ -145,6 +145,6 @@ class MachineWarning(UserWarning):
     """A bundle's session settings were measured on a CPU with other instruction sets: it works, but may be slower."""
 
 
-def one_line(error: BaseException, most: int = 300) -> str:
-    """Returns an error's message, or the name of its class if it has none, as one line of at most ``most`` characters."""
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """Returns an error's message, or the name of its class if it has none, on one line, cut after ``most`` characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:most]

@@ -336,7 +336,7 @@ def into_folder(folder: Path, digest: str, load: Load, shards: Sequence[Shard], 
                 on_shard(by_number[row["shard"]], Counts(int(row["rows"]), int(row["rejected"])))
     except ray.exceptions.RayError as error:
         raise FailureError(
-            f"Ray failed: {one_line(error)[:600]}; the same command continues from what is done"
+            f"Ray failed: {one_line(error, 600)}; the same command continues from what is done"
         ) from error
 
 

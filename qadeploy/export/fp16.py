@@ -80,7 +80,7 @@ def to_fp16(model: bytes, architecture: dict[str, Any]) -> Fp16Model:
             add_contrib_domain(made.model)
     except Exception as error:  # the converters and their libraries may raise anything
         kind = architecture["model_type"]
-        raise FailureError(f"ONNX Runtime cannot convert this {kind} model to fp16: {one_line(error)}") from error
+        raise FailureError(f"ONNX Runtime cannot convert this {kind} model to fp16: {one_line(error, 300)}") from error
     attentions = Counter(node.op_type for node in made.model.graph.node)["Attention"]
     layers = architecture["layers"] or 0
     return Fp16Model(made.model.SerializeToString(), attentions, layers, int32, exact)

@@ -36,7 +36,7 @@ def export_by_optimum(checkpoint: Checkpoint) -> onnx.ModelProto:
                 )
         except Exception as error:  # optimum raises ValueError, KeyError, RuntimeError, ... by model
             kind = getattr(checkpoint.model.config, "model_type", "unknown")
-            raise FailureError(f"optimum cannot export a {kind} model: {one_line(error)}") from error
+            raise FailureError(f"optimum cannot export a {kind} model: {one_line(error, 300)}") from error
         return onnx.load(Path(folder) / MODEL)
 
 

@@ -91,12 +91,12 @@ def outlives_forks(holder: Any) -> None:
 
 def load_error(error: Exception) -> BundleError:
     """Converts an error that ONNX Runtime raised while it loaded a model (it has one bare class per status code)."""
-    return BundleError(f"model.onnx: ONNX Runtime cannot load it: {one_line(error)}")
+    return BundleError(f"model.onnx: ONNX Runtime cannot load it: {one_line(error, 300)}")
 
 
 def run_error(error: Exception) -> BundleError:
     """Converts an error that ONNX Runtime raised while a model ran."""
-    return BundleError(f"model.onnx: ONNX Runtime cannot run it: {one_line(error)}")
+    return BundleError(f"model.onnx: ONNX Runtime cannot run it: {one_line(error, 300)}")
 
 
 def cpu_session(model: bytes, settings: SessionSettings | None = None) -> Any:
@@ -447,7 +447,7 @@ class OnnxModel:
             raise
         except Exception as error:  # the binding raises one bare class per status code
             if not on_cpu:
-                raise DeviceError(f"ONNX Runtime cannot start the model on CUDA: {one_line(error)}") from error
+                raise DeviceError(f"ONNX Runtime cannot start the model on CUDA: {one_line(error, 300)}") from error
             raise load_error(error) from error
 
 

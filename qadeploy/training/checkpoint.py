@@ -177,7 +177,7 @@ def _is_bare(folder: Path) -> bool:
 
 
 def _explain(name: str, folder: Path, error: BaseException) -> str:
-    reason = one_line(error)
+    reason = one_line(error, 300)
     if "trust_remote_code" in str(error):  # transformers raises no specific type, only this text
         return (
             f"{name}: comes with its own Python code, which does not run unless you allow it: read it, and if you trust it give "

@@ -81,4 +81,5 @@ def test_a_missing_extra_gives_the_pip_line():
 def test_an_error_is_one_line_also_if_it_has_no_message():
     assert errors.one_line(ValueError("two\n  lines")) == "two lines"
     assert errors.one_line(ValueError("long"), 2) == "lo"
+    assert errors.one_line(ValueError("x" * 5_000)) == "x" * 5_000  # our own messages end with what to do
     assert errors.one_line(MemoryError()) == "MemoryError"
