@@ -24,6 +24,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from qadeploy.training.checkpoint import load_checkpoint, save_checkpoint, torch
 from qadeploy.training.features import make_features
 from qadeploy.training.negatives import with_negatives
 from qadeploy.training.runs import dev_set, find_run
-from qadeploy.training.selection import choose_settings, initial_settings
+from qadeploy.training.selection import choose_settings
 
 SETS = {
     "wiki": "8 Wikipedia articles",
@@ -96,7 +97,8 @@ def mean(first: Path, second: Path, out: Path) -> None:
     features = make_features(examples, checkpoint.encoder, checkpoint.settings, "the dev set")
     answerer = torch_answerer(checkpoint)
     logits: Any = tuple(zip(*answerer.model.run([f.window for f in features.features]), strict=True))
-    settings = choose_settings(features, logits, initial_settings(checkpoint.settings, examples), balanced=True)
+    before = replace(checkpoint.settings, null_threshold=0.0, temperature=1.0)
+    settings = choose_settings(features, logits, before, balanced=True)
     save_checkpoint(checkpoint, settings, out / "checkpoint")
     metrics = json.loads((out / "metrics.json").read_text())
     (out / "metrics.json").write_text(json.dumps({**metrics, "settings": settings.to_dict()}, indent=2) + "\n")

@@ -25,7 +25,7 @@ from qadeploy.training.negatives import with_negatives
 from qadeploy.training.provenance import weights_hash
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.runs import dev_set, find_run
-from qadeploy.training.selection import choose_settings, initial_settings
+from qadeploy.training.selection import choose_settings
 from qadeploy.training.train import train
 from tests.conftest import tiny_options, triplets, write_jsonl
 from tests.models_for_tests import BY_NAME
@@ -241,9 +241,10 @@ def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkp
     features = make_features(made, checkpoint.encoder, checkpoint.settings, "the dev set")
     windows = [feature.window for feature in features.features]
     logits: Any = tuple(zip(*torch_answerer(checkpoint).model.run(windows), strict=True))
-    chosen = choose_settings(features, logits, initial_settings(checkpoint.settings, made), balanced=True)
+    before = replace(checkpoint.settings, null_threshold=0.0, temperature=1.0)
+    chosen = choose_settings(features, logits, before, balanced=True)
     assert result.metrics["settings"]["null_threshold"] == pytest.approx(chosen.null_threshold, abs=1e-3)
-    other = choose_settings(features, logits, initial_settings(checkpoint.settings, made))
+    other = choose_settings(features, logits, before)
     assert abs(other.null_threshold - chosen.null_threshold) > 0.01
 
 

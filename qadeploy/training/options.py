@@ -22,7 +22,7 @@ class TrainOptions(DataOptions):
     ``max_train_samples`` and ``max_eval_samples`` keep the first questions, in file order, of the training set (after
     the dev set was carved) and of the dev and held-out sets. ``batch_size`` counts the windows of all processes; a step
     has ``gradient_accumulation_steps`` batches. ``max_answer_len`` and ``null_score_diff_threshold`` replace the values
-    chosen on the dev set. ``token`` is recorded nowhere.
+    that training chooses. ``token`` is recorded nowhere.
     """
 
     data: str | tuple[str, ...] = option(
@@ -98,7 +98,7 @@ class TrainOptions(DataOptions):
         1, "Processes that make windows; more than one pays off on large data only.", least=1
     )
     max_answer_len: int | None = option(
-        None, "Longest answer in tokens.", least=1, shown="chosen on the dev set", also=("--max-answer-length",)
+        None, "Longest answer in tokens.", least=1, shown="fits 98 % of the training answers", also=("--max-answer-length",)
     )
     null_score_diff_threshold: float | None = option(
         None,

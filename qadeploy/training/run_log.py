@@ -22,7 +22,7 @@ from qadeploy.training.features import FeatureSet
 from qadeploy.training.negatives import ExamplesWithNegatives
 from qadeploy.training.options import FEW_EXAMPLES, TrainOptions
 from qadeploy.training.run_data import RunData
-from qadeploy.training.selection import ChoiceReport
+from qadeploy.training.selection import ANSWER_SHARE, ChoiceReport
 from qadeploy.training.speed import has_tf32
 from qadeploy.training.torch_device import device_name
 from qadeploy.training.trainer import SpanTrainer
@@ -168,7 +168,7 @@ class RunLog:
 
     def chosen(self, epoch: int, averaged: int | None, settings: QaSettings, options: TrainOptions) -> None:
         """Step 5: the model that is kept, the best epoch's or the mean of the ``averaged`` epochs."""
-        origin = "as given" if options.max_answer_len else "chosen on the dev set"
+        origin = "as given" if options.max_answer_len else f"fits {ANSWER_SHARE} % of the training answers"
         kept = f"mean of {averaged} epochs" if averaged else f"best epoch {epoch}"
         self.step("5 evaluation", f"{kept}; max_answer_len {settings.max_answer_len} {origin}")
 

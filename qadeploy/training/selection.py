@@ -1,7 +1,7 @@
-"""From logits to answers and scores, and the settings that are chosen on the dev set after training.
+"""From logits to answers and scores, and the settings that training chooses.
 
-These are ``max_answer_len``, the null threshold (if any training question has no answer) and the temperature; all three
-go into the settings that the checkpoint and its bundles keep.
+``max_answer_len`` comes from the training answers; the null threshold (if any training question has no answer) and the
+temperature are chosen on the dev set. All three go into the settings that the checkpoint and its bundles keep.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from qadeploy.core.calibration import (
-    best_null_threshold,
     confidence_bins,
     expected_calibration_error,
     fit_temperature,
@@ -26,7 +25,7 @@ from qadeploy.evaluation.predictions import Prediction, predict
 from qadeploy.records import NO_ANSWER, Answer, Example, Float64Array, FloatArray, Logits
 from qadeploy.training.features import FeatureSet
 
-ANSWER_LENGTHS = (8, 10, 12, 15, 20, 25, 30, 40)
+ANSWER_SHARE = 98  # percent of the training answers that max_answer_len admits
 LEAST_BALANCED = 10
 TEMPERATURE_QUESTIONS = 2_000  # more hardly change the temperature
 
@@ -44,15 +43,25 @@ class ChoiceReport:
     no_answer: dict[str, float] | None
 
 
-def initial_settings(settings: QaSettings, training_set: Sequence[Example]) -> QaSettings:
+def initial_settings(settings: QaSettings, training_set: FeatureSet) -> QaSettings:
     """The settings that epochs are scored with, before anything is chosen on the dev set.
 
-    Temperature 1. If any training question has no answer, a null threshold of 0 and ranking relative to the null logits;
-    otherwise neither, whatever the base model's settings.
+    ``max_answer_len`` is the length in tokens that ``ANSWER_SHARE`` percent of the training answers do not exceed, since
+    a dev set of some fifty questions hardly tells one length from another. Temperature 1. If any training question has no
+    answer, a null threshold of 0 and ranking relative to the null logits; otherwise neither, whatever the base model's
+    settings.
+
+    Args:
+        settings: The base model's; ``max_answer_len`` is kept if the training questions have no answers.
+        training_set: The training questions.
     """
-    unanswerable = any(not e.answers for e in training_set)
+    found = zip(training_set.examples, training_set.contexts, strict=True)
+    spans = [context.tokens_of(a.start, a.end) for example, context in found for a in example.answers]
+    lengths = [last - first + 1 for first, last in filter(None, spans)]
+    unanswerable = any_unanswerable(training_set.examples)
     return replace(
         settings,
+        max_answer_len=int(np.percentile(lengths, ANSWER_SHARE, method="inverted_cdf")) if lengths else settings.max_answer_len,
         null_threshold=0.0 if unanswerable else None,
         temperature=1.0,
         relative_to_null=unanswerable,
@@ -91,43 +100,29 @@ def choose_settings(
     logits: Logits,
     settings: QaSettings,
     *,
-    max_answer_len: int | None = None,
     keep_threshold: bool = False,
     balanced: bool = False,
 ) -> QaSettings:
-    """Chooses ``max_answer_len``, the null threshold (if ``settings`` have one) and the temperature on the dev set.
+    """Chooses the null threshold (if ``settings`` have one) and the temperature on the dev set.
 
-    Each length is scored at its own best threshold; ties go to the longer one, which forbids less. The chosen threshold
-    is the ``stable_null_threshold`` of the chosen length. The temperature is fitted last, on the answers that the other
-    settings give (see ``fit_temperature``).
+    The threshold is the ``stable_null_threshold``. The temperature is fitted last, on the answers that the other settings
+    give (see ``fit_temperature``).
 
     Args:
         features: The dev set.
         logits: Start and end logits, ``[windows, longest]`` each.
         settings: The settings that epochs were scored with; all others are kept.
-        max_answer_len: Used instead of the best one.
         keep_threshold: Whether to keep the null threshold. It is also kept if the dev set has too few questions for it
             (``can_tune_threshold``).
         balanced: Whether the threshold balances HasAns and NoAns (see ``best_null_threshold``), for a dev set whose share of
             questions without an answer says nothing about the share in production. With the mean over all questions, a weak
             model that answers half of them wrongly would refuse nearly all.
     """
-    tried: list[tuple[float, int, QaSettings, _NullRows | None]] = []
-    tunes = settings.null_threshold is not None and not keep_threshold and can_tune_threshold(features, balanced)
-    for length in (max_answer_len,) if max_answer_len else ANSWER_LENGTHS:
-        candidate = replace(settings, max_answer_len=length)
-        rows = None
-        if tunes:
-            rows = _null_rows(features, logits, candidate)
-            f1 = rows.f1(best_null_threshold(rows.differences, rows.span_f1, rows.null_f1, balanced=balanced))
-        else:
-            f1 = score_logits(features, logits, candidate).f1
-        tried.append((round(f1, 6), length, candidate, rows))
-    _, _, chosen, rows = max(tried, key=lambda t: t[:2])
-    if rows is not None:
+    if settings.null_threshold is not None and not keep_threshold and can_tune_threshold(features, balanced):
+        rows = _null_rows(features, logits, settings)
         threshold = stable_null_threshold(rows.differences, rows.span_f1, rows.null_f1, balanced=balanced)
-        chosen = replace(chosen, null_threshold=threshold)
-    return replace(chosen, temperature=_fitted_temperature(features, logits, chosen))
+        settings = replace(settings, null_threshold=threshold)
+    return replace(settings, temperature=_fitted_temperature(features, logits, settings))
 
 
 def can_tune_threshold(features: FeatureSet, balanced: bool) -> bool:

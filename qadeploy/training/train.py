@@ -288,9 +288,12 @@ def _arguments(run: _TrainingRun) -> SpanArguments:
 
 
 def _epoch_settings(run: _TrainingRun) -> QaSettings:
-    settings = initial_settings(run.models.settings, run.windows.train.features.examples)
-    threshold = run.options.null_score_diff_threshold
-    return settings if threshold is None else replace(settings, null_threshold=threshold)
+    options, settings = run.options, initial_settings(run.models.settings, run.windows.train.features)
+    if options.max_answer_len:
+        settings = replace(settings, max_answer_len=options.max_answer_len)
+    if options.null_score_diff_threshold is not None:
+        settings = replace(settings, null_threshold=options.null_score_diff_threshold)
+    return settings
 
 
 def _dev_scores(dev: FeatureSet, predictions: Sequence[FloatArray], settings: QaSettings) -> Scores:
@@ -395,14 +398,7 @@ def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _
     logits = _choose_weights(run, loop)
     given = options.null_score_diff_threshold is not None
     balanced = not any_unanswerable(run.data.dev.examples)  # every question without an answer was made (--negatives)
-    settings = choose_settings(
-        dev,
-        logits,
-        _epoch_settings(run),
-        max_answer_len=options.max_answer_len,
-        keep_threshold=given,
-        balanced=balanced,
-    )
+    settings = choose_settings(dev, logits, _epoch_settings(run), keep_threshold=given, balanced=balanced)
     found = _SetResult.of(dev, logits, settings)
     results = {"dev": found}
     log.chosen(loop.table.best["epoch"], loop.table.mean["epochs"] if loop.table.mean else None, settings, options)
