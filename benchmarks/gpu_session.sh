@@ -58,10 +58,10 @@ export -f exporting
 "$python" -m qadeploy doctor --json > "$out/doctor.json" 2> "$work/doctor.log"
 step exports.done 200 taskset -c "$other_cores" "$python" -m benchmarks.gpu --device "$device" \
     --exports "$work/exports" --only-export "$work/none.json" &
-step train.json 200 taskset -c "$first_cores" bash -c "few=(${few[*]}); training train.json $work/run"
+step train.json 200 taskset -c "$first_cores" bash -c "few=(${few[*]}); training train.json \"\$work/run\""
 wait
 step train_compiled.json 150 taskset -c "$other_cores" bash -c \
-    "few=(${few[*]}); training train_compiled.json $work/compiled --torch-compile --max-train-samples ${COMPILED_SAMPLES:-9000}" &
+    "few=(${few[*]}); training train_compiled.json \"\$work/compiled\" --torch-compile --max-train-samples ${COMPILED_SAMPLES:-9000}" &
 step export.json 150 taskset -c "$first_cores" bash -c exporting
 wait
 step gpu.json 260 "$python" -m benchmarks.gpu "$out/gpu.json" --device "$device" --exports "$work/exports"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
+from click.core import ParameterSource
 
 from qadeploy import options
 from qadeploy.batch.plan import CALL_OPTIONS
@@ -86,6 +87,8 @@ def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
 
     reading = take_data_options(given)
     chosen = EvaluateOptions(**given)
+    if chosen.predictions_dir is None and _given("n_best_size"):
+        raise InputError("--n-best-size: only with --predictions-dir")
     file, folder = (Path(place) if place else None for place in (chosen.predictions, chosen.predictions_dir))
     with new_predictions(file, folder):
         examples = read_split(data, chosen.split, reading, note)
@@ -194,6 +197,8 @@ def ask(
 
     if bool(contexts) == (corpus_place is not None):
         raise InputError("give --context, or --corpus for documents, and not both")
+    if contexts and _given("passages"):
+        raise InputError("--passages: only with --corpus")
     texts = tuple(map(_context, contexts))
     loading = {name: given.pop(name) for name in _LOADING}
     chosen = reading = Options(**given)
@@ -207,7 +212,8 @@ def ask(
             found = corpus.search(question, passages)
             texts, reading = tuple(each.text for each in found), for_corpus(chosen)
         if corpus and not found:
-            value = {"question": question, "corpus": corpus_place, "answers": [], "passages": []}
+            about = place_answers(corpus, (), (), chosen)[1]
+            value = {"question": question, "corpus": corpus_place, **about}
             print_result(as_json, value, ["no answer: no word of the question occurs in the corpus"])
             return
         pair = answerer.read(
@@ -250,6 +256,11 @@ def _answer_lines(rank: int, answer: Answer | CorpusAnswer, units: str) -> list[
     if answer.snippet:
         lines.append("   " + " ".join(answer.snippet.text.split()))
     return lines
+
+
+def _given(name: str) -> bool:
+    """Whether an option was given, on the command line or in the config file."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
 def _context(value: str) -> str:

@@ -7,6 +7,7 @@ Exit codes: 0 success, 1 the work failed, 2 the input or the options are invalid
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shlex
@@ -33,7 +34,17 @@ _EXTRAS = {
     **dict.fromkeys(("fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client"), "serve"),
 }
 # Options that a user may expect to be repeatable, as train --data is.
-_ONLY_ONCE = {"--columns", "--config", "--corpus", "--data", "--dev-data", "--eval-data", "--label", "--unlabelled"}
+_ONLY_ONCE = {
+    "--columns",
+    "--config",
+    "--corpus",
+    "--data",
+    "--dev-data",
+    "--eval-data",
+    "--label",
+    "--question",
+    "--unlabelled",
+}
 # Options whose flag a user may leave out; the first that a command has is suggested.
 _OFTEN_LEFT_OUT = ("--question", "--data", "--input")
 # What lowers a command's need of memory.
@@ -180,6 +191,11 @@ class _Group(click.Group):
     """A group whose process can exit even while a thread is still inside ONNX Runtime."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(
+                stream, io.TextIOWrapper
+            ):  # not every encoding, such as cp1252 of Windows, has every character
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
         except SystemExit as end:
@@ -211,7 +227,7 @@ def note(message: str) -> None:
 def print_result(as_json: bool, value: dict[str, Any], text: Sequence[str]) -> None:
     """Prints the result on stdout: ``value`` as JSON, or the lines of ``text``."""
     if as_json:
-        click.echo(json.dumps(value, ensure_ascii=False))
+        click.echo(json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
     else:
         for line in text:
             click.echo(line)

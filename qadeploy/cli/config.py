@@ -80,9 +80,10 @@ def read_config(path: Path, command: click.Command, context: click.Context) -> d
             if value is None:
                 continue
             try:
-                several = value if param.multiple and isinstance(value, list) else [value]
+                many = param.multiple or param.nargs == -1
+                several = value if many and isinstance(value, list) else [value]
                 checked = [_checked(one, param, context) for one in several]
-                found[param.name] = checked if param.multiple else checked[0]
+                found[param.name] = checked if many else checked[0]
             except click.BadParameter as error:
                 problems.append(f"{path}: key {key}: {error.message}")
     if problems:

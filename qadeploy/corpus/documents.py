@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,8 @@ from qadeploy.errors import InputError
 from qadeploy.extras import import_extra
 
 MOST_BYTES = 2**28  # the largest size of a file that is one document
+# YAML between lines of three dashes, as Jekyll, Hugo and MkDocs write it at the beginning of a page.
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n\w[\w -]*:.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,9 @@ class Reader:
 
 
 def markdown_headings(text: str) -> tuple[Heading, ...]:
-    """The headings of a Markdown text, which itself stays unchanged, so that offsets count in the file: with ``#`` or underlined, but not what only looks like one, for example in code.
+    """The headings of a Markdown text, which itself stays unchanged, so that offsets count in the file.
+
+    They begin with ``#`` or are underlined. What only looks like a heading, in code or in YAML front matter, is none.
 
     Raises:
         MissingExtraError: markdown-it-py is not installed.
@@ -49,11 +54,14 @@ def markdown_headings(text: str) -> tuple[Heading, ...]:
             begins.append(at)
     begins.append(len(text))
     tokens = parser.parse(text)
+    front = _FRONT_MATTER.match(text)
     found = []
     for token, inline in pairwise(tokens):
         if token.type == "heading_open" and token.map and not token.level:
             first, last = token.map
             start, end = begins[first], begins[min(last, len(begins) - 1)]
+            if front and start < front.end():
+                continue
             end = start + len(text[start:end].rstrip())
             found.append(Heading(start, end, int(token.tag[1:]), " ".join(inline.content.split())))
     return tuple(found)

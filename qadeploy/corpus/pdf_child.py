@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 
 if sys.platform != "win32":
     import resource
@@ -48,7 +49,8 @@ def main() -> None:
     content = sys.stdin.buffer.read()
     limit = _MEMORY + 4 * len(content)
     if sys.platform != "win32":
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with suppress(ValueError, OSError):  # macOS has no such limit
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         found = read(content, int(sys.argv[1]))

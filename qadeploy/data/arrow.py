@@ -175,14 +175,14 @@ def _size(column: Any, name: str) -> int:
         return _CELL * len(column) + _size(column.flatten(), name)
     lengths = None
     if arrow.types.is_dictionary(kind):
-        lengths = _lengths(column.dictionary, name)
+        lengths = _lengths(column.dictionary)
         lengths = None if lengths is None else compute.take(lengths, column.indices)
     else:
-        lengths = _lengths(column, name)
+        lengths = _lengths(column)
     return _CELL * len(column) + (column.nbytes if lengths is None else compute.sum(lengths).as_py() or 0)
 
 
-def _lengths(values: Any, name: str) -> Any:
+def _lengths(values: Any) -> Any:
     """The lengths of texts or of bytes as an arrow array; None for other types."""
     import pyarrow as arrow
     from pyarrow import compute

@@ -103,6 +103,13 @@ class Settings:
         token = self.token
         if token is not None and not (token and token.isascii() and token.isprintable() and token == token.strip()):
             raise InputError("--token: give printable ASCII text without spaces around it, or leave it out")
+        if self.protect_metrics and token is None:
+            raise InputError("--protect-metrics: needs a --token that protects them")
+        bad = [origin for origin in self.cors_origins if set(origin) & set(", \t")]
+        if bad:
+            raise InputError(
+                f"--cors-origin {bad[0]}: give one origin per flag; in the environment, separate them by spaces"
+            )
         if self.corpus == "":
             raise InputError("--corpus is empty: give a folder, a file or an index, or leave it out")
         if self.corpus is not None and self.corpus_passages > self.max_passages:

@@ -92,11 +92,15 @@ def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[s
 
 def without_answer(example: Example) -> str | None:
     """The context without the sentences that overlap an annotated answer; None if the rest is no negative."""
-    borders = [0, *(match.end() for match in _SENTENCE_END.finditer(example.context)), len(example.context)]
-    sentences = list(pairwise(borders))
-    kept = [(a, b) for a, b in sentences if not any(x.start < b and x.end > a for x in example.answers)]
+    spans = sentences(example.context)
+    kept = [(a, b) for a, b in spans if not any(x.start < b and x.end > a for x in example.answers)]
     text = "".join(example.context[a:b] for a, b in kept).strip()
     return None if len(text) < _SHORTEST or holds_answer(example, text) else text
+
+
+def sentences(text: str) -> list[tuple[int, int]]:
+    """Start and end of each sentence, with the white space after it; together they are the whole text."""
+    return list(pairwise([0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]))
 
 
 def holds_answer(example: Example, text: str) -> bool:

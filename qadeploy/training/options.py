@@ -98,7 +98,11 @@ class TrainOptions(DataOptions):
         1, "Processes that make windows; more than one pays off on large data only.", least=1
     )
     max_answer_len: int | None = option(
-        None, "Longest answer in tokens.", least=1, shown="fits 98 % of the training answers", also=("--max-answer-length",)
+        None,
+        "Longest answer in tokens.",
+        least=1,
+        shown="fits 98 % of the training answers",
+        also=("--max-answer-length",),
     )
     null_score_diff_threshold: float | None = option(
         None,

@@ -61,7 +61,9 @@ def initial_settings(settings: QaSettings, training_set: FeatureSet) -> QaSettin
     unanswerable = any_unanswerable(training_set.examples)
     return replace(
         settings,
-        max_answer_len=int(np.percentile(lengths, ANSWER_SHARE, method="inverted_cdf")) if lengths else settings.max_answer_len,
+        max_answer_len=int(np.percentile(lengths, ANSWER_SHARE, method="inverted_cdf"))
+        if lengths
+        else settings.max_answer_len,
         null_threshold=0.0 if unanswerable else None,
         temperature=1.0,
         relative_to_null=unanswerable,
