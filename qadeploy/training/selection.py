@@ -6,7 +6,7 @@ temperature are chosen on the dev set. All three go into the settings that the c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from qadeploy.core.decoding import Decoded, WindowLogits, rank_answers, span_tab
 from qadeploy.core.metrics import Scores, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.evaluation.predictions import Prediction, predict
-from qadeploy.records import NO_ANSWER, Answer, Example, Float64Array, FloatArray, Logits
+from qadeploy.records import NO_ANSWER, Answer, Float64Array, FloatArray, Logits
 from qadeploy.training.features import FeatureSet
 
 ANSWER_SHARE = 98  # percent of the training answers that max_answer_len admits
