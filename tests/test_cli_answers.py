@@ -11,8 +11,10 @@ from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
+from click.testing import CliRunner
 
 from qadeploy import Answerer
+from qadeploy.cli import main
 from qadeploy.core.settings import Options
 from qadeploy.inference.bundle import open_bundle
 from tests.cli_for_tests import fails, run, value, well
@@ -191,6 +193,24 @@ def test_ask(bundle, tiny):
     assert len(answers) == 2
     by_torch = value(well("ask", tiny.run, *question, "--top-k", 2, "--json"))["answers"]
     assert [(a["text"], a["start"]) for a in by_torch] == [(a["text"], a["start"]) for a in answers]
+
+
+def test_answers_are_printed_in_any_encoding(bundle):
+    arguments = [
+        "ask",
+        str(bundle),
+        "--question",
+        "Who keeps the lamp?",
+        "--context",
+        "\u0141ucja\U0001f600",
+        "--top-k",
+        "9",
+    ]
+    text = CliRunner(charset="cp1252").invoke(main, arguments)
+    assert (text.exit_code, "\\u0141ucja" in text.stdout) == (0, True)
+    found = CliRunner(charset="cp1252").invoke(main, [*arguments, "--json"])
+    texts = {answer["text"] for answer in json.loads(found.stdout)["answers"]}
+    assert "\u0141ucja\U0001f600" in texts
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

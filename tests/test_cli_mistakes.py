@@ -96,6 +96,9 @@ def test_a_missing_data_file_is_named(command, option, bundle):
     [
         ("--data is given twice: give it once", ["evaluate", "run", "--data", "a.jsonl", "--data", "b.jsonl"]),
         ("--eval-data is given twice", ["train", "--eval-data", "a.jsonl", "--validation_file", "b.jsonl"]),
+        ("--question is given twice", ["ask", "--question", "Who?", "--question", "When?", "--context", "Ada."]),
+        ("--passages: only with --corpus", ["ask", "--question", "Who?", "--context", "Ada.", "--passages", "3"]),
+        ("--n-best-size: only with --predictions-dir", ["evaluate", "run", "--data", "a.jsonl", "--n-best-size", "3"]),
         ("--config is given twice", ["train", "--config", "a.yaml", "--config", "b.yaml"]),
         ("--reduce-range says how to make the int8 bundle: give --quantize too", ["export", "run", "--reduce-range"]),
         (

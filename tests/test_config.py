@@ -76,6 +76,9 @@ def test_json_and_arguments_and_nothing():
         "data": "held.jsonl",
     }
     assert values("") == values("# nothing yet\n") == {}
+    bench = main.commands["bench"]
+    for given, bundles in (("my bundle", ["my bundle"]), ("[a, my bundle]", ["a", "my bundle"])):
+        assert values(f"bundles: {given}", command=bench) == {"bundles": bundles}
 
 
 @pytest.mark.parametrize(

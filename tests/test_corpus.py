@@ -54,6 +54,13 @@ def test_a_pdf_that_cannot_be_read_says_why(content, reason):
         pdf_document(content, "x.pdf")
 
 
+def test_a_pdf_is_read_where_memory_cannot_be_limited(tmp_path, monkeypatch):
+    refuse = "def refuse(kind, limits):\n    if kind == resource.RLIMIT_AS:\n        raise ValueError\n"
+    (tmp_path / "sitecustomize.py").write_text(f"import resource\n{refuse}resource.setrlimit = refuse\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert pdf_document(make_pdf("Bela keeps the rope."), "x.pdf").text == "Bela keeps the rope."
+
+
 def test_a_pdf_of_too_much_text_is_refused(monkeypatch):
     monkeypatch.setenv("QADEPLOY_MAX_UNPACKED_BYTES", "20")
     with pytest.raises(InputError, match="unpacks to more than 20 bytes of text"):
@@ -179,6 +186,9 @@ def test_answers_for_people_name_document_and_place(bundle, keepers, tmp_path):
     assert traced.exit_code == 0, traced.output
     nothing = run("ask", bundle, "--corpus", tmp_path / "index", "--question", "xyzzy")
     assert (nothing.exit_code, nothing.stdout) == (0, "no answer: no word of the question occurs in the corpus\n")
+    nothing = run("ask", bundle, "--corpus", tmp_path / "index", "--question", "xyzzy", "--json")
+    found = json.loads(nothing.stdout)
+    assert (found["answers"], found["passages"], [each["path"] for each in found["skipped"]]) == ([], [], ["scan.pdf"])
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,12 @@ def test_a_flag_wins_over_the_environment_and_nothing_gives_the_defaults(monkeyp
         ([], {"QADEPLOY_THREADS": "many"}, "'--threads': 'many' is not a valid integer"),
         ([], {"QADEPLOY_TOKEN": ""}, "QADEPLOY_TOKEN is empty"),
         (["--token", "a b\n"], {}, "--token: give printable ASCII"),
+        (["--protect-metrics"], {}, "--protect-metrics: needs a --token"),
+        (
+            [],
+            {"QADEPLOY_CORS_ORIGIN": "http://a.example,http://b.example"},
+            "in the environment, separate them by spaces",
+        ),
         (["--log-level", "loud"], {}, "--log-level is 'loud'"),
         (["--host", "nowhere.invalid"], {}, "--host nowhere.invalid --port 8000: cannot listen there"),
         (["--port", "70000"], {}, "--port 70000: cannot listen there"),

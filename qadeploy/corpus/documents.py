@@ -19,7 +19,7 @@ from qadeploy.extras import import_extra
 
 MOST_BYTES = 2**28  # the largest size of a file that is one document
 # YAML between lines of three dashes, as Jekyll, Hugo and MkDocs write it at the beginning of a page.
-_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n\w[\w -]*:.*?^---[ \t]*$", re.DOTALL | re.MULTILINE)
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n\w[\w -]*:.*?^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,15 @@ def test_markdown_is_cut_at_its_headings_and_not_at_what_looks_like_one():
     assert found[1][0] == "## Trimming\n\nMungo Strand trims the light.\n\n```\n# no heading\n```"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_front_matter_holds_no_heading(end):
+    text = end.join(["---", "title: Lamps", "tags: [oil]", "---", "Lamps", "---", "They burn oil."])
+    (heading,) = markdown_headings(text)
+    assert (heading.title, text[heading.start : heading.end]) == ("Lamps", f"Lamps{end}---")
+    rule = end.join(["---", "Lamps", "---", "They burn oil."])
+    assert [heading.title for heading in markdown_headings(rule)] == ["Lamps"]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_headings_are_found_at_any_line_end(end):
     text = f"one\x0cpage\u2028line{end}{end}# Two{end}{end}three"
