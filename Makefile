@@ -105,7 +105,7 @@ $(SERVERS_READY): tests/inference_servers/requirements.txt
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/qadeploy train --data handbook --epochs 1 --out runs/handbook
+	$(BIN)/qadeploy train --data handbook --epochs 1 --crops 0 --out runs/handbook
 	$(BIN)/qadeploy export runs/handbook --quantize --budget 30s --out bundles/handbook
 	$(BIN)/qadeploy bench $(BUNDLE) --questions 100 --rounds 2
 	$(BIN)/qadeploy ask $(BUNDLE) --top-k 1 \

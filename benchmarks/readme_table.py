@@ -1,7 +1,7 @@
 """Writes the README's tables from ``benchmarks/results``.
 
     python -m benchmarks.readme_table                                    rewrites the tables
-    python -m benchmarks.readme_table runs/handbook bundles/handbook     first collects a run's figures into handbook_run.json
+    python -m benchmarks.readme_table runs/handbook bundles/handbook     first collects the figures of a run of the base that ships
 
 The other results, ``handbook_bench.json`` and ``wikipedia_bench.json`` (the base model on articles that were held out
 from its training, see ``models/minilm-l6-qa/README.md``), are written by ``qadeploy bench --out``.
@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from benchmarks.harness import RESULTS, Json, read_report, report, run, where_measured, write_report, write_table
+from qadeploy.shipped import base_model_path
 
 RUN = "handbook_run.json"
 BENCHES = {
@@ -27,17 +28,18 @@ def collect(run: Path, bundle: Path) -> Json:
     """The figures of a run and its bundles, as the content of results/handbook_run.json."""
     metrics = json.loads((run / "metrics.json").read_text())
     plain = json.loads((bundle / "manifest.json").read_text())
-    weights = (run / "checkpoint" / "model.safetensors").stat().st_size
+    record = json.loads((run / "run.json").read_text())
+    checkpoints = (base_model_path(), run / "checkpoint")
+    base, trained = ((folder / "model.safetensors").stat().st_size for folder in checkpoints)
     rows = [
-        _row("base model, before fine-tuning", metrics["held_out_base"], weights),
-        _row("fine-tuned, PyTorch", plain["measured"]["pytorch"], weights),
+        _row("base model, before fine-tuning", metrics["held_out_base"], base),
+        _row("fine-tuned, PyTorch", plain["measured"]["pytorch"], trained),
     ]
     for suffix, name in (("", "ONNX fp32"), ("-fused", "ONNX fp32, fused graph"), ("-int8", "ONNX int8")):
         path = bundle.with_name(bundle.name + suffix) / "manifest.json"
         if path.is_file():
             manifest = json.loads(path.read_text())
             rows.append(_row(name, manifest["measured"], manifest["files"]["model.onnx"]["size"]))
-    record = json.loads((run / "run.json").read_text())
     return report(run=record, epochs=metrics["epochs"], seconds=metrics["seconds"], rows=rows)
 
 

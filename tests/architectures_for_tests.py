@@ -112,6 +112,7 @@ def _train(base: Path, folder: Path, learning_rate: float) -> tuple[Reference, d
         precision="fp32",
         cache=False,
         negatives=0,
+        crops=0,
     )
     result = train(options, lambda line: None, progress=False)
     run = find_run(result.folder)

@@ -238,6 +238,7 @@ def tiny_options(data: Path, base: Path, out: Path, **changes: Any) -> Any:
         "batch_size": 8,
         "precision": "fp32",
         "negatives": 0,
+        "crops": 0,
     }
     return TrainOptions(**{**options, **changes})
 
@@ -247,7 +248,7 @@ def tiny_arguments(data: Path, base: Path, out: Path, *more: str) -> list[str]:
     return [
         *("train", "--data", str(data), "--base", str(base), "--out", str(out)),
         *("--epochs", "2", "--batch-size", "8", "--learning-rate", "0.003", "--precision", "fp32"),
-        *("--dev-fraction", "0.2", "--negatives", "0", "--no-progress", *more),
+        *("--dev-fraction", "0.2", "--negatives", "0", "--crops", "0", "--no-progress", *more),
     ]
 
 

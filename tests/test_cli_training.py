@@ -160,7 +160,9 @@ def test_a_command_line_of_run_qa_moves_over_with_few_edits(tiny_checkpoint):
         --max_answer_length 6 --n_best_size 3 --weight_decay 0.02 --warmup_ratio 0.1 --gradient_accumulation_steps 2
         --max_train_samples 20 --max_eval_samples 6 --preprocessing_num_workers 2 --seed 7 --output_dir out
     """
-    found = value(well("train", *line.split(), "--negatives", 0, "--precision", "fp32", "--no-progress", "--json"))
+    found = value(
+        well("train", *line.split(), "--negatives", 0, "--crops", 0, "--precision", "fp32", "--no-progress", "--json")
+    )
     assert found["run"] == "out"
     options = json.loads(Path("out/run.json").read_text())["options"]
     assert {name: options[name] for name in ("base", "data", "eval_data", "epochs", "batch_size", "seed")} == {
@@ -199,7 +201,7 @@ def test_an_interrupted_run_is_named_and_goes_on_with_its_own_options(tiny_check
         raise KeyboardInterrupt
 
     write_jsonl(Path("few.jsonl"), triplets(16))
-    settings = ("--epochs", 2, "--seed", 5, "--negatives", 0, "--precision", "fp32")
+    settings = ("--epochs", 2, "--seed", 5, "--negatives", 0, "--crops", 0, "--precision", "fp32")
     begin = ("train", "--data", "few.jsonl", "--base", tiny_checkpoint, *settings)
     with monkeypatch.context() as patch:
         patch.setattr("qadeploy.training.trainer.prune", interrupt)  # Ctrl-C after the first save

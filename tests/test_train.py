@@ -542,3 +542,29 @@ def test_few_examples_get_a_negative_each_unless_asked_otherwise(given, resolved
     many, none = [one] * 5_000, replace(one, answers=())
     assert resolve(TrainOptions(), many).negatives == 0
     assert resolve(TrainOptions(), [one, none]).negatives == 0  # the data themselves say what has no answer
+
+
+@pytest.mark.parametrize(("given", "crops", "epochs"), [(None, 1, 2), (0, 0, 3), (2, 2, 2)])
+def test_few_examples_get_a_crop_each_and_two_epochs_unless_asked_otherwise(given, crops, epochs):
+    from qadeploy.training.inputs import resolve
+
+    one = Example("a", "Who?", "Ada keeps it.", (Annotation("Ada", 0),))
+    few = resolve(TrainOptions(crops=given), [one] * 20)
+    assert (few.crops, few.epochs) == (crops, epochs)
+    assert resolve(TrainOptions(crops=given, epochs=7), [one] * 20).epochs == 7
+    many = resolve(TrainOptions(), [one] * 5_000)
+    assert (many.crops, many.epochs) == (0, 3)
+
+
+def test_crops_are_trained_on_and_nothing_else_sees_them(tiny_checkpoint, tmp_path):
+    data = write_jsonl(tmp_path / "few.jsonl", triplets(20))
+    runs = {}
+    for crops in (0, 2):
+        said: list[str] = []
+        options = tiny_options(data, tiny_checkpoint, tmp_path / f"run-{crops}", epochs=1, crops=crops, batch_size=1)
+        runs[crops] = train(options, said.append, progress=False).metrics
+        made = [int(line.split()[2]) for line in said if "train crops: " in line]
+        assert runs[crops]["steps"] == 16 + sum(made)
+        assert bool(made) == bool(crops)
+    assert runs[0]["dev"]["total"] == runs[2]["dev"]["total"] == 4
+    assert runs[0]["epochs"][0]["eval_loss"] == runs[2]["epochs"][0]["eval_loss"]

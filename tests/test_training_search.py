@@ -25,7 +25,19 @@ from tests.conftest import tiny_options, triplets, unanswerable, write_jsonl
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.test_training_search"])
-GIVEN = ("--learning-rate", 0.003, "--negatives", 0, "--precision", "fp32", "--dev-fraction", 0.2, "--no-progress")
+GIVEN = (
+    "--learning-rate",
+    0.003,
+    "--negatives",
+    0,
+    "--crops",
+    0,
+    "--precision",
+    "fp32",
+    "--dev-fraction",
+    0.2,
+    "--no-progress",
+)
 QUESTIONS = [Example(str(n), "Who?", "Ada.", (Annotation("Ada", 0),)) for n in range(20)]
 
 

@@ -22,6 +22,7 @@ from qadeploy.shipped import base_model_path
 from qadeploy.training import distributed
 from qadeploy.training.batches import check_tokens
 from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint
+from qadeploy.training.crops import with_crops
 from qadeploy.training.distill import Teacher, keep_layers, load_teacher, soft_labels
 from qadeploy.training.exportable import TESTED, exportable
 from qadeploy.training.feature_cache import cached_features
@@ -65,14 +66,16 @@ def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions
     """
     few = len(questions) < FEW_EXAMPLES
     negatives = int(few and not any_unanswerable(questions))
+    crops = int(few) if options.crops is None else options.crops
     batch_size = None if options.batch_tokens else 16 if few else 24  # with batch_tokens, the tokens alone decide
     resolved = replace(
         options,
         base=str(options.base or base_model_path()),
-        epochs=3 if options.epochs is None else options.epochs,
+        epochs=(2 if crops else 3) if options.epochs is None else options.epochs,
         learning_rate=(1e-4 if few else 1.8e-4) if options.learning_rate is None else options.learning_rate,
         batch_size=batch_size if options.batch_size is None else options.batch_size,
         negatives=negatives if options.negatives is None else options.negatives,
+        crops=crops,
     )
     distributed.windows_per_process(resolved.batch_size or 1)  # raises before a model is loaded
     return resolved
@@ -162,7 +165,7 @@ class Windows:
 
 
 def make_windows(options: TrainOptions, data: RunData, models: Models, log: RunLog) -> Windows:
-    """Adds negatives and a teacher's questions, cuts the windows, and asks the teacher for its labels.
+    """Adds crops, negatives and a teacher's questions, cuts the windows, and asks the teacher for its labels.
 
     Args:
         options: The training options, resolved.
@@ -174,8 +177,10 @@ def make_windows(options: TrainOptions, data: RunData, models: Models, log: RunL
         InputError: No window holds an answer, one does not fit in ``batch_tokens``, or ``unlabelled`` needs a teacher.
     """
     unlabelled = unlabelled_questions(options)
-    train = with_negatives(data.train.examples, options.negatives or 0, [e.context for e in unlabelled])
+    questions = with_crops(data.train.examples, options.crops or 0, options.seed)
+    train = with_negatives(questions, options.negatives or 0, [e.context for e in unlabelled])
     dev = with_negatives(data.dev.examples, min(options.negatives or 0, 1))
+    log.crops(len(questions) - len(data.train.examples))
     log.negatives("train", train)
     log.negatives("dev", dev)
     log.leaks(data)

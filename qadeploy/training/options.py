@@ -54,7 +54,9 @@ class TrainOptions(DataOptions):
     max_eval_samples: int | None = option(
         None, "Score only the first N questions of the dev and held-out sets.", least=1, shown="all"
     )
-    epochs: int | None = option(None, "Epochs at most.", least=1, shown="3", also=("--num-train-epochs",))
+    epochs: int | None = option(
+        None, "Epochs at most.", least=1, shown="2 with --crops, else 3", also=("--num-train-epochs",)
+    )
     learning_rate: float | None = option(
         None, "Peak learning rate.", least=0, shown="1e-4 below 5,000 questions, else 1.8e-4"
     )
@@ -123,6 +125,13 @@ class TrainOptions(DataOptions):
         least=0,
         most=100,
         shown="1 below 5,000 questions that all have an answer, else 0",
+    )
+    crops: int | None = option(
+        None,
+        "Copies of each question to add, each on a random part of its context, so that few texts are seen in more than one form.",
+        least=0,
+        most=100,
+        shown="1 below 5,000 questions, else 0",
     )
     teacher: str | None = option(None, "Also learn from this bundle, run, checkpoint or hub model (distillation).")
     distill_weight: float = option(0.7, "The teacher's share of the loss.", least=0, most=1)

@@ -87,6 +87,11 @@ class RunLog:
         where = f"answer at code points {gold.start}-{gold.end}" if gold else "no answer"
         self.detail(f"e.g. {where} of {len(example.context)}")
 
+    def crops(self, count: int) -> None:
+        """How many copies of questions are on a part of their context, if any."""
+        if count:
+            self.detail(f"train crops: {count:,} copies of questions, each on a part of its context")
+
     def negatives(self, name: str, made: ExamplesWithNegatives) -> None:
         """How many negatives were made for a set of questions, if any."""
         if made.on_other_passages or made.answer_removed:
