@@ -265,6 +265,15 @@ def test_a_file_that_changes_meanwhile_stops_the_run(bundle, asked):
     assert list(mtimes()) == ["part-00000.parquet"]
 
 
+def test_one_file_never_mixes_what_its_input_was_with_what_it_is(bundle, asked):
+    def change(rows: int) -> None:
+        write_jsonl(asked / "a.jsonl", [{**row, "question": f"{row['question']}?"} for row in ROWS[:25]])
+
+    with pytest.raises(FailureError, match=r"a.jsonl: was changed while it was being answered: start again"):
+        answer_files(request(bundle, asked / "a.jsonl", output="out.jsonl"), BatchProgress(advance=change))
+    assert not list(asked.parent.glob("out*"))
+
+
 def test_a_file_that_goes_meanwhile_says_where_it_must_lie(bundle, asked):
     with pytest.raises(FailureError, match=r"b.parquet: rows 1 to 10 cannot be read on .*each must see the bundle"):
         answer_files(
