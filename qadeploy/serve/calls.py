@@ -156,6 +156,35 @@ class Calls:
         _log.log(level, "request", extra={"fields": fields})
 
 
+class Failures:
+    """ASGI middleware that answers an unexpected exception with 500, and logs it under the id of the request.
+
+    Starlette's own is outside all middleware, so its response would lack their headers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            fields = {"request_id": call_of(scope).request_id}
+            _log.error("the server failed", extra={"fields": fields}, exc_info=error)
+            failed = RefusedError(500, "internal", "the server failed; its log has the reason under this request id")
+            await response(scope, failed)(scope, receive, send)
+
+
 def networks(proxies: Sequence[str]) -> list[Network]:
     """The networks of trusted proxies. Raises InputError if one is neither an address nor a network."""
     try:
