@@ -208,13 +208,14 @@ def client_of(scope: Scope, trusted: Sequence[Network]) -> str | None:
 
 
 def _address(text: str) -> Address | None:
-    """An address that may be followed by a port."""
+    """An address that may be followed by a port. An IPv4 address that an IPv6 socket gives (``::ffff:10.0.0.1``) is IPv4."""
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        return None if "%" in text else ipaddress.ip_address(text)  # the zone after % may be any text
+        found = None if "%" in text else ipaddress.ip_address(text)  # the zone after % may be any text
     except ValueError:
         return None
+    return getattr(found, "ipv4_mapped", None) or found
