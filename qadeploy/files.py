@@ -116,7 +116,7 @@ def opened(folder: Path, open_: Callable[[], _T]) -> _T:
         found = folder.stat().st_ino if folder.is_dir() else None
         try:
             return open_()
-        except QadeployError:
+        except (QadeployError, OSError):
             if found is None or (folder.is_dir() and folder.stat().st_ino == found):
                 raise
     return open_()

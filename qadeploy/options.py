@@ -14,6 +14,7 @@ and the tables in the documentation are all made from these declarations::
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache, partial
 from inspect import get_annotations
@@ -94,6 +95,8 @@ class Option:
             return ""
         if isinstance(value, str) and value in self.choices:
             return ""
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            return f"must be {self.range_text}, not one of over 300 digits"
         right = (int,) if self.kind is int else (int, float)
         if isinstance(value, right) and not isinstance(value, bool) and math.isfinite(value) and self._inside(value):
             return ""

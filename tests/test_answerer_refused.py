@@ -66,6 +66,8 @@ def test_a_bad_pair_late_in_a_stream_is_numbered_from_its_start(answerer):
     [
         ({"top_k": 0}, InputError, "top_k must be a whole number from 1, not 0"),
         ({"max_answer_len": 0}, InputError, "max_answer_len"),
+        ({"prefilter": 10**309}, InputError, "prefilter must be a whole number from 1, not one of over 300 digits"),
+        ({"min_score": 10**5000}, InputError, "min_score must be a number from 0 to 1, not one of over 300 digits"),
         ({"max_seq_len": 161}, InputError, "limit of 160 tokens"),
         ({"max_seq_len": 5}, QuestionTooLongError, "no room for the context"),
         ({"max_seq_len": 40, "doc_stride": 40}, StrideError, "doc_stride must be below max_seq_len 40, not 40"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from qadeploy import Answerer
 from qadeploy.batch.answering import Answered, BrokenModelError, Rejected, Result, ShardAnswering, of_dict, to_dict
 from qadeploy.batch.plan import BatchPlan, BatchSettings, make_plan
 from qadeploy.batch.ranges import Reader
+from qadeploy.errors import FailureError, InputError
 from tests.answerers_for_tests import BREAK, NAN, RAISE, PoisonedLoad
 from tests.conftest import triplets
 
@@ -148,5 +151,18 @@ def test_results_survive_as_json(answerer, tmp_path):
 def test_rows_that_no_longer_can_be_read_are_no_rejections(answerer, tmp_path):
     plan = planned(tmp_path, GOOD)
     Path(plan.sources[0].path).unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(InputError, match=r"rows.jsonl: no such file"):
         streamed(answerer, plan)
+
+
+@pytest.mark.parametrize("how", [streamed, alone])
+def test_rows_that_change_while_they_are_read_are_no_answers(how, answerer, tmp_path, monkeypatch):
+    plan = planned(tmp_path, GOOD)
+    read = Reader.rows
+
+    def shorter(reader: Reader, *where: Any) -> Iterator[Any]:
+        yield from islice(read(reader, *where), 3)
+
+    monkeypatch.setattr(Reader, "rows", shorter)
+    with pytest.raises(FailureError, match=r"rows.jsonl: was changed while it was being answered"):
+        how(answerer, plan)

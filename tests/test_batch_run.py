@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import signal
@@ -263,6 +264,38 @@ def test_a_file_that_changes_meanwhile_stops_the_run(bundle, asked):
         answer_files(request(bundle, asked), BatchProgress(advance=change))
     (asked / "b.parquet").unlink()
     assert list(mtimes()) == ["part-00000.parquet"]
+
+
+@pytest.mark.parametrize("output", ["out", "out.jsonl"])
+def test_names_that_are_not_utf_8_become_escapes_in_ids(output, bundle, asked):
+    try:
+        (asked / "a.jsonl").rename(asked / os.fsdecode(b"caf\xe9.jsonl"))
+    except OSError:
+        pytest.skip("the file system allows only UTF-8")
+    assert answer_files(request(bundle, asked, output=output)).counts == Counts(60, 0)
+    rows = answers() if output == "out" else [json.loads(line) for line in Path(output).read_text("utf-8").splitlines()]
+    assert [rows[35]["id"], rows[0]["id"]] == ["caf\\udce9.jsonl:row-1", "b.parquet:row-1"]
+    if output == "out":
+        assert answer_files(request(bundle, asked)).before == 60
+
+
+def test_a_question_mark_in_the_name_of_a_local_file_is_a_character(bundle, asked):
+    (asked / "a.jsonl").rename(asked / "what?1.jsonl")
+    write_jsonl(asked / "what?2.jsonl", ROWS[:2])
+    answer_files(request(bundle, asked / "what?1.jsonl", asked / "what?2.jsonl"))
+    assert [row["id"] for row in answers()][24:] == [f"what?{n}.jsonl:row-{r}" for n, r in ((1, 25), (2, 1), (2, 2))]
+    write_jsonl(asked / "what?2.jsonl", ROWS[:3])
+    with pytest.raises(InputError, match=r"what\?2.jsonl was changed"):
+        answer_files(request(bundle, asked / "what?1.jsonl", asked / "what?2.jsonl"))
+
+
+def test_one_file_never_mixes_what_its_input_was_with_what_it_is(bundle, asked):
+    def change(rows: int) -> None:
+        write_jsonl(asked / "a.jsonl", [{**row, "question": f"{row['question']}?"} for row in ROWS[:25]])
+
+    with pytest.raises(FailureError, match=r"a.jsonl: was changed while it was being answered: start again"):
+        answer_files(request(bundle, asked / "a.jsonl", output="out.jsonl"), BatchProgress(advance=change))
+    assert not list(asked.parent.glob("out*"))
 
 
 def test_a_file_that_goes_meanwhile_says_where_it_must_lie(bundle, asked):

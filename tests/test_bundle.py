@@ -302,6 +302,18 @@ def test_a_folder_that_is_no_bundle_and_one_that_is_not_there(tmp_path):
             open_bundle(path)
 
 
+def test_a_folder_that_the_system_does_not_let_be_read_is_named(bundle, monkeypatch):
+    with pytest.raises(BundleError, match="xx: cannot be read: File name too long"):
+        open_bundle("x" * 300)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    with pytest.raises(BundleError, match=f"^{re.escape(str(bundle))}: cannot be read: Permission denied$"):
+        open_bundle(bundle)
+
+
 @pytest.mark.parametrize("name", ["run.json", "config.json"])
 def test_a_run_in_place_of_a_bundle_is_named_with_the_command_that_exports_it(tmp_path, name):
     (tmp_path / name).write_text("{}")

@@ -306,6 +306,12 @@ OTHER_ERRORS: dict[str, tuple[type[BaseException] | None, type[InputError], str,
         "2 questions and 1 contexts",
         lambda qa: qa({"question": [LAMP, BOAT], "context": [CONTEXT]}),
     ),
+    "several questions on passages": (
+        ValueError,
+        CallError,
+        "give a list of dicts with question and contexts",
+        lambda qa: qa(question=[LAMP, BOAT], contexts=[CONTEXT]),
+    ),
     "inputs twice": (None, CallError, "give questions once", lambda qa: qa(ONE, context=CONTEXT)),
 }
 

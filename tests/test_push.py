@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from qadeploy.errors import InputError, MissingExtraError
+from qadeploy.errors import BundleError, InputError, MissingExtraError
 from qadeploy.export.push import files_to_push
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import open_bundle
@@ -164,6 +165,18 @@ def test_a_run_is_pushed_without_the_texts_of_its_users_unless_asked(done, hub, 
 def test_each_refusal_of_a_push_is_one_error(done, step, code, message):
     assert done[step][0] == code, done[step]
     assert re.match(f"Error: {message}", done[step][1]), done[step]
+
+
+def test_a_download_that_was_cut_short_is_completed(bundle, tmp_path, monkeypatch):
+    snapshot = tmp_path / "commit"
+    snapshot.mkdir()
+    (snapshot / "README.md").write_bytes((bundle / "README.md").read_bytes())
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setenv("QADEPLOY_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(BundleError, match=r"^hub:me/qa: has no manifest\.json"):
+        open_bundle("hub:me/qa")
+    shutil.copytree(bundle, snapshot, dirs_exist_ok=True)
+    assert open_bundle("hub:me/qa").hash == open_bundle(bundle).hash
 
 
 def test_a_bundle_of_the_hub_is_a_plain_folder_named_by_its_commit(done, hub, bundle):

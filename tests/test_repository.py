@@ -226,6 +226,23 @@ def test_a_full_disk_leaves_nothing(bundle, repository, monkeypatch):
     assert names(repository) == []
 
 
+def test_a_repository_in_a_folder_that_may_not_be_written_is_enough(bundle, repository, monkeypatch):
+    """Root may write anywhere, so the refusals of the system are imitated."""
+    repository.mkdir()
+    access, mkdir = os.access, os.mkdir
+
+    def denied(path: Path, *mode: int) -> None:
+        if Path(path).parent == repository.parent:
+            raise PermissionError(13, "Permission denied", str(path))
+        mkdir(path, *mode)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != repository.parent and access(path, mode))
+    monkeypatch.setattr(os, "mkdir", denied)
+    added = add_bundle(open_bundle(bundle), repository)
+    assert open_bundle(added.folder).hash == open_bundle(bundle).hash
+    assert os.listdir(repository) == ["keepers"]
+
+
 def test_other_models_are_left_alone(bundle, repository):
     other = repository / "other"
     (other / "1").mkdir(parents=True)

@@ -198,6 +198,8 @@ def test_what_is_no_json_or_no_text_is_refused(server, content, status, kind):
     ("options", "kind", "message"),
     [
         ({"max_seq_len": 10_000}, "invalid_input", "more than the model's limit of"),
+        ({"max_seq_len": 10**309}, "invalid_input", "max_seq_len must be a whole number from 1, not one of over"),
+        ({"doc_stride": 10**309}, "invalid_input", "doc_stride must be a whole number from 0, not one of over"),
         ({"max_seq_len": 4}, "question_too_long", "leaves no room"),
         ({"max_seq_len": 30, "doc_stride": 30}, "stride", "doc_stride must be below max_seq_len 30"),
         ({"max_seq_len": 14, "doc_stride": 1}, "too_many_windows", "at most 20 are allowed"),
@@ -396,6 +398,24 @@ def test_a_model_that_breaks_tells_the_log_and_not_the_caller(answerer, caplog):
     logged = [record for record in caplog.records if record.getMessage() == "answering failed"]
     assert logged[0].fields["request_id"] == response.headers["x-request-id"]
     assert "secret path" in JsonFormatter().format(logged[0])
+
+
+def test_an_unexpected_error_has_the_headers_of_any_answer_and_its_reason_in_the_log(answerer, caplog, monkeypatch):
+    def breaks(*_: object) -> None:
+        raise OSError("secret path /srv/model")
+
+    monkeypatch.setattr("qadeploy.serve.answering.check_limits", breaks)
+    with serving(answerer, cors_origins=("https://a.example",)) as local, caplog.at_level("INFO", "qadeploy.serve"):
+        asked = {"x-request-id": "mine", "origin": "https://a.example"}
+        response = local.post("/v1/answer", {"question": QUESTION, "context": CONTEXT}, headers=asked)
+    assert "secret" not in response.text
+    error(response, 500, "internal")
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["access-control-allow-origin"] == "https://a.example"
+    logged = {record.getMessage(): JsonFormatter().format(record) for record in caplog.records}
+    assert "secret path" in logged["the server failed"]
+    assert '"mine"' in logged["the server failed"]
+    assert '"mine"' in logged["request"]
 
 
 # ---------------------------------------------------------------- tokens, origins, logs

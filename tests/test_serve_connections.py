@@ -413,7 +413,8 @@ def test_x_forwarded_for_counts_only_from_a_trusted_proxy_and_only_as_an_address
     from qadeploy.serve.calls import client_of, networks
 
     given = [(b"x-forwarded-for", header.encode()) for header in headers]
-    assert client_of({"client": ("127.0.0.1", 5), "headers": given}, networks(proxies)) == client
+    for peer in ("127.0.0.1", "::ffff:127.0.0.1"):  # the second on a socket that takes IPv6 too
+        assert client_of({"client": (peer, 5), "headers": given}, networks(proxies)) == client
 
 
 def test_the_flag_for_proxies_reaches_the_log_and_must_be_an_address(bundle, tmp_path, remote):

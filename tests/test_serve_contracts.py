@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
+from qadeploy.serve.answering import answered_by
 from tests.conftest import triplets
 from tests.processes_for_tests import succeeded
 from tests.servers_for_tests import Fixed, around, serving, started
@@ -185,3 +187,25 @@ def test_parameters_of_other_servers_and_defaults_are_ignored_and_min_score_is_n
 def test_a_model_that_fails_is_an_error_and_no_answer(answerer):
     with serving(around(answerer, Fixed(float("nan")))) as local:
         assert local.post(INFER, body([QUESTION], [CONTEXT])).status_code == 500
+
+
+def test_the_limit_counts_questions_and_not_tensors(answerer):
+    with serving(answerer, max_batch=1) as local:
+        assert local.post(INFER, body([QUESTION], [CONTEXT])).status_code == 200
+        refused = local.post(INFER, body([QUESTION] * 2, [CONTEXT]))
+        assert (refused.status_code, refused.json()["error"]) == (
+            422,
+            "the request holds 2 questions, at most 1 are allowed (--max-batch)",
+        )
+
+
+def test_the_version_is_that_of_the_bundle_that_answers_even_if_a_reload_comes_between(answerer, monkeypatch):
+    async def reloaded(request, service, *given):
+        found = await answered_by(request, service, *given)
+        service.engine = replace(service.engine, hash="new")
+        return found
+
+    monkeypatch.setattr("qadeploy.serve.contracts.answered_by", reloaded)
+    with serving(answerer) as local:
+        found = [local.post(INFER, body([QUESTION], [CONTEXT])).json()["model_version"] for _ in range(2)]
+    assert found == [answerer.bundle.hash, "new"]

@@ -106,6 +106,29 @@ def test_the_command_says_the_same(server, index):
     ]
 
 
+def test_each_question_of_a_batch_takes_a_verdict_with_offsets_as_in_the_response(answerer, tmp_path):
+    path, text = tmp_path / "feedback.jsonl", "# Pub\n\n" + "The pub is quiet on Monday. 🏮\n\n" * 200 + NOTE
+    (tmp_path / "note.md").write_text(text, encoding="utf-8")
+    Corpus.build(tmp_path / "note.md", tmp_path / "index")
+    with serving(answerer, corpus=str(tmp_path / "index"), feedback=str(path), **PATIENT) as local:
+        asked = {"questions": ["When is the pub quiet?", ABOUT_NOTE], "allow_no_answer": False}
+        response = local.post("/v1/answer", asked)
+
+        def say(**what: object) -> int:
+            body = {"request_id": response.headers["x-request-id"], **what}
+            return local.post("/v1/feedback", body).status_code
+
+        last = text.rindex("o")  # the passage has several
+        assert say(question=1, verdict="wrong", answer={"text": "o"}) == 422
+        assert say(question=1, verdict="wrong", answer={"text": "o", "start": 0}) == 422
+        assert say(question=1, verdict="wrong", answer={"text": "o", "start": last}) == 204
+        assert say(question=0, verdict="right") == 204
+    first, second = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    assert first["question"] == ABOUT_NOTE
+    assert first["answer_start"] == first["context"].rindex("o") < last
+    assert (second["question"], second["answer"]) == (asked["questions"][0], response.json()[0]["answers"][0]["text"])
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -261,6 +284,8 @@ def test_texts_of_the_corpus_are_not_logged(answerer, index, caplog):
     ("settings", "message"),
     [
         ({"corpus": ""}, "--corpus is empty"),
+        ({"feedback": ""}, "--feedback is empty: give a file, or leave it out"),
+        ({"host": ""}, "--host is empty: give an address, or leave it out"),
         ({"corpus": "x", "corpus_passages": 9, "max_passages": 8}, "--corpus-passages is 9, but a question may have 8"),
         ({"corpus_passages": 101}, "corpus_passages must be a whole number from 1 to 100"),
     ],

@@ -6,6 +6,7 @@ import asyncio
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -123,6 +124,25 @@ def test_a_bad_bundle_changes_nothing(harm, bundle, tmp_path):
         assert httpx.post(f"{server.url}/v1/answer", json=ASKED, headers=TOKEN, timeout=30).json() == before
         assert 'qadeploy_reloads_total{result="failed"} 2.0' in httpx.get(f"{server.url}/metrics", timeout=30).text
         assert hashes(server.url) == [open_bundle(bundle).hash]
+
+
+BREAKS = """
+from qadeploy.cli import main
+from qadeploy.serve.service import Service
+
+async def reload(service):
+    raise ValueError("for no reason")
+
+Service.reload = reload
+main()
+"""
+
+
+def test_a_reload_by_signal_that_fails_for_an_unknown_reason_is_logged(bundle, tmp_path):
+    with started(tmp_path, bundle, command=(sys.executable, "-c", BREAKS, "serve", str(bundle))) as server:
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.events("not reloaded"))
+        assert "ValueError: for no reason" in server.events("not reloaded")[0]["traceback"]
 
 
 def test_the_route_reloads_behind_the_token_and_is_absent_without_one(folder, bundle, other):

@@ -20,6 +20,7 @@ from qadeploy.inference import session
 from qadeploy.inference.bundle import open_bundle
 from qadeploy.inference.pairs import to_answers
 from qadeploy.inference.session import OnnxModel
+from qadeploy.inference.trace import candidates
 from qadeploy.records import Logits, Window
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from tests.conftest import sealed_copy, triplets
@@ -162,6 +163,16 @@ def test_align_to_words_widens_to_word_borders(answerer):
     assert any(cuts_a_word(a) for a in free)
     assert aligned
     assert not any(cuts_a_word(a) for a in aligned)
+
+
+def test_the_trace_of_aligned_answers_names_the_best_one(answerer):
+    options = Options(align_to_words=True, max_answer_len=1)  # one token: most answers are only a part of a word before
+    context = "Adaline keeps Cora-lamps, Belamina oboats."
+    reading = answerer.read("Who keeps the lamps?", context, options)
+    (best,) = to_answers(reading, options)
+    named = [each.text for each in candidates(reading, options) if each.answer == 1]
+    assert named == [best.text]
+    assert best.text != answerer.answer("Who keeps the lamps?", context, max_answer_len=1)[0].text
 
 
 def test_no_answer_competes_only_where_it_is_allowed(answerer):

@@ -113,7 +113,7 @@ class ShardAnswering:
         self._rows = reader.rows(shard.source, shard.range)
 
     def stream(self) -> list[Result]:
-        """One result per row, in order. Raises OSError, InputError (reading), BrokenModelError."""
+        """One result per row, in order. Raises OSError, InputError (reading), BrokenModelError, FailureError (as ``alone``)."""
         results: list[Result | None] = []
         waiting: deque[_Row | None] = deque()
         rows = self._asked(results)
@@ -162,6 +162,9 @@ class ShardAnswering:
         Args:
             known: Known results by row number; these rows are not answered again.
             trying: Called as ``trying(number)`` before a row is answered and as ``trying(number, result)`` afterwards.
+
+        Raises:
+            FailureError: The file was changed since the plan was made.
         """
         results: list[Result | None] = []
         for asked in self._asked(results):
@@ -180,6 +183,7 @@ class ShardAnswering:
 
     def _asked(self, results: list[Result | None]) -> Iterator[_Row]:
         """Yields the usable rows. Appends an entry to ``results`` for each row: its rejection, or None for now."""
+        self._check_source()
         for row in self._rows:
             results.append(None)
             try:
@@ -190,6 +194,13 @@ class ShardAnswering:
                 continue
             identity = self._plan.row_id(self._shard.source, row.number) if fields.id is None else fields.id
             yield _Row(len(results) - 1, row.number, identity, (fields.question, fields.contexts or fields.context))
+        self._check_source(len(results))
+
+    def _check_source(self, rows: int | None = None) -> None:
+        """Raises FailureError if the file is no longer that of the plan, or if it had another number of ``rows``."""
+        source = self._shard.source
+        if source.stat() != source or rows not in {None, self._shard.range.rows}:
+            raise FailureError(f"{source.path}: was changed while it was being answered: start again")
 
     def _rejected(self, row: RawRow, field: str, reason: str) -> Rejected:
         given = row.fields.get(self._data_options.column("id"))

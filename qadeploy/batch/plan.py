@@ -97,7 +97,7 @@ class BatchPlan:
         numbers = {source: n for n, source in enumerate(self.sources)}
         rows = [[numbers[s.source], s.range.first, s.range.rows, s.range.begin, s.range.end] for s in self.shards]
         lines = ",\n".join(json.dumps(row) for row in rows)
-        return json.dumps(head, indent=1, ensure_ascii=False)[:-2] + f',\n "shards": [\n{lines}\n]\n}}\n'
+        return json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{lines}\n]\n}}\n'
 
     @classmethod
     def of(cls, text: str, name: str) -> BatchPlan:

@@ -49,7 +49,7 @@ class Source:
     @property
     def kind(self) -> str:
         """Its suffix in lower case; "" for ``hub:NAME``."""
-        return "" if self.path.startswith("hub:") else PurePosixPath(self.path.partition("?")[0]).suffix.lower()
+        return "" if self.path.startswith("hub:") else PurePosixPath(_bare(self.path)).suffix.lower()
 
     @property
     def remote(self) -> bool:
@@ -105,13 +105,21 @@ def expand(patterns: Sequence[str]) -> list[Source]:
 
 
 def _names(sources: Sequence[Source]) -> list[str]:
-    """Names that distinguish the sources: their paths relative to the deepest folder that contains all of them."""
-    paths = [PurePosixPath(source.path.partition("?")[0]) for source in sources]
+    """Names that distinguish the sources: their paths relative to the deepest folder that contains all of them.
+
+    Bytes that are not UTF-8 become escapes, so that ids with these names can be written.
+    """
+    paths = [PurePosixPath(_bare(source.path)) for source in sources]
     parents = [path.parent.parts for path in paths]
     shared = 0
     while all(len(parts) > shared and parts[shared] == parents[0][shared] for parts in parents):
         shared += 1
-    return ["/".join(path.parts[shared:]) for path in paths]
+    return ["/".join(path.parts[shared:]).encode("utf-8", "backslashreplace").decode() for path in paths]
+
+
+def _bare(path: str) -> str:
+    """The path; of a URI, what precedes its options."""
+    return path.partition("?")[0] if "://" in path else path
 
 
 def _expanded(pattern: str) -> Iterable[str]:

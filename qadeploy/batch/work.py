@@ -69,8 +69,6 @@ class Worker:
 
     def _results(self, answering: ShardAnswering, shard: Shard, journal: Journal) -> Sequence[Result]:
         try:
-            if shard.source.stat() != shard.source:
-                raise FailureError(f"{shard.source.path}: was changed while it was being answered: start again")
             if not journal.careful:
                 return answering.stream()
             killed: dict[int, Rejected] = {r: answering.killer(r, n) for r, n in journal.killers.items()}

@@ -28,9 +28,10 @@ from qadeploy.data.fields import DataOptions
 from qadeploy.data.loading import read_split
 from qadeploy.data.wording import plural
 from qadeploy.errors import FailureError, InputError
+from qadeploy.evaluation.predictions import DEFAULT_N_BEST, new_predictions, write_predictions
 from qadeploy.options import check, declared, option
 from qadeploy.records import Answer
-from qadeploy.training.options import N_BEST, TrainOptions
+from qadeploy.training.options import TrainOptions
 
 if TYPE_CHECKING:
     from qadeploy.corpus.records import CorpusAnswer
@@ -47,7 +48,7 @@ class EvaluateOptions:
     predictions_dir: str | None = option(
         None, "Write predictions.json, nbest_predictions.json and, if 'no answer' competes, null_odds.json."
     )
-    n_best_size: int = option(N_BEST, "Candidates per question in nbest_predictions.json.", least=1)
+    n_best_size: int = option(DEFAULT_N_BEST, "Candidates per question in nbest_predictions.json.", least=1)
     metric: MetricChoice | None = option(  # noqa: RUF009 - a Literal
         None, "How EM and F1 compare texts, as in train; auto chooses by this data.", shown="the model's"
     )
@@ -81,7 +82,6 @@ qadeploy evaluate runs/faq --data held_out.json --predictions predictions.json -
 @options_of(DataOptions)
 def evaluate(as_json: bool, model: str, data: str, **given: Any) -> None:
     """Score MODEL (a run, a bundle or a checkpoint folder) on annotated questions."""
-    from qadeploy.evaluation.predictions import new_predictions, write_predictions
     from qadeploy.evaluation.scoring import evaluate as score_all
     from qadeploy.files import write_json
 

@@ -57,11 +57,6 @@ class JoinedText(EncodedText):
         """Start and end of the text that ``align_to_words`` widens each token to, ``[tokens, 2]``."""
         return np.concatenate([part.aligned + begin for part, begin in zip(self.parts, self.begins, strict=True)])
 
-    @property
-    def words(self) -> IntArray:
-        """Start and end of the whole (pre-tokenised) word around each token, ``[tokens, 2]``."""
-        return np.concatenate([part.words + begin for part, begin in zip(self.parts, self.begins, strict=True)])
-
     def part_at(self, position: int) -> int:
         """The index in ``parts`` of the passage that contains a code point of the joined text."""
         return int(np.searchsorted(self.begins, position, side="right")) - 1

@@ -149,7 +149,10 @@ def open_bundle(folder: str | Path, *, sha256: str | None = None, revision: str 
         raise InputError(
             f"{folder}: is a folder, which has no revisions: name a bundle on the hub, or leave out {revision!r}"
         )
-    return opened(folder, lambda: _open(folder, sha256))
+    try:
+        return opened(folder, lambda: _open(folder, sha256))
+    except OSError as error:
+        raise BundleError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
 
 
 def _open(folder: Path, sha256: str | None) -> Bundle:

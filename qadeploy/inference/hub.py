@@ -56,18 +56,16 @@ def fetch_bundle(name: str, revision: str | None, files: Sequence[str]) -> Path:
         found = library.snapshot_download(repo, revision=revision or named or None, allow_patterns=[*files])
     snapshot = Path(found)
     place = cache.joinpath("bundles", *repo.split("/"), snapshot.name, repo.rpartition("/")[2])
-    if not place.is_dir():
+    held = [file for file in files if (snapshot / file).is_file()]  # loading reports missing files
+    if not all((place / file).is_file() for file in held):  # an earlier download may have been cut short
         with temporary_folder(place) as work:
-            for file in files:
-                if not (snapshot / file).is_file():
-                    continue  # loading reports missing files
+            for file in held:
                 source = (snapshot / file).resolve()
                 try:
                     os.link(source, work / file)
                 except OSError:  # on another file system
                     shutil.copyfile(source, work / file)
-            if any(work.iterdir()):
-                replace_folder(work, place)
+            replace_folder(work, place)
     return place
 
 

@@ -66,7 +66,7 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
         window, text, place = reading.windows[number], "", None
         verdict = _fault(reading, window, start, end)
         if not verdict:
-            first, last = _span(reading, window, start, end)
+            first, last = _span(reading, window, start, end, options)
             text = reading.context.text[first:last]
             if (first, last) in seen:
                 verdict = "the same text as a better span, from another window or other tokens"
@@ -79,9 +79,9 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
         yield SpanCandidate(number + 1, start, end, logit, text, place, verdict)
 
 
-def _span(reading: DecodedPair, window: Window, start: int, end: int) -> tuple[int, int]:
+def _span(reading: DecodedPair, window: Window, start: int, end: int, options: Options) -> tuple[int, int]:
     shift = window.context_offset - window.context_begin
-    offsets = reading.context.offsets
+    offsets = reading.context.aligned if options.align_to_words else reading.context.offsets
     return reading.context.visible(int(offsets[start + shift, 0]), int(offsets[end + shift, 1]))
 
 

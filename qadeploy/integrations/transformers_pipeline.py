@@ -293,6 +293,10 @@ def _eager(inputs: Any) -> tuple[list[Asked], bool]:
     alone = len(items) == 1
     if alone and isinstance(items[0], dict) and isinstance(items[0].get("question"), list):
         _check_keys(items[0], "")
+        if "context" not in items[0]:
+            raise CallError(
+                "contexts belong to one question: for several, give a list of dicts with question and contexts"
+            )
         items, alone = _paired(items[0]["question"], items[0]["context"]), False
     pairs = []
     for number, item in enumerate(items, 1):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request
@@ -48,7 +49,8 @@ async def answered_by(request: Request, service: Service, asks: Sequence[Ask], r
         asked = [_logged(ask) for ask in asks]
         _log.info("asked", extra={"fields": {"request_id": call.request_id, "asked": asked}})
     if service.feedback is not None:
-        render = service.feedback.remembering(call.request_id, asks, service.engine.hash, render)
+        asks = [replace(ask, number=number) for number, ask in enumerate(asks)]
+        render = service.feedback.remembering(call.request_id, service.engine.hash, render)
     seconds = call.deadline - asyncio.get_running_loop().time()
     try:
         job = scheduler.submit(asks, render, timeout=seconds)

@@ -21,7 +21,7 @@ from qadeploy.errors import FailureError, QadeployError
 from qadeploy.serve.answering import answered_by, dump, hugging_face_result, json_list, json_response, reply
 from qadeploy.serve.auth import Auth
 from qadeploy.serve.body import BoundedRoute
-from qadeploy.serve.calls import Calls, response
+from qadeploy.serve.calls import Calls, Failures, response
 from qadeploy.serve.contracts import add_contracts
 from qadeploy.serve.errors import RefusedError, clean
 from qadeploy.serve.feedback import Feedback
@@ -97,6 +97,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(BodyLimit, settings=settings)
     if settings.token is not None:
         app.add_middleware(Auth, token=settings.token, metrics=settings.protect_metrics)
+    add_errors(app)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -106,7 +107,6 @@ def create_app(service: Service) -> FastAPI:
             expose_headers=["retry-after", "x-request-id"],
         )
     app.add_middleware(Calls, metrics=service.metrics, settings=settings, closing=lambda: service.draining)
-    add_errors(app)
     locked = [Depends(HTTPBearer(auto_error=False))] if settings.token is not None else []
     _add_answers(app, service, locked)
     if service.feedback is not None:
@@ -272,7 +272,8 @@ def _add_pages(app: FastAPI) -> None:
 
 
 def add_errors(app: FastAPI) -> None:
-    """Answers every error with JSON of the same shape."""
+    """Answers every error with JSON of the same shape. Middleware that is added later sees these responses too."""
+    app.add_middleware(Failures)
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
@@ -288,10 +289,6 @@ def add_errors(app: FastAPI) -> None:
         found = response(request.scope, RefusedError(error.status_code, kind, message))
         found.headers.update(error.headers or {})
         return found
-
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        return response(request.scope, RefusedError(500, "internal", "the server failed; its log has the reason"))
 
 
 def _faults(error: RequestValidationError) -> str:

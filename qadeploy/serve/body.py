@@ -118,4 +118,7 @@ def _questions(value: Any) -> int:
     """How many questions the body of a request to any route has."""
     if isinstance(value, dict):
         value = value.get("questions", value.get("inputs"))
-    return len(value) if isinstance(value, list) else 1
+    if not isinstance(value, list):
+        return 1
+    tensors = [each["data"] for each in value if isinstance(each, dict) and isinstance(each.get("data"), list)]
+    return len(value) if len(tensors) < len(value) else max(map(len, tensors), default=0)

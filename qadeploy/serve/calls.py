@@ -156,6 +156,35 @@ class Calls:
         _log.log(level, "request", extra={"fields": fields})
 
 
+class Failures:
+    """ASGI middleware that answers an unexpected exception with 500, and logs it under the id of the request.
+
+    Starlette's own is outside all middleware, so its response would lack their headers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            fields = {"request_id": call_of(scope).request_id}
+            _log.error("the server failed", extra={"fields": fields}, exc_info=error)
+            failed = RefusedError(500, "internal", "the server failed; its log has the reason under this request id")
+            await response(scope, failed)(scope, receive, send)
+
+
 def networks(proxies: Sequence[str]) -> list[Network]:
     """The networks of trusted proxies. Raises InputError if one is neither an address nor a network."""
     try:
@@ -179,13 +208,14 @@ def client_of(scope: Scope, trusted: Sequence[Network]) -> str | None:
 
 
 def _address(text: str) -> Address | None:
-    """An address that may be followed by a port."""
+    """An address that may be followed by a port. An IPv4 address that an IPv6 socket gives (``::ffff:10.0.0.1``) is IPv4."""
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        return None if "%" in text else ipaddress.ip_address(text)  # the zone after % may be any text
+        found = None if "%" in text else ipaddress.ip_address(text)  # the zone after % may be any text
     except ValueError:
         return None
+    return getattr(found, "ipv4_mapped", None) or found

@@ -261,7 +261,7 @@ def add_contracts(
     )
     async def infer(request: Request, model: str, body: InferRequest) -> Response:
         """The best answer to each question, in order. "No answer" is an empty text at 0."""
-        name = _name(service, model)
+        name, version = _name(service, model), service.engine.hash  # a reload may replace the engine meanwhile
         names, asks = body.wanted(), body.asks()
         rows = [json.loads(row) for row in await answered_by(request, service, asks, _row)]
         values = dict(zip(_OUTPUTS, zip(*rows, strict=True), strict=True))
@@ -269,7 +269,7 @@ def add_contracts(
             {"name": each, "datatype": _OUTPUTS[each], "shape": [len(rows)], "data": list(values[each])}
             for each in names
         ]
-        found = {"model_name": name, "model_version": service.engine.hash, "outputs": outputs}
+        found = {"model_name": name, "model_version": version, "outputs": outputs}
         return json_response(dump(found if body.id is None else found | {"id": body.id}))
 
     app.include_router(router)

@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -31,12 +30,16 @@ _log = logging.getLogger("qadeploy.serve")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question, the context of its best answer, that answer, the hash of the bundle, and the verdict on the answer."""
+    """A question, the context of its best answer, that answer, the hash of the bundle, and the verdict on the answer.
+
+    ``begin`` is the position of the context in its document of the corpus; 0 if the client sent the context.
+    """
 
     question: str
     context: str
     best: Answer
     bundle: str
+    begin: int = 0
     verdict: tuple[str, str | None, int | None] | None = None
 
     @property
@@ -84,14 +87,12 @@ class Feedback:
         except OSError as error:
             raise InputError(f"--feedback {self._path}: {error.strerror}") from error
 
-    def remembering(self, request_id: str, asks: Sequence[Ask], bundle: str, render: Render) -> Render:
+    def remembering(self, request_id: str, bundle: str, render: Render) -> Render:
         """Wraps ``render`` to also remember each question of a request with its best answer."""
-        numbers = {id(ask): number for number, ask in enumerate(asks)}
 
         def remembers(ask: Ask, pair: DecodedPair | None) -> Any:
-            number = numbers.get(id(ask), 0 if len(asks) == 1 else None)  # a corpus search replaces the Ask
-            if pair is not None and number is not None:
-                self._remember((request_id, number), _asked(ask, pair, bundle))
+            if pair is not None:
+                self._remember((request_id, ask.number), _asked(ask, pair, bundle))
             return render(ask, pair)
 
         return remembers
@@ -112,7 +113,8 @@ class Feedback:
             number: The index of the question in its request, from 0.
             verdict: right or wrong.
             text: The right answer, if the verdict is wrong and it is known; empty if the context holds no answer.
-            start: Its first code point in the context, if it occurs there several times.
+            start: Its first code point in the context, or in the document of the corpus that holds the context; needed if it
+                occurs in the context several times.
 
         Raises:
             RefusedError: The question is not remembered (404) or has another verdict (409), or the right answer does not
@@ -175,8 +177,9 @@ def _asked(ask: Ask, pair: DecodedPair, bundle: str) -> Asked:
     if joined is None:
         return Asked(ask.question, pair.context.text, best, bundle)
     spans = pair.decoded.spans
-    # For the null answer, the passage of the best span.
-    return Asked(ask.question, joined.parts[joined.part_at(spans[0].start) if spans else 0].text, best, bundle)
+    part = joined.part_at(spans[0].start) if spans else 0  # for the null answer, the passage of the best span
+    begin = ask.found[joined.numbers[part]].start if ask.found else 0
+    return Asked(ask.question, joined.parts[part].text, best, bundle, begin)
 
 
 def _row(asked: Asked, request: str, given: tuple[str, str | None, int | None]) -> dict[str, Any]:
@@ -199,13 +202,16 @@ def _answer(asked: Asked, verdict: str, text: str | None, start: int | None) -> 
     if verdict == "right":
         if text is not None:
             raise _wrong("answer is only for the verdict wrong: it says what would have been right")
-        text, start = asked.best.text, asked.best.start
+        text, start = asked.best.text, asked.best.start + asked.begin
     if text is None:
         return {}
     if not text:
         return {"answer": "", "is_impossible": True}
-    places = [i for i in range(len(asked.context)) if asked.context.startswith(text, i)] if start is None else [start]
-    if not places or not asked.context.startswith(text, places[0]):
+    if start is None:
+        places = [i for i in range(len(asked.context)) if asked.context.startswith(text, i)]
+    else:
+        places = [start - asked.begin]
+    if not places or places[0] < 0 or not asked.context.startswith(text, places[0]):
         raise _wrong("answer.text does not occur in the context" + ("" if start is None else " at answer.start"))
     if len(places) > 1:
         raise _wrong(f"answer.text occurs in the context {len(places)} times: give answer.start, its first code point")

@@ -65,9 +65,9 @@ def create_label_app(desk: Desk, token: str) -> FastAPI:
     app.router.route_class = BoundedRoute
     app.add_middleware(BodyLimit, settings=settings)
     app.add_middleware(Auth, token=token, metrics=False)
+    add_errors(app)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[_LOOPBACK, "localhost"], www_redirect=False)
     app.add_middleware(Calls, metrics=Metrics(), settings=settings, closing=lambda: False)
-    add_errors(app)
 
     @app.exception_handler(QadeployError)
     async def refused(request: Request, error: QadeployError) -> Response:

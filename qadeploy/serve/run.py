@@ -130,8 +130,9 @@ class _Server(uvicorn.Server):
     async def _reloaded(self) -> None:
         try:
             await self._service.reload()
-        except QadeployError as error:
-            _log.error("not reloaded", extra={"fields": {"error": clean(str(error))}})
+        except Exception as error:
+            unexpected = None if isinstance(error, QadeployError) else error
+            _log.error("not reloaded", extra={"fields": {"error": clean(str(error))}}, exc_info=unexpected)
 
 
 def serve(bundle: str | Path, settings: Settings, on_ready: Callable[[str, Service], object]) -> None:

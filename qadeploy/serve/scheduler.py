@@ -57,7 +57,7 @@ _LEARN = 0.1  # the weight of a new question's passages in that average
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One question on one context, or on passages, with its options.
+    """One question on one context, or on passages, with its options and its ``number`` in the request, from 0.
 
     An encoder thread calls ``search``, if there is one, and replaces this Ask by the result, with passages in ``found``.
     """
@@ -67,6 +67,7 @@ class Ask:
     options: Options
     search: Callable[[Ask], Ask] | None = None
     found: tuple[Passage, ...] = ()
+    number: int = 0
 
     @property
     def texts(self) -> Sequence[str]:

@@ -367,7 +367,11 @@ class RightAnswer(_Model):
 
     text: str = Field(strict=True, description="A part of the context; empty if the answer is not in it.")
     start: int | None = Field(
-        None, ge=0, strict=True, description="Its first code point, if it occurs in the context several times."
+        None,
+        ge=0,
+        strict=True,
+        description="Its first code point in the context, or in the document if that comes from the corpus; needed if it "
+        "occurs in the context several times.",
     )
 
 

@@ -110,8 +110,9 @@ class Settings:
             raise InputError(
                 f"--cors-origin {bad[0]}: give one origin per flag; in the environment, separate them by spaces"
             )
-        if self.corpus == "":
-            raise InputError("--corpus is empty: give a folder, a file or an index, or leave it out")
+        for name, what in (("host", "an address"), ("corpus", "a folder, a file or an index"), ("feedback", "a file")):
+            if getattr(self, name) == "":
+                raise InputError(f"--{name} is empty: give {what}, or leave it out")
         if self.corpus is not None and self.corpus_passages > self.max_passages:
             raise InputError(
                 f"--corpus-passages is {self.corpus_passages}, but a question may have {self.max_passages}: "

@@ -8,10 +8,10 @@ from typing import Literal
 from qadeploy import options
 from qadeploy.core.metrics import MetricChoice
 from qadeploy.data.fields import DataOptions
+from qadeploy.evaluation.predictions import DEFAULT_N_BEST
 from qadeploy.options import option
 
 FEW_EXAMPLES = 5_000  # below it a run counts as one on few examples
-N_BEST = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class TrainOptions(DataOptions):
         shown="chosen on the dev set",
     )
     n_best_size: int = option(
-        N_BEST, "Candidates per question in nbest_predictions.json; changes nothing else.", least=1
+        DEFAULT_N_BEST, "Candidates per question in nbest_predictions.json; changes nothing else.", least=1
     )
     metric: MetricChoice = option(  # noqa: RUF009 - a Literal
         "auto",

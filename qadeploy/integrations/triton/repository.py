@@ -159,9 +159,11 @@ def _add_model(bundle: Bundle, model: Path, max_batch: int | None) -> Added:
     check_config(text, model / CONFIG, tensors)
     model.parent.mkdir(parents=True, exist_ok=True)
     # Triton takes every folder in the repository for a model, even a hidden one, and does not start if one is not. So a
-    # partial model is written beside the repository, unless that is a mount: then only it is on the same file system.
+    # partial model is written beside the repository, unless that is a mount (then only it is on the same file system), or
+    # this user may not write there.
     above = model.parent.resolve().parent
-    beside = above if above.stat().st_dev == model.parent.stat().st_dev else model.parent
+    outside = above.stat().st_dev == model.parent.stat().st_dev and os.access(above, os.R_OK | os.W_OK | os.X_OK)
+    beside = above if outside else model.parent
     with holding(model), temporary_folder(beside / model.name) as work:
         if model.exists():  # another command has just added it
             return _add_version(bundle, model, max_batch)

@@ -11,7 +11,7 @@ const page = Object.fromEntries(
 );
 
 const state = {
-  limits: {}, temperature: null, knowsNull: false, corpus: null, // facts about the server
+  limits: {}, knowsNull: false, corpus: null, // facts about the server
   examples: [], own: "", // own: the user's text, kept while an example is shown
   shown: null, // the shown result: {context, question, answers, trace, chosen}; without a context, it is from the corpus
   asking: null, // the AbortController of the running request
@@ -367,8 +367,8 @@ function candidates(trace) {
 
 async function meet() {
   const { name, hash, device, limits, manifest, corpus = null } = await call("/v1/model");
-  const { temperature, null_threshold: threshold } = manifest.settings ?? {};
-  Object.assign(state, { limits, temperature, knowsNull: typeof threshold === "number", corpus });
+  const threshold = manifest.settings?.null_threshold;
+  Object.assign(state, { limits, knowsNull: typeof threshold === "number", corpus });
   page.model.textContent = [name, manifest.precision, device].filter(Boolean).join(" · ");
   page.model.title = `bundle ${hash}`;
   page["null-choice"].hidden = !state.knowsNull;

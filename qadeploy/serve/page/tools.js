@@ -8,7 +8,7 @@ export function make(tag, attributes = {}, ...children) {
     if (value === null) continue;
     if (name.startsWith("--")) element.style.setProperty(name, value);
     else if (name === "text") element.textContent = value;
-    else if (value !== null) element.setAttribute(name, value);
+    else element.setAttribute(name, value);
   }
   element.append(...children);
   return element;
