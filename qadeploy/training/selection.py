@@ -26,6 +26,7 @@ from qadeploy.records import NO_ANSWER, Answer, Float64Array, FloatArray, Logits
 from qadeploy.training.features import FeatureSet
 
 ANSWER_SHARE = 98  # percent of the training answers that max_answer_len admits
+LEAST_ANSWER_LEN = 8  # tokens; a word that no training answer has may be split into several
 LEAST_BALANCED = 10
 TEMPERATURE_QUESTIONS = 2_000  # more hardly change the temperature
 
@@ -46,8 +47,8 @@ class ChoiceReport:
 def initial_settings(settings: QaSettings, training_set: FeatureSet) -> QaSettings:
     """The settings that epochs are scored with, before anything is chosen on the dev set.
 
-    ``max_answer_len`` is the length in tokens that ``ANSWER_SHARE`` percent of the training answers do not exceed, since
-    a dev set of some fifty questions hardly tells one length from another. Temperature 1. If any training question has no
+    ``max_answer_len`` is the length in tokens that ``ANSWER_SHARE`` percent of the training answers do not exceed, at least
+    ``LEAST_ANSWER_LEN``: a dev set of some fifty questions hardly tells one length from another. Temperature 1. If any training question has no
     answer, a null threshold of 0 and ranking relative to the null logits; otherwise neither, whatever the base model's
     settings.
 
@@ -57,7 +58,7 @@ def initial_settings(settings: QaSettings, training_set: FeatureSet) -> QaSettin
     """
     found = zip(training_set.examples, training_set.contexts, strict=True)
     spans = [context.tokens_of(a.start, a.end) for example, context in found for a in example.answers]
-    lengths = [last - first + 1 for first, last in filter(None, spans)]
+    lengths = [max(LEAST_ANSWER_LEN, last - first + 1) for first, last in filter(None, spans)]
     unanswerable = any_unanswerable(training_set.examples)
     return replace(
         settings,
