@@ -23,12 +23,14 @@ from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, InputError
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Annotation, Example
+from qadeploy.training import distributed
 from qadeploy.training.averaging import MeanOfEpochs
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.training.features import make_features
+from qadeploy.training.inputs import resolve
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.runs import HeldOut, check_replaceable, dev_set, find_run, held_out
-from qadeploy.training.train import train
+from qadeploy.training.train import check, train
 from tests.conftest import tiny_options, triplets, write_jsonl
 
 # ---------------------------------------------------------------- the run folder
@@ -535,10 +537,15 @@ def test_a_run_that_is_given_as_a_base_names_its_checkpoint(tiny):
 
 @pytest.mark.parametrize(("given", "resolved"), [(None, 1), (0, 0), (2, 2)])
 def test_few_examples_get_a_negative_each_unless_asked_otherwise(given, resolved):
-    from qadeploy.training.inputs import resolve
-
     one = Example("a", "Who?", "Ada keeps it.", (Annotation("Ada", 0),))
     assert resolve(TrainOptions(negatives=given), [one] * 20).negatives == resolved
     many, none = [one] * 5_000, replace(one, answers=())
     assert resolve(TrainOptions(), many).negatives == 0
     assert resolve(TrainOptions(), [one, none]).negatives == 0  # the data themselves say what has no answer
+
+
+def test_several_processes_make_no_negatives(monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    assert resolve(TrainOptions(), [Example("a", "Who?", "Ada", (Annotation("Ada", 0),))] * 20).negatives == 0
+    with pytest.raises(InputError, match="--negatives trains in one process: leave it out"):
+        check(TrainOptions(negatives=1))

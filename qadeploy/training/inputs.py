@@ -64,7 +64,7 @@ def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions
         InputError: The processes cannot share a batch evenly.
     """
     few = len(questions) < FEW_EXAMPLES
-    negatives = int(few and not any_unanswerable(questions))
+    negatives = int(few and not any_unanswerable(questions) and distributed.count() == 1)
     batch_size = None if options.batch_tokens else 16 if few else 24  # with batch_tokens, the tokens alone decide
     resolved = replace(
         options,

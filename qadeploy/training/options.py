@@ -122,7 +122,7 @@ class TrainOptions(DataOptions):
         "Texts without the answer to add per question, so that the model learns to give no answer.",
         least=0,
         most=100,
-        shown="1 below 5,000 questions that all have an answer, else 0",
+        shown="1 below 5,000 questions that all have an answer, in one process; else 0",
     )
     teacher: str | None = option(None, "Also learn from this bundle, run, checkpoint or hub model (distillation).")
     distill_weight: float = option(0.7, "The teacher's share of the loss.", least=0, most=1)

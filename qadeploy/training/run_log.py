@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qadeploy.core.metrics import Scores, bootstrap_interval
-from qadeploy.core.settings import QaSettings
+from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.core.unknown import MANY_UNKNOWN
 from qadeploy.data.wording import plural
 from qadeploy.records import Answer, Example
@@ -82,6 +82,8 @@ class RunLog:
         )
         if len(data.train.examples) < FEW_EXAMPLES:
             self.detail("few examples: unless you set them, the learning rate and the batch size are small")
+            if distributed.count() > 1 and not any_unanswerable(data.train.examples):
+                self.detail("no negatives, which train in one process: the model will not learn to give no answer")
         example = data.train.examples[0]
         gold = example.answers[0] if example.answers else None
         where = f"answer at code points {gold.start}-{gold.end}" if gold else "no answer"

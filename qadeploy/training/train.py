@@ -154,6 +154,8 @@ def check(options: TrainOptions, resume: bool = False) -> None:
     check_tracker(options.report_to)
     if options.batch_tokens and distributed.count() > 1:
         raise InputError("--batch-tokens trains in one process: leave it out, or run it without torchrun")
+    if options.negatives and distributed.count() > 1:
+        raise InputError("--negatives trains in one process: leave it out, or run it without torchrun")
     out = Path(options.out)
     check_replaceable(out)
     check_unfinished(out, resume)

@@ -120,7 +120,7 @@ class SpanTrainer(Trainer):
         self.add_callback(self.mean)
         self.batches: UnitBatches | None = None
         training_set: TrainingSet | None = self.train_dataset
-        self.grouped = bool(training_set and training_set.groups) and self.args.world_size == 1
+        self.grouped = bool(training_set and training_set.groups)
         if training_set and (batch_tokens or self.grouped):
             units = training_set.units if self.grouped else [[i] for i in range(len(training_set))]
             self.batches = UnitBatches(
