@@ -18,7 +18,7 @@ from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import hash_file
 from qadeploy.records import Logits, Window
 from qadeploy.training import distill
-from qadeploy.training.checkpoint import TorchModel, load_checkpoint, torch_answerer
+from qadeploy.training.checkpoint import TorchModel, load_checkpoint, save_checkpoint, torch_answerer
 from qadeploy.training.distill import keep_layers, load_teacher, soft_labels
 from qadeploy.training.features import FeatureSet, make_features
 from qadeploy.training.negatives import with_negatives
@@ -199,11 +199,25 @@ def test_the_layers_that_stay_are_evenly_chosen(count, kept):
         hidden_size=8, num_hidden_layers=6, num_attention_heads=2, intermediate_size=8, vocab_size=30
     )
     model = transformers.BertForQuestionAnswering(config)
-    layers = list(model.bert.encoder.layer)
-    keep_layers(model, count)
-    assert [layers.index(layer) for layer in model.bert.encoder.layer] == kept
-    assert model.config.num_hidden_layers == count
-    assert model(torch.tensor([[1, 2, 3]])).start_logits.shape == (1, 3)
+    weights = [layer.output.dense.weight.clone() for layer in model.bert.encoder.layer]
+    student = keep_layers(model, count)
+    for layer, index in zip(student.bert.encoder.layer, kept, strict=True):
+        assert torch.equal(layer.output.dense.weight, weights[index])
+    assert student.config.num_hidden_layers == count
+    assert student(torch.tensor([[1, 2, 3]])).start_logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_model_with_fewer_layers_is_the_same_after_it_is_loaded_again(count, tmp_path):
+    """ModernBERT sees the whole text in some layers, chosen by index, and the neighbourhood of a token in the others."""
+    deep = replace(BY_NAME["ModernBERT"], values={**BY_NAME["ModernBERT"].values, "num_hidden_layers": 5})
+    checkpoint = load_checkpoint(deep.save(tmp_path / "base"))
+    student = keep_layers(checkpoint.model, count)
+    save_checkpoint(replace(checkpoint, model=student), SETTINGS, tmp_path / "student")
+    ids = torch.randint(5, 50, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits, again = (m(ids).start_logits for m in (student, load_checkpoint(tmp_path / "student").model))
+    torch.testing.assert_close(again, logits)
 
 
 def test_layers_that_are_not_there_are_refused(folders):

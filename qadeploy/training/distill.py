@@ -301,12 +301,16 @@ class _LogitStore:
         self._rows.update({key: (rows, number) for number, key in enumerate(keys)})
 
 
-def keep_layers(model: Any, count: int) -> None:
-    """Keeps ``count`` evenly spaced layers of a model, including the first and the last; its configuration changes too.
+def keep_layers(model: Any, count: int) -> Any:
+    """A model with ``count`` evenly spaced layers of another, including the first and the last.
 
     Args:
-        model: A transformers model whose layers are in one list, as in BERT.
+        model: A transformers model whose layers are in one list, as in BERT. It cannot be used afterwards.
         count: How many layers to keep.
+
+    Returns:
+        The model that its configuration describes, as it will be loaded: if the index of a layer decides how far it
+        sees (``global_attn_every_n_layers``), it is the new index.
 
     Raises:
         InputError: The model has fewer layers, or they are not in one list.
@@ -321,8 +325,13 @@ def keep_layers(model: Any, count: int) -> None:
         )
     if not 1 <= count <= total:
         raise InputError(f"--layers {count}: the base has {total} layers")
-    chosen = set(np.round(np.linspace(0, total - 1, count)).astype(int).tolist())
+    chosen = np.round(np.linspace(0, total - 1, count)).astype(int).tolist()
     for index in reversed(range(total)):
         if index not in chosen:
             del lists[0][index]
+    if types := getattr(model.config, "layer_types", None):
+        model.config.layer_types = [types[index] for index in chosen]
     setattr(model.config, name, count)
+    built = type(model)(model.config)
+    built.load_state_dict(model.state_dict())
+    return built.eval()

@@ -114,7 +114,7 @@ def load_models(options: TrainOptions, device: torch.device, metric: Metric) -> 
     longest = settings.long_seq_len if options.long_seq_len is None else options.long_seq_len
     settings = replace(settings, metric=metric, bm25_weight=weight, long_seq_len=longest)
     if options.layers is not None:
-        keep_layers(checkpoint.model, options.layers)
+        checkpoint = replace(checkpoint, model=keep_layers(checkpoint.model, options.layers))
     teacher = load_teacher(options.teacher, device, hub, options.load_timeout) if options.teacher else None
     return Models(checkpoint, settings, teacher, device, precision)
 
