@@ -17,11 +17,12 @@ from qadeploy.data.loading import read
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import hash_file
 from qadeploy.records import Logits, Window
-from qadeploy.training import distill
+from qadeploy.training import distill, inputs
 from qadeploy.training.checkpoint import TorchModel, load_checkpoint, save_checkpoint, torch_answerer
 from qadeploy.training.distill import keep_layers, load_teacher, soft_labels
 from qadeploy.training.features import FeatureSet, make_features
 from qadeploy.training.negatives import with_negatives
+from qadeploy.training.options import TrainOptions
 from qadeploy.training.provenance import weights_hash
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.runs import dev_set, find_run
@@ -260,6 +261,15 @@ def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkp
     assert result.metrics["settings"]["null_threshold"] == pytest.approx(chosen.null_threshold, abs=1e-3)
     other = choose_settings(features, logits, before)
     assert abs(other.null_threshold - chosen.null_threshold) > 0.01
+
+
+def test_the_revision_of_the_base_is_not_asked_of_the_teacher(folders, monkeypatch):
+    base = load_checkpoint(folders["BERT"])
+    monkeypatch.setattr(inputs, "load_checkpoint", lambda name, hub, **changes: base)
+    options = TrainOptions(base="me/base", model_revision="v2", teacher=str(folders["RoBERTa"]))
+    models = inputs.load_models(options, CPU, "squad")
+    assert models.teacher is not None
+    assert models.teacher.name == str(folders["RoBERTa"])  # a folder, which has no revisions
 
 
 def test_questions_that_only_a_teacher_can_label_need_one(tiny_checkpoint, tmp_path):

@@ -115,7 +115,8 @@ def load_models(options: TrainOptions, device: torch.device, metric: Metric) -> 
     settings = replace(settings, metric=metric, bm25_weight=weight, long_seq_len=longest)
     if options.layers is not None:
         checkpoint = replace(checkpoint, model=keep_layers(checkpoint.model, options.layers))
-    teacher = load_teacher(options.teacher, device, hub, options.load_timeout) if options.teacher else None
+    own = replace(hub, revision=None)  # the revision is that of the base
+    teacher = load_teacher(options.teacher, device, own, options.load_timeout) if options.teacher else None
     return Models(checkpoint, settings, teacher, device, precision)
 
 
