@@ -39,12 +39,16 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of the data of a run: its role, its questions, and the number of windows of each question."""
+    """A part of the data of a run: its role, its questions, and the number of windows of each question.
+
+    Nobody annotated the last ``unlabelled`` questions, so they do not count as questions without an answer.
+    """
 
     name: str
     role: str
     examples: tuple[Example, ...]
     windows: tuple[int, ...]
+    unlabelled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,7 +390,7 @@ def _part_facts(part: Part) -> PartFacts:
         role=part.role,
         questions=len(part.examples),
         contexts=len(contexts),
-        without_answer=sum(not e.answers for e in part.examples),
+        without_answer=sum(not e.answers for e in part.examples) - part.unlabelled,
         windows=sum(part.windows),
         by_windows=tuple(by_windows[g] for g in WINDOW_GROUPS),
         context_words=_median_and_maximum([count_words(c) for c in contexts]),

@@ -179,7 +179,7 @@ def make_windows(options: TrainOptions, data: RunData, models: Models, log: RunL
     dev = with_negatives(data.dev.examples, min(options.negatives or 0, 1))
     log.negatives("train", train)
     log.negatives("dev", dev)
-    log.leaks(data)
+    log.leaks(data, unlabelled)
 
     wanted = [replace(data.train, examples=(*train.examples, *unlabelled)), replace(data.dev, examples=dev.examples)]
     wanted += [data.held_out] if data.held_out else []

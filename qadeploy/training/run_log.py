@@ -97,15 +97,14 @@ class RunLog:
                 "without the answer"
             )
 
-    def leaks(self, data: RunData) -> None:
-        """Warns of dev and held-out passages that are also in the training data."""
-        seen = {e.context for e in data.train.examples}
+    def leaks(self, data: RunData, unlabelled: Sequence[Example] = ()) -> None:
+        """Warns of dev and held-out passages that are also in the training data or among the ``unlabelled`` questions."""
+        seen = {e.context for e in (*data.train.examples, *unlabelled)}
+        where = "in the training data" + (" or in --unlabelled" if unlabelled else "")
         for name, scored in (("dev", data.dev), ("held-out", data.held_out)):
             contexts = {e.context for e in scored.examples} if scored else set()
             if contexts & seen:
-                self.warning(
-                    f"{len(contexts & seen):,} {name} passages are also in the training data, so their scores are too high"
-                )
+                self.warning(f"{len(contexts & seen):,} {name} passages are also {where}, so their scores are too high")
             seen |= contexts
 
     def features(self, train: FeatureSet, dev: FeatureSet, settings: QaSettings, cached: bool) -> None:

@@ -290,7 +290,8 @@ def _arguments(run: _TrainingRun) -> SpanArguments:
 
 
 def _epoch_settings(run: _TrainingRun) -> QaSettings:
-    options, settings = run.options, initial_settings(run.models.settings, run.windows.train.features)
+    options, train_set = run.options, run.windows.train
+    settings = initial_settings(run.models.settings, train_set.features, train_set.unlabelled)
     if options.max_answer_len:
         settings = replace(settings, max_answer_len=options.max_answer_len)
     if options.null_score_diff_threshold is not None:
@@ -469,5 +470,6 @@ def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> 
         own = sorted({*files_in(folder / "checkpoint")} - {*foreign})
         write_json(folder / "metrics.json", metrics)
         described = RunRecord(Path(run.options.out).name, run.opened.record, metrics)
-        write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log)
+        unlabelled = run.windows.train.unlabelled
+        write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log, unlabelled)
     return own
