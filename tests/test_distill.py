@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.data.loading import read
+from qadeploy.data.loading import hash_examples, read
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import hash_file
 from qadeploy.records import Logits, Window
@@ -248,6 +248,9 @@ def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkp
     assert "train negatives: " in text
     record = json.loads((result.folder / "run.json").read_text())
     assert record["options"]["teacher"] == str(tiny.run)
+    asked = read(str(others), annotated=False).examples
+    assert record["teacher_sha256"] == hash_file(tiny.run / "checkpoint" / "model.safetensors")
+    assert record["unlabelled_sha256"] == hash_examples(asked)
     config = json.loads((result.folder / "checkpoint" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert result.metrics["settings"]["relative_to_null"] is True

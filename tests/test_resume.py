@@ -471,6 +471,18 @@ def test_options_of_later_versions_are_no_difference(whole):
     assert find_differences(auto, {**auto, "precision": "bf16"}) == ["--precision auto meant fp32, now bf16"]
 
 
+def test_a_teacher_and_its_questions_are_compared_by_content(whole):
+    found = json.loads((whole / "run.json").read_text())
+    record = {**found, "options": {**found["options"], "teacher": "big", "unlabelled": "more.jsonl"}}
+    taught = {**record, "teacher_sha256": "1", "unlabelled_sha256": "2"}
+    assert find_differences(taught, taught) == []
+    assert find_differences(taught, {**taught, "teacher_sha256": "3"}) == ["--teacher big has another content now"]
+    changed = find_differences(taught, {**taught, "unlabelled_sha256": "3"})
+    assert changed == ["--unlabelled more.jsonl has another content now"]
+    del record["teacher_sha256"], record["unlabelled_sha256"]
+    assert find_differences(record, taught) == []  # of a version that did not record them
+
+
 def make_save(saves: Path, step: int, best: int | None) -> Path:
     folder = saves / f"checkpoint-{step}"
     (folder / "inner").mkdir(parents=True)

@@ -24,12 +24,13 @@ import torch
 
 from qadeploy.core.encoded_text import EncodedText, visible_flags
 from qadeploy.core.windows import Encoder
+from qadeploy.data.loading import hash_examples
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import sweep, writing
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import is_bundle, open_bundle
 from qadeploy.inference.cuda import batches, in_batches
-from qadeploy.records import FloatArray, IntArray, Logits, Window
+from qadeploy.records import Example, FloatArray, IntArray, Logits, Window
 from qadeploy.training.checkpoint import Hub, TorchModel, load_checkpoint
 from qadeploy.training.features import Arrays, Feature, FeatureSet
 from qadeploy.training.provenance import commit_of, weights_hash
@@ -86,14 +87,12 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_t
         model = answerer.model
         digest = _digest(bundle.hash, answerer.encoder)
         return Teacher(name, digest, answerer.encoder, answerer.settings.max_seq_len, lambda w: model.start(w).result())
-    folder = Path(name)
-    found = find_run(name).checkpoint if (folder / "run.json").is_file() else name
-    checkpoint = load_checkpoint(found, hub)
+    checkpoint = load_checkpoint(_checkpoint_folder(name), hub)
     if checkpoint.new_head:
         raise CheckpointError(
             f"{name}: has no question-answering head, only an encoder: train it before it is used as a teacher"
         )
-    known = weights_hash(Path(found)) or f"{found}@{commit_of(checkpoint)}"
+    known = _weights(name) or f"{name}@{commit_of(checkpoint)}"
     bf16 = resolve_precision("auto", device.type) == "bf16"
     torch_model = TorchModel(checkpoint.model.to(device), checkpoint.encoder.config.pad_token_id, bf16=bf16)
 
@@ -103,6 +102,31 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_t
 
     digest, longest = _digest(known, checkpoint.encoder), checkpoint.settings.max_seq_len
     return Teacher(name, digest, checkpoint.encoder, longest, logits)
+
+
+def lesson_hashes(teacher: str | None, unlabelled: Sequence[Example]) -> dict[str, str | None]:
+    """What the record of a run tells a changed teacher, or changed questions for it, by.
+
+    Args:
+        teacher: The teacher's name, or None without one.
+        unlabelled: The questions that it alone labels.
+
+    Returns:
+        ``teacher_sha256``, of its weights or its bundle, None if it is a checkpoint on the hub, and ``unlabelled_sha256``.
+    """
+    return {
+        "teacher_sha256": _weights(teacher) if teacher else None,
+        "unlabelled_sha256": hash_examples(unlabelled) if unlabelled else None,
+    }
+
+
+def _checkpoint_folder(name: str) -> Path | str:
+    """The folder of a teacher's checkpoint, or its name on the hub."""
+    return find_run(name).checkpoint if (Path(name) / "run.json").is_file() else name
+
+
+def _weights(name: str) -> str | None:
+    return open_bundle(name).hash if is_bundle(name) else weights_hash(Path(_checkpoint_folder(name)))
 
 
 def _digest(weights: str, encoder: Encoder) -> str:

@@ -38,6 +38,7 @@ from qadeploy.reports.run_report import RunRecord
 from qadeploy.training import distributed
 from qadeploy.training.callbacks import EpochTable, QuietProgress, StepLines
 from qadeploy.training.checkpoint import save_checkpoint
+from qadeploy.training.distill import lesson_hashes
 from qadeploy.training.features import FeatureSet
 from qadeploy.training.inputs import Models, Windows, check_export, load_data, load_models, make_windows, resolve
 from qadeploy.training.options import TrainOptions
@@ -62,6 +63,7 @@ from qadeploy.training.speed import Speed, compiled, float32_attention, has_tf32
 from qadeploy.training.torch_device import device_name, memory_errors, training_device
 from qadeploy.training.tracking import check_tracker, tracker, tracker_errors
 from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
+from qadeploy.training.training_set import TrainingSet
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 
@@ -122,7 +124,7 @@ def train(
         log.splits(data, options)
         log.detail(f"metric of EM and F1: {models.settings.metric}")
         windows = make_windows(options, data, models, log)
-        record = _record(options, data, models)
+        record = _record(options, data, models, windows.train)
         with (
             open_run(Path(options.out), record, resume, log) as opened,
             tf32_matmuls(device),
@@ -161,8 +163,9 @@ def check(options: TrainOptions, resume: bool = False) -> None:
     check_unfinished(out, resume)
 
 
-def _record(options: TrainOptions, data: RunData, models: Models) -> dict[str, Any]:
+def _record(options: TrainOptions, data: RunData, models: Models, train_set: TrainingSet) -> dict[str, Any]:
     """The content of ``run.json``."""
+    labelled = len(train_set.features.examples) - train_set.unlabelled
     return {
         "status": "running",
         "options": {
@@ -176,6 +179,7 @@ def _record(options: TrainOptions, data: RunData, models: Models) -> dict[str, A
         "dev_data_sha256": hash_examples(data.dev.examples) if options.dev_data else None,
         "eval_data_sha256": hash_examples(data.held_out.examples) if options.eval_data and data.held_out else None,
         "base": base_of(models.checkpoint),
+        **lesson_hashes(options.teacher, train_set.features.examples[labelled:]),
         "versions": versions_of(_VERSIONED, missing="source"),
         "machine": {
             "cpu_count": os.cpu_count(),
