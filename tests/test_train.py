@@ -189,6 +189,16 @@ def test_a_base_without_an_answer_head_with_dropout_and_held_out_data(few, tiny_
     assert (chosen.max_seq_len, chosen.long_seq_len, chosen.bm25_weight) == (64, 48, 0.3)
 
 
+def test_a_model_that_training_does_not_change_scores_as_the_base_does(tiny_checkpoint, tmp_path):
+    """The threshold, which is chosen on the same dev set, must not look like a gain."""
+    data = write_jsonl(tmp_path / "rows.jsonl", triplets(60))
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=1, negatives=1, learning_rate=0.0)
+    metrics = train(options, lambda line: None, progress=False).metrics
+    assert metrics["settings"]["null_threshold"] != 0
+    assert metrics["dev_base"] == metrics["dev"]
+    assert metrics["dev"]["f1"] != metrics["epochs"][0]["eval_f1"]
+
+
 def test_windows_with_the_answer_where_nobody_annotated_it_are_not_trained_on(tiny_checkpoint, tmp_path):
     rows = triplets(16)
     for row in rows:

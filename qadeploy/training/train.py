@@ -139,8 +139,8 @@ def train(
             run = _TrainingRun(options, data, models, windows, opened, log, progress, started)
             loop = _make_loop(run)
             with tracker_errors(options.report_to), memory_errors():
-                held_out_base = _fit(run, loop)
-            reached = _evaluate(run, loop, held_out_base)
+                base = _fit(run, loop)
+            reached = _evaluate(run, loop, base)
             metrics = _metrics(run, loop, reached) | dict(more_metrics or {})
             if distributed.is_first():
                 finish(opened, Path(options.out), _write(run, reached, metrics))
@@ -204,6 +204,16 @@ class _TrainingRun:
     log: RunLog
     progress: bool
     started: float
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every dev question without an answer was made (--negatives)."""
+        return not any_unanswerable(self.data.dev.examples)
+
+    def chosen(self, logits: Logits) -> QaSettings:
+        """The settings for a model with these logits on the dev set."""
+        given, dev = self.options.null_score_diff_threshold is not None, self.windows.dev
+        return choose_settings(dev, logits, _epoch_settings(self), keep_threshold=given, balanced=self.balanced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,14 +324,18 @@ def _dev_metrics(scores: Scores) -> dict[str, float]:
     return {"eval_accuracy": scores.accuracy / 100, "eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
 
 
-def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
-    """Trains, and loads the best epoch's weights. Returns the base model's scores on the held-out set."""
-    held_out, base = run.windows.held_out, None
-    if held_out:
-        base = score_logits(held_out, _predict(loop.trainer, held_out), run.models.settings)
+def _fit(run: _TrainingRun, loop: _Loop) -> Scores:
+    """Trains, and loads the best epoch's weights.
+
+    Returns the base model's scores on the held-out set, with its own settings. Without one, on the dev set, with settings
+    that are chosen there as they will be for the trained model: else a threshold alone would look like a gain.
+    """
     loop.table.header()
     if not loop.table.rows:
         loop.trainer.evaluate()  # row 0: the base model
+    judged = run.windows.sets[-1]
+    logits = _predict(loop.trainer, judged)
+    base = score_logits(judged, logits, run.models.settings if run.windows.held_out else run.chosen(logits))
     with warnings.catch_warnings(), compiled(run.models.checkpoint.model, run.options.torch_compile):
         # After epochs of less than a second the Trainer distrusts file times and sorts saves by step number.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
@@ -392,34 +406,35 @@ class _SetResult:
 
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
-    """The chosen settings, the results by set, and the base model's scores on the held-out set."""
+    """The chosen settings, the results by set, and the base model's scores on the last set."""
 
     settings: QaSettings
     results: dict[str, _SetResult]
-    held_out_base: Scores | None
+    base: Scores
 
 
-def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _Evaluation:
+def _evaluate(run: _TrainingRun, loop: _Loop, base: Scores) -> _Evaluation:
     """Chooses the settings on the dev set, and scores the dev and the held-out set."""
     options, log, dev, held_out = run.options, run.log, run.windows.dev, run.windows.held_out
     logits = _choose_weights(run, loop)
-    given = options.null_score_diff_threshold is not None
-    balanced = not any_unanswerable(run.data.dev.examples)  # every question without an answer was made (--negatives)
-    settings = choose_settings(dev, logits, _epoch_settings(run), keep_threshold=given, balanced=balanced)
+    settings = run.chosen(logits)
     found = _SetResult.of(dev, logits, settings)
     results = {"dev": found}
     log.chosen(loop.table.best["epoch"], loop.table.mean["epochs"] if loop.table.mean else None, settings, options)
-    log.choice("dev", found.choice, settings, threshold_given=given, tuned=can_tune_threshold(dev, balanced))
+    given, tuned = options.null_score_diff_threshold is not None, can_tune_threshold(dev, run.balanced)
+    log.choice("dev", found.choice, settings, threshold_given=given, tuned=tuned)
     log.answer(dev.examples[0], found.answers[0])
+    if not held_out:
+        log.scores("dev, base model", base)
     log.scores("dev", found.scores)
-    if held_out and held_out_base:
+    if held_out:
         found = results["held_out"] = _SetResult.of(held_out, _predict(loop.trainer, held_out), settings)
-        log.scores("held out, base model", held_out_base)
+        log.scores("held out, base model", base)
         log.scores("held out", found.scores)
         log.choice("held out", found.choice, settings)
     if chart := terminal_chart(loop.table.rows):
         log.say(chart)
-    return _Evaluation(settings, results, held_out_base)
+    return _Evaluation(settings, results, base)
 
 
 def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, Any]:
@@ -446,10 +461,9 @@ def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, 
             **{name: result.choice.calibration for name, result in results.items()},
         },
         "predictions": [*results][-1],
+        f"{[*results][-1]}_base": reached.base.to_dict(),
         "seconds": round(time.time() - run.started, 1),
     }
-    if reached.held_out_base:
-        metrics["held_out_base"] = reached.held_out_base.to_dict()
     if settings.null_threshold is not None:
         metrics["no_answer"] = {
             "null_threshold": settings.null_threshold,
