@@ -80,6 +80,12 @@ class RunLog:
             "2 preprocessing",
             f"train {len(data.train.examples):,}, dev {len(data.dev.examples):,} ({origin}, chooses the epoch){held_out}",
         )
+        total = sum(e.split != "validation" for e in data.found.examples)
+        if not options.dev_data and len(data.dev.examples) > 2 * max(1, options.dev_fraction * total):
+            self.warning(
+                f"the dev set holds {len(data.dev.examples):,} of {total:,} questions, because those on one passage stay "
+                "together: add questions on other passages, or give --dev-data"
+            )
         if len(data.train.examples) < FEW_EXAMPLES:
             self.detail("few examples: unless you set them, the learning rate and the batch size are small")
             if distributed.count() > 1 and not any_unanswerable(data.train.examples):
