@@ -165,6 +165,15 @@ def test_a_damaged_part_is_asked_for_again(folders, tmp_path):
     np.testing.assert_array_equal(first[0].starts, again[0].starts)
 
 
+def test_logits_that_cannot_be_stored_are_used_all_the_same(folders, tmp_path):
+    features = features_of(folders["BERT"], triplets(3), tmp_path)
+    first, _ = taught(folders["BERT"], features)
+    (tmp_path / "cache").write_text("a file, not a folder")
+    again, said = taught(folders["BERT"], features, tmp_path / "cache")
+    np.testing.assert_array_equal(first[0].starts, again[0].starts)
+    assert sum("teacher cache: " in line and "its logits are not stored (--no-cache" in line for line in said) == 1
+
+
 def test_a_teacher_that_finds_nothing_is_refused_before_training(folders, tmp_path):
     features = features_of(folders["BERT"], triplets(96), tmp_path)
     with pytest.raises(InputError, match=r"finds \d\.\d % of \d+ annotated answers exactly: it was trained for"):

@@ -25,7 +25,7 @@ import torch
 from qadeploy.core.encoded_text import EncodedText, visible_flags
 from qadeploy.core.windows import Encoder
 from qadeploy.data.loading import hash_examples
-from qadeploy.errors import CheckpointError, InputError
+from qadeploy.errors import CheckpointError, InputError, one_line
 from qadeploy.files import sweep, writing
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import is_bundle, open_bundle
@@ -178,7 +178,7 @@ def soft_labels(
         for number, (example, context) in enumerate(zip(features.examples, features.contexts, strict=True))
         for feature in features.features[features.first[number] : features.first[number + 1]]
     ]
-    store = _LogitStore(folder and folder / f"teacher-{teacher.digest[:16]}")
+    store = _LogitStore(folder and folder / f"teacher-{teacher.digest[:16]}", log)
     missing = [e for key, e in {e.key: e for e in excerpts}.items() if key not in store]
     for begin in range(0, len(missing), _CHUNK) or [0]:
         chunk = missing[begin : begin + _CHUNK]
@@ -288,10 +288,13 @@ def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _Log
 
 
 class _LogitStore:
-    """A teacher's logits by key, in memory and, with a folder, in files of ``_CHUNK`` rows, each written atomically."""
+    """A teacher's logits by key, in memory and, with a folder, in files of ``_CHUNK`` rows, each written atomically.
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    If the folder cannot be written, the log gets a note, and nothing more is stored.
+    """
+
+    def __init__(self, folder: Path | None, log: RunLog) -> None:
+        self._folder, self._log = folder, log
         self._rows: dict[bytes, tuple[Arrays, int]] = {}
         if folder:
             sweep(folder)
@@ -314,12 +317,19 @@ class _LogitStore:
         self._keep(keys, rows)
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
-        with writing(self._folder / f"{name}.npz") as stream:
-            np.savez_compressed(
-                stream, allow_pickle=False, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), **rows
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with writing(self._folder / f"{name}.npz") as stream:
+                np.savez_compressed(
+                    stream, allow_pickle=False, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), **rows
+                )
+        except OSError as error:
+            self._log.detail(
+                f"teacher cache: {self._folder}: {error.strerror or one_line(error)}: its logits are not stored (--no-cache, "
+                "or set QADEPLOY_CACHE)"
             )
+            self._folder = None
 
     def _keep(self, keys: Sequence[bytes], rows: Arrays) -> None:
         self._rows.update({key: (rows, number) for number, key in enumerate(keys)})
