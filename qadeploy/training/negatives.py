@@ -151,8 +151,11 @@ def _ranked(questions: Sequence[str], texts: Sequence[str], most: int) -> list[l
         import bm25s
     except ImportError as error:
         raise MissingExtraError("training with negatives", "bm25s", "train") from error
+    words = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
+    if not words.vocab:  # which bm25s cannot index: no text has a word of two letters
+        return [[] for _ in questions]
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)
+    index.index(words, show_progress=False)
     queries = bm25s.tokenize(list(questions), stopwords="en", show_progress=False)
     numbers, scores = index.retrieve(queries, k=min(most, len(texts)), show_progress=False)
     return [

@@ -109,6 +109,12 @@ def test_of_a_long_passage_a_part_is_taken_that_ends_at_a_word():
     assert part.endswith("Word")
 
 
+def test_passages_without_a_word_of_two_letters_serve_as_they_are_near():
+    contexts = [f"{letter} b c d e f g h i j k l m n o p q r" for letter in "xyz"]
+    made = with_negatives([example(f"Who {context[0]}?", context, context[0]) for context in contexts], 1).examples[3:]
+    assert [e.context for e in made] == [contexts[1], contexts[2], contexts[1]]
+
+
 def test_nothing_is_made_of_one_passage_without_other_sentences_nor_for_unanswerable_questions():
     alone = [example("Who keeps?", "Ada keeps.", "Ada"), Example("n", "What?", "Ada keeps.")]
     paired = with_negatives(alone, 2)
