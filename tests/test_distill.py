@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -273,6 +274,27 @@ def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkp
     assert result.metrics["settings"]["null_threshold"] == pytest.approx(chosen.null_threshold, abs=1e-3)
     other = choose_settings(features, logits, before)
     assert abs(other.null_threshold - chosen.null_threshold) > 0.01
+
+
+def test_a_teacher_is_let_go_before_training(folders, tiny_checkpoint, tmp_path, monkeypatch):
+    kept: list[Any] = []
+
+    def load(*arguments: Any) -> Any:
+        teacher = load_teacher(*arguments)
+        kept.append(weakref.ref(teacher.logits))
+        return teacher
+
+    def stop(run: Any) -> None:
+        assert run.windows.train.soft
+        assert kept[0]() is None
+        raise InterruptedError
+
+    monkeypatch.setattr(inputs, "load_teacher", load)
+    monkeypatch.setattr("qadeploy.training.train._make_loop", stop)
+    data = write_jsonl(tmp_path / "few.jsonl", triplets(12))
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", teacher=str(folders["BERT"]), cache=False)
+    with pytest.raises(InterruptedError):
+        train(options, lambda line: None, progress=False)
 
 
 def test_the_revision_of_the_base_is_not_asked_of_the_teacher(folders, monkeypatch):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils.memory import clear_device_cache
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -124,6 +125,9 @@ def train(
         log.splits(data, options)
         log.detail(f"metric of EM and F1: {models.settings.metric}")
         windows = make_windows(options, data, models, log)
+        if models.teacher:
+            models = replace(models, teacher=None)  # which would fill the memory while the student trains
+            clear_device_cache(garbage_collection=True)
         record = _record(options, data, models, windows.train)
         with (
             open_run(Path(options.out), record, resume, log) as opened,
