@@ -472,15 +472,13 @@ def test_options_of_later_versions_are_no_difference(whole):
 
 
 def test_a_teacher_and_its_questions_are_compared_by_content(whole):
-    found = json.loads((whole / "run.json").read_text())
-    record = {**found, "options": {**found["options"], "teacher": "big", "unlabelled": "more.jsonl"}}
-    taught = {**record, "teacher_sha256": "1", "unlabelled_sha256": "2"}
-    assert find_differences(taught, taught) == []
-    assert find_differences(taught, {**taught, "teacher_sha256": "3"}) == ["--teacher big has another content now"]
-    changed = find_differences(taught, {**taught, "unlabelled_sha256": "3"})
-    assert changed == ["--unlabelled more.jsonl has another content now"]
-    del record["teacher_sha256"], record["unlabelled_sha256"]
-    assert find_differences(record, taught) == []  # of a version that did not record them
+    record = json.loads((whole / "run.json").read_text())
+    record["options"] |= {"teacher": "big", "unlabelled": "more.jsonl"}
+    for name in ("teacher", "unlabelled"):
+        was, now = ({**record, f"{name}_sha256": digest} for digest in "12")
+        assert find_differences(was, now) == [f"--{name} {record['options'][name]} has another content now"]
+        del was[f"{name}_sha256"]  # of a version that did not record it
+        assert find_differences(was, now) == []
 
 
 def make_save(saves: Path, step: int, best: int | None) -> Path:

@@ -36,7 +36,8 @@ def carve_by_passage(
         raise InputError("all questions are on one passage, which cannot be split: add questions on other passages")
     order = list(passages)
     random.Random(seed).shuffle(order)  # noqa: S311 - a split, not a secret
-    wanted, taken, chosen = fraction * len(examples), 0, set()
+    wanted, taken = fraction * len(examples), 0
+    chosen: set[str] = set()
     for passage in order:
         if taken >= wanted or len(chosen) == len(order) - 1:
             break

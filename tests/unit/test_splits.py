@@ -58,7 +58,9 @@ def test_whole_passages_until_the_fraction_is_reached(passages, fraction, seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(("sizes", "held"), [([90] + [1] * 10, 10), ([95, 5], 5), ([50, 49, 1], 50), ([40, 30, 30], 30)])
+@pytest.mark.parametrize(
+    ("sizes", "held"), [([90] + [1] * 10, 10), ([95, 5], 5), ([50, 49, 1], 50), ([40, 30, 30], 30)]
+)
 def test_a_passage_with_most_questions_is_not_drawn(sizes, held, seed):
     examples = questions([passage for passage, size in enumerate(sizes) for _ in range(size)])
     assert len(carve_by_passage(examples, 0.1, seed)[1]) == held
