@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -334,12 +335,16 @@ def _fit(run: _TrainingRun, loop: _Loop) -> Scores:
     Returns the base model's scores on the held-out set, with its own settings. Without one, on the dev set, with settings
     that are chosen there as they will be for the trained model: else a threshold alone would look like a gain.
     """
+    held_out = run.windows.held_out
+    if held_out:
+        base = score_logits(held_out, _predict(loop.trainer, held_out), run.models.settings)
     loop.table.header()
     if not loop.table.rows:
         loop.trainer.evaluate()  # row 0: the base model
-    judged = run.windows.sets[-1]
-    logits = _predict(loop.trainer, judged)
-    base = score_logits(judged, logits, run.models.settings if run.windows.held_out else run.chosen(logits))
+    if not held_out:
+        with torch.random.fork_rng(devices=()):  # the loader draws a seed, which must not change what training draws
+            logits = _predict(loop.trainer, run.windows.dev)
+        base = score_logits(run.windows.dev, logits, run.chosen(logits))
     with warnings.catch_warnings(), compiled(run.models.checkpoint.model, run.options.torch_compile):
         # After epochs of less than a second the Trainer distrusts file times and sorts saves by step number.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
