@@ -103,6 +103,7 @@ METRICS: dict[str, Any] = {
         ],
     },
     "held_out_base": {"exact_match": 10.0, "f1": 20.0, "accuracy": 9.0, "total": len(JUDGED)},
+    "dev_base": {"exact_match": 15.0, "f1": 30.0, "accuracy": 14.0, "total": len(JUDGED)},
     "seconds": 236.4,
 }
 

@@ -49,20 +49,37 @@ def test_an_epoch_holds_each_window_once_in_batches_that_fit(lengths, room, most
     most=st.none() | st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-def test_a_unit_stays_whole_and_every_epoch_has_as_many_batches(units, tokens, most, seed):
+def test_a_unit_that_fits_stays_whole_and_every_epoch_has_as_many_batches(units, tokens, most, seed):
     lengths = [length for unit in units for length in unit]
     numbers = iter(range(len(lengths)))
     indices = [[next(numbers) for _ in unit] for unit in units]
-    batches = UnitBatches(indices, lengths, seed, tokens=tokens, most=most)
+    answered = {unit[-1] for unit in indices}
+    batches = UnitBatches(indices, lengths, seed, tokens=tokens, most=most, answered=answered)
     for found in epochs(batches):
         assert len(found) == len(batches)
         assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
         for batch in found:
-            inside = [unit for unit in indices if unit[0] in batch]
-            assert sorted(i for unit in inside for i in unit) == sorted(batch)
-            if len(inside) > 1:
-                assert len(batch) <= (most or len(batch))
-                assert len(batch) * max(lengths[i] for i in batch) <= (tokens or 10**9)
+            assert len(batch) <= (most or len(batch))
+            assert len(batch) * max(lengths[i] for i in batch) <= (tokens or 10**9)
+        for unit in indices:
+            longest = max(lengths[i] for i in unit)
+            room = min(len(unit), most or len(unit), (tokens or 10**9) // longest)
+            assert len(set(unit).intersection(next(b for b in found if unit[-1] in b))) >= room
+
+
+def test_a_unit_larger_than_a_batch_is_cut_anew_each_epoch_around_its_windows_with_an_answer():
+    unit, answered = list(range(68)), frozenset({40, 41})
+    batches = UnitBatches([unit, [68, 69]], [384] * 70, 13, most=16, answered=answered)
+    beside: list[set[int]] = []
+    for found in epochs(batches, 60):
+        assert len(found) == len(batches) == 5
+        assert sorted(i for batch in found for i in batch) == list(range(70))
+        assert max(map(len, found)) == 16
+        (part,) = (set(batch) for batch in found if answered & set(batch))
+        assert answered < part
+        beside.append(part - answered)
+    assert beside[0] != beside[1]
+    assert set.union(*beside) == set(unit) - answered  # over the epochs each is compared with the answer
 
 
 def test_no_batch_could_take_the_next_window():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +14,16 @@ import pytest
 import torch
 
 from qadeploy.core.settings import QaSettings
-from qadeploy.data.loading import read
+from qadeploy.data.loading import hash_examples, read
 from qadeploy.errors import CheckpointError, InputError
 from qadeploy.files import hash_file
 from qadeploy.records import Logits, Window
-from qadeploy.training import distill
-from qadeploy.training.checkpoint import TorchModel, load_checkpoint, torch_answerer
+from qadeploy.training import distill, inputs
+from qadeploy.training.checkpoint import TorchModel, load_checkpoint, save_checkpoint, torch_answerer
 from qadeploy.training.distill import keep_layers, load_teacher, soft_labels
 from qadeploy.training.features import FeatureSet, make_features
 from qadeploy.training.negatives import with_negatives
+from qadeploy.training.options import TrainOptions
 from qadeploy.training.provenance import weights_hash
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.runs import dev_set, find_run
@@ -164,6 +166,15 @@ def test_a_damaged_part_is_asked_for_again(folders, tmp_path):
     np.testing.assert_array_equal(first[0].starts, again[0].starts)
 
 
+def test_logits_that_cannot_be_stored_are_used_all_the_same(folders, tmp_path):
+    features = features_of(folders["BERT"], triplets(3), tmp_path)
+    first, _ = taught(folders["BERT"], features)
+    (tmp_path / "cache").write_text("a file, not a folder")
+    again, said = taught(folders["BERT"], features, tmp_path / "cache")
+    np.testing.assert_array_equal(first[0].starts, again[0].starts)
+    assert sum("teacher cache: " in line and "its logits are not stored (--no-cache" in line for line in said) == 1
+
+
 def test_a_teacher_that_finds_nothing_is_refused_before_training(folders, tmp_path):
     features = features_of(folders["BERT"], triplets(96), tmp_path)
     with pytest.raises(InputError, match=r"finds \d\.\d % of \d+ annotated answers exactly: it was trained for"):
@@ -199,11 +210,25 @@ def test_the_layers_that_stay_are_evenly_chosen(count, kept):
         hidden_size=8, num_hidden_layers=6, num_attention_heads=2, intermediate_size=8, vocab_size=30
     )
     model = transformers.BertForQuestionAnswering(config)
-    layers = list(model.bert.encoder.layer)
-    keep_layers(model, count)
-    assert [layers.index(layer) for layer in model.bert.encoder.layer] == kept
-    assert model.config.num_hidden_layers == count
-    assert model(torch.tensor([[1, 2, 3]])).start_logits.shape == (1, 3)
+    weights = [layer.output.dense.weight.clone() for layer in model.bert.encoder.layer]
+    student = keep_layers(model, count)
+    for layer, index in zip(student.bert.encoder.layer, kept, strict=True):
+        assert torch.equal(layer.output.dense.weight, weights[index])
+    assert student.config.num_hidden_layers == count
+    assert student(torch.tensor([[1, 2, 3]])).start_logits.shape == (1, 3)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_model_with_fewer_layers_is_the_same_after_it_is_loaded_again(count, tmp_path):
+    """ModernBERT sees the whole text in some layers, chosen by index, and the neighbourhood of a token in the others."""
+    deep = replace(BY_NAME["ModernBERT"], values={**BY_NAME["ModernBERT"].values, "num_hidden_layers": 5})
+    checkpoint = load_checkpoint(deep.save(tmp_path / "base"))
+    student = keep_layers(checkpoint.model, count)
+    save_checkpoint(replace(checkpoint, model=student), SETTINGS, tmp_path / "student")
+    ids = torch.randint(5, 50, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        logits, again = (m(ids).start_logits for m in (student, load_checkpoint(tmp_path / "student").model))
+    torch.testing.assert_close(again, logits)
 
 
 def test_layers_that_are_not_there_are_refused(folders):
@@ -233,6 +258,9 @@ def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkp
     assert "train negatives: " in text
     record = json.loads((result.folder / "run.json").read_text())
     assert record["options"]["teacher"] == str(tiny.run)
+    asked = read(str(others), annotated=False).examples
+    assert record["teacher_sha256"] == hash_file(tiny.run / "checkpoint" / "model.safetensors")
+    assert record["unlabelled_sha256"] == hash_examples(asked)
     config = json.loads((result.folder / "checkpoint" / "config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert result.metrics["settings"]["relative_to_null"] is True
@@ -246,6 +274,36 @@ def test_a_student_learns_from_its_teacher_and_the_run_says_so(tiny, tiny_checkp
     assert result.metrics["settings"]["null_threshold"] == pytest.approx(chosen.null_threshold, abs=1e-3)
     other = choose_settings(features, logits, before)
     assert abs(other.null_threshold - chosen.null_threshold) > 0.01
+
+
+def test_a_teacher_is_let_go_before_training(folders, tiny_checkpoint, tmp_path, monkeypatch):
+    kept: list[Any] = []
+
+    def load(*arguments: Any) -> Any:
+        teacher = load_teacher(*arguments)
+        kept.append(weakref.ref(teacher.logits))
+        return teacher
+
+    def stop(run: Any) -> None:
+        assert run.windows.train.soft
+        assert kept[0]() is None
+        raise InterruptedError
+
+    monkeypatch.setattr(inputs, "load_teacher", load)
+    monkeypatch.setattr("qadeploy.training.train._make_loop", stop)
+    data = write_jsonl(tmp_path / "few.jsonl", triplets(12))
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", teacher=str(folders["BERT"]), cache=False)
+    with pytest.raises(InterruptedError):
+        train(options, lambda line: None, progress=False)
+
+
+def test_the_revision_of_the_base_is_not_asked_of_the_teacher(folders, monkeypatch):
+    base = load_checkpoint(folders["BERT"])
+    monkeypatch.setattr(inputs, "load_checkpoint", lambda name, hub, **changes: base)
+    options = TrainOptions(base="me/base", model_revision="v2", teacher=str(folders["RoBERTa"]))
+    models = inputs.load_models(options, CPU, "squad")
+    assert models.teacher is not None
+    assert models.teacher.name == str(folders["RoBERTa"])  # a folder, which has no revisions
 
 
 def test_questions_that_only_a_teacher_can_label_need_one(tiny_checkpoint, tmp_path):

@@ -114,6 +114,13 @@ def test_a_table_is_printed(folded):
     assert f"F1 {mean:.1f} ± {std:.1f}" in said[head + 4]
 
 
+def test_of_the_questions_of_a_fold_only_those_that_are_scored_count(tiny_checkpoint, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", triplets(16))
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=1, max_eval_samples=3)
+    found = cross_validate(options, 2, lambda line: None, progress=False)
+    assert [(row["questions"], row["passages"]) for row in found["rows"]] == [(3, 3), (3, 3)]
+
+
 def test_rows_marked_as_validation_are_in_no_fold_and_warnings_come_through(tiny_checkpoint, tmp_path):
     rows = [{**row, "split": "validation" if i < 4 else "train"} for i, row in enumerate(triplets(16))]
     dev = write_jsonl(tmp_path / "dev.jsonl", [{**rows[4], "split": ""}, *triplets(20)[16:]])

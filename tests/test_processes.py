@@ -94,6 +94,7 @@ def test_launchers_train_the_run_of_one_process(launcher, options, alone, tmp_pa
     assert sum("1 raw data" in line for line in result.stderr.splitlines()) == 1
     assert sum("5 evaluation" in line for line in result.stderr.splitlines()) == 1
     assert "13 steps of 4 windows, learning rate 0.003, 2 processes" in result.stderr
+    assert result.stderr.count("no negatives, which train in one process") == 1
     assert_near(out, alone)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in alone.iterdir())
     assert json.loads((out / "run.json").read_text())["processes"] == 2

@@ -471,6 +471,15 @@ def test_options_of_later_versions_are_no_difference(whole):
     assert find_differences(auto, {**auto, "precision": "bf16"}) == ["--precision auto meant fp32, now bf16"]
 
 
+def test_a_teacher_and_its_questions_are_compared_by_content(whole):
+    record = json.loads((whole / "run.json").read_text())
+    record["options"] |= {"teacher": "big", "unlabelled": "more.jsonl"}
+    for name in ("teacher", "unlabelled"):
+        was, now = ({**record, f"{name}_sha256": digest} for digest in "12")
+        assert find_differences(was, now) == [f"--{name} {record['options'][name]} has another content now"]
+        assert find_differences({k: v for k, v in was.items() if k != f"{name}_sha256"}, now) == []  # an older record
+
+
 def make_save(saves: Path, step: int, best: int | None) -> Path:
     folder = saves / f"checkpoint-{step}"
     (folder / "inner").mkdir(parents=True)

@@ -231,6 +231,10 @@ def test_what_epochs_are_judged_with_owes_nothing_to_the_base(features, tiny_che
     some = make_features(answerable, load_checkpoint(tiny_checkpoint).encoder, NULL, "here")
     found = initial_settings(stored, some)
     assert replace(found, max_answer_len=NULL.max_answer_len) == replace(NULL, null_threshold=None)
+    none = Example("none", "Who?", answerable[0].context, ())
+    taught = make_features([*answerable, none], load_checkpoint(tiny_checkpoint).encoder, NULL, "here")
+    assert initial_settings(stored, taught, unlabelled=1) == found  # nobody said that it has no answer
+    assert initial_settings(stored, taught).relative_to_null
 
 
 @pytest.mark.parametrize(("short", "longest"), [(97, 9), (98, 8), (99, 8), (0, 9)])

@@ -23,12 +23,14 @@ from qadeploy.data.splits import carve_by_passage
 from qadeploy.errors import CheckpointError, FailureError, InputError
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Annotation, Example
+from qadeploy.training import distributed
 from qadeploy.training.averaging import MeanOfEpochs
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.training.features import make_features
+from qadeploy.training.inputs import resolve
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.runs import HeldOut, check_replaceable, dev_set, find_run, held_out
-from qadeploy.training.train import train
+from qadeploy.training.train import check, train
 from tests.conftest import tiny_options, triplets, write_jsonl
 
 # ---------------------------------------------------------------- the run folder
@@ -185,6 +187,16 @@ def test_a_base_without_an_answer_head_with_dropout_and_held_out_data(few, tiny_
     assert not trained.new_head
     chosen = trained.settings
     assert (chosen.max_seq_len, chosen.long_seq_len, chosen.bm25_weight) == (64, 48, 0.3)
+
+
+def test_a_model_that_training_does_not_change_scores_as_the_base_does(tiny_checkpoint, tmp_path):
+    """The threshold, which is chosen on the same dev set, must not look like a gain."""
+    data = write_jsonl(tmp_path / "rows.jsonl", triplets(60))
+    options = tiny_options(data, tiny_checkpoint, tmp_path / "run", epochs=1, negatives=1, learning_rate=0.0)
+    metrics = train(options, lambda line: None, progress=False).metrics
+    assert metrics["settings"]["null_threshold"] != 0
+    assert metrics["dev_base"] == metrics["dev"]
+    assert metrics["dev"]["f1"] != metrics["epochs"][0]["eval_f1"]
 
 
 def test_windows_with_the_answer_where_nobody_annotated_it_are_not_trained_on(tiny_checkpoint, tmp_path):
@@ -535,8 +547,6 @@ def test_a_run_that_is_given_as_a_base_names_its_checkpoint(tiny):
 
 @pytest.mark.parametrize(("given", "resolved"), [(None, 1), (0, 0), (2, 2)])
 def test_few_examples_get_a_negative_each_unless_asked_otherwise(given, resolved):
-    from qadeploy.training.inputs import resolve
-
     one = Example("a", "Who?", "Ada keeps it.", (Annotation("Ada", 0),))
     assert resolve(TrainOptions(negatives=given), [one] * 20).negatives == resolved
     many, none = [one] * 5_000, replace(one, answers=())
@@ -546,8 +556,6 @@ def test_few_examples_get_a_negative_each_unless_asked_otherwise(given, resolved
 
 @pytest.mark.parametrize(("given", "crops", "epochs"), [(None, 1, 2), (0, 0, 3), (2, 2, 2)])
 def test_few_examples_get_a_crop_each_and_two_epochs_unless_asked_otherwise(given, crops, epochs):
-    from qadeploy.training.inputs import resolve
-
     one = Example("a", "Who?", "Ada keeps it.", (Annotation("Ada", 0),))
     few = resolve(TrainOptions(crops=given), [one] * 20)
     assert (few.crops, few.epochs) == (crops, epochs)
@@ -568,3 +576,10 @@ def test_crops_are_trained_on_and_nothing_else_sees_them(tiny_checkpoint, tmp_pa
         assert bool(made) == bool(crops)
     assert runs[0]["dev"]["total"] == runs[2]["dev"]["total"] == 4
     assert runs[0]["epochs"][0]["eval_loss"] == runs[2]["epochs"][0]["eval_loss"]
+
+
+def test_several_processes_make_no_negatives(monkeypatch):
+    monkeypatch.setattr(distributed, "count", lambda: 2)
+    assert resolve(TrainOptions(), [Example("a", "Who?", "Ada", (Annotation("Ada", 0),))] * 20).negatives == 0
+    with pytest.raises(InputError, match="--negatives trains in one process: leave it out"):
+        check(TrainOptions(negatives=1))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qadeploy.core.settings import QaSettings
+from qadeploy.data.loading import DataSet
 from qadeploy.errors import DataError, InputError
 from qadeploy.records import Annotation, Example, Window
 from qadeploy.reports.charts import terminal_chart
@@ -19,6 +20,8 @@ from qadeploy.training.batches import LengthGroupedSampler
 from qadeploy.training.callbacks import EpochTable, StepLines, observe
 from qadeploy.training.checkpoint import load_checkpoint
 from qadeploy.training.features import collate_labels, label, make_features
+from qadeploy.training.options import TrainOptions
+from qadeploy.training.run_data import RunData
 from qadeploy.training.run_log import RunLog
 from qadeploy.training.torch_device import resolve_precision
 from qadeploy.training.trainer import span_loss
@@ -217,6 +220,32 @@ def test_a_log_without_a_bar_names_the_step_once_a_while():
         state = SimpleNamespace(global_step=1_000 * step, max_steps=3_000, is_world_process_zero=step < 3)
         lines.on_step_end(None, state, None)
     assert [line.strip() for line in said] == ["step 2,000 of 3,000"]
+
+
+@pytest.mark.parametrize(("dev", "warned"), [(10, False), (20, False), (21, True)])
+def test_a_dev_set_of_more_than_twice_its_share_is_warned_of(dev, warned):
+    questions = [Example(str(n), "Who?", str(n), ()) for n in range(100)]
+    train, held = (DataSet("here", tuple(part)) for part in (questions[dev:], questions[:dev]))
+    said: list[str] = []
+    data = RunData(DataSet("here", tuple(questions)), None, train, held, None)
+    RunLog(str, said.append).splits(data, TrainOptions())
+    assert [line[:42] for line in said] == ["the dev set holds 21 of 100 questions, bec"] * warned
+
+
+def test_passages_that_are_scored_and_taught_are_warned_of():
+    def questions(*contexts: str) -> DataSet:
+        return DataSet("here", tuple(Example(c, "Who?", c, ()) for c in contexts))
+
+    said: list[str] = []
+    data = RunData(questions(), None, questions("a"), questions("a", "b"), questions("b", "c", "d"))
+    RunLog(str, said.append).leaks(data)
+    RunLog(str, said.append).leaks(data, questions("b", "c").examples)
+    assert [line.removesuffix(", so their scores are too high") for line in said] == [
+        "1 dev passages are also in the training data",
+        "1 held-out passages are also in the training data",
+        "2 dev passages are also in the training data or in --unlabelled",
+        "2 held-out passages are also in the training data or in --unlabelled",
+    ]
 
 
 def test_the_terminal_chart():

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qadeploy.errors import FailureError, InputError
-from qadeploy.files import holding, is_temporary
+from qadeploy.files import hash_file, holding, is_temporary
 from qadeploy.records import Annotation, Example
 from qadeploy.training import search as module
 from qadeploy.training.options import TrainOptions
@@ -172,7 +172,10 @@ def test_a_killed_search_continues_with_the_trials_that_are_missing(searched, he
     child.join()
     assert child.exitcode == -signal.SIGKILL
     state = Path("runs/few.search.json")
-    assert [row["settings"] for row in json.loads(state.read_text())["rows"]] == [{"epochs": 3, "batch_size": 16}]
+    begun = json.loads(state.read_text())
+    assert [row["settings"] for row in begun["rows"]] == [{"epochs": 3, "batch_size": 16}]
+    assert begun["record"]["base"]["sha256"] == hash_file(tiny_checkpoint / "model.safetensors")
+    assert begun["record"]["teacher_sha256"] is begun["record"]["unlabelled_sha256"] is None
     assert [is_temporary(p.name) for p in Path("runs").iterdir() if p != state].count(True) >= 1
 
     fails(2, ["runs/few.search.json: holds an unfinished search", "--resume"], *here, "--search", 3)

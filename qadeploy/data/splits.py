@@ -15,6 +15,9 @@ def carve_by_passage(
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Draws whole passages at random until they hold a given fraction of the questions.
 
+    A passage with which they would hold more than twice as many is left out. If too few are left for half of the fraction,
+    the smallest of them is drawn too.
+
     Args:
         examples: The questions.
         fraction: Share of the questions to draw, between 0 and 1.
@@ -33,12 +36,16 @@ def carve_by_passage(
         raise InputError("all questions are on one passage, which cannot be split: add questions on other passages")
     order = list(passages)
     random.Random(seed).shuffle(order)  # noqa: S311 - a split, not a secret
-    wanted, taken, chosen = fraction * len(examples), 0, set()
-    for passage in order[:-1]:
-        chosen.add(passage)
-        taken += passages[passage]
-        if taken >= wanted:
+    wanted, taken = fraction * len(examples), 0
+    chosen: set[str] = set()
+    for passage in order:
+        if taken >= wanted or len(chosen) == len(order) - 1:
             break
+        if taken + passages[passage] <= 2 * wanted:
+            chosen.add(passage)
+            taken += passages[passage]
+    if 2 * taken < wanted and len(chosen) < len(order) - 1:
+        chosen.add(min((p for p in order if p not in chosen), key=passages.__getitem__))
     rest = tuple(e for e in examples if e.context not in chosen)
     return rest, tuple(e for e in examples if e.context in chosen)
 

@@ -39,12 +39,16 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of the data of a run: its role, its questions, and the number of windows of each question."""
+    """A part of the data of a run: its role, its questions, and the number of windows of each question.
+
+    Nobody annotated the last ``unlabelled`` questions, so they do not count as questions without an answer.
+    """
 
     name: str
     role: str
     examples: tuple[Example, ...]
     windows: tuple[int, ...]
+    unlabelled: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,7 +302,7 @@ def make_facts(
         epochs,
         int(metrics["best_epoch"]),
         _mean(metrics.get("mean_of_epochs")),
-        _results(judged, answers, metrics, epochs, held_out),
+        _results(judged, answers, metrics, held_out),
         _search(metrics.get("search")),
     )
 
@@ -386,7 +390,7 @@ def _part_facts(part: Part) -> PartFacts:
         role=part.role,
         questions=len(part.examples),
         contexts=len(contexts),
-        without_answer=sum(not e.answers for e in part.examples),
+        without_answer=sum(not e.answers for e in part.examples) - part.unlabelled,
         windows=sum(part.windows),
         by_windows=tuple(by_windows[g] for g in WINDOW_GROUPS),
         context_words=_median_and_maximum([count_words(c) for c in contexts]),
@@ -428,16 +432,14 @@ WINDOW_GROUPS = _bucket_names(_WINDOWS)
 # ---------------------------------------------------------------- scores
 
 
-def _results(
-    judged: Part, answers: Sequence[Answer], metrics: Mapping[str, Any], epochs: Sequence[Epoch], held_out: bool
-) -> Results:
+def _results(judged: Part, answers: Sequence[Answer], metrics: Mapping[str, Any], held_out: bool) -> Results:
     scores = score(judged.examples, answers, metrics["settings"].get("metric", "squad"))
     key = "held_out" if held_out else "dev"
     no_answer = metrics.get("no_answer") or {}
     confidences = np.asarray([a.score for a in answers], dtype=np.float64)
     return Results(
         held_out=held_out,
-        before=_before(metrics, epochs, scores.total, held_out),
+        before=_before(metrics.get(f"{key}_base"), scores.total),
         after=_score_facts(scores, np.arange(scores.total)),
         groupings=group_scores(judged.examples, scores),
         calibration=_calibration(confidences, scores.rows_exact_match, metrics.get("calibration") or {}, key),
@@ -460,11 +462,7 @@ def _score_facts(scores: Scores, rows: Any) -> ScoreFacts:
     return ScoreFacts(means[0], means[1], means[2], len(exact), _interval(exact), _interval(f1), _interval(accuracy))
 
 
-def _before(metrics: Mapping[str, Any], epochs: Sequence[Epoch], total: int, held_out: bool) -> ScoreFacts | None:
-    if not held_out:
-        first = next((e for e in epochs if e.number == 0), None)
-        return ScoreFacts(first.exact_match, first.f1, first.accuracy, total) if first else None
-    found = metrics.get("held_out_base")
+def _before(found: Mapping[str, Any] | None, total: int) -> ScoreFacts | None:
     if not found:
         return None
     names = [f"{kind}_interval" for kind in ("exact_match", "f1", "accuracy")]

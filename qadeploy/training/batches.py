@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,17 +56,20 @@ class LengthGroupedSampler(Sampler[int]):
 class UnitBatches(Sampler[list[int]]):
     """Yields batches of whole units of similar length.
 
-    A unit is a set of windows that must share a batch: a single window, or those of a question and its negatives. Units
-    are sorted by their longest window, ties in random order, and cut greedily into batches. The batches are shuffled
-    each epoch, except that the longest windows come first, so that a batch too large for the memory fails at once. The
-    cuts depend on the lengths alone: every epoch has the same number of batches and contains each window once.
+    A unit is a set of windows that share a batch: a single window, or those of a question and its negatives. A unit larger
+    than a batch is cut into parts, anew each epoch: its windows with an answer and as many others, drawn at random, as fit;
+    the rest form parts of their own. Units are sorted by their longest window, ties in random order, and cut greedily into
+    batches. The batches are shuffled each epoch, except that the longest windows come first, so that a batch too large for
+    the memory fails at once. The cuts depend on the lengths alone: every epoch has the same number of batches and contains
+    each window once.
 
     Args:
         units: The window indices of each unit.
         lengths: ``[windows]``, in tokens.
         seed: The seed of the random orders.
         tokens: The maximum tokens in a batch, padding included; None for no limit.
-        most: The maximum windows in a batch; None for no limit. A larger unit gets a batch to itself.
+        most: The maximum windows in a batch; None for no limit.
+        answered: The indices of the windows with an answer.
 
     Raises:
         InputError: A single window has more tokens than a batch may hold.
@@ -80,12 +83,20 @@ class UnitBatches(Sampler[list[int]]):
         *,
         tokens: int | None = None,
         most: int | None = None,
+        answered: Collection[int] = (),
     ) -> None:
         if tokens:
             check_tokens(tokens, lengths)
-        self.units = [list(unit) for unit in units]
+        self.answered = answered
+        self.units: list[tuple[list[int], int]] = []  # each with the maximum windows of a part
+        sizes: list[tuple[int, int]] = []
+        for unit in map(list, units):
+            longest = max(lengths[i] for i in unit)  # counts for every part, so that sizes do not depend on the draw
+            room = min(len(unit), most or len(unit), tokens // longest if tokens else len(unit))
+            self.units.append((unit, room))
+            sizes += [(longest, min(room, len(unit) - begin)) for begin in range(0, len(unit), room)]
         # Sorting by both values makes the cuts independent of the order of ties.
-        self.sizes = np.asarray([(max(lengths[i] for i in unit), len(unit)) for unit in self.units])
+        self.sizes = np.asarray(sizes)
         self.seed = seed
         self.epoch = 0
         self.cuts = _cuts(self.sizes[np.lexsort((-self.sizes[:, 1], -self.sizes[:, 0]))], tokens, most)
@@ -99,10 +110,17 @@ class UnitBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
-        shuffled = generator.permutation(len(self.units))
+        parts = [part for unit, room in self.units for part in self._parts(unit, room, generator)]
+        shuffled = generator.permutation(len(parts))
         order = shuffled[np.lexsort((-self.sizes[shuffled, 1], -self.sizes[shuffled, 0]))]
         for number in (0, *(int(n) + 1 for n in generator.permutation(len(self) - 1))):
-            yield [i for unit in order[self.cuts[number] : self.cuts[number + 1]] for i in self.units[unit]]
+            yield [i for part in order[self.cuts[number] : self.cuts[number + 1]] for i in parts[part]]
+
+    def _parts(self, unit: list[int], room: int, generator: np.random.Generator) -> list[list[int]]:
+        if len(unit) <= room:
+            return [unit]
+        drawn = sorted(generator.permutation(unit).tolist(), key=lambda i: i not in self.answered)
+        return [drawn[begin : begin + room] for begin in range(0, len(drawn), room)]
 
 
 def check_tokens(tokens: int, lengths: Sequence[int]) -> None:
@@ -115,7 +133,7 @@ def check_tokens(tokens: int, lengths: Sequence[int]) -> None:
 
 
 def _cuts(sizes: IntArray, tokens: int | None, most: int | None) -> list[int]:
-    """The first unit of each batch, and the end. ``sizes``, ``[units, 2]``: lengths, descending, and window counts."""
+    """The first part of each batch, and the end. ``sizes``, ``[parts, 2]``: lengths, descending, and window counts."""
     cuts, longest, windows = [0], 0, 0
     for number, (length, count) in enumerate(sizes.tolist()):
         full = most is not None and windows + count > most

@@ -24,12 +24,13 @@ import torch
 
 from qadeploy.core.encoded_text import EncodedText, visible_flags
 from qadeploy.core.windows import Encoder
-from qadeploy.errors import CheckpointError, InputError
+from qadeploy.data.loading import hash_examples
+from qadeploy.errors import CheckpointError, InputError, one_line
 from qadeploy.files import sweep, writing
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import is_bundle, open_bundle
 from qadeploy.inference.cuda import batches, in_batches
-from qadeploy.records import FloatArray, IntArray, Logits, Window
+from qadeploy.records import Example, FloatArray, IntArray, Logits, Window
 from qadeploy.training.checkpoint import Hub, TorchModel, load_checkpoint
 from qadeploy.training.features import Arrays, Feature, FeatureSet
 from qadeploy.training.provenance import commit_of, weights_hash
@@ -86,14 +87,12 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_t
         model = answerer.model
         digest = _digest(bundle.hash, answerer.encoder)
         return Teacher(name, digest, answerer.encoder, answerer.settings.max_seq_len, lambda w: model.start(w).result())
-    folder = Path(name)
-    found = find_run(name).checkpoint if (folder / "run.json").is_file() else name
-    checkpoint = load_checkpoint(found, hub)
+    checkpoint = load_checkpoint(_checkpoint_folder(name), hub)
     if checkpoint.new_head:
         raise CheckpointError(
             f"{name}: has no question-answering head, only an encoder: train it before it is used as a teacher"
         )
-    known = weights_hash(Path(found)) or f"{found}@{commit_of(checkpoint)}"
+    known = _weights(name) or f"{name}@{commit_of(checkpoint)}"
     bf16 = resolve_precision("auto", device.type) == "bf16"
     torch_model = TorchModel(checkpoint.model.to(device), checkpoint.encoder.config.pad_token_id, bf16=bf16)
 
@@ -103,6 +102,31 @@ def load_teacher(name: str, device: torch.device, hub: Hub | None = None, load_t
 
     digest, longest = _digest(known, checkpoint.encoder), checkpoint.settings.max_seq_len
     return Teacher(name, digest, checkpoint.encoder, longest, logits)
+
+
+def lesson_hashes(teacher: str | None, unlabelled: Sequence[Example]) -> dict[str, str | None]:
+    """What the record of a run tells a changed teacher, or changed questions for it, by.
+
+    Args:
+        teacher: The teacher's name, or None without one.
+        unlabelled: The questions that it alone labels.
+
+    Returns:
+        ``teacher_sha256``, of its weights or its bundle, None if it is a checkpoint on the hub, and ``unlabelled_sha256``.
+    """
+    return {
+        "teacher_sha256": _weights(teacher) if teacher else None,
+        "unlabelled_sha256": hash_examples(unlabelled) if unlabelled else None,
+    }
+
+
+def _checkpoint_folder(name: str) -> Path | str:
+    """The folder of a teacher's checkpoint, or its name on the hub."""
+    return find_run(name).checkpoint if (Path(name) / "run.json").is_file() else name
+
+
+def _weights(name: str) -> str | None:
+    return open_bundle(name).hash if is_bundle(name) else weights_hash(Path(_checkpoint_folder(name)))
 
 
 def _digest(weights: str, encoder: Encoder) -> str:
@@ -154,7 +178,7 @@ def soft_labels(
         for number, (example, context) in enumerate(zip(features.examples, features.contexts, strict=True))
         for feature in features.features[features.first[number] : features.first[number + 1]]
     ]
-    store = _LogitStore(folder and folder / f"teacher-{teacher.digest[:16]}")
+    store = _LogitStore(folder and folder / f"teacher-{teacher.digest[:16]}", log)
     missing = [e for key, e in {e.key: e for e in excerpts}.items() if key not in store]
     for begin in range(0, len(missing), _CHUNK) or [0]:
         chunk = missing[begin : begin + _CHUNK]
@@ -264,10 +288,13 @@ def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _Log
 
 
 class _LogitStore:
-    """A teacher's logits by key, in memory and, with a folder, in files of ``_CHUNK`` rows, each written atomically."""
+    """A teacher's logits by key, in memory and, with a folder, in files of ``_CHUNK`` rows, each written atomically.
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    If the folder cannot be written, the log gets a note, and nothing more is stored.
+    """
+
+    def __init__(self, folder: Path | None, log: RunLog) -> None:
+        self._folder, self._log = folder, log
         self._rows: dict[bytes, tuple[Arrays, int]] = {}
         if folder:
             sweep(folder)
@@ -290,23 +317,34 @@ class _LogitStore:
         self._keep(keys, rows)
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(b"".join(keys)).hexdigest()[:16]
-        with writing(self._folder / f"{name}.npz") as stream:
-            np.savez_compressed(
-                stream, allow_pickle=False, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), **rows
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with writing(self._folder / f"{name}.npz") as stream:
+                np.savez_compressed(
+                    stream, allow_pickle=False, keys=np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 16), **rows
+                )
+        except OSError as error:
+            self._log.detail(
+                f"teacher cache: {self._folder}: {error.strerror or one_line(error)}: its logits are not stored (--no-cache, "
+                "or set QADEPLOY_CACHE)"
             )
+            self._folder = None
 
     def _keep(self, keys: Sequence[bytes], rows: Arrays) -> None:
         self._rows.update({key: (rows, number) for number, key in enumerate(keys)})
 
 
-def keep_layers(model: Any, count: int) -> None:
-    """Keeps ``count`` evenly spaced layers of a model, including the first and the last; its configuration changes too.
+def keep_layers(model: Any, count: int) -> Any:
+    """A model with ``count`` evenly spaced layers of another, including the first and the last.
 
     Args:
-        model: A transformers model whose layers are in one list, as in BERT.
+        model: A transformers model whose layers are in one list, as in BERT. It cannot be used afterwards.
         count: How many layers to keep.
+
+    Returns:
+        The model that its configuration describes, as it will be loaded: if the index of a layer decides how far it
+        sees (``global_attn_every_n_layers``), it is the new index.
 
     Raises:
         InputError: The model has fewer layers, or they are not in one list.
@@ -321,8 +359,13 @@ def keep_layers(model: Any, count: int) -> None:
         )
     if not 1 <= count <= total:
         raise InputError(f"--layers {count}: the base has {total} layers")
-    chosen = set(np.round(np.linspace(0, total - 1, count)).astype(int).tolist())
+    chosen = np.round(np.linspace(0, total - 1, count)).astype(int).tolist()
     for index in reversed(range(total)):
         if index not in chosen:
             del lists[0][index]
+    if types := getattr(model.config, "layer_types", None):
+        model.config.layer_types = [types[index] for index in chosen]
     setattr(model.config, name, count)
+    built = type(model)(model.config)
+    built.load_state_dict(model.state_dict())
+    return built.eval()

@@ -128,7 +128,7 @@ def _fold(
     return {
         **{name: metrics["held_out"][name] for name in _SCORES},
         "questions": metrics["held_out"]["total"],
-        "passages": len({e.context for e in left_out}),
+        "passages": len({e.context for e in left_out[: options.max_eval_samples]}),  # as split_data cuts them
         "best_epoch": metrics["best_epoch"],
         "settings": metrics["settings"],
     }

@@ -65,7 +65,7 @@ def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions
         InputError: The processes cannot share a batch evenly.
     """
     few = len(questions) < FEW_EXAMPLES
-    negatives = int(few and not any_unanswerable(questions))
+    negatives = int(few and not any_unanswerable(questions) and distributed.count() == 1)
     crops = int(few) if options.crops is None else options.crops
     batch_size = None if options.batch_tokens else 16 if few else 24  # with batch_tokens, the tokens alone decide
     resolved = replace(
@@ -117,8 +117,9 @@ def load_models(options: TrainOptions, device: torch.device, metric: Metric) -> 
     longest = settings.long_seq_len if options.long_seq_len is None else options.long_seq_len
     settings = replace(settings, metric=metric, bm25_weight=weight, long_seq_len=longest)
     if options.layers is not None:
-        keep_layers(checkpoint.model, options.layers)
-    teacher = load_teacher(options.teacher, device, hub, options.load_timeout) if options.teacher else None
+        checkpoint = replace(checkpoint, model=keep_layers(checkpoint.model, options.layers))
+    own = replace(hub, revision=None)  # the revision is that of the base
+    teacher = load_teacher(options.teacher, device, own, options.load_timeout) if options.teacher else None
     return Models(checkpoint, settings, teacher, device, precision)
 
 
@@ -183,7 +184,7 @@ def make_windows(options: TrainOptions, data: RunData, models: Models, log: RunL
     log.crops(len(questions) - len(data.train.examples))
     log.negatives("train", train)
     log.negatives("dev", dev)
-    log.leaks(data)
+    log.leaks(data, unlabelled)
 
     wanted = [replace(data.train, examples=(*train.examples, *unlabelled)), replace(data.dev, examples=dev.examples)]
     wanted += [data.held_out] if data.held_out else []

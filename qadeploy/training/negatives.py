@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise, zip_longest
 
+from qadeploy.data.match import Slice, cuts_a_word
 from qadeploy.errors import MissingExtraError
 from qadeploy.records import Example
 
@@ -104,8 +105,12 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 def holds_answer(example: Example, text: str) -> bool:
-    """Whether one of the answers occurs in ``text`` as whole words, ignoring case."""
-    return any(re.search(rf"(?<!\w){re.escape(a.text)}(?!\w)", text, re.IGNORECASE) for a in example.answers)
+    """Whether one of the answers occurs in ``text``, in any case, and not only as a part of a word or a number."""
+    return any(
+        not cuts_a_word(Slice(*found.span()), text)
+        for a in example.answers
+        for found in re.finditer(re.escape(a.text), text, re.IGNORECASE)
+    )
 
 
 def _nearest(place: int, count: int) -> list[int]:
@@ -146,8 +151,11 @@ def _ranked(questions: Sequence[str], texts: Sequence[str], most: int) -> list[l
         import bm25s
     except ImportError as error:
         raise MissingExtraError("training with negatives", "bm25s", "train") from error
+    words = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
+    if not words.vocab:  # which bm25s cannot index: no text has a word of two letters
+        return [[] for _ in questions]
     index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(texts), stopwords="en", show_progress=False), show_progress=False)
+    index.index(words, show_progress=False)
     queries = bm25s.tokenize(list(questions), stopwords="en", show_progress=False)
     numbers, scores = index.retrieve(queries, k=min(most, len(texts)), show_progress=False)
     return [

@@ -124,7 +124,7 @@ class TrainOptions(DataOptions):
         "Texts without the answer to add per question, so that the model learns to give no answer.",
         least=0,
         most=100,
-        shown="1 below 5,000 questions that all have an answer, else 0",
+        shown="1 below 5,000 questions that all have an answer, in one process; else 0",
     )
     crops: int | None = option(
         None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,13 @@ ROLES = (("train", "learned from"), ("dev", "chose the epoch"), ("held out", "on
 
 
 def write_report_files(
-    folder: Path, run: RunRecord, sets: Sequence[FeatureSet], answers: Sequence[Answer], data: DataSet, log: RunLog
+    folder: Path,
+    run: RunRecord,
+    sets: Sequence[FeatureSet],
+    answers: Sequence[Answer],
+    data: DataSet,
+    log: RunLog,
+    unlabelled: int = 0,
 ) -> None:
     """Writes the report files of a run.
 
@@ -35,11 +42,13 @@ def write_report_files(
         answers: The best answers to the questions of the last set, in order.
         data: The questions as they were read.
         log: Gets a warning for each file that cannot be made, with the reason and the place in the code.
+        unlabelled: How many of the last questions of the train set nobody annotated.
     """
 
     @cache
     def facts() -> RunFacts:
         parts = [_part(*role, features) for role, features in zip(ROLES, sets, strict=False)]
+        parts[0] = replace(parts[0], unlabelled=unlabelled)
         return make_facts(run, parts, answers, skipped=data.skipped, first_taken=data.first_taken)
 
     files: dict[str, Callable[[Path], None]] = {

@@ -218,6 +218,10 @@ def find_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str
     ):
         if old.get(key) != new.get(key):
             lines.append(f"the {what} changed: {_named(before.get(name))} then, {_named(after[name])} now")
+    for name in ("teacher", "unlabelled"):
+        key = f"{name}_sha256"
+        if key in old and old[key] != new[key] and before.get(name) == after[name]:
+            lines.append(f"--{name} {after[name]} has another content now")
     base_before, base_after = old.get("base", {}), new["base"]
     same = "sha256" if base_before.get("sha256") and base_after["sha256"] else "name"
     if base_before.get(same) != base_after[same]:

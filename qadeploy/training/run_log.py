@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from qadeploy.core.metrics import Scores, bootstrap_interval
-from qadeploy.core.settings import QaSettings
+from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.core.unknown import MANY_UNKNOWN
 from qadeploy.data.wording import plural
 from qadeploy.records import Answer, Example
@@ -80,8 +80,16 @@ class RunLog:
             "2 preprocessing",
             f"train {len(data.train.examples):,}, dev {len(data.dev.examples):,} ({origin}, chooses the epoch){held_out}",
         )
+        total = sum(e.split != "validation" for e in data.found.examples)
+        if not options.dev_data and len(data.dev.examples) > 2 * max(1, options.dev_fraction * total):
+            self.warning(
+                f"the dev set holds {len(data.dev.examples):,} of {total:,} questions, because those on one passage stay "
+                "together: add questions on other passages, or give --dev-data"
+            )
         if len(data.train.examples) < FEW_EXAMPLES:
             self.detail("few examples: unless you set them, the learning rate and the batch size are small")
+            if distributed.count() > 1 and not any_unanswerable(data.train.examples):
+                self.detail("no negatives, which train in one process: the model will not learn to give no answer")
         example = data.train.examples[0]
         gold = example.answers[0] if example.answers else None
         where = f"answer at code points {gold.start}-{gold.end}" if gold else "no answer"
@@ -100,15 +108,14 @@ class RunLog:
                 "without the answer"
             )
 
-    def leaks(self, data: RunData) -> None:
-        """Warns of dev and held-out passages that are also in the training data."""
-        seen = {e.context for e in data.train.examples}
+    def leaks(self, data: RunData, unlabelled: Sequence[Example] = ()) -> None:
+        """Warns of dev and held-out passages that are also in the training data or among the ``unlabelled`` questions."""
+        seen = {e.context for e in (*data.train.examples, *unlabelled)}
+        where = "in the training data" + (" or in --unlabelled" if unlabelled else "")
         for name, scored in (("dev", data.dev), ("held-out", data.held_out)):
             contexts = {e.context for e in scored.examples} if scored else set()
             if contexts & seen:
-                self.warning(
-                    f"{len(contexts & seen):,} {name} passages are also in the training data, so their scores are too high"
-                )
+                self.warning(f"{len(contexts & seen):,} {name} passages are also {where}, so their scores are too high")
             seen |= contexts
 
     def features(self, train: FeatureSet, dev: FeatureSet, settings: QaSettings, cached: bool) -> None:

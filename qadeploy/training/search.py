@@ -22,11 +22,13 @@ from qadeploy.errors import FailureError, InputError, MissingExtraError
 from qadeploy.files import holding, temporary_folder, write_json
 from qadeploy.options import flag_of
 from qadeploy.records import Example
+from qadeploy.training.distill import lesson_hashes
 from qadeploy.training.folds import cross_validate
 from qadeploy.training.inputs import load_data, resolve
 from qadeploy.training.options import TrainOptions
+from qadeploy.training.provenance import weights_hash
 from qadeploy.training.resume import find_differences, find_unfinished
-from qadeploy.training.run_data import RunData
+from qadeploy.training.run_data import RunData, unlabelled_questions
 from qadeploy.training.run_log import RunLog, Say
 from qadeploy.training.runs import read_status
 from qadeploy.training.train import RunResult, check, train
@@ -198,7 +200,8 @@ def _record(options: TrainOptions, folds: int | None, data: RunData) -> dict[str
         "data_sha256": hash_examples(data.found.examples),
         "dev_data_sha256": sha256(options.dev_data, data.dev),
         "eval_data_sha256": sha256(options.eval_data, data.held_out),
-        "base": {"name": options.base, "sha256": None},
+        "base": {"name": options.base, "sha256": weights_hash(Path(options.base)) if options.base else None},
+        **lesson_hashes(options.teacher, unlabelled_questions(options)),
     }
 
 

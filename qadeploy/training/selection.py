@@ -44,22 +44,23 @@ class ChoiceReport:
     no_answer: dict[str, float] | None
 
 
-def initial_settings(settings: QaSettings, training_set: FeatureSet) -> QaSettings:
+def initial_settings(settings: QaSettings, training_set: FeatureSet, unlabelled: int = 0) -> QaSettings:
     """The settings that epochs are scored with, before anything is chosen on the dev set.
 
     ``max_answer_len`` is the length in tokens that ``ANSWER_SHARE`` percent of the training answers do not exceed, at least
-    ``LEAST_ANSWER_LEN``: a dev set of some fifty questions hardly tells one length from another. Temperature 1. If any training question has no
-    answer, a null threshold of 0 and ranking relative to the null logits; otherwise neither, whatever the base model's
-    settings.
+    ``LEAST_ANSWER_LEN``: a dev set of some fifty questions hardly tells one length from another. Temperature 1. If any
+    training question has no answer, a null threshold of 0 and ranking relative to the null logits; otherwise neither,
+    whatever the base model's settings.
 
     Args:
         settings: The base model's; ``max_answer_len`` is kept if the training questions have no answers.
         training_set: The training questions.
+        unlabelled: How many of the last questions nobody annotated; that they have no answer says nothing.
     """
     found = zip(training_set.examples, training_set.contexts, strict=True)
     spans = [context.tokens_of(a.start, a.end) for example, context in found for a in example.answers]
     lengths = [max(LEAST_ANSWER_LEN, last - first + 1) for first, last in filter(None, spans)]
-    unanswerable = any_unanswerable(training_set.examples)
+    unanswerable = any_unanswerable(training_set.examples[: len(training_set.examples) - unlabelled])
     return replace(
         settings,
         max_answer_len=int(np.percentile(lengths, ANSWER_SHARE, method="inverted_cdf"))

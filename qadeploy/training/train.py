@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -38,6 +40,7 @@ from qadeploy.reports.run_report import RunRecord
 from qadeploy.training import distributed
 from qadeploy.training.callbacks import EpochTable, QuietProgress, StepLines
 from qadeploy.training.checkpoint import save_checkpoint
+from qadeploy.training.distill import lesson_hashes
 from qadeploy.training.features import FeatureSet
 from qadeploy.training.inputs import Models, Windows, check_export, load_data, load_models, make_windows, resolve
 from qadeploy.training.options import TrainOptions
@@ -62,6 +65,7 @@ from qadeploy.training.speed import Speed, compiled, float32_attention, has_tf32
 from qadeploy.training.torch_device import device_name, memory_errors, training_device
 from qadeploy.training.tracking import check_tracker, tracker, tracker_errors
 from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
+from qadeploy.training.training_set import TrainingSet
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 
@@ -122,7 +126,10 @@ def train(
         log.splits(data, options)
         log.detail(f"metric of EM and F1: {models.settings.metric}")
         windows = make_windows(options, data, models, log)
-        record = _record(options, data, models)
+        if models.teacher:
+            models = replace(models, teacher=None)  # which would fill the memory while the student trains
+            clear_device_cache(garbage_collection=True)
+        record = _record(options, data, models, windows.train)
         with (
             open_run(Path(options.out), record, resume, log) as opened,
             tf32_matmuls(device),
@@ -137,8 +144,8 @@ def train(
             run = _TrainingRun(options, data, models, windows, opened, log, progress, started)
             loop = _make_loop(run)
             with tracker_errors(options.report_to), memory_errors():
-                held_out_base = _fit(run, loop)
-            reached = _evaluate(run, loop, held_out_base)
+                base = _fit(run, loop)
+            reached = _evaluate(run, loop, base)
             metrics = _metrics(run, loop, reached) | dict(more_metrics or {})
             if distributed.is_first():
                 finish(opened, Path(options.out), _write(run, reached, metrics))
@@ -154,13 +161,16 @@ def check(options: TrainOptions, resume: bool = False) -> None:
     check_tracker(options.report_to)
     if options.batch_tokens and distributed.count() > 1:
         raise InputError("--batch-tokens trains in one process: leave it out, or run it without torchrun")
+    if options.negatives and distributed.count() > 1:
+        raise InputError("--negatives trains in one process: leave it out, or run it without torchrun")
     out = Path(options.out)
     check_replaceable(out)
     check_unfinished(out, resume)
 
 
-def _record(options: TrainOptions, data: RunData, models: Models) -> dict[str, Any]:
+def _record(options: TrainOptions, data: RunData, models: Models, train_set: TrainingSet) -> dict[str, Any]:
     """The content of ``run.json``."""
+    labelled = len(train_set.features.examples) - train_set.unlabelled
     return {
         "status": "running",
         "options": {
@@ -174,6 +184,7 @@ def _record(options: TrainOptions, data: RunData, models: Models) -> dict[str, A
         "dev_data_sha256": hash_examples(data.dev.examples) if options.dev_data else None,
         "eval_data_sha256": hash_examples(data.held_out.examples) if options.eval_data and data.held_out else None,
         "base": base_of(models.checkpoint),
+        **lesson_hashes(options.teacher, train_set.features.examples[labelled:]),
         "versions": versions_of(_VERSIONED, missing="source"),
         "machine": {
             "cpu_count": os.cpu_count(),
@@ -198,6 +209,16 @@ class _TrainingRun:
     log: RunLog
     progress: bool
     started: float
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every dev question without an answer was made (--negatives)."""
+        return not any_unanswerable(self.data.dev.examples)
+
+    def chosen(self, logits: Logits) -> QaSettings:
+        """The settings for a model with these logits on the dev set."""
+        given, dev = self.options.null_score_diff_threshold is not None, self.windows.dev
+        return choose_settings(dev, logits, _epoch_settings(self), keep_threshold=given, balanced=self.balanced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +309,8 @@ def _arguments(run: _TrainingRun) -> SpanArguments:
 
 
 def _epoch_settings(run: _TrainingRun) -> QaSettings:
-    options, settings = run.options, initial_settings(run.models.settings, run.windows.train.features)
+    options, train_set = run.options, run.windows.train
+    settings = initial_settings(run.models.settings, train_set.features, train_set.unlabelled)
     if options.max_answer_len:
         settings = replace(settings, max_answer_len=options.max_answer_len)
     if options.null_score_diff_threshold is not None:
@@ -307,14 +329,22 @@ def _dev_metrics(scores: Scores) -> dict[str, float]:
     return {"eval_accuracy": scores.accuracy / 100, "eval_exact_match": scores.exact_match, "eval_f1": scores.f1}
 
 
-def _fit(run: _TrainingRun, loop: _Loop) -> Scores | None:
-    """Trains, and loads the best epoch's weights. Returns the base model's scores on the held-out set."""
-    held_out, base = run.windows.held_out, None
+def _fit(run: _TrainingRun, loop: _Loop) -> Scores:
+    """Trains, and loads the best epoch's weights.
+
+    Returns the base model's scores on the held-out set, with its own settings. Without one, on the dev set, with settings
+    that are chosen there as they will be for the trained model: else a threshold alone would look like a gain.
+    """
+    held_out = run.windows.held_out
     if held_out:
         base = score_logits(held_out, _predict(loop.trainer, held_out), run.models.settings)
     loop.table.header()
     if not loop.table.rows:
         loop.trainer.evaluate()  # row 0: the base model
+    if not held_out:
+        with torch.random.fork_rng(devices=()):  # the loader draws a seed, which must not change what training draws
+            logits = _predict(loop.trainer, run.windows.dev)
+        base = score_logits(run.windows.dev, logits, run.chosen(logits))
     with warnings.catch_warnings(), compiled(run.models.checkpoint.model, run.options.torch_compile):
         # After epochs of less than a second the Trainer distrusts file times and sorts saves by step number.
         warnings.filterwarnings("ignore", message="mtime may not be reliable")
@@ -385,34 +415,35 @@ class _SetResult:
 
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
-    """The chosen settings, the results by set, and the base model's scores on the held-out set."""
+    """The chosen settings, the results by set, and the base model's scores on the last set."""
 
     settings: QaSettings
     results: dict[str, _SetResult]
-    held_out_base: Scores | None
+    base: Scores
 
 
-def _evaluate(run: _TrainingRun, loop: _Loop, held_out_base: Scores | None) -> _Evaluation:
+def _evaluate(run: _TrainingRun, loop: _Loop, base: Scores) -> _Evaluation:
     """Chooses the settings on the dev set, and scores the dev and the held-out set."""
     options, log, dev, held_out = run.options, run.log, run.windows.dev, run.windows.held_out
     logits = _choose_weights(run, loop)
-    given = options.null_score_diff_threshold is not None
-    balanced = not any_unanswerable(run.data.dev.examples)  # every question without an answer was made (--negatives)
-    settings = choose_settings(dev, logits, _epoch_settings(run), keep_threshold=given, balanced=balanced)
+    settings = run.chosen(logits)
     found = _SetResult.of(dev, logits, settings)
     results = {"dev": found}
     log.chosen(loop.table.best["epoch"], loop.table.mean["epochs"] if loop.table.mean else None, settings, options)
-    log.choice("dev", found.choice, settings, threshold_given=given, tuned=can_tune_threshold(dev, balanced))
+    given, tuned = options.null_score_diff_threshold is not None, can_tune_threshold(dev, run.balanced)
+    log.choice("dev", found.choice, settings, threshold_given=given, tuned=tuned)
     log.answer(dev.examples[0], found.answers[0])
+    if not held_out:
+        log.scores("dev, base model", base)
     log.scores("dev", found.scores)
-    if held_out and held_out_base:
+    if held_out:
         found = results["held_out"] = _SetResult.of(held_out, _predict(loop.trainer, held_out), settings)
-        log.scores("held out, base model", held_out_base)
+        log.scores("held out, base model", base)
         log.scores("held out", found.scores)
         log.choice("held out", found.choice, settings)
     if chart := terminal_chart(loop.table.rows):
         log.say(chart)
-    return _Evaluation(settings, results, held_out_base)
+    return _Evaluation(settings, results, base)
 
 
 def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, Any]:
@@ -439,10 +470,9 @@ def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, 
             **{name: result.choice.calibration for name, result in results.items()},
         },
         "predictions": [*results][-1],
+        f"{[*results][-1]}_base": reached.base.to_dict(),
         "seconds": round(time.time() - run.started, 1),
     }
-    if reached.held_out_base:
-        metrics["held_out_base"] = reached.held_out_base.to_dict()
     if settings.null_threshold is not None:
         metrics["no_answer"] = {
             "null_threshold": settings.null_threshold,
@@ -467,5 +497,6 @@ def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> 
         own = sorted({*files_in(folder / "checkpoint")} - {*foreign})
         write_json(folder / "metrics.json", metrics)
         described = RunRecord(Path(run.options.out).name, run.opened.record, metrics)
-        write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log)
+        unlabelled = run.windows.train.unlabelled
+        write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log, unlabelled)
     return own

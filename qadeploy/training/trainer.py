@@ -83,7 +83,8 @@ class SpanTrainer(Trainer):
 
     The loss is ``span_loss``, averaged over start and end; its softmax runs over the same positions as the decoder's. With a
     teacher, ``distill_weight`` of it is ``distillation_loss``. Questions with negatives add ``shared_loss``, so that logits are
-    comparable between windows; these windows share a batch. Windows that only a teacher labels take no part in it.
+    comparable between windows; these windows share a batch, as far as they fit in one. Windows that only a teacher labels take no
+    part in it.
 
     The loss of a batch is the mean over its windows. Batches of units (with ``batch_tokens``, or negatives) have few windows or
     many, and a mean would give windows in small batches more weight: there the loss is the sum over the windows, divided by the
@@ -120,11 +121,16 @@ class SpanTrainer(Trainer):
         self.add_callback(self.mean)
         self.batches: UnitBatches | None = None
         training_set: TrainingSet | None = self.train_dataset
-        self.grouped = bool(training_set and training_set.groups) and self.args.world_size == 1
+        self.grouped = bool(training_set and training_set.groups)
         if training_set and (batch_tokens or self.grouped):
             units = training_set.units if self.grouped else [[i] for i in range(len(training_set))]
             self.batches = UnitBatches(
-                units, training_set.lengths, self.args.seed, tokens=batch_tokens, most=most_windows
+                units,
+                training_set.lengths,
+                self.args.seed,
+                tokens=batch_tokens,
+                most=most_windows,
+                answered=training_set.answered,
             )
         self.model_accepts_loss_kwargs = False
         self.run_state = run_state

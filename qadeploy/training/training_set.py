@@ -93,11 +93,17 @@ class TrainingSet:
 
     @property
     def units(self) -> list[list[int]]:
-        """The windows that must share a batch: those of a question and of its negatives."""
+        """The windows that share a batch: those of a question and of its negatives."""
         found: dict[int, list[int]] = {}
         for index, item in enumerate(self._items):
             found.setdefault(item.group, []).append(index)
         return list(found.values())
+
+    @property
+    def answered(self) -> frozenset[int]:
+        """The indices of the windows with an answer."""
+        features = enumerate(item.feature for item in self._items)
+        return frozenset(i for i, f in features if f.positions[0, 0] != f.window.null_index)
 
 
 def masked_windows(features: FeatureSet) -> frozenset[int]:

@@ -82,6 +82,23 @@ def test_an_answer_is_held_as_whole_words_in_any_case(text, held):
     assert holds_answer(Example("q", "?", "Ada 1915", (Annotation("Ada", 0), Annotation("1915", 4))), text) is held
 
 
+@pytest.mark.parametrize(
+    ("answer", "text", "held"),
+    [
+        ("東京", "昨日は東京に行きました。", True),
+        ("มะลิ", "บ้านของมะลิอยู่ที่เชียงใหม่", True),
+        ("北京", "北京市在北方。", True),
+        ("서울", "서울은 한국의 수도이다.", True),
+        ("12", "昨年は12人が来ました。", True),
+        ("12", "昨年は312人が来ました。", False),
+        ("ink", "They were drinking ink.", True),
+        ("ink", "They were drinking.", False),
+    ],
+)
+def test_an_answer_is_held_in_scripts_that_write_words_together(answer, text, held):
+    assert holds_answer(Example("q", "?", answer, (Annotation(answer, 0),)), text) is held
+
+
 def test_of_a_long_passage_a_part_is_taken_that_ends_at_a_word():
     long = "Word " * 1_000
     paired = with_negatives(
@@ -90,6 +107,12 @@ def test_of_a_long_passage_a_part_is_taken_that_ends_at_a_word():
     part = next(e.context for e in paired.examples if e.id == "q0#elsewhere-1")
     assert LONGEST - 10 < len(part) <= LONGEST
     assert part.endswith("Word")
+
+
+def test_passages_without_a_word_of_two_letters_serve_as_they_are_near():
+    contexts = [f"{letter} b c d e f g h i j k l m n o p q r" for letter in "xyz"]
+    made = with_negatives([example(f"Who {context[0]}?", context, context[0]) for context in contexts], 1).examples[3:]
+    assert [e.context for e in made] == [contexts[1], contexts[2], contexts[1]]
 
 
 def test_nothing_is_made_of_one_passage_without_other_sentences_nor_for_unanswerable_questions():

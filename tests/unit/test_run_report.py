@@ -24,7 +24,7 @@ from qadeploy.reports.run_report import (
     worst_mistakes,
 )
 from qadeploy.shipped import BASE_MODEL
-from tests.run_facts_for_tests import ANSWERS, EXAMPLES, JUDGED, METRICS, RECORD, facts, parts
+from tests.run_facts_for_tests import ANSWERS, EXAMPLES, JUDGED, METRICS, RECORD, example, facts, parts
 
 ROWS = [
     (
@@ -134,12 +134,18 @@ def test_parts_are_counted():
     assert judged.by_windows == (18, 0, 0, 1, 0)
     assert judged.context_words[1] == max(len(e.context.split()) for e in EXAMPLES)
     assert all(sum(p.by_windows) == p.questions for p in (train, dev, judged))
+    first, *rest = parts()
+    taught = replace(first, examples=(*first.examples, example("t", "Who?", "Ada.")), windows=(*first.windows, 1))
+    for unlabelled, without_answer in ((0, 1), (1, 0)):
+        run = RunRecord("run", RECORD, METRICS)
+        found = make_facts(run, [replace(taught, unlabelled=unlabelled), *rest], ANSWERS).data.parts[0]
+        assert (found.questions, found.without_answer) == (3, without_answer)
 
 
-def test_without_a_held_out_set_the_dev_set_is_judged_against_epoch_0():
+def test_without_a_held_out_set_the_dev_set_is_judged_with_settings_chosen_for_the_base_too():
     found = facts(held_out=False)
     assert not found.results.held_out
-    assert found.results.before.f1 == METRICS["epochs"][0]["eval_f1"]
+    assert found.results.before.f1 == METRICS["dev_base"]["f1"] != METRICS["epochs"][0]["eval_f1"]
     assert found.results.before.f1_interval is None
     assert findings.judged(found) == "19 questions of the dev set"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 
 import pytest
@@ -19,7 +20,19 @@ def questions(passages: list[int]) -> list[Example]:
     return [Example(f"q{n}", "Which?", f"passage {passage}") for n, passage in enumerate(passages)]
 
 
-@settings(max_examples=30, deadline=None)
+def before(examples: list[Example], fraction: float, seed: int) -> tuple[Example, ...]:
+    """What 0.2.0 drew: whole passages, whatever their size."""
+    order = list(dict.fromkeys(e.context for e in examples))
+    random.Random(seed).shuffle(order)
+    drawn: set[str] = set()
+    for passage in order[:-1]:
+        drawn.add(passage)
+        if sum(e.context in drawn for e in examples) >= fraction * len(examples):
+            break
+    return tuple(e for e in examples if e.context in drawn)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     passages=st.lists(st.integers(0, 8), min_size=2, max_size=40).filter(lambda p: len(set(p)) > 1),
     fraction=st.floats(0.01, 0.99),
@@ -35,9 +48,22 @@ def test_whole_passages_until_the_fraction_is_reached(passages, fraction, seed):
     assert not {e.context for e in rest} & {e.context for e in part}
     sizes = Counter(e.context for e in part)
     wanted = fraction * len(examples)
-    assert len(part) >= wanted or len({e.context for e in rest}) == 1
+    assert 2 * len(part) >= wanted or len({e.context for e in rest}) == 1
+    smallest = min(Counter(e.context for e in rest).values())
+    assert len(part) <= 2 * wanted or max(sizes.values()) <= smallest  # a smaller one would have been drawn
+    drawn = before(examples, fraction, seed)
+    assert len(drawn) > 2 * wanted or part == drawn  # finished runs carve their dev set again
     assert any(len(part) - size < wanted for size in sizes.values())  # one passage more than needed is never taken
     assert carve_by_passage(examples, fraction, seed) == (rest, part)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(
+    ("sizes", "held"), [([90] + [1] * 10, 10), ([95, 5], 5), ([50, 49, 1], 50), ([40, 30, 30], 30)]
+)
+def test_a_passage_with_most_questions_is_not_drawn(sizes, held, seed):
+    examples = questions([passage for passage, size in enumerate(sizes) for _ in range(size)])
+    assert len(carve_by_passage(examples, 0.1, seed)[1]) == held
 
 
 def test_the_seed_draws_the_passages():

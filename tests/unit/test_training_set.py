@@ -90,6 +90,7 @@ def test_without_a_teacher_masked_windows_are_left_out(base):
     assert [found[i].feature for i in range(len(found))] == [made[i] for i in (0, 2, 3, 4)]
     assert found.lengths == [16, 9, 16, 16]
     assert found.units == [[0, 1, 2, 3]]
+    assert found.answered == {0, 2}
     assert all(found[i].labelled for i in range(len(found)))
 
 
