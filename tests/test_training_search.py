@@ -26,17 +26,8 @@ from tests.conftest import tiny_options, triplets, unanswerable, write_jsonl
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.test_training_search"])
 GIVEN = (
-    "--learning-rate",
-    0.003,
-    "--negatives",
-    0,
-    "--crops",
-    0,
-    "--precision",
-    "fp32",
-    "--dev-fraction",
-    0.2,
-    "--no-progress",
+    *("--learning-rate", 0.003, "--negatives", 0, "--crops", 0, "--precision", "fp32"),
+    *("--dev-fraction", 0.2, "--no-progress"),
 )
 QUESTIONS = [Example(str(n), "Who?", "Ada.", (Annotation("Ada", 0),)) for n in range(20)]
 
@@ -108,13 +99,13 @@ def test_the_report_and_the_card_tell_of_the_search(searched):
 def test_what_is_drawn_depends_on_the_trials_so_far_and_the_seed_alone():
     space = module._space(TrainOptions(), QUESTIONS)
     first = module._draw(space, [], 13)
-    assert first == {"learning_rate": 1e-4, "epochs": 3, "batch_size": 16, "negatives": 1}
+    assert first == {"learning_rate": 1e-4, "epochs": 2, "batch_size": 16, "negatives": 1}
     done: list[dict[str, Any]] = [{"settings": first, "f1": 50.0}]
     for number in range(30):
         drawn = module._draw(space, done, 13)
         assert drawn == module._draw(space, done, 13)
         assert 2.5e-5 <= drawn["learning_rate"] <= 4e-4
-        assert 1 <= drawn["epochs"] <= 6
+        assert 1 <= drawn["epochs"] <= 4
         assert drawn["batch_size"] in {8, 16, 32}
         assert 1 <= drawn["negatives"] <= 3
         done.append({"settings": drawn, "f1": None if number % 3 else float(number)})

@@ -9,18 +9,15 @@ from qadeploy.records import Annotation, Example
 from qadeploy.training.negatives import sentences
 
 
-def with_crops(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
-    """Adds ``count`` copies of each question, each on a random run of sentences that holds all of its answers.
+def crops_of(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
+    """Makes ``count`` copies of each question, each on a random run of sentences that holds all of its answers.
 
     A copy is left out if its run is the whole context, and if the question has no answer.
 
     Args:
         examples: The questions.
-        count: Copies per question; 0 adds none.
+        count: Copies per question; 0 makes none.
         seed: Of the random runs.
-
-    Returns:
-        The questions, then their copies.
     """
     generator = random.Random(seed)  # noqa: S311 - parts of a text, not a secret
     made: list[Example] = []
@@ -38,4 +35,4 @@ def with_crops(examples: Sequence[Example], count: int, seed: int) -> tuple[Exam
                 made.append(
                     Example(f"{example.id}#crop-{number}", example.question, example.context[start:end], answers)
                 )
-    return (*examples, *made)
+    return tuple(made)

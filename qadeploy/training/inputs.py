@@ -22,7 +22,7 @@ from qadeploy.shipped import base_model_path
 from qadeploy.training import distributed
 from qadeploy.training.batches import check_tokens
 from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint
-from qadeploy.training.crops import with_crops
+from qadeploy.training.crops import crops_of
 from qadeploy.training.distill import Teacher, keep_layers, load_teacher, soft_labels
 from qadeploy.training.exportable import TESTED, exportable
 from qadeploy.training.feature_cache import cached_features
@@ -178,15 +178,19 @@ def make_windows(options: TrainOptions, data: RunData, models: Models, log: RunL
         InputError: No window holds an answer, one does not fit in ``batch_tokens``, or ``unlabelled`` needs a teacher.
     """
     unlabelled = unlabelled_questions(options)
-    questions = with_crops(data.train.examples, options.crops or 0, options.seed)
-    train = with_negatives(questions, options.negatives or 0, [e.context for e in unlabelled])
+    questions, asked = data.train.examples, options.negatives or 0
+    crops = crops_of(questions, options.crops or 0, options.seed)
+    # Negatives for the crops too, but on whole contexts: short ones would teach that short texts hold no answer.
+    count = round(asked * (1 + len(crops) / max(1, len(questions))))
+    train = with_negatives(questions, count, [e.context for e in unlabelled])
     dev = with_negatives(data.dev.examples, min(options.negatives or 0, 1))
-    log.crops(len(questions) - len(data.train.examples))
+    log.crops(len(crops))
     log.negatives("train", train)
     log.negatives("dev", dev)
     log.leaks(data, unlabelled)
 
-    wanted = [replace(data.train, examples=(*train.examples, *unlabelled)), replace(data.dev, examples=dev.examples)]
+    learned = (*train.examples, *crops, *unlabelled)
+    wanted = [replace(data.train, examples=learned), replace(data.dev, examples=dev.examples)]
     wanted += [data.held_out] if data.held_out else []
     encoder, settings = models.checkpoint.encoder, models.settings
     cache = cache_folder() if options.cache else None
