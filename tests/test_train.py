@@ -560,8 +560,9 @@ def test_few_examples_get_a_crop_each_and_two_epochs_unless_asked_otherwise(give
     few = resolve(TrainOptions(crops=given), [one] * 20)
     assert (few.crops, few.epochs) == (crops, epochs)
     assert resolve(TrainOptions(crops=given, epochs=7), [one] * 20).epochs == 7
-    many = resolve(TrainOptions(), [one] * 5_000)
-    assert (many.crops, many.epochs) == (0, 3)
+    for questions in ([one] * 5_000, [one, replace(one, answers=())]):
+        other = resolve(TrainOptions(), questions)
+        assert (other.crops, other.epochs) == (0, 3)
 
 
 def test_crops_are_trained_on_and_nothing_else_sees_them(tiny_checkpoint, tmp_path):

@@ -65,8 +65,9 @@ def resolve(options: TrainOptions, questions: Sequence[Example]) -> TrainOptions
         InputError: The processes cannot share a batch evenly.
     """
     few = len(questions) < FEW_EXAMPLES
-    negatives = int(few and not any_unanswerable(questions) and distributed.count() == 1)
-    crops = int(few) if options.crops is None else options.crops
+    answered = few and not any_unanswerable(questions)
+    negatives = int(answered and distributed.count() == 1)
+    crops = int(answered) if options.crops is None else options.crops
     batch_size = None if options.batch_tokens else 16 if few else 24  # with batch_tokens, the tokens alone decide
     resolved = replace(
         options,

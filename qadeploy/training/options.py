@@ -131,7 +131,7 @@ class TrainOptions(DataOptions):
         "Copies of each question to add, each on a random part of its context, so that few texts are seen in more than one form.",
         least=0,
         most=100,
-        shown="1 below 5,000 questions, else 0",
+        shown="1 below 5,000 questions that all have an answer, else 0",
     )
     teacher: str | None = option(None, "Also learn from this bundle, run, checkpoint or hub model (distillation).")
     distill_weight: float = option(0.7, "The teacher's share of the loss.", least=0, most=1)
