@@ -53,19 +53,23 @@ def test_the_document_holds_for_anything_that_is_sent(document, route, mode):
 def test_the_document_holds_for_minutes(document):
     end, found = time.monotonic() + SECONDS, set()
     for route, mode in itertools.cycle(SENT):
-        found |= sent(document, route, mode, derandomize=False)
+        found |= sent(document, route, mode, count=100, derandomize=False)
         if time.monotonic() > end:
             break
     assert max(found) < 500
 
 
-def sent(document, route: str, mode: GenerationMode, *, derandomize: bool = True) -> set[int]:
-    """The statuses of 100 requests, each checked against the document."""
+def sent(document, route: str, mode: GenerationMode, *, count: int = 40, derandomize: bool = True) -> set[int]:
+    """The statuses of ``count`` requests, each checked against the document."""
     operation = next(one.ok() for one in document.get_all_operations() if one.ok().label == route)
     statuses = set()
 
     @hypothesis_settings(
-        max_examples=100, deadline=None, derandomize=derandomize, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=count,
+        deadline=None,
+        derandomize=derandomize,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def hold(case):
