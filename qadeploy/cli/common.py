@@ -192,9 +192,8 @@ class _Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(
-                stream, io.TextIOWrapper
-            ):  # not every encoding, such as cp1252 of Windows, has every character
+            if isinstance(stream, io.TextIOWrapper):
+                # Not every encoding, such as cp1252 of Windows, has every character.
                 stream.reconfigure(errors="backslashreplace")
         try:
             return super().main(*args, **kwargs)
@@ -227,7 +226,7 @@ def note(message: str) -> None:
 def print_result(as_json: bool, value: dict[str, Any], text: Sequence[str]) -> None:
     """Prints the result on stdout: ``value`` as JSON, or the lines of ``text``."""
     if as_json:
-        click.echo(json.dumps(value, ensure_ascii=sys.stdout.encoding.lower() != "utf-8"))
+        click.echo(json.dumps(value, ensure_ascii=(sys.stdout.encoding or "utf-8").lower() != "utf-8"))
     else:
         for line in text:
             click.echo(line)

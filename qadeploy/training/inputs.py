@@ -184,7 +184,7 @@ def make_windows(options: TrainOptions, data: RunData, models: Models, log: RunL
     # Negatives for the crops too, but on whole contexts: short ones would teach that short texts hold no answer.
     count = round(asked * (1 + len(crops) / max(1, len(questions))))
     train = with_negatives(questions, count, [e.context for e in unlabelled])
-    dev = with_negatives(data.dev.examples, min(options.negatives or 0, 1))
+    dev = with_negatives(data.dev.examples, min(asked, 1))
     log.crops(len(crops))
     log.negatives("train", train)
     log.negatives("dev", dev)

@@ -141,7 +141,8 @@ def train(
                     opened.folder, json.loads((opened.folder / "metrics.json").read_text(encoding="utf-8"))
                 )
             started -= opened.saved.run_state["seconds"] if opened.saved else 0
-            run = _TrainingRun(options, data, models, windows, opened, log, progress, started)
+            settings = _epoch_settings(options, models, windows.train)
+            run = _TrainingRun(options, data, models, windows, settings, opened, log, progress, started)
             loop = _make_loop(run)
             with tracker_errors(options.report_to), memory_errors():
                 base = _fit(run, loop)
@@ -199,12 +200,13 @@ def _record(options: TrainOptions, data: RunData, models: Models, train_set: Tra
 
 @dataclass(frozen=True, slots=True)
 class _TrainingRun:
-    """Everything that the steps from here on share."""
+    """Everything that the steps from here on share; ``settings`` are those that epochs are scored with."""
 
     options: TrainOptions
     data: RunData
     models: Models
     windows: Windows
+    settings: QaSettings
     opened: OpenRun
     log: RunLog
     progress: bool
@@ -218,7 +220,7 @@ class _TrainingRun:
     def chosen(self, logits: Logits) -> QaSettings:
         """The settings for a model with these logits on the dev set."""
         given, dev = self.options.null_score_diff_threshold is not None, self.windows.dev
-        return choose_settings(dev, logits, _epoch_settings(self), keep_threshold=given, balanced=self.balanced)
+        return choose_settings(dev, logits, self.settings, keep_threshold=given, balanced=self.balanced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +238,13 @@ def _make_loop(run: _TrainingRun) -> _Loop:
     speed = Speed(models.device, lambda: trainer.windows_seen, distributed.count(), done.get("speed", []))
     table = EpochTable(run.log, done["rows"], speed.row)
     pad = models.checkpoint.encoder.config.pad_token_id
-    settings = _epoch_settings(run)
     trainer = SpanTrainer(
         model=models.checkpoint.model,
         args=_arguments(run),
         train_dataset=windows.train,
         eval_dataset=windows.dev,
         data_collator=lambda items: collate(items, pad),
-        compute_metrics=lambda found: _dev_metrics(_dev_scores(windows.dev, found.predictions, settings)),
+        compute_metrics=lambda found: _dev_metrics(_dev_scores(windows.dev, found.predictions, run.settings)),
         callbacks=[
             EarlyStoppingCallback(options.patience),
             speed,
@@ -308,9 +309,8 @@ def _arguments(run: _TrainingRun) -> SpanArguments:
     )
 
 
-def _epoch_settings(run: _TrainingRun) -> QaSettings:
-    options, train_set = run.options, run.windows.train
-    settings = initial_settings(run.models.settings, train_set.features, train_set.unlabelled)
+def _epoch_settings(options: TrainOptions, models: Models, train_set: TrainingSet) -> QaSettings:
+    settings = initial_settings(models.settings, train_set.features, train_set.unlabelled)
     if options.max_answer_len:
         settings = replace(settings, max_answer_len=options.max_answer_len)
     if options.null_score_diff_threshold is not None:
@@ -358,7 +358,7 @@ def _choose_weights(run: _TrainingRun, loop: _Loop) -> Logits:
     The best of several epochs owes some of its dev F1 to chance, which is why it must be clearly better. Returns the dev
     set's logits by the weights that are kept.
     """
-    trainer, dev, settings = loop.trainer, run.windows.dev, _epoch_settings(run)
+    trainer, dev, settings = loop.trainer, run.windows.dev, run.settings
     logits = _predict(trainer, dev)
     if trainer.mean.epochs < 2:
         return logits
