@@ -23,8 +23,9 @@ from qadeploy.inference.answerer import LogitsModel
 from qadeploy.records import Logits, Window
 from qadeploy.serve.app import create_app
 from qadeploy.serve.feedback import Feedback
+from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.search import open_corpus
-from qadeploy.serve.service import Service
+from qadeploy.serve.service import Engine, Service
 from qadeploy.serve.settings import Settings
 
 JSON = {"content-type": "application/json"}
@@ -72,10 +73,16 @@ def around(answerer: Answerer, model: Any) -> Answerer:
     return Answerer(answerer.encoder, answerer.settings, model, answerer.bundle)
 
 
+def service_of(answerer: Answerer, settings: Settings) -> Service:
+    """The service of an answerer instead of a bundle."""
+    metrics = Metrics()
+    return Service(Engine.of(answerer, settings, metrics), settings, metrics)
+
+
 @contextlib.contextmanager
 def serving(answerer: Answerer, **settings: Any) -> Iterator[Local]:
     """An application in this process."""
-    service = Service.of(answerer, Settings(**{"threads": 1, **settings}))
+    service = service_of(answerer, Settings(**{"threads": 1, **settings}))
     if service.settings.corpus is not None:
         service.corpus = open_corpus(service.settings.corpus)
     if service.settings.feedback is not None:

@@ -25,10 +25,10 @@ from qadeploy.data.loading import read
 from qadeploy.serve.app import create_app
 from qadeploy.serve.pages import examples
 from qadeploy.serve.search import open_corpus
-from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
 from qadeploy.shipped import BASE_BUNDLE, BASE_MODEL
 from tests.conftest import needs_chromium, sealed_copy
+from tests.servers_for_tests import service_of
 from tests.sessions_for_tests import Sessions, until
 from tests.test_session_answerer import FAMILY, LONG, SCRIPTS
 
@@ -57,7 +57,7 @@ TEXTS = [
 def serving(bundle: Path, **settings: Any) -> Iterator[str]:
     """A server of the bundle on a free port of loopback; its address."""
     answerer = Answerer.load(bundle, device="cpu", threads=1)
-    service = Service.of(answerer, Settings(threads=1, **settings))
+    service = service_of(answerer, Settings(threads=1, **settings))
     if service.settings.corpus is not None:
         service.corpus = open_corpus(service.settings.corpus)
     with socket.create_server(("127.0.0.1", 0)) as listener:

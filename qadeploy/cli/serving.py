@@ -42,7 +42,7 @@ def serve(as_json: bool, bundle: str, **options: Any) -> None:
 def _say(as_json: bool, url: str, service: Any) -> None:
     from qadeploy.serve.search import about
 
-    bundle, workers, corpus = service.answerer.bundle, service.scheduler.workers, service.corpus
+    bundle, workers, corpus = service.engine.answerer.bundle, service.scheduler.workers, service.corpus
     if as_json:
         value = {
             "url": url,

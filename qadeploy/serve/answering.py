@@ -107,7 +107,7 @@ def _ask(service: Service, question: str, given: AskItem | AskMany) -> Ask:
 
 def _shown(service: Service, traced: bool) -> Render:
     """A function that renders the result of a question as JSON."""
-    answerer = service.answerer  # stays the one that decodes the pairs, even after a reload
+    answerer = service.engine.answerer  # stays the one that decodes the pairs, even after a reload
 
     def render(ask: Ask, pair: DecodedPair | None) -> bytes:
         if service.corpus and ask.search:

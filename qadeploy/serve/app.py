@@ -13,6 +13,7 @@ from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -23,10 +24,9 @@ from qadeploy.serve.auth import Auth
 from qadeploy.serve.body import BoundedRoute
 from qadeploy.serve.calls import Calls, Failures, response
 from qadeploy.serve.contracts import add_contracts
-from qadeploy.serve.errors import RefusedError, clean
+from qadeploy.serve.errors import RefusedError, clean, invalid
 from qadeploy.serve.feedback import Feedback
 from qadeploy.serve.limits import REQUEST_LIMITS, BodyLimit
-from qadeploy.serve.metrics import CONTENT_TYPE
 from qadeploy.serve.pages import add_page, examples, reference_page
 from qadeploy.serve.scheduler import Ask
 from qadeploy.serve.schemas import (
@@ -117,15 +117,7 @@ def create_app(service: Service) -> FastAPI:
 
 
 def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
-    post = app.post(
-        "/v1/answer",
-        tags=["answers"],
-        summary="Answer one question, a batch, or many questions on one context, or on several passages",
-        response_model=AnswersOut | list[AnswersOut],
-        response_model_exclude_unset=True,
-        responses=_ANSWERING,
-        dependencies=locked,
-    )
+    post = partial(app.post, tags=["answers"], responses=_ANSWERING, dependencies=locked)
 
     async def answer(request: Request, body: Annotated[AnswerRequest, Body()]) -> Response:
         """One object gives one result. A list, or `questions` on one `context`, gives a list of results in the same order.
@@ -141,19 +133,20 @@ def _add_answers(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         """Without `context` and `contexts`, a question is answered from the corpus: the passages that fit it best are read."""
         return await reply(request, service, body)
 
+    answer_from_corpus.__doc__ = f"{answer_from_corpus.__doc__}\n\n{cleandoc(answer.__doc__ or '')}"
     chosen = answer if service.corpus is None else answer_from_corpus
-    if service.corpus is not None:
-        answer_from_corpus.__doc__ = f"{answer_from_corpus.__doc__}\n\n{cleandoc(answer.__doc__ or '')}"
-    post(chosen)
+    post(
+        "/v1/answer",
+        summary="Answer one question, a batch, or many questions on one context, or on several passages",
+        response_model=AnswersOut | list[AnswersOut],
+        response_model_exclude_unset=True,
+    )(chosen)
     add_contracts(app, service, chosen, _ANSWERING | _errors(404), locked)
 
-    @app.post(
+    @post(
         "/",
-        tags=["answers"],
         summary="The Hugging Face question-answering task",
         response_model=HfAnswer | list[HfAnswer] | list[list[HfAnswer]],
-        responses=_ANSWERING,
-        dependencies=locked,
     )
     async def hugging_face(request: Request, body: HfRequest) -> Response:
         """The format of `huggingface_hub.InferenceClient(model=URL).question_answering`.
@@ -199,7 +192,8 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
     )
     async def model() -> dict[str, Any]:
         """The manifest of the bundle: settings, measurements, versions and the hash of every file."""
-        engine, bundle = service.engine, service.answerer.bundle
+        engine = service.engine
+        bundle = engine.answerer.bundle
         return {
             "name": engine.name,
             "hash": engine.hash,
@@ -246,15 +240,12 @@ def _add_state(app: FastAPI, service: Service, locked: Sequence[Any]) -> None:
         state = "ready" if service.ready else "draining" if service.draining else "broken"
         return JSONResponse({"status": state}, 200 if service.ready else 503)
 
-    @get(
-        "/metrics",
-        summary="Metrics for Prometheus",
-        response_class=Response,
-        responses={200: {"content": {"text/plain": {}}}},
-    )
+    as_text: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
+
+    @get("/metrics", summary="Metrics for Prometheus", response_class=Response, responses=as_text)
     async def metrics() -> Response:
         """Requests, queue, stages, batches, drift, bundle and process."""
-        return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
+        return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -280,8 +271,8 @@ def add_errors(app: FastAPI) -> None:
         return response(request.scope, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return response(request.scope, RefusedError(422, "invalid_request", _faults(error)))
+    async def unreadable(request: Request, error: RequestValidationError) -> Response:
+        return response(request.scope, invalid(_faults(error)))
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:

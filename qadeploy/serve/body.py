@@ -18,8 +18,7 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
-from qadeploy.options import flag_of
-from qadeploy.serve.errors import RefusedError
+from qadeploy.serve.errors import RefusedError, over_limit
 from qadeploy.serve.limits import hold
 from qadeploy.serve.settings import Settings
 
@@ -103,9 +102,8 @@ def _too_much(begun: bytes, settings: Settings) -> RefusedError:
         return refused
     except ValueError:
         return RefusedError(400, "bad_request", "the body is not valid JSON, or is nested too deep")
-    limit, flag = settings.max_batch, flag_of("max_batch")
-    message = f"the body holds more values, fields or digits than {limit} questions need ({flag})"
-    return RefusedError(422, "invalid_request", message, limit=limit, setting="max_batch")
+    message = f"the body holds more values, fields or digits than {settings.max_batch} questions need"
+    return over_limit(422, "invalid_request", message, settings.max_batch, "max_batch")
 
 
 def _passages(value: Any) -> int:

@@ -15,9 +15,8 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from qadeploy.options import flag_of
 from qadeploy.serve.calls import REFUSED, client_of, early, networks
-from qadeploy.serve.errors import RefusedError
+from qadeploy.serve.errors import RefusedError, over_limit
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.settings import Settings
 
@@ -58,10 +57,8 @@ class Connections:
             oldest.cut("limit")
             return
         self.metrics.cut.labels("limit").inc()
-        text = f"{self.limit} connections are open, and all wait for answers ({flag_of('max_connections')})"
-        new.refuse(
-            RefusedError(503, "too_many_connections", text, limit=self.limit, setting="max_connections", retry_after=1)
-        )
+        text = f"{self.limit} connections are open, and all wait for answers"
+        new.refuse(over_limit(503, "too_many_connections", text, self.limit, "max_connections", retry_after=1))
 
     def hold(self, size: int) -> None:
         """Counts bytes of a body. If there are too many, the upload that has waited longest for its client is cut."""
@@ -198,8 +195,8 @@ class Connection(HttpToolsProtocol):
 
     def _too_large(self) -> RefusedError:
         limit = self._settings.max_head_bytes
-        text = f"the request line and headers have more than {limit} bytes ({flag_of('max_head_bytes')})"
-        return RefusedError(431, "head_too_large", text, limit=limit, setting="max_head_bytes")
+        text = f"the request line and headers have more than {limit} bytes"
+        return over_limit(431, "head_too_large", text, limit, "max_head_bytes")
 
     def on_message_begin(self) -> None:
         """A head begins."""
@@ -276,8 +273,8 @@ class Connection(HttpToolsProtocol):
     def _expired(self) -> None:
         if self._wait == "head" and (self._in_head or self._overhead):
             seconds = self._settings.head_timeout
-            text = f"the request line and headers had not arrived after {seconds:g} seconds ({flag_of('head_timeout')})"
-            self.refuse(RefusedError(408, "slow_head", text, limit=seconds, setting="head_timeout"))
+            text = f"the request line and headers had not arrived after {seconds:g} seconds"
+            self.refuse(over_limit(408, "slow_head", text, seconds, "head_timeout"))
         elif self._wait in {"head", "request"} and not self.transport.get_write_buffer_size():
             self.transport.close()
         else:

@@ -24,7 +24,7 @@ from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER
 from qadeploy.serve.answering import answered_by, dump, json_response
 from qadeploy.serve.body import BoundedRoute
-from qadeploy.serve.errors import RefusedError, clean
+from qadeploy.serve.errors import RefusedError, clean, invalid
 from qadeploy.serve.scheduler import Ask
 from qadeploy.serve.schemas import AnswersOut, answering_model
 from qadeploy.serve.service import Service
@@ -71,9 +71,9 @@ class InferInput(BaseModel):
         """The values in order. Raises RefusedError (422) if they are not texts, or their number contradicts the shape."""
         flat = [text for each in self.data for text in (each if isinstance(each, list) else [each])]
         if self.datatype != "BYTES" or not all(isinstance(text, str) for text in flat):
-            raise _invalid(f"the input {clean(self.name)} must have the datatype BYTES, and strings as data")
+            raise invalid(f"the input {clean(self.name)} must have the datatype BYTES, and strings as data")
         if len(flat) != math.prod(self.shape):
-            raise _invalid(f"the input {clean(self.name)} has {len(flat)} values, but its shape is {self.shape}")
+            raise invalid(f"the input {clean(self.name)} has {len(flat)} values, but its shape is {self.shape}")
         return flat
 
 
@@ -95,17 +95,17 @@ class InferRequest(BaseModel):
         """One question for the scheduler per text of ``question``. Raises RefusedError (422)."""
         given = {each.name: each for each in self.inputs}
         if sorted(given) != sorted(_INPUTS) or len(self.inputs) != len(_INPUTS):
-            raise _invalid("give the inputs question and context, each once")
+            raise invalid("give the inputs question and context, each once")
         questions, contexts = (given[name].texts() for name in _INPUTS)
         contexts = contexts * len(questions) if len(contexts) == 1 else contexts
         if len(questions) != len(contexts) or not questions:
-            raise _invalid(
+            raise invalid(
                 f"{len(questions)} questions need as many contexts, or one for all of them, not {len(contexts)}"
             )
         for number, texts in enumerate(zip(questions, contexts, strict=True), 1):
             for name, text in zip(_INPUTS, texts, strict=True):
                 if not text.strip():
-                    raise _invalid(f"{name} {number} is empty")
+                    raise invalid(f"{name} {number} is empty")
         options = Options(**self.parameters.model_dump()) if self.parameters else Options()
         return [Ask(question, context, options) for question, context in zip(questions, contexts, strict=True)]
 
@@ -113,7 +113,7 @@ class InferRequest(BaseModel):
         """The names of the requested outputs. Raises RefusedError (422) if one does not exist."""
         names = list(_OUTPUTS) if self.outputs is None else [output.name for output in self.outputs]
         if unknown := sorted({*names} - {*_OUTPUTS}):
-            raise _invalid(f"there is no output {clean(unknown[0])}: choose from {', '.join(_OUTPUTS)}")
+            raise invalid(f"there is no output {clean(unknown[0])}: choose from {', '.join(_OUTPUTS)}")
         return names
 
 
@@ -151,7 +151,7 @@ class _InferRoute(BoundedRoute):
 
         async def as_json(request: Request) -> Response:
             if "inference-header-content-length" in request.headers:
-                raise _invalid("binary tensors are not supported: send the data as JSON (binary_data=False)")
+                raise invalid("binary tensors are not supported: send the data as JSON (binary_data=False)")
             if "content-type" not in request.headers:
                 request.scope["headers"].append((b"content-type", b"application/json"))
                 request = Request(request.scope, request.receive)
@@ -173,12 +173,7 @@ def add_contracts(
 
     get = partial(app.get, tags=_TAGS)
 
-    @get(
-        "/ping",
-        summary="SageMaker: whether to send requests here",
-        response_class=Response,
-        responses=unready,
-    )
+    @get("/ping", summary="SageMaker: whether to send requests here", response_class=Response, responses=unready)
     async def ping() -> Response:
         """An empty response: 200, or 503 like `/health/ready`."""
         return Response(status_code=200 if service.ready else 503)
@@ -202,33 +197,21 @@ def add_contracts(
         """Whether the process should be left running."""
         return JSONResponse({"live": service.scheduler.alive}, 200 if service.scheduler.alive else 503)
 
-    @get(
-        "/v2/health/ready",
-        summary="Open Inference Protocol: whether the server is ready",
-        responses=unready,
-    )
+    @get("/v2/health/ready", summary="Open Inference Protocol: whether the server is ready", responses=unready)
     async def ready() -> JSONResponse:
         """Whether to send requests here."""
         return JSONResponse({"ready": service.ready}, 200 if service.ready else 503)
 
-    @get(
-        "/v2",
-        summary="Open Inference Protocol: the server",
-        responses={401: texts[401]},
-        dependencies=locked,
-    )
+    locked_get = partial(get, dependencies=locked)
+
+    @locked_get("/v2", summary="Open Inference Protocol: the server", responses={401: texts[401]})
     async def server() -> dict[str, Any]:
         """The name and version of the server."""
         return {"name": "qadeploy", "version": __version__, "extensions": []}
 
     named: _Responses = {status: texts[status] for status in (401, 404)}
 
-    @get(
-        "/v2/models/{model}",
-        summary="Open Inference Protocol: the model",
-        responses=named,
-        dependencies=locked,
-    )
+    @locked_get("/v2/models/{model}", summary="Open Inference Protocol: the model", responses=named)
     async def metadata(model: str) -> dict[str, Any]:
         """The tensors of the model. The version is the hash of the bundle."""
         return {
@@ -239,11 +222,10 @@ def add_contracts(
             "outputs": [{"name": each, "datatype": kind, "shape": [-1]} for each, kind in _OUTPUTS.items()],
         }
 
-    @get(
+    @locked_get(
         "/v2/models/{model}/ready",
         summary="Open Inference Protocol: whether the model is ready",
         responses=named | unready,
-        dependencies=locked,
     )
     async def model_ready(model: str) -> JSONResponse:
         """As `/v2/health/ready`."""
@@ -287,7 +269,3 @@ def _name(service: Service, model: str) -> str:
     if model != name:
         raise RefusedError(404, "not_found", f"there is no model {clean(model)} here: this server has {name}")
     return name
-
-
-def _invalid(message: str) -> RefusedError:
-    return RefusedError(422, "invalid_request", message)

@@ -70,6 +70,19 @@ class RefusedError(QadeployError):
         return found
 
 
+def invalid(message: str) -> RefusedError:
+    """The refusal of a request that contradicts itself or the schema."""
+    return RefusedError(422, "invalid_request", message)
+
+
+def over_limit(
+    status: int, kind: str, message: str, limit: float, setting: str, retry_after: float | None = None
+) -> RefusedError:
+    """The refusal of a request that exceeds a limit; its flag ends the message."""
+    message = f"{message} ({flag_of(setting)})"
+    return RefusedError(status, kind, message, limit=limit, setting=setting, retry_after=retry_after)
+
+
 def refusal(error: Exception, settings: Settings) -> RefusedError:
     """The refusal for an error while answering. Only the message of a QadeployError is shown to the caller."""
     if isinstance(error, RefusedError):

@@ -21,7 +21,7 @@ from qadeploy.errors import FailureError, InputError
 from qadeploy.files import BINARY, append_line, holding
 from qadeploy.inference.pairs import DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER, Answer
-from qadeploy.serve.errors import RefusedError, clean
+from qadeploy.serve.errors import RefusedError, clean, invalid
 from qadeploy.serve.scheduler import Ask, Render
 
 _KEPT = 64 * 2**20  # bytes of questions and contexts that are remembered
@@ -201,7 +201,7 @@ def _answer(asked: Asked, verdict: str, text: str | None, start: int | None) -> 
     """The fields of the right answer; none if it is not known. Raises RefusedError (422)."""
     if verdict == "right":
         if text is not None:
-            raise _wrong("answer is only for the verdict wrong: it says what would have been right")
+            raise invalid("answer is only for the verdict wrong: it says what would have been right")
         text, start = asked.best.text, asked.best.start + asked.begin
     if text is None:
         return {}
@@ -212,11 +212,7 @@ def _answer(asked: Asked, verdict: str, text: str | None, start: int | None) -> 
     else:
         places = [start - asked.begin]
     if not places or places[0] < 0 or not asked.context.startswith(text, places[0]):
-        raise _wrong("answer.text does not occur in the context" + ("" if start is None else " at answer.start"))
+        raise invalid("answer.text does not occur in the context" + ("" if start is None else " at answer.start"))
     if len(places) > 1:
-        raise _wrong(f"answer.text occurs in the context {len(places)} times: give answer.start, its first code point")
+        raise invalid(f"answer.text occurs in the context {len(places)} times: give answer.start, its first code point")
     return {"answer": text, "answer_start": places[0]}
-
-
-def _wrong(message: str) -> RefusedError:
-    return RefusedError(422, "invalid_request", message)

@@ -6,12 +6,12 @@ server, and a loopback Host header, which prevents DNS rebinding.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -32,7 +32,7 @@ from qadeploy.serve.errors import RefusedError
 from qadeploy.serve.limits import BodyLimit
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.pages import add_page
-from qadeploy.serve.run import PLAIN
+from qadeploy.serve.run import PLAIN, handling
 from qadeploy.serve.settings import Settings
 
 _LOOPBACK = "127.0.0.1"
@@ -132,10 +132,8 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handles SIGTERM and SIGINT while the server runs."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, setattr, self, "should_exit", True)
-        yield
+        with handling(dict.fromkeys((signal.SIGTERM, signal.SIGINT), partial(setattr, self, "should_exit", True))):
+            yield
 
 
 def listen(port: int) -> socket.socket:

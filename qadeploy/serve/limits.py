@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qadeploy.options import flag_of
 from qadeploy.serve.calls import REFUSED, call_of, response
-from qadeploy.serve.errors import RefusedError
+from qadeploy.serve.errors import RefusedError, over_limit
 from qadeploy.serve.scheduler import Ask
 from qadeploy.serve.settings import Settings
 
@@ -40,9 +39,7 @@ def hold(value: int, settings: Settings, name: str, kind: str, what: str) -> Non
     """Raises RefusedError (422) if a value exceeds the limit ``name``; ``what`` is the message, with ``{}`` for the value."""
     limit = getattr(settings, name)
     if value > limit:
-        refused = RefusedError(422, kind, "", limit=limit, setting=name)
-        refused.args = (f"{what.format(value)}, at most {limit} are allowed ({refused.flag})",)
-        raise refused
+        raise over_limit(422, kind, f"{what.format(value)}, at most {limit} are allowed", limit, name)
 
 
 class BodyLimit:
@@ -99,10 +96,10 @@ class BodyLimit:
                         return b"".join(chunks)
         except TimeoutError:
             seconds = self._settings.request_timeout
-            text = f"the body had not arrived after {seconds:g} seconds ({flag_of('request_timeout')})"
-            raise RefusedError(408, "slow_body", text, limit=seconds, setting="request_timeout") from None
+            text = f"the body had not arrived after {seconds:g} seconds"
+            raise over_limit(408, "slow_body", text, seconds, "request_timeout") from None
 
     def _too_large(self, what: str) -> RefusedError:
         limit = self._settings.max_body_bytes
-        text = f"the body has {what}, at most {limit} bytes are allowed ({flag_of('max_body_bytes')})"
-        return RefusedError(413, "body_too_large", text, limit=limit, setting="max_body_bytes")
+        text = f"the body has {what}, at most {limit} bytes are allowed"
+        return over_limit(413, "body_too_large", text, limit, "max_body_bytes")

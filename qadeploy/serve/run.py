@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,22 @@ def set_up_logs(level: str) -> None:
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
+@contextlib.contextmanager
+def handling(handlers: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+    """Calls these functions in the running event loop when their signals arrive."""
+    loop = asyncio.get_running_loop()  # loop.add_signal_handler does not exist on Windows
+
+    def later(number: int, frame: object) -> None:
+        loop.call_soon_threadsafe(handlers[signal.Signals(number)])
+
+    before = {number: signal.signal(number, later) for number in handlers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server with other signal handlers: uvicorn's own close the listener at once, and exit with 143."""
 
@@ -95,17 +111,8 @@ class _Server(uvicorn.Server):
         handlers = {number: partial(self._drain, number, delay) for number, delay in delays.items()}
         if sys.platform != "win32":
             handlers[signal.SIGHUP] = self._reload
-        loop = asyncio.get_running_loop()  # loop.add_signal_handler does not exist on Windows
-
-        def later(number: int, frame: object) -> None:
-            loop.call_soon_threadsafe(handlers[signal.Signals(number)])
-
-        before = {number: signal.signal(number, later) for number in handlers}
-        try:
+        with handling(handlers):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen, then calls ``on_ready``."""

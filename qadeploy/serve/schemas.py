@@ -68,14 +68,7 @@ def answering_model(name: str, options: Iterable[str], base: type[BaseModel]) ->
     return create_model(name, __base__=base, __module__=base.__module__, **fields)
 
 
-class _Options(_Model):
-    @property
-    def options(self) -> Options:
-        """The options for the answerer."""
-        return Options(**{name: getattr(self, name) for name in _DECLARED})
-
-
-class _Texts(answering_model("_Choices", _DECLARED, _Options)):  # type: ignore[misc]
+class _Texts(answering_model("_Choices", _DECLARED, _Model)):  # type: ignore[misc]
     """A context or passages; neither is needed on a server with a corpus."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["context"]}, {"required": ["contexts"]}]})
@@ -90,6 +83,11 @@ class _Texts(answering_model("_Choices", _DECLARED, _Options)):  # type: ignore[
             other = "" if self.needed else ", or neither for the corpus"
             raise PydanticCustomError("texts", f"give either context, or contexts for several passages{other}")
         return self
+
+    @property
+    def options(self) -> Options:
+        """The options for the answerer."""
+        return Options(**{name: getattr(self, name) for name in _DECLARED})
 
     @property
     def texts(self) -> Texts | None:

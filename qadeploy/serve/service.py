@@ -140,17 +140,6 @@ class Service:
         metrics = Metrics()
         return cls(Engine.load(bundle, settings, metrics), settings, metrics, bundle)
 
-    @classmethod
-    def of(cls, answerer: Answerer, settings: Settings) -> Service:
-        """Makes the service of an answerer whose CPU sessions have one thread. Warms it up and starts the workers."""
-        metrics = Metrics()
-        return cls(Engine.of(answerer, settings, metrics), settings, metrics)
-
-    @property
-    def answerer(self) -> Answerer:
-        """The answerer of the current bundle."""
-        return self.engine.answerer
-
     @property
     def scheduler(self) -> Scheduler:
         """The scheduler of the current bundle."""
