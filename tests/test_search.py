@@ -21,9 +21,18 @@ from qadeploy.export.parity import parity_windows
 from qadeploy.export.quantize import judging
 from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.judging import find_judges, weights
-from qadeploy.export.quantize.leaderboard import leaderboard, leaderboard_lines
 from qadeploy.export.quantize.recipes import RECIPES, Material, QuantizedModel, Recipe
-from qadeploy.export.quantize.search import MeasuredRecipe, Search, SearchOptions, Step, code_of, duel_line, rank
+from qadeploy.export.quantize.search import (
+    MeasuredRecipe,
+    Search,
+    SearchOptions,
+    Step,
+    code_of,
+    duel_line,
+    leaderboard,
+    leaderboard_lines,
+    rank,
+)
 from qadeploy.export.reference import Reference, make_answerer, make_reference
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, open_bundle

@@ -170,7 +170,7 @@ def test_the_trace_of_aligned_answers_names_the_best_one(answerer):
     context = "Adaline keeps Cora-lamps, Belamina oboats."
     reading = answerer.read("Who keeps the lamps?", context, options)
     (best,) = to_answers(reading, options)
-    named = [each.text for each in candidates(reading, options) if each.answer == 1]
+    named = [each["text"] for each in candidates(reading, options) if each["answer"] == 1]
     assert named == [best.text]
     assert best.text != answerer.answer("Who keeps the lamps?", context, max_answer_len=1)[0].text
 

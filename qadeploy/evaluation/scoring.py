@@ -13,8 +13,7 @@ from qadeploy.core.metrics import Metric, Scores, score
 from qadeploy.core.settings import Options, any_unanswerable
 from qadeploy.evaluation.predictions import Prediction, predict
 from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.drift import COMPARED, figures_of
-from qadeploy.inference.pairs import DecodedPair, to_answers
+from qadeploy.inference.pairs import COMPARED, DecodedPair, figures_of, to_answers
 from qadeploy.records import NO_ANSWER, Answer, Example
 
 _SERVED = Options()

@@ -11,6 +11,7 @@ import numpy as np
 from qadeploy.errors import GateError
 from qadeploy.inference.session import OnnxModel, differences
 from qadeploy.inference.tuning import FP32_TOLERANCE
+from qadeploy.integrations.onnx_standalone.in_graph import cut_windows
 from qadeploy.records import Example, Logits, Window
 from qadeploy.training.checkpoint import Checkpoint, TorchModel
 
@@ -20,7 +21,6 @@ _ROUNDINGS = 2  # adding in another order than PyTorch rounds differently
 # One logit in a thousand may be off by ten times as much. In a correct fused graph, one of 21,490 was off by 1.1e-4, the
 # others by at most 5e-5. In a wrong export many are off.
 _USUAL, _RARE = 0.999, 10
-_SHORT = (96, 32)  # max_seq_len and doc_stride that force several windows per context
 # By precision, how far a logit may be from PyTorch's; int8 has no limit, since F1 judges it. In fp16 a logit of 10 rounds by
 # 2^-11 x 10 = 0.005, so 0.1 is about twenty such roundings.
 TOLERANCES: dict[str, float | None] = {"fp32": FP32_TOLERANCE, "fp16": 0.1, "int8": None}
@@ -51,17 +51,9 @@ class Parity:
 
 
 def parity_windows(checkpoint: Checkpoint, examples: Sequence[Example]) -> list[Window]:
-    """Windows of real questions, of many lengths: every third context is cut into short ones. At most 6 of a question."""
-    encoder, settings = checkpoint.encoder, checkpoint.settings
-    windows: list[Window] = []
-    for i, example in enumerate(examples[:: max(1, len(examples) // PARITY_RUNS)][:PARITY_RUNS]):
-        question, context = encoder.encode(example.question), encoder.encode(example.context)
-        seq, stride = settings.max_seq_len, settings.doc_stride
-        if i % 3 == 0 and encoder.room(question, seq) > 2 * _SHORT[1]:
-            seq = min(seq, len(question) + _SHORT[0])
-            stride = min(stride, _SHORT[1])
-        windows += encoder.windows(question, context, max_seq_len=seq, doc_stride=stride)[:6]
-    return windows
+    """Windows of real questions, of many lengths (see ``cut_windows``). At most 6 of a question."""
+    chosen = examples[:: max(1, len(examples) // PARITY_RUNS)][:PARITY_RUNS]
+    return [cut.window for cut in cut_windows(checkpoint.encoder, checkpoint.settings, chosen, most=6)]
 
 
 def measure_parity(

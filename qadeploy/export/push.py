@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qadeploy.errors import InputError
+from qadeploy.extras import import_extra
 from qadeploy.inference.bundle import CARD, MANIFEST, is_bundle, open_bundle
-from qadeploy.inference.hub import PREFIX, hub_errors, hub_library
+from qadeploy.inference.hub import PREFIX, hub_errors
 from qadeploy.options import check, option
 from qadeploy.training.runs import CHECKPOINT_FILES, Run, find_run
 from qadeploy.training.saves import files_in, foreign_files
@@ -75,7 +76,7 @@ def push(source: str, repo: str, chosen: PushOptions) -> Pushed:
     check(chosen)
     repo = repo.removeprefix(PREFIX)
     files = files_to_push(source, chosen.report)
-    library = hub_library("qadeploy push")
+    library = import_extra("huggingface_hub", "qadeploy push", "hub")
     with hub_errors(repo):
         hub = library.HfApi(library_name="qadeploy")
         hub.create_repo(repo, private=chosen.private, exist_ok=True)

@@ -14,8 +14,7 @@ from qadeploy.export.onnx import export
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.plan import plan_lines
 from qadeploy.export.quantize import int8
-from qadeploy.export.quantize.leaderboard import leaderboard_lines
-from qadeploy.export.quantize.search import SearchOptions, Step
+from qadeploy.export.quantize.search import SearchOptions, Step, leaderboard_lines
 from qadeploy.export.reference import Reference, make_reference, table
 from qadeploy.files import cache_folder
 from qadeploy.inference.answerer import Answerer

@@ -315,8 +315,20 @@ class Answerer:
         return self._encode(question, context, options, options.settings(self.settings), max_windows=max_windows)
 
     def decode(self, pair: EncodedPair, logits: Sequence[Logits], options: Options) -> DecodedPair:
-        """The last step of ``read``, from the logits of ``pair.windows``, in order. Raises LogitsError, InputError."""
-        return self._decode(pair, logits, options, options.settings(self.settings))
+        """The last step of ``read``, from the logits of ``pair.windows``, in order. Raises LogitsError."""
+        settings = pair.settings
+        scored = settings.window_logits(pair.windows, [s for s, _ in logits], [e for _, e in logits], pair.context)
+        decoded = decode(
+            scored,
+            top_k=options.top_k,
+            max_answer_len=settings.max_answer_len,
+            align_to_words=options.align_to_words,
+            allow_no_answer=options.null_competes(settings),
+            temperature=settings.temperature,
+            most_overlap=options.most_overlap,
+        )
+        encoded = (pair.question, pair.context, pair.windows, pair.ranking, settings, pair.skipped)
+        return DecodedPair(*encoded, scored=scored, decoded=decoded)
 
     def _run(self, windows: Sequence[Window], run: RunWindows, on_windows: OnWindows | None) -> list[Logits]:
         """The logits of the windows; with ``on_windows`` they run in parts, and it is called between parts."""
@@ -337,8 +349,7 @@ class Answerer:
         It works chunk by chunk, and tokenises the next chunk while the model runs the current one. An error in a chunk is
         raised after the results of the chunks before it.
         """
-        settings = options.settings(self.settings)
-        chunks = self._started(pairs, options, settings)
+        chunks = self._started(pairs, options, options.settings(self.settings))
         running: tuple[list[EncodedPair], Pending] | None = None
         following: tuple[list[EncodedPair], Pending] | None = None
         failure: Exception | None = None
@@ -350,7 +361,7 @@ class Answerer:
                 except Exception as error:
                     failure = error
                 if running is not None:
-                    yield from self._decode_chunk(running[0], running[1].result(), options, settings, done)
+                    yield from self._decode_chunk(running[0], running[1].result(), options, done)
                     done += len(running[0])
                 if failure is not None:
                     raise failure
@@ -416,7 +427,7 @@ class Answerer:
                 self.encoder, asked, joined, settings.lengths, prefilter=options.prefilter, max_windows=max_windows
             )
             skipped = tuple(sorted({*range(len(context))} - {*numbers}))
-            return EncodedPair(asked, joined, windows, ranking, skipped)
+            return EncodedPair(asked, joined, windows, ranking, settings, skipped)
         context = check_text("context", context)
         encoded = self._contexts.get(context, contexts)
         asked = (questions or {}).get(question) or self.encoder.encode(question)
@@ -426,7 +437,8 @@ class Answerer:
         if options.prefilter is not None and options.prefilter < len(cut.begins):
             ranking = rank_parts(asked.ids, encoded.ids, *cut.parts(), options.prefilter)
             begins = [cut.begins[i] for i in ranking.chosen]
-        return EncodedPair(asked, encoded, self.encoder.make(asked, encoded, cut, begins, max_windows), ranking)
+        windows = self.encoder.make(asked, encoded, cut, begins, max_windows)
+        return EncodedPair(asked, encoded, windows, ranking, settings)
 
     def _passage(self, passages: Sequence[str], number: int, contexts: dict[str, EncodedText] | None) -> EncodedText:
         try:
@@ -435,33 +447,17 @@ class Answerer:
             raise type(error)(f"contexts[{number}]: {error}") from error
 
     def _decode_chunk(
-        self, pairs: Sequence[EncodedPair], logits: Sequence[Logits], options: Options, settings: QaSettings, done: int
+        self, pairs: Sequence[EncodedPair], logits: Sequence[Logits], options: Options, done: int
     ) -> Iterator[DecodedPair]:
-        """``_decode`` for the pairs that follow ``done`` others. A LogitsError names its pair."""
+        """``decode`` for the pairs that follow ``done`` others. A LogitsError names its pair."""
         first = 0
         for number, pair in enumerate(pairs, done + 1):
             try:
-                decoded = self._decode(pair, logits[first : first + len(pair.windows)], options, settings)
+                decoded = self.decode(pair, logits[first : first + len(pair.windows)], options)
             except LogitsError as error:
                 raise LogitsError(f"pair {number}: {error}") from error
             yield decoded
             first += len(pair.windows)
-
-    def _decode(
-        self, pair: EncodedPair, logits: Sequence[Logits], options: Options, settings: QaSettings
-    ) -> DecodedPair:
-        scored = settings.window_logits(pair.windows, [s for s, _ in logits], [e for _, e in logits], pair.context)
-        decoded = decode(
-            scored,
-            top_k=options.top_k,
-            max_answer_len=settings.max_answer_len,
-            align_to_words=options.align_to_words,
-            allow_no_answer=options.null_competes(settings),
-            temperature=settings.temperature,
-            most_overlap=options.most_overlap,
-        )
-        encoded = (pair.question, pair.context, pair.windows, pair.ranking, pair.skipped)
-        return DecodedPair(*encoded, scored=scored, settings=settings, decoded=decoded)
 
 
 def refuse_in_graph(bundle: Bundle) -> None:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qadeploy.errors import HubError, InputError
 from qadeploy.extras import import_extra
@@ -51,7 +50,7 @@ def fetch_bundle(name: str, revision: str | None, files: Sequence[str]) -> Path:
     cache = cache_folder()
     if cache is None:
         raise InputError(f"{name}: there is no home folder to keep it in: set QADEPLOY_CACHE")
-    library = hub_library(name)
+    library = import_extra("huggingface_hub", name, "hub")
     with hub_errors(name):
         found = library.snapshot_download(repo, revision=revision or named or None, allow_patterns=[*files])
     snapshot = Path(found)
@@ -67,11 +66,6 @@ def fetch_bundle(name: str, revision: str | None, files: Sequence[str]) -> Path:
                     shutil.copyfile(source, work / file)
             replace_folder(work, place)
     return place
-
-
-def hub_library(purpose: str) -> Any:
-    """The package huggingface_hub. Raises MissingExtraError if it is not installed."""
-    return import_extra("huggingface_hub", purpose, "hub")
 
 
 @contextmanager

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 
 from qadeploy.core.bm25 import Ranking
 from qadeploy.core.decoding import Decoded, WindowLogits, rank_answers
+from qadeploy.core.drift import Figure, Figures
 from qadeploy.core.encoded_text import EncodedText
 from qadeploy.core.passages import JoinedText
 from qadeploy.core.settings import Options, QaSettings
+from qadeploy.core.unknown import unknown_share
 from qadeploy.inference.presenting import present
 from qadeploy.records import Answer, Logits, Window
+
+COMPARED = 2  # answers that must be decoded for the margin of ``figures_of``
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,7 @@ class EncodedPair:
         context: The tokens of the context; a ``JoinedText`` if passages were given.
         windows: The windows that the model reads.
         ranking: The BM25 scores of all windows if ``prefilter`` left some out, else None.
+        settings: The settings of this call.
         skipped: The indices of empty passages.
     """
 
@@ -30,6 +35,7 @@ class EncodedPair:
     context: EncodedText
     windows: Sequence[Window]
     ranking: Ranking | None
+    settings: QaSettings
     skipped: tuple[int, ...] = ()
 
     @property
@@ -44,12 +50,10 @@ class DecodedPair(EncodedPair):
 
     Attributes:
         scored: The windows with their logits, as ``settings`` rank them.
-        settings: The settings of this call.
         decoded: The best spans and the null answer.
     """
 
     scored: WindowLogits
-    settings: QaSettings
     decoded: Decoded
 
     @property
@@ -84,3 +88,23 @@ def to_answers(pair: DecodedPair, options: Options) -> list[Answer]:
 def _in_passage(answer: Answer, passages: JoinedText, part: int) -> Answer:
     begin = int(passages.begins[part])
     return replace(answer, start=answer.start - begin, end=answer.end - begin, passage=passages.numbers[part])
+
+
+def figures_of(pair: DecodedPair, options: Options, unknown: int | None) -> Figures:
+    """The figures of a question that are watched for drift, from its two best answers, whatever ``top_k`` and ``min_score`` are.
+
+    Args:
+        pair: The question, decoded with a ``top_k`` of at least ``COMPARED``.
+        options: The options of the call that asked it.
+        unknown: The id of the unknown token, or None if the tokenizer has none.
+    """
+    ranked = pair.ranked(options, COMPARED)
+    best, second = (*(answer.score for answer in ranked), 0.0, 0.0)[:COMPARED]
+    return {
+        Figure.SCORE: best,
+        Figure.MARGIN: max(best - second, 0.0),  # a null threshold may rank the less probable one first
+        Figure.NO_ANSWER: float(not ranked or not ranked[0].text),
+        Figure.QUESTION_TOKENS: len(pair.question),
+        Figure.CONTEXT_TOKENS: len(pair.context),
+        Figure.UNKNOWN_TOKENS: unknown_share([pair.question.ids, pair.context.ids], unknown),
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
@@ -20,31 +20,13 @@ _SHOWN_WINDOWS = 4
 _SHOWN_TOKENS = 48
 
 
-@dataclass(frozen=True, slots=True)
-class SpanCandidate:
-    """A pair of start and end tokens in one window, and whether it became an answer.
+def candidates(reading: DecodedPair, options: Options) -> Iterator[dict[str, Any]]:
+    """The strongest pairs of start and end tokens in all windows, valid or not, best first, as plain JSON values.
 
-    Attributes:
-        window: The number of the window, from 1, among those that were read.
-        start_token: Position of the first token in the window.
-        end_token: Position of the last token in the window.
-        logit: Start logit + end logit.
-        text: The text of a valid span; empty if it is not valid.
-        answer: Its rank among the answers, from 1; None if it is not an answer.
-        verdict: Why it is or is not an answer, for people.
+    ``window`` is the number of the window, from 1, among those that were read, and ``tokens`` are the first and the last position
+    in it. ``text`` is empty if the span is not valid. ``answer`` is its rank among the answers, from 1, or None if it is not one,
+    and ``verdict`` says why.
     """
-
-    window: int
-    start_token: int
-    end_token: int
-    logit: float
-    text: str
-    answer: int | None
-    verdict: str
-
-
-def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate]:
-    """The strongest candidates of all windows, valid or not, best first."""
     pairs: list[tuple[float, int, int, int]] = []
     for number, (window, (starts, ends)) in enumerate(zip(reading.windows, reading.logits, strict=True)):
         size = len(window)
@@ -76,7 +58,14 @@ def candidates(reading: DecodedPair, options: Options) -> Iterator[SpanCandidate
                 if (first, last) in answers:
                     place, score = answers[first, last]
                     verdict = f"answer {place}, score {score:.4f}"
-        yield SpanCandidate(number + 1, start, end, logit, text, place, verdict)
+        yield {
+            "window": number + 1,
+            "tokens": [start, end],
+            "logit": logit,
+            "text": text,
+            "answer": place,
+            "verdict": verdict,
+        }
 
 
 def _span(reading: DecodedPair, window: Window, start: int, end: int, options: Options) -> tuple[int, int]:
@@ -157,8 +146,9 @@ def trace_lines(answerer: Answerer, reading: DecodedPair, options: Options) -> I
     yield f"3 SPAN SELECTION (best valid start <= end, at most {settings.max_answer_len} tokens, over all windows)"
     yield f"  {'window':>6} {'tokens':>9} {'logit':>8}  verdict"
     for c in islice(candidates(reading, options), 2 * _TOP + 2):
-        text = f' "{c.text}"' if c.text else ""
-        yield f"  {c.window:>6} {f'{c.start_token}-{c.end_token}':>9} {c.logit:>+8.2f} {text} {c.verdict}"
+        text = f' "{c["text"]}"' if c["text"] else ""
+        tokens = "-".join(map(str, c["tokens"]))
+        yield f"  {c['window']:>6} {tokens:>9} {c['logit']:>+8.2f} {text} {c['verdict']}"
     threshold = settings.null_threshold or 0.0
     yield (
         f"  null logit {reading.decoded.null_logit:+.2f} (the minimum over windows): if the null answer is allowed, it wins "
@@ -220,16 +210,6 @@ def trace_dict(answerer: Answerer, reading: DecodedPair, options: Options) -> di
             for window, (starts, ends) in zip(reading.windows, reading.logits, strict=True)
             for first_token, first_character, passage in [_origin(reading, window)]
         ],
-        "candidates": [
-            {
-                "window": c.window,
-                "tokens": [c.start_token, c.end_token],
-                "logit": c.logit,
-                "text": c.text,
-                "answer": c.answer,
-                "verdict": c.verdict,
-            }
-            for c in candidates(reading, options)
-        ],
+        "candidates": list(candidates(reading, options)),
         "null_logit": reading.decoded.null_logit,
     }

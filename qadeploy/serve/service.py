@@ -16,8 +16,7 @@ from qadeploy.core.settings import Options
 from qadeploy.corpus.corpus import Corpus
 from qadeploy.errors import InputError, LoadTimeoutError
 from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.drift import figures_of
-from qadeploy.inference.pairs import DecodedPair
+from qadeploy.inference.pairs import DecodedPair, figures_of
 from qadeploy.serve.errors import clean
 from qadeploy.serve.feedback import Feedback
 from qadeploy.serve.metrics import Metrics

@@ -50,7 +50,7 @@ class Reader:
         while begins[-1] + ROOM < total:
             begins.append(begins[-1] + ROOM - OVERLAP)
         windows = [range(QUESTION_TOKENS + SPECIAL + min(ROOM, total - begin)) for begin in begins]
-        return EncodedPair(range(QUESTION_TOKENS), range(total), windows, None)  # type: ignore[arg-type]
+        return EncodedPair(range(QUESTION_TOKENS), range(total), windows, None, self.settings)  # type: ignore[arg-type]
 
     def decode(self, pair: Any, logits: Any, options: Options) -> Any:
         return pair

@@ -12,9 +12,17 @@ from qadeploy.errors import GateError, InputError
 from qadeploy.evaluation.scoring import Evaluation
 from qadeploy.export.manifest import finish_bundle, tune_model
 from qadeploy.export.parity import parity_windows
-from qadeploy.export.quantize.leaderboard import leaderboard, leaderboard_lines
 from qadeploy.export.quantize.recipes import RECIPES, Material, QuantizedModel, Recipe
-from qadeploy.export.quantize.search import MeasuredRecipe, Say, Search, SearchOptions, Step, rank
+from qadeploy.export.quantize.search import (
+    MeasuredRecipe,
+    Say,
+    Search,
+    SearchOptions,
+    Step,
+    leaderboard,
+    leaderboard_lines,
+    rank,
+)
 from qadeploy.export.reference import Reference, counted, make_answerer
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.inference.tuning import Tuning

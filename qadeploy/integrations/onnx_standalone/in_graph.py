@@ -65,21 +65,23 @@ class Placed:
     context: EncodedText
 
 
-def cut_windows(encoder: Encoder, settings: QaSettings, examples: Sequence[Example]) -> Iterator[Placed]:
+def cut_windows(
+    encoder: Encoder, settings: QaSettings, examples: Sequence[Example], most: int | None = None
+) -> Iterator[Placed]:
     """The windows of real questions, cut as the settings say, except that every third context is cut into short windows.
 
-    A question that leaves too little room for its context has no windows, because it cannot be answered.
+    At most the first ``most`` of each question. A question that leaves no room for its context has none.
     """
     for i, example in enumerate(examples):
         question, context = encoder.encode(example.question), encoder.encode(example.context)
         seq, stride = settings.max_seq_len, settings.doc_stride
-        if i % 3 == 0 and seq > len(question) + _SHORT[0]:
-            seq, stride = len(question) + _SHORT[0], min(stride, _SHORT[1])
         try:
+            if i % 3 == 0 and encoder.room(question, seq) > 2 * _SHORT[1]:
+                seq, stride = min(seq, len(question) + _SHORT[0]), min(stride, _SHORT[1])
             windows = encoder.windows(question, context, max_seq_len=seq, doc_stride=stride)
         except InputError:
             continue
-        yield from (Placed(window, context) for window in windows)
+        yield from (Placed(window, context) for window in windows[:most])
 
 
 def compare_spans(model: GraphModel, head: SpanHead, cuts: Sequence[Placed], pad_token_id: int) -> SpanProof:
