@@ -20,10 +20,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from qadeploy.export.graph import CONTRIB, Graph, add_contrib_domain
 from qadeploy.inference.session import cpu_session
+from qadeploy.integrations.onnx_standalone.nodes import Nodes, default_opset
 
 _SPLIT_HEADS = [0, 2, 1, 3]  # [batch, tokens, heads, size] to [batch, heads, tokens, size], and back
 _KEYS = [0, 2, 3, 1]  # the same, transposed for the matmul with the queries
@@ -335,37 +336,30 @@ class _Writer:
     """Puts single nodes into a graph. Values that layers share, such as a bias, are made once."""
 
     def __init__(self, graph: Graph, heads: int, keep_mask: bool) -> None:
-        self._graph, self._nodes = graph, graph.graph.node
-        self._heads, self._keep_mask = heads, keep_mask
-        self._place = 0
+        self._graph, self._heads, self._keep_mask = graph, heads, keep_mask
+        self._nodes = Nodes("attention/")
         self._made: dict[str, Any] = {}
 
     def replace(self, attention: _Attention) -> None:
         """Writes the node in place of the last one of an attention."""
-        last = attention.last
-        self._place = list(self._nodes).index(last)
-        self._nodes.remove(last)
-        stem = f"{last.name or last.output[0]}/attention"
-        query = self._tokens(attention.query, False, f"{stem}/query")
-        key = self._tokens(attention.key, attention.key_swapped, f"{stem}/key")
-        value = self._tokens(attention.value, False, f"{stem}/value")
+        query, value = self._tokens(attention.query), self._tokens(attention.value)
+        key = self._merged(attention.key) if attention.key_swapped else self._tokens(attention.key)
         if attention.rotations is not None:
-            query = self._rotate(query, attention.rotations[0], f"{stem}/query")
-            key = self._rotate(key, attention.rotations[1], f"{stem}/key")
-        attributes: dict[str, Any] = {"num_heads": self._heads}
-        if attention.scale is not None:
-            attributes["scale"] = attention.scale
+            query, key = map(self._rotate, (query, key), attention.rotations)
+        output = attention.last.output[0]
         if attention.radius is not None:
-            self._local(query, key, value, attention.radius, attributes, stem, last.output[0])
-            return
-        mask = ""
-        if self._keep_mask:
-            mask = self._once(
-                "mask", lambda: self._add("Cast", [_MASK], "attention/padding_mask", to=TensorProto.INT32)
-            )
-        expand = self._graph.maker(attention.bias, "Expand") if attention.bias else None
-        bias = expand.input[0] if expand is not None else attention.bias or ""  # the node broadcasts it to the batch
-        self._attend([query, key, value, "", mask, bias], attributes, stem, last.output[0])
+            self._local(query, key, value, attention.radius, attention.scale, output)
+        else:
+            mask = self._once("mask", self._mask) if self._keep_mask else ""
+            expand = self._graph.maker(attention.bias, "Expand") if attention.bias else None
+            bias = (
+                expand.input[0] if expand is not None else attention.bias or ""
+            )  # the node broadcasts it to the batch
+            self._attend([query, key, value, "", mask, bias], attention.scale, output)
+        nodes = self._graph.graph.node
+        place = list(nodes).index(attention.last)
+        nodes.remove(attention.last)
+        self._nodes.put(self._graph.graph, place)
 
     def _once(self, name: str, make: Callable[[], _Made]) -> _Made:
         """What ``make`` returned at the first call with this name."""
@@ -374,138 +368,99 @@ class _Writer:
         made: _Made = self._made[name]
         return made
 
-    def _attend(self, inputs: list[str], attributes: dict[str, Any], stem: str, output: str) -> str:
+    def _mask(self) -> str:
+        return self._nodes("Cast", _MASK, to=TensorProto.INT32)
+
+    def _attend(self, inputs: list[str], scale: float | None, out: str = "") -> str:
         while not inputs[-1]:
             inputs = inputs[:-1]
-        return self._add("MultiHeadAttention", inputs, stem, output=output, domain=CONTRIB, **attributes)
-
-    def _add(self, kind: str, inputs: Sequence[str], stem: str, *, output: str = "", **attributes: Any) -> str:
-        """Inserts a node; returns its output."""
-        output = output or f"{stem}/out"
-        self._nodes.insert(self._place, helper.make_node(kind, inputs, [output], stem, **attributes))
-        self._place += 1
-        return output
-
-    def _constant(self, name: str, value: Any, kind: Any = np.int64) -> str:
-        """The name of an initializer, which is created at the first call."""
-        if name not in self._graph.constants:
-            tensor = numpy_helper.from_array(np.asarray(value, dtype=kind), name)
-            self._graph.graph.initializer.append(tensor)
-            self._graph.constants[name] = tensor
-        return name
+        scales = {} if scale is None else {"scale": scale}
+        return self._nodes("MultiHeadAttention", *inputs, out=out, domain=CONTRIB, num_heads=self._heads, **scales)
 
     # ------------------------------------------------------------ [batch, tokens, hidden]
 
-    def _tokens(self, name: str, swapped: bool, stem: str) -> str:
+    def _tokens(self, name: str) -> str:
         """The value ``[batch, tokens, hidden]`` of a value with heads: from before it was split, or merged again."""
-        graph = self._graph
-        if swapped:
-            return self._merged(name, stem)
-        packed = _packed(graph, name)
+        packed = _packed(self._graph, name)
         if packed is not None:
             source, index = packed
-            return self._once(f"thirds of {source}", lambda: self._split(source, 3, "third"))[index]
-        transpose = graph.maker(name, "Transpose")
+            return self._once(f"thirds of {source}", lambda: self._split(source, 3))[index]
+        transpose = self._graph.maker(name, "Transpose")
         if transpose is not None and _perm(transpose) == _SPLIT_HEADS:
-            return self._merged(transpose.input[0], stem)
-        turned = self._add("Transpose", [name], f"{stem}/transpose", perm=_SPLIT_HEADS)
-        return self._merge(turned, stem)
+            return self._merged(transpose.input[0])
+        return self._merge(self._nodes("Transpose", name, perm=_SPLIT_HEADS))
 
-    def _merged(self, name: str, stem: str) -> str:
+    def _merged(self, name: str) -> str:
         reshape = self._graph.maker(name, "Reshape")
-        return reshape.input[0] if reshape is not None else self._merge(name, stem)
+        return reshape.input[0] if reshape is not None else self._merge(name)
 
-    def _merge(self, name: str, stem: str) -> str:
-        return self._add("Reshape", [name, self._constant("attention/merged", [0, 0, -1])], f"{stem}/merge")
+    def _merge(self, name: str) -> str:
+        return self._nodes("Reshape", name, self._nodes.constant([0, 0, -1]))
 
-    def _split(self, source: str, count: int, part: str) -> list[str]:
+    def _split(self, source: str, count: int) -> tuple[str, ...]:
         """Splits a value into equal parts along its last axis."""
-        outputs = [f"{source}/{part}_{i}" for i in range(count)]
-        opset = next(o.version for o in self._graph.proto.opset_import if o.domain in {"", "ai.onnx"})
-        sizes: dict[str, Any] = {"num_outputs": count} if opset >= 18 else {}
-        node = helper.make_node("Split", [source], outputs, f"{source}/{part}s", axis=-1, **sizes)
-        self._nodes.insert(self._place, node)
-        self._place += 1
-        return outputs
+        sizes: dict[str, Any] = {"num_outputs": count} if default_opset(self._graph.proto) >= 18 else {}
+        return self._nodes.many("Split", source, outputs=count, axis=-1, **sizes)
 
-    def _rotate(self, name: str, rotation: _Rotated, stem: str) -> str:
+    def _rotate(self, name: str, rotation: _Rotated) -> str:
         """``RotaryEmbedding`` of a value; positions count from 0, so the cosines and sines are those of this run's tokens."""
         caches = [self._once(f"half of {each}", partial(self._half, each)) for each in (rotation.cos, rotation.sin)]
-        start = self._constant("attention/first_position", [0])
-        return self._add("RotaryEmbedding", [name, start, *caches], f"{stem}/rotary", domain=CONTRIB)
+        return self._nodes("RotaryEmbedding", name, self._nodes.constant([0]), *caches, domain=CONTRIB)
 
     def _half(self, name: str) -> str:
         """The first half of cosines or sines, ``[tokens, size / 2]``; the second half is the same."""
-        return self._add("Squeeze", self._split(name, 2, "half")[:1], f"{name}/cache")
+        return self._nodes("Squeeze", self._split(name, 2)[0])
 
     # ------------------------------------------------------------ local attention
 
-    def _local(
-        self, query: str, key: str, value: str, radius: int, attributes: dict[str, Any], stem: str, output: str
-    ) -> None:
+    def _local(self, query: str, key: str, value: str, radius: int, scale: float | None, output: str) -> None:
         """Attention to the tokens within ``radius``, in blocks of ``radius`` queries."""
+        n = self._nodes
         sizes = self._once(f"block sizes {radius}", lambda: self._block_sizes(radius))
-        padded = self._add("Pad", [query, sizes["own"]], f"{stem}/pad")
-        blocks = self._add("Reshape", [padded, sizes["blocks"]], f"{stem}/blocks")
-        keys = self._neighbours(key, radius, sizes, f"{stem}/keys")
-        values = self._neighbours(value, radius, sizes, f"{stem}/values")
+        blocks = n("Reshape", n("Pad", query, sizes["own"]), sizes["blocks"])
+        keys, values = (self._neighbours(each, radius, sizes) for each in (key, value))
         bias = self._once(f"local bias {radius}", lambda: self._local_bias(radius, sizes))
-        seen = self._attend([blocks, keys, values, "", "", bias], attributes, stem, f"{stem}/out")
-        joined = self._add("Reshape", [seen, sizes["joined"]], f"{stem}/joined")
-        ends = [self._constant("attention/zero", [0]), sizes["tokens"], self._constant("attention/one", [1])]
-        self._add("Slice", [joined, *ends], f"{stem}/tokens", output=output)
+        seen = self._attend([blocks, keys, values, "", "", bias], scale)
+        joined = n("Reshape", seen, sizes["joined"])
+        n("Slice", joined, n.constant([0]), sizes["tokens"], n.constant([1]), out=output)
 
     def _block_sizes(self, radius: int) -> dict[str, str]:
         """The paddings and shapes that every local layer needs, from the window's length."""
-        stem = f"attention/local_{radius}"
-        shape = self._add("Shape", [_IDS], f"{stem}/shape")
-        zero, one, two = (self._constant(f"attention/{n}", [i]) for i, n in enumerate(("zero", "one", "two")))
-        batch = self._add("Slice", [shape, zero, one], f"{stem}/batch")
-        tokens = self._add("Slice", [shape, one, two], f"{stem}/length")
-        width = self._constant(f"{stem}/radius", [radius])
-        negative = self._add("Neg", [tokens], f"{stem}/negative")
-        rest = self._add("Mod", [negative, width], f"{stem}/rest")  # the padding that fills the last block
-        more = self._add("Add", [rest, width], f"{stem}/more")
-        zeros = self._constant("attention/zeros", [0, 0, 0, 0])
-        before = self._constant(f"{stem}/before", [0, radius, 0, 0])
-        minus = self._constant("attention/minus_one", [-1])
+        n = self._nodes
+        zero, one, width = n.constant([0]), n.constant([1]), n.constant([radius])
+        shape = n("Shape", _IDS)
+        batch, tokens = n("Slice", shape, zero, one), n("Slice", shape, one, n.constant([2]))
+        rest = n("Mod", n("Neg", tokens), width)  # the padding that fills the last block
         return {
-            "own": self._add("Concat", [zeros, rest, zero], f"{stem}/own", axis=0),
-            "near": self._add("Concat", [before, more, zero], f"{stem}/near", axis=0),
-            "joined": self._add("Concat", [batch, minus, zero], f"{stem}/joined", axis=0),
-            "blocks": self._constant(f"{stem}/blocks", [-1, radius, 0]),
+            "own": n("Concat", n.constant([0, 0, 0, 0]), rest, zero, axis=0),
+            "near": n("Concat", n.constant([0, radius, 0, 0]), n("Add", rest, width), zero, axis=0),
+            "joined": n("Concat", batch, n.constant([-1]), zero, axis=0),
+            "blocks": n.constant([-1, radius, 0]),
             "tokens": tokens,
         }
 
-    def _neighbours(self, name: str, radius: int, sizes: dict[str, str], stem: str) -> str:
+    def _neighbours(self, name: str, radius: int, sizes: dict[str, str]) -> str:
         """Each block with the blocks before and after it, ``[batch * blocks, 3 * radius, any]``."""
-        padded = self._add("Pad", [name, sizes["near"]], f"{stem}/pad")
-        axis = self._constant("attention/one", [1])
+        n = self._nodes
+        padded = n("Pad", name, sizes["near"])
         parts = []
         for i, end in enumerate((-2 * radius, -radius, np.iinfo(np.int64).max)):
-            first = self._constant(f"attention/local_{radius}/first_{i}", [i * radius])
-            past = self._constant(f"attention/local_{radius}/past_{i}", [end])
-            part = self._add("Slice", [padded, first, past, axis], f"{stem}/slice_{i}")
-            parts.append(self._add("Reshape", [part, sizes["blocks"]], f"{stem}/blocks_{i}"))
-        return self._add("Concat", parts, f"{stem}/near", axis=1)
+            part = n("Slice", padded, n.constant([i * radius]), n.constant([end]), n.constant([1]))
+            parts.append(n("Reshape", part, sizes["blocks"]))
+        return n("Concat", *parts, axis=1)
 
     def _local_bias(self, radius: int, sizes: dict[str, str]) -> str:
         """0 for the tokens that a query sees, far below 0 for others, ``[batch * blocks, 1, radius, 3 * radius]``."""
-        stem = f"attention/local_{radius}/bias"
+        n = self._nodes
         if self._keep_mask:
-            real = self._add("Cast", [_MASK], f"{stem}/mask", to=TensorProto.FLOAT)
+            real = n("Cast", _MASK, to=TensorProto.FLOAT)
         else:
-            shape = self._add("Shape", [_IDS], f"{stem}/shape")
             ones = numpy_helper.from_array(np.ones(1, dtype=np.float32))
-            real = self._add("ConstantOfShape", [shape], f"{stem}/ones", value=ones)
-        columns = self._add("Unsqueeze", [real, self._constant("attention/two", [2])], f"{stem}/columns")
-        near = self._neighbours(columns, radius, sizes, stem)
-        rows = self._add("Transpose", [near], f"{stem}/rows", perm=[0, 2, 1])
-        four = self._add("Unsqueeze", [rows, self._constant("attention/one", [1])], f"{stem}/four")
+            real = n("ConstantOfShape", n("Shape", _IDS), value=ones)
+        near = self._neighbours(n("Unsqueeze", real, n.constant([2])), radius, sizes)
+        rows = n("Unsqueeze", n("Transpose", near, perm=[0, 2, 1]), n.constant([1]))
         places = np.arange(3 * radius) - radius
         inside = np.abs(places - np.arange(radius)[:, None]) <= radius
-        band = self._constant(f"{stem}/band", inside[None, None], np.float32)
-        seen = self._add("Mul", [four, band], f"{stem}/seen")
-        unseen = self._add("Sub", [seen, self._constant("attention/real_one", 1.0, np.float32)], f"{stem}/unseen")
-        far = self._constant("attention/far", -100 * _BLOCKED, np.float32)
-        return self._add("Mul", [unseen, far], f"{stem}/low")
+        seen = n("Mul", rows, n.constant(inside[None, None], np.float32))
+        unseen = n("Sub", seen, n.constant(1, np.float32))
+        return n("Mul", unseen, n.constant(-100 * _BLOCKED, np.float32))

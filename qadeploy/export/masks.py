@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from qadeploy.export.graph import Graph
+from qadeploy.integrations.onnx_standalone.nodes import Nodes
 
 _INPUT = "attention_mask"
 _PADDING = float(np.finfo(np.float32).min)
@@ -136,19 +137,8 @@ def _factor(graph: Graph, node: onnx.NodeProto) -> tuple[str, NDArray[Any]] | No
 
 def _add_mask(model: onnx.ModelProto) -> None:
     """Adds (1 - mask) times the lowest number, ``[batch, 1, 1, tokens]``, before all other nodes."""
-    constants: dict[str, Any] = {
-        "first": np.array([1]), "second": np.array([2]), "one": np.float32(1), "padding": np.float32(_PADDING),
-    }  # fmt: skip
-    for name, value in constants.items():
-        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), f"{_INPUT}/{name}"))
-    steps: tuple[tuple[str, tuple[str, ...], str, dict[str, int]], ...] = (
-        ("Unsqueeze", ("", "first"), "rows", {}),
-        ("Unsqueeze", ("rows", "second"), "keys", {}),
-        ("Cast", ("keys",), "float", {"to": TensorProto.FLOAT}),
-        ("Sub", ("one", "float"), "hidden", {}),
-        ("Mul", ("hidden", "padding"), "added", {}),
-    )
-    for place, (kind, inputs, output, attributes) in enumerate(steps):
-        names = [f"{_INPUT}/{each}" if each else _INPUT for each in inputs]
-        node = helper.make_node(kind, names, [f"{_INPUT}/{output}"], f"{_INPUT}/{output}", **attributes)
-        model.graph.node.insert(place, node)
+    n = Nodes(f"{_INPUT}/")
+    keys = n("Unsqueeze", n("Unsqueeze", _INPUT, n.constant([1])), n.constant([2]))
+    hidden = n("Sub", n.constant(1, np.float32), n("Cast", keys, to=TensorProto.FLOAT))
+    n("Mul", hidden, n.constant(_PADDING, np.float32), out=f"{_INPUT}/added")
+    n.put(model.graph, 0)

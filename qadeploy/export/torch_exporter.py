@@ -11,12 +11,13 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from qadeploy.errors import FailureError
 from qadeploy.export.graph import Graph
 from qadeploy.export.masks import simplify_masks
+from qadeploy.integrations.onnx_standalone.nodes import Nodes
 from qadeploy.records import LOGIT_NAMES
 from qadeploy.training.checkpoint import Checkpoint
 from qadeploy.training.transformers_versions import eager_attention
@@ -101,17 +102,9 @@ def _spell_out_lengths(model: onnx.ModelProto) -> None:
             continue
         if {each.name: each.i for each in shape.attribute} != {"start": 1, "end": 2}:
             continue  # not the length of an input [batch, tokens]
-        name = f"{cut.output[0]}/length"
-        values = {f"{name}/axis": np.array(1), f"{name}/axes": np.array([0])}
-        model.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in values.items())
-        steps = (
-            helper.make_node("Shape", ["input_ids"], [f"{name}/shape"]),
-            helper.make_node("Gather", [f"{name}/shape", f"{name}/axis"], [f"{name}/number"]),
-            helper.make_node("Unsqueeze", [f"{name}/number", f"{name}/axes"], [name]),
-        )
-        for place, node in enumerate(steps):
-            model.graph.node.insert(place, node)
-        cut.input[2] = name
+        n = Nodes(f"{cut.output[0]}/length/")
+        cut.input[2] = n("Unsqueeze", n("Gather", n("Shape", "input_ids"), n.constant(1)), n.constant([0]))
+        n.put(model.graph, 0)
     Graph(model).prune()
 
 

@@ -246,8 +246,10 @@ class OnnxModel:
             order = _longest_first(windows)  # the shortest run wide: they gain least from running side by side
             futures = self._submit([windows[i] for i in order[:narrow]])
             logits = dict(zip(order, [f.result()[0] for f in futures], strict=False))
-            session = self._wide() if narrow < len(windows) else None
-            logits.update({i: self._run_one(session, windows[i]) for i in order[narrow:]})
+            if narrow < len(windows):
+                self._own_sessions().wide_used = True
+                session = self._session("wide")
+                logits.update({i: self._run_one(session, windows[i]) for i in order[narrow:]})
             return [logits[i] for i in range(len(windows))]
         finally:
             self._end_call()
@@ -377,11 +379,6 @@ class OnnxModel:
             self._lock = threading.Lock()
             self._sessions = _Sessions()
         return self._sessions
-
-    def _wide(self) -> Any:
-        """The session that runs one window on all threads, marked as used."""
-        self._own_sessions().wide_used = True
-        return self._session("wide")
 
     def _session(self, kind: str) -> Any:
         """The session ``wide`` or ``narrow`` of this process, created when first needed."""

@@ -14,6 +14,7 @@ import onnx
 from qadeploy.core.windows import pad_batch
 from qadeploy.export.fusion import only_errors
 from qadeploy.inference.bundle import MODEL
+from qadeploy.integrations.onnx_standalone.nodes import Nodes
 from qadeploy.records import Window
 
 LARGE_TABLE = 1000  # rows
@@ -54,14 +55,10 @@ def quantize_embeddings(model: bytes) -> bytes:
         rounded = np.rint(rows / scales).astype(np.int8)
         graph.initializer.append(onnx.numpy_helper.from_array(rounded, f"{name}_int8"))
         graph.initializer.append(onnx.numpy_helper.from_array(scales.astype(np.float32), f"{name}_scale"))
-        nodes += [
-            onnx.helper.make_node("Gather", [f"{name}_int8", ids], [f"{out}_int8"], f"{node.name}_int8"),
-            onnx.helper.make_node("Gather", [f"{name}_scale", ids], [f"{out}_scale"], f"{node.name}_scale"),
-            onnx.helper.make_node(
-                "Cast", [f"{out}_int8"], [f"{out}_cast"], f"{node.name}_cast", to=onnx.TensorProto.FLOAT
-            ),
-            onnx.helper.make_node("Mul", [f"{out}_cast", f"{out}_scale"], [out], f"{node.name}_mul"),
-        ]
+        n = Nodes(f"{name}_rows/")
+        values = n("Cast", n("Gather", f"{name}_int8", ids), to=onnx.TensorProto.FLOAT)
+        n("Mul", values, n("Gather", f"{name}_scale", ids), out=out)
+        nodes += n.nodes
     del graph.node[:]
     graph.node.extend(nodes)
     return bytes(proto.SerializeToString())

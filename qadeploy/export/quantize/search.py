@@ -33,6 +33,7 @@ from qadeploy.export.reference import Reference, make_answerer
 from qadeploy.files import hash_file, write_json
 from qadeploy.inference.session import onnxruntime
 from qadeploy.inference.tuning import ROUNDS, SESSIONS, asking
+from qadeploy.integrations.onnx_standalone import nodes
 from qadeploy.machine import machine, return_freed_memory, usable_cpus
 from qadeploy.timing import interleave, spread
 
@@ -46,7 +47,7 @@ _DUEL_TIMED = 16
 _RUNS = (_ROUNDS + 1) * (2 + (len(SESSIONS) + 1) / 2)
 _JUDGING = 1 / 2  # the share of the budget that may go into answering the judging questions
 # The modules that measurements depend on.
-_CODE = (attention, graph, judging, matmuls, smoothquant, quantizers, recipes, timing)
+_CODE = (attention, graph, nodes, judging, matmuls, smoothquant, quantizers, recipes, timing)
 Say = Callable[[str], object]
 
 

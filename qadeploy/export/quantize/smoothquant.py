@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from qadeploy.export.quantize.matmuls import Activations, MatMul, find_matmuls, share_weights
+from qadeploy.integrations.onnx_standalone.nodes import Nodes
 from qadeploy.records import FloatArray
 
 ALPHAS = (0.6, 0.7, 0.8, 0.9)
@@ -130,26 +131,18 @@ def _apply(proto: onnx.ModelProto, smoothing: Smoothing) -> list[str]:
     scales = np.ones(depth, dtype=np.float32) if smoothing.scales is None else smoothing.scales
     factors = 1 / scales
     factors[smoothing.channels] = 0
-    stem = f"{nodes[0].name}/int8"
-    graph.initializer.append(numpy_helper.from_array(factors, f"{stem}/factors"))
-    place = min(list(graph.node).index(node) for node in nodes)
-    graph.node.insert(
-        place, helper.make_node("Mul", [smoothing.source, f"{stem}/factors"], [f"{stem}/input"], f"{stem}/Mul")
-    )
-    if len(smoothing.channels):
-        graph.initializer.append(numpy_helper.from_array(smoothing.channels, f"{stem}/channels"))
-        gather = helper.make_node(
-            "Gather", [smoothing.source, f"{stem}/channels"], [f"{stem}/apart"], f"{stem}/Gather", axis=-1
-        )
-        graph.node.insert(place + 1, gather)
+    n = Nodes(f"{nodes[0].name}/int8/")
+    scaled = n("Mul", smoothing.source, n.constant(factors, np.float32))
+    apart = n("Gather", smoothing.source, n.constant(smoothing.channels), axis=-1) if len(smoothing.channels) else ""
+    n.put(graph, min(list(graph.node).index(node) for node in nodes))
     float_nodes = []
     for node in nodes:
         weight = numpy_helper.to_array(constants[node.input[1]])
         name = f"{node.name}/int8/weight"
         graph.initializer.append(numpy_helper.from_array(weight * scales[:, None] * (factors != 0)[:, None], name))
-        node.input[0], node.input[1] = f"{stem}/input", name
-        if len(smoothing.channels):
-            float_nodes.append(_add_apart(graph, node, weight[smoothing.channels], f"{stem}/apart"))
+        node.input[:] = [scaled, name]
+        if apart:
+            float_nodes.append(_add_apart(graph, node, weight[smoothing.channels], apart))
     used = {name for node in graph.node for name in node.input}
     for tensor in [t for t in graph.initializer if t.name not in used]:
         graph.initializer.remove(tensor)
@@ -163,11 +156,10 @@ def _add_apart(graph: onnx.GraphProto, node: onnx.NodeProto, weight: FloatArray,
     last = node
     if len(readers) == 1 and readers[0].op_type == "Add" and any(name in constants for name in readers[0].input):
         last = readers[0]
-    stem = f"{node.name}/apart"
-    result = last.output[0]
-    last.output[0] = f"{stem}/rest"
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(weight), f"{stem}/weight"))
-    place = list(graph.node).index(last) + 1
-    graph.node.insert(place, helper.make_node("MatMul", [apart, f"{stem}/weight"], [f"{stem}/sum"], stem))
-    graph.node.insert(place + 1, helper.make_node("Add", [f"{stem}/rest", f"{stem}/sum"], [result], f"{stem}/Add"))
-    return stem
+    n = Nodes(f"{node.name}/apart/")
+    product = n("MatMul", apart, n.constant(weight, np.float32))
+    n("Add", f"{node.name}/rest", product, out=last.output[0])
+    last.output[0] = f"{node.name}/rest"
+    name = n.nodes[0].name
+    n.put(graph, list(graph.node).index(last) + 1)
+    return name

@@ -47,6 +47,13 @@ class Nodes:
             self.constants.append(tensor)
         return self._known[key]
 
+    def put(self, graph: onnx.GraphProto, place: int) -> None:
+        """Moves the nodes to ``place`` in a graph, and the constants to its initializers."""
+        for i, node in enumerate(self.nodes, place):
+            graph.node.insert(i, node)
+        graph.initializer.extend(self.constants)
+        self.nodes, self.constants = [], []
+
     def _name(self, what: str) -> str:
         self._count += 1
         return f"{self._prefix}{what}_{self._count}"

@@ -100,8 +100,7 @@ def add_span_head(model: bytes, head: SpanHead) -> bytes:
     for name, kind in zip(OUTPUTS, kinds, strict=True):
         count = head.top_k if name.startswith("span") else 1
         graph.output.append(helper.make_tensor_value_info(name, kind, [batch, count]))
-    graph.node.extend(nodes.nodes)
-    graph.initializer.extend(nodes.constants)
+    nodes.put(graph, len(graph.node))
     return bytes(proto.SerializeToString())
 
 
