@@ -15,6 +15,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from qadeploy import __version__
@@ -45,6 +46,7 @@ from qadeploy.serve.schemas import (
 )
 from qadeploy.serve.search import about
 from qadeploy.serve.service import Service
+from qadeploy.serve.settings import Settings
 
 _log = logging.getLogger("qadeploy.serve")
 _SHOWN_FAULTS = 5
@@ -84,29 +86,21 @@ def create_app(service: Service) -> FastAPI:
     """The ASGI application of a service. The caller closes the service."""
     settings = service.settings
     more = _CORPUS.format(documents=service.corpus.documents) if service.corpus else ""
-    app = FastAPI(
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type", "x-request-id"],
+        expose_headers=["retry-after", "x-request-id"],
+    )
+    app = bounded_app(
+        settings,
+        Middleware(Calls, metrics=service.metrics, settings=settings, closing=lambda: service.draining),
+        *([cors] if settings.cors_origins else []),
         title="qadeploy",
         version=__version__,
         description=_DESCRIPTION + more,
-        docs_url=None,  # FastAPI's page loads scripts from other sites
-        redoc_url=None,
-        redirect_slashes=False,
     )
-    app.state.settings = settings
-    app.router.route_class = BoundedRoute
-    app.add_middleware(BodyLimit, settings=settings)
-    if settings.token is not None:
-        app.add_middleware(Auth, token=settings.token, metrics=settings.protect_metrics)
-    add_errors(app)
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["retry-after", "x-request-id"],
-        )
-    app.add_middleware(Calls, metrics=service.metrics, settings=settings, closing=lambda: service.draining)
     locked = [Depends(HTTPBearer(auto_error=False))] if settings.token is not None else []
     _add_answers(app, service, locked)
     if service.feedback is not None:
@@ -262,9 +256,24 @@ def _add_pages(app: FastAPI) -> None:
         return HTMLResponse(reference_page(app.openapi()))
 
 
-def add_errors(app: FastAPI) -> None:
-    """Answers every error with JSON of the same shape. Middleware that is added later sees these responses too."""
-    app.add_middleware(Failures)
+def bounded_app(settings: Settings, *outer: Middleware, **about: Any) -> FastAPI:
+    """An application for HTTP alone that bounds and, with a token, guards its requests, and answers every error with JSON.
+
+    Args:
+        settings: The settings of the server.
+        *outer: Middleware that sees all responses, the outermost first.
+        **about: Arguments of ``FastAPI``.
+    """
+    auth = [Middleware(Auth, token=settings.token, metrics=settings.protect_metrics)] if settings.token else []
+    app = FastAPI(
+        docs_url=None,  # FastAPI's page loads scripts from other sites
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[*outer, Middleware(Failures), *auth, Middleware(BodyLimit, settings=settings)],
+        **about,
+    )
+    app.state.settings = settings
+    app.router.route_class = BoundedRoute
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> Response:
@@ -280,6 +289,8 @@ def add_errors(app: FastAPI) -> None:
         found = response(request.scope, RefusedError(error.status_code, kind, message))
         found.headers.update(error.headers or {})
         return found
+
+    return app
 
 
 def _faults(error: RequestValidationError) -> str:

@@ -28,7 +28,7 @@ class Auth:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on if it is allowed."""
-        if scope["type"] != "http" or self._is_open(scope) or self._has_token(scope):
+        if self._is_open(scope) or self._has_token(scope):
             await self._app(scope, receive, send)
             return
         message = "this server needs a token: send the header 'Authorization: Bearer TOKEN'"

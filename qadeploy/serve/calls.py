@@ -101,9 +101,6 @@ class Calls:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         now = asyncio.get_running_loop().time()  # with uvloop, in whole milliseconds
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         request_id = given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
@@ -177,7 +174,7 @@ class Failures:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:
-            if begun or scope["type"] != "http":
+            if begun:
                 raise
             fields = {"request_id": call_of(scope).request_id}
             _log.error("the server failed", extra={"fields": fields}, exc_info=error)

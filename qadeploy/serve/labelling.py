@@ -18,18 +18,16 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from qadeploy.errors import InputError, QadeployError
 from qadeploy.labelling.desk import DecidedError, Desk, Shown
-from qadeploy.serve.app import add_errors
-from qadeploy.serve.auth import Auth
-from qadeploy.serve.body import BoundedRoute
+from qadeploy.serve.app import bounded_app
 from qadeploy.serve.calls import Calls, response
 from qadeploy.serve.errors import RefusedError
-from qadeploy.serve.limits import BodyLimit
 from qadeploy.serve.metrics import Metrics
 from qadeploy.serve.pages import add_page
 from qadeploy.serve.run import PLAIN, handling
@@ -60,14 +58,12 @@ class _Decision(_Asked):
 def create_label_app(desk: Desk, token: str) -> FastAPI:
     """The ASGI application of a desk. The caller closes the desk."""
     settings = Settings(token=token)
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.settings = settings
-    app.router.route_class = BoundedRoute
-    app.add_middleware(BodyLimit, settings=settings)
-    app.add_middleware(Auth, token=token, metrics=False)
-    add_errors(app)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[_LOOPBACK, "localhost"], www_redirect=False)
-    app.add_middleware(Calls, metrics=Metrics(), settings=settings, closing=lambda: False)
+    app = bounded_app(
+        settings,
+        Middleware(Calls, metrics=Metrics(), settings=settings, closing=lambda: False),
+        Middleware(TrustedHostMiddleware, allowed_hosts=[_LOOPBACK, "localhost"], www_redirect=False),
+        openapi_url=None,
+    )
 
     @app.exception_handler(QadeployError)
     async def refused(request: Request, error: QadeployError) -> Response:

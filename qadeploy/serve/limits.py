@@ -55,9 +55,6 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on with its whole body; later messages come from the connection, as does a disconnect."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         try:
             body = await self._read(scope, receive)
         except RefusedError as refused:
