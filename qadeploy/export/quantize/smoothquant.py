@@ -156,10 +156,11 @@ def _add_apart(graph: onnx.GraphProto, node: onnx.NodeProto, weight: FloatArray,
     last = node
     if len(readers) == 1 and readers[0].op_type == "Add" and any(name in constants for name in readers[0].input):
         last = readers[0]
-    n = Nodes(f"{node.name}/apart/")
+    name = f"{node.name}/apart"
+    n = Nodes(f"{name}/")
     product = n("MatMul", apart, n.constant(weight, np.float32))
-    n("Add", f"{node.name}/rest", product, out=last.output[0])
-    last.output[0] = f"{node.name}/rest"
-    name = n.nodes[0].name
+    n.nodes[0].name = name  # manifests name it
+    n("Add", f"{name}/rest", product, out=last.output[0])
+    last.output[0] = f"{name}/rest"
     n.put(graph, list(graph.node).index(last) + 1)
     return name
