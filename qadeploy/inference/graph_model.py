@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qadeploy.errors import BundleError
 from qadeploy.inference.bundle import MODEL
 from qadeploy.inference.manifest import SessionSettings
-from qadeploy.inference.session import cpu_session, outlives_forks, run_error
+from qadeploy.inference.session import cpu_session, outlives_forks, runtime_error
 
 Outputs = dict[str, NDArray[Any]]
 _KINDS: dict[str, Any] = {
@@ -50,5 +50,5 @@ class GraphModel:
         try:
             found = self._session.run(None, given)
         except Exception as error:
-            raise run_error(error) from error
+            raise runtime_error("run", error) from error
         return {name: np.array(value) for name, value in zip(self.outputs, found, strict=True)}  # see outlives_forks

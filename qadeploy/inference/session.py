@@ -89,28 +89,26 @@ def outlives_forks(holder: Any) -> None:
     _live.add(holder)
 
 
-def load_error(error: Exception) -> BundleError:
-    """Converts an error that ONNX Runtime raised while it loaded a model (it has one bare class per status code)."""
-    return BundleError(f"model.onnx: ONNX Runtime cannot load it: {one_line(error, 300)}")
+def runtime_error(what: str, error: Exception) -> BundleError:
+    """Converts an error that ONNX Runtime raised when it had to ``what`` (load or run) a model: one bare class per status code."""
+    return BundleError(f"model.onnx: ONNX Runtime cannot {what} it: {one_line(error, 300)}")
 
 
-def run_error(error: Exception) -> BundleError:
-    """Converts an error that ONNX Runtime raised while a model ran."""
-    return BundleError(f"model.onnx: ONNX Runtime cannot run it: {one_line(error, 300)}")
-
-
-def cpu_session(model: bytes, settings: SessionSettings | None = None) -> Any:
+def cpu_session(model: bytes, settings: SessionSettings | None = None, *, optimize: bool = True) -> Any:
     """A session on one CPU thread. Raises BundleError if ONNX Runtime cannot load the model."""
     settings = settings or SessionSettings()
+    options = session_options(1, settings.config)
+    if not optimize:
+        options.graph_optimization_level = onnxruntime().GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime().InferenceSession(
             model,
-            session_options(1, settings.config),
+            options,
             providers=[CPU],
             disabled_optimizers=list(settings.disabled_optimizers) or None,
         )
-    except Exception as error:  # the binding raises one bare class per status code
-        raise load_error(error) from error
+    except Exception as error:
+        raise runtime_error("load", error) from error
 
 
 def differences(some: Sequence[Logits], others: Sequence[Logits]) -> FloatArray:
@@ -338,7 +336,7 @@ class OnnxModel:
         try:
             found = session.run(LOGIT_NAMES, feeds, options)
         except Exception as error:
-            raise run_error(error) from error
+            raise runtime_error("run", error) from error
         shape = batch["input_ids"].shape
         for name, logits in zip(LOGIT_NAMES, found, strict=True):
             is_array = isinstance(logits, np.ndarray)
@@ -445,7 +443,7 @@ class OnnxModel:
         except Exception as error:  # the binding raises one bare class per status code
             if not on_cpu:
                 raise DeviceError(f"ONNX Runtime cannot start the model on CUDA: {one_line(error, 300)}") from error
-            raise load_error(error) from error
+            raise runtime_error("load", error) from error
 
 
 def narrow_windows(settings: SessionSettings, windows: int, threads: int) -> int:

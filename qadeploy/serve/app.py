@@ -21,9 +21,8 @@ from starlette.middleware.cors import CORSMiddleware
 from qadeploy import __version__
 from qadeploy.errors import FailureError, QadeployError
 from qadeploy.serve.answering import answered_by, dump, hugging_face_result, json_list, json_response, reply
-from qadeploy.serve.auth import Auth
 from qadeploy.serve.body import BoundedRoute
-from qadeploy.serve.calls import Calls, Failures, response
+from qadeploy.serve.calls import Auth, Calls, Failures, response
 from qadeploy.serve.contracts import add_contracts
 from qadeploy.serve.errors import RefusedError, clean, invalid
 from qadeploy.serve.feedback import Feedback

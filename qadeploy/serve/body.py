@@ -33,7 +33,7 @@ class BoundedRoute(APIRoute):
     """A route whose JSON body is bounded by the settings in the state of the application."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """FastAPI's handler, which reads JSON with ``read_json``."""
+        """FastAPI's handler, which reads JSON with ``_read_json``."""
         handler = super().get_route_handler()
 
         async def bounded(request: Request) -> Response:
@@ -51,21 +51,14 @@ class _Request(Request):
 
     async def json(self) -> Any:
         try:
-            return await read_json(await self.body(), self.app.state.settings)
+            return await _read_json(await self.body(), self.app.state.settings)
         except RefusedError as refused:
             self.refused = refused
             raise
 
 
-async def read_json(body: bytes, settings: Settings) -> Any:
-    """The value of a JSON text with at most ``max_batch`` questions.
-
-    Raises:
-        RefusedError: The text holds more questions (422), or more values of any kind than ``max_batch`` questions need
-            (422), or the part that was read is not JSON (400).
-        ValueError: The text is not JSON, not UTF-8, or has a number of too many digits.
-        RecursionError: The text is nested too deep.
-    """
+async def _read_json(body: bytes, settings: Settings) -> Any:
+    """The value of a JSON text. Raises RefusedError if it holds too much, ValueError or RecursionError if it is not JSON."""
     each = _PARTS_PER_QUESTION + _PARTS_PER_PASSAGE * settings.max_passages
     allowed = _PARTS_MORE + each * settings.max_batch
     found = 0

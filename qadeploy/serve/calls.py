@@ -1,8 +1,9 @@
-"""A request from start to end: an id, a deadline, a line in the log and a count in the metrics."""
+"""A request from start to end: its token, an id, a deadline, a line in the log and a count in the metrics."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import ipaddress
 import logging
 import re
@@ -26,8 +27,9 @@ ROUTES = frozenset(
 )
 _PREFIXES = ("/static/", "/v2/")
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-# Requested every few seconds.
-_QUIET = frozenset({"/health/live", "/health/ready", "/metrics", "/ping", "/v2/health/live", "/v2/health/ready"})
+_HEALTH = frozenset({"/health/live", "/health/ready", "/ping", "/v2/health/live", "/v2/health/ready"})
+_QUIET = _HEALTH | {"/metrics"}  # requested every few seconds
+_OPEN = _HEALTH | {"/", "/docs", "/openapi.json"}  # also the pages that show how to use the API
 _KEY = "qadeploy.call"
 REFUSED = "qadeploy.refused"  # the key in a scope of the refusal because of which its body is not read further
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -180,6 +182,34 @@ class Failures:
             _log.error("the server failed", extra={"fields": fields}, exc_info=error)
             failed = RefusedError(500, "internal", "the server failed; its log has the reason under this request id")
             await response(scope, failed)(scope, receive, send)
+
+
+class Auth:
+    """ASGI middleware that refuses (401) requests without the token. Tokens are compared in constant time.
+
+    The page, its files, the API documents and the health checks are open to GET, and so is /metrics unless ``metrics``.
+    """
+
+    def __init__(self, app: ASGIApp, token: str, *, metrics: bool) -> None:
+        self._app = app
+        self._token = token.encode()
+        self._open = _OPEN if metrics else _OPEN | {"/metrics"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the request on if it is allowed."""
+        if self._is_open(scope) or self._has_token(scope):
+            await self._app(scope, receive, send)
+            return
+        message = "this server needs a token: send the header 'Authorization: Bearer TOKEN'"
+        await response(scope, RefusedError(401, "unauthorized", message))(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        path = scope["path"]
+        return scope["method"] in {"GET", "HEAD"} and (path in self._open or path.startswith("/static/"))
+
+    def _has_token(self, scope: Scope) -> bool:
+        scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._token)
 
 
 def networks(proxies: Sequence[str]) -> list[Network]:

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from qadeploy.errors import BundleError, InputError, MissingExtraError
-from qadeploy.inference.session import onnxruntime, session_options
+from qadeploy.inference.session import cpu_session
 
 CONFIG = "config.pbtxt"
 BACKEND = "onnxruntime"
@@ -77,13 +77,7 @@ def tensors_of(model: bytes) -> Tensors:
 
     Raises BundleError if it cannot load the model, or a tensor has no leading batch of any size or a type unknown to Triton.
     """
-    ort = onnxruntime()
-    options = session_options()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # only its names are read
-    try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the binding raises one class per status code, without a common base
-        raise BundleError(f"model.onnx: ONNX Runtime cannot load it: {' '.join(str(error).split())[:300]}") from error
+    session = cpu_session(model, optimize=False)  # only its names are read
     return Tensors(tuple(map(_tensor, session.get_inputs())), tuple(map(_tensor, session.get_outputs())))
 
 
