@@ -25,8 +25,7 @@ _COUNTED = (
 def optimize(reference: Reference, source: Bundle, out: Path) -> Bundle:
     """Writes the fused bundle ``out`` from the fp32 bundle ``source`` and returns it, verified.
 
-    Raises FailureError if no fusion is known for the model or nothing fused, GateError if the logits move by more than
-    the fp32 tolerance.
+    Raises FailureError if no fusion is known for the model or nothing fused, GateError if its logits move too far.
     """
     architecture = source.manifest["architecture"]
     kind = architecture["model_type"]

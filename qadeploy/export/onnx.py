@@ -47,8 +47,8 @@ def export_graph(checkpoint: Checkpoint, folder: Path, exporter: str = "auto") -
         The exporter that was used, optimum or torch.
 
     Raises:
-        FailureError: The model is too large, no exporter can export it, or the requested one is not installed
-            (MissingExtraError).
+        FailureError: The model is too large, or no exporter can export it.
+        MissingExtraError: The requested exporter is not installed.
     """
     if 4 * checkpoint.model.num_parameters() >= _LARGEST:
         raise FailureError("the exported model would be larger than 2 GB, too large for the one ONNX file of a bundle")

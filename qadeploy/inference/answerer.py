@@ -126,8 +126,7 @@ class Answerer:
 
         Raises:
             InputError: The folder does not exist, or an argument is out of range.
-            BundleError: The bundle is incomplete, damaged, unsafe or not the expected one, or its model is not the one that was
-                exported.
+            BundleError: The bundle is incomplete, damaged, unsafe or not the expected one, or its model is not the exported one.
             DeviceError: The device was requested but is not available.
             HubError: The hub cannot be reached, lacks the bundle or refuses the token.
             LoadTimeoutError: Loading took longer than ``load_timeout``.
@@ -219,8 +218,7 @@ class Answerer:
             question: The question.
             context: The text to answer it from, of any length.
             contexts: Passages to answer it from, instead of ``context``: any number, each of any length.
-            on_windows: Called as ``on_windows(done, total)``, before the first window and as windows are done. An exception
-                that it raises ends the call.
+            on_windows: Called as ``on_windows(done, total)``, first and as windows are done. If it raises, the call ends.
             **options: See ``AnswerOptions``. If "no answer" competes, it comes first when its logit exceeds that of the best
                 span by more than the stored ``null_threshold`` (0 without one).
 
@@ -229,8 +227,7 @@ class Answerer:
             the passage with the index ``passage``.
 
         Raises:
-            InputError: A text or every passage is empty or invalid, both or neither of ``context`` and ``contexts`` are given, or
-                an option is out of range.
+            InputError: A text or option is invalid, all are empty, or not exactly one of ``context`` and ``contexts`` is given.
             QuestionTooLongError: The question leaves no room for the context.
             StrideError: ``doc_stride`` is at least ``max_seq_len``, and the context needs several windows.
             LogitsError: The model returned NaN or infinite logits.
@@ -272,8 +269,7 @@ class Answerer:
         """``answer`` for coroutines: tokenises, runs and decodes in threads, so the event loop never waits.
 
         Any number of calls may be awaited at once, on any event loops; at most twice as many as the model has threads run at a
-        time. A cancelled call does not start, or stops before its next windows. ``on_windows`` is called in a thread.
-        Raises what ``answer`` raises.
+        time. A cancelled call stops before its next windows. ``on_windows`` is called in a thread. Raises as ``answer``.
         """
         chosen, texts = Options(**options), one_of(context, contexts)
 

@@ -221,8 +221,7 @@ def _check_names(folder: Path, names: set[str]) -> None:
 def writing_bundle(out: Path) -> Iterator[Path]:
     """A temporary folder to fill and ``seal``; it is renamed to ``out`` at the end and removed on any error.
 
-    An existing bundle is replaced as a whole. Raises InputError if ``out`` exists and is not a bundle, or another command is
-    writing it.
+    An existing bundle is replaced as a whole. Raises InputError if ``out`` is something else, or being written.
     """
     check_place(out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -255,8 +255,7 @@ def _loads(name: str, mode: int = ctypes.DEFAULT_MODE) -> bool:
 def preload(ort: Any) -> None:
     """Loads the libraries of CUDA and cuDNN from their pip packages, once per process.
 
-    Without this, onnxruntime searches for them only on the system's paths. preload_dlls prints what is missing, so stdout is
-    captured.
+    Without this, onnxruntime searches only the system's paths. preload_dlls prints what is missing: stdout is captured.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         ort.preload_dlls()

@@ -137,10 +137,8 @@ def tune(
     Args:
         make: Makes an answerer of the model with the session settings given.
         pairs: (question, context) pairs to measure with.
-        stored: The settings before; they stay unless others are clearly faster (``Timing.clearly_faster``). Their other
-            entries are kept.
-        target: latency (one question at a time) or throughput (many at once). It applies to the first two steps: the layout
-            concerns single questions only.
+        stored: The settings before; they stay unless others are ``clearly_faster``. Their other entries are kept.
+        target: latency (one question at a time) or throughput (many at once); the layout concerns single questions only.
         tolerance: Settings that move any logit by more than this are left out; None leaves none out.
         seconds: The approximate time for all steps. Large models get fewer questions, and the largest also fewer rounds.
         say: Called with a line before each step.

@@ -117,8 +117,7 @@ class Feedback:
                 occurs in the context several times.
 
         Raises:
-            RefusedError: The question is not remembered (404) or has another verdict (409), or the right answer does not
-                occur in the context (422).
+            RefusedError: The question is not remembered (404) or judged (409), or its context lacks the right answer (422).
             FailureError: The file cannot be written.
         """
         key, given = (request_id, number), (verdict, text, start)

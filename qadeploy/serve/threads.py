@@ -1,8 +1,7 @@
 """How many windows run at the same time: as requested, as measured on this machine before, or by a short measurement.
 
 Each window runs on one thread, so the question is how many windows in parallel give the most throughput: one per CPU, or half as
-many if two CPUs share a core. It is measured once per bundle and machine, in about a second, and kept in ``threads.json`` in the
-cache folder.
+many if two CPUs share a core. It is measured once per bundle and machine, and kept in ``threads.json`` in the cache folder.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ or end, which is at each context token that is not blank (``core.windows.context
     log_sum      float32 [batch, 1]  log of the sum of exp(logit / temperature) over all valid spans, -inf if there are none
     null_scores  float32 [batch, 1]  start + end logit of the null position
 
-If the model's settings have ``relative_to_null``, the null token's logit is subtracted from every logit of these outputs, so
-``null_scores`` are 0.
+If the settings have ``relative_to_null``, the null token's logit is subtracted from every logit: ``null_scores`` are 0.
 
 Spans are ranked as ``core/decoding.py`` ranks them: by logit, ties by start, then by length (TopK takes the lower index first:
 https://onnx.ai/onnx/operators/onnx__TopK.html). exp(span_score / temperature - log_sum) is the decoder's score of a context

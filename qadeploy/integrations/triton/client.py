@@ -119,8 +119,7 @@ def triton_answerer(
 class TritonModel:
     """A model on a server as a function from windows to logits. Thread-safe, and usable after a fork.
 
-    Raises MissingExtraError (``triton``), RemoteError if the server cannot be reached, does not have the model, or has
-    a model that is not the bundle's.
+    Raises MissingExtraError (``triton``), RemoteError if the server cannot be reached or lacks the bundle's model.
     """
 
     device = "server"

@@ -127,8 +127,7 @@ def bundle_parameter(version: int, bundle_hash: str) -> str:
 def check_config(text: str, place: Path, tensors: Tensors) -> Any:
     """Reads a config.pbtxt by Triton's schema and checks it against a model; returns the ``ModelConfig`` message.
 
-    Raises InputError if it is not such a file, or has another backend, no batch, or tensors whose names, data types or
-    shapes are not the model's.
+    Raises InputError if it is not such a file, or has another backend, no batch, or other tensors than the model.
     """
     config = require_schema().ModelConfig()
     try:

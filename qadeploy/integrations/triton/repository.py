@@ -82,12 +82,10 @@ def takes(bundle: Bundle) -> bool:
 def add_bundle(bundle: Bundle, repository: Path, *, max_batch: int | None = None) -> Added:
     """Adds a verified bundle to a model repository, which is created if needed; other models are not touched.
 
-    ``max_batch`` is the most windows per run, of one request or of several that Triton batches (default: 32 for fp16,
-    which is for GPUs, otherwise 1).
+    ``max_batch`` is the most windows per run, of one request or of several (default: 32 for fp16, otherwise 1).
 
     An existing model of the bundle's name gets a new version, which Triton serves by default; its config.pbtxt, edited by
-    hand or not, only gets one more parameter. A bundle that is already the newest version is not added again. A version is
-    written completely or not at all.
+    hand or not, only gets one more parameter. The newest version is not added again. A version is written whole or not at all.
 
     Raises InputError if ``repository`` cannot hold models, its config.pbtxt does not fit the model, the bundle's graph takes
     text, its windows may not run together as ``max_batch`` requires, or another command is adding the same model;

@@ -31,8 +31,7 @@ _ARCHIVE = f"onnxruntime-web-{VERSION}.tgz"
 def onnxruntime_web(say: Callable[[str], object] = lambda _: None) -> dict[str, bytes]:
     """Returns the files of onnxruntime-web that a page needs, by name.
 
-    The package comes from the cache or, the first time, from the registry that npm is set up for. Only a package whose hash
-    is ``INTEGRITY`` is used.
+    The package comes from the cache or, the first time, from npm's registry. Its hash must be ``INTEGRITY``.
 
     Args:
         say: Receives a line of text before a download.
