@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
 from functools import partial
 from inspect import cleandoc
@@ -47,7 +46,6 @@ from qadeploy.serve.search import about
 from qadeploy.serve.service import Service
 from qadeploy.serve.settings import Settings
 
-_log = logging.getLogger("qadeploy.serve")
 _SHOWN_FAULTS = 5
 _PLAIN = {
     404: ("not_found", "there is nothing here: /docs lists the routes"),
