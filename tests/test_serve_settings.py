@@ -148,21 +148,21 @@ def four_cpus(monkeypatch, tmp_path):
 
 def test_what_was_asked_for_is_taken(four_cpus):
     machine = Machine(4)
-    assert choose_workers(3, "cpu", "bundle", machine.run).workers == 3
-    assert choose_workers(3, "cuda", "bundle", machine.run).workers == threads.CUDA_WORKERS
+    assert choose_workers(3, "cpu", "bundle", machine.run)[0] == 3
+    assert choose_workers(3, "cuda", "bundle", machine.run)[0] == threads.CUDA_WORKERS
     assert machine.runs == 0
 
 
 def test_all_cpus_are_taken_where_they_answer_more(four_cpus):
-    assert choose_workers(None, "cpu", "bundle", Machine(4).run).workers == 4
+    assert choose_workers(None, "cpu", "bundle", Machine(4).run)[0] == 4
 
 
 def test_a_measurement_is_kept_for_its_bundle_and_used_again(four_cpus):
     first = choose_workers(None, "cpu", "bundle", Machine(4).run)
-    assert first.source == f"measured now, kept in {four_cpus}"
+    assert first[1] == f"measured now, kept in {four_cpus}"
     machine = Machine(1)
     again = choose_workers(None, "cpu", "bundle", machine.run)
-    assert (again.workers, again.source, machine.runs) == (4, f"measured before ({four_cpus})", 0)
+    assert (*again, machine.runs) == (4, f"measured before ({four_cpus})", 0)
     choose_workers(None, "cpu", "other", machine.run)
     assert machine.runs > 0
     assert len(json.loads(four_cpus.read_text())) == 2
@@ -172,14 +172,14 @@ def test_a_measurement_is_kept_for_its_bundle_and_used_again(four_cpus):
 def test_a_broken_cache_is_measured_anew(four_cpus, text):
     four_cpus.parent.mkdir(parents=True)
     four_cpus.write_text(text, encoding="latin-1")
-    assert choose_workers(None, "cpu", "bundle", Machine(4).run).workers == 4
-    assert choose_workers(None, "cpu", "bundle", Machine(4).run).source.startswith("measured before")
+    assert choose_workers(None, "cpu", "bundle", Machine(4).run)[0] == 4
+    assert choose_workers(None, "cpu", "bundle", Machine(4).run)[1].startswith("measured before")
 
 
 def test_a_disturbed_measurement_is_not_kept(four_cpus, monkeypatch):
     monkeypatch.setattr(threads, "_STEADY", 0.5)
     assert (
-        choose_workers(None, "cpu", "bundle", Machine(4).run).source
+        choose_workers(None, "cpu", "bundle", Machine(4).run)[1]
         == "measured now, but disturbed by other work: not kept"
     )
     assert not four_cpus.exists()
@@ -188,18 +188,18 @@ def test_a_disturbed_measurement_is_not_kept(four_cpus, monkeypatch):
 def test_one_cpu_needs_no_measurement(four_cpus, monkeypatch):
     monkeypatch.setattr(threads, "usable_cpus", lambda: 1)
     machine = Machine(1)
-    assert choose_workers(None, "cpu", "bundle", machine.run).workers == 1
+    assert choose_workers(None, "cpu", "bundle", machine.run)[0] == 1
     assert machine.runs == 0
 
 
 def test_half_of_the_cpus_are_taken_where_more_do_not_help(four_cpus, monkeypatch):
     monkeypatch.setattr(threads, "_rate", lambda count, run: 100.0)
-    assert choose_workers(None, "cpu", "bundle", Machine(4).run).workers == 2
+    assert choose_workers(None, "cpu", "bundle", Machine(4).run)[0] == 2
 
 
 def test_a_cache_folder_that_cannot_be_written_or_found_is_said(four_cpus, monkeypatch):
     four_cpus.parent.write_text("a file where the folder should be")
     found = choose_workers(None, "cpu", "bundle", Machine(4).run)
-    assert found.source == f"measured now; it could not be kept in {four_cpus}: File exists"
+    assert found[1] == f"measured now; it could not be kept in {four_cpus}: File exists"
     monkeypatch.setattr(threads, "cache_folder", lambda: None)
-    assert "there is no cache folder" in choose_workers(None, "cpu", "bundle", Machine(4).run).source
+    assert "there is no cache folder" in choose_workers(None, "cpu", "bundle", Machine(4).run)[1]

@@ -70,8 +70,8 @@ class Engine:
         answerer.model.run([window])
         seconds = time.perf_counter() - started
         key = answerer.bundle.hash if answerer.bundle else ""
-        choice = choose_workers(settings.threads, device, key, lambda: answerer.model.run([window]))
-        _log.info("threads", extra={"fields": {"workers": choice.workers, "source": choice.source, "device": device}})
+        workers, source = choose_workers(settings.threads, device, key, lambda: answerer.model.run([window]))
+        _log.info("threads", extra={"fields": {"workers": workers, "source": source, "device": device}})
         drift, unknown = metrics.drift_of(key), answerer.encoder.unknown_id
 
         def watch(pair: DecodedPair | None, options: Options) -> None:
@@ -81,9 +81,9 @@ class Engine:
             answerer,
             metrics,
             settings,
-            workers=choice.workers,
+            workers=workers,
             batched=device == "cuda",
-            tokens_per_second=choice.workers * len(window) / seconds,
+            tokens_per_second=workers * len(window) / seconds,
             watch=watch,
         )
         return cls(answerer, scheduler, device, key, drift)

@@ -10,7 +10,6 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from qadeploy.files import cache_folder, write_json
@@ -23,16 +22,8 @@ _STEADY = 1.2  # rounds that differ by a larger ratio were disturbed by other wo
 CUDA_WORKERS = 2  # one worker pads and decodes while the batch of the other runs
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The number of ``workers``, and where it comes from."""
-
-    workers: int
-    source: str
-
-
-def choose_workers(asked: int | None, device: str, key: str, run: Callable[[], object]) -> Choice:
-    """Chooses the number of workers.
+def choose_workers(asked: int | None, device: str, key: str, run: Callable[[], object]) -> tuple[int, str]:
+    """The number of workers, and where it comes from.
 
     Args:
         asked: The requested number, or None.
@@ -41,29 +32,29 @@ def choose_workers(asked: int | None, device: str, key: str, run: Callable[[], o
         run: Runs one window.
     """
     if device == "cuda":
-        return Choice(CUDA_WORKERS, "CUDA: one batch runs while another is prepared")
+        return CUDA_WORKERS, "CUDA: one batch runs while another is prepared"
     if asked is not None:
-        return Choice(asked, "--threads")
+        return asked, "--threads"
     cpus = usable_cpus()
     if cpus == 1:
-        return Choice(1, "one CPU is available")
+        return 1, "one CPU is available"
     where = f"{key} {machine().cpu} {cpus} CPUs onnxruntime {onnxruntime().__version__}"
     folder = cache_folder()
     place = folder and folder / "threads.json"
     known = _read(place)
     if isinstance(known.get(where), int) and 1 <= known[where] <= cpus:
-        return Choice(known[where], f"measured before ({place})")
+        return known[where], f"measured before ({place})"
     best, steady = _measure(cpus, run)
     if not steady:
-        return Choice(best, "measured now, but disturbed by other work: not kept")
+        return best, "measured now, but disturbed by other work: not kept"
     if place is None:
-        return Choice(best, "measured now; there is no cache folder to keep it in: set QADEPLOY_CACHE")
+        return best, "measured now; there is no cache folder to keep it in: set QADEPLOY_CACHE"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_json(place, {**known, where: best})
     except OSError as error:
-        return Choice(best, f"measured now; it could not be kept in {place}: {error.strerror or error}")
-    return Choice(best, f"measured now, kept in {place}")
+        return best, f"measured now; it could not be kept in {place}: {error.strerror or error}"
+    return best, f"measured now, kept in {place}"
 
 
 def _measure(cpus: int, run: Callable[[], object]) -> tuple[int, bool]:
