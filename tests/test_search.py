@@ -88,7 +88,7 @@ def test_the_dev_set_judges_alone_where_it_is_large_or_there_is_no_other(why, re
     assert (judges.dev, len(judges.examples) - judges.dev) == (20, expected)
     if not expected:
         assert judges.weights.tolist() == [1.0] * 20
-        assert judges.change(make_answerer(reference, source, {})).training is None
+        assert judges.change(make_answerer(reference, source, {}))["f1_change_training"] is None
 
 
 def test_held_out_questions_never_judge(tiny, source):
@@ -125,14 +125,14 @@ def test_equal_scores_weigh_the_same():
 def test_the_change_is_the_weighted_mean_of_pairs_with_its_interval(reference, source):
     answerer = make_answerer(reference, source, {})
     judges = find_judges(reference, answerer)
-    assert judges.change(answerer) == judging.Change(0.0, (0.0, 0.0), 0.0, 0.0)
+    assert tuple(judges.change(answerer).values()) == (0.0, (0.0, 0.0), 0.0, 0.0)
     rows = judges.rows_f1.copy()
     rows[[0, 30, 31]] -= 0.5  # as if the float model had been worse on three questions
     gained = 0.5 * judges.weights * np.isin(np.arange(96), [0, 30, 31])
     found = replace(judges, rows_f1=rows).change(answerer)
-    assert found.f1 == pytest.approx(100 * gained.mean())
-    assert found.interval == pytest.approx(bootstrap_interval(gained))
-    assert (found.dev, found.training) == pytest.approx((100 * 0.5 / 20, 100 * 1 / 76))
+    assert found["f1_lost"] == pytest.approx(-100 * gained.mean())
+    assert found["f1_change_interval"] == pytest.approx(bootstrap_interval(gained))
+    assert (found["f1_change_dev"], found["f1_change_training"]) == pytest.approx((100 * 0.5 / 20, 100 * 1 / 76))
 
 
 # ---------------------------------------------------------------- searching

@@ -30,19 +30,6 @@ MOST = 400  # questions of the training part
 _CLASSES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A candidate's change of F1, in points: the weighted mean over all judging questions with its 95 % interval.
-
-    ``dev`` and ``training`` are the plain means over each part (``training`` is None without training questions).
-    """
-
-    f1: float
-    interval: tuple[float, float]
-    dev: float
-    training: float | None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Judges:
     """The judging questions, of which the first ``dev`` are the dev set's, and the float model's F1 on each, 0 to 1.
@@ -65,14 +52,22 @@ class Judges:
         """How many questions of each part, as plain JSON values."""
         return {"dev": self.dev, "training": len(self.examples) - self.dev, "worth": round(self.worth, 1)}
 
-    def change(self, candidate: Answerer) -> Change:
-        """The change of F1 from the float model to the candidate, compared question by question."""
+    def change(self, candidate: Answerer) -> dict[str, Any]:
+        """The change of F1 in points from the float model to the candidate, question by question, as ``MeasuredRecipe`` has it.
+
+        ``f1_lost`` is the weighted loss over all questions; the others are changes: its 95 % interval, and the plain means over
+        the dev set's and the training questions (None without any).
+        """
         found = evaluate(candidate, self.examples, allow_no_answer=self.allow_no_answer).scores.rows_f1
         difference = found - self.rows_f1
         weighed = self.weights * difference
         training = 100 * float(difference[self.dev :].mean()) if self.dev < len(difference) else None
-        dev = 100 * float(difference[: self.dev].mean())
-        return Change(100 * float(weighed.mean()), bootstrap_interval(weighed), dev, training)
+        return {
+            "f1_lost": -100 * float(weighed.mean()),
+            "f1_change_interval": bootstrap_interval(weighed),
+            "f1_change_dev": 100 * float(difference[: self.dev].mean()),
+            "f1_change_training": training,
+        }
 
 
 def find_judges(reference: Reference, model: Answerer, seconds: float | None = None) -> Judges:

@@ -201,10 +201,7 @@ class Search:
                 single, many = (deciding, other) if one else (other, deciding)
                 candidate = MeasuredRecipe(
                     recipe.name,
-                    f1_lost=-change.f1,
-                    f1_change_interval=change.interval,
-                    f1_change_dev=change.dev,
-                    f1_change_training=change.training,
+                    **change,
                     latency=single.median,
                     latency_range=(single.least, single.most),
                     throughput=many.median,
