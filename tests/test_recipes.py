@@ -44,7 +44,7 @@ def material(tiny, bundle) -> Material:
     run = find_run(tiny.run)
     reference = make_reference(run, HeldOut("keepers", dev_set(run)[:6]))
     windows = parity_windows(reference.checkpoint, reference.examples)
-    return Material(open_bundle(bundle).read(MODEL), 4, 0, windows)
+    return Material(bundle / MODEL, 4, 0, windows)
 
 
 QUICK = ("ALBERT", "DeBERTa-v3", "ModernBERT")  # shared weights, inputs that are not tokens, matmuls without weights
@@ -123,7 +123,7 @@ def test_attention_of_another_shape_is_left_alone(fault, material):
 
 @pytest.mark.parametrize("heads", [2, 5, None])
 def test_a_wrong_number_of_heads_is_noticed(heads, material):
-    wrong = Material(material.model, heads, 0, material.windows)
+    wrong = Material(material.source, heads, 0, material.windows)
     assert (wrong.rewritten.fused, wrong.rewritten.model) == (0, material.model)
     assert material.rewritten.fused == 2
 
@@ -295,7 +295,7 @@ def largest_weight(model: bytes) -> int:
 @pytest.mark.parametrize("name", ["int8", "int8-static"])
 def test_reduce_range_gives_weights_seven_bits(name, material):
     full, reduced = (
-        RECIPES[name].make(Material(material.model, 4, 0, material.windows, reduce_range=each)).model
+        RECIPES[name].make(Material(material.source, 4, 0, material.windows, reduce_range=each)).model
         for each in (False, True)
     )
     assert largest_weight(reduced) <= 64 < largest_weight(full) <= 128

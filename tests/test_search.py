@@ -47,14 +47,14 @@ def source(bundle) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def material(reference, source) -> Material:
-    return Material(source, 4, 0, parity_windows(reference.checkpoint, reference.examples))
+def material(reference, bundle) -> Material:
+    return Material(bundle / MODEL, 4, 0, parity_windows(reference.checkpoint, reference.examples))
 
 
 def search(reference: Reference, material: Material, cache: Path | None = None, **changes: Any) -> Search:
     listeners = {name: changes.pop(name) for name in ("say", "on_step") if name in changes}
     options = SearchOptions(**{"max_f1_drop": 100.0, "cache": cache, **changes})
-    return Search(reference, material.model, material, options, **listeners)
+    return Search(reference, material, options, **listeners)
 
 
 # ---------------------------------------------------------------- the judges

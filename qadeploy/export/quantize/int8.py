@@ -70,7 +70,7 @@ def quantize(
         parity_windows(checkpoint, reference.choosing),
         reduce_range=reduce_range or not machine().has_vnni,
     )
-    search = Search(reference, material.source, material, options, [source.manifest["session"]], say, on_step)
+    search = Search(reference, material, options, [source.manifest["session"]], say, on_step)
     known = find_recipes(recipe, reduce_range)
     candidates = search.run(known)
     waiting, duel = search.settle(rank(candidates, options))

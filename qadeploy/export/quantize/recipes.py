@@ -38,7 +38,7 @@ class Material:
     Everything costly is made once, when it is first needed. Models are kept in files, because each has all the weights.
     """
 
-    source: bytes | Path
+    source: Path
     heads: int | None
     pad_token_id: int
     windows: Sequence[Window] = field(repr=False)
@@ -52,7 +52,7 @@ class Material:
     @property
     def model(self) -> bytes:
         """The exported model."""
-        return self.source.read_bytes() if isinstance(self.source, Path) else self.source
+        return self.source.read_bytes()
 
     @property
     def rewritten(self) -> Rewritten:
@@ -106,9 +106,8 @@ class Material:
             return np.inf
         return float(differences(*runs).max())
 
-    def _run(self, file: bytes | Path) -> list[Logits]:
-        read = lambda: str(file) if isinstance(file, Path) else file  # noqa: E731
-        model = OnnxModel(read, device="cpu", pad_token_id=self.pad_token_id)
+    def _run(self, file: Path) -> list[Logits]:
+        model = OnnxModel(lambda: str(file), device="cpu", pad_token_id=self.pad_token_id)
         # One by one: windows side by side would take a second session, with all weights once more.
         return [model.run([window])[0] for window in self.windows]
 

@@ -24,7 +24,7 @@ import onnx
 
 from qadeploy import timing
 from qadeploy.data.loading import hash_examples
-from qadeploy.errors import InputError, one_line
+from qadeploy.errors import one_line
 from qadeploy.export import attention, graph
 from qadeploy.export.quantize import judging, matmuls, quantizers, recipes, smoothquant
 from qadeploy.export.quantize.judging import ENOUGH, Judges, find_judges, fitting_questions
@@ -37,7 +37,6 @@ from qadeploy.integrations.onnx_standalone import nodes
 from qadeploy.machine import machine, return_freed_memory, usable_cpus
 from qadeploy.timing import interleave, spread
 
-TARGETS = ("latency", "throughput", "size")
 _ROUNDS = 5
 _TIMED = 12
 _LEAST_TIMED = 3
@@ -113,7 +112,7 @@ class SearchOptions:
 
     Attributes:
         max_f1_drop: Points of F1 that a recipe may lose.
-        target: One of ``TARGETS``.
+        target: latency, throughput or size.
         budget: Approximate seconds that the search may take once a recipe passes; None for no limit.
         cache: The folder of cached measurements; None caches none.
     """
@@ -123,17 +122,12 @@ class SearchOptions:
     budget: float | None = None
     cache: Path | None = None
 
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise InputError(f"target is {self.target!r}: choose one of {', '.join(TARGETS)}")
-
 
 @dataclass
 class Search:
-    """A search over recipes for one model; its fp32 model ``source``, with each of ``sessions``, is the baseline of speeds."""
+    """A search over recipes for one model; its fp32 model, with each of ``sessions``, is the baseline of speeds."""
 
     reference: Reference
-    source: bytes | Path
     material: Material
     options: SearchOptions
     sessions: Sequence[Mapping[str, Any]] = SESSIONS
@@ -173,7 +167,7 @@ class Search:
         """The questions that candidates are judged on, answered by the float model. Also finds how many are timed."""
         self.step("answering with the fp32 model")
         budget = self.options.budget
-        model = make_answerer(self.reference, self.source, self.sessions[0])
+        model = make_answerer(self.reference, self.material.source, self.sessions[0])
         found = find_judges(self.reference, model, None if budget is None else _judging_seconds(budget))
         pairs = self._pairs(_LEAST_TIMED)
         started = time.monotonic()
@@ -231,7 +225,7 @@ class Search:
         self.step(f"{recipe.name}: timing {'one question at a time' if one else 'many at once'}")
         return_freed_memory()
         answerers = [make_answerer(self.reference, model, session) for session in sessions]
-        floats = [make_answerer(self.reference, self.source, session) for session in self.sessions]
+        floats = [make_answerer(self.reference, self.material.source, session) for session in self.sessions]
         pairs = self._pairs(self._questions)
         variants = {f"float {i}": asking(answerer, pairs, one=one) for i, answerer in enumerate(floats)}
         variants |= {str(i): asking(answerer, pairs, one=one) for i, answerer in enumerate(answerers)}
@@ -274,7 +268,7 @@ class Search:
     def _basis(self) -> str:
         """Everything that a measurement depends on besides the recipe: model, settings, questions, target, machine, code."""
         parts = (
-            hash_file(self.source) if isinstance(self.source, Path) else hashlib.sha256(self.source).hexdigest(),
+            hash_file(self.material.source),
             self.reference.checkpoint.settings.to_dict(),
             hash_examples(self.judges.examples),
             self.judges.dev,
