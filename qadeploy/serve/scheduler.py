@@ -236,7 +236,7 @@ class Scheduler:
             excess = max((seconds for _, seconds in self._hopeless(line)), default=0.0)
             job.tokens = 0
             if excess > 0:
-                raise _too_long(timeout + excess, timeout, excess)
+                raise _too_long(timeout, excess)
 
     def _hopeless(self, line: Iterable[Job]) -> Iterator[tuple[Job, float]]:
         """Yields the long jobs that would be late, and by how many seconds, if the jobs in ``line`` run one after the other."""
@@ -259,7 +259,7 @@ class Scheduler:
         for job, excess in list(self._hopeless(self._back)):
             timeout = job.deadline - job.arrived
             self._metrics.dropped.labels("full").inc()
-            self.end(job, _too_long(timeout + excess, timeout, excess))
+            self.end(job, _too_long(timeout, excess))
 
     def close(self) -> None:
         """Ends the workers. Unfinished jobs are refused (503)."""
@@ -497,10 +497,9 @@ def _full(why: str, limit: float, setting: str, seconds: float) -> RefusedError:
     return RefusedError(429, "queue_full", message, limit=limit, setting=setting, retry_after=seconds)
 
 
-def _too_long(needed: float, timeout: float, seconds: float) -> RefusedError:
-    return _full(
-        f"a text of this length would be answered after {needed:.0f} seconds", timeout, "request_timeout", seconds
-    )
+def _too_long(timeout: float, excess: float) -> RefusedError:
+    why = f"a text of this length would be answered after {timeout + excess:.0f} seconds"
+    return _full(why, timeout, "request_timeout", excess)
 
 
 def deadline_passed(seconds: float) -> RefusedError:

@@ -36,11 +36,10 @@ _NONE = np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Smoothing:
-    """What is done to one X and the matmuls that read it: their error before and after."""
+    """What is done to one X and the matmuls that read it, with the error that is left."""
 
     source: str
     matmuls: tuple[str, ...]
-    error_before: float
     error: float
     scales: FloatArray | None
     channels: NDArray[np.int64]
@@ -80,15 +79,14 @@ def choose(matmuls: Sequence[MatMul], activations: Activations) -> Smoothing:
     peaks = activations.peaks(source)
     order = np.argsort(-peaks, kind="stable")
     apart = [np.sort(order[:count]).astype(np.int64) for count in CHANNELS if count < len(peaks) // 4]
-    before = activations.error(matmuls)
 
     def ways() -> Iterator[Smoothing]:
-        yield Smoothing(source, names, before, before, None, _NONE)
-        yield _smoothed(matmuls, activations, weight, _NONE, before)
+        yield Smoothing(source, names, activations.error(matmuls), None, _NONE)
+        yield _smoothed(matmuls, activations, weight, _NONE)
         for channels in apart:
-            yield Smoothing(source, names, before, activations.error(matmuls, None, channels), None, channels)
+            yield Smoothing(source, names, activations.error(matmuls, None, channels), None, channels)
         for channels in apart:
-            yield _smoothed(matmuls, activations, weight, channels, before)
+            yield _smoothed(matmuls, activations, weight, channels)
 
     tried: list[Smoothing] = []
     for way in ways():
@@ -100,7 +98,7 @@ def choose(matmuls: Sequence[MatMul], activations: Activations) -> Smoothing:
 
 
 def _smoothed(
-    matmuls: Sequence[MatMul], activations: Activations, weight: FloatArray, channels: NDArray[np.int64], before: float
+    matmuls: Sequence[MatMul], activations: Activations, weight: FloatArray, channels: NDArray[np.int64]
 ) -> Smoothing:
     """Smooths the channels that are not kept apart, with the alpha of the least error."""
     source = matmuls[0].source
@@ -110,7 +108,7 @@ def _smoothed(
     errors = {alpha: activations.error(matmuls, scales[alpha], channels) for alpha in ALPHAS}
     best = min(ALPHAS, key=lambda alpha: errors[alpha])
     names = tuple(m.name for m in matmuls)
-    return Smoothing(source, names, before, errors[best], scales[best], channels)
+    return Smoothing(source, names, errors[best], scales[best], channels)
 
 
 def smoothing_scales(peaks: FloatArray, weight: FloatArray, alpha: float) -> FloatArray:
