@@ -352,9 +352,8 @@ class _Writer:
         else:
             mask = self._once("mask", self._mask) if self._keep_mask else ""
             expand = self._graph.maker(attention.bias, "Expand") if attention.bias else None
-            bias = (
-                expand.input[0] if expand is not None else attention.bias or ""
-            )  # the node broadcasts it to the batch
+            # The node broadcasts the bias to the batch.
+            bias = expand.input[0] if expand is not None else attention.bias or ""
             self._attend([query, key, value, "", mask, bias], attention.scale, output)
         nodes = self._graph.graph.node
         place = list(nodes).index(attention.last)
