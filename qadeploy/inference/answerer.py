@@ -227,7 +227,8 @@ class Answerer:
             the passage with the index ``passage``.
 
         Raises:
-            InputError: A text or option is invalid, all are empty, or not exactly one of ``context`` and ``contexts`` is given.
+            InputError: A text or every passage is empty or invalid, both or neither of ``context`` and ``contexts`` are given, or
+                an option is out of range.
             QuestionTooLongError: The question leaves no room for the context.
             StrideError: ``doc_stride`` is at least ``max_seq_len``, and the context needs several windows.
             LogitsError: The model returned NaN or infinite logits.
