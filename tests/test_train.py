@@ -24,13 +24,13 @@ from qadeploy.errors import CheckpointError, FailureError, InputError
 from qadeploy.evaluation.scoring import evaluate
 from qadeploy.records import Annotation, Example
 from qadeploy.training import distributed
-from qadeploy.training.averaging import MeanOfEpochs
 from qadeploy.training.checkpoint import load_checkpoint, torch_answerer
 from qadeploy.training.features import make_features
 from qadeploy.training.inputs import resolve
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.runs import HeldOut, check_replaceable, dev_set, find_run, held_out
 from qadeploy.training.train import check, train
+from qadeploy.training.trainer import MeanOfEpochs
 from tests.conftest import tiny_options, triplets, write_jsonl
 
 # ---------------------------------------------------------------- the run folder

@@ -22,12 +22,11 @@ from qadeploy.shipped import base_model_path
 from qadeploy.training import distributed
 from qadeploy.training.batches import check_tokens
 from qadeploy.training.checkpoint import Checkpoint, Hub, load_checkpoint
-from qadeploy.training.crops import crops_of
 from qadeploy.training.distill import Teacher, keep_layers, load_teacher, soft_labels
 from qadeploy.training.exportable import TESTED, exportable
 from qadeploy.training.feature_cache import cached_features
 from qadeploy.training.features import FeatureSet, unknown_tokens
-from qadeploy.training.negatives import with_negatives
+from qadeploy.training.negatives import crops_of, with_negatives
 from qadeploy.training.options import FEW_EXAMPLES, TrainOptions
 from qadeploy.training.run_data import RunData, split_data, unlabelled_questions
 from qadeploy.training.run_log import RunLog

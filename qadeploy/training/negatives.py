@@ -1,6 +1,7 @@
-"""Negatives: questions on texts that do not answer them, so that a model learns to give no answer.
+"""Further questions made from the training data: negatives, and crops.
 
-They are made from the training data itself. Two kinds, both labelled "no answer":
+Negatives are questions on texts that do not answer them, so that a model learns to give no answer. Two kinds, both
+labelled "no answer":
 
 - the question on another passage that contains none of its answers: alternately the best by BM25 (Robertson and
   Zaragoza 2009) and the nearest in the data, which is usually from the same document;
@@ -9,10 +10,13 @@ They are made from the training data itself. Two kinds, both labelled "no answer
 
 Training normalises the windows of a question and of its negatives together (Clark and Gardner, "Simple and Effective
 Multi-Paragraph Reading Comprehension", ACL 2018), so ``groups`` records which examples belong together.
+
+Crops are questions on a part of their context, so that a model sees few texts in more than one form.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +24,7 @@ from itertools import islice, pairwise, zip_longest
 
 from qadeploy.data.match import Slice, cuts_a_word
 from qadeploy.errors import MissingExtraError
-from qadeploy.records import Example
+from qadeploy.records import Annotation, Example
 
 LONGEST = 2_000  # code points of another passage; a longer one is cut
 _SHORTEST = 30  # code points that must be left of a passage without its answer
@@ -161,3 +165,32 @@ def _ranked(questions: Sequence[str], texts: Sequence[str], most: int) -> list[l
     return [
         [int(i) for i, s in zip(row, values, strict=True) if s > 0] for row, values in zip(numbers, scores, strict=True)
     ]
+
+
+def crops_of(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
+    """Makes ``count`` copies of each question, each on a random run of sentences that holds all of its answers.
+
+    A copy is left out if its run is the whole context, and if the question has no answer.
+
+    Args:
+        examples: The questions.
+        count: Copies per question; 0 makes none.
+        seed: Of the random runs.
+    """
+    generator = random.Random(seed)  # noqa: S311 - parts of a text, not a secret
+    made: list[Example] = []
+    for example in examples if count else ():
+        if not example.answers:
+            continue
+        first, last = min(a.start for a in example.answers), max(a.end for a in example.answers)
+        found = sentences(example.context)
+        starts = [start for start, _ in found if start <= first]
+        ends = [end for _, end in found if end >= last]
+        for number in range(1, count + 1):
+            start, end = generator.choice(starts), generator.choice(ends)
+            if end - start < len(example.context):
+                answers = tuple(Annotation(a.text, a.start - start) for a in example.answers)
+                made.append(
+                    Example(f"{example.id}#crop-{number}", example.question, example.context[start:end], answers)
+                )
+    return tuple(made)

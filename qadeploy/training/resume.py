@@ -14,7 +14,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,24 +99,14 @@ def open_run(out: Path, record: Mapping[str, Any], resume: bool, log: RunLog) ->
     Raises:
         InputError: The unfinished run has other options, data or base, or another command is training in it.
     """
-    locks: list[int] = []
-
-    def begin() -> OpenRun:
-        opened, descriptor = _begin(out, json.loads(json.dumps(record)), resume, log)
-        locks.append(descriptor)
-        return opened
-
-    try:
-        opened = distributed.from_first(begin)
+    with ExitStack() as locks:
+        opened = distributed.from_first(lambda: _begin(out, json.loads(json.dumps(record)), resume, log, locks))
         try:
             yield opened
         except BaseException:
             if distributed.is_first():
                 _leave(opened.folder, out, log)
             raise
-    finally:
-        for descriptor in locks:
-            os.close(descriptor)
 
 
 def finish(opened: OpenRun, out: Path, checkpoint_files: list[str]) -> None:
@@ -133,8 +123,7 @@ def finish(opened: OpenRun, out: Path, checkpoint_files: list[str]) -> None:
 # ---------------------------------------------------------------- beginning
 
 
-def _begin(out: Path, record: dict[str, Any], resume: bool, log: RunLog) -> tuple[OpenRun, int]:
-    """The open run, and the lock on its folder: a file descriptor."""
+def _begin(out: Path, record: dict[str, Any], resume: bool, log: RunLog, locks: ExitStack) -> OpenRun:
     check_unfinished(out, resume)
     found = find_unfinished(out)
     if found is None and resume:
@@ -145,13 +134,10 @@ def _begin(out: Path, record: dict[str, Any], resume: bool, log: RunLog) -> tupl
     if found is None:
         folder = out if read_status(out) is None else out.with_name(out.name + UNFINISHED)
         _create(folder, record)
-        return OpenRun(folder, record), _lock(folder)
-    descriptor = _lock(found)
-    try:
-        return _resume(out, found, record, log), descriptor
-    except BaseException:
-        os.close(descriptor)
-        raise
+        _lock(folder, locks)
+        return OpenRun(folder, record)
+    _lock(found, locks)
+    return _resume(out, found, record, log)
 
 
 def _create(folder: Path, record: dict[str, Any]) -> None:
@@ -244,15 +230,14 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _lock(folder: Path) -> int:
-    """Locks the folder until the descriptor is closed or the process ends. Raises InputError if it is locked."""
+def _lock(folder: Path, locks: ExitStack) -> None:
+    """Locks the folder until ``locks`` closes or the process ends. Raises InputError if it is locked."""
     descriptor = os.open(folder, os.O_RDONLY)
+    locks.callback(os.close, descriptor)
     try:
         lock(descriptor)
     except BlockingIOError as error:
-        os.close(descriptor)
         raise InputError(f"{folder}: another command is training in it: wait for it, or give another --out") from error
-    return descriptor
 
 
 # ---------------------------------------------------------------- ending

@@ -46,9 +46,8 @@ def find_run(path: str | Path | None) -> Run:
         CheckpointError: The run is not finished.
     """
     if path is None:
-        runs = Path("runs")
-        found = [p for p in runs.iterdir() if (p / RUN_FILE).is_file()] if runs.is_dir() else []
-        found = [p for p in found if not p.name.startswith(".")]  # left by a killed command
+        # A name that begins with a dot was left by a killed command.
+        found = [p.parent for p in Path("runs").glob(f"[!.]*/{RUN_FILE}") if p.is_file()]
         unfinished = [p for p in found if read_status(p) == "running"]
         found = [p for p in found if p not in unfinished]
         if not found:
@@ -67,11 +66,8 @@ def find_run(path: str | Path | None) -> Run:
             raise CheckpointError(f"{folder}: the run has no checkpoint: it was not finished or was moved; train again")
         return Run(folder.name, checkpoint, record)
     if (folder / "config.json").is_file():
-        name = folder.parent.name if folder.name == "checkpoint" else folder.name
-        parent = folder.parent / RUN_FILE
-        if folder.name == "checkpoint" and parent.is_file():
-            return Run(name, folder, _read_record(parent))
-        return Run(name, folder, None)
+        own = folder.parent if folder.name == "checkpoint" else folder
+        return Run(own.name, folder, _read_record(own / RUN_FILE) if (own / RUN_FILE).is_file() else None)
     raise CheckpointError(f"{folder}: neither a finished run (run.json) nor a checkpoint (config.json)")
 
 
@@ -216,15 +212,20 @@ def held_out(run: Run, eval_data: str | None, reading: DataOptions | None = None
 def known_examples(checkpoint: Path) -> tuple[Example, ...]:
     """The run's data without the fixed validation split: what it trained on or chose by. Empty if not available."""
     try:
-        run = find_run(checkpoint)
-        if run.record is None:
-            return ()
-        data = read(run.record["options"]["data"], DataOptions.of(run.record["options"]))
+        return _learned(find_run(checkpoint))
     except (InputError, CheckpointError):
         return ()
-    if hash_examples(data.examples) != run.record["data_sha256"]:
+
+
+def _learned(run: Run) -> tuple[Example, ...]:
+    """``known_examples`` of a run. Raises InputError if its data cannot be read."""
+    if run.record is None:
         return ()
-    return tuple(e for e in data.examples if e.split != "validation")
+    options = run.record["options"]
+    examples = read(options["data"], DataOptions.of(options)).examples
+    if hash_examples(examples) != run.record["data_sha256"]:
+        return ()  # a dev set carved again would contain questions that the run trained on
+    return tuple(e for e in examples if e.split != "validation")
 
 
 def dev_set(run: Run) -> tuple[Example, ...]:
@@ -233,14 +234,10 @@ def dev_set(run: Run) -> tuple[Example, ...]:
         return ()
     options = run.record["options"]
     given, most = options.get("dev_data"), options.get("max_eval_samples")
-    try:
-        data = read(given or options["data"], DataOptions.of(options))
-    except InputError:
-        return ()
-    if given:
-        examples = data.examples[:most]
-        return examples if hash_examples(examples) == run.record["dev_data_sha256"] else ()
-    if hash_examples(data.examples) != run.record["data_sha256"]:
-        return ()  # carved again, it would contain questions that the run trained on
-    rest = tuple(e for e in data.examples if e.split != "validation")
-    return carve_by_passage(rest, options["dev_fraction"], options["seed"])[1][:most]
+    with suppress(InputError):
+        if given:
+            examples = read(given, DataOptions.of(options)).examples[:most]
+            return examples if hash_examples(examples) == run.record["dev_data_sha256"] else ()
+        if learned := _learned(run):
+            return carve_by_passage(learned, options["dev_fraction"], options["seed"])[1][:most]
+    return ()

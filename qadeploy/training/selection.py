@@ -61,11 +61,10 @@ def initial_settings(settings: QaSettings, training_set: FeatureSet, unlabelled:
     spans = [context.tokens_of(a.start, a.end) for example, context in found for a in example.answers]
     lengths = [max(LEAST_ANSWER_LEN, last - first + 1) for first, last in filter(None, spans)]
     unanswerable = any_unanswerable(training_set.examples[: len(training_set.examples) - unlabelled])
+    most = int(np.percentile(lengths, ANSWER_SHARE, method="inverted_cdf")) if lengths else settings.max_answer_len
     return replace(
         settings,
-        max_answer_len=int(np.percentile(lengths, ANSWER_SHARE, method="inverted_cdf"))
-        if lengths
-        else settings.max_answer_len,
+        max_answer_len=most,
         null_threshold=0.0 if unanswerable else None,
         temperature=1.0,
         relative_to_null=unanswerable,
@@ -123,8 +122,7 @@ def choose_settings(
             model that answers half of them wrongly would refuse nearly all.
     """
     if settings.null_threshold is not None and not keep_threshold and can_tune_threshold(features, balanced):
-        rows = _null_rows(features, logits, settings)
-        threshold = stable_null_threshold(rows.differences, rows.span_f1, rows.null_f1, balanced=balanced)
+        threshold = stable_null_threshold(*_null_rows(features, logits, settings), balanced=balanced)
         settings = replace(settings, null_threshold=threshold)
     return replace(settings, temperature=_fitted_temperature(features, logits, settings))
 
@@ -141,9 +139,12 @@ def can_tune_threshold(features: FeatureSet, balanced: bool) -> bool:
 
 def no_answer_report(features: FeatureSet, logits: Logits, settings: QaSettings) -> dict[str, float]:
     """F1 in percent at the chosen null threshold, at threshold 0, and when every question is answered."""
-    rows = _null_rows(features, logits, settings)
+    differences, span_f1, null_f1 = _null_rows(features, logits, settings)
     thresholds = {"f1": settings.null_threshold or 0.0, "f1_threshold_0": 0.0, "f1_always_answer": np.inf}
-    return {name: rows.f1(threshold) for name, threshold in thresholds.items()}
+    return {
+        name: 100.0 * float(np.where(differences > threshold, null_f1, span_f1).mean())
+        for name, threshold in thresholds.items()
+    }
 
 
 def calibration_report(features: FeatureSet, logits: Logits, settings: QaSettings) -> dict[str, Any]:
@@ -183,20 +184,10 @@ def _decoded(features: FeatureSet, logits: Logits, settings: QaSettings, allow_n
     return [settings.decode(one, allow_no_answer=allow_no_answer) for one in scored]
 
 
-@dataclass(frozen=True, slots=True)
-class _NullRows:
-    """One row per question: the null logit minus the best span's, and the F1, 0 to 1, of that span and of null."""
-
-    differences: Float64Array
-    span_f1: Float64Array
-    null_f1: Float64Array
-
-    def f1(self, threshold: float) -> float:
-        """Mean F1 in percent if the null answer is given above ``threshold``."""
-        return 100.0 * float(np.where(self.differences > threshold, self.null_f1, self.span_f1).mean())
-
-
-def _null_rows(features: FeatureSet, logits: Logits, settings: QaSettings) -> _NullRows:
+def _null_rows(
+    features: FeatureSet, logits: Logits, settings: QaSettings
+) -> tuple[Float64Array, Float64Array, Float64Array]:
+    """For each question the null logit minus the best span's, and the F1, 0 to 1, of that span and of null."""
     examples = features.examples
     differences, spans = [], []
     for example, decoded in zip(examples, _decoded(features, logits, settings, False), strict=True):
@@ -205,7 +196,7 @@ def _null_rows(features: FeatureSet, logits: Logits, settings: QaSettings) -> _N
     span_f1, null_f1 = (
         score(examples, answers, settings.metric).rows_f1 for answers in (spans, [NO_ANSWER] * len(examples))
     )
-    return _NullRows(np.asarray(differences), span_f1, null_f1)
+    return np.asarray(differences), span_f1, null_f1
 
 
 def _fitted_temperature(features: FeatureSet, logits: Logits, settings: QaSettings) -> float:

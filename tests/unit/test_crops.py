@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qadeploy.records import Annotation, Example
-from qadeploy.training.crops import crops_of
-from qadeploy.training.negatives import sentences
+from qadeploy.training.negatives import crops_of, sentences
 
 TEXT = (
     "The boat leaves at ten. Ada keeps the lamp, and Bela the rope! Who keeps the bell? Cora does. The hall is quiet."
