@@ -11,8 +11,7 @@ from qadeploy.batch.plan import BatchPlan, Shard
 from qadeploy.batch.ranges import Reader
 from qadeploy.core.settings import Options
 from qadeploy.data.fields import parse_row
-from qadeploy.data.problems import RowError
-from qadeploy.data.rows import RawRow
+from qadeploy.data.rows import RawRow, RowError
 from qadeploy.errors import FailureError, QadeployError, one_line
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.pairs import DecodedPair, to_answers

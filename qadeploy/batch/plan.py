@@ -16,7 +16,7 @@ from qadeploy.batch.ranges import FINEST, Range, Reader, scan
 from qadeploy.batch.sources import Source, expand
 from qadeploy.core.settings import Offsets, Options, SnippetSize
 from qadeploy.data.fields import DataOptions, parse_row
-from qadeploy.data.problems import RowError
+from qadeploy.data.rows import RowError
 from qadeploy.errors import InputError
 from qadeploy.options import check, flag_of
 

@@ -14,15 +14,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from qadeploy.data.fields import (
-    DataOptions,
-    ParsedRow,
-    RawAnswer,
-    check_labels,
-    check_withheld,
-    parse_row,
-    without_placeholders,
-)
+from qadeploy.data.fields import DataOptions, ParsedRow, RawAnswer, parse_rows
 from qadeploy.data.match import (
     Slice,
     cuts_a_word,
@@ -34,8 +26,7 @@ from qadeploy.data.match import (
     occurrences,
     whole_words,
 )
-from qadeploy.data.problems import Problem, Reason, RowError
-from qadeploy.data.rows import RawRow
+from qadeploy.data.rows import Problem, RawRow, Reason
 from qadeploy.data.wording import quote
 from qadeploy.errors import InputError
 from qadeploy.records import Annotation
@@ -212,30 +203,20 @@ def check_rows(source: str, rows: Iterable[RawRow], options: DataOptions) -> Che
     raw = list(rows)
     if not raw:
         raise InputError(f"{source}: holds no rows")
-    check_labels(source, raw, options)
-    parsed: list[ParsedRow | None] = []
-    problems: list[Problem | None] = []
-    for row in raw:
-        try:
-            parsed.append(parse_row(row, options))
-            problems.append(None)
-        except RowError as error:
-            parsed.append(None)
-            problems.append(replace(error.problem, field=options.column(error.problem.field)))
-    first = problems[0]
-    if first and first.reason is Reason.MISSING and all(problem == first for problem in problems):
-        raise InputError(f"{source}: in every row, field {first}")  # the mapping is wrong, not the rows
-    check_withheld(source, parsed, options)
-    checked = [
-        _check_row(row, found, problem, options)
-        for row, found, problem in zip(raw, without_placeholders(parsed), problems, strict=True)
+    parsed = [
+        replace(found, field=options.column(found.field)) if isinstance(found, Problem) else found
+        for found in parse_rows(source, raw, options)
     ]
+    first = parsed[0]
+    if isinstance(first, Problem) and first.reason is Reason.MISSING and all(found == first for found in parsed):
+        raise InputError(f"{source}: in every row, field {first}")  # the mapping is wrong, not the rows
+    checked = [_check_row(row, found, options) for row, found in zip(raw, parsed, strict=True)]
     return CheckedData(source, tuple(_mark_duplicates(_resolve_by_drift(checked))))
 
 
-def _check_row(row: RawRow, parsed: ParsedRow | None, problem: Problem | None, options: DataOptions) -> CheckedRow:
-    if parsed is None:
-        return CheckedRow(row, RowClass.EMPTY, None, problem=problem)
+def _check_row(row: RawRow, parsed: ParsedRow | Problem, options: DataOptions) -> CheckedRow:
+    if isinstance(parsed, Problem):
+        return CheckedRow(row, RowClass.EMPTY, None, problem=parsed)
     if not parsed.answers:
         return CheckedRow(row, RowClass.NO_ANSWER, parsed)
     answers = tuple(_check_answer(given, parsed.context, options, row.utf16) for given in parsed.answers)

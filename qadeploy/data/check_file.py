@@ -14,7 +14,7 @@ from qadeploy.data.check import CheckedData, CheckedRow, check_rows
 from qadeploy.data.fields import DataOptions, ParsedRow
 from qadeploy.data.formats import load_rows
 from qadeploy.data.lengths import Lengths, load_encoder, measure_lengths
-from qadeploy.data.problems import Problem, Reason
+from qadeploy.data.rows import Problem, Reason
 from qadeploy.errors import InputError
 from qadeploy.files import new_file, require_new, writing
 from qadeploy.options import check as check_declared

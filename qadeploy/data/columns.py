@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from qadeploy.data.problems import Problem, Reason, RowError
+from qadeploy.data.rows import Problem, Reason, RowError
 from qadeploy.data.values import is_missing, literal, offset_of, plain
 from qadeploy.errors import InputError
 
@@ -88,7 +88,7 @@ def rename(fields: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, A
     result = {name: value for name, value in fields.items() if name not in found.values() and name not in found}
     result.update({ours: fields[theirs] for ours, theirs in found.items()})
     if "span" in result:
-        start, end = parse_span(result.pop("span"))
+        start, end = _start_and_end(result.pop("span"))
         given = result.get("answer_start")
         if not is_missing(start):
             if not is_missing(given) and _differ(given, start):
@@ -106,11 +106,8 @@ def _differ(one: Any, other: Any) -> bool:
         return True
 
 
-def parse_span(value: Any) -> tuple[Any, Any]:
-    """Parses a span, "(3, 9)", [3, 9], {"start": 3, "end": 9}, "3" or 3, into (start, end or None).
-
-    Anything else is returned as the start, for the caller to reject.
-    """
+def _start_and_end(value: Any) -> tuple[Any, Any]:
+    """Of a span "(3, 9)", [3, 9] or {"start": 3, "end": 9}; of anything else, the value itself and None."""
     if isinstance(value, str):
         value = literal(value)
     if isinstance(value, Mapping):

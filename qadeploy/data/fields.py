@@ -15,8 +15,7 @@ from qadeploy import options
 from qadeploy.data.annotation_tools import labels_of
 from qadeploy.data.columns import guess, parse_columns, rename
 from qadeploy.data.match import from_utf16
-from qadeploy.data.problems import Problem, Reason, RowError
-from qadeploy.data.rows import SPLITS, RawRow
+from qadeploy.data.rows import SPLITS, Problem, RawRow, Reason, RowError
 from qadeploy.data.values import flag_of, is_missing, literal, offset_of
 from qadeploy.data.wording import kind_of, names, quote, shown
 from qadeploy.errors import InputError
@@ -158,7 +157,41 @@ def parse_row(row: RawRow, options: DataOptions, *, annotated: bool = True) -> P
     return ParsedRow(context, question, answers, name, split, withheld, contexts, overruled)
 
 
-def check_labels(source: str, rows: Iterable[RawRow], options: DataOptions) -> None:
+def parse_rows(
+    source: str, rows: Sequence[RawRow], options: DataOptions, *, annotated: bool = True
+) -> list[ParsedRow | Problem]:
+    """Reads the fields of all rows of a source.
+
+    Args:
+        source: The name of the source, for messages.
+        rows: The rows.
+        options: The options for reading them.
+        annotated: Whether to read the answers too.
+
+    Returns:
+        ``[rows]``, the fields of each, or why they cannot be read.
+
+    Raises:
+        InputError: ``label`` must be chosen or does not occur, or the labels of all rows seem to be withheld.
+    """
+    if annotated:
+        _check_labels(source, rows, options)
+    found: list[ParsedRow | Problem] = []
+    for row in rows:
+        try:
+            found.append(parse_row(row, options, annotated=annotated))
+        except RowError as error:
+            found.append(error.problem)
+    parsed = [row for row in found if isinstance(row, ParsedRow)]
+    if rows and options.empty_answers is None and sum(row.withheld for row in parsed) == len(rows):
+        raise InputError(
+            f"{source}: every row has an empty list of answers, so the labels seem to be withheld: "
+            "give data with answers, or --empty-answers no-answer if no context holds one"
+        )
+    return [_without_offsets(row) for row in found] if _are_placeholders(parsed) else found
+
+
+def _check_labels(source: str, rows: Iterable[RawRow], options: DataOptions) -> None:
     """Raises InputError if regions have several labels and none is chosen, or the chosen label does not occur."""
     found = list(dict.fromkeys(label for row in rows for label in row.labels))
     if options.label is None and len(found) > 1:
@@ -167,26 +200,18 @@ def check_labels(source: str, rows: Iterable[RawRow], options: DataOptions) -> N
         raise InputError(f"{source}: no region has the label {options.label!r}; the labels found are {names(found)}")
 
 
-def check_withheld(source: str, parsed: Sequence[ParsedRow | None], options: DataOptions) -> int:
-    """Returns the number of rows that are ``withheld``. Raises InputError if all are and no option explains it."""
-    withheld = sum(row is not None and row.withheld for row in parsed)
-    if withheld == len(parsed) and options.empty_answers is None:
-        raise InputError(
-            f"{source}: every row has an empty list of answers, so the labels seem to be withheld: "
-            "give data with answers, or --empty-answers no-answer if no context holds one"
-        )
-    return withheld
+def _are_placeholders(parsed: Sequence[ParsedRow]) -> bool:
+    """Whether all offsets are 0, in several rows, but not every answer is at the start of its context."""
+    given = [(row, a) for row in parsed for a in row.answers if a.start is not None]
+    if sum(bool(row.answers) for row in parsed) < 2 or any(a.start or a.end or a.cut for _, a in given):
+        return False
+    return not all(row.context.startswith(a.text) for row, a in given)
 
 
-def without_placeholders(parsed: Sequence[ParsedRow | None]) -> list[ParsedRow | None]:
-    """Drops placeholder offsets: all offsets are 0, in several rows, but not every answer is at the start of its context."""
-    given = [(row, a) for row in parsed if row for a in row.answers if a.start is not None]
-    rows = [row for row in parsed if row and row.answers]
-    if len(rows) < 2 or not given or any(a.start or a.end or a.cut for _, a in given):
-        return list(parsed)
-    if all(row.context.startswith(a.text) for row, a in given):
-        return list(parsed)
-    return [row and replace(row, answers=tuple(replace(a, start=None) for a in row.answers)) for row in parsed]
+def _without_offsets(row: ParsedRow | Problem) -> ParsedRow | Problem:
+    if isinstance(row, Problem):
+        return row
+    return replace(row, answers=tuple(replace(a, start=None) for a in row.answers))
 
 
 def _impossible(fields: Mapping[str, Any]) -> bool | None:

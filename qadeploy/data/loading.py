@@ -11,21 +11,11 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from operator import itemgetter
 
-from qadeploy.data.fields import (
-    DataOptions,
-    ParsedRow,
-    RawAnswer,
-    check_labels,
-    check_withheld,
-    parse_row,
-    without_placeholders,
-)
+from qadeploy.data.fields import DataOptions, ParsedRow, RawAnswer, parse_rows
 from qadeploy.data.formats import load_rows
 from qadeploy.data.match import from_utf16, occurrences
-from qadeploy.data.problems import Problem, Reason, RowError
-from qadeploy.data.rows import RawRow
+from qadeploy.data.rows import Problem, RawRow, Reason, RowError
 from qadeploy.data.wording import OVERRULED, WITHHELD, quote
 from qadeploy.errors import DataError, DataWarning, InputError
 from qadeploy.records import Annotation, Example
@@ -202,12 +192,13 @@ def _collect(source: str, rows: list[RawRow], options: DataOptions, annotated: b
     skipped = first_taken = 0
     seen: dict[str, int] = {}
     asked: dict[tuple[str, str, str], tuple[int, int]] = {}
-    if annotated:
-        check_labels(source, rows, options)
-    parsed = _parsed(source, rows, options, annotated, problems)
-    given = {row.id for row in parsed if row and row.id is not None}  # generated ids avoid these
+    parsed = parse_rows(source, rows, options, annotated=annotated)
+    fields = [found for found in parsed if isinstance(found, ParsedRow)]
+    _warn_of_labels(source, len(rows), fields, options)
+    given = {found.id for found in fields if found.id is not None}  # generated ids avoid these
     for row, found in zip(rows, parsed, strict=True):
-        if found is None:
+        if isinstance(found, Problem):
+            problems.append((row.number, found))
             continue
         try:
             example, guessed = _example(row, found, options)
@@ -236,9 +227,7 @@ def _collect(source: str, rows: list[RawRow], options: DataOptions, annotated: b
         fix = ""
         if annotated and any(problem.reason in _REPAIRABLE for _, problem in problems):
             fix = f"See what can be repaired: qadeploy check {source} --fix OUT.jsonl"
-        raise DataError(
-            [f"{source}: {_line(n, problem, options)}" for n, problem in sorted(problems, key=itemgetter(0))], fix
-        )
+        raise DataError([f"{source}: {_line(number, problem, options)}" for number, problem in problems], fix)
     if not examples:
         raise InputError(f"{source}: holds no rows that can be used")
     return DataSet(source, tuple(examples), skipped, first_taken)
@@ -249,24 +238,13 @@ def _line(number: int, problem: Problem, options: DataOptions) -> str:
     return f"row {number}{field}: {problem.sentence}"
 
 
-def _parsed(
-    source: str, rows: list[RawRow], options: DataOptions, annotated: bool, problems: list[tuple[int, Problem]]
-) -> list[ParsedRow | None]:
-    """The fields of each row; None for rows whose problem was added to ``problems``. Warns if labels may be withheld."""
-    parsed: list[ParsedRow | None] = []
-    for row in rows:
-        try:
-            parsed.append(parse_row(row, options, annotated=annotated))
-        except RowError as error:
-            problems.append((row.number, error.problem))
-            parsed.append(None)
-    withheld = check_withheld(source, parsed, options) if rows else 0
+def _warn_of_labels(source: str, rows: int, fields: Sequence[ParsedRow], options: DataOptions) -> None:
+    """Warns if labels may be withheld, or contradict a flag."""
+    withheld, overruled = sum(row.withheld for row in fields), sum(row.overruled for row in fields)
     if withheld and options.empty_answers is None:
-        warnings.warn(f"{source}: {withheld} of {len(rows)} rows have {WITHHELD}", DataWarning, stacklevel=2)
-    overruled = sum(row is not None and row.overruled for row in parsed)
+        warnings.warn(f"{source}: {withheld} of {rows} rows have {WITHHELD}", DataWarning, stacklevel=2)
     if overruled:
-        warnings.warn(f"{source}: {overruled} of {len(rows)} rows have {OVERRULED}", DataWarning, stacklevel=2)
-    return without_placeholders(parsed)
+        warnings.warn(f"{source}: {overruled} of {rows} rows have {OVERRULED}", DataWarning, stacklevel=2)
 
 
 def _merged(first: Example, again: Example, number: int) -> Example:

@@ -63,16 +63,8 @@ def _view(text: str, fold: Callable[[str], str]) -> _View:
 @lru_cache(maxsize=4)  # an answer and its context; long contexts take much memory
 def _spaced(text: str) -> _View:
     """Turns each run of white space into one space."""
-    kept: list[str] = []
-    source = array("I")
-    for i, character in enumerate(text):
-        if character.isspace():
-            if kept and kept[-1] == " ":
-                continue
-            character = " "
-        kept.append(character)
-        source.append(i)
-    return _View("".join(kept), source)
+    kept = (i for i, c in enumerate(text) if not (c.isspace() and i and text[i - 1].isspace()))
+    return _View(re.sub(r"\s+", " ", text), array("I", kept))
 
 
 @lru_cache(maxsize=4)  # an answer and its context; long contexts take much memory

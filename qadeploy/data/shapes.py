@@ -70,11 +70,6 @@ def rows_of_line(value: Any, place: str) -> Iterator[RawRow]:
     return _rows(value if isinstance(value, dict) else [value], place)
 
 
-def is_header(value: Any) -> bool:
-    """Whether a value is MRQA's first line, which is not a row."""
-    return isinstance(value, dict) and set(value) == {"header"}
-
-
 def numbered(rows: Iterable[RawRow]) -> list[RawRow]:
     """Numbers rows from 1."""
     return [replace(row, number=number) for number, row in enumerate(rows, 1)]
