@@ -124,16 +124,15 @@ def load_checkpoint(name: str | Path, hub: Hub | None = None, **overrides: Any) 
         raise CheckpointError(
             f"{name}: {config.model_type} models accept no attention_mask, so they would read padding as text: choose another kind"
         )
-    broken = list(loading["missing_keys"])
-    if broken and folder.is_dir() and not _is_bare(folder):
-        raise CheckpointError(f"{name}: the weights lack {', '.join(broken[:3])}: the file does not fit config.json")
+    missing, kinds = list(loading["missing_keys"]), config.architectures or []
+    if missing and folder.is_dir() and any("QuestionAnswering" in kind for kind in kinds):
+        raise CheckpointError(f"{name}: the weights lack {', '.join(missing[:3])}: the file does not fit config.json")
     model.eval()
     encoder = Encoder(tokenizer.backend_tokenizer, encoder_config(model, tokenizer))
     encoder.check_coverage(name)
     _zero_padding_embedding(model, encoder.config.pad_token_id)
-    return Checkpoint(
-        name, model, tokenizer, encoder, _settings(folder, encoder.config.position_limit), bool(loading["missing_keys"])
-    )
+    settings = _settings(folder, encoder.config.position_limit)
+    return Checkpoint(name, model, tokenizer, encoder, settings, new_head=bool(missing))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -169,11 +168,6 @@ def refuse_pickle(name: str, hub: Hub | None = None) -> None:
             "save_pretrained a folder. Or give --allow-pickle to train, evaluate, ask or export: torch then reads nothing "
             "but tensors from it, and train writes model.safetensors"
         )
-
-
-def _is_bare(folder: Path) -> bool:
-    architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
-    return not any("QuestionAnswering" in a for a in architectures)
 
 
 def _explain(name: str, folder: Path, error: BaseException) -> str:

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -37,7 +37,6 @@ from qadeploy.files import hash_file, sweep, writing
 from qadeploy.records import Example, Window
 from qadeploy.training.features import (
     Arrays,
-    Feature,
     FeatureSet,
     borders,
     flat,
@@ -85,7 +84,7 @@ def cached_features(
     """
     if folder is None:
         return CachedFeatures(tuple(make(d.examples, encoder, settings, d.source) for d in data), found=False)
-    digests = _digests(chain.from_iterable(d.examples for d in data))
+    digests = _digests(data)
     key = _key(digests, encoder, settings)
     path = folder / f"{_PREFIX}{key}.npz"
     try:
@@ -112,32 +111,26 @@ def _reason(error: BaseException) -> str:
 
 # ---------------------------------------------------------------- keys
 
-Content = tuple[str, str, tuple[tuple[int, int], ...]]
+
+def _digests(data: Sequence[DataSet]) -> list[list[bytes]]:
+    """For each data set, the SHA-256 of what each example's features depend on; its id and its split do not matter."""
+
+    @cache  # contexts repeat
+    def of_context(context: str) -> str:
+        # A lone surrogate has no UTF-8; the encoder refuses it with a clear message.
+        return hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def of(example: Example) -> bytes:
+        content = of_context(example.context), example.question, [(a.start, a.end) for a in example.answers]
+        return hashlib.sha256(json.dumps(content).encode()).digest()
+
+    return [[of(example) for example in one.examples] for one in data]
 
 
-def _content(example: Example) -> Content:
-    """What an example's features depend on; its id and its split do not matter."""
-    return example.context, example.question, tuple((a.start, a.end) for a in example.answers)
-
-
-def _digests(examples: Iterator[Example]) -> dict[Content, bytes]:
-    """SHA-256 of each distinct example's content. Contexts repeat, so each is hashed once."""
-    contexts: dict[str, str] = {}
-    found: dict[Content, bytes] = {}
-    for example in examples:
-        content = _content(example)
-        context, question, answers = content
-        if context not in contexts:
-            # A lone surrogate has no UTF-8; the encoder refuses it with a clear message.
-            contexts[context] = hashlib.sha256(context.encode("utf-8", "surrogatepass")).hexdigest()
-        found[content] = hashlib.sha256(json.dumps((contexts[context], question, answers)).encode()).digest()
-    return found
-
-
-def _key(digests: dict[Content, bytes], encoder: Encoder, settings: QaSettings) -> str:
+def _key(digests: Sequence[Sequence[bytes]], encoder: Encoder, settings: QaSettings) -> str:
     known = (__version__, *_code(), encoder.digest, *settings.lengths.values())
     digest = hashlib.sha256(json.dumps(known).encode())
-    for one in sorted(digests.values()):
+    for one in sorted({*chain.from_iterable(digests)}):
         digest.update(one)
     return digest.hexdigest()
 
@@ -154,37 +147,30 @@ def _code() -> tuple[str, ...]:
 # ---------------------------------------------------------------- feature sets to arrays and back
 
 
-def _pack(sets: Sequence[FeatureSet], digests: dict[Content, bytes]) -> Arrays:
+def _pack(sets: Sequence[FeatureSet], digests: Sequence[Sequence[bytes]]) -> Arrays:
     """The arrays of an entry: every distinct example once, in the order of the digests."""
     places: dict[bytes, tuple[FeatureSet, int]] = {}
-    for features in sets:
-        for number, example in enumerate(features.examples):
-            places.setdefault(digests[_content(example)], (features, number))
-    contexts: dict[str, int] = {}
-    encoded: list[EncodedText] = []
-    context_of: list[int] = []
-    groups: list[Sequence[Feature]] = []
-    for digest in sorted(places):
-        features, number = places[digest]
-        context = features.contexts[number]
-        if context.text not in contexts:
-            contexts[context.text] = len(encoded)
-            encoded.append(context)
-        context_of.append(contexts[context.text])
-        groups.append(features.features[features.first[number] : features.first[number + 1]])
+    for features, own in zip(sets, digests, strict=True):
+        for number, digest in enumerate(own):
+            places.setdefault(digest, (features, number))
+    chosen = [places[digest] for digest in sorted(places)]
+    groups = [features.features[features.first[i] : features.first[i + 1]] for features, i in chosen]
+    contexts = [features.contexts[i] for features, i in chosen]
+    encoded = {context.text: context for context in contexts}
+    numbers = {text: number for number, text in enumerate(encoded)}
     return {
         "digests": np.frombuffer(b"".join(sorted(places)), dtype=np.uint8).reshape(-1, _DIGEST_BYTES),
         "example_borders": borders(groups),
-        "example_contexts": np.asarray(context_of),
+        "example_contexts": np.asarray([numbers[context.text] for context in contexts]),
         **pack_features(list(chain.from_iterable(groups))),
-        "context_borders": borders(encoded),
-        "context_ids": flat([c.ids for c in encoded]),
-        "context_offsets": flat([c.offsets for c in encoded], 2),
+        "context_borders": borders(list(encoded.values())),
+        "context_ids": flat([c.ids for c in encoded.values()]),
+        "context_offsets": flat([c.offsets for c in encoded.values()], 2),
     }
 
 
 def _unpack(
-    arrays: Arrays, data: Sequence[DataSet], digests: dict[Content, bytes], encoder: Encoder
+    arrays: Arrays, data: Sequence[DataSet], digests: Sequence[Sequence[bytes]], encoder: Encoder
 ) -> list[FeatureSet]:
     """The feature sets of the data sets, from arrays that ``_pack`` made of the same examples."""
     rows = {digest.tobytes(): row for row, digest in enumerate(arrays["digests"])}
@@ -195,20 +181,16 @@ def _unpack(
     context_of = arrays["example_contexts"].tolist()
     encoded: dict[int, EncodedText] = {}
     sets = []
-    for one in data:
-        found = [rows[digests[_content(example)]] for example in one.examples]
+    for one, own in zip(data, digests, strict=True):
+        found = [rows[digest] for digest in own]
         for row, example in zip(found, one.examples, strict=True):
             if context_of[row] not in encoded:
                 a, b = spans[context_of[row]]
                 encoded[context_of[row]] = encoder.restore(example.context, tokens[a:b], offsets[a:b])
         chosen = [groups[row] for row in found]
+        contexts = tuple(encoded[context_of[row]] for row in found)
         sets.append(
-            FeatureSet(
-                one.examples,
-                tuple(encoded[context_of[row]] for row in found),
-                tuple(chain.from_iterable(chosen)),
-                tuple(borders(chosen).tolist()),
-            )
+            FeatureSet(one.examples, contexts, tuple(chain.from_iterable(chosen)), tuple(borders(chosen).tolist()))
         )
     return sets
 

@@ -75,11 +75,15 @@ def cross_validate(options: TrainOptions, folds: int, say: Say, *, progress: boo
         for number, left_out in enumerate(parts, 1):
             passages = {e.context for e in left_out}
             rest = tuple(e for e in examples if e.context not in passages)
-            rows.append(
-                _fold(replace(options, out=str(work / "fold"), report_to="none"), number, rest, left_out, say, progress)
+            row = _fold(
+                replace(options, out=str(work / "fold"), report_to="none"), number, rest, left_out, say, progress
             )
+            rows.append(row)
             shutil.rmtree(work / "fold", ignore_errors=True)
-            say(_line(number, rows[-1]))
+            say(
+                f"  {number:>4} {row['questions']:>9} {row['passages']:>8} {row['best_epoch']:>5} {row['accuracy']:>8.1f} "
+                f"{row['exact_match']:>6.1f} {row['f1']:>6.1f}"
+            )
     scores = {name: np.asarray([row[name] for row in rows]) for name in _SCORES}
     mean = {name: float(values.mean()) for name, values in scores.items()}
     std = {name: float(values.std(ddof=1)) for name, values in scores.items()}
@@ -132,10 +136,3 @@ def _fold(
         "best_epoch": metrics["best_epoch"],
         "settings": metrics["settings"],
     }
-
-
-def _line(number: int, row: dict[str, Any]) -> str:
-    return (
-        f"  {number:>4} {row['questions']:>9} {row['passages']:>8} {row['best_epoch']:>5} {row['accuracy']:>8.1f} "
-        f"{row['exact_match']:>6.1f} {row['f1']:>6.1f}"
-    )

@@ -15,15 +15,7 @@ from qadeploy.training.options import TrainOptions
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """The questions of a run.
-
-    Attributes:
-        found: All questions of ``--data``.
-        check: The result of the row check, or None if the rows were not checked.
-        train: The training set.
-        dev: The dev set.
-        held_out: The held-out set, or None if there is none.
-    """
+    """The questions of a run: all of ``--data``, with the result of their row check (None without one), and its three sets."""
 
     found: DataSet
     check: CheckedData | None
