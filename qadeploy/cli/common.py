@@ -263,7 +263,6 @@ def bundle_argument(function: _Function) -> _Function:
 def load_predictor(
     path: str,
     device: str,
-    threads: int | None = None,
     *,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -276,7 +275,7 @@ def load_predictor(
     if is_bundle(path):
         from qadeploy import Answerer
 
-        return Answerer.load(path, device=device, threads=threads, sha256=bundle_sha256, load_timeout=load_timeout)
+        return Answerer.load(path, device=device, sha256=bundle_sha256, load_timeout=load_timeout)
     if bundle_sha256 is not None:
         raise InputError(f"{path}: is not a bundle, which --bundle-sha256 requires")
     from qadeploy.training.runs import find_run

@@ -173,12 +173,10 @@ def _size(column: Any, name: str) -> int:
         return _CELL * len(column) + sum(_size(child, name) for child in column.flatten())
     if hasattr(column, "flatten") and hasattr(kind, "value_type"):  # lists and maps
         return _CELL * len(column) + _size(column.flatten(), name)
-    lengths = None
-    if arrow.types.is_dictionary(kind):
-        lengths = _lengths(column.dictionary)
-        lengths = None if lengths is None else compute.take(lengths, column.indices)
-    else:
-        lengths = _lengths(column)
+    indexed = arrow.types.is_dictionary(kind)
+    lengths = _lengths(column.dictionary if indexed else column)
+    if indexed and lengths is not None:
+        lengths = compute.take(lengths, column.indices)
     return _CELL * len(column) + (column.nbytes if lengths is None else compute.sum(lengths).as_py() or 0)
 
 

@@ -339,8 +339,7 @@ def _hub_rows(source: str, token: str | None) -> list[RawRow]:
     place, _, wanted = source.removeprefix("hub:").partition(":")
     name, _, config = place.partition("@")
     try:
-        chosen = {"name": config} if config else {}
-        found = datasets.load_dataset(name, split=wanted or None, token=token, **chosen)
+        found = datasets.load_dataset(name, name=config or None, split=wanted or None, token=token)
     except Exception as error:  # the library raises many unrelated types
         raise InputError(
             f"{source}: the data set cannot be loaded from the hub: {one_line(error)}. "

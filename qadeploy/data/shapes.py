@@ -157,26 +157,15 @@ def _detected(found: Any) -> Iterator[Any]:
 def _drop(passages: Object, place: str) -> Iterator[RawRow]:
     for identity, passage in passages.items():
         for qa, _ in _objects(passage, "qa_pairs", f"{place}: passage {identity}"):
-            yield RawRow(0, {**_drop_answer(qa), "context": passage["passage"]}, nested=True, problem=_drop_problem(qa))
-
-
-def _drop_answer(qa: Object) -> dict[str, Any]:
-    fields = {"id": qa.get("query_id"), **{name: x for name, x in qa.items() if name != "answer"}}
-    return {**fields, "answers": _spans(qa)} if "answer" in qa else fields
-
-
-def _spans(qa: Object) -> list[Any]:
-    answer = qa.get("answer")
-    spans = answer.get("spans") if isinstance(answer, dict) else None
-    return spans if isinstance(spans, list) else []
-
-
-def _drop_problem(qa: Object) -> str:
-    if "answer" not in qa or len(_spans(qa)) == 1:
-        return ""
-    return (
-        f"its answer is {'several spans together' if _spans(qa) else 'a number or a date'}, not one span of the context"
-    )
+            fields, problem = {"id": qa.get("query_id"), **qa}, ""
+            if "answer" in qa:
+                answer = fields.pop("answer")
+                spans = answer.get("spans") if isinstance(answer, dict) else None
+                fields["answers"] = spans = spans if isinstance(spans, list) else []
+                if len(spans) != 1:
+                    found = "several spans together" if spans else "a number or a date"
+                    problem = f"its answer is {found}, not one span of the context"
+            yield RawRow(0, {**fields, "context": passage["passage"]}, nested=True, problem=problem)
 
 
 def _splits(value: Object, place: str) -> Iterator[RawRow]:

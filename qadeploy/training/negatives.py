@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise, zip_longest
 
@@ -86,7 +86,8 @@ def with_negatives(examples: Sequence[Example], count: int, passages: Sequence[s
             own += [("removed", rest)] if rest else []
         near = _nearest(place[example.context], len(texts))
         candidates = _in_turns(order, near) if turn % 4 < 2 else _in_turns(near, order)
-        others = _elsewhere(example, (texts[i] for i in candidates), known)
+        fresh = (texts[i] for i in candidates if (example.question, texts[i]) not in known)
+        others = filter(None, (_excerpt(text, example) for text in fresh))
         own += [("elsewhere", text) for text in islice(others, count - len(own))]
         for which, (kind, text) in enumerate(own, 1):
             counts[kind] += 1
@@ -126,15 +127,6 @@ def _in_turns(first: Sequence[int], second: Sequence[int]) -> list[int]:
     """The items of both sequences in turns, without repeats."""
     pairs = zip_longest(first, second)
     return list(dict.fromkeys(i for pair in pairs for i in pair if i is not None))
-
-
-def _elsewhere(example: Example, texts: Iterable[str], known: set[tuple[str, str]]) -> Iterator[str]:
-    """Yields the passages, cut if they are long, that are negatives of a question."""
-    for text in texts:
-        if text != example.context and (example.question, text) not in known:
-            excerpt = _excerpt(text, example)
-            if excerpt:
-                yield excerpt
 
 
 def _excerpt(text: str, example: Example) -> str | None:
