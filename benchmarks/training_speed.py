@@ -45,8 +45,8 @@ from qadeploy.shipped import base_model_path
 from qadeploy.training.checkpoint import Checkpoint, load_checkpoint, torch_answerer
 from qadeploy.training.features import FeatureSet, make_features
 from qadeploy.training.options import TrainOptions
-from qadeploy.training.trainer import SpanTrainer, collate, training_arguments
-from qadeploy.training.training_set import TrainingSet
+from qadeploy.training.trainer import SpanTrainer, training_arguments
+from qadeploy.training.training_set import TrainingSet, collate
 
 LENGTH, OVERLAP = 384, 128
 HELD_OUT_SEED, HELD_OUT_ARTICLES = 13, 8  # the articles that models/prepare_data.py keeps from the base model

@@ -19,13 +19,12 @@ from qadeploy.training.checkpoint import load_checkpoint
 from qadeploy.training.features import Feature, FeatureSet, make_features
 from qadeploy.training.trainer import (
     SpanTrainer,
-    collate,
     distillation_loss,
     shared_loss,
     span_loss,
     training_arguments,
 )
-from qadeploy.training.training_set import SoftLabels, TrainingSet, TrainingWindow
+from qadeploy.training.training_set import SoftLabels, TrainingSet, TrainingWindow, collate
 from tests.conftest import triplets, write_jsonl
 
 BATCH = 4

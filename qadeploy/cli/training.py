@@ -108,7 +108,7 @@ def train(
     Under torchrun (torchrun --nproc-per-node 2 -m qadeploy train ...) the processes split each batch.
     """
     from qadeploy.training.distributed import count, is_first
-    from qadeploy.training.folds import train_with_folds
+    from qadeploy.training.folds import cross_validate
     from qadeploy.training.resume import recorded_options
     from qadeploy.training.search import recorded_search, train_with_search
     from qadeploy.training.train import train as run
@@ -127,11 +127,11 @@ def train(
     if resume:
         asked = {k: v for k, v in options.items() if ctx.get_parameter_source(k) is not ParameterSource.DEFAULT}
         begun = recorded_search(Path(out))
-        recorded = begun.options if begun else recorded_options(Path(out))
+        recorded = begun.record["options"] if begun else recorded_options(Path(out))
         options = {**options, **{k: v for k, v in recorded.items() if k in options}, **asked}
         if begun:
             search = begun.trials if search is None else search
-            folds = begun.options["folds"] if folds is None else folds
+            folds = recorded["folds"] if folds is None else folds
         if isinstance(options["data"], list):
             options["data"] = tuple(options["data"])
     chosen = TrainOptions(out=out, **options)
@@ -145,7 +145,9 @@ def train(
     if search is not None:
         result = train_with_search(chosen, search, say, folds=folds, progress=shown, resume=resume)
     elif folds is not None:
-        result = train_with_folds(chosen, folds, say, progress=shown)
+        found = cross_validate(chosen, folds, say, progress=shown)
+        say("the run itself, trained on every fold:")
+        result = run(chosen, say, progress=shown, more_metrics={"folds": found})
     else:
         result = run(chosen, say, progress=shown, resume=resume)
     if as_json and is_first():

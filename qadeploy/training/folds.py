@@ -24,26 +24,9 @@ from qadeploy.records import Example
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.run_data import split_data
 from qadeploy.training.run_log import Say
-from qadeploy.training.train import RunResult, check, train
+from qadeploy.training.train import check, train
 
 _SCORES = ("exact_match", "f1", "accuracy")
-
-
-def train_with_folds(options: TrainOptions, folds: int, say: Say, *, progress: bool = True) -> RunResult:
-    """Cross-validates, then trains the run on everything.
-
-    Args:
-        options: The training options.
-        folds: The number of folds.
-        say: Called with one line of the report at a time.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        The run; ``metrics["folds"]`` is what ``cross_validate`` returns.
-    """
-    found = cross_validate(options, folds, say, progress=progress)
-    say("the run itself, trained on every fold:")
-    return train(options, say, progress=progress, more_metrics={"folds": found})
 
 
 def cross_validate(options: TrainOptions, folds: int, say: Say, *, progress: bool = True) -> dict[str, Any]:

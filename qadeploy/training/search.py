@@ -46,19 +46,13 @@ class RecordedSearch:
 
     Attributes:
         trials: How many trials were requested.
-        record: The options, data and base that it was started with, as in ``run.json``.
+        record: The options, with ``folds``, the data and the base that it was started with, as in ``run.json``.
         rows: The trials that have ended.
     """
 
     trials: int
     record: dict[str, Any]
     rows: list[dict[str, Any]]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options that it was started with, and ``folds``."""
-        found: dict[str, Any] = self.record["options"]
-        return found
 
 
 def recorded_search(out: Path) -> RecordedSearch | None:
@@ -67,7 +61,7 @@ def recorded_search(out: Path) -> RecordedSearch | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         search = RecordedSearch(int(found["trials"]), dict(found["record"]), list(found["rows"]))
-        search.options["folds"]
+        search.record["options"]["folds"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:

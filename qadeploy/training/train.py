@@ -64,8 +64,8 @@ from qadeploy.training.selection import (
 from qadeploy.training.speed import Speed, compiled, float32_attention, has_tf32, tf32_matmuls
 from qadeploy.training.torch_device import device_name, memory_errors, training_device
 from qadeploy.training.tracking import check_tracker, tracker, tracker_errors
-from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, collate, training_arguments
-from qadeploy.training.training_set import TrainingSet
+from qadeploy.training.trainer import SaveEverySteps, SpanArguments, SpanTrainer, training_arguments
+from qadeploy.training.training_set import TrainingSet, collate
 
 _VERSIONED = ("qadeploy", "torch", "transformers", "tokenizers", "accelerate", "numpy")
 

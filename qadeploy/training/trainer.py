@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from qadeploy.training.batches import LengthGroupedSampler, UnitBatches
 from qadeploy.training.features import NO_LABEL
 from qadeploy.training.saves import Save, mark_complete, prune, remove, writing
 from qadeploy.training.training_set import TrainingSet
-from qadeploy.training.training_set import collate as collate_arrays
 from qadeploy.training.transformers_versions import trainer_options
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # all else in a batch is labels
@@ -388,8 +387,3 @@ def shared_loss(
     totals = [torch.logsumexp(x[None, :].masked_fill(~member, _MASKED), dim=1) for x in (every, wanted)]
     counts = (member & targets.any(1)[None, :]).any(1) & (member.sum(1) > 1)
     return (totals[0] - totals[1])[counts]
-
-
-def collate(items: Sequence[Any], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """``training_set.collate`` as tensors."""
-    return {name: torch.from_numpy(values) for name, values in collate_arrays(items, pad_token_id).items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qadeploy.core.encoded_text import EncodedText
@@ -143,7 +144,7 @@ def _holds(window: Window, context: EncodedText, places: IntArray) -> bool:
     return bool(((places[:, 0] >= start) & (places[:, 1] <= end)).any())
 
 
-def collate(items: Sequence[Feature | TrainingWindow], pad_token_id: int) -> dict[str, NDArray[Any]]:
+def collate(items: Sequence[Feature | TrainingWindow], pad_token_id: int) -> dict[str, torch.Tensor]:
     """A batch, padded to its longest window.
 
     Args:
@@ -159,16 +160,15 @@ def collate(items: Sequence[Feature | TrainingWindow], pad_token_id: int) -> dic
     length = batch["input_ids"].shape[1]
     batch.update(collate_labels(features, length))
     own = [item for item in items if isinstance(item, TrainingWindow)]
-    if not own:
-        return batch
-    batch["null_positions"] = np.asarray([f.window.null_index for f in features])
-    batch["groups"] = np.asarray([item.group for item in own])
-    batch["labelled"] = np.asarray([item.labelled for item in own])
-    if own[0].soft is not None:
+    if own:
+        batch["null_positions"] = np.asarray([f.window.null_index for f in features])
+        batch["groups"] = np.asarray([item.group for item in own])
+        batch["labelled"] = np.asarray([item.labelled for item in own])
+    if own and own[0].soft is not None:
         starts, ends = np.zeros((2, len(own), length), dtype=np.float32)
         for row, item in enumerate(own):
             if item.soft is not None:
                 starts[row, item.soft.starts] = item.soft.start_probabilities
                 ends[row, item.soft.ends] = item.soft.end_probabilities
         batch["soft_starts"], batch["soft_ends"] = starts, ends
-    return batch
+    return {name: torch.from_numpy(values) for name, values in batch.items()}
