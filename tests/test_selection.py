@@ -206,18 +206,17 @@ def test_without_questions_of_both_kinds_the_threshold_stays(tiny_checkpoint, fe
     chosen = choose_settings(some, logits, replace(NULL, null_threshold=0.75))
     assert chosen.null_threshold == 0.75
     report = report_choice(some, logits, chosen)
-    assert report.calibration == calibration_report(some, logits, chosen)
-    assert report.no_answer == no_answer_report(some, logits, chosen)
+    assert report == (calibration_report(some, logits, chosen), no_answer_report(some, logits, chosen))
     said: list[str] = []
     for tuned in (False, True):
-        RunLog(said.append).choice("dev", report, chosen, tuned=tuned)
+        RunLog(said.append).choice("dev", *report, chosen, tuned=tuned)
     assert ["NOT tuned" in line for line in said] == [True, False]
 
     never = choose_settings(some, logits, replace(NULL, null_threshold=None))
     assert never.null_threshold is None
     report = report_choice(some, logits, never)
-    assert report.no_answer is None
-    RunLog(said.append).choice("dev", report, never)
+    assert report[1] is None
+    RunLog(said.append).choice("dev", *report, never)
     assert "null threshold" not in said[-1]
     assert f"temperature {never.temperature:.3f}" in said[-1]
     assert all(a.text for a in answers_of(some, logits, never))

@@ -22,7 +22,7 @@ from qadeploy.training.features import FeatureSet
 from qadeploy.training.negatives import ExamplesWithNegatives
 from qadeploy.training.options import FEW_EXAMPLES, TrainOptions
 from qadeploy.training.run_data import RunData
-from qadeploy.training.selection import ANSWER_SHARE, ChoiceReport
+from qadeploy.training.selection import ANSWER_SHARE
 from qadeploy.training.speed import has_tf32
 from qadeploy.training.torch_device import device_name
 from qadeploy.training.trainer import SpanTrainer
@@ -187,14 +187,14 @@ class RunLog:
     def choice(
         self,
         name: str,
-        report: ChoiceReport,
+        calibration: dict[str, Any],
+        no_answer: dict[str, float] | None,
         settings: QaSettings,
         *,
         threshold_given: bool = False,
         tuned: bool = True,
     ) -> None:
         """The effect of the temperature and the null threshold on a set of questions."""
-        calibration, no_answer = report.calibration, report.no_answer
         line = (
             f"{name}: temperature {settings.temperature:.3f}: calibration error (ECE) "
             f"{calibration['ece_before']:.3f} -> {calibration['ece']:.3f}"

@@ -7,7 +7,7 @@ temperature are chosen on the dev set. All three go into the settings that the c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -29,19 +29,6 @@ ANSWER_SHARE = 98  # percent of the training answers that max_answer_len admits
 LEAST_ANSWER_LEN = 8  # tokens; a word that no training answer has may be split into several
 LEAST_BALANCED = 10
 TEMPERATURE_QUESTIONS = 2_000  # more hardly change the temperature
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceReport:
-    """The effect of the chosen temperature and null threshold on a set of questions.
-
-    Attributes:
-        calibration: What ``calibration_report`` returns.
-        no_answer: What ``no_answer_report`` returns; None if the settings have no null threshold.
-    """
-
-    calibration: dict[str, Any]
-    no_answer: dict[str, float] | None
 
 
 def initial_settings(settings: QaSettings, training_set: FeatureSet, unlabelled: int = 0) -> QaSettings:
@@ -164,12 +151,12 @@ def calibration_report(features: FeatureSet, logits: Logits, settings: QaSetting
     }
 
 
-def report_choice(features: FeatureSet, logits: Logits, settings: QaSettings) -> ChoiceReport:
-    """Measures the effect of the settings' temperature and null threshold."""
-    return ChoiceReport(
-        calibration_report(features, logits, settings),
-        None if settings.null_threshold is None else no_answer_report(features, logits, settings),
-    )
+def report_choice(
+    features: FeatureSet, logits: Logits, settings: QaSettings
+) -> tuple[dict[str, Any], dict[str, float] | None]:
+    """The ``calibration_report``, and the ``no_answer_report``: None if the settings have no null threshold."""
+    no_answer = None if settings.null_threshold is None else no_answer_report(features, logits, settings)
+    return calibration_report(features, logits, settings), no_answer
 
 
 def _scored(features: FeatureSet, logits: Logits, settings: QaSettings, index: int) -> WindowLogits:

@@ -52,7 +52,6 @@ from qadeploy.training.run_log import RunLog, Say
 from qadeploy.training.runs import TENSORBOARD, check_replaceable
 from qadeploy.training.saves import SAVES, files_in, remove, writing
 from qadeploy.training.selection import (
-    ChoiceReport,
     answers_of,
     can_tune_threshold,
     choose_settings,
@@ -404,13 +403,14 @@ class _SetResult:
     logits: Logits
     answers: list[Answer]
     scores: Scores
-    choice: ChoiceReport
+    calibration: dict[str, Any]
+    no_answer: dict[str, float] | None
 
     @classmethod
     def of(cls, features: FeatureSet, logits: Logits, settings: QaSettings) -> _SetResult:
         answers = answers_of(features, logits, settings)
         scores = score(features.examples, answers, settings.metric)
-        return cls(features, logits, answers, scores, report_choice(features, logits, settings))
+        return cls(features, logits, answers, scores, *report_choice(features, logits, settings))
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,7 +431,7 @@ def _evaluate(run: _TrainingRun, loop: _Loop, base: Scores) -> _Evaluation:
     results = {"dev": found}
     log.chosen(loop.table.best["epoch"], loop.table.mean["epochs"] if loop.table.mean else None, settings, options)
     given, tuned = options.null_score_diff_threshold is not None, can_tune_threshold(dev, run.balanced)
-    log.choice("dev", found.choice, settings, threshold_given=given, tuned=tuned)
+    log.choice("dev", found.calibration, found.no_answer, settings, threshold_given=given, tuned=tuned)
     log.answer(dev.examples[0], found.answers[0])
     if not held_out:
         log.scores("dev, base model", base)
@@ -440,7 +440,7 @@ def _evaluate(run: _TrainingRun, loop: _Loop, base: Scores) -> _Evaluation:
         found = results["held_out"] = _SetResult.of(held_out, _predict(loop.trainer, held_out), settings)
         log.scores("held out, base model", base)
         log.scores("held out", found.scores)
-        log.choice("held out", found.choice, settings)
+        log.choice("held out", found.calibration, found.no_answer, settings)
     if chart := terminal_chart(loop.table.rows):
         log.say(chart)
     return _Evaluation(settings, results, base)
@@ -467,7 +467,7 @@ def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, 
         "speed": loop.speed.summary(),
         "calibration": {
             "temperature": settings.temperature,
-            **{name: result.choice.calibration for name, result in results.items()},
+            **{name: result.calibration for name, result in results.items()},
         },
         "predictions": [*results][-1],
         f"{[*results][-1]}_base": reached.base.to_dict(),
@@ -476,7 +476,7 @@ def _metrics(run: _TrainingRun, loop: _Loop, reached: _Evaluation) -> dict[str, 
     if settings.null_threshold is not None:
         metrics["no_answer"] = {
             "null_threshold": settings.null_threshold,
-            **{name: result.choice.no_answer for name, result in results.items()},
+            **{name: result.no_answer for name, result in results.items()},
         }
     if run.data.check:
         metrics["data_check"] = run.data.check.to_dict()
