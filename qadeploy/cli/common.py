@@ -111,6 +111,8 @@ class _Command(click.Command):
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
             return super().make_context(*args, **kwargs)
+        except QadeployError as error:  # of a callback
+            fail(str(error), error.exit_code)
         except click.UsageError as error:
             if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun starts, only the first reports it
                 sys.exit(error.exit_code)
@@ -165,10 +167,7 @@ def _plain_warnings() -> Iterator[None]:
 
 def _configure(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None:
-        try:
-            ctx.default_map = read_config(Path(value), ctx.command, ctx)
-        except QadeployError as error:
-            fail(str(error), error.exit_code)
+        ctx.default_map = read_config(Path(value), ctx.command, ctx)
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -250,10 +249,7 @@ def bundle_argument(function: _Function) -> _Function:
             return value
         from qadeploy.inference.bundle import default_bundle
 
-        try:
-            found = str(default_bundle())
-        except QadeployError as error:
-            fail(str(error), error.exit_code)
+        found = str(default_bundle())
         note(f"using the bundle {found}")
         return found
 

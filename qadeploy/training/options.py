@@ -107,9 +107,7 @@ class TrainOptions(DataOptions):
         also=("--max-answer-length",),
     )
     null_score_diff_threshold: float | None = option(
-        None,
-        "'No answer' wins if its logit exceeds the best span's by more than this.",
-        shown="chosen on the dev set",
+        None, "'No answer' wins if its logit exceeds the best span's by more than this.", shown="chosen on the dev set"
     )
     n_best_size: int = option(
         DEFAULT_N_BEST, "Candidates per question in nbest_predictions.json; changes nothing else.", least=1

@@ -86,12 +86,7 @@ def score_logits(features: FeatureSet, logits: Logits, settings: QaSettings) -> 
 
 
 def choose_settings(
-    features: FeatureSet,
-    logits: Logits,
-    settings: QaSettings,
-    *,
-    keep_threshold: bool = False,
-    balanced: bool = False,
+    features: FeatureSet, logits: Logits, settings: QaSettings, *, keep_threshold: bool = False, balanced: bool = False
 ) -> QaSettings:
     """Chooses the null threshold (if ``settings`` have one) and the temperature on the dev set.
 

@@ -118,11 +118,7 @@ class Speed(TrainerCallback):
     """
 
     def __init__(
-        self,
-        device: torch.device,
-        windows: Callable[[], int],
-        processes: int = 1,
-        rows: Sequence[dict[str, Any]] = (),
+        self, device: torch.device, windows: Callable[[], int], processes: int = 1, rows: Sequence[dict[str, Any]] = ()
     ) -> None:
         self.device = device
         self.windows = windows

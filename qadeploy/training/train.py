@@ -24,7 +24,6 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
 
 from qadeploy.core.metrics import Scores, bootstrap_interval, choose_metric, score
 from qadeploy.core.settings import QaSettings, any_unanswerable
@@ -186,11 +185,7 @@ def _record(options: TrainOptions, data: RunData, models: Models, train_set: Tra
         "base": base_of(models.checkpoint),
         **lesson_hashes(options.teacher, train_set.features.examples[labelled:]),
         "versions": versions_of(_VERSIONED, missing="source"),
-        "machine": {
-            "cpu_count": os.cpu_count(),
-            "device": device_name(models.device),
-            "tf32": has_tf32(models.device),
-        },
+        "machine": {"cpu_count": os.cpu_count(), "device": device_name(models.device), "tf32": has_tf32(models.device)},
     }
 
 
@@ -336,13 +331,13 @@ def _fit(run: _TrainingRun, loop: _Loop) -> Scores:
     """
     held_out = run.windows.held_out
     if held_out:
-        base = score_logits(held_out, _predict(loop.trainer, held_out), run.models.settings)
+        base = score_logits(held_out, _predict(loop.trainer, held_out)[0], run.models.settings)
     loop.table.header()
     if not loop.table.rows:
         loop.trainer.evaluate()  # row 0: the base model
     if not held_out:
         with torch.random.fork_rng(devices=()):  # the loader draws a seed, which must not change what training draws
-            logits = _predict(loop.trainer, run.windows.dev)
+            logits, _ = _predict(loop.trainer, run.windows.dev)
         base = score_logits(run.windows.dev, logits, run.chosen(logits))
     with warnings.catch_warnings(), compiled(run.models.checkpoint.model, run.options.torch_compile):
         # After epochs of less than a second the Trainer distrusts file times and sorts saves by step number.
@@ -358,38 +353,33 @@ def _choose_weights(run: _TrainingRun, loop: _Loop) -> Logits:
     set's logits by the weights that are kept.
     """
     trainer, dev, settings = loop.trainer, run.windows.dev, run.settings
-    logits = _predict(trainer, dev)
+    logits, _ = _predict(trainer, dev)
     if trainer.mean.epochs < 2:
         return logits
     best = _dev_scores(dev, logits, settings)
     trainer.mean.exchange(trainer.model)
-    output = _outputs(trainer, dev)
-    mean = _dev_scores(dev, output.predictions, settings)
-    row = {"epochs": trainer.mean.epochs, "eval_loss": float(output.metrics["eval_loss"]), **_dev_metrics(mean)}
+    mean_logits, loss = _predict(trainer, dev)
+    mean = _dev_scores(dev, mean_logits, settings)
+    row = {"epochs": trainer.mean.epochs, "eval_loss": loss, **_dev_metrics(mean)}
     kept = bootstrap_interval(best.rows_f1 - mean.rows_f1)[0] <= 0
     run.log.mean_of_epochs(row, loop.table.best, kept)
     if not kept:
         trainer.mean.exchange(trainer.model)
         return logits
     loop.table.mean = row
-    starts, ends = output.predictions[:2]
-    return starts, ends
+    return mean_logits
 
 
-def _predict(trainer: SpanTrainer, features: FeatureSet) -> Logits:
-    """Start and end logits ``[windows, longest]`` in the order of the windows."""
-    starts, ends = _outputs(trainer, features).predictions[:2]
-    return starts, ends
-
-
-def _outputs(trainer: SpanTrainer, features: FeatureSet) -> EvalLoopOutput:
-    """The model's logits and loss."""
+def _predict(trainer: SpanTrainer, features: FeatureSet) -> tuple[Logits, float]:
+    """Start and end logits ``[windows, longest]`` in the order of the windows, and the loss."""
     loader = trainer.get_eval_dataloader(features)
     compute_metrics, trainer.compute_metrics = trainer.compute_metrics, None  # it scores only the dev set
     try:
-        return trainer.evaluation_loop(loader, "prediction", prediction_loss_only=False)
+        output = trainer.evaluation_loop(loader, "prediction", prediction_loss_only=False)
     finally:
         trainer.compute_metrics = compute_metrics
+    starts, ends = output.predictions[:2]
+    return (starts, ends), float(output.metrics["eval_loss"])
 
 
 # ---------------------------------------------------------------- evaluation
@@ -437,7 +427,7 @@ def _evaluate(run: _TrainingRun, loop: _Loop, base: Scores) -> _Evaluation:
         log.scores("dev, base model", base)
     log.scores("dev", found.scores)
     if held_out:
-        found = results["held_out"] = _SetResult.of(held_out, _predict(loop.trainer, held_out), settings)
+        found = results["held_out"] = _SetResult.of(held_out, _predict(loop.trainer, held_out)[0], settings)
         log.scores("held out, base model", base)
         log.scores("held out", found.scores)
         log.choice("held out", found.calibration, found.no_answer, settings)
