@@ -9,7 +9,7 @@ read in UTF-16 units or UTF-8 bytes. ``repeated`` (an answer that occurs several
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -133,27 +133,6 @@ class CheckedData:
         """The share of rows that cannot be used without a repair, 0 to 1."""
         return (self.repaired + self.rejected) / len(self.rows)
 
-    @property
-    def same_ids(self) -> int:
-        """The number of rows with the id of an earlier row."""
-        ids = [row.parsed.id for row in self.rows if row.parsed and row.parsed.id is not None]
-        return len(ids) - len(set(ids))
-
-    @property
-    def withheld(self) -> int:
-        """The number of rows with an empty list of answers, but no flag such as ``is_impossible``."""
-        return sum(row.parsed is not None and row.parsed.withheld for row in self.rows)
-
-    @property
-    def overruled(self) -> int:
-        """The number of rows that give an answer in their context, but also say that there is none."""
-        return sum(row.parsed is not None and row.parsed.overruled for row in self.rows)
-
-    def rejecting(self, numbers: Collection[int], problem: Problem) -> CheckedData:
-        """Returns the same rows, but rejects those with the given numbers."""
-        rows = tuple(replace(r, problem=problem) if r.raw.number in numbers and not r.problem else r for r in self.rows)
-        return replace(self, rows=rows)
-
     def usable(self) -> list[tuple[CheckedRow, ParsedRow]]:
         """Returns the rows that can be used or repaired, with their fields."""
         return [(row, row.parsed) for row in self.rows if row.parsed and not row.problem]
@@ -171,7 +150,13 @@ class CheckedData:
         return Counter(a.shift for a in answers if a.shift is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the counts: rows, classes (with the two flags), repaired, rejected."""
+        """Returns the counts of rows: by class and flag, usable only after a repair, rejected, and with peculiarities.
+
+        These are the id of an earlier row, an empty list of answers but no flag such as ``is_impossible``, and an answer in the
+        context but also a flag that there is none.
+        """
+        parsed = [row.parsed for row in self.rows if row.parsed]
+        ids = [row.id for row in parsed if row.id is not None]
         counts = Counter(str(row.kind) for row in self.rows)
         counts["repeated"] = sum(row.repeated for row in self.rows)
         counts["duplicate"] = sum(row.duplicate_of is not None for row in self.rows)
@@ -180,9 +165,9 @@ class CheckedData:
             "classes": {name: counts[name] for name in _PRINTED},
             "repaired": self.repaired,
             "rejected": self.rejected,
-            "same_ids": self.same_ids,
-            "empty_answers": self.withheld,
-            "overruled_answers": self.overruled,
+            "same_ids": len(ids) - len(set(ids)),
+            "empty_answers": sum(row.withheld for row in parsed),
+            "overruled_answers": sum(row.overruled for row in parsed),
         }
 
 

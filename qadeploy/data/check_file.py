@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,9 @@ def check_file(
         settings = QaSettings().changed(max_seq_len=chosen.max_seq_len, doc_stride=chosen.doc_stride)
         measured = measure_lengths(checked, load_encoder(chosen.base or str(base_model_path())), settings)
         too_long = Problem(Reason.TOO_LONG, "question", (settings.max_seq_len,))
-        checked = checked.rejecting(frozenset(measured.too_long_rows), too_long)
+        rejected = {*measured.too_long_rows}
+        rows = (replace(r, problem=too_long) if r.raw.number in rejected else r for r in checked.rows)
+        checked = replace(checked, rows=tuple(rows))
     return checked, measured, write_fixed(checked, Path(chosen.fix)) if chosen.fix else None
 
 

@@ -75,12 +75,11 @@ def _endings() -> str:
 
 
 def _file_rows(path: Path, name: str) -> list[RawRow]:
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    packed = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[:-1] if packed else suffixes)[-1:] or [""]
-    reader = next((reader for reader in READERS if suffix[0] in reader.suffixes), None)
+    packed = path.suffix.lower() == ".gz"
+    suffix = (path.with_suffix("") if packed else path).suffix.lower()
+    reader = next((reader for reader in READERS if suffix in reader.suffixes), None)
     if reader is None:
-        raise InputError(f"{name}: unknown ending {suffix[0]!r}: use {_endings()}, or one of them with .gz")
+        raise InputError(f"{name}: unknown ending {suffix!r}: use {_endings()}, or one of them with .gz")
     try:
         content = path.read_bytes()
         if packed:

@@ -29,7 +29,8 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
         check: The checked rows.
         show: How many rows of each faulty class to show.
     """
-    counts = check.to_dict()["classes"]
+    counted = check.to_dict()
+    counts = counted["classes"]
     text = [f"{check.source}: {plural(len(check.rows), 'row')}", "", "  class          rows   share  repair"]
     for kind, meaning in MEANING.items():
         rows = [row for row in check.rows if row.kind is kind]
@@ -40,12 +41,13 @@ def check_lines(check: CheckedData, show: int = 3) -> list[str]:
         f"  also: {plural(counts['repeated'], 'row')} whose answer occurs several times in its context (repeated), "
         f"{counts['duplicate']:,} with the question and context of an earlier row (duplicate)"
     )
-    if check.same_ids:
-        text.append(f"  {check.same_ids:,} rows have the id of an earlier row: train refuses them, --fix numbers them")
-    if check.withheld:
-        text.append(f"  {plural(check.withheld, 'row')} with {WITHHELD}")
-    if check.overruled:
-        text.append(f"  {plural(check.overruled, 'row')} with {OVERRULED}")
+    if counted["same_ids"]:
+        text.append(
+            f"  {counted['same_ids']:,} rows have the id of an earlier row: train refuses them, --fix numbers them"
+        )
+    for key, what in (("empty_answers", WITHHELD), ("overruled_answers", OVERRULED)):
+        if counted[key]:
+            text.append(f"  {plural(counted[key], 'row')} with {what}")
     shifts = check.shifts()
     if shifts:
         text.append(f"  offsets are off by {_shifts(shifts)} code points")

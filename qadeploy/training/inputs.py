@@ -159,11 +159,6 @@ class Windows:
     held_out: FeatureSet | None
     unknown_tokens: float
 
-    @property
-    def sets(self) -> list[FeatureSet]:
-        """The train set, the dev set and, if there is one, the held-out set."""
-        return [self.train.features, self.dev, *([self.held_out] if self.held_out else [])]
-
 
 def make_windows(options: TrainOptions, data: RunData, models: Models, log: RunLog) -> Windows:
     """Adds crops, negatives and a teacher's questions, cuts the windows, and asks the teacher for its labels.

@@ -487,6 +487,7 @@ def _write(run: _TrainingRun, reached: _Evaluation, metrics: dict[str, Any]) -> 
         own = sorted({*files_in(folder / "checkpoint")} - {*foreign})
         write_json(folder / "metrics.json", metrics)
         described = RunRecord(Path(run.options.out).name, run.opened.record, metrics)
-        unlabelled = run.windows.train.unlabelled
-        write_report_files(folder, described, run.windows.sets, last.answers, run.data.found, run.log, unlabelled)
+        train_set, others = run.windows.train, [result.features for result in reached.results.values()]
+        sets = [train_set.features, *others]
+        write_report_files(folder, described, sets, last.answers, run.data.found, run.log, train_set.unlabelled)
     return own

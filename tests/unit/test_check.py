@@ -289,7 +289,7 @@ def test_rows_in_are_rows_out(tmp_path):
     assert [e.id for e in read(str(out)).examples] == ["a", "a-3", "row-4", "row-6"]
     assert source.read_text() == text
     assert check.rows[5].duplicate_of == 1
-    assert check.same_ids == 1
+    assert check.to_dict()["same_ids"] == 1
 
 
 def test_a_long_context_is_written_once(tmp_path, monkeypatch):
