@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from qadeploy.cli import main
 from tests.cli_for_tests import SEED, fails, run, value, well
 from tests.conftest import triplets, write_jsonl
 
@@ -140,14 +142,15 @@ def test_any_column_names(command, tiny_checkpoint, bundle):
         assert "questions of faq.jsonl (dev set)" in exported.stdout
 
 
-def test_train(tiny_checkpoint):
-    write_jsonl(Path("few.jsonl"), triplets(16))
-    options = ("--base", tiny_checkpoint, "--epochs", 1, "--precision", "fp32", "--no-progress")
-    result = well("train", "--data", "few.jsonl", *options, "--json")
+def test_train_in_any_encoding(tiny_checkpoint):
+    write_jsonl(Path("🚣.jsonl"), triplets(16))
+    options = ["--base", str(tiny_checkpoint), "--epochs", "1", "--precision", "fp32", "--no-progress", "--json"]
+    result = CliRunner(charset="cp1252").invoke(main, ["train", "--data", "🚣.jsonl", *options])
+    assert result.exit_code == 0, (result.output, result.exception)
     found = value(result)
-    assert found["run"] == "runs/few"
-    assert found["eval_f1"] == json.loads(Path("runs/few/metrics.json").read_text())["eval_f1"]
-    assert "1 raw data       16 questions on 16 passages from few.jsonl" in result.stderr
+    assert found["run"] == "runs/🚣"
+    assert found["eval_f1"] == json.loads(Path("runs/🚣/metrics.json").read_text())["eval_f1"]
+    assert "16 questions on 16 passages" in result.stderr
 
 
 def test_a_command_line_of_run_qa_moves_over_with_few_edits(tiny_checkpoint):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -212,14 +211,15 @@ def test_losses_that_fall_or_rise_together_are_no_gap(rows):
     assert not any("WARNING" in line for line in said)
 
 
-def test_a_log_without_a_bar_names_the_step_once_a_while():
+def test_a_log_without_a_bar_names_the_step_once_a_while(monkeypatch):
     said: list[str] = []
-    lines = StepLines(RunLog(said.append), seconds=0.05)
-    for step in range(1, 4):
-        time.sleep(0.06 if step > 1 else 0.0)
-        state = SimpleNamespace(global_step=1_000 * step, max_steps=3_000, is_world_process_zero=step < 3)
+    now = [0.0]
+    monkeypatch.setattr("qadeploy.training.callbacks.time", SimpleNamespace(monotonic=lambda: now[0]))
+    lines = StepLines(RunLog(said.append), seconds=60)
+    for step, now[0] in ((1, 59.9), (2, 60.0), (3, 119.9), (4, 120.0)):
+        state = SimpleNamespace(global_step=1_000 * step, max_steps=4_000, is_world_process_zero=step < 4)
         lines.on_step_end(None, state, None)
-    assert [line.strip() for line in said] == ["step 2,000 of 3,000"]
+    assert [line.strip() for line in said] == ["step 2,000 of 4,000"]
 
 
 @pytest.mark.parametrize(("dev", "warned"), [(10, False), (20, False), (21, True)])

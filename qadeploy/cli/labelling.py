@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import click
 
 from qadeploy import options
-from qadeploy.cli.common import command, main, note
+from qadeploy.cli.common import command, main, note, print_result
 from qadeploy.cli.options import options_of
 from qadeploy.data.fields import DataOptions
 from qadeploy.errors import InputError
@@ -106,10 +105,7 @@ def _login() -> str:
 
 def _say(as_json: bool, url: str, desk: Any, out: str) -> None:
     done, left = desk.counts
-    if as_json:
-        click.echo(json.dumps({"url": url, "out": out, "annotator": desk.annotator, "done": done, "left": left}))
-    else:
-        what = "passages to ask questions on" if desk.documents else "rows to decide"
-        click.echo(
-            f"{url}\nOpen this address: {left:,} {what}, for {desk.annotator}. Ctrl+C stops; every decision is in {out}."
-        )
+    value = {"url": url, "out": out, "annotator": desk.annotator, "done": done, "left": left}
+    what = "passages to ask questions on" if desk.documents else "rows to decide"
+    said = f"{url}\nOpen this address: {left:,} {what}, for {desk.annotator}. Ctrl+C stops; every decision is in {out}."
+    print_result(as_json, value, [said])

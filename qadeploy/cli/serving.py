@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
-import click
-
-from qadeploy.cli.common import bundle_argument, command, main
+from qadeploy.cli.common import bundle_argument, command, main, print_result
 from qadeploy.cli.options import options_of
 from qadeploy.errors import InputError
 from qadeploy.serve.settings import Settings
@@ -43,19 +40,16 @@ def _say(as_json: bool, url: str, service: Any) -> None:
     from qadeploy.serve.search import about
 
     bundle, workers, corpus = service.engine.answerer.bundle, service.scheduler.workers, service.corpus
-    if as_json:
-        value = {
-            "url": url,
-            "bundle": bundle.name,
-            "hash": service.engine.hash,
-            "device": service.engine.device,
-            "workers": workers,
-        }
-        if corpus:
-            value["corpus"] = about(corpus)
-        click.echo(json.dumps(value))
-    else:
-        source = f" from {corpus.documents:,} documents" if corpus else ""
-        click.echo(
-            f"{url} answers{source} with {bundle.name} ({service.engine.device}, {workers} at a time); the API: {url}/docs"
-        )
+    value = {
+        "url": url,
+        "bundle": bundle.name,
+        "hash": service.engine.hash,
+        "device": service.engine.device,
+        "workers": workers,
+        **({"corpus": about(corpus)} if corpus else {}),
+    }
+    source = f" from {corpus.documents:,} documents" if corpus else ""
+    said = (
+        f"{url} answers{source} with {bundle.name} ({service.engine.device}, {workers} at a time); the API: {url}/docs"
+    )
+    print_result(as_json, value, [said])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -151,4 +150,4 @@ def train(
     else:
         result = run(chosen, say, progress=shown, resume=resume)
     if as_json and is_first():
-        click.echo(json.dumps({"run": str(result.folder), **result.metrics}, ensure_ascii=False))
+        print_result(as_json, {"run": str(result.folder), **result.metrics}, ())
