@@ -126,9 +126,9 @@ SEARCH: dict[str, Any] = {
 
 def parts(held_out: bool = True) -> list[Part]:
     """The parts of the run."""
-    judged = Part("held out", "only reported on", EXAMPLES, tuple(5 if e.id == "long" else 1 for e in EXAMPLES))
-    learned = [Part("train", "learned from", LEARNED, (1, 2)), Part("dev", "chose the epoch", LEARNED[:1], (1,))]
-    return [*learned, judged] if held_out else [learned[0], Part("dev", "chose the epoch", EXAMPLES, judged.windows)]
+    judged = Part(EXAMPLES, tuple(5 if e.id == "long" else 1 for e in EXAMPLES))
+    learned = Part(LEARNED, (1, 2))
+    return [learned, Part(LEARNED[:1], (1,)), judged] if held_out else [learned, judged]
 
 
 def facts(metrics: dict[str, Any] | None = None, *, held_out: bool = True, **changes: Any) -> RunFacts:

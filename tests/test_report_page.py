@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from qadeploy.data.check import RowClass
+from qadeploy.data.check import CheckedData, RowClass
+from qadeploy.data.table import MEANING
 from qadeploy.reports.findings import searched
-from qadeploy.reports.report_page import CHECK_CLASSES, report_page
+from qadeploy.reports.report_page import CHECK_FLAGS, report_page
 from tests.conftest import CHROMIUM, needs_chromium
 from tests.processes_for_tests import ended
 from tests.run_facts_for_tests import ARABIC, EVIL, FAMILY, LONG, SEARCH, facts
@@ -122,9 +123,9 @@ def test_characters_that_html_forbids_are_replaced(tmp_path):
     from dataclasses import replace
 
     found = facts()
-    first = found.results.mistakes[0]
+    first = found.mistakes[0]
     broken = replace(first, example=replace(first.example, question="a\x00b\ud800c\ufffed\x1be"))
-    page = report_page(replace(found, results=replace(found.results, mistakes=(broken, *found.results.mistakes[1:]))))
+    page = report_page(replace(found, mistakes=(broken, *found.mistakes[1:])))
     assert "a\ufffdb\ufffdc\ufffdd\ufffde" in page
     page.encode("utf-8")
 
@@ -147,31 +148,38 @@ def test_every_chart_has_axes_a_title_a_legend_and_a_caption(reader):
 def test_the_numbers_shown_are_those_of_the_facts(reader):
     found = facts({"data_check": CHECK})
     tiles = reader.texts["b"]
-    assert f"{found.results.after.f1:.1f}" in tiles
-    assert f"{found.results.calibration.error:.3f}" in tiles
+    assert f"{found.after.f1:.1f}" in tiles
+    assert f"{found.calibration.error:.3f}" in tiles
     rows = [" ".join(text.split()) for text in reader.texts["tr"]]
-    for grouping in found.results.groupings:
-        for group in grouping.groups:
-            assert any(
-                r.startswith(f"{group.name}{group.scores.total} question") and f"{group.scores.f1:.1f}" in r
-                for r in rows
-            )
+    for groups in found.groupings.values():
+        for name, scores in groups.items():
+            assert any(r.startswith(f"{name}{scores.total} question") and f"{scores.f1:.1f}" in r for r in rows)
     assert any(r.startswith("shifted") and r.endswith("200") for r in rows)
     assert not any(r.startswith("utf16") for r in rows)
     assert any(r.startswith("repeated") and "counted separately" in r for r in rows)
     assert found.run.command in reader.texts["code"]
 
 
+def test_flags_of_a_check_are_apart_from_its_classes_which_add_up_to_all_rows(reader):
+    rows = [text.strip() for text in reader.texts["tr"]]
+    starts = [f"{kind}{meaning}" for kind, meaning in MEANING.items()]
+    shown = [row.removeprefix(start) for start in starts for row in rows if row.startswith(start)]
+    assert sum(int(number.replace(",", "")) for number in shown) == CHECK["rows"]
+    flags = {row for row in rows if "counted separately" in row}
+    assert flags == {f"{flag}{text}; counted separately{CHECK['classes'][flag]}" for flag, text in CHECK_FLAGS.items()}
+
+
 def test_every_class_and_flag_of_a_check_is_explained():
-    assert set(CHECK_CLASSES) == {*RowClass, "repeated", "duplicate"}
+    assert set(MEANING) == {*RowClass}
+    assert {*MEANING, *CHECK_FLAGS} == set(CheckedData("", ()).to_dict()["classes"])
 
 
 def test_small_groups_have_hollow_marks_and_no_intervals(reader):
     dots = [a["class"] for tag, a in reader.elements if tag == "i" and (a.get("class") or "").startswith("dot")]
     shown = [
-        facts().results.before,
-        facts().results.after,
-        *(g.scores for by in facts().results.groupings for g in by.groups),
+        facts().before,
+        facts().after,
+        *(scores for groups in facts().groupings.values() for scores in groups.values()),
     ]
     assert [c.endswith("few") for c in dots[::2]] == [row.f1_interval is None for row in shown]
     places = [a["style"] for tag, a in reader.elements if tag == "i" and a.get("class") == "whisker a"]

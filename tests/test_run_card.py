@@ -35,16 +35,16 @@ def test_the_front_matter_is_what_the_hub_expects():
     assert result["task"]["type"] == "question-answering"
     assert result["dataset"]["split"] == "validation"
     assert {m["type"]: m["value"] for m in result["metrics"]} == {
-        "exact_match": round(found.results.after.exact_match, 2),
-        "f1": round(found.results.after.f1, 2),
+        "exact_match": round(found.after.exact_match, 2),
+        "f1": round(found.after.f1, 2),
     }
 
 
 def test_the_card_says_what_was_measured():
     found = facts()
     card = run_card(found)
-    low, high = found.results.after.f1_interval
-    assert f"{found.results.after.f1:.1f} ({low:.1f} to {high:.1f})" in card
+    low, high = found.after.f1_interval
+    assert f"{found.after.f1:.1f} ({low:.1f} to {high:.1f})" in card
     assert f"on {len(EXAMPLES)} held-out questions" in card
     assert "F1 20.0" not in card
     assert "| base model | 10.0 | 20.0 | 9.0 |" in card

@@ -12,52 +12,52 @@ from matplotlib.figure import Figure
 
 from qadeploy.core.metrics import wilson_interval
 from qadeploy.reports.figures import COLOURS, legend_above, png, svg
-from qadeploy.reports.run_report import Calibration, Epoch, RunFacts, Search, read_epochs
+from qadeploy.reports.run_report import Calibration, RunFacts
 
+Rows = Sequence[Mapping[str, Any]]  # of epochs, as in ``metrics.json``
 _OVER_THE_EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # draws markers on an axis whole
 
 
 def facts_charts(facts: RunFacts) -> dict[str, Markup]:
     """Returns the charts of a report by name: loss, scores, reliability, and search if there was one."""
-    epochs, best, search = facts.epochs, facts.best_epoch, facts.search
+    metrics = facts.run.metrics
+    rows, best, search = metrics["epochs"], metrics["best_epoch"], metrics.get("search")
     drawn = {
-        "loss": svg("Loss by epoch", lambda f: draw_loss(f.subplots(), epochs, best), 290),
-        "scores": svg("Dev scores by epoch", lambda f: draw_scores(f.subplots(), epochs, best), 290),
-        "reliability": svg(
-            "Confidence against exact match", lambda f: draw_reliability(f, facts.results.calibration), 400
-        ),
+        "loss": svg("Loss by epoch", lambda f: draw_loss(f.subplots(), rows, best), 290),
+        "scores": svg("Dev scores by epoch", lambda f: draw_scores(f.subplots(), rows, best), 290),
+        "reliability": svg("Confidence against exact match", lambda f: draw_reliability(f, facts.calibration), 400),
     }
     if search:
-        rows = math.ceil(len(search.best.settings) / 2)
-        drawn["search"] = svg("F1 by setting", lambda f: draw_search(f, search), 60 + 200 * rows)
+        lines = math.ceil(len(search["trials"][0]["settings"]) / 2)
+        drawn["search"] = svg("F1 by setting", lambda f: draw_search(f, search), 60 + 200 * lines)
     return drawn
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws losses and scores by epoch into a PNG file; ``rows`` are those of ``metrics.json``."""
+def draw_curves(rows: Rows, path: Path) -> None:
+    """Draws losses and scores by epoch into a PNG file."""
 
     def draw(figure: Figure) -> None:
         losses, scores = figure.subplots(1, 2)
-        draw_loss(losses, read_epochs(rows))
-        draw_scores(scores, read_epochs(rows))
+        draw_loss(losses, rows)
+        draw_scores(scores, rows)
 
     path.write_bytes(png(draw, (9, 3.6)))
 
 
-def draw_loss(axes: Any, epochs: Sequence[Epoch], best: int | None = None) -> None:
+def draw_loss(axes: Any, rows: Rows, best: int | None = None) -> None:
     """Draws train and dev loss by epoch and marks the best one."""
-    trained = [e for e in epochs if e.train_loss is not None]
-    axes.plot([e.number for e in trained], [e.train_loss for e in trained], label="train loss", **_OVER_THE_EDGE)
-    axes.plot([e.number for e in epochs], [e.eval_loss for e in epochs], label="dev loss", **_OVER_THE_EDGE)
-    _finish(axes, epochs, best, "loss")
+    for name, label in (("train_loss", "train loss"), ("eval_loss", "dev loss")):
+        known = [row for row in rows if row[name] is not None]
+        axes.plot([row["epoch"] for row in known], [row[name] for row in known], label=label, **_OVER_THE_EDGE)
+    _finish(axes, rows, best, "loss")
 
 
-def draw_scores(axes: Any, epochs: Sequence[Epoch], best: int | None = None) -> None:
+def draw_scores(axes: Any, rows: Rows, best: int | None = None) -> None:
     """Draws the dev scores by epoch and marks the best one."""
-    for name, label in (("f1", "F1"), ("exact_match", "EM"), ("accuracy", "accuracy")):
-        axes.plot([e.number for e in epochs], [getattr(e, name) for e in epochs], label=label, **_OVER_THE_EDGE)
+    for name, label, scale in (("eval_f1", "F1", 1), ("eval_exact_match", "EM", 1), ("eval_accuracy", "accuracy", 100)):
+        axes.plot([row["epoch"] for row in rows], [scale * row[name] for row in rows], label=label, **_OVER_THE_EDGE)
     axes.set_ylim(0, min(100, axes.get_ylim()[1]))
-    _finish(axes, epochs, best, "percent")
+    _finish(axes, rows, best, "percent")
 
 
 def draw_reliability(figure: Figure, calibration: Calibration) -> None:
@@ -84,18 +84,20 @@ def draw_reliability(figure: Figure, calibration: Calibration) -> None:
     legend_above(upper, 1)
 
 
-def draw_search(figure: Figure, search: Search) -> None:
+def draw_search(figure: Figure, search: Mapping[str, Any]) -> None:
     """Draws F1 against each setting that was searched for, and marks the trial that was kept."""
-    names, scored, best = list(search.best.settings), search.scored, search.best
+    best = search["trials"][search["best"] - 1]
+    scored = [t for t in search["trials"] if t["f1"] is not None]
+    names = list(best["settings"])
     columns = min(2, len(names))
     panels = figure.subplots(math.ceil(len(names) / columns), columns, sharey=True, squeeze=False).flat
     for name, axes in zip(names, panels, strict=False):
-        values = sorted({t.settings[name] for t in scored})
+        values = sorted({t["settings"][name] for t in scored})
         if name == "learning_rate":
             axes.set_xscale("log")
             values = values[:: max(1, len(values) - 1)]  # the least and the greatest
-        axes.plot([t.settings[name] for t in scored], [t.f1 for t in scored], linestyle="", label="trial")
-        axes.plot(best.settings[name], best.f1, linestyle="", label="kept")
+        axes.plot([t["settings"][name] for t in scored], [t["f1"] for t in scored], linestyle="", label="trial")
+        axes.plot(best["settings"][name], best["f1"], linestyle="", label="kept")
         axes.margins(0.15)
         axes.minorticks_off()
         axes.set_xticks(values, [f"{value:.2g}" for value in values])
@@ -106,8 +108,8 @@ def draw_search(figure: Figure, search: Search) -> None:
     legend_above(figure.axes[0], 2)
 
 
-def _finish(axes: Any, epochs: Sequence[Epoch], best: int | None, y_label: str) -> None:
-    axes.set(xlabel="epoch", ylabel=y_label, xlim=(0, max(1, *(e.number for e in epochs))))
+def _finish(axes: Any, rows: Rows, best: int | None, y_label: str) -> None:
+    axes.set(xlabel="epoch", ylabel=y_label, xlim=(0, max(1, *(row["epoch"] for row in rows))))
     axes.xaxis.get_major_locator().set_params(integer=True)
     if best is not None:
         axes.axvline(best, color=COLOURS["muted"], linestyle=":", linewidth=1, marker="")
@@ -122,7 +124,7 @@ def _finish(axes: Any, epochs: Sequence[Epoch], best: int | None, y_label: str) 
     legend_above(axes, 3)
 
 
-def terminal_chart(rows: Sequence[dict[str, Any]], *, width: int = 50, height: int = 8) -> str:
+def terminal_chart(rows: Rows, *, width: int = 50, height: int = 8) -> str:
     """Returns train loss (``t``) and dev loss (``e``) by epoch, ``*`` if they meet; "" for fewer than two epochs."""
     points = [(r["epoch"], r["train_loss"], r["eval_loss"]) for r in rows]
     losses = [v for _, t, e in points for v in (t, e) if v is not None]

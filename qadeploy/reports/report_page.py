@@ -13,8 +13,7 @@ from qadeploy.reports.run_report import SMALLEST_GROUP, WINDOW_GROUPS, Mistake, 
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 
-CHECK_CLASSES = {
-    **{str(kind): text for kind, text in MEANING.items()},
+CHECK_FLAGS = {
     "repeated": "the answer occurs several times in its context",
     "duplicate": "an earlier row has the same question and context",
 }
@@ -29,7 +28,9 @@ def report_page(facts: RunFacts) -> str:
         drawn=facts_charts(facts),
         smallest=SMALLEST_GROUP,
         window_groups=WINDOW_GROUPS,
-        check_classes=CHECK_CLASSES,
+        speeds={row["epoch"]: row for row in facts.run.metrics.get("speed", {}).get("epochs", ())},
+        check_classes=MEANING,
+        check_flags=CHECK_FLAGS,
         pieces=_pieces,
         golds=_golds,
         duration=_duration(facts.run.metrics.get("seconds", 0.0)),

@@ -18,14 +18,14 @@ _OPTIONS = (
 
 def run_card(facts: RunFacts) -> str:
     """Returns Markdown with the hub's front matter: use, how to run it, results, limits, data, training."""
-    run, after = facts.run, facts.results.after
+    run, after = facts.run, facts.after
     options = run.record["options"]
     head = front_matter(
         run.name,
         library="transformers",
         base=run.record["base"],
         dataset=run.source,
-        dev_set=not facts.results.held_out,
+        dev_set=not facts.held_out,
         scores={"exact_match": after.exact_match, "f1": after.f1},
         tags=["qadeploy"],
     )
@@ -34,7 +34,6 @@ def run_card(facts: RunFacts) -> str:
         _TEMPLATE,
         facts=facts,
         run=run,
-        results=facts.results,
         findings=findings,
         cells=_cells,
         code=_code,

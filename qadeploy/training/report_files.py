@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from qadeploy.data.loading import DataSet
@@ -20,8 +21,6 @@ from qadeploy.reports.run_card import run_card
 from qadeploy.reports.run_report import Part, RunFacts, RunRecord, make_facts
 from qadeploy.training.features import FeatureSet
 from qadeploy.training.run_log import RunLog
-
-ROLES = (("train", "learned from"), ("dev", "chose the epoch"), ("held out", "only reported on"))
 
 
 def write_report_files(
@@ -47,7 +46,7 @@ def write_report_files(
 
     @cache
     def facts() -> RunFacts:
-        parts = [_part(*role, features) for role, features in zip(ROLES, sets, strict=False)]
+        parts = [Part(one.examples, tuple(end - begin for begin, end in pairwise(one.first))) for one in sets]
         parts[0] = replace(parts[0], unlabelled=unlabelled)
         return make_facts(run, parts, answers, skipped=data.skipped, first_taken=data.first_taken)
 
@@ -65,8 +64,3 @@ def write_report_files(
                 f"{name} cannot be made, the run is complete without it: {type(error).__name__}: {error} "
                 f"({Path(place.filename).name}, line {place.lineno})"
             )
-
-
-def _part(name: str, role: str, features: FeatureSet) -> Part:
-    windows = tuple(end - begin for begin, end in zip(features.first, features.first[1:], strict=False))
-    return Part(name, role, features.examples, windows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,8 @@ from qadeploy.core.calibration import ConfidenceBin
 from qadeploy.reports import charts, figures
 from qadeploy.reports.charts import draw_loss, draw_reliability, draw_scores, draw_search, facts_charts
 from qadeploy.reports.figures import COLOURS
-from qadeploy.reports.run_report import Calibration, Epoch
-from tests.run_facts_for_tests import SEARCH, facts
+from qadeploy.reports.run_report import Calibration, overfitting
+from tests.run_facts_for_tests import METRICS, SEARCH, epoch, facts
 
 
 def lines(axes) -> dict[str, list[tuple[float, float]]]:
@@ -26,24 +25,25 @@ def lines(axes) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_the_curves_are_the_epochs():
-    epochs = facts().epochs
+    rows = METRICS["epochs"]
     loss, scores = Figure().subplots(1, 2)
-    draw_loss(loss, epochs, 2)
-    draw_scores(scores, epochs, 2)
+    draw_loss(loss, rows, 2)
+    draw_scores(scores, rows, 2)
     assert lines(loss) == {
-        "train loss": [(e.number, e.train_loss) for e in epochs[1:]],
-        "dev loss": [(e.number, e.eval_loss) for e in epochs],
+        "train loss": [(row["epoch"], row["train_loss"]) for row in rows[1:]],
+        "dev loss": [(row["epoch"], row["eval_loss"]) for row in rows],
     }
-    assert lines(scores)["F1"] == [(e.number, e.f1) for e in epochs]
-    assert lines(scores)["EM"] == [(e.number, e.exact_match) for e in epochs]
+    assert lines(scores)["F1"] == [(row["epoch"], row["eval_f1"]) for row in rows]
+    assert lines(scores)["EM"] == [(row["epoch"], row["eval_exact_match"]) for row in rows]
+    assert lines(scores)["accuracy"] == [(row["epoch"], 100 * row["eval_accuracy"]) for row in rows]
     assert [text.get_text() for text in loss.texts] == ["best"]
 
 
 @pytest.mark.parametrize("values", [[0.0], [100.0, 100.0], [0.0, 0.0], [1e-9, 1e9]])
 def test_flat_and_tiny_curves_can_be_drawn(values):
-    epochs = [Epoch(n, None, v, min(v, 100.0), min(v, 100.0), min(v, 100.0)) for n, v in enumerate(values)]
+    rows = [epoch(n, None, v, min(v, 100.0)) for n, v in enumerate(values)]
     for draw in (draw_loss, draw_scores):
-        svg = str(figures.svg("Title", lambda figure, draw=draw: draw(figure.subplots(), epochs, 0), 290))
+        svg = str(figures.svg("Title", lambda figure, draw=draw: draw(figure.subplots(), rows, 0), 290))
         ElementTree.fromstring(svg)
         assert "nan" not in svg
         for x, y in re.findall(r'<use href="[^"]*" x="([-\d.]+)" y="([-\d.]+)"', svg):
@@ -63,9 +63,8 @@ def test_the_reliability_diagram_shows_the_bins_that_have_answers():
 
 
 def test_the_trials_of_a_search_are_drawn_by_setting():
-    search = facts({"search": SEARCH}).search
     figure = Figure()
-    draw_search(figure, search)
+    draw_search(figure, SEARCH)
     rate, epochs, negatives, empty = figure.axes
     assert [axes.get_xlabel() for axes in (rate, epochs, negatives)] == ["learning rate", "epochs", "negatives"]
     assert lines(rate) == {"trial": [(1e-4, 60.0), (3.2e-4, 64.5)], "kept": [(3.2e-4, 64.5)]}  # one trial failed
@@ -106,6 +105,6 @@ def test_texts_of_a_figure_are_escaped_and_not_formulas():
 
 
 def test_an_epoch_overfits_if_dev_loss_rises_while_train_loss_falls():
-    assert [e.overfits for e in facts().epochs] == [False, False, False, True]
-    words = {"epochs": [{**row, "observation": ""} for row in facts().run.metrics["epochs"]]}
-    assert facts(words).epochs == tuple(replace(e, observation="") for e in facts().epochs)
+    rows = METRICS["epochs"]
+    assert overfitting(rows) == [3]
+    assert overfitting([{**row, "observation": ""} for row in rows]) == [3]

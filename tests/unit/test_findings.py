@@ -6,14 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from qadeploy.reports import findings
-from qadeploy.reports.run_report import Group, GroupedBy, Grouping, RunFacts, ScoreFacts
+from qadeploy.reports.run_report import GroupedBy, Groups, RunFacts, ScoreFacts
 from tests.run_facts_for_tests import epoch, facts
 
 
 def changed(**changes: Any) -> RunFacts:
     """The facts of the run with other results."""
-    found = facts()
-    return replace(found, results=replace(found.results, **changes))
+    return replace(facts(), **changes)
 
 
 def test_the_gain_is_named_with_what_the_questions_can_tell():
@@ -48,7 +47,7 @@ def test_the_course_of_training():
 def test_honesty_of_confidence():
 
     def said(confidence, accuracy):
-        calibration = replace(facts().results.calibration, confidence=confidence, accuracy=accuracy)
+        calibration = replace(facts().calibration, confidence=confidence, accuracy=accuracy)
         return findings.honesty(changed(calibration=calibration))
 
     assert "overconfident: mean confidence 90\u00a0%, exactly right 60\u00a0%." in said(0.9, 0.6)
@@ -56,19 +55,22 @@ def test_honesty_of_confidence():
     assert "about right" in said(0.62, 0.6)
 
 
-def grouping(*groups: tuple[str, int, float, tuple[float, float] | None]) -> Grouping:
-    return Grouping(GroupedBy.ANSWER_LENGTH, tuple(Group(n, ScoreFacts(f, f, f, c, i, i, i)) for n, c, f, i in groups))
+def scored(*groups: tuple[str, int, float, tuple[float, float] | None]) -> Groups:
+    return {name: ScoreFacts(f1, f1, f1, count, *[interval] * 3) for name, count, f1, interval in groups}
 
 
 def test_groups_are_compared_only_if_they_are_large_enough():
-    made = grouping(("a", 50, 20.0, (10, 30)), ("b", 60, 70.0, (60, 80)), ("c", 3, 0.0, None))
-    text = findings.caption_groups(made, 50.0)
+    made, by = (
+        scored(("a", 50, 20.0, (10, 30)), ("b", 60, 70.0, (60, 80)), ("c", 3, 0.0, None)),
+        GroupedBy.ANSWER_LENGTH,
+    )
+    text = findings.caption_groups(by, made, 50.0)
     assert text.startswith(
         "F1 goes from 20.0 (“a”) to 70.0 (“b”); “a” is clearly below the overall F1 of 50.0. Words in"
     )
-    assert "no group is clearly" in findings.caption_groups(made, 25.0)
-    assert "nothing to compare" in findings.caption_groups(grouping(("a", 50, 20.0, (10, 30))), 50.0)
-    found = changed(groupings=(made,), after=ScoreFacts(1, 50.0, 1, 113))
+    assert "no group is clearly" in findings.caption_groups(by, made, 25.0)
+    assert "nothing to compare" in findings.caption_groups(by, scored(("a", 50, 20.0, (10, 30))), 50.0)
+    found = changed(groupings={by: made}, after=ScoreFacts(1, 50.0, 1, 113))
     assert "Hardest by answer length: “a” (F1 20.0 on 50 questions)." in findings.takeaways(found)
     assert "Hardest by answer length: “a” (F1 20.0 on 50 questions)." in findings.weaknesses(found)
 
@@ -77,14 +79,19 @@ def test_counts_of_mistakes():
     found = facts()
     assert "7 of 19 answers (36.8\u00a0%)" in findings.caption_mistakes(found)
     assert "all are shown" in findings.caption_mistakes(found)
-    assert "the worst 3 are shown" in findings.caption_mistakes(changed(mistakes=found.results.mistakes[:3]))
+    assert "the worst 3 are shown" in findings.caption_mistakes(changed(mistakes=found.mistakes[:3]))
     assert findings.caption_mistakes(changed(wrong=0, mistakes=())).startswith("None of the 19")
     assert any(text.startswith("2 answers are entirely wrong") for text in findings.takeaways(found))
     assert any(text.startswith("1 answer is") for text in findings.takeaways(changed(surely_wrong=1)))
 
 
 def test_the_check_s_worst_fault_is_named():
-    check = {"rows": 10, "classes": {"exact": 6, "shifted": 3, "absent": 1}, "repaired": 3, "rejected": 1}
+    check = {
+        "rows": 10,
+        "classes": {"exact": 6, "shifted": 3, "absent": 1, "repeated": 5},
+        "repaired": 3,
+        "rejected": 1,
+    }
     assert findings.caption_check(facts({"data_check": check})) == (
         "60.0\u00a0% of 10 rows point exactly at their answer; the most frequent fault is “shifted” (3 rows)."
     )
@@ -97,6 +104,6 @@ def test_remarks_on_the_data():
     assert findings.data_remarks(facts()) == ()
     assert [text.split()[0] for text in findings.data_remarks(facts(skipped=3, first_taken=4))] == ["3", "4"]
     found = facts()
-    one, two = (replace(found, data=replace(found.data, leaked=n)) for n in (1, 2))
+    one, two = (replace(found, leaked=n) for n in (1, 2))
     assert findings.data_remarks(one)[0].startswith("1 held-out context is also in the training data")
     assert findings.data_remarks(two)[0].startswith("2 held-out contexts are also in the training data")

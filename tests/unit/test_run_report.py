@@ -15,7 +15,6 @@ from qadeploy.reports.run_report import (
     SMALLEST_GROUP,
     SURE,
     GroupedBy,
-    NoAnswer,
     RunRecord,
     count_words,
     make_facts,
@@ -37,7 +36,7 @@ ROWS = [
 
 
 def test_scores_are_the_means_of_the_rows():
-    found = facts().results.after
+    found = facts().after
     assert found.total == len(JUDGED)
     assert found.exact_match == pytest.approx(100 * np.mean([r[0] for r in ROWS]))
     assert found.f1 == pytest.approx(100 * np.mean([r[1] for r in ROWS]))
@@ -47,14 +46,11 @@ def test_scores_are_the_means_of_the_rows():
 @pytest.mark.parametrize("by", GroupedBy)
 def test_groups_add_up_to_all_questions(by):
     found = facts()
-    (grouping,) = [g for g in found.results.groupings if g.by is by]
-    groups = [g.scores for g in grouping.groups]
+    groups = found.groupings[by].values()
     total = sum(g.total for g in groups)
     assert total == len(JUDGED)
     for name in ("f1", "exact_match", "accuracy"):
-        assert sum(g.total * getattr(g, name) for g in groups) == pytest.approx(
-            total * getattr(found.results.after, name)
-        )
+        assert sum(g.total * getattr(g, name) for g in groups) == pytest.approx(total * getattr(found.after, name))
         for group in groups:
             interval = getattr(group, f"{name}_interval")
             assert (interval is None) == (group.total < SMALLEST_GROUP)
@@ -63,21 +59,20 @@ def test_groups_add_up_to_all_questions(by):
 
 
 def test_groups_hold_the_questions_that_belong_to_them():
-    words, answers, contexts = facts().results.groupings
-    where = next(g for g in words.groups if g.name == "where")
-    assert (where.scores.total, where.scores.f1) == (12, 100.0)
-    low, high = where.scores.f1_interval  # the bootstrap of twelve ones would claim 100 to 100
+    words, answers, contexts = facts().groupings.values()
+    where = words["where"]
+    assert (where.total, where.f1) == (12, 100.0)
+    low, high = where.f1_interval  # the bootstrap of twelve ones would claim 100 to 100
     assert (low, high) == (pytest.approx(75.75, abs=0.01), 100.0)
-    assert [g.name for g in words.groups] == ["who", "what", "when", "where", "how", "which", "other"]
+    assert list(words) == ["who", "what", "when", "where", "how", "which", "other"]
     of_two = [
         f
         for (e, _, _), (_, f, _) in zip(JUDGED, ROWS, strict=True)
         if e.answers and len(e.answers[0].text.split()) == 2
     ]
-    two = next(g for g in answers.groups if g.name == "2")
-    assert (two.scores.total, two.scores.f1) == (len(of_two), pytest.approx(100 * np.mean(of_two)))
-    assert (answers.groups[0].name, answers.groups[0].scores.total) == ("no answer", 1)
-    assert [(g.name, g.scores.total) for g in contexts.groups] == [("1–50", 18), ("over 800", 1)]
+    assert (answers["2"].total, answers["2"].f1) == (len(of_two), pytest.approx(100 * np.mean(of_two)))
+    assert (next(iter(answers)), answers["no answer"].total) == ("no answer", 1)
+    assert [(name, scores.total) for name, scores in contexts.items()] == [("1–50", 18), ("over 800", 1)]
 
 
 @pytest.mark.parametrize(
@@ -105,15 +100,15 @@ def test_words_of_scripts_without_spaces_are_characters():
 def test_mistakes_are_the_lowest_f1_and_the_most_confident_of_equals():
     brute = sorted(((f, -c, i) for i, (_, f, c) in enumerate(ROWS) if f < 1), key=lambda t: t[:2])
     found = facts()
-    assert [m.example.id for m in found.results.mistakes] == [EXAMPLES[i].id for _, _, i in brute]
-    assert found.results.wrong == len(brute) == 7
-    assert found.results.surely_wrong == sum(f == 0 and c >= SURE for _, f, c in ROWS) == 2
+    assert [m.example.id for m in found.mistakes] == [EXAMPLES[i].id for _, _, i in brute]
+    assert found.wrong == len(brute) == 7
+    assert found.surely_wrong == sum(f == 0 and c >= SURE for _, f, c in ROWS) == 2
     few = worst_mistakes(EXAMPLES, ANSWERS, score(EXAMPLES, ANSWERS), 3)
-    assert few == found.results.mistakes[:3]
+    assert few == found.mistakes[:3]
 
 
 def test_calibration_is_guo_s_error_on_the_answers():
-    found = facts().results.calibration
+    found = facts().calibration
     error = 0.0
     for i in range(10):
         inside = [(c, e) for e, _, c in ROWS if i / 10 < c <= (i + 1) / 10]
@@ -123,11 +118,11 @@ def test_calibration_is_guo_s_error_on_the_answers():
     assert sum(b.count for b in found.bins) == len(ROWS)
     assert (found.temperature, found.error_before) == (None, None)
     fitted = facts({"calibration": {"temperature": 1.5, "held_out": {"ece_before": 0.3}, "dev": {"ece_before": 0.9}}})
-    assert (fitted.results.calibration.temperature, fitted.results.calibration.error_before) == (1.5, 0.3)
+    assert (fitted.calibration.temperature, fitted.calibration.error_before) == (1.5, 0.3)
 
 
 def test_parts_are_counted():
-    train, dev, judged = facts().data.parts
+    train, dev, judged = facts().parts
     assert (train.questions, train.contexts, train.windows, train.by_windows) == (2, 2, 3, (1, 1, 0, 0, 0))
     assert (dev.questions, dev.windows) == (1, 1)
     assert (judged.questions, judged.without_answer, judged.windows) == (19, 1, 23)
@@ -138,45 +133,32 @@ def test_parts_are_counted():
     taught = replace(first, examples=(*first.examples, example("t", "Who?", "Ada.")), windows=(*first.windows, 1))
     for unlabelled, without_answer in ((0, 1), (1, 0)):
         run = RunRecord("run", RECORD, METRICS)
-        found = make_facts(run, [replace(taught, unlabelled=unlabelled), *rest], ANSWERS).data.parts[0]
+        found = make_facts(run, [replace(taught, unlabelled=unlabelled), *rest], ANSWERS).parts[0]
         assert (found.questions, found.without_answer) == (3, without_answer)
 
 
 def test_without_a_held_out_set_the_dev_set_is_judged_with_settings_chosen_for_the_base_too():
     found = facts(held_out=False)
-    assert not found.results.held_out
-    assert found.results.before.f1 == METRICS["dev_base"]["f1"] != METRICS["epochs"][0]["eval_f1"]
-    assert found.results.before.f1_interval is None
+    assert not found.held_out
+    assert found.before.f1 == METRICS["dev_base"]["f1"] != METRICS["epochs"][0]["eval_f1"]
+    assert found.before.f1_interval is None
     assert findings.judged(found) == "19 questions of the dev set"
 
 
 def test_leaks_and_skipped_rows_are_counted():
-    found = facts(skipped=3, first_taken=4).data
+    found = facts(skipped=3, first_taken=4)
     assert (found.skipped, found.first_taken, found.leaked) == (3, 4, 0)
     (train, dev, judged), run = parts(), RunRecord("run", RECORD, METRICS)
     leaking = replace(train, examples=(train.examples[0], EXAMPLES[0]))
-    assert make_facts(run, [leaking, dev, judged], ANSWERS).data.leaked == 1
-    assert make_facts(run, [dev, judged], ANSWERS).data.leaked == 0
-
-
-def test_the_data_check_keeps_flags_apart_from_classes():
-    check = {
-        "rows": 10,
-        "classes": {"exact": 7, "absent": 3, "repeated": 2, "duplicate": 1},
-        "repaired": 0,
-        "rejected": 3,
-    }
-    found = facts({"data_check": check}).data.check
-    assert sum(found.classes.values()) == found.rows == 10
-    assert found.flags == {"repeated": 2, "duplicate": 1}
-    assert facts().data.check is None
+    assert make_facts(run, [leaking, dev, judged], ANSWERS).leaked == 1
+    assert make_facts(run, [dev, judged], ANSWERS).leaked == 0
 
 
 def test_no_answer_facts_are_those_of_the_judged_questions():
     scores = {"f1": 61.2, "f1_threshold_0": 58.0, "f1_always_answer": 40.1}
     chosen = {"null_threshold": -1.2, "dev": {**scores, "f1": 1.0}, "held_out": scores}
-    assert facts({"no_answer": chosen}).results.no_answer == NoAnswer(-1.2, **scores)
-    assert facts().results.no_answer is None
+    assert facts({"no_answer": chosen}).no_answer == {"null_threshold": -1.2, **scores}
+    assert facts().no_answer is None
 
 
 @pytest.mark.parametrize("data", [("faq & answers.jsonl",), ("old.csv", "new rows.jsonl")])
@@ -209,5 +191,5 @@ def test_a_run_without_mistakes():
     *learned, judged = parts()
     right = [replace(a, text=e.answers[0].text) for e, a in zip(EXAMPLES[7:], ANSWERS[7:], strict=True)]
     judged = replace(judged, examples=EXAMPLES[7:], windows=judged.windows[7:])
-    found = make_facts(RunRecord("run", RECORD, METRICS), [*learned, judged], right).results
+    found = make_facts(RunRecord("run", RECORD, METRICS), [*learned, judged], right)
     assert (found.wrong, found.surely_wrong, found.mistakes) == (0, 0, ())
