@@ -14,7 +14,7 @@ from qadeploy.bench import table
 from qadeploy.errors import InputError
 from qadeploy.files import write_bytes, write_json, write_text
 from qadeploy.reports import figures
-from qadeploy.reports.page import render, value
+from qadeploy.reports.page import render
 
 _TEMPLATE = Path(__file__).with_name("bench.html.j2")
 _REPORT = "bench.json"
@@ -74,7 +74,7 @@ def bench_page(report: Mapping[str, Any]) -> str:
     )
 
 
-def _configuration(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _configuration(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Tables of names and values: the machine, the versions, the workload and the bundles."""
     found = report["environment"]
     machine = {
@@ -101,8 +101,7 @@ def _configuration(report: Mapping[str, Any]) -> list[tuple[str, list[tuple[str,
         "date": report["date"],
     }
     bundles = {b["name"]: f"{b['precision']}, SHA-256 {b['sha256']}" for b in report["bundles"]}
-    tables = {"Machine": machine, "Versions": versions, "Workload": workload, "Bundles": bundles}
-    return [(title, [(name, value(v)) for name, v in rows.items()]) for title, rows in tables.items()]
+    return {"Machine": machine, "Versions": versions, "Workload": workload, "Bundles": bundles}
 
 
 # ---------------------------------------------------------------- the plot

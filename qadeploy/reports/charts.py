@@ -68,17 +68,11 @@ def draw_reliability(figure: Figure, calibration: Calibration) -> None:
     places = [100 * b.confidence for b in bins]
     upper.plot((0, 100), (0, 100), "--", color=COLOURS["muted"], linewidth=1.5, label="perfect calibration")
     upper.vlines(places, [100 * low for low, _ in bounds], [100 * high for _, high in bounds], "C0", alpha=0.75)
-    upper.plot(
-        places, [100 * b.accuracy for b in bins], "o", color="C0", label="answers, 95 % interval", **_OVER_THE_EDGE
-    )
+    right = [100 * b.accuracy for b in bins]
+    upper.plot(places, right, "o", color="C0", label="answers, 95 % interval", **_OVER_THE_EDGE)
     upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="exactly right (%)")
-    bars = lower.bar(
-        [100 * b.low for b in bins],
-        [b.count for b in bins],
-        [100 * (b.high - b.low) - 1 for b in bins],
-        align="edge",
-        color=COLOURS["bar"],
-    )
+    lefts, widths = [100 * b.low for b in bins], [100 * (b.high - b.low) - 1 for b in bins]
+    bars = lower.bar(lefts, [b.count for b in bins], widths, align="edge", color=COLOURS["bar"])
     lower.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize="small")
     lower.set(yticks=(), xlabel="confidence (%)", ylabel="answers")
     legend_above(upper, 1)
@@ -113,32 +107,24 @@ def _finish(axes: Any, rows: Rows, best: int | None, y_label: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if best is not None:
         axes.axvline(best, color=COLOURS["muted"], linestyle=":", linewidth=1, marker="")
-        axes.annotate(
-            "best",
-            (best, 1),
-            xycoords=axes.get_xaxis_transform(),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-        )
+        above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+        axes.annotate("best", (best, 1), xycoords=axes.get_xaxis_transform(), **above)
     legend_above(axes, 3)
 
 
 def terminal_chart(rows: Rows, *, width: int = 50, height: int = 8) -> str:
     """Returns train loss (``t``) and dev loss (``e``) by epoch, ``*`` if they meet; "" for fewer than two epochs."""
-    points = [(r["epoch"], r["train_loss"], r["eval_loss"]) for r in rows]
-    losses = [v for _, t, e in points for v in (t, e) if v is not None]
-    if len(points) < 2:
+    if len(rows) < 2:
         return ""
-    low, high = min(losses), max(losses)
-    last = max(p[0] for p in points) or 1
+    kinds = (("eval_loss", "e"), ("train_loss", "t"))
+    points = [(row["epoch"], row[name], mark) for row in rows for name, mark in kinds if row[name] is not None]
+    losses = [loss for _, loss, _ in points]
+    low, high, last = min(losses), max(losses), max(row["epoch"] for row in rows) or 1
     grid = [[" "] * width for _ in range(height)]
-    for epoch, train_loss, eval_loss in points:
+    for epoch, loss, mark in points:
         column = round(epoch / last * (width - 1))
-        for value, mark in ((eval_loss, "e"), (train_loss, "t")):
-            if value is not None:
-                line = round((high - value) / ((high - low) or 1.0) * (height - 1))
-                grid[line][column] = "*" if grid[line][column] not in {" ", mark} else mark
+        line = round((high - loss) / ((high - low) or 1.0) * (height - 1))
+        grid[line][column] = "*" if grid[line][column] not in {" ", mark} else mark
     labels = [f"{high:7.3f}", *["       "] * (height - 2), f"{low:7.3f}"]
     lines = [f"{label} |{''.join(row).rstrip()}" for label, row in zip(labels, grid, strict=True)]
     axis = f"        +{'-' * width}\n         0{'epoch'.center(width - 2)}{last}"

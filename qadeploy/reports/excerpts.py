@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-WHOLE = 700
-AROUND = 160
 _BRIDGE = 40  # a shorter gap is not worth an ellipsis
 _REACH = 24  # how far a cut moves to reach white space
 _JOINER = "\u200d"
@@ -33,7 +31,7 @@ class Piece:
 
 
 def excerpt(
-    context: str, golds: Sequence[Range], answered: Sequence[Range], *, whole: int = WHOLE, around: int = AROUND
+    context: str, golds: Sequence[Range], answered: Sequence[Range], *, whole: int = 700, around: int = 160
 ) -> tuple[Piece, ...]:
     """Returns the pieces of a context to show, in order; each lies wholly inside or outside of every given span.
 
@@ -51,9 +49,8 @@ def excerpt(
     for begin, end in shown:
         edges = sorted({begin, end, *(edge for span in spans for edge in span if begin < edge < end)})
         for start, stop in pairwise(edges):
-            pieces.append(
-                Piece(context[start:stop], start, _inside(start, golds), _inside(start, answered), gap=start > done)
-            )
+            in_gold, in_answer = _inside(start, golds), _inside(start, answered)
+            pieces.append(Piece(context[start:stop], start, in_gold, in_answer, gap=start > done))
             done = stop
     return tuple(pieces)
 
@@ -78,21 +75,14 @@ def _cut(context: str, place: int, reach: int) -> int:
     """``place``, or a place up to ``reach`` after it that splits no word, or at least no character of several code points."""
     if place <= 0 or place >= len(context):
         return max(0, min(place, len(context)))
-    last = min(place + reach, len(context))
-    for near in range(place, last):
-        if context[near - 1].isspace() or context[near].isspace():
-            return near
-    while place < last and _continues(context, place):
-        place += 1
-    return place
+    places = range(place, min(place + reach, len(context)))
+    spaced = (near for near in places if context[near - 1].isspace() or context[near].isspace())
+    apart = (near for near in places if not _continues(context, near))
+    return next(spaced, next(apart, places.stop))
 
 
 def _continues(context: str, place: int) -> bool:
-    """Whether the code point belongs to the character before it: marks, variation selectors, joined emoji."""
-    this = context[place]
-    return (
-        unicodedata.category(this) in {"Mn", "Mc", "Me"}
-        or this == _JOINER
-        or context[place - 1] == _JOINER
-        or "\U0001f3fb" <= this <= "\U0001f3ff"
-    )
+    """Whether the code point belongs to the character before it: marks, variation selectors, joined emoji, skin tones."""
+    before, this = context[place - 1 : place + 1]
+    is_mark = unicodedata.category(this).startswith("M")
+    return is_mark or _JOINER in {before, this} or "\U0001f3fb" <= this <= "\U0001f3ff"

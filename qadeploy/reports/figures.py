@@ -19,36 +19,24 @@ COLOURS = {
 }  # fmt: skip
 _WIDTH = 440  # of an SVG figure, in its own units
 _STYLE = {
+    **dict.fromkeys(("axes.edgecolor", "text.color", "xtick.color", "ytick.color"), COLOURS["muted"]),
+    **dict.fromkeys(("axes.labelcolor", "legend.labelcolor"), COLOURS["text"]),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "svg.fonttype"), "none"),
+    **dict.fromkeys(("axes.spines.left", "axes.spines.right", "axes.spines.top", "legend.frameon"), False),
+    **dict.fromkeys(("axes.xmargin", "axes.ymargin", "xtick.major.size", "ytick.major.size"), 0),
     "axes.autolimit_mode": "round_numbers",
     "axes.axisbelow": True,
-    "axes.edgecolor": COLOURS["muted"],
-    "axes.facecolor": "none",
     "axes.grid": True,
     "axes.grid.axis": "y",
-    "axes.labelcolor": COLOURS["text"],
     "axes.labelpad": 6,
     "axes.prop_cycle": cycler(color=[COLOURS[c] for c in "abc"], marker=["o", "D", "^"], linestyle=["-", "--", ":"]),
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.xmargin": 0,
-    "axes.ymargin": 0,
-    "figure.facecolor": "none",
     "grid.color": COLOURS["grid"],
-    "legend.frameon": False,
-    "legend.labelcolor": COLOURS["text"],
     "lines.linewidth": 2.25,
     "lines.markeredgecolor": COLOURS["card"],
     "lines.markersize": 8,
-    "svg.fonttype": "none",
-    "text.color": COLOURS["muted"],
     "text.parse_math": False,
-    "xtick.color": COLOURS["muted"],
-    "xtick.major.size": 0,
     "xtick.major.pad": 6,
-    "ytick.color": COLOURS["muted"],
     "ytick.major.pad": 8,
-    "ytick.major.size": 0,
 }
 
 
@@ -75,12 +63,8 @@ def svg(title: str, draw: Callable[[Figure], None], height: int) -> Markup:
         *((colour, f"var(--{name})") for name, colour in COLOURS.items()),
     ):
         body = re.sub(pattern, replacement, body, flags=re.DOTALL)
-    return Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}').format(
-        _WIDTH,
-        height,
-        title,
-        Markup(body),  # noqa: S704 - matplotlib escapes texts
-    )
+    start = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(_WIDTH, height, title)
+    return start + Markup(body)  # noqa: S704 - matplotlib escapes texts
 
 
 def png(draw: Callable[[Figure], None], size: tuple[float, float]) -> bytes:

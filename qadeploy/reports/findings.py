@@ -114,9 +114,6 @@ def data_remarks(facts: RunFacts) -> tuple[str, ...]:
     return tuple(text for text, number in remarks.items() if number)
 
 
-# ---------------------------------------------------------------- captions
-
-
 def caption_loss(facts: RunFacts) -> str:
     """Returns what the loss curves show."""
     rows = facts.run.metrics["epochs"]
@@ -204,9 +201,9 @@ def caption_check(facts: RunFacts) -> str:
 
 def caption_mistakes(facts: RunFacts) -> str:
     """Returns how many mistakes there are, which are shown, and in what order."""
-    wrong, shown = facts.wrong, len(facts.mistakes)
-    which = "all" if shown == wrong else f"the worst {shown}"
-    order = f"; {which} are shown, lowest F1 first, then highest confidence" if wrong else ""
+    shown = len(facts.mistakes)
+    which = "all" if shown == facts.wrong else f"the worst {shown}"
+    order = f"; {which} are shown, lowest F1 first, then highest confidence" if facts.wrong else ""
     return f"{mistakes(facts)}{order}."
 
 
@@ -216,9 +213,6 @@ def mistakes(facts: RunFacts) -> str:
     if not wrong:
         return f"None of the {plural(total, 'question')} was answered wrong"
     return f"{wrong:,} of {plural(total, 'answer')} ({_share(wrong, total)}) {_are(wrong)} not fully right"
-
-
-# ---------------------------------------------------------------- parts of sentences
 
 
 def _below(groups: Groups, overall: float) -> list[str]:

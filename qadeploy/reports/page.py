@@ -9,7 +9,6 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 
-_LONGEST_TEXT = 400
 # Control characters, surrogates and non-characters: HTML forbids them, and half a surrogate pair cannot be written.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -26,7 +25,9 @@ def render(template: Path, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent="{:.1f}".format, interval=_interval, signed=_signed, shortened=_shortened)
+    environment.filters.update(
+        percent="{:.1f}".format, interval=_interval, signed=_signed, shortened=_shortened, value=value
+    )
     return _FORBIDDEN.sub("\ufffd", environment.get_template(template.name).render(**values))
 
 
@@ -47,5 +48,5 @@ def _signed(number: float) -> str:
     return f"{number:+.1f}".replace("-", "−")
 
 
-def _shortened(text: str, longest: int = _LONGEST_TEXT) -> str:
+def _shortened(text: str, longest: int = 400) -> str:
     return text if len(text) <= longest else f"{text[:longest]}…"

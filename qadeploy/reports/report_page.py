@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from qadeploy.data.table import MEANING
 from qadeploy.reports import findings
 from qadeploy.reports.charts import facts_charts
 from qadeploy.reports.excerpts import Piece, excerpt
-from qadeploy.reports.page import render, value
+from qadeploy.reports.page import render
 from qadeploy.reports.run_report import SMALLEST_GROUP, WINDOW_GROUPS, Mistake, RunFacts, RunRecord
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -32,7 +34,6 @@ def report_page(facts: RunFacts) -> str:
         check_classes=MEANING,
         check_flags=CHECK_FLAGS,
         pieces=_pieces,
-        golds=_golds,
         duration=_duration(facts.run.metrics.get("seconds", 0.0)),
         configuration=_configuration(facts.run),
     )
@@ -44,29 +45,19 @@ def _pieces(mistake: Mistake) -> tuple[Piece, ...]:
     return excerpt(mistake.example.context, golds, answered)
 
 
-def _golds(mistake: Mistake) -> list[str]:
-    """The distinct annotated texts, in order."""
-    return list(dict.fromkeys(a.text for a in mistake.example.answers))
-
-
-def _configuration(run: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+def _configuration(run: RunRecord) -> dict[str, Mapping[str, Any]]:
     """Tables of names and values: the run's options, what it chose, what it ran on."""
     record = run.record
-    base = {
-        "name": record["base"]["name"],
-        "sha256": record["base"].get("sha256"),
-        "licence": record["base"].get("license"),
-    }
+    base = record["base"]
     rest = {k: v for k, v in record.items() if k not in {"status", "options", "base", "versions", "machine"}}
-    tables = {
+    return {
         "Options": record["options"],
         "Settings of the model": run.metrics["settings"],
-        "Base model": base,
+        "Base model": {"name": base["name"], "sha256": base.get("sha256"), "licence": base.get("license")},
         "Versions": record["versions"],
         "Machine": record["machine"],
         "Record": rest,
     }
-    return [(title, [(str(k), value(v)) for k, v in values.items()]) for title, values in tables.items() if values]
 
 
 def _duration(seconds: float) -> str:

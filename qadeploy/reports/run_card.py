@@ -8,7 +8,7 @@ from pathlib import Path
 from qadeploy.inference.front_matter import base_label, front_matter
 from qadeploy.reports import findings
 from qadeploy.reports.page import render, value
-from qadeploy.reports.run_report import RunFacts, ScoreFacts
+from qadeploy.reports.run_report import RunFacts
 
 _TEMPLATE = Path(__file__).with_name("run_card.md.j2")
 _OPTIONS = (
@@ -33,31 +33,16 @@ def run_card(facts: RunFacts) -> str:
     text = render(
         _TEMPLATE,
         facts=facts,
-        run=run,
         findings=findings,
-        cells=_cells,
         code=_code,
         code_block=_code_block,
         base=base_label(run.record["base"]),
-        settings=run.metrics["settings"],
         options=", ".join(chosen).capitalize(),
         python="from qadeploy.training.checkpoint import load_checkpoint, torch_answerer\n\n"
         f"answerer = torch_answerer(load_checkpoint({str(options['out']) + '/checkpoint'!r}))\n"
         'answerer.answer("Who keeps the lamp?", "Mungo Strand keeps the lamp.")',
     )
     return head + re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
-
-
-def _cells(scores: ScoreFacts) -> str:
-    """EM, F1 and accuracy with their intervals as the cells of a Markdown table."""
-    return " | ".join(
-        f"{score:.1f}" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
-        for score, interval in (
-            (scores.exact_match, scores.exact_match_interval),
-            (scores.f1, scores.f1_interval),
-            (scores.accuracy, scores.accuracy_interval),
-        )
-    )
 
 
 def _code(text: str) -> str:

@@ -66,8 +66,17 @@ class RunRecord:
 
     @property
     def command(self) -> str:
-        """The command that repeats the run."""
-        return train_command(self.record["options"])
+        """The ``qadeploy train`` command that sets every option of the run but the base that ships, one per line."""
+        flags = []
+        for name, value in self.record["options"].items():
+            if value is None or value is False or (name == "base" and value == BASE_MODEL):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, Mapping):
+                value = ",".join(f"{key}={item}" for key, item in value.items())
+            each = value if isinstance(value, list | tuple) else [value]
+            flags += [flag if one is True else f"{flag} {shlex.quote(str(one))}" for one in each]
+        return " \\\n  ".join(["qadeploy train", *flags])
 
     @property
     def export_command(self) -> str:
@@ -223,9 +232,8 @@ def overfitting(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 def overfits(before: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
     """Returns whether the dev loss rises while the train loss falls, from one row of ``metrics.json`` to the next."""
-    if before["train_loss"] is None:
-        return False
-    return bool(row["eval_loss"] > before["eval_loss"] and row["train_loss"] < before["train_loss"])
+    trained = before["train_loss"] is not None
+    return trained and bool(row["eval_loss"] > before["eval_loss"] and row["train_loss"] < before["train_loss"])
 
 
 def count_words(text: str) -> int:
@@ -238,23 +246,6 @@ def question_word(question: str) -> str:
     found = _FIRST_QUESTION_WORD.search(question)
     word = found[0].lower() if found else "other"
     return "who" if word in {"whom", "whose"} else word
-
-
-def train_command(options: Mapping[str, Any]) -> str:
-    """Returns the ``qadeploy train`` command that sets every option of a run but the base that ships, one per line."""
-    flags = []
-    for name, value in options.items():
-        if value is None or value is False or (name == "base" and value == BASE_MODEL):
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, Mapping):
-            value = ",".join(f"{key}={item}" for key, item in value.items())
-        each = value if isinstance(value, list | tuple) else [value]
-        flags += [flag if one is True else f"{flag} {shlex.quote(str(one))}" for one in each]
-    return " \\\n  ".join(["qadeploy train", *flags])
-
-
-# ---------------------------------------------------------------- data
 
 
 def _part_facts(name: str, role: str, part: Part) -> PartFacts:
@@ -288,9 +279,6 @@ def _bucket(count: int, tops: Sequence[int]) -> str:
 
 
 WINDOW_GROUPS = _bucket_names(_WINDOWS)
-
-
-# ---------------------------------------------------------------- scores
 
 
 def _score_facts(scores: Scores, rows: Any) -> ScoreFacts:

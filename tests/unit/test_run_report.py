@@ -19,7 +19,6 @@ from qadeploy.reports.run_report import (
     count_words,
     make_facts,
     question_word,
-    train_command,
     worst_mistakes,
 )
 from qadeploy.shipped import BASE_MODEL
@@ -33,6 +32,10 @@ ROWS = [
     )
     for e, text, confidence in JUDGED
 ]
+
+
+def command_of(options):
+    return RunRecord("run", {"options": options}, {}).command
 
 
 def test_scores_are_the_means_of_the_rows():
@@ -164,7 +167,7 @@ def test_no_answer_facts_are_those_of_the_judged_questions():
 @pytest.mark.parametrize("data", [("faq & answers.jsonl",), ("old.csv", "new rows.jsonl")])
 def test_the_command_gives_the_options_back_to_the_command_line(data):
     options = RECORD["options"] | {"data": data if len(data) > 1 else data[0]}
-    command = train_command(options)
+    command = command_of(options)
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["qadeploy", "train"]
     train = main.commands["train"]
@@ -174,13 +177,13 @@ def test_the_command_gives_the_options_back_to_the_command_line(data):
 
 
 def test_the_base_that_ships_needs_no_naming():
-    assert "--base" not in train_command({**RECORD["options"], "base": BASE_MODEL})
-    assert "--base" in train_command(RECORD["options"])
+    assert "--base" not in command_of({**RECORD["options"], "base": BASE_MODEL})
+    assert "--base" in command_of(RECORD["options"])
 
 
 def test_flags_and_mappings_are_written_as_the_command_line_takes_them():
     options = {"fast": True, "slow": False, "columns": {"context": "review", "answer": "a b"}, "none": None}
-    assert train_command(options).split(" \\\n  ") == [
+    assert command_of(options).split(" \\\n  ") == [
         "qadeploy train",
         "--fast",
         "--columns 'context=review,answer=a b'",
