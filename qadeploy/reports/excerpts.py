@@ -83,6 +83,6 @@ def _cut(context: str, place: int, reach: int) -> int:
 
 def _continues(context: str, place: int) -> bool:
     """Whether the code point belongs to the character before it: marks, variation selectors, joined emoji, skin tones."""
-    before, this = context[place - 1 : place + 1]
+    this = context[place]
     is_mark = unicodedata.category(this).startswith("M")
-    return is_mark or _JOINER in {before, this} or "\U0001f3fb" <= this <= "\U0001f3ff"
+    return is_mark or _JOINER in context[place - 1 : place + 1] or "\U0001f3fb" <= this <= "\U0001f3ff"
