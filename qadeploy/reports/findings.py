@@ -107,8 +107,8 @@ def data_remarks(facts: RunFacts) -> tuple[str, ...]:
     """Returns what to know about the data before trusting the scores."""
     skipped, first_taken, leaked = facts.skipped, facts.first_taken, facts.leaked
     remarks = {
-        f"{skipped:,} ambiguous rows were skipped.": skipped,
-        f"{first_taken:,} answers occur several times in their context; the first occurrence was used.": first_taken,
+        f"Skipped: {plural(skipped, 'ambiguous row')}.": skipped,
+        f"{plural(first_taken, 'answer')} with several places in the context: the first was used.": first_taken,
         f"{plural(leaked, 'held-out context')} {_are(leaked)} also in the training data: the scores are optimistic.": leaked,
     }
     return tuple(text for text, number in remarks.items() if number)
@@ -155,10 +155,11 @@ def caption_groups(by: GroupedBy, groups: Groups, overall: float) -> str:
 def caption_calibration(facts: RunFacts) -> str:
     """Returns what the reliability diagram shows."""
     found = facts.calibration
-    points = 100 * (found.confidence - found.accuracy)
+    points = round(100 * (found.confidence - found.accuracy), 1)
+    place = f"{abs(points)} points {'above' if points > 0 else 'below'}" if points else "equal to"
     return (
-        f"{calibration_error(facts)} Points below the diagonal are overconfident; overall, the mean confidence is "
-        f"{abs(points):.1f} points {'above' if points > 0 else 'below'} the share of right answers."
+        f"{calibration_error(facts)} Points below the diagonal are overconfident; overall, the mean confidence is {place} "
+        "the share of right answers."
     )
 
 
