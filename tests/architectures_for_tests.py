@@ -29,7 +29,7 @@ from qadeploy.errors import QadeployError
 from qadeploy.export.fused import ATTENTION, optimize
 from qadeploy.export.onnx import export
 from qadeploy.export.parity import parity_windows
-from qadeploy.export.quantize.int8 import quantize
+from qadeploy.export.quantize.run import quantize
 from qadeploy.export.quantize.search import SearchOptions
 from qadeploy.export.reference import Reference, make_reference
 from qadeploy.files import write_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qadeploy.records import Annotation, Answer, Example
-from qadeploy.reports.run_report import Part, RunFacts, RunRecord, make_facts
+from qadeploy.reports.facts import Part, RunFacts, RunRecord, make_facts
 
 EVIL = (
     '</style></script><script>document.title = "owned"</script><img src="http://evil.example/x.png" onerror=alert(1)>'

@@ -8,10 +8,10 @@ import warnings
 import pytest
 
 from qadeploy.data.check import RowClass, check_rows
+from qadeploy.data.check_text import check_lines
 from qadeploy.data.fields import DataOptions, parse_columns
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
-from qadeploy.data.table import check_lines
 from qadeploy.errors import DataError, DataWarning, InputError
 from tests.data_for_tests import FLAT, SEA, SKY, answers, classes, found, lines, put
 

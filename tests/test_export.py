@@ -31,9 +31,9 @@ from qadeploy.export.onnx import export, export_graph, read_shared_weights
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.parity import Parity, measure_parity, parity_windows, require_parity
 from qadeploy.export.plan import plan_lines
-from qadeploy.export.quantize import int8
-from qadeploy.export.quantize.int8 import quantize
+from qadeploy.export.quantize import run as quantize_run
 from qadeploy.export.quantize.recipes import RECIPES
+from qadeploy.export.quantize.run import quantize
 from qadeploy.export.quantize.search import SearchOptions
 from qadeploy.export.reference import make_reference
 from qadeploy.inference.bundle import CARD, MANIFEST, MODEL, open_bundle
@@ -185,7 +185,7 @@ def test_int8_below_the_gate_is_not_written_and_an_older_bundle_stays(reference,
 @pytest.mark.parametrize("wrong", [1, 6])
 def test_a_loss_that_chance_may_explain_is_a_warning(wrong, reference, bundle, tmp_path, monkeypatch):
     """One wrong answer of 6 is 17 points of F1, and the interval of its loss begins at 0."""
-    held_out = int8._held_out
+    held_out = quantize_run._held_out
 
     def worse(*given: Any) -> Evaluation:
         found = held_out(*given)
@@ -193,7 +193,7 @@ def test_a_loss_that_chance_may_explain_is_a_warning(wrong, reference, bundle, t
         rows[:wrong] = 0.0
         return replace(found, scores=replace(found.scores, rows_f1=rows))
 
-    monkeypatch.setattr(int8, "_held_out", worse)
+    monkeypatch.setattr(quantize_run, "_held_out", worse)
     said: list[str] = []
     lost = 100 * wrong / len(reference.examples)
     arguments = (reference, open_bundle(bundle), tmp_path / "small", SearchOptions(0.5))

@@ -28,10 +28,10 @@ from qadeploy.cli import main
 from qadeploy.cli.config import read_config
 from qadeploy.data.check import check_rows
 from qadeploy.data.check_file import write_fixed
+from qadeploy.data.check_text import check_lines, check_summary
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
-from qadeploy.data.table import check_lines, check_summary
 from qadeploy.errors import DataWarning, InputError, QadeployError
 from tests.data_for_tests import ARTICLE, FLAT, PARAGRAPHS, SEA, SKY
 from tests.test_shapes import CMRC, COLUMNS, MRQA, MRQA_SEA

@@ -32,7 +32,7 @@ from qadeploy.files import replace_folder
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import manifest_text, open_bundle, seal
 from qadeploy.inference.graph_model import GraphModel
-from qadeploy.inference.loading import within
+from qadeploy.inference.load_timeout import within
 from tests.conftest import sealed_copy, triplets, write_jsonl
 from tests.processes_for_tests import ended
 from tests.test_bundle import put_manifest

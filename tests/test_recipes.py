@@ -17,7 +17,6 @@ from qadeploy.errors import InputError
 from qadeploy.export.attention import fuse_attention
 from qadeploy.export.onnx import export_graph
 from qadeploy.export.parity import parity_windows
-from qadeploy.export.quantize.int8 import find_recipes
 from qadeploy.export.quantize.matmuls import (
     TOKENS,
     Activations,
@@ -29,6 +28,7 @@ from qadeploy.export.quantize.matmuls import (
 )
 from qadeploy.export.quantize.quantizers import quantize_dynamic_int8, quantize_embeddings
 from qadeploy.export.quantize.recipes import RECIPES, Material
+from qadeploy.export.quantize.run import find_recipes
 from qadeploy.export.quantize.smoothquant import choose, smoothing_scales, smoothquant
 from qadeploy.export.reference import make_reference
 from qadeploy.inference.bundle import MODEL, open_bundle

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qadeploy.data.loading import DataSet
-from qadeploy.reports.run_report import RunRecord
+from qadeploy.reports.facts import RunRecord
 from qadeploy.training import report_files
 from qadeploy.training.features import FeatureSet
 from qadeploy.training.report_files import write_report_files

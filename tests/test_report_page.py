@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qadeploy.data.check import CheckedData, RowClass
-from qadeploy.data.table import MEANING
+from qadeploy.data.check_text import MEANING
 from qadeploy.reports.findings import searched
 from qadeploy.reports.report_page import CHECK_FLAGS, report_page
 from tests.conftest import CHROMIUM, needs_chromium

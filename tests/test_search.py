@@ -19,9 +19,9 @@ from qadeploy.core.metrics import bootstrap_interval
 from qadeploy.errors import GateError
 from qadeploy.export.parity import parity_windows
 from qadeploy.export.quantize import judging
-from qadeploy.export.quantize.int8 import quantize
 from qadeploy.export.quantize.judging import find_judges, weights
 from qadeploy.export.quantize.recipes import RECIPES, Material, QuantizedModel, Recipe
+from qadeploy.export.quantize.run import quantize
 from qadeploy.export.quantize.search import (
     MeasuredRecipe,
     Search,

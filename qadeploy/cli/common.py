@@ -25,7 +25,7 @@ from qadeploy import __version__
 from qadeploy.cli.config import read_config, unknown_hint
 from qadeploy.data.fields import DataOptions
 from qadeploy.errors import DataWarning, DeviceWarning, InputError, MachineWarning, MissingExtraError, QadeployError
-from qadeploy.inference.loading import end_past_loading
+from qadeploy.inference.load_timeout import end_past_loading
 from qadeploy.options import declared
 
 _EXTRAS = {

@@ -38,7 +38,7 @@ def check(as_json: bool, file: str, **given: Any) -> None:
     Each row gets the first class that fits; the table explains the classes. --fix rejects an answer without an offset that
     occurs several times, unless --on-ambiguous first is given.
     """
-    from qadeploy.data.table import check_lines
+    from qadeploy.data.check_text import check_lines
 
     chosen = CheckOptions(**given)
     checked, lengths, written = check_file(file, chosen, lengths=not as_json)

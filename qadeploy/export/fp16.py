@@ -22,9 +22,9 @@ from qadeploy.core.metrics import bootstrap_interval
 from qadeploy.core.settings import any_unanswerable
 from qadeploy.errors import DeviceError, FailureError, GateError, InputError, one_line
 from qadeploy.evaluation.scoring import evaluate
+from qadeploy.export.finishing import finish_bundle
 from qadeploy.export.fusion import FUSED_TYPES, fuse, silent
 from qadeploy.export.graph import Graph, add_contrib_domain
-from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference, make_answerer
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle

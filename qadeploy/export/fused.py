@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from qadeploy.errors import FailureError
+from qadeploy.export.finishing import finish_bundle
 from qadeploy.export.fusion import FUSED_TYPES, fuse_file
-from qadeploy.export.manifest import finish_bundle
 from qadeploy.export.reference import Reference
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, writing_bundle
 from qadeploy.machine import return_freed_memory

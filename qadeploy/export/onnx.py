@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from qadeploy.errors import FailureError
-from qadeploy.export.manifest import finish_bundle
+from qadeploy.export.finishing import finish_bundle
 from qadeploy.export.optimum_exporter import export_by_optimum
 from qadeploy.export.reference import Reference
 from qadeploy.export.torch_exporter import export_by_torch

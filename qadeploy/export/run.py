@@ -13,7 +13,7 @@ from qadeploy.export import fp16, fused
 from qadeploy.export.onnx import export
 from qadeploy.export.options import ExportOptions
 from qadeploy.export.plan import plan_lines
-from qadeploy.export.quantize import int8
+from qadeploy.export.quantize.run import find_recipes, quantize
 from qadeploy.export.quantize.search import SearchOptions, Step, leaderboard_lines
 from qadeploy.export.reference import Reference, make_reference, table
 from qadeploy.files import cache_folder
@@ -161,7 +161,7 @@ class _Export:
             check_place(folder)
         self.budget = seconds_of("budget", options.budget)
         if options.recipe:
-            int8.find_recipes(options.recipe, options.reduce_range)
+            find_recipes(options.recipe, options.reduce_range)
         self.made = Exported()
 
     def run(self) -> Exported:
@@ -220,7 +220,7 @@ class _Export:
         """Writes the int8 bundle; returns the leaderboard's lines."""
         options = self.options
         self.listener.say(f"int8 recipes for {options.target}, against the fp32 model:")
-        made = int8.quantize(
+        made = quantize(
             reference,
             plain,
             self.int8,

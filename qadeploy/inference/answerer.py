@@ -18,7 +18,7 @@ from qadeploy.errors import BundleError, DataError, InputError, LogitsError, Mac
 from qadeploy.inference.aio import AnswerThreads, RunWindows
 from qadeploy.inference.bundle import MODEL, Bundle, default_bundle, open_bundle
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
-from qadeploy.inference.loading import within
+from qadeploy.inference.load_timeout import within
 from qadeploy.inference.pairs import DecodedPair, EncodedPair, to_answers
 from qadeploy.inference.probe import prove
 from qadeploy.inference.session import OnnxModel, Pending

@@ -18,7 +18,7 @@ from qadeploy.errors import InputError, MachineWarning
 from qadeploy.inference.answerer import Answerer
 from qadeploy.inference.bundle import MODEL, Bundle, open_bundle, rewrite_manifest
 from qadeploy.inference.hub import is_hub
-from qadeploy.inference.loading import within
+from qadeploy.inference.load_timeout import within
 from qadeploy.inference.manifest import SessionSettings
 from qadeploy.inference.session import OnnxModel, onnxruntime
 from qadeploy.inference.tuning import FP32_TOLERANCE, Tuning, model_of, tune

@@ -11,8 +11,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from qadeploy.core.metrics import wilson_interval
+from qadeploy.reports.facts import Calibration, RunFacts
 from qadeploy.reports.figures import COLOURS, legend_above, png, svg
-from qadeploy.reports.run_report import Calibration, RunFacts
 
 Rows = Sequence[Mapping[str, Any]]  # of epochs, as in ``metrics.json``
 _OVER_THE_EDGE: dict[str, Any] = {"clip_on": False, "zorder": 3}  # draws markers on an axis whole

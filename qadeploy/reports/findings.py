@@ -7,7 +7,7 @@ from typing import Any
 
 from qadeploy.data.check import RowClass
 from qadeploy.data.wording import plural
-from qadeploy.reports.run_report import SMALLEST_GROUP, SURE, GroupedBy, Groups, RunFacts, overfitting
+from qadeploy.reports.facts import SMALLEST_GROUP, SURE, GroupedBy, Groups, RunFacts, overfitting
 
 _FAULTS = {*RowClass} - {RowClass.EXACT, RowClass.NO_ANSWER}
 _HONEST = 0.05  # mean confidence and share of right answers this close are called about right

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qadeploy.data.table import MEANING
+from qadeploy.data.check_text import MEANING
 from qadeploy.reports import findings
 from qadeploy.reports.charts import facts_charts
 from qadeploy.reports.excerpts import Piece, excerpt
+from qadeploy.reports.facts import SMALLEST_GROUP, WINDOW_GROUPS, Mistake, RunFacts, RunRecord
 from qadeploy.reports.page import render
-from qadeploy.reports.run_report import SMALLEST_GROUP, WINDOW_GROUPS, Mistake, RunFacts, RunRecord
 
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
 

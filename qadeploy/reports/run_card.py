@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qadeploy.inference.front_matter import base_label, front_matter
 from qadeploy.reports import findings
+from qadeploy.reports.facts import RunFacts
 from qadeploy.reports.page import render, value
-from qadeploy.reports.run_report import RunFacts
 
 _TEMPLATE = Path(__file__).with_name("run_card.md.j2")
 _OPTIONS = (

@@ -25,7 +25,7 @@ import uvicorn
 from prometheus_client import disable_created_metrics
 
 from qadeploy.errors import FailureError, InputError, QadeployError
-from qadeploy.inference.loading import within
+from qadeploy.inference.load_timeout import within
 from qadeploy.serve.app import create_app
 from qadeploy.serve.calls import networks
 from qadeploy.serve.connections import Connection, Connections

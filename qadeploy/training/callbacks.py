@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from qadeploy.errors import FailureError
-from qadeploy.reports.run_report import overfits
+from qadeploy.reports.facts import overfits
 from qadeploy.training.run_log import RunLog
 
 

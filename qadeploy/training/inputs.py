@@ -12,9 +12,9 @@ from transformers import set_seed
 from qadeploy.core.metrics import Metric
 from qadeploy.core.settings import QaSettings, any_unanswerable
 from qadeploy.data.check import CheckedData, check_rows
+from qadeploy.data.check_text import check_summary
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import joined, read, source_name, sources
-from qadeploy.data.table import check_summary
 from qadeploy.errors import InputError, MissingExtraError
 from qadeploy.files import cache_folder
 from qadeploy.records import Example

@@ -16,9 +16,9 @@ from qadeploy.data.loading import DataSet
 from qadeploy.files import write_text
 from qadeploy.records import Answer
 from qadeploy.reports.charts import draw_curves
+from qadeploy.reports.facts import Part, RunFacts, RunRecord, make_facts
 from qadeploy.reports.report_page import report_page
 from qadeploy.reports.run_card import run_card
-from qadeploy.reports.run_report import Part, RunFacts, RunRecord, make_facts
 from qadeploy.training.features import FeatureSet
 from qadeploy.training.run_log import RunLog
 

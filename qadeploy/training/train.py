@@ -35,7 +35,7 @@ from qadeploy.inference.devices import parse_device
 from qadeploy.options import check as check_declared
 from qadeploy.records import Answer, FloatArray, Logits
 from qadeploy.reports.charts import terminal_chart
-from qadeploy.reports.run_report import RunRecord
+from qadeploy.reports.facts import RunRecord
 from qadeploy.training import distributed
 from qadeploy.training.callbacks import EpochTable, QuietProgress, StepLines
 from qadeploy.training.checkpoint import save_checkpoint

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from qadeploy.core.calibration import ConfidenceBin
 from qadeploy.reports import charts, figures
 from qadeploy.reports.charts import draw_loss, draw_reliability, draw_scores, draw_search, facts_charts
+from qadeploy.reports.facts import Calibration, overfitting
 from qadeploy.reports.figures import COLOURS
-from qadeploy.reports.run_report import Calibration, overfitting
 from tests.run_facts_for_tests import METRICS, SEARCH, epoch, facts
 
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from qadeploy.data.check import RowClass, check_rows
 from qadeploy.data.check_file import write_fixed
+from qadeploy.data.check_text import check_lines, check_summary
 from qadeploy.data.fields import DataOptions
 from qadeploy.data.formats import load_rows
 from qadeploy.data.loading import read
 from qadeploy.data.rows import RawRow
-from qadeploy.data.table import check_lines, check_summary
 from qadeploy.errors import InputError
 
 CONTEXT = "The sky is blue, blue all day. 😀 A Grey  cloud came; it was funny, funny. Then night."

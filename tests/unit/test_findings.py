@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qadeploy.reports import findings
-from qadeploy.reports.run_report import GroupedBy, Groups, RunFacts, ScoreFacts
+from qadeploy.reports.facts import GroupedBy, Groups, RunFacts, ScoreFacts
 from tests.run_facts_for_tests import epoch, facts
 
 

@@ -11,7 +11,7 @@ import pytest
 from qadeploy.cli import main
 from qadeploy.core.metrics import exact_match, f1, score
 from qadeploy.reports import findings
-from qadeploy.reports.run_report import (
+from qadeploy.reports.facts import (
     SMALLEST_GROUP,
     SURE,
     GroupedBy,

@@ -10,7 +10,7 @@ from typing import Any
 from qadeploy.core.metrics import bootstrap_interval
 from qadeploy.errors import GateError, InputError
 from qadeploy.evaluation.scoring import Evaluation
-from qadeploy.export.manifest import finish_bundle, tune_model
+from qadeploy.export.finishing import finish_bundle, tune_model
 from qadeploy.export.parity import parity_windows
 from qadeploy.export.quantize.recipes import RECIPES, Material, QuantizedModel, Recipe
 from qadeploy.export.quantize.search import (
