@@ -107,7 +107,7 @@ def data_remarks(facts: RunFacts) -> tuple[str, ...]:
     """Returns what to know about the data before trusting the scores."""
     skipped, first_taken, leaked = facts.skipped, facts.first_taken, facts.leaked
     remarks = {
-        f"Skipped: {plural(skipped, 'ambiguous row')}.": skipped,
+        f"{plural(skipped, 'ambiguous row')} left out.": skipped,
         f"{plural(first_taken, 'answer')} with several places in the context: the first was used.": first_taken,
         f"{plural(leaked, 'held-out context')} {_are(leaked)} also in the training data: the scores are optimistic.": leaked,
     }

@@ -103,6 +103,7 @@ def test_the_check_s_worst_fault_is_named():
 def test_remarks_on_the_data():
     assert findings.data_remarks(facts()) == ()
     assert [text.split()[0] for text in findings.data_remarks(facts(skipped=3, first_taken=4))] == ["3", "4"]
+    assert findings.data_remarks(facts(skipped=1)) == ("1 ambiguous row left out.",)
     found = facts()
     one, two = (replace(found, leaked=n) for n in (1, 2))
     assert findings.data_remarks(one)[0].startswith("1 held-out context is also in the training data")
