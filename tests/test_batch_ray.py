@@ -39,15 +39,28 @@ def cluster() -> Iterator[None]:
     assert not ray.is_initialized()
 
 
+def write_questions(folder: Path) -> Path:
+    """Two files of questions, in a folder that is made in ``folder``."""
+    asked = folder / "asked"
+    asked.mkdir()
+    write_jsonl(asked / "a.jsonl", ROWS[:45])
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS[45:]), asked / "b.parquet", row_group_size=12)
+    return asked
+
+
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of two files of questions."""
+    """A folder of two files of questions, beside which the answers are written."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "asked"
-    folder.mkdir()
-    write_jsonl(folder / "a.jsonl", ROWS[:45])
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS[45:]), folder / "b.parquet", row_group_size=12)
-    return folder
+    return write_questions(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def without_ray(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """The answers to the questions of ``asked`` without Ray."""
+    folder = tmp_path_factory.mktemp("without-ray")
+    answer_files(request(bundle, write_questions(folder), output=str(folder / "out"), cluster=None))
+    return answers(str(folder / "out"))
 
 
 def request(
@@ -101,7 +114,7 @@ def test_bad_rows_and_rows_that_kill_are_set_aside_and_nothing_else(bundle, aske
     assert not [name for name in os.listdir("out") if name.startswith(".")]
 
 
-def test_a_killed_actor_loses_nothing_and_nothing_comes_twice(bundle, asked):
+def test_a_killed_actor_loses_nothing_and_nothing_comes_twice(bundle, asked, without_ray):
     pids = asked.parent / "pids"
     pids.mkdir()
     killed: list[int] = []
@@ -117,12 +130,11 @@ def test_a_killed_actor_loses_nothing_and_nothing_comes_twice(bundle, asked):
     assert killed
     assert len(os.listdir(pids)) > 2  # another process took its place
     assert found.counts == Counts(80, 0)
-    answer_files(request(bundle, asked, output="local", cluster=None))
-    assert answers() == answers("local")
+    assert answers() == without_ray
     assert not Path("out/rejected").exists()
 
 
-def test_one_engine_goes_on_where_the_other_stopped(bundle, asked):
+def test_one_engine_goes_on_where_the_other_stopped(bundle, asked, without_ray):
     def stop(rows: int) -> None:
         raise KeyboardInterrupt
 
@@ -134,8 +146,7 @@ def test_one_engine_goes_on_where_the_other_stopped(bundle, asked):
     assert found.counts == Counts(80, 0)
     assert found.before >= 5
     assert {name: Path("out", name).stat().st_mtime_ns for name in done} == done
-    answer_files(request(bundle, asked, output="whole", cluster=None))
-    assert answers() == answers("whole")
+    assert answers() == without_ray
 
 
 @pytest.mark.slow
