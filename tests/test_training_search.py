@@ -21,7 +21,7 @@ from qadeploy.training import search as module
 from qadeploy.training.options import TrainOptions
 from qadeploy.training.search import recorded_search, train_with_search
 from tests.cli_for_tests import fails, run, value, well
-from tests.conftest import tiny_options, triplets, unanswerable, write_jsonl
+from tests.conftest import Once, tiny_options, triplets, unanswerable, write_jsonl
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.test_training_search"])
@@ -51,14 +51,17 @@ def refused(*arguments: object) -> str:
     return result.stderr
 
 
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> tuple[Path, dict[str, Any], str]:
+@pytest.fixture(scope="session")
+def searched(once: Once[tuple[Path, dict[str, Any], str]], tiny_checkpoint: Path) -> tuple[Path, dict[str, Any], str]:
     """A run after a search of three trials: its folder, what it printed as JSON, and its remarks."""
-    root = tmp_path_factory.mktemp("searched")
-    data, out = write_jsonl(root / "few.jsonl", triplets(24)), root / "run"
-    options = ("--data", data, "--base", tiny_checkpoint, "--out", out, *GIVEN)
-    result = well("train", *options, "--search", 3, "--json")
-    return out, value(result), result.stderr
+
+    def build(root: Path) -> tuple[Path, dict[str, Any], str]:
+        data, out = write_jsonl(root / "few.jsonl", triplets(24)), root / "run"
+        options = ("--data", data, "--base", tiny_checkpoint, "--out", out, *GIVEN)
+        result = well("train", *options, "--search", 3, "--json")
+        return out, value(result), result.stderr
+
+    return once("searched", build)
 
 
 # ---------------------------------------------------------------- the search
