@@ -181,6 +181,27 @@ def test_a_teacher_that_finds_nothing_is_refused_before_training(folders, tmp_pa
         taught(folders["RoBERTa"], features)  # random weights
 
 
+def test_a_teacher_that_prefers_no_answer_is_judged_by_its_spans_and_warned_of(tiny, tmp_path):
+    examples = read(str(tiny.data)).examples
+    features = make_features(examples, load_checkpoint(tiny.run / "checkpoint").encoder, SETTINGS, "keepers")
+    teacher = load_teacher(str(tiny.run), CPU)
+
+    def refusing(windows: Sequence[Window]) -> list[Logits]:
+        found = teacher.logits(windows)
+        for window, sides in zip(windows, found, strict=True):
+            for values in sides:
+                values[window.null_index] = 1_000
+        return found
+
+    said: list[str] = []
+    soft_labels(teacher, features, 1.0, None, RunLog(said.append))
+    agreement = said[-1].partition(" finds ")[2]
+    assert agreement
+    soft_labels(replace(teacher, logits=refusing), features, 1.0, None, RunLog(said.append, said.append))
+    assert said[-2].endswith(agreement)
+    assert "prefers 'no answer' to 100 % of these answers" in said[-1]
+
+
 def test_a_bundle_teaches_what_its_checkpoint_does(tiny, tiny_export, tmp_path):
     features = make_features(
         read(str(tiny.data)).examples[:8], load_checkpoint(tiny.run / "checkpoint").encoder, SETTINGS, "keepers"

@@ -45,6 +45,7 @@ _BATCH_TOKENS = 32_768
 _NULL, _NONE = -1, -2  # instead of a character's index: the null position, and no position
 _LEAST_PROBABILITY = 1e-3
 _LEAST_AGREEMENT, _LOW_AGREEMENT = 0.05, 0.3  # of the teacher with the annotators
+_MANY_REFUSED = 0.5
 _LEAST_JUDGED, _MOST_JUDGED = 50, 1_000  # annotated answers that show how far they agree
 _FIELDS = ("start_places", "start_logits", "end_places", "end_logits")
 
@@ -265,19 +266,24 @@ def _soft(row: Arrays, excerpt: _Excerpt, temperature: float) -> SoftLabels:
 
 
 def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _LogitStore, log: RunLog) -> None:
-    """Reports how often the teacher's best start and end are an annotated answer's. Raises InputError if hardly ever."""
+    """Reports how often the teacher's best span is an annotated one, and how often it prefers "no answer".
+
+    Raises InputError if its best span hardly ever is.
+    """
     hits: list[bool] = []
+    refusals: list[bool] = []
     for excerpt in excerpts:
-        feature = excerpt.feature
-        if excerpt.key in store and feature.positions[0, 0] != feature.window.null_index:
-            soft = _soft(store[excerpt.key], excerpt, 1.0)
-            answer = [soft.starts[soft.start_probabilities.argmax()], soft.ends[soft.end_probabilities.argmax()]]
-            hits.append(any(answer == row.tolist() for row in feature.positions))
+        window, annotated = excerpt.feature.window, excerpt.feature.positions.tolist()
+        if excerpt.key in store and annotated[0][0] != window.null_index:
+            row = store[excerpt.key]
+            refusals.append(_best(row, excerpt) == [window.null_index] * 2)
+            spans = {name: np.where(each == _NULL, _NONE, each) for name, each in row.items() if "places" in name}
+            hits.append(_best({**row, **spans}, excerpt) in annotated)
         if len(hits) >= _MOST_JUDGED:
             break
     if len(hits) < _LEAST_JUDGED:
         return
-    agreement = float(np.mean(hits))
+    agreement, refused = float(np.mean(hits)), float(np.mean(refusals))
     line = f"the teacher {teacher.name} finds {100 * agreement:.1f} % of {len(hits)} annotated answers exactly"
     if agreement < _LEAST_AGREEMENT:
         raise InputError(f"{line}: it was trained for another task or language: give another --teacher")
@@ -285,6 +291,19 @@ def _check_agreement(teacher: Teacher, excerpts: Sequence[_Excerpt], store: _Log
         log.warning(line)
     else:
         log.step("teacher", line)
+    if refused > _MANY_REFUSED:
+        log.warning(
+            f"the teacher prefers 'no answer' to {100 * refused:.0f} % of these answers, and teaches that: fine-tune it on "
+            "such data first, or lower --distill-weight"
+        )
+
+
+def _best(row: Arrays, excerpt: _Excerpt) -> list[int]:
+    """The student's tokens of the highest start and end in a teacher's row; none if the row has no place."""
+    if (row["start_places"] == _NONE).all() or (row["end_places"] == _NONE).all():
+        return []
+    soft = _soft(row, excerpt, 1.0)
+    return [int(soft.starts[soft.start_probabilities.argmax()]), int(soft.ends[soft.end_probabilities.argmax()])]
 
 
 class _LogitStore:
