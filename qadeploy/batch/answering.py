@@ -14,8 +14,7 @@ from qadeploy.data.fields import parse_row
 from qadeploy.data.rows import RawRow, RowError
 from qadeploy.errors import FailureError, QadeployError, one_line
 from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.pairs import DecodedPair, to_answers
-from qadeploy.inference.texts import Asked
+from qadeploy.inference.pairs import Asked, DecodedPair, to_answers
 from qadeploy.records import NO_ANSWER
 
 COLUMNS = ("id", "answer", "score", "start", "end", "bundle")

@@ -192,8 +192,7 @@ def ask(
 
     Without BUNDLE, the newest under bundles/ is used, or the shipped bundle if there is none.
     """
-    from qadeploy.inference.pairs import to_answers
-    from qadeploy.inference.texts import skipped_passages
+    from qadeploy.inference.pairs import skipped_passages, to_answers
 
     if bool(contexts) == (corpus_place is not None):
         raise InputError("give --context, or --corpus for documents, and not both")

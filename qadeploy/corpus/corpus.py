@@ -19,8 +19,8 @@ from qadeploy.corpus.terms import require_tantivy, terms_of
 from qadeploy.errors import CorpusError, InputError
 from qadeploy.files import cache_folder
 from qadeploy.inference.answerer import Answerer
+from qadeploy.inference.pairs import check_text
 from qadeploy.inference.presenting import in_units
-from qadeploy.inference.texts import check_text
 from qadeploy.records import Answer
 
 _TIED = 20  # passages fetched beyond the limit, so that equal scores at the limit can be ordered

@@ -19,19 +19,21 @@ from qadeploy.inference.aio import AnswerThreads, RunWindows
 from qadeploy.inference.bundle import MODEL, Bundle, default_bundle, open_bundle
 from qadeploy.inference.context_cache import DEFAULT_CACHE_BYTES, CacheStats, ContextCache
 from qadeploy.inference.load_timeout import within
-from qadeploy.inference.pairs import DecodedPair, EncodedPair, to_answers
-from qadeploy.inference.probe import prove
-from qadeploy.inference.session import OnnxModel, Pending
-from qadeploy.inference.texts import (
+from qadeploy.inference.pairs import (
     Asked,
+    DecodedPair,
+    EncodedPair,
     Texts,
     check_passages,
     check_text,
     chunks_of,
     one_of,
     texts_of,
+    to_answers,
     warn_of_skipped,
 )
+from qadeploy.inference.probe import prove
+from qadeploy.inference.session import OnnxModel, Pending
 from qadeploy.machine import machine, saturation_warning
 from qadeploy.records import Answer, Example, Logits, Window
 

@@ -25,7 +25,7 @@ from typing import Any
 from qadeploy.core.windows import DEFAULT_DOC_STRIDE, DEFAULT_MAX_SEQ_LEN
 from qadeploy.errors import CallError, CallKeyError, InputError
 from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.texts import Asked, check_passages, check_text, texts_of
+from qadeploy.inference.pairs import Asked, check_passages, check_text, texts_of
 from qadeploy.records import Answer
 
 __all__ = ["QuestionAnsweringPipeline", "SquadExample", "pipeline"]

@@ -26,7 +26,7 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent="{:.1f}".format, interval=_interval, signed=_signed, shortened=_shortened, value=value
+        percent="{:.1f}".format, interval=_interval, signed=_signed, shortened=_short, value=value
     )
     return _FORBIDDEN.sub("\ufffd", environment.get_template(template.name).render(**values))
 
@@ -48,5 +48,5 @@ def _signed(number: float) -> str:
     return f"{number:+.1f}".replace("-", "−")
 
 
-def _shortened(text: str, longest: int = 400) -> str:
+def _short(text: str, longest: int = 400) -> str:
     return text if len(text) <= longest else f"{text[:longest]}…"

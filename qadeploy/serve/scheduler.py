@@ -33,8 +33,7 @@ from qadeploy.core.settings import Options
 from qadeploy.corpus.records import Passage
 from qadeploy.errors import InputError
 from qadeploy.inference.answerer import Answerer
-from qadeploy.inference.pairs import COMPARED, DecodedPair, EncodedPair
-from qadeploy.inference.texts import Texts
+from qadeploy.inference.pairs import COMPARED, DecodedPair, EncodedPair, Texts
 from qadeploy.records import Logits, Window
 from qadeploy.serve.cost import Speed, TokenRatios, window_tokens
 from qadeploy.serve.errors import RefusedError

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 from qadeploy.core.settings import Options
-from qadeploy.inference.texts import Texts
+from qadeploy.inference.pairs import Texts
 from qadeploy.options import declared
 
 
