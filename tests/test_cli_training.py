@@ -150,7 +150,7 @@ def test_train_in_any_encoding(tiny_checkpoint):
     found = value(result)
     assert found["run"] == "runs/🚣"
     assert found["eval_f1"] == json.loads(Path("runs/🚣/metrics.json").read_text())["eval_f1"]
-    assert "16 questions on 16 passages" in result.stderr
+    assert "1 raw data       16 questions on 16 passages from " in result.stderr
 
 
 def test_a_command_line_of_run_qa_moves_over_with_few_edits(tiny_checkpoint):

@@ -55,15 +55,24 @@ def test_honesty_of_confidence():
     assert "about right" in said(0.62, 0.6)
 
 
+def test_the_caption_of_the_reliability_diagram_names_the_distance():
+
+    def said(confidence, accuracy):
+        calibration = replace(facts().calibration, confidence=confidence, accuracy=accuracy)
+        return findings.caption_calibration(changed(calibration=calibration))
+
+    assert said(0.9, 0.6).endswith("the mean confidence is 30.0 points above the share of right answers.")
+    assert said(0.58, 0.6).endswith("the mean confidence is 2.0 points below the share of right answers.")
+    assert said(0.6, 0.6).endswith("the mean confidence is equal to the share of right answers.")
+
+
 def scored(*groups: tuple[str, int, float, tuple[float, float] | None]) -> Groups:
     return {name: ScoreFacts(f1, f1, f1, count, *[interval] * 3) for name, count, f1, interval in groups}
 
 
 def test_groups_are_compared_only_if_they_are_large_enough():
-    made, by = (
-        scored(("a", 50, 20.0, (10, 30)), ("b", 60, 70.0, (60, 80)), ("c", 3, 0.0, None)),
-        GroupedBy.ANSWER_LENGTH,
-    )
+    by = GroupedBy.ANSWER_LENGTH
+    made = scored(("a", 50, 20.0, (10, 30)), ("b", 60, 70.0, (60, 80)), ("c", 3, 0.0, None))
     text = findings.caption_groups(by, made, 50.0)
     assert text.startswith(
         "F1 goes from 20.0 (“a”) to 70.0 (“b”); “a” is clearly below the overall F1 of 50.0. Words in"
