@@ -136,8 +136,8 @@ def crops(train: list[Row], source_of: dict[str, str]) -> list[Row]:
     cropped = []
     for name, count in CROPS.items():
         found = [row for row in train if source_of[row["id"]] == name]
-        for row in generator.sample(found, min(count or len(found), len(found))):
-            cropped.append(crop(row, generator.choice(CROP_LENGTHS), generator))
+        drawn = generator.sample(found, min(count or len(found), len(found)))
+        cropped += [crop(row, generator.choice(CROP_LENGTHS), generator) for row in drawn]
     generator.shuffle(cropped)
     return cropped
 
