@@ -12,12 +12,13 @@ The held-out Wikipedia articles also make three harder sets:
 - ``removed``: each question twice, on its paragraph and on that paragraph without the sentences of its answers;
 - ``articles``: each question on its whole article.
 
-Besides ``train``, three files are for training (docs/training.md):
+Besides ``train``, these files are for training (docs/training.md):
 
 - ``more``: the questions that ``--max-train-samples 18000`` leaves unused, for a second stage. Its Wikipedia contexts
   include parts of their neighbours, like windows cut from a whole article;
-- ``again`` and ``again_dev``: for a third stage, the Wikipedia and Reddit questions, each on the other of its two
-  contexts if it is from Wikipedia, and the dev set of the second stage, which no stage was trained on;
+- ``again``, for a third stage: the Wikipedia and Reddit questions of both stages. Wikipedia contexts with parts of their
+  neighbours are given without them, the others with them;
+- ``again_dev``: the dev set of the second stage, whose questions no stage trains on;
 - ``crops``: questions on the sentences around their answers, for a large teacher on a CPU.
 """
 

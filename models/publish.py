@@ -277,11 +277,11 @@ python models/publish.py --mean runs/two-stages/checkpoint runs/third runs/minil
 python models/publish.py runs/minilm-l6-qa base models/minilm-l6-qa
 ```
 
-Between the second stage and the third, weights were stored in fp16. Precision {record["precision"]}, windows of {settings["max_seq_len"]} tokens, overlap {settings["doc_stride"]};
-for the last mean, on the third stage's dev set, were chosen `max_answer_len` {settings["max_answer_len"]}, null threshold
-{settings["null_threshold"]:+.3f}, temperature {settings["temperature"]:.2f}. torch {versions["torch"]}, transformers {versions["transformers"]}; on {record["machine"]["cpu_count"]} shared CPU cores the first
-stage took 4762 s, teacher included, the second 3125 s, the third {metrics["seconds"]:.0f} s, teacher included. The first two stages have dev sets of
-their own, the third that of the second (its rows 0: the mean before the stage):
+The third stage began with fp16 weights. Precision {record["precision"]}, windows of {settings["max_seq_len"]} tokens, overlap {settings["doc_stride"]}; for the last mean, on
+the third stage's dev set, were chosen `max_answer_len` {settings["max_answer_len"]}, null threshold {settings["null_threshold"]:+.3f}, temperature {settings["temperature"]:.2f}. torch
+{versions["torch"]}, transformers {versions["transformers"]}; on {record["machine"]["cpu_count"]} shared CPU cores the first stage took 4762 s, the second 3125 s, the third
+{metrics["seconds"]:.0f} s, with the teachers' passes. The first and the second stage have dev sets of their own, the third has that of the second. Its
+epoch 0 is the mean of the first two stages:
 
 | stage, epoch | train loss | dev loss | dev accuracy | dev EM | dev F1 |
 |---|---|---|---|---|---|
@@ -293,9 +293,9 @@ their own, the third that of the second (its rows 0: the mean before the stage):
 
 ## What it reaches
 
-A context that does not fit in a window of {stored["max_seq_len"]} tokens is read in windows of {stored["long_seq_len"]}, with
-`bm25_weight` {stored["bm25_weight"]:g} (`qadeploy.json`). Whole articles, posts and reviews are held out. All annotators' answers count. "No answer" competes in the sets that hold questions
-without an answer; HasAns and NoAns are the F1 of the two kinds.
+A context that does not fit in a window of {stored["max_seq_len"]} tokens is read in windows of {stored["long_seq_len"]}, with `bm25_weight` {stored["bm25_weight"]:g}
+(`qadeploy.json`). Whole articles, posts and reviews are held out. All annotators' answers count. "No answer" competes in the sets that hold
+questions without an answer; HasAns and NoAns are the F1 of the two kinds.
 
 | held out | model | questions | EM | F1 (95 % bootstrap interval) | HasAns | NoAns |
 {_RULE}
