@@ -120,12 +120,12 @@ def crop(row: Row, length: int, generator: random.Random) -> Row:
     cuts = sorted({0, len(context), *(found.end() for found in _BREAK.finditer(context))})
     first = max(i for i, cut in enumerate(cuts) if cut <= min(answers["answer_start"]))
     last = min(i for i, cut in enumerate(cuts) if cut >= max(ends))
-    while True:
-        wider = [(i, j) for i, j in ((first - 1, last), (first, last + 1)) if i >= 0 and j < len(cuts)]
-        fitting = [(i, j) for i, j in wider if cuts[j] - cuts[i] <= length]
-        if not fitting:
-            break
-        first, last = generator.choice(fitting)
+    while wider := [
+        (i, j)
+        for i, j in ((first - 1, last), (first, last + 1))
+        if i >= 0 and j < len(cuts) and cuts[j] - cuts[i] <= length
+    ]:
+        first, last = generator.choice(wider)
     starts = [start - cuts[first] for start in answers["answer_start"]]
     text = context[cuts[first] : cuts[last]].rstrip()
     return {**row, "context": text, "answers": {**answers, "answer_start": starts}}
@@ -137,7 +137,7 @@ def crops(train: list[Row], source_of: dict[str, str]) -> list[Row]:
     cropped = []
     for name, count in CROPS.items():
         found = [row for row in train if source_of[row["id"]] == name]
-        drawn = generator.sample(found, min(count or len(found), len(found)))
+        drawn = generator.sample(found, count or len(found))
         cropped += [crop(row, generator.choice(CROP_LENGTHS), generator) for row in drawn]
     generator.shuffle(cropped)
     return cropped
